@@ -1,0 +1,31 @@
+"""Efficient Prompt Tuning: adapt a frozen language model with a short prompt, a low-rank embedding update and gated
+spaces.
+
+``from ept import EPTConfig, EPTLayer, EPTModel, get_ept_model``. The names are loaded on first use, so that ``import
+ept`` alone imports no model library. Loading :class:`EPTConfig` registers the adapter type ``EPT`` with PEFT.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import EPTConfig
+    from .model import EPTModel, get_ept_model
+    from .prompt import EPTLayer
+
+__version__ = "0.1.0.dev0"
+__all__ = ["EPTConfig", "EPTLayer", "EPTModel", "__version__", "get_ept_model"]
+
+_HOME = {"EPTConfig": ".config", "EPTLayer": ".prompt", "EPTModel": ".model", "get_ept_model": ".model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ept' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

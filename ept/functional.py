@@ -1,0 +1,103 @@
+"""The thin autograd layer: the only place that knows gradients.
+
+Each function wraps one operator of ``ept_kernels``. Gradients reach the prompt's parameters only; the frozen table
+gets one only where the caller made it trainable. First-order gradients only: a second backward raises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+import ept_kernels
+
+
+class _PromptedEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input_ids: Tensor,
+        positions: Tensor,
+        table: Tensor,
+        prompt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        adapter_ids: Tensor | None,
+    ) -> Tensor:
+        needs_table = ctx.needs_input_grad[2]
+        ctx.save_for_backward(positions, A, B, adapter_ids, input_ids if needs_table else None)
+        ctx.scale, ctx.table_shape, ctx.prompt_dtype = scale, table.shape, prompt.dtype
+        return ept_kernels.prompted_embedding(input_ids, positions, table, prompt, A, B, scale, adapter_ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        positions, A, B, adapter_ids, input_ids = ctx.saved_tensors
+        grad_prompt, grad_A, grad_B = ept_kernels.prompted_embedding_backward(
+            grad_output, positions, A, B, ctx.scale, adapter_ids
+        )
+        grad_table = None
+        if input_ids is not None:
+            tokens = grad_output[:, grad_output.shape[1] - positions.shape[1] :]
+            grad_table = tokens.new_zeros(ctx.table_shape)
+            grad_table.index_add_(0, input_ids.reshape(-1), tokens.reshape(-1, tokens.shape[-1]))
+        return None, None, grad_table, grad_prompt.to(ctx.prompt_dtype), grad_A, grad_B, None, None
+
+
+class _JointPrompt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        ctx.save_for_backward(*inputs[:9])
+        ctx.options = inputs[9:]
+        return ept_kernels.joint_prompt(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        gradients = ept_kernels.joint_prompt_backward(grad_output, *ctx.saved_tensors, *ctx.options)
+        return *gradients, *(None for _ in ctx.options)
+
+
+def prompted_embedding(
+    input_ids: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    prompt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    adapter_ids: Tensor | None = None,
+) -> Tensor:
+    """``[P; W[id] + scale·A[pos]·B]``, differentiable in ``prompt``, ``A`` and ``B``.
+
+    Shapes and dtypes as in :func:`ept_kernels.prompted_embedding_reference`.
+    """
+    return _PromptedEmbedding.apply(input_ids, positions, table, prompt, A, B, scale, adapter_ids)
+
+
+def joint_prompt(
+    prompt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    beta: Tensor,
+    W_q: Tensor,
+    W_k: Tensor,
+    D: Tensor,
+    U: Tensor,
+    G: Tensor,
+    *,
+    lowrank_scale: float,
+    embedding_scale: float,
+    score_scale: float,
+    activation: str,
+) -> Tensor:
+    """The joint prompt ``[s, d]``, differentiable in all nine tensors.
+
+    Shapes and units as in :func:`ept_kernels.joint_prompt_reference`.
+    """
+    options = (lowrank_scale, embedding_scale, score_scale, activation)
+    return _JointPrompt.apply(prompt, A, B, beta, W_q, W_k, D, U, G, *options)

@@ -1,0 +1,180 @@
+"""The prompted input of the model, ``[P; W[id] + scale·A[pos]·B]``, in one pass, and its backward.
+
+Letters as in the method: ``W`` the frozen embedding table, ``P`` the (joint) prompt, ``A·B`` the low-rank update of
+    the input
+embeddings, indexed by the token's position among the real tokens of its text. Position −1 means no update.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .library import register
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 as soon as one of ``tensors`` is float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def prompted_embedding_reference(
+    input_ids: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    prompt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    adapter_ids: Tensor | None = None,
+) -> Tensor:
+    """Prompt rows followed by the updated embeddings of the tokens.
+
+    Args:
+        input_ids: ``[batch, n]`` integer rows of ``table``.
+        positions: ``[batch, n]`` integer rows of ``A``; −1 (any negative) leaves the token's embedding as it is.
+        table: ``[vocabulary, d]`` the frozen embeddings ``W``, any floating dtype.
+        prompt: ``[s, d]``, or ``[adapters, s, d]`` with ``adapter_ids``.
+        A: ``[m, r]``, or ``[adapters, m, r]`` with ``adapter_ids``. ``r`` may be 0.
+        B: ``[r, d]``, or ``[adapters, r, d]`` with ``adapter_ids``.
+        scale: factor of ``A·B``, in the table's units.
+        adapter_ids: ``[batch]`` integers choosing the adapter of each row; negative: no update (the caller masks the
+            prompt).
+
+    Returns:
+        ``[batch, s + n, d]`` in the table's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
+    """
+    dtype = compute_dtype(table, prompt, A)
+    tokens = table[input_ids].to(dtype)  # [batch, n, d]
+    if adapter_ids is None:
+        prompt_rows = prompt.to(dtype).expand(input_ids.shape[0], -1, -1)  # [batch, s, d]
+    else:
+        prompt_rows = prompt.to(dtype)[adapter_ids]
+    if A.shape[-1] > 0:
+        rows = _rows_of_A(A.to(dtype), positions, adapter_ids)  # [batch, n, r]
+        B = B.to(dtype) if adapter_ids is None else B.to(dtype)[adapter_ids]
+        tokens = tokens + scale * (rows @ B)
+    return torch.cat([prompt_rows, tokens], dim=1).to(table.dtype)
+
+
+def prompted_embedding_packed_reference(
+    input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """The same for a padding-free batch: every text is preceded by the prompt's rows.
+
+    Args:
+        input_ids: ``[tokens]``, the texts one after another.
+        cu_seqlens: ``[texts + 1]`` int32 or int64, where each text begins in ``input_ids``, and the end: ``0 …
+            tokens``.
+        table, prompt, A, B, scale: as for :func:`prompted_embedding_reference`; every token is updated.
+
+    Returns:
+        ``[tokens + texts·s, d]`` in the table's dtype.
+    """
+    dtype = compute_dtype(table, prompt, A)
+    starts = cu_seqlens.to(torch.int64)
+    s, texts = prompt.shape[0], starts.numel() - 1
+    index = torch.arange(input_ids.shape[0], device=input_ids.device)
+    text_of = torch.searchsorted(starts[1:], index, right=True)  # [tokens]
+    positions = index - starts[text_of]
+    tokens = table[input_ids].to(dtype)
+    if A.shape[-1] > 0:
+        tokens = tokens + scale * (A.to(dtype)[positions] @ B.to(dtype))
+    out = tokens.new_empty(input_ids.shape[0] + texts * s, table.shape[1])
+    out[index + (text_of + 1) * s] = tokens
+    prompt_at = (starts[:-1] + torch.arange(texts, device=starts.device) * s)[:, None]  # [texts, 1]
+    out[prompt_at + torch.arange(s, device=starts.device)] = prompt.to(dtype)
+    return out.to(table.dtype)
+
+
+def prompted_embedding_backward_reference(
+    grad_output: Tensor, positions: Tensor, A: Tensor, B: Tensor, scale: float, adapter_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the prompt, ``A`` and ``B``; the table is frozen and gets none.
+
+    Args:
+        grad_output: ``[batch, s + n, d]``, gradient of the forward's output.
+        positions: ``[batch, n]`` as in the forward; a position occurs at most once in a row.
+        A, B, scale, adapter_ids: as in the forward.
+
+    Returns:
+        ``grad_prompt`` ``[s, d]``, ``grad_A`` like ``A``, ``grad_B`` like ``B`` (with a leading adapter axis where
+        ``A`` has one), summed over the batch in row order, in A's dtype.
+    """
+    dtype = compute_dtype(grad_output, A)
+    s = grad_output.shape[1] - positions.shape[1]
+    m, r = A.shape[-2:]
+    per_row_prompt = grad_output[:, :s].to(dtype)  # [batch, s, d]
+    grad_prompt = _sum_rows(per_row_prompt, adapter_ids, A)
+    if r == 0:
+        return grad_prompt.to(A.dtype), torch.zeros_like(A), torch.zeros_like(B)
+    # Bring every text's gradient rows to their positions by a gather (no atomics), then sum over the batch in row
+    # order.
+    token_at = torch.full((positions.shape[0], m + 1), -1, dtype=torch.int64, device=positions.device)
+    index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+    slot = torch.where(positions >= 0, positions, m).to(torch.int64)  # what is not updated goes to the spare slot m
+    token_at = token_at.scatter(1, slot, index)[:, :m]  # [batch, m]
+    present = (token_at >= 0)[..., None]
+    rows = grad_output[:, s:].to(dtype)
+    if rows.shape[1] == 0:
+        return grad_prompt.to(A.dtype), torch.zeros_like(A), torch.zeros_like(B)
+    at_position = torch.take_along_dim(rows, token_at.clamp(min=0)[..., None], dim=1) * present  # [batch, m, d]
+    summed = _sum_rows(at_position, adapter_ids, A)  # [m, d], or [adapters, m, d]
+    grad_A = scale * (summed @ B.to(dtype).mT)
+    grad_B = scale * (A.to(dtype).mT @ summed)
+    return grad_prompt.to(A.dtype), grad_A.to(A.dtype), grad_B.to(A.dtype)
+
+
+def _rows_of_A(A: Tensor, positions: Tensor, adapter_ids: Tensor | None) -> Tensor:
+    """``A[pos]`` with zeros where the position is negative: ``[batch, n, r]``."""
+    updated = positions >= 0
+    index = positions.clamp(min=0)
+    if adapter_ids is None:
+        rows = A[index]
+    else:
+        updated = updated & (adapter_ids >= 0)[:, None]
+        rows = A[adapter_ids[:, None], index]
+    return rows * updated[..., None]
+
+
+def _sum_rows(rows: Tensor, adapter_ids: Tensor | None, A: Tensor) -> Tensor:
+    """Sum of ``rows`` ``[batch, …]`` over the batch, or over each adapter's part of it, in row order."""
+    if adapter_ids is None:
+        return rows.sum(0)
+    chosen = adapter_ids[None, :] == torch.arange(A.shape[0], device=adapter_ids.device)[:, None]  # [adapters, batch]
+    return torch.tensordot(chosen.to(rows.dtype), rows, dims=1)
+
+
+def _fake(input_ids, positions, table, prompt, A, B, scale, adapter_ids=None):
+    s, d = prompt.shape[-2], table.shape[1]
+    return table.new_empty(input_ids.shape[0], s + input_ids.shape[1], d)
+
+
+def _packed_fake(input_ids, cu_seqlens, table, prompt, A, B, scale):
+    texts = cu_seqlens.shape[0] - 1
+    return table.new_empty(input_ids.shape[0] + texts * prompt.shape[0], table.shape[1])
+
+
+def _backward_fake(grad_output, positions, A, B, scale, adapter_ids=None):
+    s = grad_output.shape[1] - positions.shape[1]
+    return A.new_empty(*A.shape[:-2], s, grad_output.shape[2]), torch.empty_like(A), torch.empty_like(B, dtype=A.dtype)
+
+
+prompted_embedding = register(
+    "prompted_embedding(Tensor input_ids, Tensor positions, Tensor table, Tensor prompt, Tensor A, Tensor B, "
+    "float scale, Tensor? adapter_ids=None) -> Tensor",
+    prompted_embedding_reference,
+    _fake,
+)
+prompted_embedding_packed = register(
+    "prompted_embedding_packed(Tensor input_ids, Tensor cu_seqlens, Tensor table, Tensor prompt, Tensor A, Tensor B, "
+    "float scale) -> Tensor",
+    prompted_embedding_packed_reference,
+    _packed_fake,
+)
+prompted_embedding_backward = register(
+    "prompted_embedding_backward(Tensor grad_output, Tensor positions, Tensor A, Tensor B, float scale, "
+    "Tensor? adapter_ids=None) -> (Tensor, Tensor, Tensor)",
+    prompted_embedding_backward_reference,
+    _backward_fake,
+)
