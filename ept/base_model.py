@@ -1,0 +1,169 @@
+"""What the adapter needs to know of a frozen base model, and the checks that refuse what cannot work."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
+
+
+@dataclass(frozen=True)
+class BaseModelFacts:
+    """How a base model wants to be called.
+
+    Attributes:
+        forward_arguments: names that its ``forward`` accepts.
+        position_offset: added to position ids (RoBERTa counts from ``padding_idx + 1``).
+        position_limit: most positions it can number, or None.
+        prompt_beside_text: whether padding must not stand between prompt and text: the model counts positions by index,
+            or sees a window of them.
+        pools_last: a sequence classifier that reads the last row.
+    """
+
+    forward_arguments: frozenset[str]
+    position_offset: int
+    position_limit: int | None
+    prompt_beside_text: bool
+    pools_last: bool
+
+    @property
+    def takes_position_ids(self) -> bool:
+        return "position_ids" in self.forward_arguments
+
+
+def infer_task_type(model: nn.Module) -> str:
+    """SEQ_2_SEQ_LM, SEQ_CLS or CAUSAL_LM, from the model's class and configuration.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    name = type(model).__name__
+    if "ForSequenceClassification" in name:
+        return "SEQ_CLS"
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    can_generate = getattr(model, "can_generate", None)
+    if can_generate is not None and can_generate():
+        return "CAUSAL_LM"
+    raise ValueError(f"cannot tell the task of {name}: set task_type to SEQ_2_SEQ_LM, CAUSAL_LM or SEQ_CLS")
+
+
+def input_embedding(model: Any) -> nn.Module:
+    """The module that embeds the input text. An encoder may have its own, apart from the model's (T5, scaled in
+    BART).
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        return model.get_encoder().get_input_embeddings()
+    return model.get_input_embeddings()
+
+
+def examine(model: Any, task_type: str) -> BaseModelFacts:
+    """Facts about ``model``.
+
+    Raises:
+        ValueError: the model cannot be adapted; the message says why and what would do.
+    """
+    name = type(model).__name__
+    arguments = frozenset(inspect.signature(model.forward).parameters)
+    if "inputs_embeds" not in arguments:
+        raise ValueError(f"{name} takes no inputs_embeds, so that no prompt can be put before its input")
+    text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    if getattr(text_config, "hidden_size_per_layer_input", None) or any(
+        part.endswith("embed_tokens_per_layer") for part, _ in model.named_modules()
+    ):
+        raise ValueError(
+            f"{name} looks up a second embedding of every token for each layer and so needs input_ids beside "
+            "embeddings; prompt rows have no ids: use a model without per-layer embeddings"
+        )
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    if encoder_decoder != (task_type == "SEQ_2_SEQ_LM"):
+        kind = "an encoder-decoder" if encoder_decoder else "not an encoder-decoder"
+        raise ValueError(f"task_type={task_type} does not fit {name}, which is {kind}: use {_suggest(model)}")
+    offset, limit = _position_table(model)
+    by_index = not encoder_decoder and task_type == "CAUSAL_LM" and "position_ids" not in arguments
+    return BaseModelFacts(
+        forward_arguments=arguments,
+        position_offset=offset,
+        position_limit=limit,
+        prompt_beside_text=by_index or encoder_decoder or _has_window(text_config),
+        pools_last=task_type == "SEQ_CLS" and hasattr(model, "score"),
+    )
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter of ``model`` requires a gradient afterwards; 4-bit weights go back to the layout that has one.
+
+    bitsandbytes repacks 4-bit weights on some CPUs at the first inference; gradients do not pass through that layout.
+    """
+    model.requires_grad_(False)
+    repacked = False
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            module.state_dict()  # bitsandbytes unpacks in place when it saves
+            repacked = True
+    if repacked:
+        warnings.warn(
+            "the base model's 4-bit weights had been repacked for CPU inference with their scales rounded to "
+            "bfloat16; load it afresh for exact results",
+            stacklevel=2,
+        )
+
+
+def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
+    """Puts the frozen model in the mode that training an adapter wants.
+
+    Without ``dropout`` it stays in ``eval`` mode while training. Two kinds of module need the training flag all the
+    same: layers under gradient checkpointing, which would silently keep all activations, and bitsandbytes' 4-bit
+        layers on a
+    CPU, which would repack their weights beyond differentiation.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.train(training and dropout)
+    for module in model.modules():
+        if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4"):
+            module.training = True
+        elif training and isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
+            rate = getattr(module, "dropout", 0.0)
+            if isinstance(rate, float) and rate > 0 and not dropout:
+                warnings.warn(
+                    f"gradient checkpointing needs {type(module).__name__} in training mode, which turns on its own "
+                    f"dropout of {rate}: set the model's dropout to 0 for none",
+                    stacklevel=2,
+                )
+
+
+def _position_table(model: nn.Module) -> tuple[int, int | None]:
+    """Offset of position ids and the number of positions, where the model has a table of them."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _POSITION_TABLES and isinstance(module, nn.Embedding):
+            inside = getattr(module, "offset", 0)  # added by the module itself (OPT, BART)
+            outside = 0 if module.padding_idx is None or inside else module.padding_idx + 1
+            return outside, module.num_embeddings - inside - outside
+    return 0, None
+
+
+def _has_window(config: Any) -> bool:
+    layers = getattr(config, "layer_types", None) or []
+    windowed = any(kind != "full_attention" for kind in layers)
+    return windowed or (not layers and getattr(config, "sliding_window", None) is not None)
+
+
+def _suggest(model: nn.Module) -> str:
+    try:
+        return infer_task_type(model)
+    except ValueError:
+        return "another model"
+
+
+def extend(values: torch.Tensor, s: int, fill: int | float) -> torch.Tensor:
+    """``values`` ``[batch, n]`` with ``s`` columns of ``fill`` before them."""
+    return torch.cat([values.new_full((values.shape[0], s), fill), values], dim=1)

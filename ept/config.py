@@ -1,0 +1,279 @@
+"""EPTConfig: every choice of the method as a field, with PT and DePT as settings of it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PromptLearningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from ept_kernels.joint_prompt import ACTIVATIONS
+
+PEFT_TYPE = "EPT"
+TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS")
+PROMPT_INITS = ("SAMPLE_VOCAB", "RANDOM", "TEXT")
+
+# How a budget is shared out where the caller leaves it open: as the defaults do at d = 768, m = 256; without spaces, as
+# DePT's published default (60 prompt tokens, rank 30) does.
+_SHARES = {"prompt": 0.4, "low-rank": 0.4, "spaces": 0.2}
+_SHARES_WITHOUT_SPACES = {"prompt": 0.6, "low-rank": 0.4}
+
+
+@dataclass
+class EPTConfig(PromptLearningConfig):
+    """Configuration of an EPT adapter; also of prompt tuning and DePT, which are EPT with parts switched off.
+
+    The formulas are in the method's documentation; what the paper leaves open is this project's reconstruction and a
+    field here. Raises ``ValueError`` or ``TypeError`` that names the field, its value and what is allowed.
+    """
+
+    num_virtual_tokens: int = field(default=40, metadata={"help": "Length s of the short prompt; 0 for none."})
+    max_length: int = field(
+        default=256,
+        metadata={"help": "Longest input text m, in real tokens: the rows of A. Longer texts are refused when r > 0."},
+    )
+    r: int = field(
+        default=30, metadata={"help": "Rank of the update A·B of the input embeddings; 0 for none (prompt tuning)."}
+    )
+    alpha: float = field(default=8.0, metadata={"help": "The update is scaled by alpha/sqrt(r), as in DePT's code."})
+    num_spaces: int = field(default=4, metadata={"help": "Number K of gated spaces; 0 for none."})
+    space_dim: int = field(default=2, metadata={"help": "Width h of each space's bottleneck."})
+    space_activation: str = field(
+        default="gelu", metadata={"help": f"Activation inside a space, one of {', '.join(ACTIVATIONS)}."}
+    )
+    fusion: bool = field(
+        default=True,
+        metadata={"help": "Whether an attention fuses the low-rank update and the prompt into the prompt."},
+    )
+    fusion_dim: int = field(
+        default=0, metadata={"help": "Width a of the learned query and key maps of the fusion; 0 for no maps."}
+    )
+    fusion_score_scale: float | None = field(
+        default=None,
+        metadata={"help": "Factor of the fusion's scores; None for 1/sqrt(a), with a = d when there are no maps."},
+    )
+    embedding_scale: float | str = field(
+        default="auto",
+        metadata={
+            "help": "Unit rho of the parameters, in the table's units: 'auto' takes the root mean square of the base "
+            "model's embeddings, so that one learning rate serves every model; 1.0 is the raw parametrisation."
+        },
+    )
+    prompt_tuning_init: str = field(
+        default="SAMPLE_VOCAB",
+        metadata={
+            "help": "How the prompt starts: SAMPLE_VOCAB (rows of the table), RANDOM (normal, of unit rho) or TEXT."
+        },
+    )
+    prompt_tuning_init_text: str | None = field(
+        default=None,
+        metadata={"help": "With TEXT: the text whose token embeddings start the prompt, repeated to s rows."},
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "With TEXT: the tokenizer; None for the base model's own."}
+    )
+    base_dropout: bool = field(
+        default=False,
+        metadata={"help": "Whether the frozen model's dropout is on while training; off is more accurate."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the initialisation, the same on every device."})
+    folded: bool = field(
+        default=False,
+        metadata={"help": "Whether the adapter is in inference form: one prompt (s x d), one table (m x d)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self.num_transformer_submodules = 1
+        for name in ("num_virtual_tokens", "r", "num_spaces", "fusion_dim", "seed"):
+            self._check_integer(name, minimum=0)
+        for name in ("max_length", "space_dim"):
+            self._check_integer(name, minimum=1)
+        for name in ("fusion", "base_dropout", "folded"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        self._check_number("alpha")
+        if self.fusion_score_scale is not None:
+            self._check_number("fusion_score_scale")
+        if self.embedding_scale != "auto":
+            self._check_number("embedding_scale")
+            if float(self.embedding_scale) <= 0:
+                raise ValueError(f"embedding_scale must be 'auto' or a number above 0, got {self.embedding_scale!r}")
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)}, got {self.task_type!r}")
+        if self.space_activation not in ACTIVATIONS:
+            raise ValueError(f"space_activation must be one of {', '.join(ACTIVATIONS)}, got {self.space_activation!r}")
+        self.prompt_tuning_init = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)).upper()
+        if self.prompt_tuning_init not in PROMPT_INITS:
+            raise ValueError(
+                f"prompt_tuning_init must be one of {', '.join(PROMPT_INITS)}, got {self.prompt_tuning_init!r}"
+            )
+        if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
+            raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
+
+    @classmethod
+    def prompt_tuning(cls, num_virtual_tokens: int = 100, **fields: Any) -> EPTConfig:
+        """Prompt tuning (Lester et al., 2021): the prompt alone."""
+        return cls(num_virtual_tokens=num_virtual_tokens, r=0, fusion=False, num_spaces=0, **fields)
+
+    @classmethod
+    def dept(cls, num_virtual_tokens: int = 60, r: int = 30, **fields: Any) -> EPTConfig:
+        """DePT (Shi and Lipani, 2024): a shorter prompt and a low-rank update of the input embeddings."""
+        return cls(num_virtual_tokens=num_virtual_tokens, r=r, fusion=False, num_spaces=0, **fields)
+
+    @classmethod
+    def for_budget(cls, model_or_d: Any, max_length: int, budget: int, method: str = "ept", **fields: Any) -> EPTConfig:
+        """The configuration of ``method`` that uses a parameter budget best, never exceeding it.
+
+        Of the sizes ``num_virtual_tokens``, ``r``, ``num_spaces``, ``space_dim`` those not given in ``fields`` are
+        searched: as much of the budget as possible is spent, shared between prompt, low-rank part and spaces as nearly
+            as possible in
+        the proportions of the defaults (40 : 40 : 20; without spaces DePT's 60 : 40).
+
+        Args:
+            model_or_d: a model (its input embeddings are measured) or the embedding width d.
+            max_length: longest input text, in tokens.
+            budget: number of trainable parameters; heads in ``modules_to_save`` are not counted.
+            method: ``"ept"``, ``"dept"`` or ``"pt"``.
+            fields: other fields of the configuration, kept as they are.
+
+        Raises:
+            ValueError: no such configuration fits; the message names the smallest budget that would do.
+        """
+        d = model_or_d if isinstance(model_or_d, int) else _embedding_width(model_or_d)
+        fields = {"max_length": max_length, **_method_fields(method), **fields}
+        best: tuple[float, EPTConfig] | None = None
+        smallest: int | None = None
+        for sizes in _candidate_sizes(d, budget, fields):
+            config = cls(**{**fields, **sizes})
+            config, count = _spend_rest(config, d, budget, fields)
+            smallest = count if smallest is None else min(smallest, count)
+            if count <= budget:
+                loss = config._distance_from_shares(d, budget)
+                if best is None or loss < best[0]:
+                    best = (loss, config)
+        if best is None:
+            raise ValueError(
+                f"no {method} configuration has at most {budget} parameters with width {d} and "
+                f"max_length={max_length}: the smallest has {smallest}; raise the budget or lower max_length, r or "
+                "num_virtual_tokens"
+            )
+        return best[1]
+
+    def parameter_count(self, d: int) -> int:
+        """Trainable parameters of the adapter for embedding width ``d``, without heads in ``modules_to_save``."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes(d).values())
+
+    def parameter_shapes(self, d: int) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter by name, for embedding width ``d``; parts that are switched off are absent."""
+        s, m, r, K, h, a = (
+            self.num_virtual_tokens,
+            self.max_length,
+            self.r,
+            self.num_spaces,
+            self.space_dim,
+            self.fusion_dim,
+        )
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.folded:
+            return {"prompt": (s, d), **({"table": (m, d)} if r else {})}
+        if s:
+            shapes["prompt"] = (s, d)
+        if r:
+            shapes.update(A=(m, r), B=(r, d))
+        if s and self.fusion:
+            shapes["beta"] = (1,)
+            if a:
+                shapes.update(W_q=(d, a), W_k=(d, a))
+        if s and K:
+            shapes.update(D=(d, K * h), U=(K * h, d))
+            if K > 1:  # the gate of a single space is 1
+                shapes["G"] = (d, K)
+        return shapes
+
+    def lowrank_scale(self) -> float:
+        """``c = α/√r``; 0 without a low-rank part."""
+        return self.alpha / math.sqrt(self.r) if self.r else 0.0
+
+    def score_scale(self, d: int) -> float:
+        """``σ``, the factor of the fusion's scores for embedding width ``d``."""
+        return self.fusion_score_scale if self.fusion_score_scale is not None else 1 / math.sqrt(self.fusion_dim or d)
+
+    def _distance_from_shares(self, d: int, budget: int) -> float:
+        """How far this configuration is from spending ``budget`` in the usual proportions; 0 is perfect."""
+        shapes = self.parameter_shapes(d)
+        spent = {
+            "prompt": math.prod(shapes.get("prompt", (0,))),
+            "low-rank": sum(math.prod(shapes.get(name, (0,))) for name in ("A", "B")),
+            "spaces": sum(math.prod(shapes.get(name, (0,))) for name in ("D", "U", "G")),
+        }
+        used = sum(math.prod(shape) for shape in shapes.values())
+        shares = _SHARES if spent["spaces"] else _SHARES_WITHOUT_SPACES
+        present = {part: share for part, share in shares.items() if spent[part]}
+        total = sum(present.values()) or 1.0
+        off = sum(abs(spent[part] / budget - share / total) for part, share in present.items())
+        return off + 4 * (1 - used / budget)
+
+    def _check_integer(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+    def _check_number(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise TypeError(f"{name} must be a finite number, got {value!r}")
+
+
+def _embedding_width(model: Any) -> int:
+    embedding = model.get_input_embeddings()
+    return int(getattr(embedding, "embedding_dim", None) or embedding.weight.shape[1])
+
+
+def _method_fields(method: str) -> dict[str, Any]:
+    methods: dict[str, dict[str, Any]] = {
+        "ept": {},
+        "dept": {"fusion": False, "num_spaces": 0},
+        "pt": {"r": 0, "fusion": False, "num_spaces": 0},
+    }
+    if method not in methods:
+        raise ValueError(f"unknown method {method!r}: use one of {', '.join(methods)}")
+    return methods[method]
+
+
+def _candidate_sizes(d: int, budget: int, fields: dict[str, Any]) -> list[dict[str, int]]:
+    """Every (s, K, h) worth trying; the rank is then chosen to spend the rest."""
+    lengths = [fields["num_virtual_tokens"]] if "num_virtual_tokens" in fields else range(1, max(budget // d, 1) + 1)
+    spaces = [fields["num_spaces"]] if "num_spaces" in fields else [2, 4, 8]
+    widths = [fields["space_dim"]] if "space_dim" in fields else [1, 2, 3, 4, 6, 8, 12, 16]
+    if list(spaces) == [0]:
+        widths = [fields.get("space_dim", 2)]
+    return [{"num_virtual_tokens": s, "num_spaces": K, "space_dim": h} for s in lengths for K in spaces for h in widths]
+
+
+def _spend_rest(config: EPTConfig, d: int, budget: int, fields: dict[str, Any]) -> tuple[EPTConfig, int]:
+    """``config`` with the largest rank that fits, at least 1, unless the caller fixed the rank; and its size."""
+    if "r" not in fields:
+        config.r = 0
+        rest = budget - config.parameter_count(d)
+        config.r = max(rest // (config.max_length + d), 1)
+    return config, config.parameter_count(d)
+
+
+def register_with_peft() -> None:
+    """Makes ``PeftConfig.from_pretrained`` recognise saved EPT adapters; PEFT's enum of types is closed, its
+    mapping is not.
+    """
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)
+    if known is not None and known.__module__ != __name__:
+        warnings.warn(f"replacing another registration of the adapter type {PEFT_TYPE}: {known}", stacklevel=2)
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = EPTConfig
+
+
+register_with_peft()

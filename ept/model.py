@@ -1,0 +1,641 @@
+"""EPTModel: a frozen Hugging Face model with EPT adapters, behaving as PEFT's users expect."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import _set_adapter
+from torch import Tensor, nn
+
+from .adapter_files import check_weights, read_config, read_weights, write_adapter
+from .base_model import examine, extend, freeze, infer_task_type, input_embedding, set_mode
+from .config import PEFT_TYPE, EPTConfig
+from .mixed import embed_mixed
+from .prompt import EPTLayer, embedding_width, lookup, position_ids_of
+
+# PEFT finds the code that names an adapter's state by the adapter's type.
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
+
+_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+
+
+def get_ept_model(model: nn.Module, config: EPTConfig, adapter_name: str = "default") -> EPTModel:
+    """Wraps a Hugging Face model with a fresh EPT adapter; the model is frozen in place.
+
+    Args:
+        model: any model that takes ``inputs_embeds``: T5 family, Llama family and other decoders, BERT family
+            classifiers.
+        config: copied; ``task_type`` is inferred from the model if it is None.
+        adapter_name: the adapter's name.
+
+    Raises:
+        ValueError: the model or the configuration cannot work; the message says why.
+    """
+    return EPTModel(model, config, adapter_name)
+
+
+class EPTModel(PeftModel):
+    """A frozen base model and one or more EPT adapters, of which one is active.
+
+    Everything a :class:`peft.PeftModel` offers works: ``Trainer`` saves only the adapter, ``add_adapter``,
+    ``load_adapter``, ``set_adapter``, ``delete_adapter``, ``disable_adapter()``, ``get_nb_trainable_parameters``,
+    ``modules_to_save``. The base model is called with ordinary ``inputs_embeds``, mask and positions; nothing in it is
+    patched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: EPTConfig,
+        adapter_name: str = "default",
+        *,
+        initialise: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(model, PeftModel):
+            raise ValueError("the model already carries an adapter: pass the base model, or use add_adapter")
+        self._initialise_adapters = initialise
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.task_type = peft_config.task_type or infer_task_type(model)
+        self._facts = examine(model, str(peft_config.task_type))
+        freeze(model)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        if peft_config.inference_mode:
+            self._require_gradients(adapter_name, False)
+        self.train(self.training)
+
+    # Calling the model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        text_mask: Tensor | None = None,
+        logits_to_keep: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs the base model on the prompt and the updated text.
+
+        Args:
+            input_ids: ``[batch, n]``, or ``inputs_embeds`` ``[batch, n, d]``.
+            attention_mask: ``[batch, n]``, nonzero at real tokens.
+            labels: as for the base model, without the prompt: ``[batch, n]`` for CAUSAL_LM (−100 where there is none),
+                ``[batch, m]`` for SEQ_2_SEQ_LM, ``[batch]`` for SEQ_CLS.
+            text_mask: CAUSAL_LM: ``[batch, n]``, nonzero at input-text tokens, which get the low-rank update; by
+                default all real tokens without a label.
+            logits_to_keep: CAUSAL_LM: compute logits (and the loss) for the last so many positions only. While
+                training, with labels on the CPU, it is set to what the labels need. Otherwise logits cover prompt and
+                text.
+            num_items_in_batch: number of labels the loss is to be divided by, over all accumulated batches
+                (``Trainer`` passes it); None: the mean over this batch.
+            adapter_names: one adapter a row (``"__base__"`` for none) instead of the active one.
+            kwargs: passed on to the base model.
+
+        Returns:
+            The base model's output.
+        """
+        if self._adapters_disabled:
+            given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs}
+            if num_items_in_batch is not None:
+                given["num_items_in_batch"] = num_items_in_batch
+            if logits_to_keep is not None:
+                given["logits_to_keep"] = logits_to_keep
+            return self.base_model(input_ids, **{k: v for k, v in given.items() if v is not None})
+        causal = self.active_peft_config.task_type == "CAUSAL_LM"
+        if causal and text_mask is None and labels is not None:
+            text_mask = labels == -100
+        inputs = self._prepare(input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
+        s = inputs["attention_mask"].shape[1] - _length(input_ids, inputs_embeds) if causal else 0
+        if causal and labels is not None:
+            inputs["labels"] = extend(labels, s, -100) if s > 0 else labels
+            if logits_to_keep is None and self.training and labels.device.type == "cpu":
+                logits_to_keep = _label_span(inputs["labels"])
+            if logits_to_keep and "logits_to_keep" in self._facts.forward_arguments:
+                inputs["labels"] = inputs["labels"][:, -logits_to_keep:].contiguous()
+        elif labels is not None:
+            inputs["labels"] = labels.contiguous()
+        if logits_to_keep and "logits_to_keep" in self._facts.forward_arguments:
+            inputs["logits_to_keep"] = logits_to_keep
+        if self.training and labels is not None and "use_cache" in self._facts.forward_arguments:
+            inputs.setdefault("use_cache", False)
+        with self._heads_of(adapter_names):
+            output = self.base_model(**inputs)
+        if num_items_in_batch is not None and labels is not None:
+            _divide_loss(output, inputs["labels"], num_items_in_batch, shifted=causal)
+        return output
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The base model's ``generate`` after the prompt; takes its arguments. ``labels`` are ignored.
+
+        Decoder-only models return the input's ids followed by the new tokens, as without an adapter; ``max_length``
+        counts these and not the prompt. Logits processors that look at the text (``repetition_penalty``) see the new
+        tokens only.
+
+        Raises:
+            ValueError: the base model cannot generate, or ``max_length`` leaves no room for a new token.
+        """
+        if not hasattr(self.base_model, "generate"):
+            raise ValueError(f"{type(self.base_model).__name__} cannot generate")
+        if self._adapters_disabled:
+            return self.base_model.generate(input_ids, *args, **kwargs)
+        if input_ids is None:
+            input_ids = kwargs.pop("inputs", None)
+        kwargs.pop("labels", None)
+        adapter_names = kwargs.pop("adapter_names", None)
+        attention_mask, inputs_embeds = kwargs.pop("attention_mask", None), kwargs.pop("inputs_embeds", None)
+        kwargs.pop("text_mask", None)
+        if "generation_config" in self.__dict__:  # set on the wrapper by a user
+            kwargs.setdefault("generation_config", self.__dict__["generation_config"])
+        causal = self.active_peft_config.task_type == "CAUSAL_LM"
+        inputs = self._prepare(
+            input_ids, attention_mask, inputs_embeds, None, adapter_names, kwargs, prompt_beside_text=True
+        )
+        if not causal:
+            return self.base_model.generate(*args, **inputs)
+        # generate() counts positions from the mask itself, at every step.
+        inputs.pop("position_ids", None)
+        _count_new_tokens(inputs, _length(input_ids, inputs_embeds))
+        output = self.base_model.generate(*args, **inputs)
+        if input_ids is None:
+            return output
+        if isinstance(output, Tensor):
+            return _with_input(input_ids, output)
+        output.sequences = _with_input(input_ids, output.sequences)
+        return output
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within this context the bare base model answers, with its own heads."""
+        wrappers = [m for m in self.base_model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        required = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]
+        was_disabled = self._adapters_disabled
+        try:
+            self._adapters_disabled = True
+            for wrapper in wrappers:
+                wrapper.enable_adapters(False)
+            yield
+        finally:
+            self._adapters_disabled = was_disabled
+            if not was_disabled:
+                for wrapper in wrappers:
+                    wrapper.enable_adapters(True)
+            for parameter, requires_grad in required:
+                parameter.requires_grad_(requires_grad)
+
+    def get_prompt(self, batch_size: int = 1, *args: Any, **kwargs: Any) -> Tensor:
+        """The active adapter's joint prompt, once a row: ``[batch, s, d]`` float32."""
+        return self._layer().joint_prompt().expand(batch_size, -1, -1)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The joint prompt of ``adapter_name``, ``[s, d]`` float32 on the CPU."""
+        with torch.no_grad():
+            return self._layer(adapter_name).joint_prompt().cpu()
+
+    def train(self, mode: bool = True) -> EPTModel:
+        """Training mode for adapters and heads; the frozen model stays in ``eval`` mode unless ``base_dropout`` is
+        set.
+        """
+        super().train(mode)
+        config = self.peft_config.get(self.active_adapter) if isinstance(self.active_adapter, str) else None
+        set_mode(self.base_model, mode, dropout=bool(config and config.base_dropout))
+        for module in self.base_model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.train(mode)
+        return self
+
+    def fold(self, adapter_name: str | None = None) -> EPTModel:
+        """Turns an adapter (the active one) into its inference form, one prompt and one table, in place; returns the
+        model.
+
+        Outputs stay the same up to rounding. A folded adapter can be saved and loaded, and not trained.
+        """
+        name = adapter_name or self.active_adapter
+        if name not in self.peft_config:
+            raise ValueError(f"no adapter named {name!r}: loaded are {', '.join(self.peft_config)}")
+        self._layer(name).fold()
+        self.peft_config[name].folded = True
+        return self
+
+    # Adapters
+
+    def add_adapter(self, adapter_name: str, peft_config: EPTConfig, **kwargs: Any) -> None:
+        """Adds a fresh adapter. The active one stays active; a further one starts frozen until it is set active.
+
+        Raises:
+            ValueError: the name is taken, or the configuration does not fit the model.
+        """
+        if not isinstance(peft_config, EPTConfig):
+            raise ValueError(f"an EPT model takes EPTConfig adapters, got {type(peft_config).__name__}")
+        peft_config = copy.deepcopy(peft_config)
+        base = self.base_model
+        first = not self.peft_config
+        task_type = peft_config.task_type or infer_task_type(base)
+        if not first and task_type != self.active_peft_config.task_type:
+            raise ValueError(
+                f"adapter {adapter_name!r} is for {task_type}, the model for {self.active_peft_config.task_type}"
+            )
+        peft_config.task_type = task_type
+        if self._initialise_adapters or peft_config.base_model_name_or_path is None:
+            peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+        if task_type == "SEQ_CLS" and peft_config.modules_to_save is None:
+            peft_config.modules_to_save = _heads(base)
+        trainable = not first and any(p.requires_grad for p in self._layer().parameters())
+        super().add_adapter(adapter_name, peft_config, **kwargs)
+        if not first:
+            self._require_gradients(adapter_name, False)
+            _set_adapter(base, self.active_adapter, inference_mode=not trainable)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Makes ``adapter_name`` the active adapter, trainable unless ``inference_mode``; all others are frozen.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter named {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
+        self.active_adapter = adapter_name
+        _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
+        for name in self.prompt_encoder:
+            self._require_gradients(name, name == adapter_name and not inference_mode, heads=False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; if it was active, the first of the remaining ones becomes active.
+
+        Raises:
+            ValueError: there is no such adapter, or no other one would be left.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter named {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
+        if len(self.peft_config) == 1:
+            raise ValueError(f"{adapter_name!r} is the only adapter: use disable_adapter() or the base model itself")
+        super().delete_adapter(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Turns gradients of the named adapters on or off."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._require_gradients(name, requires_grad)
+
+    # Files
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``; adapters not named
+        ``default`` go to sub-folders of their name. Each file appears whole or not at all.
+
+        Raises:
+            ValueError: pickles were asked for, an adapter does not exist, or ``save_directory`` is a file.
+        """
+        if not safe_serialization:
+            raise ValueError("adapters are saved as safetensors only: leave safe_serialization=True")
+        if os.path.isfile(save_directory):
+            raise ValueError(f"{save_directory} is a file; give a folder to save into")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        for name in names:
+            if name not in self.peft_config:
+                raise ValueError(f"no adapter named {name!r}: loaded are {', '.join(self.peft_config)}")
+            state = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=False)
+            if is_main_process:
+                folder = save_directory if name == "default" else os.path.join(save_directory, name)
+                write_adapter(folder, self.peft_config[name], state)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: EPTConfig | None = None,
+        **kwargs: Any,
+    ) -> EPTModel:
+        """The base model with the adapter saved in ``model_id``, a local folder or a repository on the hub.
+
+        Args:
+            model: the base model the adapter was made for; it is frozen in place.
+            is_trainable: whether the adapter is to be trained further.
+            config: instead of the saved configuration.
+            kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
+
+        Raises:
+            FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
+        """
+        hub = _hub_arguments(kwargs)
+        config = copy.deepcopy(config) if config is not None else read_config(model_id, **hub)
+        config.inference_mode = not is_trainable
+        _check_fits(config, model, is_trainable)
+        check_weights(model_id, config.parameter_shapes(_width(model)), bool(config.modules_to_save), **hub)
+        wrapped = cls(model, config, adapter_name, initialise=False)
+        wrapped._initialise_adapters = True
+        wrapped.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **hub)
+        return wrapped if is_trainable else wrapped.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a saved adapter under a new name, or its weights into the existing adapter of that name.
+
+        The active adapter stays the same. Nothing changes if the files are refused.
+
+        Raises:
+            FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
+        """
+        hub = _hub_arguments(kwargs)
+        added = adapter_name not in self.peft_config
+        if added:
+            config = read_config(model_id, **hub)
+            config.inference_mode = not is_trainable
+            _check_fits(config, self.base_model, is_trainable)
+            # Before anything is made: a configuration may claim sizes that its file does not have.
+            check_weights(
+                model_id, config.parameter_shapes(_width(self.base_model)), bool(config.modules_to_save), **hub
+            )
+            self._initialise_adapters = False
+            try:
+                self.add_adapter(adapter_name, config)
+            finally:
+                self._initialise_adapters = True
+            self._require_gradients(adapter_name, is_trainable)
+        try:
+            expected = get_peft_model_state_dict(self, None, adapter_name, save_embedding_layers=False)
+            shapes = {name: tuple(t.shape) for name, t in expected.items() if name != "embedding_scale"}
+            state = read_weights(model_id, shapes, **hub)
+        except Exception:
+            if added and len(self.peft_config) > 1:
+                self.delete_adapter(adapter_name)
+            raise
+        result = set_peft_model_state_dict(self, state, adapter_name)
+        result.missing_keys.clear()  # PEFT lists the base model's weights here, which are not the adapter's
+        if not is_trainable and added:
+            self.eval()
+        return result
+
+    # Inside
+
+    base_model: Any
+    prompt_encoder: nn.ModuleDict
+    _adapters_disabled = False
+
+    def _layer(self, adapter_name: str | None = None) -> EPTLayer:
+        layer = self.prompt_encoder[self.active_adapter if adapter_name is None else adapter_name]
+        assert isinstance(layer, EPTLayer)
+        return layer
+
+    def _setup_prompt_encoder(self, adapter_name: str) -> None:
+        """PEFT's hook of ``add_adapter``: makes the adapter's parameters."""
+        if "prompt_encoder" not in self._modules:
+            self.prompt_encoder = nn.ModuleDict()
+            self.prompt_tokens: dict[str, Tensor] = {}
+        config = self.peft_config[adapter_name]
+        layer = EPTLayer(config, input_embedding(self.base_model), initialise=self._initialise_adapters)
+        config.token_dim = layer.d
+        self.prompt_encoder[adapter_name] = layer
+        self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)
+
+    def _prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        return model  # the embeddings require a gradient by themselves
+
+    def _prepare(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        text_mask: Tensor | None,
+        adapter_names: Sequence[str] | None,
+        kwargs: dict[str, Any],
+        prompt_beside_text: bool = False,
+    ) -> dict[str, Any]:
+        """What the base model is called with: embeddings, mask and positions that cover prompt and text."""
+        inputs = dict(kwargs)
+        if inputs.pop("position_ids", None) is not None:
+            warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
+        if inputs.get("encoder_outputs") is not None:  # the encoder has seen the prompt already
+            states = inputs["encoder_outputs"][0]
+            if attention_mask is not None:
+                inputs["attention_mask"] = extend(attention_mask, states.shape[1] - attention_mask.shape[1], 1)
+            return inputs
+        embedding, layer = input_embedding(self.base_model), self._layer()
+        s = layer.config.num_virtual_tokens
+        if cached := _cached_length(inputs):
+            ids, table, ones = lookup(embedding, input_ids, inputs_embeds, None, layer.d)
+            mask = extend(ones, cached, 1) if attention_mask is None else attention_mask
+            return self._continue(table[ids], mask, s, cached, inputs)
+        if adapter_names is not None:
+            ids, table, mask = lookup(embedding, input_ids, inputs_embeds, attention_mask, layer.d)
+            layers = {name: self._layer(name) for name in self.prompt_encoder}
+            embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
+            s = embeds.shape[1] - ids.shape[1]
+            positions = position_ids_of(mask)
+        else:
+            embeds, mask, positions = layer(
+                input_ids, attention_mask, inputs_embeds=inputs_embeds, text_mask=text_mask, embedding=embedding
+            )
+        self._check_positions(embeds.shape[1], s)
+        if self._facts.pools_last:
+            embeds, mask, positions = _sort_padding(embeds, mask, last=False)
+        elif adapter_names is not None and self.active_peft_config.task_type == "SEQ_CLS":
+            embeds, mask, positions = _sort_padding(embeds, mask, last=True)  # the first row is pooled
+        elif s and (prompt_beside_text or self._facts.prompt_beside_text):
+            order = _beside_text(mask, s)
+            if order is not None:
+                embeds, mask, positions = _take(embeds, mask, order)
+        inputs.update(inputs_embeds=embeds, attention_mask=mask)
+        if self._facts.takes_position_ids:
+            inputs["position_ids"] = self._model_positions(positions, mask)
+        if inputs.get("token_type_ids") is not None:
+            inputs["token_type_ids"] = extend(inputs["token_type_ids"], s, 0)
+        return inputs
+
+    def _continue(self, embeds: Tensor, mask: Tensor, s: int, cached: int, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Tokens after a cache that holds prompt and text: they are generated ones and get no update."""
+        new = embeds.shape[1]
+        if mask.shape[1] == cached + new - s:
+            mask = extend(mask, s, 1)
+            order = _beside_text(mask, s) if s and self._facts.prompt_beside_text else None
+            mask = mask if order is None else mask.gather(1, order)
+        if mask.shape[1] != cached + new:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} tokens; with {cached} cached positions and {new} new tokens "
+                f"it must cover {cached + new - s} (text) or {cached + new} (prompt and text)"
+            )
+        inputs.update(inputs_embeds=embeds, attention_mask=mask)
+        if self._facts.takes_position_ids:
+            inputs["position_ids"] = self._model_positions(position_ids_of(mask), mask)[:, -new:]
+        return inputs
+
+    def _model_positions(self, positions: Tensor, mask: Tensor) -> Tensor:
+        """Positions as the model numbers them; RoBERTa's begin after its padding index, which padding keeps."""
+        offset = self._facts.position_offset
+        if not offset:
+            return positions
+        return torch.where(mask.bool(), positions + offset, offset - 1)
+
+    def _check_positions(self, length: int, s: int) -> None:
+        limit = self._facts.position_limit
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"{s} prompt tokens and {length - s} text tokens make {length} positions, "
+                f"{type(self.base_model).__name__} has {limit}: truncate the text to {limit - s} tokens"
+            )
+
+    @contextmanager
+    def _heads_of(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """Each row through the head of its own adapter."""
+        if adapter_names is None:
+            yield
+            return
+
+        def choose(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            return args, {**kwargs, "adapter_names": list(adapter_names)}
+
+        wrappers = [m for m in self.base_model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        handles = [w.register_forward_pre_hook(partial(choose), with_kwargs=True) for w in wrappers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _require_gradients(self, adapter_name: str, required: bool, heads: bool = True) -> None:
+        layer = self._layer(adapter_name)
+        layer.requires_grad_(required and not layer.config.folded)
+        if heads:
+            for module in self.base_model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module.modules_to_save:
+                    module.modules_to_save[adapter_name].requires_grad_(required)
+
+
+def _length(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    given = input_ids if input_ids is not None else inputs_embeds
+    return 0 if given is None else given.shape[1]
+
+
+def _cached_length(inputs: dict[str, Any]) -> int:
+    cache = inputs.get("past_key_values")
+    return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+
+
+def _label_span(labels: Tensor) -> int | None:
+    """How many of the last positions need logits: those of the labels and the one before. None: all."""
+    columns = (labels != -100).any(0).nonzero()
+    if not len(columns):
+        return None
+    return min(labels.shape[1] - int(columns[0]) + 1, labels.shape[1])
+
+
+def _divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool) -> None:
+    """Turns the mean over this batch's labels into their sum over ``num_items``, in place."""
+    counted = (labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(-100).sum()
+    factor = counted / num_items
+    output["loss"] = output["loss"] * factor.to(output["loss"].device)
+
+
+def _beside_text(mask: Tensor, s: int) -> Tensor | None:
+    """Order that moves padding between prompt and text before the prompt; text keeps its places. None: nothing to
+    move.
+    """
+    leading = (mask[:, s:].cumsum(1) == 0).sum(1, keepdim=True)  # [batch, 1]
+    if mask.device.type == "cpu" and not bool(leading.any()):
+        return None
+    index = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(index < leading, index + s, torch.where(index < leading + s, index - leading, index))
+
+
+def _sort_padding(embeds: Tensor, mask: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Moves all padding behind (``last``) or before the real rows, which keep their order."""
+    return _take(embeds, mask, torch.sort(mask.bool().to(torch.int8), dim=1, stable=True, descending=last).indices)
+
+
+def _take(embeds: Tensor, mask: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mask = mask.gather(1, source)
+    return torch.take_along_dim(embeds, source[..., None], dim=1), mask, position_ids_of(mask)
+
+
+def _count_new_tokens(inputs: dict[str, Any], n: int) -> None:
+    """``max_length`` and ``min_length`` count input and new tokens; the base model, given embeddings, would count
+    the prompt too.
+    """
+    config = inputs.get("generation_config")
+    for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = inputs.pop(bound, None)
+        if value is None and config is not None and getattr(config, new, None) is None:
+            value = getattr(config, bound, None)
+        if value is None or inputs.get(new) is not None:
+            continue
+        if bound == "max_length" and value <= n:
+            raise ValueError(
+                f"max_length={value} leaves no room after {n} input tokens: raise it or use max_new_tokens"
+            )
+        inputs[new] = max(value - n, 0)
+
+
+def _with_input(input_ids: Tensor, sequences: Tensor) -> Tensor:
+    repeats = sequences.shape[0] // input_ids.shape[0]
+    return torch.cat([input_ids.to(sequences.device).repeat_interleave(repeats, dim=0), sequences], dim=1)
+
+
+def _heads(model: Any) -> list[str]:
+    """Top-level modules of a classifier that are no part of its backbone: freshly initialised, to be trained and
+    saved.
+    """
+    backbone = getattr(model, "base_model_prefix", "")
+    heads = [
+        name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
+    ]
+    if not heads:
+        raise ValueError(f"found no classification head in {type(model).__name__}: name it in modules_to_save")
+    return heads
+
+
+def _width(model: Any) -> int:
+    return embedding_width(input_embedding(model))
+
+
+def _check_fits(config: EPTConfig, model: Any, is_trainable: bool) -> None:
+    width = _width(model)
+    ours, theirs = getattr(model, "name_or_path", None), config.base_model_name_or_path
+    if config.token_dim is not None and config.token_dim != width:
+        raise ValueError(
+            f"the adapter was made for embeddings of width {config.token_dim} ({theirs or 'unnamed'}), "
+            f"{ours or type(model).__name__} has {width}: load it with its own base model"
+        )
+    if config.folded and is_trainable:
+        raise ValueError(
+            "the adapter is folded into its inference form and cannot be trained: load the one it was folded from"
+        )
+    if ours and theirs and str(ours) != str(theirs):
+        warnings.warn(
+            f"the adapter was made for {theirs!r}, this base model is {ours!r}; results are those of the adapter "
+            "only if the weights are the same",
+            stacklevel=3,
+        )
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}

@@ -1,0 +1,225 @@
+"""EPTLayer alone: in a plain loop, on plain and unusual embeddings, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_models import make_model
+from torch import nn
+
+from ept import EPTConfig, EPTLayer
+from ept.prompt import embedding_rms
+
+SMALL = {"num_virtual_tokens": 4, "max_length": 8, "r": 2}
+
+
+def make_embedding(scale: float = 1.0, kind: type[nn.Embedding] = nn.Embedding) -> nn.Embedding:
+    torch.manual_seed(0)
+    embedding = kind(50, 16)
+    embedding.weight.requires_grad_(False).mul_(scale)
+    return embedding
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As in Gemma and BART: the module multiplies what it looks up."""
+
+    def forward(self, ids):
+        return super().forward(ids) * 4
+
+
+def test_output_is_prompt_then_updated_text():
+    embedding = make_embedding()
+    layer = EPTLayer(EPTConfig(**SMALL), embedding)
+    nn.init.normal_(layer.B)
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    embeds, full_mask, position_ids = layer(ids, mask)
+    C = layer.embedding_scale * 8 / math.sqrt(2) * layer.A @ layer.B
+    torch.testing.assert_close(embeds[:, :4], layer.joint_prompt().expand(2, -1, -1))
+    torch.testing.assert_close(embeds[0, 6:], embedding.weight[ids[0, 2:]] + C[:3])  # positions count real tokens
+    assert torch.equal(embeds[0, 4:6], embedding.weight[ids[0, :2]])  # padding gets no update
+    torch.testing.assert_close(embeds[1, 4:], embedding.weight[ids[1]] + C[:5])
+    assert full_mask.tolist() == [[1, 1, 1, 1, 0, 0, 1, 1, 1], [1] * 9]
+    assert position_ids.tolist() == [[0, 1, 2, 3, 3, 3, 4, 5, 6], list(range(9))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_mask_keeps_its_dtype(dtype):
+    layer = EPTLayer(EPTConfig(**SMALL), make_embedding())
+    _, mask, _ = layer(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=dtype))
+    assert mask.dtype == dtype
+    assert mask.shape == (1, 7)
+
+
+@pytest.mark.parametrize("scale", [0.02, 10.0])
+def test_scale_is_the_root_mean_square_of_the_embeddings(scale):
+    embedding = make_embedding(scale)
+    layer = EPTLayer(EPTConfig(**SMALL), embedding)
+    assert layer.embedding_scale == pytest.approx(float(embedding.weight.double().square().mean().sqrt()), rel=1e-6)
+    assert layer.prompt.detach().square().mean().sqrt() == pytest.approx(1, abs=0.3)  # parameters are in units of it
+    assert EPTLayer(EPTConfig(**SMALL, embedding_scale=1.0), embedding).embedding_scale == 1.0
+
+
+def test_embedding_that_scales_inside_is_honoured():
+    embedding = make_embedding(kind=ScaledEmbedding)
+    assert embedding_rms(embedding) == pytest.approx(4 * embedding_rms(make_embedding()))
+    layer = EPTLayer(EPTConfig.prompt_tuning(0), embedding)
+    ids = torch.tensor([[3, 4]])
+    assert torch.equal(layer(ids)[0], 4 * embedding.weight[ids])
+
+
+def test_hooked_resized_and_trainable_embeddings_are_honoured():
+    embedding = make_embedding()
+    layer = EPTLayer(EPTConfig.prompt_tuning(0), embedding)
+    ids = torch.tensor([[3, 4]])
+    handle = embedding.register_forward_hook(lambda module, args, output: output + 1)
+    assert torch.equal(layer(ids)[0], embedding.weight[ids] + 1)
+    handle.remove()
+    embedding.weight = nn.Parameter(torch.ones(60, 16))
+    output = layer(torch.tensor([[59]]))[0]
+    assert torch.equal(output, torch.ones(1, 1, 16))
+    output.sum().backward()
+    assert embedding.weight.grad[59].tolist() == [1.0] * 16
+    assert not embedding.weight.grad[:59].any()
+
+
+def test_given_embeddings_take_the_place_of_ids():
+    embedding = make_embedding()
+    layer = EPTLayer(EPTConfig(**SMALL), embedding)
+    nn.init.normal_(layer.B)
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(layer(inputs_embeds=embedding(ids))[0], layer(ids)[0])
+
+
+def test_a_plain_loop_learns():
+    """No PEFT, no transformers: the layer in front of any network."""
+    torch.manual_seed(0)
+    embedding, network = (
+        make_embedding(),
+        nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 2)).requires_grad_(False),
+    )
+    layer = EPTLayer(EPTConfig(**SMALL), embedding)
+    ids, labels = torch.randint(0, 50, (16, 6)), torch.ones(16, dtype=torch.long)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+    losses = []
+    for _ in range(100):
+        embeds, mask, _ = layer(ids)
+        hidden = (embeds * mask[..., None]).mean(1)
+        loss = nn.functional.cross_entropy(network(hidden), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_same_seed_same_parameters_and_methods_share_the_prompt():
+    embedding = make_embedding()
+    a, b, other = (EPTLayer(EPTConfig(**SMALL, seed=seed), embedding) for seed in (1, 1, 2))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.prompt, other.prompt)
+    pt = EPTLayer(EPTConfig.prompt_tuning(4, seed=1), embedding)
+    assert torch.equal(pt.prompt, a.prompt)
+    assert torch.equal(pt.joint_prompt(), a.joint_prompt())  # at the start EPT is prompt tuning, bit for bit
+
+
+def test_initialisation_from_text_repeats_its_tokens():
+    embedding = make_embedding()
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [7, 8, 9]}
+
+    config = EPTConfig(**SMALL, prompt_tuning_init="TEXT", prompt_tuning_init_text="a b c")
+    layer = EPTLayer(config, embedding, tokenizer=tokenizer)
+    torch.testing.assert_close(layer.prompt * layer.embedding_scale, embedding.weight[[7, 8, 9, 7]])
+
+
+def test_random_initialisation_has_unit_variance():
+    layer = EPTLayer(EPTConfig(num_virtual_tokens=500, prompt_tuning_init="RANDOM"), make_embedding())
+    assert layer.prompt.detach().std() == pytest.approx(1, abs=0.05)
+
+
+def test_fold_keeps_the_outputs_and_leaves_one_prompt_and_one_table():
+    layer = EPTLayer(EPTConfig(**SMALL, fusion_dim=3), make_embedding(10.0))
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    ids, mask = torch.tensor([[3, 4, 5], [6, 7, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    before = layer(ids, mask)[0]
+    layer.fold()
+    layer.fold()  # a second time changes nothing
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {"prompt": (4, 16), "table": (8, 16)}
+    torch.testing.assert_close(layer(ids, mask)[0], before, rtol=1e-5, atol=1e-5 * float(before.detach().abs().max()))
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_state_carries_the_unit():
+    config = EPTConfig(**SMALL)
+    layer, other = EPTLayer(config, make_embedding(10.0)), EPTLayer(config, make_embedding(0.02))
+    other.load_state_dict(copy.deepcopy(layer.state_dict()))
+    assert other.embedding_scale == layer.embedding_scale
+    assert torch.equal(other.joint_prompt(), layer.joint_prompt())
+
+
+def test_unit_survives_a_change_of_dtype():
+    layer = EPTLayer(EPTConfig(**SMALL), make_embedding(0.02))
+    scale = layer.embedding_scale
+    layer.to(torch.bfloat16).to(torch.float32)
+    assert layer.embedding_scale == scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_output_has_the_embeddings_dtype(dtype):
+    layer = EPTLayer(EPTConfig(**SMALL), make_embedding().to(dtype))
+    assert layer(torch.tensor([[1, 2]]))[0].dtype == dtype
+    assert layer.prompt.dtype == torch.float32
+
+
+def test_padding_beyond_max_length_is_no_error():
+    layer = EPTLayer(EPTConfig(**SMALL), make_embedding())
+    ids = torch.ones(1, 12, dtype=torch.long)
+    mask = torch.tensor([[0] * 4 + [1] * 8])
+    assert layer(ids, mask)[0].shape == (1, 16, 16)
+
+
+BAD = [
+    (
+        {"input_ids": torch.ones(2, 9, dtype=torch.long)},
+        "input has 9 tokens, the adapter was made for max_length=8: truncate to 8 or train with a larger max_length",
+    ),
+    ({}, "exactly one of input_ids and inputs_embeds"),
+    ({"input_ids": torch.ones(3, dtype=torch.long)}, r"input_ids must be integers of shape \[batch, length\]"),
+    ({"input_ids": torch.ones(1, 3)}, r"input_ids must be integers .* torch.float32"),
+    ({"inputs_embeds": torch.ones(1, 3, 15)}, r"inputs_embeds must have shape \[batch, length, 16\], got \[1, 3, 15\]"),
+    (
+        {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 1, 3, 3)},
+        r"attention_mask must have the shape of the input, \[1, 3\], got \[1, 1, 3, 3\]",
+    ),
+    (
+        {"input_ids": torch.ones(1, 3, dtype=torch.long), "text_mask": torch.ones(1, 2)},
+        r"text_mask must have shape \[1, 3\], got \[1, 2\]",
+    ),
+]
+
+
+@pytest.mark.parametrize("inputs, message", BAD, ids=[message[:30] for _, message in BAD])
+def test_bad_input_is_named(inputs, message):
+    layer = EPTLayer(EPTConfig(**SMALL), make_embedding())
+    with pytest.raises(ValueError, match=message):
+        layer(**inputs)
+
+
+def test_embeddings_without_a_unit_are_refused():
+    embedding = make_embedding()
+    embedding.weight.zero_()
+    with pytest.raises(ValueError, match=r"root mean square of the input embeddings is 0\.0"):
+        EPTLayer(EPTConfig(**SMALL), embedding)
+
+
+def test_embedding_is_no_part_of_the_layer():
+    layer = EPTLayer(EPTConfig(**SMALL), make_model("llama").get_input_embeddings())
+    assert set(layer.state_dict()) == {"prompt", "A", "B", "beta", "D", "U", "G", "_extra_state"}
+    assert copy.deepcopy(layer)(torch.tensor([[4, 5]]))[0].shape == (1, 6, 32)

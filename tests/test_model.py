@@ -1,0 +1,474 @@
+"""EPTModel on the three task types: equalities the method promises, padding, generation, gradients, adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import DECODERS, ONE_A_TASK, TASK_OF, VOCAB, make_batch, make_model, randomise
+
+from ept import EPTConfig, get_ept_model
+
+SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
+
+
+def adapted(name: str, seed: int | None = 1, model_changes: dict | None = None, **fields):
+    """An EPT model with every parameter away from its start (``seed=None``: at its start)."""
+    model = get_ept_model(make_model(name, **(model_changes or {})), EPTConfig(**{**SMALL, **fields}))
+    if seed is not None:
+        randomise(model, seed)
+    return model.eval()
+
+
+def logits_of(model, batch):
+    with torch.no_grad():
+        return model(**{k: v for k, v in batch.items() if k != "labels" or TASK_OF_MODEL(model) != "CAUSAL_LM"}).logits
+
+
+def TASK_OF_MODEL(model):
+    return model.active_peft_config.task_type
+
+
+@pytest.mark.parametrize("name", ONE_A_TASK)
+def test_at_the_start_ept_is_prompt_tuning_bit_for_bit(name):
+    batch = make_batch(name)
+    ept = logits_of(adapted(name, seed=None), batch)
+    pt = logits_of(get_ept_model(make_model(name), EPTConfig.prompt_tuning(5)).eval(), batch)
+    dept = logits_of(get_ept_model(make_model(name), EPTConfig.dept(5, 3, max_length=12)).eval(), batch)
+    assert torch.equal(ept, pt)
+    assert torch.equal(ept, dept)
+
+
+@pytest.mark.parametrize("fields", [{}, {"fusion_dim": 4}, {"num_spaces": 1}, {"fusion": False}, {"r": 0}], ids=str)
+def test_every_variant_starts_as_prompt_tuning(fields):
+    batch = make_batch("llama")
+    pt = get_ept_model(make_model("llama"), EPTConfig.prompt_tuning(5)).eval()
+    assert torch.equal(logits_of(adapted("llama", seed=None, **fields), batch), logits_of(pt, batch))
+
+
+def real_logits(model, batch, row):
+    """Logits of row ``row`` at its real text tokens, as if it were alone."""
+    output = logits_of(model, batch)
+    s = output.shape[1] - batch["input_ids"].shape[1]
+    return output[row, s:][batch["attention_mask"][row].bool()]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoder_logits_do_not_depend_on_padding(name):
+    model = adapted(name)
+    lengths = (9, 4, 1)
+    sides = {side: make_batch(name, lengths, side) for side in ("left", "right")}
+    for row, length in enumerate(lengths):
+        alone = {k: sides["right"][k][row : row + 1, :length] for k in ("input_ids", "attention_mask")}
+        expected = real_logits(model, alone, 0)
+        for side, batch in sides.items():
+            torch.testing.assert_close(
+                real_logits(model, batch, row), expected, rtol=1e-5, atol=1e-5, msg=lambda m, s=side: f"{s}: {m}"
+            )
+
+
+def test_prompt_stays_inside_a_sliding_window_whatever_the_padding():
+    """Window 12: with 20 padding tokens between prompt and text the prompt would fall out of sight."""
+    model = adapted("mistral", max_length=40)
+    short = make_batch("mistral", (6,), "left")
+    padded = make_batch("mistral", (30, 6), "left")
+    padded["input_ids"][1, -6:] = short["input_ids"][0]
+    torch.testing.assert_close(real_logits(model, padded, 1), real_logits(model, short, 0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "bert", "roberta"])
+def test_right_padding_changes_nothing_elsewhere(name):
+    model = adapted(name)
+    batch = make_batch(name, (9, 4))
+    for row, length in enumerate((9, 4)):
+        alone = {k: v[row : row + 1] for k, v in batch.items()}
+        alone |= {k: batch[k][row : row + 1, :length] for k in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(logits_of(model, alone)[0], logits_of(model, batch)[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "roberta", "llama_classifier"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_side_of_padding_changes_nothing(name, side):
+    model = adapted(name)
+    alone = make_batch(name, (4,))
+    batch = make_batch(name, (9, 4), side)
+    batch["input_ids"][1, -4 if side == "left" else 0 :][:4] = alone["input_ids"][0]
+    batch["labels"][1] = alone["labels"][0]
+    torch.testing.assert_close(logits_of(model, batch)[1], logits_of(model, alone)[0], rtol=1e-5, atol=1e-5)
+
+
+def greedy_by_forward(model, batch, steps, cached):
+    """Step-by-step argmax of forwards: whole ones, or one token at a time after a cache."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    text = mask.clone()
+    cache = None
+    for _ in range(steps):
+        inputs = {"input_ids": ids[:, -1:], "past_key_values": cache} if cache is not None else {"input_ids": ids}
+        if cache is None:
+            inputs["text_mask"] = text
+        with torch.no_grad():
+            output = model(**inputs, attention_mask=mask, use_cache=cached)
+        cache = output.past_key_values if cached else None
+        ids = torch.cat([ids, output.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        text = torch.cat([text, text.new_zeros(len(text), 1)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_generation_is_argmax_of_forwards(name, cached):
+    model = adapted(name)
+    batch = make_batch(name, (8, 3), "left")
+    generated = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        use_cache=cached,
+        eos_token_id=None,
+    )
+    assert torch.equal(generated, greedy_by_forward(model, batch, 6, cached))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+def test_seq2seq_generation_is_argmax_of_forwards(name, cached):
+    model = adapted(name)
+    batch = make_batch(name, (8, 3))
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    generated = model.generate(
+        **inputs, max_new_tokens=5, do_sample=False, use_cache=cached, eos_token_id=None, labels=batch["labels"]
+    )
+    decoded = torch.full((2, 1), model.config.decoder_start_token_id)
+    for _ in range(5):
+        with torch.no_grad():
+            step = model(**inputs, decoder_input_ids=decoded).logits[:, -1].argmax(-1, keepdim=True)
+        decoded = torch.cat([decoded, step], dim=1)
+    assert torch.equal(generated, decoded)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_sampling_and_beams(name):
+    model = adapted(name)
+    batch = make_batch(name, (8, 3), "left" if name == "llama" else "right")
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    torch.manual_seed(0)
+    sampled = model.generate(**inputs, do_sample=True, max_new_tokens=4, num_return_sequences=3)
+    assert sampled.shape[0] == 6
+    beams = model.generate(
+        **inputs, num_beams=3, do_sample=False, max_new_tokens=4, return_dict_in_generate=True, output_scores=True
+    )
+    assert beams.sequences.shape[0] == 2
+    if name == "llama":
+        assert torch.equal(beams.sequences[:, :8], batch["input_ids"])
+        assert torch.equal(sampled[:, :8], batch["input_ids"].repeat_interleave(3, 0))
+
+
+def test_beams_score_what_the_forward_says():
+    """The best of exhaustive beams over two steps is the best pair of tokens by teacher-forced likelihood."""
+    model = adapted("llama")
+    batch = make_batch("llama", (4,), "left")
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    best = model.generate(**inputs, num_beams=VOCAB, do_sample=False, max_new_tokens=2, eos_token_id=None)[0, -2:]
+    with torch.no_grad():
+        first = model(**inputs).logits[0, -1].log_softmax(-1)
+        ids = torch.cat([batch["input_ids"].expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], dim=1)
+        text = torch.tensor([[1, 1, 1, 1, 0]]).expand(VOCAB, -1)
+        second = model(input_ids=ids, text_mask=text).logits[:, -1].log_softmax(-1)
+    pair = (first[:, None] + second).flatten().argmax()
+    assert best.tolist() == [int(pair) // VOCAB, int(pair) % VOCAB]
+
+
+def test_max_length_counts_the_text_and_not_the_prompt():
+    model = adapted("llama")
+    ids = make_batch("llama", (6,))["input_ids"]
+    assert model.generate(ids, max_length=9, do_sample=False, eos_token_id=None).shape == (1, 9)
+    with pytest.raises(ValueError, match="max_length=6 leaves no room after 6 input tokens"):
+        model.generate(ids, max_length=6)
+
+
+@pytest.mark.parametrize("name", ONE_A_TASK)
+def test_fold_changes_nothing(name):
+    model = adapted(name)
+    batch = make_batch(name, (8, 3), "left" if name == "llama" else "right")
+    before = logits_of(model, batch)
+    generated = (
+        model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4, do_sample=False)
+        if name != "bert"
+        else None
+    )
+    model.fold()
+    torch.testing.assert_close(logits_of(model, batch), before, rtol=1e-5, atol=1e-5)
+    if generated is not None:
+        again = model.generate(
+            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4, do_sample=False
+        )
+        assert torch.equal(again, generated)
+
+
+@pytest.mark.parametrize("name", [*ONE_A_TASK, "gemma", "bart"])
+def test_gradients_reach_the_adapter_and_nothing_else(name):
+    model = adapted(name, seed=None, fusion_dim=3).train()
+    batch = make_batch(name)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    trained = {n: p for n, p in model.named_parameters() if "prompt_encoder" in n or "modules_to_save" in n}
+    base = {n: p for n, p in model.named_parameters() if n not in trained}
+    assert not any(p.requires_grad or p.grad is not None for p in base.values())
+    assert len([n for n in trained if "prompt_encoder" in n]) == 9
+    assert all(p.requires_grad and p.grad is not None for p in trained.values())
+    # G sits behind U, which is zero in the first step; after two steps every part has moved.
+    assert all(p.grad.abs().sum() > 0 for p in trained.values())
+
+
+def test_base_is_in_eval_mode_while_training_unless_asked_otherwise():
+    def training_modules(model):
+        return {type(m).__name__ for m in model.train().base_model.modules() if m.training}
+
+    assert training_modules(adapted("t5", model_changes={"dropout_rate": 0.1})) == set()
+    assert "T5ForConditionalGeneration" in training_modules(adapted("t5", base_dropout=True))
+    assert training_modules(adapted("bert")) == {"ModulesToSaveWrapper", "ModuleDict", "Linear"}
+
+
+def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted("llama")
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        calls = []
+        model.base_model.model.layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model.train()
+        model(**make_batch("llama")).loss.backward()
+        assert len(calls) == (2 if checkpointing else 1)
+        gradients.append([p.grad for p in model.prompt_encoder.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_logits_only_where_labels_are(name):
+    model = adapted(name)
+    batch = make_batch(name, (8, 5), "left")
+    whole = model(**batch)
+    model.train()
+    kept = model(**batch)
+    assert kept.logits.shape[1] == 3
+    torch.testing.assert_close(kept.loss, whole.loss)
+    torch.testing.assert_close(kept.logits, whole.logits[:, -3:], rtol=1e-4, atol=1e-5)
+    model.eval()
+    assert model(**batch, logits_to_keep=2).logits.shape[1] == 2
+
+
+def test_labels_get_no_update_so_training_and_generation_agree():
+    model = adapted("llama")
+    batch = make_batch("llama", (8,))
+    labelled = model(**batch).logits
+    text = (batch["labels"] == -100).long()
+    unlabelled = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}, text_mask=text).logits
+    assert torch.equal(labelled, unlabelled)
+    everything = model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits
+    assert not torch.allclose(everything, unlabelled)
+
+
+@pytest.mark.parametrize("name", [*ONE_A_TASK, "bart", "gpt2", "roberta"])
+def test_loss_divided_by_given_number_of_items_sums_over_batches(name):
+    """What gradient accumulation needs: parts add up to the whole, labels of unequal number included."""
+    model = adapted(name)
+    batch = make_batch(name, (8, 5, 7, 4))
+    if batch["labels"].dim() == 2:
+        batch["labels"][1] = batch["labels"][1].where(
+            torch.arange(batch["labels"].shape[1]) != int((batch["labels"][1] != -100).nonzero()[0]), -100
+        )
+    items = (batch["labels"] != -100).sum()
+    whole = model(**batch).loss
+    parts = [model(**{k: v[i : i + 1] for k, v in batch.items()}, num_items_in_batch=items).loss for i in range(4)]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_is_a_peft_model_and_counts_as_one(capsys):
+    model = adapted("llama", seed=None)
+    assert isinstance(model, PeftModel)
+    expected = EPTConfig(**SMALL).parameter_count(32)
+    assert model.get_nb_trainable_parameters() == (expected, sum(p.numel() for p in model.parameters()))
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith(f"trainable params: {expected:,} || all params: ")
+
+
+@pytest.mark.parametrize("name", ONE_A_TASK)
+def test_disabled_adapter_is_the_bare_model(name):
+    bare, batch = make_model(name), make_batch(name)
+    model = adapted(name)
+    with torch.no_grad():
+        expected = bare(**batch).logits
+    before = logits_of(model, batch)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    with model.disable_adapter():
+        with torch.no_grad():
+            assert torch.equal(model(**batch).logits, expected)
+        if name != "bert":
+            ids = batch["input_ids"][:1]
+            assert torch.equal(
+                model.generate(ids, max_new_tokens=3, do_sample=False),
+                bare.generate(ids, max_new_tokens=3, do_sample=False),
+            )
+    assert torch.equal(logits_of(model, batch), before)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+@pytest.mark.parametrize("name", ONE_A_TASK)
+def test_adapters_can_be_added_set_and_deleted(name):
+    model = adapted(name)
+    batch = make_batch(name)
+    first = logits_of(model, batch)
+    model.add_adapter("second", EPTConfig(num_virtual_tokens=2, max_length=12, r=1, seed=5))
+    assert torch.equal(logits_of(model, batch), first)  # the active one stays active
+
+    def trainable():
+        return {n for n, p in model.named_parameters() if p.requires_grad}
+
+    assert trainable()
+    assert not any(".second" in n for n in trainable())
+    model.set_adapter("second")
+    assert not torch.equal(logits_of(model, batch), first)
+    assert trainable()
+    assert not any(".default" in n for n in trainable())
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model, batch), first)
+    model.delete_adapter("second")
+    assert list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match="no adapter named 'second': loaded are default"):
+        model.set_adapter("second")
+    with pytest.raises(ValueError, match="is the only adapter"):
+        model.delete_adapter("default")
+
+
+@pytest.mark.parametrize("name", [*ONE_A_TASK, "mistral"])
+def test_mixed_batch_equals_one_by_one(name):
+    model = adapted(name)
+    model.add_adapter("small", EPTConfig(num_virtual_tokens=2, max_length=30, r=1, alpha=3.0, seed=5))
+    model.add_adapter("prompt", EPTConfig.prompt_tuning(7))
+    randomise(model, seed=3)
+    side = "left" if TASK_OF[name] == "CAUSAL_LM" else "right"
+    batch = make_batch(name, (9, 4, 6, 5), side)
+    names = ["small", "default", "__base__", "prompt"]
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=names).logits
+    for row, adapter in enumerate(names):
+        alone = {k: v[row : row + 1] for k, v in batch.items()}
+        if adapter == "__base__":
+            with model.disable_adapter(), torch.no_grad():
+                mask = alone["attention_mask"]
+                positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if side == "left" else {}
+                expected = model(**alone, **positions).logits[0]
+        else:
+            model.set_adapter(adapter)
+            with torch.no_grad():
+                expected = model(**alone).logits[0]
+        model.set_adapter("default")
+        if side == "left":  # compare at the real text tokens
+            length = int(batch["attention_mask"][row].sum())
+            torch.testing.assert_close(mixed[row, -length:], expected[-length:], rtol=1e-4, atol=1e-5)
+        else:
+            torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mixed_batch_generates_and_trains():
+    model = adapted("llama")
+    model.add_adapter("other", EPTConfig(**SMALL, seed=5))
+    randomise(model, seed=3)
+    batch = make_batch("llama", (8, 3), "left")
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    mixed = model.generate(
+        **inputs, adapter_names=["other", "default"], max_new_tokens=4, do_sample=False, eos_token_id=None
+    )
+    for row, adapter in enumerate(["other", "default"]):
+        model.set_adapter(adapter)
+        alone = model.generate(
+            **{k: v[row : row + 1] for k, v in inputs.items()}, max_new_tokens=4, do_sample=False, eos_token_id=None
+        )
+        assert torch.equal(alone[0], mixed[row])
+    model.set_requires_grad(["default", "other"])
+    model.train()
+    model(**batch, adapter_names=["other", "default"]).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.prompt_encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["default"], "1 names for a batch of 2 rows"),
+        (["default", "none"], "no adapter named 'none': loaded are default"),
+    ],
+    ids=["too few", "unknown"],
+)
+def test_bad_adapter_names_are_named(names, message):
+    with pytest.raises(ValueError, match=message):
+        adapted("llama")(**make_batch("llama"), adapter_names=names)
+
+
+def test_what_cannot_work_is_refused():
+    llama, t5 = make_model("llama"), make_model("t5")
+    with pytest.raises(
+        ValueError,
+        match="task_type=SEQ_2_SEQ_LM does not fit LlamaForCausalLM, which is not an encoder-decoder: use CAUSAL_LM",
+    ):
+        get_ept_model(llama, EPTConfig(task_type="SEQ_2_SEQ_LM"))
+    with pytest.raises(
+        ValueError, match="task_type=CAUSAL_LM does not fit T5ForConditionalGeneration, which is an encoder-decoder"
+    ):
+        get_ept_model(t5, EPTConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="already carries an adapter"):
+        get_ept_model(adapted("llama"), EPTConfig())
+    with pytest.raises(ValueError, match="cannot tell the task of LlamaModel"):
+        get_ept_model(llama.model, EPTConfig())
+    llama.config.hidden_size_per_layer_input = 8
+    with pytest.raises(ValueError, match="needs input_ids beside embeddings"):
+        get_ept_model(llama, EPTConfig())
+    with pytest.raises(
+        ValueError,
+        match="5 prompt tokens and 62 text tokens make 67 positions, GPT2LMHeadModel has 64: truncate the text to 59",
+    ):
+        adapted("gpt2", max_length=64)(**make_batch("gpt2", (62,)))
+
+
+def test_text_longer_than_max_length_is_refused_through_the_model():
+    with pytest.raises(ValueError, match="input has 13 tokens, the adapter was made for max_length=12"):
+        adapted("t5")(**make_batch("t5", (13, 2)))
+
+
+def learnt(name: str, rms: float) -> float:
+    """Share of the loss that 60 steps at the default rate take off, on a model whose embeddings have the given size."""
+    base = make_model(name)
+    with torch.no_grad():
+        head = torch.nn.Parameter(
+            base.get_output_embeddings().weight.clone(), requires_grad=False
+        )  # T5 ties it to the embeddings
+        base.get_output_embeddings().weight = head
+        head.mul_((1.0 if name == "t5" else 0.2) / head.square().mean().sqrt())  # T5 divides its logits by √d
+        for embedding in {
+            m.weight for m in base.modules() if isinstance(m, torch.nn.Embedding) and len(m.weight) == VOCAB
+        }:
+            embedding.mul_(rms / embedding.square().mean().sqrt())
+    model = get_ept_model(base, EPTConfig(**SMALL)).train()
+    batch = make_batch(name, (8, 6, 7, 5), "left" if name == "llama" else "right")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0)
+    losses = []
+    for _ in range(60):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return 1 - losses[-1] / losses[0]
+
+
+@pytest.mark.parametrize("name, rms", [("llama", 0.02), ("t5", 10.0)])
+def test_one_rate_teaches_models_of_very_different_embedding_scale(name, rms):
+    """embedding_scale='auto': parameters in units of the embeddings' root mean square."""
+    assert learnt(name, rms) > 0.05
