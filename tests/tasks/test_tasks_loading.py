@@ -1,0 +1,454 @@
+"""load_task: sources, label forms, split rules, leakage, sampling, and one clear message for each kind of bad data."""
+
+import csv
+import json
+import logging
+import random
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from ept.tasks import TaskData, get_task, load_split, load_task, local_task, read_rows
+from ept.tasks.loading import text_key
+
+SST2, RTE, CB = get_task("glue/sst2"), get_task("glue/rte"), get_task("super_glue/cb")
+
+
+def sst2_rows(first, count):
+    return [{"sentence": f"film number {i}", "label": i % 2, "idx": i} for i in range(first, first + count)]
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+def write_splits(folder, suffix=".jsonl", **splits):
+    for name, rows in splits.items():
+        write(folder / f"{name}{suffix}", rows)
+    return folder
+
+
+def texts(split):
+    return list(split["text"])
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_data_dir(tmp_path, suffix):
+    rows = sst2_rows(0, 12)
+    rows[0]["sentence"] = 'NA, "quoted"\nsecond line, 007'
+    rows[1]["sentence"] = "None"
+    write_splits(tmp_path, suffix, train=rows, validation=sst2_rows(20, 4), test=sst2_rows(30, 2))
+    data = load_task(SST2, data_dir=tmp_path)
+    assert isinstance(data, TaskData)
+    assert (data.task, data.labels) == (SST2, ("0", "1"))
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [12, 4, 2]
+    assert data.train[0] == {
+        "text": 'sentence: NA, "quoted"\nsecond line, 007',
+        "label": 0,
+        "fields": {"sentence": 'NA, "quoted"\nsecond line, 007'},
+        "target": "0",
+    }
+    assert data.train[1]["text"] == "sentence: None"
+    assert list(data.train["label"]) == [0, 1] * 6
+    assert list(load_task(SST2, data_dir=str(tmp_path), labels="words").test["target"]) == ["negative", "positive"]
+
+
+def test_files(tmp_path):
+    files = {
+        "train_file": write(tmp_path / "a.csv", sst2_rows(0, 5)),
+        "validation_file": write(tmp_path / "b.jsonl", sst2_rows(5, 2)),
+        "test_file": str(write(tmp_path / "c.parquet", sst2_rows(7, 3))),
+    }
+    data = load_task(SST2, **files)
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [5, 2, 3]
+
+
+def test_json_lines_in_a_json_file_and_blank_lines_and_byte_order_mark(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8-sig")
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_columns_that_share_a_name_with_ours(tmp_path):
+    task = local_task("{text} / {target} / {fields}", ["no", "yes"])
+    rows = [{"text": f"t{i}", "target": i, "fields": "f", "label": "yes"} for i in range(3)]
+    split = load_split(task, write(tmp_path / "rows.jsonl", rows), labels="words")
+    assert split[2] == {
+        "text": "t2 / 2 / f",
+        "label": 1,
+        "target": "yes",
+        "fields": {"text": "t2", "target": "2", "fields": "f"},
+    }
+
+
+def test_load_split_keeps_every_row_in_order(tmp_path):
+    rows = sst2_rows(0, 3) * 2
+    assert texts(load_split(SST2, write(tmp_path / "x.jsonl", rows))) == [
+        f"sentence: {row['sentence']}" for row in rows
+    ]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for datasets.load_dataset; records its calls and answers with `hub.splits`."""
+
+    class Hub:
+        calls: list = []
+        splits: dict = {}
+
+        def load_dataset(self, *args, **kwargs):
+            self.calls.append((args, kwargs))
+            if isinstance(self.splits, Exception):
+                raise self.splits
+            return datasets.DatasetDict({k: datasets.Dataset.from_list(rows) for k, rows in self.splits.items()})
+
+    recorder = Hub()
+    recorder.calls = []
+    monkeypatch.setattr(datasets, "load_dataset", recorder.load_dataset)
+    return recorder
+
+
+def test_hub_call_and_hidden_test_labels(hub):
+    hidden = [{**row, "label": -1} for row in sst2_rows(100, 4)]
+    hub.splits = {"train": sst2_rows(0, 10), "validation": sst2_rows(10, 6), "test": hidden}
+    data = load_task(SST2)
+    assert hub.calls == [(("nyu-mll/glue", "sst2"), {})]
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [10, 3, 3]
+    assert set(texts(data.test)) <= {f"sentence: {row['sentence']}" for row in hub.splits["validation"]}
+
+
+def test_hub_splits_of_mnli(hub):
+    def rows(name):
+        return [{"premise": f"{name} {i}", "hypothesis": "h", "label": i, "idx": i} for i in range(3)]
+
+    hidden = [{**row, "label": -1} for row in rows("hidden")]
+    named = {name: rows(name) for name in ("train", "validation_matched", "validation_mismatched")}
+    hub.splits = {**named, "test_matched": hidden, "test_mismatched": hidden}
+    data = load_task(get_task("glue/mnli"))
+    assert texts(data.validation)[0] == "premise: validation_mismatched 0 hypothesis: h"
+    assert texts(data.test)[0] == "premise: validation_matched 0 hypothesis: h"
+    assert (len(data.train), len(data.validation), len(data.test)) == (3, 3, 3)
+
+
+def test_mnli_from_a_folder_with_either_names(tmp_path):
+    rows = [{"premise": f"p {i}", "hypothesis": "h", "label": i % 3} for i in range(30)]
+    mnli = get_task("glue/mnli")
+    write_splits(tmp_path, train=rows[:10], validation=rows[10:20])
+    assert (len(load_task(mnli, data_dir=tmp_path).validation)) == 5
+    (tmp_path / "validation.jsonl").unlink()
+    write_splits(tmp_path, validation_mismatched=rows[10:20], validation_matched=rows[20:])
+    data = load_task(mnli, data_dir=tmp_path)
+    assert texts(data.validation) == [f"premise: p {i} hypothesis: h" for i in range(10, 20)]
+    assert texts(data.test) == [f"premise: p {i} hypothesis: h" for i in range(20, 30)]
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route"), datasets.exceptions.DatasetNotFoundError("gone")])
+def test_hub_out_of_reach(hub, error):
+    hub.splits = error
+    with pytest.raises(
+        ConnectionError, match=r"cannot load nyu-mll/glue \(rte\).*data_dir.*sentence1, sentence2, label"
+    ):
+        load_task(RTE)
+
+
+def test_hub_without_train(hub):
+    hub.splits = {"validation": sst2_rows(0, 4)}
+    with pytest.raises(FileNotFoundError, match="has no split 'train', only validation"):
+        load_task(SST2)
+
+
+# --- split rules -----------------------------------------------------------------------------------------------------
+
+
+def test_small_set_halves_validation_as_the_papers_do(tmp_path):
+    validation = sst2_rows(100, 9)
+    data = load_task(SST2, data_dir=write_splits(tmp_path, train=sst2_rows(0, 20), validation=validation))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(42)).tolist()
+    expected = [f"sentence: {validation[i]['sentence']}" for i in order]
+    assert texts(data.validation) == expected[:4]
+    assert texts(data.test) == expected[4:]
+    assert len(data.train) == 20
+
+
+def test_large_set_takes_validation_from_train(tmp_path):
+    train, validation = sst2_rows(0, 10_000), sst2_rows(10_000, 50)
+    folder = write_splits(tmp_path, train=train, validation=validation)
+    data = load_task(SST2, data_dir=folder)
+    order = torch.randperm(10_000, generator=torch.Generator().manual_seed(42)).tolist()
+    assert texts(data.validation) == [f"sentence: {train[i]['sentence']}" for i in order[:1000]]
+    assert texts(data.test) == [f"sentence: {row['sentence']}" for row in validation]
+    assert len(data.train) == 9000
+    write(folder / "train.jsonl", train[:-1])
+    assert [len(s) for s in vars(load_task(SST2, data_dir=folder)).values() if isinstance(s, datasets.Dataset)] == [
+        9999,
+        25,
+        25,
+    ]
+
+
+def test_multirc_is_halved_whatever_its_size(tmp_path):
+    rows = [{"paragraph": f"p{i}", "question": "q", "answer": "a", "label": i % 2} for i in range(10_010)]
+    folder = write_splits(tmp_path, train=rows[:10_000], validation=rows[10_000:])
+    data = load_task(get_task("super_glue/multirc"), data_dir=folder)
+    assert (len(data.train), len(data.validation), len(data.test)) == (10_000, 5, 5)
+
+
+def test_missing_validation_is_a_tenth_of_train(tmp_path):
+    folder = write_splits(tmp_path, train=sst2_rows(0, 40), test=sst2_rows(100, 3))
+    data = load_task(SST2, data_dir=folder)
+    assert (len(data.train), len(data.validation), len(data.test)) == (36, 4, 3)
+    assert set(texts(data.train)) | set(texts(data.validation)) == {f"sentence: film number {i}" for i in range(40)}
+    assert texts(load_task(SST2, data_dir=folder, seed=1).validation) != texts(data.validation)
+
+
+def test_single_file_split_by_hash(tmp_path):
+    rows = sst2_rows(0, 200)
+    rows += [{**row, "sentence": f" {row['sentence'].upper()}  "} for row in rows[:50]]  # the same texts once more
+    data = load_task(SST2, train_file=write(tmp_path / "a.jsonl", rows))
+    keys = [{text_key(text) for text in texts(split)} for split in (data.train, data.validation, data.test)]
+    assert [len(k) for k in keys] == [160, 20, 20]
+    assert sum(map(len, keys)) == len(set.union(*keys))
+    assert len(data.train) + len(data.validation) + len(data.test) == 250
+
+    random.Random(0).shuffle(rows)
+    again = load_task(SST2, train_file=write(tmp_path / "b.csv", rows))
+    assert [Counter(texts(s)) for s in (again.train, again.validation, again.test)] == [
+        Counter(texts(s)) for s in (data.train, data.validation, data.test)
+    ]
+    other = load_task(SST2, train_file=tmp_path / "a.jsonl", seed=1)
+    assert set(texts(other.test)) != set(texts(data.test))
+
+
+def test_no_text_in_two_splits(tmp_path, caplog):
+    train = sst2_rows(0, 20)
+    folder = write_splits(
+        tmp_path,
+        train=[
+            *train,
+            {"sentence": "IN  validation", "label": 0},
+            {"sentence": "in Test ", "label": 1},
+            {"sentence": "Only in test", "label": 1},
+        ],
+        validation=[*sst2_rows(100, 5), {"sentence": "in validation", "label": 0}, {"sentence": "in test", "label": 0}],
+        test=[*sst2_rows(200, 5), {"sentence": "in test", "label": 1}, {"sentence": "only in test", "label": 1}],
+    )
+    with caplog.at_level(logging.WARNING, logger="ept.tasks.loading"):
+        data = load_task(SST2, data_dir=folder)
+    assert (len(data.train), len(data.validation), len(data.test)) == (20, 6, 7)
+    assert [record.getMessage() for record in caplog.records] == [
+        "dropped 3 of 23 train rows: their text is also in validation or test",
+        "dropped 1 of 7 validation rows: their text is also in test",
+    ]
+
+
+def test_nothing_left_for_train(tmp_path):
+    rows = sst2_rows(0, 4)
+    folder = write_splits(tmp_path, train=rows, validation=rows, test=sst2_rows(10, 2))
+    with pytest.raises(ValueError, match=r"no rows are left for train \(train: 0, validation: 4, test: 2\)"):
+        load_task(SST2, data_dir=folder)
+
+
+def test_max_rows(tmp_path):
+    folder = write_splits(tmp_path, train=sst2_rows(0, 50), validation=sst2_rows(50, 20), test=sst2_rows(70, 20))
+    everything = load_task(SST2, data_dir=folder)
+    limits = {"max_train": 10, "max_validation": 7, "max_test": 100}
+    data = load_task(SST2, data_dir=folder, **limits)
+    assert (len(data.train), len(data.validation), len(data.test)) == (10, 7, 20)
+    assert len(set(texts(data.train))) == 10
+    assert set(texts(data.train)) <= set(texts(everything.train))
+    assert texts(data.train) != texts(everything.train)[:10]
+    assert texts(load_task(SST2, data_dir=folder, **limits).train) == texts(data.train)
+    assert texts(load_task(SST2, data_dir=folder, **limits, seed=7).train) != texts(data.train)
+    with pytest.raises(ValueError, match="max_test=0: give at least 1"):
+        load_task(SST2, data_dir=folder, max_test=0)
+
+
+def test_hidden_label_is_an_ordinary_one_where_the_task_has_it(tmp_path):
+    task = local_task("{text}", {-1: "down", 1: "up"})
+    rows = [{"text": f"t{i}", "label": -1} for i in range(9)]
+    folder = write_splits(tmp_path, train=rows[:3], validation=rows[3:6], test=rows[6:])
+    data = load_task(task, data_dir=folder, labels="words")
+    assert texts(data.test) == ["t6", "t7", "t8"]
+    assert set(data.test["target"]) == {"down"}
+
+
+# --- majority --------------------------------------------------------------------------------------------------------
+
+
+def test_majority_accuracy(tmp_path):
+    rows = sst2_rows(0, 20)
+    train = [{**row, "label": int(i < 4)} for i, row in enumerate(rows[:10])]  # commonest: 0
+    test = [{**row, "label": int(i < 3)} for i, row in enumerate(rows[15:])]  # 2 of 5 are 0
+    data = load_task(SST2, data_dir=write_splits(tmp_path, train=train, validation=rows[10:15], test=test))
+    assert data.majority() == pytest.approx(2 / 5)
+
+
+def test_majority_macro_f1(tmp_path):
+    def rows(name, labels):
+        return [{"premise": f"{name} {i}", "hypothesis": "h", "label": label} for i, label in enumerate(labels)]
+
+    folder = write_splits(
+        tmp_path, train=rows("a", [2, 1, 1, 0]), validation=rows("b", [0]), test=rows("c", [0, 1, 1, 2])
+    )
+    # always 1: precision 1/2, recall 1, F1 2/3 for one class of three
+    assert load_task(CB, data_dir=folder).majority() == pytest.approx(2 / 9)
+
+
+# --- bad data: file name, content, message ---------------------------------------------------------------------------
+
+GOOD = '{"sentence": "fine", "label": 1}\n'
+BAD_FILES = [
+    ("t.jsonl", "", ValueError, "the file is empty: it needs at least 1 row"),
+    ("t.jsonl", "\n \n", ValueError, "the file is empty"),
+    ("t.json", "[]", ValueError, "the file is empty"),
+    ("t.csv", "", ValueError, "the file is empty"),
+    ("t.csv", "sentence,label\n", ValueError, "the file is empty"),
+    ("t.jsonl", GOOD + "\n{broken\n", ValueError, r"t.jsonl, line 3: not JSON \(.* at column 2\)"),
+    ("t.jsonl", GOOD + "[1, 2]\n", ValueError, "t.jsonl, line 2: list, not an object"),
+    ("t.json", "[{},\n", ValueError, "t.json, line 2: not JSON"),
+    ("t.json", "[1]", ValueError, "t.json, row 1: int, not an object"),
+    ("t.csv", "sentence,label\na,1\nb,c,0\n", ValueError, "t.csv, line 3: not the 2 fields of the header"),
+    ("t.csv", "sentence,label\na\n", ValueError, "t.csv, line 2: not the 2 fields of the header"),
+    ("t.csv", 'sentence,label\n"a,1\n', ValueError, "t.csv, line 2: not CSV"),
+    ("t.csv", "sentence,label,label\na,1,1\n", ValueError, "the header sentence,label,label names a column twice"),
+    ("t.parquet", "PAR1 nothing", ValueError, "t.parquet: not a whole Parquet file"),
+    ("t.jsonl", b'{"sentence": "\xff"}', ValueError, "byte 0xff is not UTF-8"),
+    ("t.tsv", "sentence\tlabel\n", ValueError, "unsupported suffix '.tsv': use one of .jsonl, .json, .csv, .parquet"),
+    ("t.jsonl", None, FileNotFoundError, "t.jsonl: no such file"),
+    (
+        "t.jsonl",
+        '{"text": "a", "label": 1}\n',
+        ValueError,
+        "row 1: no column 'sentence'; columns found: 'text', 'label'",
+    ),
+    ("t.jsonl", '{"sentence": "a", "y": 1}\n', ValueError, "row 1: no column 'label'; columns found: 'sentence', 'y'"),
+    ("t.jsonl", GOOD + '{"label": 1}\n', ValueError, "row 2: no column 'sentence'"),
+    ("t.jsonl", GOOD + '{"sentence": "a", "label": 2}\n', ValueError, r"row 2: label 2 .* allowed are 0 \.\. 1"),
+    ("t.jsonl", '{"sentence": "a", "label": "good"}\n', ValueError, "row 1: label 'good' .* 'negative', 'positive'"),
+    ("t.jsonl", '{"sentence": "a", "label": null}\n', ValueError, "row 1: label None"),
+    ("t.jsonl", '{"sentence": "a", "label": -1}\n', ValueError, "row 1: label -1"),
+    ("t.jsonl", '{"sentence": "a", "label": [1]}\n', ValueError, r"row 1: label \[1\]"),
+    ("t.jsonl", GOOD + '{"sentence": " \\n", "label": 1}\n', ValueError, r"row 2: empty text \(column 'sentence'\)"),
+    ("t.jsonl", '{"sentence": null, "label": 1}\n', ValueError, "row 1: empty text"),
+    ("t.jsonl", '{"sentence": ["a"], "label": 1}\n', ValueError, "row 1: column 'sentence' holds a list, not text"),
+    ("t.jsonl", GOOD * 9, ValueError, "1 distinct texts cannot fill train, validation and test: give at least 3"),
+]
+
+
+@pytest.mark.parametrize("name, content, error, message", BAD_FILES)
+def test_bad_file(tmp_path, name, content, error, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(error, match=message):
+        load_task(SST2, train_file=tmp_path / name)
+
+
+def test_template_that_names_a_missing_column(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"title": "a", "label": 1}])
+    with pytest.raises(
+        ValueError, match=r"no column 'headline'; columns found: 'title', 'label'. The template '\{headline\}\?'"
+    ):
+        load_task(local_task("{headline}?", ["no", "yes"]), train_file=path)
+
+
+def test_allowed_labels_of_a_mapping(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"text": "a", "label": "meh"}])
+    with pytest.raises(
+        ValueError, match=r"row 1: label 'meh' \(column 'label'\) is outside the set: allowed are 'pos', 'neg'"
+    ):
+        load_task(local_task("{text}", {"pos": "good", "neg": "bad"}), train_file=path)
+
+
+def test_one_blank_column_of_two_is_allowed(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"sentence1": "a", "sentence2": "", "label": 1}])
+    assert texts(load_split(RTE, path)) == ["sentence1: a sentence2: "]
+
+
+def test_test_file_with_some_labels_hidden(tmp_path):
+    rows = [{**row, "label": -1 if i else 1} for i, row in enumerate(sst2_rows(50, 3))]
+    folder = write_splits(tmp_path, train=sst2_rows(0, 9), test=rows)
+    with pytest.raises(ValueError, match=r"test.jsonl, row 2: label -1"):
+        load_task(SST2, data_dir=folder)
+
+
+def test_bad_sources(tmp_path):
+    path = write(tmp_path / "validation.jsonl", sst2_rows(0, 3))
+    cases = [
+        (
+            {"data_dir": tmp_path},
+            FileNotFoundError,
+            r"has no train split: it needs train\{.jsonl.* it holds validation.jsonl",
+        ),
+        ({"data_dir": tmp_path / "none"}, FileNotFoundError, "no such folder"),
+        ({"data_dir": path}, FileNotFoundError, "no such folder"),
+        ({"data_dir": tmp_path, "test_file": path}, ValueError, "test_file: give one or the other"),
+        ({"validation_file": path}, ValueError, "validation_file without train_file"),
+        ({"train_file": path, "labels": "letters"}, ValueError, "labels='letters': choose 'digits' or 'words'"),
+    ]
+    for arguments, error, message in cases:
+        with pytest.raises(error, match=message):
+            load_task(SST2, **arguments)
+    with pytest.raises(ValueError, match="task 'local' is not on the hub: give data_dir or train_file"):
+        load_task(local_task("{a}", ["no", "yes"]))
+    write(tmp_path / "train.jsonl", sst2_rows(0, 3))
+    write(tmp_path / "train.csv", sst2_rows(0, 3))
+    with pytest.raises(ValueError, match=r"holds train.jsonl, train.csv: keep one file for each split"):
+        load_task(SST2, data_dir=tmp_path)
+
+
+# --- real rows -------------------------------------------------------------------------------------------------------
+
+REAL = Path(__file__).parents[2] / ".." / "shared" / "data"
+# task, rows of train, validation and test after halving, majority
+REAL_TASKS = [
+    ("glue/sst2", 4000, 436, 436, None),
+    ("glue/rte", 2490, 138, 139, None),
+    ("glue/cola", 4000, 521, 522, 0.0),
+    ("glue/mnli", 4000, 1000, 1000, None),
+    ("super_glue/boolq", 4000, 1000, 1000, None),
+    ("super_glue/cb", 250, 28, 28, None),
+    ("super_glue/multirc", 3995, 995, 995, 0.0),
+    ("super_glue/wsc", 554, 50, 52, None),  # 2 validation texts are also in the test half
+]
+
+
+@pytest.mark.parametrize("name, train, validation, test, majority", REAL_TASKS)
+def test_real_rows(name, train, validation, test, majority):
+    folder = REAL / name
+    if not folder.is_dir():
+        pytest.skip(f"no real rows of {name} beside this checkout ({folder.name} is not in ../shared/data)")
+    task = get_task(name)
+    data = load_task(task, data_dir=folder, labels="words")
+    splits = (data.train, data.validation, data.test)
+    assert tuple(map(len, splits)) == (train, validation, test)
+    keys = [set(map(text_key, texts(split))) for split in splits]
+    assert len(set.union(*keys)) == sum(map(len, keys))
+    for split in splits:
+        assert set(split["label"]) == set(range(task.num_labels))
+        assert list(split["target"]) == [task.label_words[label] for label in split["label"]]
+        assert all(text.startswith(f"{task.columns[0]}: ") for text in texts(split))
+    commonest = Counter(data.train["label"]).most_common(1)[0][0]
+    share = Counter(data.test["label"])[commonest] / test
+    if majority is not None:
+        assert data.majority() == majority
+    elif task.metrics[0] == "accuracy":
+        assert data.majority() == pytest.approx(share)
+    else:  # macro F1 of one class alone: its recall is 1, its precision the share
+        assert data.majority() == pytest.approx(2 * share / (1 + share) / task.num_labels)

@@ -1,0 +1,57 @@
+"""compute_metrics against numbers worked out by hand."""
+
+import pytest
+
+from ept.tasks import compute_metrics
+
+# name, predictions, references, number of labels, value
+HAND_COMPUTED = [
+    ("accuracy", [0, 1, 1, 0], [0, 1, 0, 0], 2, 3 / 4),
+    ("accuracy", [-1, 1], [0, 1], 2, 1 / 2),
+    ("accuracy", [-1, -1], [0, 1], 2, 0.0),
+    # true positives 2, false positives 1, false negatives 1: precision = recall = 2/3
+    ("f1", [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], 2, 2 / 3),
+    ("f1", [0, 0], [0, 0], 2, 0.0),
+    # unparsable becomes the other class: a false positive and a false negative, as one row above
+    ("f1", [1, 1, -1, -1, 0], [1, 1, 0, 1, 0], 2, 2 / 3),
+    ("f1", [-1, 1], [1, 1], 2, 2 / 3),
+    # class 0: precision 1/2, recall 1; class 1: 1, 1/2; class 2: 1, 1 -> F1 2/3, 2/3, 1
+    ("f1_macro", [0, 0, 1, 2], [0, 1, 1, 2], 3, (2 / 3 + 2 / 3 + 1) / 3),
+    # a class that occurs nowhere counts 0 in the mean
+    ("f1_macro", [0, 1], [0, 1], 3, 2 / 3),
+    # unparsable: recall of class 1 falls to 1/2, no other class loses precision
+    ("f1_macro", [0, -1, 1, 2], [0, 1, 1, 2], 3, (1 + 2 / 3 + 1) / 3),
+    # (TP·TN - FP·FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN)) = (2·1 - 1·1) / sqrt(3·3·2·2)
+    ("matthews_correlation", [1, 1, 1, 0, 0], [1, 1, 0, 1, 0], 2, 1 / 6),
+    ("matthews_correlation", [1, 1, -1, -1, 0], [1, 1, 0, 1, 0], 2, 1 / 6),
+    ("matthews_correlation", [-1, -1], [0, 1], 2, -1.0),
+    ("matthews_correlation", [1, 1, 1], [1, 0, 1], 2, 0.0),
+]
+
+
+@pytest.mark.parametrize("name, predictions, references, num_labels, value", HAND_COMPUTED)
+def test_value(name, predictions, references, num_labels, value):
+    assert compute_metrics([name], predictions, references, num_labels) == {name: pytest.approx(value, abs=1e-12)}
+
+
+def test_several_metrics_keep_their_order():
+    scores = compute_metrics(("f1_macro", "accuracy"), [0, 1, 2], [0, 1, 2], 3)
+    assert list(scores.items()) == [("f1_macro", 1.0), ("accuracy", 1.0)]
+    assert all(type(score) is float for score in scores.values())
+
+
+BAD = [
+    (["acuracy"], [0], [0], 2, "unknown metric 'acuracy': did you mean 'accuracy'"),
+    ([], [0], [0], 2, "0 metrics given"),
+    (["f1"], [0], [0], 3, "'f1' is for 2 labels, the task has 3: use 'f1_macro'"),
+    (["accuracy"], [0, 1], [0], 2, "2 predictions for 1 references"),
+    (["accuracy"], [], [], 2, "nothing to score"),
+    (["accuracy"], [0, 2], [0, 1], 2, r"prediction 1 is 2, outside -1 \.\. 1"),
+    (["accuracy"], [0, 1], [0, -1], 2, r"reference 1 is -1, outside 0 \.\. 1"),
+]
+
+
+@pytest.mark.parametrize("names, predictions, references, num_labels, message", BAD)
+def test_refused(names, predictions, references, num_labels, message):
+    with pytest.raises(ValueError, match=message):
+        compute_metrics(names, predictions, references, num_labels)

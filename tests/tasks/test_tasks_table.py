@@ -1,0 +1,198 @@
+"""The table of tasks, get_task, local_task and how raw labels are read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ept.tasks import TASKS, get_task, local_task, render
+
+# name, hub, columns, words, metrics, max_length
+TABLE = [
+    ("glue/cola", "cola", ["sentence"], "unacceptable acceptable", ["matthews_correlation"], 256),
+    ("glue/mnli", "mnli", ["premise", "hypothesis"], "entailment neutral contradiction", ["accuracy"], 256),
+    ("glue/mrpc", "mrpc", ["sentence1", "sentence2"], "not_equivalent equivalent", ["accuracy", "f1"], 256),
+    ("glue/qnli", "qnli", ["question", "sentence"], "entailment not_entailment", ["accuracy"], 256),
+    ("glue/qqp", "qqp", ["question1", "question2"], "not_duplicate duplicate", ["accuracy", "f1"], 256),
+    ("glue/rte", "rte", ["sentence1", "sentence2"], "entailment not_entailment", ["accuracy"], 256),
+    ("glue/sst2", "sst2", ["sentence"], "negative positive", ["accuracy"], 256),
+    ("super_glue/boolq", "boolq", ["question", "passage"], "False True", ["accuracy"], 256),
+    (
+        "super_glue/cb",
+        "cb",
+        ["premise", "hypothesis"],
+        "entailment contradiction neutral",
+        ["f1_macro", "accuracy"],
+        256,
+    ),
+    ("super_glue/multirc", "multirc", ["question", "answer", "paragraph"], "False True", ["f1", "accuracy"], 348),
+    ("super_glue/wic", "wic", ["sentence1", "sentence2", "word"], "False True", ["accuracy"], 256),
+    ("super_glue/wsc", "wsc.fixed", ["text"], "False True", ["accuracy"], 256),
+]
+
+
+def test_table_is_complete():
+    assert sorted(TASKS) == sorted(name for name, *_ in TABLE)
+
+
+@pytest.mark.parametrize("name, config, columns, words, metrics, max_length", TABLE)
+def test_task(name, config, columns, words, metrics, max_length):
+    task = get_task(name)
+    assert task.name == name
+    assert task.hub == ({"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}[name.split("/")[0]], config)
+    assert list(task.columns) == columns
+    assert task.label_words == tuple(words.split())
+    assert task.label_digits == tuple("012"[: len(task.label_words)])
+    assert list(task.metrics) == metrics
+    assert task.max_length == max_length
+
+
+ROWS = [
+    ("glue/sst2", {"sentence": "a fine film"}, "sentence: a fine film"),
+    ("glue/rte", {"sentence1": "A.", "sentence2": "B."}, "sentence1: A. sentence2: B."),
+    ("super_glue/boolq", {"question": "is it", "passage": "It is."}, "question: is it passage: It is."),
+    ("super_glue/cb", {"premise": "P", "hypothesis": "H"}, "premise: P hypothesis: H"),
+    (
+        "super_glue/multirc",
+        {"paragraph": "<b>Sent 1: </b>One.<br>Two.", "question": "Who?", "answer": "I"},
+        "question: Who? answer: I paragraph: Sent 1: One. Two.",
+    ),
+    (
+        "super_glue/wsc",
+        {
+            "text": "Ann told  Bo, she won.",
+            "span1_index": 0,
+            "span1_text": "Ann",
+            "span2_index": 3,
+            "span2_text": "she",
+        },
+        "text: * Ann * told  Bo, # she # won.",
+    ),
+    (  # the pronoun before the noun; several words; punctuation right behind
+        "super_glue/wsc",
+        {
+            "text": "She won, the old Ann.",
+            "span1_index": 2,
+            "span1_text": "the old Ann",
+            "span2_index": 0,
+            "span2_text": "she",
+        },
+        "text: # She # won, * the old Ann *.",
+    ),
+    (  # an index that is off by one, with the same word farther away; "it" is not in "item"
+        "super_glue/wsc",
+        {"text": "it item use it now", "span1_index": 1, "span1_text": "item", "span2_index": 2, "span2_text": "it"},
+        "text: it * item * use # it # now",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, row, text", ROWS)
+def test_rendered(name, row, text):
+    assert render(get_task(name), row) == text
+
+
+def test_wsc_span_that_is_not_there():
+    row = {"text": "Ann won.", "span1_index": 0, "span1_text": "Bo", "span2_index": 1, "span2_text": "won"}
+    with pytest.raises(ValueError, match="span 'Bo' does not occur in the text 'Ann"):
+        render(get_task("super_glue/wsc"), row)
+
+
+@pytest.mark.parametrize(
+    "name, nearest",
+    [
+        ("glue/sst-2", "glue/sst2"),
+        ("sst2", "glue/sst2"),
+        ("superglue-boolq", "super_glue/boolq"),
+        ("super_glue/wsc.fixed", "super_glue/wsc"),
+        ("RTE", "glue/rte"),
+    ],
+)
+def test_unknown_task(name, nearest):
+    with pytest.raises(ValueError, match=f"unknown task '{name}': did you mean '{nearest}'.*`ept tasks`"):
+        get_task(name)
+
+
+# label_words, (raw label, class) pairs, raw labels that are none
+LABELS = [
+    (["no", "yes"], [(0, 0), ("1", 1), (1.0, 1), (True, 1), (False, 0), ("true", 1), (" yes ", 1)], [2, -1, "maybe"]),
+    (["low", "mid", "high"], [(2, 2), ("2", 2), ("mid", 1)], [3, 0.5, None, "", "LOW", [0]]),
+    ({0: "no", 1: "yes"}, [(0, 0), ("1", 1), (True, 1)], ["yes", 2]),
+    ({1: "no", 0: "yes"}, [(1, 0), ("0", 1), (True, 0)], ["no"]),
+    ({"pos": "good", "neg": "bad"}, [("pos", 0), ("neg", 1)], ["good", 0, 1, True]),
+    (
+        {True: "funny", False: "serious"},
+        [(True, 0), (False, 1), (1, 0), ("0", 1), ("True", 0), ("false", 1)],
+        ["funny"],
+    ),
+    ({-1: "down", 1: "up"}, [(-1, 0), ("-1", 0), (-1.0, 0), (1, 1)], [0, "-1.0"]),
+    ({1: "bad", 2: "bad", 3: "good"}, [(1, 0), (2, 0), (3, 1), ("3", 1)], [0, 4]),
+    ({"True": "a", True: "b"}, [("True", 0), (True, 1)], [0]),
+]
+
+
+@pytest.mark.parametrize("label_words, classes, strangers", LABELS)
+def test_raw_labels(label_words, classes, strangers):
+    task = local_task("{text}", label_words)
+    assert [(raw, task.label_class(raw)) for raw, _ in classes] == classes
+    assert [(raw, task.label_class(raw)) for raw in strangers] == [(raw, None) for raw in strangers]
+
+
+def test_named_task_reads_booleans_digits_and_words():
+    task = get_task("super_glue/boolq")
+    assert [task.label_class(raw) for raw in (False, True, 0, "1", "False", "true")] == [0, 1, 0, 1, 0, 1]
+    assert task.labels("digits") == ("0", "1")
+    assert task.labels("words") == ("False", "True")
+    with pytest.raises(ValueError, match="labels='word': choose 'digits' or 'words'"):
+        task.labels("word")
+
+
+def test_local_task():
+    task = local_task(
+        "{headline}\nSarcastic? {{yes/no}} {headline} by {author name}", {1: "yes", 0: "no"}, max_length=64
+    )
+    assert (task.name, task.hub, task.max_length, task.metrics) == ("local", None, 64, ("accuracy",))
+    assert task.columns == task.source_columns == ("headline", "author name")
+    assert (task.label_words, task.label_digits) == (("yes", "no"), ("0", "1"))
+    assert render(task, {"headline": "{h}", "author name": 7}) == "{h}\nSarcastic? {yes/no} {h} by 7"
+
+
+TWO = ["no", "yes"]
+REFUSED = [
+    ("no field", TWO, {}, "names no column"),
+    ("{}", TWO, {}, "a field without a column name"),
+    ("{0}", TWO, {}, "a field without a column name"),
+    ("{a.__class__}", TWO, {}, r"field '\{a.__class__\}' is refused"),
+    ("{a[0]}", TWO, {}, r"field '\{a\[0\]\}' is refused"),
+    ("{a!r}", TWO, {}, r"field '\{a!r\}' is refused"),
+    ("{a:>10}", TWO, {}, r"field '\{a:>10\}' is refused"),
+    ("{a:{b}}", TWO, {}, "is refused"),
+    ("{a", TWO, {}, "literal braces"),
+    ("{a} {label}", TWO, {}, "shows the label column 'label'"),
+    ("{a}", ["no"], {}, "at least 2"),
+    ("{a}", ["no", "no"], {}, "label 'no' occurs 2 times"),
+    ("{a}", ["no", " no"], {}, "label 'no' occurs 2 times"),
+    ("{a}", ["no", ""], {}, "label '' occurs 1 times"),
+    ("{a}", {0: False, 1: True}, {}, "label word of 0 is False, not text: write it in quotes"),
+    ("{a}", "yes", {}, "give a list of words or a mapping"),
+    ("{a}", {1: "a", "1": "b"}, {}, "label '1' stands for two label words"),
+    ("{a}", {(1, 2): "a", 1: "b"}, {}, "raw labels are strings, integers or booleans"),
+    ("{a}", ["1", "2", "3"], {}, "label word '1' is also the number of another label"),
+    ("{a}", TWO, {"metrics": ["acc"]}, "unknown metric 'acc'"),
+    ("{a}", ["x", "y", "z"], {"metrics": ["f1"]}, "use 'f1_macro'"),
+    ("{a}", TWO, {"max_length": 0}, "max_length=0"),
+]
+
+
+@pytest.mark.parametrize("template, label_words, options, message", REFUSED)
+def test_local_task_refused(template, label_words, options, message):
+    with pytest.raises(ValueError, match=message):
+        local_task(template, label_words, **options)
+
+
+def test_import_stays_light():
+    code = "import sys, ept.tasks; print({'datasets', 'sklearn', 'transformers'} & set(sys.modules))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
