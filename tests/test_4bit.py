@@ -1,0 +1,127 @@
+"""Real bitsandbytes 4-bit base models: train, generate, save and load; on the CPU here, on a GPU alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import FAMILIES, TASK_OF, make_batch, make_model, randomise
+
+from ept import EPTConfig, EPTModel, get_ept_model
+
+SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
+SIZES = {"llama": {"hidden_size": 64, "intermediate_size": 128}, "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128}}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folders = {}
+    for name, sizes in SIZES.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        make_model(name, **sizes).save_pretrained(folders[name])
+    return folders
+
+
+def load_4bit(name: str, folder: Any, kind: str, nested: bool, dtype: torch.dtype = torch.float32) -> Any:
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=dtype
+    )
+    model_class = getattr(transformers, FAMILIES[name][1])
+    return model_class.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("name", SIZES)
+def test_trains_generates_saves_and_loads(name, kind, nested, checkpoints, tmp_path):
+    base = load_4bit(name, checkpoints[name], kind, nested)
+    quantized = [n for n, m in base.named_modules() if type(m).__name__ == "Linear4bit"]
+    assert len(quantized) >= 14
+    weights = {n: p.detach().clone() for n, p in base.named_parameters()}
+    model = get_ept_model(base, EPTConfig(**SMALL)).train()
+    side = "left" if TASK_OF[name] == "CAUSAL_LM" else "right"
+    batch = make_batch(name, (8, 5, 6, 3), side)
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0)
+    losses = []
+    for step in range(12):
+        if step == 6:  # evaluating in between must not change what training sees
+            model.eval()
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            model.train()
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.prompt_encoder.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[6] < losses[0]
+    assert all(torch.equal(p, weights[n]) for n, p in model.base_model.named_parameters())
+    model.eval()
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path)
+    again = EPTModel.from_pretrained(load_4bit(name, checkpoints[name], kind, nested), tmp_path)
+    assert torch.equal(again.generate(**inputs, max_new_tokens=4, do_sample=False), generated)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_bfloat16_compute(name, checkpoints):
+    model = get_ept_model(load_4bit(name, checkpoints[name], "nf4", True, torch.bfloat16), EPTConfig(**SMALL)).train()
+    randomise(model, scale=0.1)
+    model(**make_batch(name)).loss.backward()
+    assert all(p.dtype == torch.float32 for p in model.prompt_encoder.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in model.prompt_encoder.parameters())
+
+
+def test_gradients_are_those_of_the_dequantised_model(checkpoints):
+    """The 4-bit layers compute with their dequantised weights, in float32: a plain model with these has the same
+    gradients.
+    """
+    import bitsandbytes.functional as bnb
+
+    quantized = load_4bit("llama", checkpoints["llama"], "nf4", True)
+    plain = make_model("llama", **SIZES["llama"])
+    with torch.no_grad():
+        for name, module in quantized.named_modules():
+            if type(module).__name__ == "Linear4bit":
+                plain.get_submodule(name).weight.copy_(
+                    bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                )
+    gradients = []
+    for base in (quantized, plain):
+        model = get_ept_model(base, EPTConfig(**SMALL))
+        randomise(model)
+        model.train()(**make_batch("llama")).loss.backward()
+        gradients.append({n: p.grad for n, p in model.prompt_encoder.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_counts_4bit_parameters_as_peft_does(checkpoints):
+    plain = make_model("llama", **SIZES["llama"])
+    model = get_ept_model(load_4bit("llama", checkpoints["llama"], "nf4", True), EPTConfig(**SMALL))
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == EPTConfig(**SMALL).parameter_count(64)
+    assert total == trainable + sum(p.numel() for p in plain.parameters())
+
+
+def test_weights_repacked_by_an_earlier_inference_are_unpacked(checkpoints):
+    """On some CPUs bitsandbytes repacks at the first inference; no gradient passes through that layout."""
+    base = load_4bit("llama", checkpoints["llama"], "nf4", False).eval()
+    with torch.no_grad():
+        base(torch.tensor([[5, 6, 7]]))
+    repacked = [
+        m
+        for m in base.modules()
+        if getattr(getattr(getattr(m, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
+    ]
+    if repacked:
+        with pytest.warns(UserWarning, match="repacked for CPU inference"):
+            model = get_ept_model(base, EPTConfig(**SMALL))
+    else:
+        model = get_ept_model(base, EPTConfig(**SMALL))
+    model.train()
+    model(**make_batch("llama")).loss.backward()
+    assert model.prompt_encoder["default"].prompt.grad.abs().sum() > 0
