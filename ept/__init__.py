@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._peft_hook import register_when_peft_is_imported
+
 if TYPE_CHECKING:
     from .config import EPTConfig
     from .model import EPTModel, get_ept_model
@@ -29,3 +31,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_when_peft_is_imported()

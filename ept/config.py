@@ -103,6 +103,7 @@ class EPTConfig(PromptLearningConfig):
             self._check_number("embedding_scale")
             if float(self.embedding_scale) <= 0:
                 raise ValueError(f"embedding_scale must be 'auto' or a number above 0, got {self.embedding_scale!r}")
+        self.task_type: str | None = getattr(self.task_type, "value", self.task_type)
         if self.task_type is not None and self.task_type not in TASK_TYPES:
             raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)}, got {self.task_type!r}")
         if self.space_activation not in ACTIVATIONS:

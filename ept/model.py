@@ -170,7 +170,7 @@ class EPTModel(PeftModel):
             return self.base_model.generate(*args, **inputs)
         # generate() counts positions from the mask itself, at every step.
         inputs.pop("position_ids", None)
-        _count_new_tokens(inputs, _length(input_ids, inputs_embeds))
+        _count_new_tokens(inputs, _length(input_ids, inputs_embeds), self.base_model.generation_config)
         output = self.base_model.generate(*args, **inputs)
         if input_ids is None:
             return output
@@ -577,16 +577,15 @@ def _take(embeds: Tensor, mask: Tensor, source: Tensor) -> tuple[Tensor, Tensor,
     return torch.take_along_dim(embeds, source[..., None], dim=1), mask, position_ids_of(mask)
 
 
-def _count_new_tokens(inputs: dict[str, Any], n: int) -> None:
-    """``max_length`` and ``min_length`` count input and new tokens; the base model, given embeddings, would count
-    the prompt too.
-    """
-    config = inputs.get("generation_config")
+def _count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
+    """Bounds on the length count input and new tokens; the base model, given embeddings, would count the prompt too."""
+    config = inputs.get("generation_config") or default
     for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = inputs.pop(bound, None)
-        if value is None and config is not None and getattr(config, new, None) is None:
-            value = getattr(config, bound, None)
-        if value is None or inputs.get(new) is not None:
+        given = inputs.pop(bound, None)
+        if inputs.get(new) is not None or (given is None and getattr(config, new, None) is not None):
+            continue
+        value = given if given is not None else getattr(config, bound, None)
+        if not value:
             continue
         if bound == "max_length" and value <= n:
             raise ValueError(

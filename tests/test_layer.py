@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import math
 
+import bitsandbytes
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny_models import make_model
 from torch import nn
 
@@ -84,6 +86,28 @@ def test_hooked_resized_and_trainable_embeddings_are_honoured():
     output.sum().backward()
     assert embedding.weight.grad[59].tolist() == [1.0] * 16
     assert not embedding.weight.grad[:59].any()
+
+
+def test_4bit_embedding_is_honoured():
+    embedding = bitsandbytes.nn.Embedding4bit(50, 64)
+    embedding.load_state_dict({"weight": torch.randn(50, 64)})
+    embedding = embedding.to("cpu")
+    layer = EPTLayer(EPTConfig.prompt_tuning(4), embedding)
+    ids = torch.tensor([[3, 4, 49]])
+    torch.testing.assert_close(layer(ids)[0][:, 4:], embedding(ids))
+    assert layer.embedding_scale == pytest.approx(1, abs=0.05)
+
+
+def test_offloaded_embedding_is_honoured():
+    """accelerate keeps the weights elsewhere and brings them for each call; what stays is on the meta device."""
+    embedding = make_embedding()
+    weight = embedding.weight.clone()
+    cpu_offload(embedding, execution_device=torch.device("cpu"))
+    assert embedding.weight.is_meta
+    layer = EPTLayer(EPTConfig.prompt_tuning(4), embedding)
+    ids = torch.tensor([[3, 4]])
+    assert torch.equal(layer(ids)[0][:, 4:], weight[ids])
+    assert layer.embedding_scale == pytest.approx(float(weight.double().square().mean().sqrt()), rel=1e-6)
 
 
 def test_given_embeddings_take_the_place_of_ids():

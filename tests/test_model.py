@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_models import DECODERS, ONE_A_TASK, TASK_OF, VOCAB, make_batch, make_model, randomise
+from transformers import GenerationConfig
 
 from ept import EPTConfig, get_ept_model
 
@@ -22,10 +23,10 @@ def adapted(name: str, seed: int | None = 1, model_changes: dict | None = None, 
 
 def logits_of(model, batch):
     with torch.no_grad():
-        return model(**{k: v for k, v in batch.items() if k != "labels" or TASK_OF_MODEL(model) != "CAUSAL_LM"}).logits
+        return model(**{k: v for k, v in batch.items() if k != "labels" or task_type_of(model) != "CAUSAL_LM"}).logits
 
 
-def TASK_OF_MODEL(model):
+def task_type_of(model):
     return model.active_peft_config.task_type
 
 
@@ -185,6 +186,11 @@ def test_max_length_counts_the_text_and_not_the_prompt():
     model = adapted("llama")
     ids = make_batch("llama", (6,))["input_ids"]
     assert model.generate(ids, max_length=9, do_sample=False, eos_token_id=None).shape == (1, 9)
+    config = GenerationConfig(max_length=9, do_sample=False, pad_token_id=1)
+    assert model.generate(ids, generation_config=config).shape == (1, 9)
+    model.base_model.generation_config.max_length = 8
+    assert model.generate(ids, do_sample=False, eos_token_id=None).shape == (1, 8)
+    assert model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 10)
     with pytest.raises(ValueError, match="max_length=6 leaves no room after 6 input tokens"):
         model.generate(ids, max_length=6)
 
@@ -435,6 +441,17 @@ def test_what_cannot_work_is_refused():
         match="5 prompt tokens and 62 text tokens make 67 positions, GPT2LMHeadModel has 64: truncate the text to 59",
     ):
         adapted("gpt2", max_length=64)(**make_batch("gpt2", (62,)))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "gemma3"])
+def test_vocabulary_resized_after_wrapping(name):
+    """T5's encoder has an embedding module of its own; a resize replaces both."""
+    model = get_ept_model(make_model(name), EPTConfig.prompt_tuning(0)).eval()
+    model.base_model.resize_token_embeddings(VOCAB + 10, mean_resizing=False)
+    batch = make_batch(name, (5, 5))
+    batch["input_ids"][0, 0] = VOCAB + 5
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, model.base_model(**batch).logits)
 
 
 def test_text_longer_than_max_length_is_refused_through_the_model():

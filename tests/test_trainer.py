@@ -1,4 +1,6 @@
-"""The Trainer that people know, without this project's command line: checkpoints, resuming, evaluation, accumulation."""
+"""The Trainer that people know, without this project's command line: checkpoints, resuming, evaluation,
+accumulation.
+"""
 
 from __future__ import annotations
 
