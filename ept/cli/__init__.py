@@ -1,0 +1,1 @@
+"""The `ept` command, one file a sub-command."""

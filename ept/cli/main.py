@@ -1,0 +1,73 @@
+"""`ept`: the command line. Heavy libraries are imported inside the commands, so that `ept --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ept import __version__
+
+from . import env, evaluate, predict, tasks, train
+
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    ConnectionError,
+    FloatingPointError,
+)
+
+
+class OneLineErrors(TyperGroup):
+    """Shows what the user can mend as one line on standard error with exit code 2; EPT_DEBUG=1 shows the traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except USER_ERRORS as error:
+            if os.environ.get("EPT_DEBUG") == "1":
+                raise
+            text = str(error) or type(error).__name__
+            typer.echo(f"error: {text}  (EPT_DEBUG=1 shows where)", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Efficient Prompt Tuning: train, evaluate and use small adapters of frozen language models.",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"ept {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("predict")(predict.predict)
+app.add_typer(tasks.app, name="tasks")
+app.command("env")(env.env)
+
+
+if __name__ == "__main__":
+    app()

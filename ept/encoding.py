@@ -1,0 +1,124 @@
+"""From texts to padded batches, one layout for each task type; training and evaluation share it.
+
+SEQ_2_SEQ_LM: text padded on the right, labels = tokens of the target. CAUSAL_LM: [text; target; end] padded left,
+labels on the target and the end only. SEQ_CLS: text padded on the right, one class index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_type: str) -> list[list[int]]:
+    """Token ids of input texts, with the tokenizer's own start and end tokens; a decoder's text stays open."""
+    encoded = [list(ids) for ids in tokenizer(list(texts))["input_ids"]] if len(texts) else []
+    if task_type == "CAUSAL_LM":
+        for ids in encoded:
+            if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+                ids.pop()
+    return encoded
+
+
+def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], task_type: str) -> list[list[int]]:
+    """Token ids of each label string, as an answer: after a space for decoders, with an end token for encoder-decoders.
+
+    Raises:
+        ValueError: two labels have the same tokens, or one has none.
+    """
+    if task_type == "SEQ_2_SEQ_LM":
+        encoded = [list(tokenizer(text_target=label)["input_ids"]) for label in labels]
+    else:
+        encoded = [_continuation(tokenizer, label) for label in labels]
+    for label, ids in zip(labels, encoded):
+        if not ids:
+            raise ValueError(f"the label {label!r} has no tokens")
+        if encoded.count(ids) > 1:
+            raise ValueError(f"the tokenizer cannot tell the label {label!r} from another one: use other label words")
+    return encoded
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
+    """Tokens of " label" as they follow a text, whatever mark the tokenizer puts at the start of a string."""
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    after = tokenizer(f"a {label}", add_special_tokens=False)["input_ids"]
+    if after[: len(before)] == before and len(after) > len(before):
+        return list(after[len(before) :])
+    return list(tokenizer(f" {label}", add_special_tokens=False)["input_ids"])
+
+
+def check_length(index: int, tokens: int, max_length: int) -> None:
+    """Refuses the text of row `index` when it has more tokens than the limit."""
+    if tokens > max_length:
+        raise ValueError(
+            f"row {index}: the text has {tokens} tokens, the limit is data.max_length={max_length}: "
+            "shorten it, set data.on_too_long=truncate, or train with a larger max_length"
+        )
+
+
+def encode_split(
+    split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], task_type: str, max_length: int
+) -> datasets.Dataset:
+    """Columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length`, from columns `text` and `label`.
+
+    For CAUSAL_LM `input_ids` ends with the target and the end token, and `labels` holds these alone.
+
+    Raises:
+        ValueError: a text has more than `max_length` tokens.
+    """
+    answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
+    if task_type == "CAUSAL_LM" and tokenizer.eos_token_id is not None:
+        answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
+    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    for index, (ids, label) in enumerate(zip(encode_texts(tokenizer, split["text"], task_type), split["label"])):
+        check_length(index, len(ids), max_length)
+        if task_type == "CAUSAL_LM":
+            ids = ids + answers[label]
+        rows["input_ids"].append(ids)
+        rows["labels"].append(label if task_type == "SEQ_CLS" else answers[label])
+        rows["length"].append(len(ids))
+    return datasets.Dataset.from_dict(rows)
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
+    """One int64 tensor [B, n] from sequences of unequal length."""
+    length = max(len(sequence) for sequence in sequences)
+    fill = [[value] * (length - len(sequence)) for sequence in sequences]
+    padded = [[*f, *s] if left else [*s, *f] for f, s in zip(fill, sequences)]
+    return torch.tensor(padded, dtype=torch.long)
+
+
+@dataclass
+class Collator:
+    """Rows of `encode_split` to a batch: `input_ids`, `attention_mask` [B, n], `labels`.
+
+    For CAUSAL_LM `logits_to_keep` (an int: longest label + 1) comes with it, so that the output head runs only there.
+    """
+
+    task_type: str
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        left = self.task_type == "CAUSAL_LM"
+        inputs = [row["input_ids"] for row in rows]
+        labels = [row["labels"] for row in rows]
+        batch: dict[str, Any] = {
+            "input_ids": pad(inputs, self.pad_token_id, left),
+            "attention_mask": pad([[1] * len(ids) for ids in inputs], 0, left),
+        }
+        if self.task_type == "SEQ_CLS":
+            batch["labels"] = torch.tensor(labels, dtype=torch.long)
+        elif self.task_type == "SEQ_2_SEQ_LM":
+            batch["labels"] = pad(labels, IGNORE)
+        else:
+            full = [[IGNORE] * (len(ids) - len(answer)) + list(answer) for ids, answer in zip(inputs, labels)]
+            batch["labels"] = pad(full, IGNORE, left)
+            batch["logits_to_keep"] = max(len(answer) for answer in labels) + 1
+        return batch

@@ -1,0 +1,187 @@
+"""A run's folder: where its files are, whether it may be written, and how to continue it after an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .run_config import RunConfig, load_run_config
+
+CHECKPOINT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def curve(self) -> Path:
+        return self.path / "learning_curve.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def holds_run(self) -> bool:
+        return any(path.exists() for path in (self.config, self.metrics, self.adapter, self.results, self.checkpoints))
+
+    def check(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
+        """Refuses, before anything is written, a folder that a run may not go to.
+
+        Raises:
+            FileExistsError: it holds a run and neither argument is set; or the run to resume is finished.
+            ValueError: both are set, or the run to resume has another configuration.
+        """
+        if resume and overwrite:
+            raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it anew")
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is a file: choose another output folder")
+        if overwrite or not self.holds_run():
+            return
+        if not resume:
+            raise FileExistsError(
+                f"{self.path} already holds a run: --resume continues it, --overwrite deletes it and starts anew"
+            )
+        if self.results.exists():
+            raise FileExistsError(
+                f"the run in {self.path} is finished: `ept evaluate {self.path}` scores it, --overwrite starts it anew"
+            )
+        if self.config.exists():
+            changed = _differences(yaml.safe_load(self.config.read_text(encoding="utf-8")), config.to_dict())
+            if changed:
+                raise ValueError(
+                    f"cannot resume {self.path}: its configuration differs in {'; '.join(changed)}. "
+                    "Resume without these changes, or --overwrite"
+                )
+
+    def begin(self, config: RunConfig, resume: bool) -> Path | None:
+        """Makes the folder, or clears it of an earlier run's files alone; returns the checkpoint to start from."""
+        if not resume:
+            for file in (self.config, self.metrics, self.results, self.curve):
+                file.unlink(missing_ok=True)
+            for folder in (self.adapter, self.checkpoints, self.tensorboard):
+                shutil.rmtree(folder, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, config.to_yaml())
+        return self.last_checkpoint() if resume else None
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; half-written ones, from a run that was killed while saving, are passed over."""
+        steps = {}
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            step = folder.name.removeprefix("checkpoint-")
+            if step.isdigit() and _is_whole(folder, int(step)):
+                steps[int(step)] = folder
+        return steps[max(steps)] if steps else None
+
+    def load_config(self) -> RunConfig:
+        """The configuration of the run in this folder.
+
+        Raises:
+            FileNotFoundError: it holds no run.
+        """
+        if not self.config.is_file():
+            raise FileNotFoundError(
+                f"{self.path} holds no run: there is no config.yaml (`ept train --output` makes one)"
+            )
+        return load_run_config(self.config)
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, in the order of the steps; survives being cut off within a line."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.file.exists():
+            return []
+        events = []
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                events.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the line that was being written when the run was killed; nothing whole can follow it
+        return events
+
+    def keep_until(self, step: int) -> None:
+        """Drops what was logged after `step`: a resumed run logs it again."""
+        kept = [event for event in self.read() if event["step"] <= step]
+        write_atomically(self.file, "".join(json.dumps(event) + "\n" for event in kept))
+
+    def append(self, event: dict[str, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """The file holds either its old content or all of `text`, never a part."""
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """`model.save_pretrained` into a folder that appears whole."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(str(temporary))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def _is_whole(folder: Path, step: int) -> bool:
+    """The Trainer writes trainer_state.json last: a checkpoint that has it, readable, of that step, is whole."""
+    if not all((folder / name).is_file() for name in CHECKPOINT_FILES):
+        return False
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError:
+        return False
+    return state.get("global_step") == step
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any], path: str = "") -> list[str]:
+    changed = []
+    for key in given:
+        if path == "" and key == "output_dir":
+            continue
+        old, new = (saved or {}).get(key), given[key]
+        if isinstance(new, dict) and isinstance(old, dict) and path == "":
+            changed += _differences(old, new, f"{key}.")
+        elif old != new:
+            changed.append(f"{path}{key} (was {old!r}, now {new!r})")
+    return changed

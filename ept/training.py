@@ -1,0 +1,384 @@
+"""Training an adapter as a configuration says: Trainer, two learning rates, held-out scores before and after."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import statistics
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import TensorBoardCallback
+
+from .encoding import Collator, encode_split
+from .environment import hardware, peak_memory, versions
+from .evaluation import evaluate
+from .loading import default_device, load_tokenizer, load_untrained, task_type_of
+from .report import learning_curve
+from .run_config import RunConfig
+from .run_data import RunData, load_run_data
+from .run_folder import MetricsLog, RunFolder, save_adapter, write_atomically
+
+# transformers renames the argument on its way to version 6.
+_CHECKPOINTING = next(
+    field.name
+    for field in fields(TrainingArguments)
+    if field.name in ("activation_checkpointing", "gradient_checkpointing")
+)
+
+
+@dataclass
+class PreparedRun:
+    """Everything that a run needs before its first step."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    task_type: str
+    run_data: RunData
+
+    def score(self, config: RunConfig, split: str, progress: str | None = None) -> dict[str, float]:
+        """The task's metrics on a split, with the model as it is now."""
+        data = self.run_data.data
+        return evaluate(
+            self.model,
+            self.tokenizer,
+            getattr(data, split),
+            data.labels,
+            data.task.metrics,
+            self.task_type,
+            self.run_data.max_length,
+            config.training.eval_batch_size,
+            progress=progress,
+        )
+
+
+def prepare(config: RunConfig) -> PreparedRun:
+    """Loads tokenizer, data and model, with a fresh adapter; writes nothing."""
+    set_seed(config.seed)  # a new classification head is drawn while loading
+    task_type = task_type_of(config.model)
+    tokenizer = load_tokenizer(config.model)
+    run_data = load_run_data(config.data, tokenizer, task_type)
+    model = load_untrained(
+        config, task_type, run_data.data.task.num_labels, run_data.max_length, int(tokenizer.pad_token_id)
+    )
+    return PreparedRun(model, tokenizer, task_type, run_data)
+
+
+def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Trains, evaluates and saves a run into `config.output_dir`; returns what `results.json` holds.
+
+    The folder gets `config.yaml`, `metrics.jsonl`, `checkpoints/`, `adapter/`, `results.json` and
+    `learning_curve.png`. The best checkpoint by the task's first metric on the validation split is the one that is
+    saved and scored on the test split.
+
+    Args:
+        resume: continue from the last whole checkpoint (from the start where there is none).
+        overwrite: delete the run that the folder holds.
+
+    Raises:
+        FileExistsError: the folder holds a run and neither argument is set.
+        ValueError: the configuration or the data is wrong. Nothing has been written then.
+        FloatingPointError: the loss became infinite or NaN.
+    """
+    if config.output_dir is None:
+        raise ValueError("output_dir is not set: give --output DIR")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("`ept train` runs in one process: use get_ept_model with the Trainer for distributed training")
+    if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "training.tensorboard needs the package tensorboard: pip install tensorboard, or set it to false"
+        )
+    folder = RunFolder(Path(config.output_dir))
+    folder.check(config, resume, overwrite)
+    run = prepare(config)
+    data = run.run_data.data
+    metric = data.task.metrics[0]
+    log = MetricsLog(folder.metrics)
+    recorder = Recorder(log)
+    trainer = PromptTrainer(config, run, folder, recorder)
+
+    checkpoint = folder.begin(config, resume)
+    step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+    log.keep_until(step)
+    before = _score_before(log, run, config)
+    if config.training.tensorboard:
+        trainer.add_callback(_tensorboard(folder))
+    recorder.seconds_before = max((event.get("seconds", 0.0) for event in log.read()), default=0.0)
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with trainer.progress:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    memory, memory_kind = peak_memory()
+    save_adapter(run.model, folder.adapter)
+    after = run.score(config, "test", progress="scoring the trained adapter")
+
+    results = {
+        "method": config.method.name,
+        "model": config.model.name_or_path,
+        "task": data.task.name,
+        "metric": metric,
+        "score": after[metric],
+        "score_before": before[metric],
+        "majority": data.majority(),
+        "seed": config.seed,
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "best_validation": trainer.state.best_metric,
+        "train_seconds": recorder.seconds(),
+        "step_time_ms": recorder.step_time_ms(),
+        "peak_memory_bytes": memory,
+        "peak_memory_kind": memory_kind,
+        "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
+        "test_metrics": after,
+        "test_metrics_before": before,
+        "rows": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
+        "truncation_rate": run.run_data.truncation_rate,
+        "max_length": run.run_data.max_length,
+        "versions": versions(),
+        "hardware": hardware(),
+        "config": config.to_dict(),
+    }
+    learning_curve(log.read(), folder.curve, metric=metric, majority=results["majority"])
+    write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _score_before(log: MetricsLog, run: PreparedRun, config: RunConfig) -> dict[str, float]:
+    """Test metrics of the untrained adapter; a resumed run reads them from its log."""
+    for event in log.read():
+        if "before" in event:
+            return event["before"]
+    before = run.score(config, "test", progress="scoring the untrained adapter")
+    log.append({"step": 0, "before": before})
+    return before
+
+
+def _tensorboard(folder: RunFolder) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(log_dir=str(folder.tensorboard)))
+
+
+class PromptTrainer(Trainer):
+    """The Trainer with one learning rate for the prompt, one for everything else, and the task's own score."""
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+
+    def __init__(self, config: RunConfig, run: PreparedRun, folder: RunFolder, recorder: Recorder) -> None:
+        self.run_config, self.run = config, run
+        data = run.run_data.data
+        patience = config.training.early_stopping_patience
+        encoded = encode_split(data.train, run.tokenizer, data.labels, run.task_type, run.run_data.max_length)
+        self.progress = ProgressBar(data.task.metrics[0])
+        super().__init__(
+            model=run.model,
+            args=training_arguments(config, folder, metric=data.task.metrics[0]),
+            train_dataset=encoded,
+            eval_dataset=data.validation,
+            data_collator=Collator(run.task_type, int(run.tokenizer.pad_token_id)),
+            callbacks=[
+                recorder,
+                self.progress,
+                *([EarlyStoppingCallback(early_stopping_patience=patience)] if patience is not None else []),
+            ],
+        )
+        self.remove_callback(PrinterCallback)  # prints to standard output
+        # EPTModel.forward divides by num_items_in_batch for every model, whatever the base model's signature says.
+        self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = model or self.model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer(parameter_groups(model, self.run_config), **options)
+        return self.optimizer
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        scores = self.run.score(self.run_config, "validation")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list[dict[str, Any]]:
+    """Two groups: the prompts at `learning_rate`, every other trainable parameter at `low_rank_learning_rate`."""
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    prompts = [p for name, p in trainable if "prompt_encoder." in name and name.endswith(".prompt")]
+    others = [p for _, p in trainable if not any(p is prompt for prompt in prompts)]
+    decay = config.training.weight_decay
+    groups = [
+        {"params": prompts, "lr": config.training.learning_rate, "weight_decay": decay},
+        {"params": others, "lr": config.training.low_rank_learning_rate, "weight_decay": decay},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> TrainingArguments:
+    training = config.training
+    arguments = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=training.max_steps or -1,
+        num_train_epochs=training.num_train_epochs,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup_steps,
+        lr_scheduler_type=training.lr_scheduler,
+        max_grad_norm=training.max_grad_norm,
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        save_strategy="steps",
+        save_steps=training.eval_steps,
+        save_total_limit=training.save_total_limit,
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=True,
+        use_cpu=default_device().type == "cpu",
+        bf16=training.bf16,
+        fp16=training.fp16,
+        **{_CHECKPOINTING: training.gradient_checkpointing},
+        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        restore_callback_states_from_checkpoint=training.early_stopping_patience is not None,
+        seed=config.seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never torch's DataParallel
+    return arguments
+
+
+class Recorder(TrainerCallback):
+    """Writes every log event to `metrics.jsonl` and measures the time of the steps.
+
+    On a GPU the clock stops only where the Trainer logs, after a synchronisation, and the steps in between share the
+    time; on a CPU each step is timed alone.
+    """
+
+    def __init__(self, log: MetricsLog) -> None:
+        self.file = log
+        self.seconds_before = 0.0
+        self.started: float | None = None
+        self.ended: float | None = None
+        self.step_started: float | None = None
+        self.steps_open = 0
+        self.step_times: list[float] = []
+        self.rates: list[float] = []
+
+    def seconds(self) -> float:
+        """Wall time of the training loop with its evaluations, over all sittings of a resumed run."""
+        if self.started is None:
+            return self.seconds_before
+        return self.seconds_before + (self.ended or time.perf_counter()) - self.started
+
+    def step_time_ms(self) -> float | None:
+        """Median over the steps of this sitting; None when there was none."""
+        return statistics.median(self.step_times) * 1e3 if self.step_times else None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.ended = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.step_started is None:
+            self.step_started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = True
+        self.steps_open += 1
+        on_gpu = args.device.type == "cuda"
+        if self.step_started is None or (on_gpu and not (control.should_log or control.should_evaluate)):
+            return
+        if on_gpu:
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - self.step_started
+        self.step_times += [elapsed / self.steps_open] * self.steps_open
+        self.step_started, self.steps_open = None, 0
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if "train_runtime" in logs:  # the Trainer's closing summary
+            return
+        event = {"step": state.global_step, "seconds": round(self.seconds(), 3), **logs}
+        if "loss" in logs:
+            event["learning_rate"] = self.rates[0]
+            event["low_rank_learning_rate"] = self.rates[-1]
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss became {logs['loss']} by step {state.global_step}: lower training.learning_rate "
+                    f"({args.learning_rate}) or training.low_rank_learning_rate, or add training.warmup_steps"
+                )
+        self.file.append(event)
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with loss, score and remaining time on standard error; without a terminal, one line an evaluation."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.console = Console(stderr=True)
+        self.loss = self.score = ""
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.console.is_terminal:
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.loss = f"loss {logs['loss']:.4f}"
+        if f"eval_{self.metric}" in logs:
+            self.score = f"{self.metric} {logs[f'eval_{self.metric}']:.3f}"
+            if self.bar is None:
+                self.console.print(f"step {state.global_step}/{state.max_steps}  {self.loss}  {self.score}")
+        if self.bar is not None:
+            self.bar.update(self.task, description=f"training  {self.loss}  {self.score}")

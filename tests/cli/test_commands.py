@@ -1,0 +1,220 @@
+"""The command line on whole runs: what it prints, where, with which exit code, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_runs import FAMILIES, run_config
+from typer.testing import CliRunner, Result
+
+from ept.cli.main import app
+
+GOOD, BAD = "the film was very good", "the long plot was awful"
+
+
+def ept(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: Any) -> Result:
+    result = ept(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments: Any) -> str:
+    """The one line on standard error of a command that must fail with exit code 2 and print nothing else."""
+    result = ept(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, models: dict[str, Path], data: Path) -> Path:
+    config = run_config(models["bert"], data, None, "training.max_steps=6", "training.eval_steps=3")
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    return file
+
+
+def test_train_print_config(config_file: Path, tmp_path: Path) -> None:
+    printed = succeed(
+        "train", "--config", config_file, "--set", "seed=5", "--output", tmp_path / "run", "--print-config"
+    )
+    values = yaml.safe_load(printed.stdout)
+    assert (values["seed"], values["training"]["max_steps"]) == (5, 6)
+    assert values["output_dir"] == str(tmp_path / "run")
+    again = tmp_path / "again.yaml"
+    again.write_text(printed.stdout, encoding="utf-8")
+    assert succeed("train", "--config", again, "--print-config").stdout == printed.stdout
+    assert json.loads(succeed("train", "--config", again, "--print-config", "--json").stdout) == values
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_dry_run(config_file: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    arguments = (
+        "train",
+        "--config",
+        config_file,
+        "--output",
+        tmp_path / "run",
+        "--dry-run",
+        "--set",
+        "data.max_length=8",
+    )
+    shown = json.loads(succeed(*arguments, "--json").stdout)
+    assert shown["rows"] == {"train": 96, "validation": 24, "test": 32}
+    assert shown["label_balance"] == {"negative": 0.5, "positive": 0.5}
+    assert [example["target"] for example in shown["examples"]] == ["0", "1"]
+    assert shown["examples"][0]["text"].startswith("sentence: ")
+    assert shown["trainable_parameters"] == 6 * 32 + 2 * (8 + 32) + 1 + 32 * 8 * 2 + 32 * 4 + 2 * 33
+    assert 0 < shown["truncation_rate"]["train"] < 1
+    text = succeed(*arguments).stdout
+    for part in (
+        "example 2",
+        "sentence: ",
+        "negative 50.0%",
+        f"{shown['trainable_parameters']:,}",
+        "nothing was written",
+    ):
+        assert part in text
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_train_json_resume_overwrite(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ("train", "--config", config_file, "--output", run)
+    results = json.loads(succeed(*arguments, "--json").stdout)
+    assert results == json.loads((run / "results.json").read_text(encoding="utf-8"))
+    written = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    assert "already holds a run: --resume continues it, --overwrite deletes it" in refused(*arguments)
+    assert "is finished" in refused(*arguments, "--resume")
+    assert "exclude each other" in refused(*arguments, "--resume", "--overwrite")
+    assert "unknown key trainng" in refused(*arguments, "--overwrite", "--set", "trainng.max_steps=1")
+    assert "no such folder" in refused(*arguments, "--overwrite", "--set", "data.data_dir=nowhere")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == written
+
+    shown = succeed(*arguments, "--overwrite").stdout
+    assert "accuracy after training" in shown
+    assert str(run) in shown.replace("\n", "")
+
+
+def test_train_resumes_with_the_configuration_of_the_folder(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeed("train", "--config", config_file, "--output", run)
+    for name in ("results.json", "adapter/adapter_model.safetensors"):
+        (run / name).unlink()
+    assert json.loads(succeed("train", "--output", run, "--resume", "--json").stdout)["steps"] == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_evaluate_repeats_the_score_of_training(runs: dict[str, Path], family: str) -> None:
+    results = json.loads((runs[family] / "results.json").read_text(encoding="utf-8"))
+    found = json.loads(succeed("evaluate", runs[family], "--json").stdout)
+    assert found["metrics"] == results["test_metrics"]
+    assert found["rows"] == 32
+    validation = json.loads(succeed("evaluate", runs[family], "--split", "validation", "--json").stdout)
+    assert validation["metrics"]["accuracy"] == results["best_validation"]
+    assert "accuracy" in succeed("evaluate", runs[family]).stdout
+
+
+def test_evaluate_other_data(runs: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text(f"sentence,label\n{GOOD},1\n{BAD},1\n", encoding="utf-8")
+    for family in FAMILIES:
+        found = json.loads(succeed("evaluate", runs[family], "--file", file, "--json").stdout)
+        assert (found["rows"], found["metrics"]["accuracy"]) == (2, 0.5), family
+    same = json.loads(succeed("evaluate", runs["t5"], "--data-dir", data, "--json").stdout)
+    assert same["rows"] == 32
+    ranked = json.loads(succeed("evaluate", runs["t5"], "--scoring", "rank", "--json").stdout)
+    assert ranked["metrics"]["unparsable"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predict(runs: dict[str, Path], tmp_path: Path, family: str) -> None:
+    expected = ["positive", "negative"]
+    found = json.loads(succeed("predict", runs[family], GOOD, BAD, "--json").stdout)
+    assert [row["word"] for row in found] == expected
+    assert found[0] == {"text": f"sentence: {GOOD}", "prediction": 1, "word": "positive"}
+    for column in ("sentence", "text"):
+        file = tmp_path / f"{column}.jsonl"
+        file.write_text("".join(json.dumps({column: text}) + "\n" for text in (GOOD, BAD)), encoding="utf-8")
+        assert json.loads(succeed("predict", runs[family], "--file", file, "--json").stdout) == found
+    lines = succeed("predict", runs[family], GOOD, BAD).stdout.splitlines()
+    assert [line.partition("\t")[0] for line in lines] == expected
+
+
+def test_bad_input_to_evaluate_and_predict(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = runs["bert"]
+    empty, other = tmp_path / "empty.jsonl", tmp_path / "other.jsonl"
+    empty.touch()
+    other.write_text('{"headline": "a", "label": 1}\n', encoding="utf-8")
+    bad_label = tmp_path / "label.jsonl"
+    bad_label.write_text('{"sentence": "a", "label": 7}\n', encoding="utf-8")
+    assert "holds no run: there is no config.yaml" in refused("evaluate", tmp_path)
+    assert "--split dev: choose one of train, validation, test" in refused("evaluate", run, "--split", "dev")
+    assert "--file and --data-dir exclude each other" in refused(
+        "evaluate", run, "--file", other, "--data-dir", tmp_path
+    )
+    assert "7" in refused("evaluate", run, "--file", bad_label)
+    assert "give either texts or --file" in refused("predict", run)
+    assert "give either texts or --file" in refused("predict", run, GOOD, "--file", other)
+    assert "the file is empty" in refused("predict", run, "--file", empty)
+    assert "no column sentence and no column text (found: headline, label)" in refused("predict", run, "--file", other)
+    assert "empty text" in refused("predict", run, " ")
+    long = " ".join([GOOD] * 5)
+    assert "text row 0: the text has" in refused("predict", run, long, "--set", "data.on_too_long=error")
+
+
+def test_unfinished_run_cannot_be_evaluated(config_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(config_file.read_text(encoding="utf-8"), encoding="utf-8")
+    assert "has no adapter yet" in refused("evaluate", tmp_path / "run")
+
+
+def test_damaged_adapter(config_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeed("train", "--config", config_file, "--output", run)
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "adapter_model.safetensors" in refused("evaluate", run)
+
+
+def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPT_DEBUG", "1")
+    result = ept("train", "--config", "nowhere.yaml")
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_tasks(data: Path) -> None:
+    listed = json.loads(succeed("tasks", "--json").stdout)
+    assert {"glue/sst2", "glue/rte", "glue/cola", "super_glue/boolq", "super_glue/cb"} <= set(listed)
+    assert "glue/sst2" in succeed("tasks").stdout
+    shown = json.loads(succeed("tasks", "show", "glue/sst2", "--data-dir", data, "--labels", "words", "--json").stdout)
+    assert shown["labels"] == {"0": "negative", "1": "positive"}
+    assert [example["target"] for example in shown["examples"]] == ["negative", "positive"]
+    text = succeed("tasks", "show", "super_glue/boolq").stdout
+    assert "{passage}" in text
+    assert "accuracy" in text
+    assert "did you mean 'glue/sst2'" in refused("tasks", "show", "glue/sst")
+
+
+def test_env() -> None:
+    report = json.loads(succeed("env", "--json").stdout)
+    wanted = {"python", "ept", "torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets"}
+    assert wanted <= set(report["versions"])
+    assert report["operators"]["cpu"] == "reference"
+    assert report["hardware"]["cores"] >= 1
+    text = succeed("env").stdout
+    assert report["versions"]["torch"] in text
+    assert "reference on cpu" in text
