@@ -1,0 +1,142 @@
+"""What `make demo` runs: EPT on a real small model and real headlines, the score before and after, and what it learned.
+
+The same code path as `ept train --config examples/headlines.yaml`: this script only supplies model and data, both taken
+from packages of the package index (see `headlines_data.py`), and shows the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from headlines_data import (
+    DATA_FILE,
+    DATA_PACKAGE,
+    MODEL_FILE,
+    MODEL_PACKAGE,
+    package_file,
+    read_headlines,
+    write_splits,
+)
+from rich.console import Console
+from rich.table import Table
+
+from ept.run_config import RunConfig, load_run_config
+
+CONFIG = Path(__file__).with_name("headlines.yaml")
+EXAMPLES = 5
+
+console = Console()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # no 4-bit weights here: its missing kernels do not matter
+    started = time.perf_counter()
+    model_file = package_file(MODEL_PACKAGE, MODEL_FILE)
+    data_file = package_file(DATA_PACKAGE, DATA_FILE)
+
+    console.rule("Efficient Prompt Tuning: which headlines are sarcastic?")
+    rows = read_headlines(data_file)
+    data = arguments.output / "data"
+    counts = write_splits(rows, data, arguments.seed)
+    console.print(
+        f"Data: {len(rows):,} different headlines, split by a hash of their text into "
+        f"{counts['train']:,} to train on, {counts['validation']:,} to validate on, {counts['test']:,} held out."
+    )
+    config = run_config(arguments, model_file, data)
+    console.print(f"Model: {model_file.stem}, frozen, on {device_name()}; only the adapter learns.")
+    console.print(
+        f"Training: {config.training.max_steps} steps of {config.training.batch_size} headlines, "
+        f"scored before and after on {config.data.max_test} held-out ones.\n"
+    )
+
+    from ept.cli.common import quiet
+    from ept.training import train
+
+    with quiet():
+        results = train(config, overwrite=True)
+    show_score(results)
+    show_examples(arguments.output)
+    console.print(f"\nAdapter:        {arguments.output / 'adapter'}")
+    console.print(f"Results:        {arguments.output / 'results.json'}")
+    console.print(f"Learning curve: {arguments.output / 'learning_curve.png'}")
+    console.print(f"Done in {time.perf_counter() - started:.0f} s.")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="folder of the run, written anew each time"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the split, the initialisation and the order of the data"
+    )
+    return parser.parse_args()
+
+
+def run_config(arguments: argparse.Namespace, model_file: Path, data: Path) -> RunConfig:
+    """`headlines.yaml` with model, data and output folder filled in."""
+    config = load_run_config(CONFIG)
+    config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
+    config.data.data_dir = str(data)
+    config.output_dir, config.seed = str(arguments.output), arguments.seed
+    if arguments.steps is not None:
+        if arguments.steps < 1:
+            raise SystemExit(f"--steps must be at least 1, got {arguments.steps}")
+        config.training.max_steps = arguments.steps
+    return config
+
+
+def device_name() -> str:
+    """The device that training will use, in words."""
+    import torch
+
+    from ept.loading import default_device
+
+    device = default_device()
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"
+    )
+
+
+def show_score(results: dict[str, Any]) -> None:
+    from ept.report import results_table
+
+    console.print(results_table(results))
+    gain = 100 * (results["score"] - results["majority"])
+    rows = results["rows"]["test"]
+    console.print(f"{gain:+.1f} points over always giving the commoner label, on {rows} held-out headlines.\n")
+
+
+def show_examples(folder: Path) -> None:
+    """Loads the adapter back from disk and lets it judge the first held-out headlines."""
+    from ept.cli.common import open_run, quiet
+    from ept.evaluation import predict_labels
+    from ept.tasks import fit_to_length, read_rows
+
+    with quiet():
+        run = open_run(folder, [])
+    rows = read_rows(folder / "data" / "test.jsonl")[:EXAMPLES]
+    texts = [fit_to_length(run.task, row, run.tokenizer, run.max_length)[0] for row in rows]
+    predictions = predict_labels(run.model, run.tokenizer, texts, run.labels, run.task_type, run.max_length, EXAMPLES)
+    table = Table(title="Held-out headlines, judged by the adapter loaded back from disk", show_lines=True)
+    table.add_column("headline")
+    table.add_column("sarcastic?", justify="center")
+    table.add_column("truth", justify="center")
+    for row, prediction in zip(rows, predictions):
+        colour = "green" if prediction == row["label"] else "red"
+        table.add_row(row["headline"], f"[{colour}]{run.labels[prediction]}[/]", run.labels[row["label"]])
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

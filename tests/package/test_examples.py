@@ -1,0 +1,114 @@
+"""The examples run as a reader would run them; the demo's data is split without a text in two splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_example(name: str, *arguments: str) -> str:
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")]),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart_learns_and_loads_back() -> None:
+    output = run_example("quickstart.py")
+    before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", output).groups())  # type: ignore[union-attr]
+    assert after < before - 0.5, output
+    assert "answers [7, 7]" in output
+
+
+def test_layer_alone_learns() -> None:
+    output = run_example("layer_alone.py")
+    before, after = map(float, re.search(r"before ([\d.]+), after ([\d.]+)", output).groups())  # type: ignore[union-attr]
+    assert after > before + 0.1, output
+
+
+def test_demo_explains_itself() -> None:
+    assert "--steps" in run_example("demo.py", "--help")
+
+
+def test_headlines_config_is_valid() -> None:
+    from ept.run_config import load_run_config
+
+    config = load_run_config(ROOT / "examples" / "headlines.yaml")
+    assert config.data.label_words == ["no", "yes"]
+    assert (config.data.max_test or 0) >= 400, "the demo promises at least 400 held-out headlines"
+
+
+@pytest.fixture
+def headlines_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import headlines_data
+
+    yield headlines_data
+    sys.modules.pop("headlines_data")
+
+
+def sample(headline: str, label: str) -> str:
+    return json.dumps(
+        {"input": [{"role": "system", "content": "?"}, {"role": "user", "content": headline}], "ideal": label}
+    )
+
+
+def test_repeated_headlines_are_kept_once_and_contradictions_dropped(headlines_data: Any, tmp_path: Path) -> None:
+    lines = [("A  cat", "1"), ("a cat", "1"), ("a dog", "0"), ("A Dog", "1"), ("a dog", "0"), ("a bird", "0")]
+    file = tmp_path / "samples.jsonl"
+    file.write_text("\n".join(sample(*line) for line in lines), encoding="utf-8")
+    assert headlines_data.read_headlines(file) == [
+        {"headline": "A  cat", "label": 1},
+        {"headline": "a bird", "label": 0},
+    ]
+
+
+def test_a_label_outside_the_set_is_refused(headlines_data: Any, tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text(sample("a cat", "1") + "\n" + sample("a dog", "maybe"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"line 2: the label is 'maybe'"):
+        headlines_data.read_headlines(file)
+
+
+def test_splits_depend_on_seed_and_text_alone(headlines_data: Any, tmp_path: Path) -> None:
+    rows = [{"headline": f"headline {number}", "label": number % 2} for number in range(2000)]
+    counts = headlines_data.write_splits(rows, tmp_path / "a", seed=3)
+    assert headlines_data.write_splits(reversed(rows), tmp_path / "b", seed=3) == counts
+    splits = {}
+    for split, count in counts.items():
+        splits[split], again = (
+            {
+                json.loads(line)["headline"]
+                for line in (tmp_path / name / f"{split}.jsonl").read_text("utf-8").splitlines()
+            }
+            for name in ("a", "b")
+        )
+        assert splits[split] == again
+        assert len(again) == count
+    assert sum(counts.values()) == len(set.union(*splits.values())) == len(rows)
+    assert counts["test"] == pytest.approx(200, abs=60)
+    assert counts["validation"] == pytest.approx(100, abs=45)
+    assert headlines_data.split_of("Headline  7", 3) == headlines_data.split_of("headline 7", 3)
+    assert any(
+        headlines_data.split_of(f"headline {n}", 3) != headlines_data.split_of(f"headline {n}", 4) for n in range(99)
+    )
+
+
+def test_a_missing_package_is_named_with_the_remedy(headlines_data: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="no_such_package is not installed: run `make demo`"):
+        headlines_data.package_file("no_such_package", "file")
