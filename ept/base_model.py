@@ -7,7 +7,6 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -23,13 +22,15 @@ class BaseModelFacts:
         position_limit: most positions it can number, or None.
         prompt_beside_text: whether padding must not stand between prompt and text: the model counts positions by index,
             or sees a window of them.
-        pools_last: a sequence classifier that reads the last row.
+        classifies: a sequence classifier.
+        pools_last: one classifier that reads the last row.
     """
 
     forward_arguments: frozenset[str]
     position_offset: int
     position_limit: int | None
     prompt_beside_text: bool
+    classifies: bool
     pools_last: bool
 
     @property
@@ -92,6 +93,7 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
         position_offset=offset,
         position_limit=limit,
         prompt_beside_text=by_index or encoder_decoder or _has_window(text_config),
+        classifies=task_type == "SEQ_CLS",
         pools_last=task_type == "SEQ_CLS" and hasattr(model, "score"),
     )
 
@@ -162,8 +164,3 @@ def _suggest(model: nn.Module) -> str:
         return infer_task_type(model)
     except ValueError:
         return "another model"
-
-
-def extend(values: torch.Tensor, s: int, fill: int | float) -> torch.Tensor:
-    """``values`` ``[batch, n]`` with ``s`` columns of ``fill`` before them."""
-    return torch.cat([values.new_full((values.shape[0], s), fill), values], dim=1)

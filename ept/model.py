@@ -18,10 +18,22 @@ from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from .adapter_files import check_weights, read_config, read_weights, write_adapter
-from .base_model import examine, extend, freeze, infer_task_type, input_embedding, set_mode
+from .base_model import examine, freeze, infer_task_type, input_embedding, set_mode
 from .config import PEFT_TYPE, EPTConfig
+from .inputs import (
+    after_cache,
+    after_encoder,
+    cached_length,
+    count_new_tokens,
+    divide_loss,
+    extend,
+    label_span,
+    length_of,
+    with_input,
+    with_prompt,
+)
 from .mixed import embed_mixed
-from .prompt import EPTLayer, embedding_width, lookup, position_ids_of
+from .prompt import EPTLayer, embedding_width, lookup
 
 # PEFT finds the code that names an adapter's state by the adapter's type.
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
@@ -120,11 +132,11 @@ class EPTModel(PeftModel):
         if causal and text_mask is None and labels is not None:
             text_mask = labels == -100
         inputs = self._prepare(input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
-        s = inputs["attention_mask"].shape[1] - _length(input_ids, inputs_embeds) if causal else 0
+        s = inputs["attention_mask"].shape[1] - length_of(input_ids, inputs_embeds) if causal else 0
         if causal and labels is not None:
             inputs["labels"] = extend(labels, s, -100) if s > 0 else labels
             if logits_to_keep is None and self.training and labels.device.type == "cpu":
-                logits_to_keep = _label_span(inputs["labels"])
+                logits_to_keep = label_span(inputs["labels"])
             if logits_to_keep and "logits_to_keep" in self._facts.forward_arguments:
                 inputs["labels"] = inputs["labels"][:, -logits_to_keep:].contiguous()
         elif labels is not None:
@@ -136,7 +148,7 @@ class EPTModel(PeftModel):
         with self._heads_of(adapter_names):
             output = self.base_model(**inputs)
         if num_items_in_batch is not None and labels is not None:
-            _divide_loss(output, inputs["labels"], num_items_in_batch, shifted=causal)
+            divide_loss(output, inputs["labels"], num_items_in_batch, shifted=causal)
         return output
 
     @torch.no_grad()
@@ -159,24 +171,24 @@ class EPTModel(PeftModel):
         kwargs.pop("labels", None)
         adapter_names = kwargs.pop("adapter_names", None)
         attention_mask, inputs_embeds = kwargs.pop("attention_mask", None), kwargs.pop("inputs_embeds", None)
-        kwargs.pop("text_mask", None)
+        text_mask = kwargs.pop("text_mask", None)
         if "generation_config" in self.__dict__:  # set on the wrapper by a user
             kwargs.setdefault("generation_config", self.__dict__["generation_config"])
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
         inputs = self._prepare(
-            input_ids, attention_mask, inputs_embeds, None, adapter_names, kwargs, prompt_beside_text=True
+            input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs, generating=True
         )
         if not causal:
             return self.base_model.generate(*args, **inputs)
         # generate() counts positions from the mask itself, at every step.
         inputs.pop("position_ids", None)
-        _count_new_tokens(inputs, _length(input_ids, inputs_embeds), self.base_model.generation_config)
+        count_new_tokens(inputs, length_of(input_ids, inputs_embeds), self.base_model.generation_config)
         output = self.base_model.generate(*args, **inputs)
         if input_ids is None:
             return output
         if isinstance(output, Tensor):
-            return _with_input(input_ids, output)
-        output.sequences = _with_input(input_ids, output.sequences)
+            return with_input(input_ids, output)
+        output.sequences = with_input(input_ids, output.sequences)
         return output
 
     @contextmanager
@@ -429,80 +441,29 @@ class EPTModel(PeftModel):
         text_mask: Tensor | None,
         adapter_names: Sequence[str] | None,
         kwargs: dict[str, Any],
-        prompt_beside_text: bool = False,
+        generating: bool = False,
     ) -> dict[str, Any]:
-        """What the base model is called with: embeddings, mask and positions that cover prompt and text."""
+        """What the base model is called with, in place of what this model was called with."""
         inputs = dict(kwargs)
         if inputs.pop("position_ids", None) is not None:
             warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
-        if inputs.get("encoder_outputs") is not None:  # the encoder has seen the prompt already
-            states = inputs["encoder_outputs"][0]
-            if attention_mask is not None:
-                inputs["attention_mask"] = extend(attention_mask, states.shape[1] - attention_mask.shape[1], 1)
-            return inputs
+        if inputs.get("encoder_outputs") is not None:
+            return after_encoder(inputs, attention_mask)
         embedding, layer = input_embedding(self.base_model), self._layer()
-        s = layer.config.num_virtual_tokens
-        if cached := _cached_length(inputs):
+        if cached_length(inputs):
             ids, table, ones = lookup(embedding, input_ids, inputs_embeds, None, layer.d)
-            mask = extend(ones, cached, 1) if attention_mask is None else attention_mask
-            return self._continue(table[ids], mask, s, cached, inputs)
-        if adapter_names is not None:
+            s = layer.config.num_virtual_tokens
+            return after_cache(self._facts, inputs, table[ids], attention_mask, ones, s)
+        if adapter_names is None:
+            embeds, mask, _ = layer(
+                input_ids, attention_mask, inputs_embeds=inputs_embeds, text_mask=text_mask, embedding=embedding
+            )
+        else:
             ids, table, mask = lookup(embedding, input_ids, inputs_embeds, attention_mask, layer.d)
             layers = {name: self._layer(name) for name in self.prompt_encoder}
             embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
-            s = embeds.shape[1] - ids.shape[1]
-            positions = position_ids_of(mask)
-        else:
-            embeds, mask, positions = layer(
-                input_ids, attention_mask, inputs_embeds=inputs_embeds, text_mask=text_mask, embedding=embedding
-            )
-        self._check_positions(embeds.shape[1], s)
-        if self._facts.pools_last:
-            embeds, mask, positions = _sort_padding(embeds, mask, last=False)
-        elif adapter_names is not None and self.active_peft_config.task_type == "SEQ_CLS":
-            embeds, mask, positions = _sort_padding(embeds, mask, last=True)  # the first row is pooled
-        elif s and (prompt_beside_text or self._facts.prompt_beside_text):
-            order = _beside_text(mask, s)
-            if order is not None:
-                embeds, mask, positions = _take(embeds, mask, order)
-        inputs.update(inputs_embeds=embeds, attention_mask=mask)
-        if self._facts.takes_position_ids:
-            inputs["position_ids"] = self._model_positions(positions, mask)
-        if inputs.get("token_type_ids") is not None:
-            inputs["token_type_ids"] = extend(inputs["token_type_ids"], s, 0)
-        return inputs
-
-    def _continue(self, embeds: Tensor, mask: Tensor, s: int, cached: int, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Tokens after a cache that holds prompt and text: they are generated ones and get no update."""
-        new = embeds.shape[1]
-        if mask.shape[1] == cached + new - s:
-            mask = extend(mask, s, 1)
-            order = _beside_text(mask, s) if s and self._facts.prompt_beside_text else None
-            mask = mask if order is None else mask.gather(1, order)
-        if mask.shape[1] != cached + new:
-            raise ValueError(
-                f"attention_mask covers {mask.shape[1]} tokens; with {cached} cached positions and {new} new tokens "
-                f"it must cover {cached + new - s} (text) or {cached + new} (prompt and text)"
-            )
-        inputs.update(inputs_embeds=embeds, attention_mask=mask)
-        if self._facts.takes_position_ids:
-            inputs["position_ids"] = self._model_positions(position_ids_of(mask), mask)[:, -new:]
-        return inputs
-
-    def _model_positions(self, positions: Tensor, mask: Tensor) -> Tensor:
-        """Positions as the model numbers them; RoBERTa's begin after its padding index, which padding keeps."""
-        offset = self._facts.position_offset
-        if not offset:
-            return positions
-        return torch.where(mask.bool(), positions + offset, offset - 1)
-
-    def _check_positions(self, length: int, s: int) -> None:
-        limit = self._facts.position_limit
-        if limit is not None and length > limit:
-            raise ValueError(
-                f"{s} prompt tokens and {length - s} text tokens make {length} positions, "
-                f"{type(self.base_model).__name__} has {limit}: truncate the text to {limit - s} tokens"
-            )
+        s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
+        return with_prompt(self._facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
 
     @contextmanager
     def _heads_of(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
@@ -529,74 +490,6 @@ class EPTModel(PeftModel):
             for module in self.base_model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module.modules_to_save:
                     module.modules_to_save[adapter_name].requires_grad_(required)
-
-
-def _length(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-    given = input_ids if input_ids is not None else inputs_embeds
-    return 0 if given is None else given.shape[1]
-
-
-def _cached_length(inputs: dict[str, Any]) -> int:
-    cache = inputs.get("past_key_values")
-    return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-
-
-def _label_span(labels: Tensor) -> int | None:
-    """How many of the last positions need logits: those of the labels and the one before. None: all."""
-    columns = (labels != -100).any(0).nonzero()
-    if not len(columns):
-        return None
-    return min(labels.shape[1] - int(columns[0]) + 1, labels.shape[1])
-
-
-def _divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool) -> None:
-    """Turns the mean over this batch's labels into their sum over ``num_items``, in place."""
-    counted = (labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(-100).sum()
-    factor = counted / num_items
-    output["loss"] = output["loss"] * factor.to(output["loss"].device)
-
-
-def _beside_text(mask: Tensor, s: int) -> Tensor | None:
-    """Order that moves padding between prompt and text before the prompt; text keeps its places. None: nothing to
-    move.
-    """
-    leading = (mask[:, s:].cumsum(1) == 0).sum(1, keepdim=True)  # [batch, 1]
-    if mask.device.type == "cpu" and not bool(leading.any()):
-        return None
-    index = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(index < leading, index + s, torch.where(index < leading + s, index - leading, index))
-
-
-def _sort_padding(embeds: Tensor, mask: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Moves all padding behind (``last``) or before the real rows, which keep their order."""
-    return _take(embeds, mask, torch.sort(mask.bool().to(torch.int8), dim=1, stable=True, descending=last).indices)
-
-
-def _take(embeds: Tensor, mask: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mask = mask.gather(1, source)
-    return torch.take_along_dim(embeds, source[..., None], dim=1), mask, position_ids_of(mask)
-
-
-def _count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
-    """Bounds on the length count input and new tokens; the base model, given embeddings, would count the prompt too."""
-    config = inputs.get("generation_config") or default
-    for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        given = inputs.pop(bound, None)
-        if inputs.get(new) is not None or (given is None and getattr(config, new, None) is not None):
-            continue
-        value = given if given is not None else getattr(config, bound, None)
-        if not value:
-            continue
-        if bound == "max_length" and value <= n:
-            raise ValueError(
-                f"max_length={value} leaves no room after {n} input tokens: raise it or use max_new_tokens"
-            )
-        inputs[new] = max(value - n, 0)
-
-
-def _with_input(input_ids: Tensor, sequences: Tensor) -> Tensor:
-    repeats = sequences.shape[0] // input_ids.shape[0]
-    return torch.cat([input_ids.to(sequences.device).repeat_interleave(repeats, dim=0), sequences], dim=1)
 
 
 def _heads(model: Any) -> list[str]:

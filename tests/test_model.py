@@ -438,7 +438,7 @@ def test_what_cannot_work_is_refused():
         get_ept_model(llama, EPTConfig())
     with pytest.raises(
         ValueError,
-        match="5 prompt tokens and 62 text tokens make 67 positions, GPT2LMHeadModel has 64: truncate the text to 59",
+        match="5 prompt tokens and 62 text tokens make 67 positions, the model has 64: truncate the text to 59",
     ):
         adapted("gpt2", max_length=64)(**make_batch("gpt2", (62,)))
 
@@ -452,6 +452,30 @@ def test_vocabulary_resized_after_wrapping(name):
     batch["input_ids"][0, 0] = VOCAB + 5
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, model.base_model(**batch).logits)
+
+
+def test_token_types_and_given_positions():
+    """BERT's second segment counts; positions are always counted from the mask."""
+    bare, model = make_model("bert"), get_ept_model(make_model("bert"), EPTConfig.prompt_tuning(0)).eval()
+    batch = make_batch("bert", (5, 5))
+    types = torch.tensor([[0, 0, 0, 1, 1]] * 2)
+    with torch.no_grad():
+        expected = bare(**batch, token_type_ids=types).logits
+        assert torch.equal(model(**batch, token_type_ids=types).logits, expected)
+        assert not torch.equal(model(**batch).logits, expected)
+        with pytest.warns(UserWarning, match="position_ids are counted from the attention mask"):
+            assert torch.equal(model(**batch, position_ids=types).logits, model(**batch).logits)
+        assert adapted("bert")(**batch, token_type_ids=types).logits.shape == (2, 3)
+
+
+def test_mask_of_the_wrong_length_after_a_cache_is_refused():
+    model, batch = adapted("llama"), make_batch("llama", (5,))
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        with pytest.raises(
+            ValueError, match=r"attention_mask covers 4 tokens; with 10 cached positions and 1 new tokens it must"
+        ):
+            model(input_ids=batch["input_ids"][:, -1:], attention_mask=torch.ones(1, 4), past_key_values=cache)
 
 
 def test_text_longer_than_max_length_is_refused_through_the_model():
