@@ -1,7 +1,7 @@
 """From texts to padded batches, one layout for each task type; training and evaluation share it.
 
-SEQ_2_SEQ_LM: text padded on the right, labels = tokens of the target. CAUSAL_LM: [text; target; end] padded left,
-labels on the target and the end only. SEQ_CLS: text padded on the right, one class index.
+SEQ_2_SEQ_LM: text padded on the right, labels = tokens of the target. CAUSAL_LM: [text; target] padded left, labels on
+the target only. SEQ_CLS: text padded on the right, one class index.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_
 def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], task_type: str) -> list[list[int]]:
     """Token ids of each label string, as an answer: after a space for decoders, with an end token for encoder-decoders.
 
+    A decoder's answers have no end token: it would take half of the loss of a one-token answer and tells nothing about
+    the label. Only where one label begins another ("not", "not at all") it decides between them, and all get one.
+
     Raises:
-        ValueError: two labels have the same tokens, or one has none.
+        ValueError: two labels have the same tokens, one has none, or an end token is needed and there is none.
     """
     if task_type == "SEQ_2_SEQ_LM":
         encoded = [list(tokenizer(text_target=label)["input_ids"]) for label in labels]
@@ -42,6 +45,10 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
             raise ValueError(f"the label {label!r} has no tokens")
         if encoded.count(ids) > 1:
             raise ValueError(f"the tokenizer cannot tell the label {label!r} from another one: use other label words")
+    if any(a is not b and b[: len(a)] == a for a in encoded for b in encoded):
+        if tokenizer.eos_token_id is None:
+            raise ValueError("one label begins another and the tokenizer has no end token: use other label words")
+        encoded = [[*ids, tokenizer.eos_token_id] for ids in encoded]
     return encoded
 
 
@@ -68,14 +75,12 @@ def encode_split(
 ) -> datasets.Dataset:
     """Columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length`, from columns `text` and `label`.
 
-    For CAUSAL_LM `input_ids` ends with the target and the end token, and `labels` holds these alone.
+    For CAUSAL_LM `input_ids` ends with the target, and `labels` holds the target alone.
 
     Raises:
         ValueError: a text has more than `max_length` tokens.
     """
     answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
-    if task_type == "CAUSAL_LM" and tokenizer.eos_token_id is not None:
-        answers = [[*answer, tokenizer.eos_token_id] for answer in answers]
     rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
     for index, (ids, label) in enumerate(zip(encode_texts(tokenizer, split["text"], task_type), split["label"])):
         check_length(index, len(ids), max_length)

@@ -91,9 +91,6 @@ class Scorer:
         self.predict = {"head": self.by_head, "generate": self.by_generation, "rank": self.by_likelihood}[scoring]
         if scoring != "head":
             self.answers = encode_labels(tokenizer, labels, task_type)
-            if any(a is not b and b[: len(a)] == a for a in self.answers for b in self.answers):
-                # One label begins another ("not", "not at all"): the end token decides between them.
-                self.answers = [[*answer, tokenizer.eos_token_id] for answer in self.answers]
 
     def __call__(self, inputs: Sequence[list[int]]) -> list[int]:
         return self.predict(inputs)
@@ -115,8 +112,9 @@ class Scorer:
     def by_generation(self, inputs: Sequence[list[int]]) -> list[int]:
         longest = max(len(answer) for answer in self.answers)
         ids = self.model.generate(**self.batch(inputs), max_new_tokens=longest + 1, do_sample=False, num_beams=1)
-        if self.task_type == "CAUSAL_LM":
-            ids = ids[:, max(len(text) for text in inputs) :]
+        if self.task_type == "CAUSAL_LM":  # trained without an end token: what follows the label does not count
+            new = ids[:, max(len(text) for text in inputs) :].tolist()
+            return [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), -1) for row in new]
         found = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
         index = {label: i for i, label in enumerate(self.labels)}
         return [index.get(answer, -1) for answer in found]

@@ -34,12 +34,12 @@ def batch(tokenizer: PreTrainedTokenizerBase, task_type: str) -> dict[str, objec
 
 def test_causal_batch_is_padded_on_the_left_and_labels_only_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     made = batch(tokenizer, "CAUSAL_LM")
-    first = ids("the film was good very very good </s>")
-    second = ids("bad 0 </s>")
+    first = ids("the film was good very very good")
+    second = ids("bad 0")
     assert made["input_ids"].tolist() == [first, [0] * 5 + second]  # type: ignore[attr-defined]
-    assert made["attention_mask"].tolist() == [[1] * 8, [0] * 5 + [1] * 3]  # type: ignore[attr-defined]
+    assert made["attention_mask"].tolist() == [[1] * 7, [0] * 5 + [1] * 2]  # type: ignore[attr-defined]
     assert made["labels"].tolist() == [[-100] * 4 + first[4:], [-100] * 6 + second[1:]]  # type: ignore[attr-defined]
-    assert made["logits_to_keep"] == 5
+    assert made["logits_to_keep"] == 4
     assert type(made["logits_to_keep"]) is int
 
 
@@ -60,6 +60,14 @@ def test_classifier_batch_has_class_indices(tokenizer: PreTrainedTokenizerBase) 
 def test_too_long_text_is_refused_with_row_tokens_and_limit(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match=r"row 0: the text has 4 tokens, the limit is data\.max_length=3"):
         encode_split(ROWS, tokenizer, LABELS, "CAUSAL_LM", max_length=3)
+
+
+def test_an_end_token_only_where_one_label_begins_another(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert encode_labels(tokenizer, ["good", "bad"], "CAUSAL_LM") == [ids("good"), ids("bad")]
+    assert encode_labels(tokenizer, ["very", "very good"], "CAUSAL_LM") == [ids("very </s>"), ids("very good </s>")]
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="one label begins another and the tokenizer has no end token"):
+        encode_labels(tokenizer, ["very", "very good"], "CAUSAL_LM")
 
 
 def test_labels_that_the_tokenizer_cannot_tell_apart(tokenizer: PreTrainedTokenizerBase) -> None:

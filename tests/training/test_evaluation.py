@@ -79,6 +79,13 @@ def test_seq2seq_generation_counts_what_is_no_label(runs: dict[str, Path]) -> No
     assert metrics == {"accuracy": 0.5, "unparsable": 0.5}
 
 
+def test_causal_generation_reads_the_label_at_the_start(runs: dict[str, Path]) -> None:
+    model, tokenizer = load(runs["llama"], "llama")
+    texts = ["sentence : the film was good", "sentence : the plot was awful"]
+    assert predict_labels(model, tokenizer, texts, ("0", "1"), "CAUSAL_LM", 16, 2, scoring="generate") == [1, 0]
+    assert predict_labels(model, tokenizer, texts, ("no", "yes"), "CAUSAL_LM", 16, 2, scoring="generate") == [-1, -1]
+
+
 def test_classifier_takes_the_largest_logit(runs: dict[str, Path]) -> None:
     model, tokenizer = load(runs["bert"], "bert")
     with torch.no_grad():
