@@ -123,10 +123,6 @@ def adapter_config(config: RunConfig, base: PreTrainedModel, task_type: str, max
     """
     method = config.method
     fields = {"task_type": task_type, "seed": config.seed, **method.fields_given()}
-    if method.prompt_tuning_init == "TEXT":
-        fields["tokenizer_name_or_path"] = config.model.tokenizer_name_or_path
-        if config.model.gguf_file is not None and config.model.tokenizer_name_or_path is None:
-            raise ValueError("method.prompt_tuning_init=TEXT with a GGUF model needs model.tokenizer_name_or_path")
     parts = {"ept": (), "dept": ("fusion", "num_spaces"), "pt": ("r", "fusion", "num_spaces")}[method.name]
     for part in parts:
         if part in fields:
@@ -137,10 +133,12 @@ def adapter_config(config: RunConfig, base: PreTrainedModel, task_type: str, max
     return make(max_length=max_length, **fields)
 
 
-def load_untrained(config: RunConfig, task_type: str, num_labels: int, max_length: int, pad_token_id: int) -> EPTModel:
-    """The base model with a fresh adapter."""
-    base = load_base_model(config.model, task_type, num_labels, pad_token_id)
-    return get_ept_model(base, adapter_config(config, base, task_type, max_length))
+def load_untrained(
+    config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> EPTModel:
+    """The base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
+    base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
+    return get_ept_model(base, adapter_config(config, base, task_type, max_length), tokenizer=tokenizer)
 
 
 def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> EPTModel:

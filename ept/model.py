@@ -41,7 +41,9 @@ PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 
 
-def get_ept_model(model: nn.Module, config: EPTConfig, adapter_name: str = "default") -> EPTModel:
+def get_ept_model(
+    model: nn.Module, config: EPTConfig, adapter_name: str = "default", *, tokenizer: Any = None
+) -> EPTModel:
     """Wraps a Hugging Face model with a fresh EPT adapter; the model is frozen in place.
 
     Args:
@@ -49,11 +51,12 @@ def get_ept_model(model: nn.Module, config: EPTConfig, adapter_name: str = "defa
             classifiers.
         config: copied; ``task_type`` is inferred from the model if it is None.
         adapter_name: the adapter's name.
+        tokenizer: for ``prompt_tuning_init="TEXT"``; None loads the one that the configuration names.
 
     Raises:
         ValueError: the model or the configuration cannot work; the message says why.
     """
-    return EPTModel(model, config, adapter_name)
+    return EPTModel(model, config, adapter_name, tokenizer=tokenizer)
 
 
 class EPTModel(PeftModel):
@@ -72,11 +75,12 @@ class EPTModel(PeftModel):
         adapter_name: str = "default",
         *,
         initialise: bool = True,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("the model already carries an adapter: pass the base model, or use add_adapter")
-        self._initialise_adapters = initialise
+        self._initialise_adapters, self._tokenizer = initialise, tokenizer
         peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = peft_config.task_type or infer_task_type(model)
         self._facts = examine(model, str(peft_config.task_type))
@@ -84,6 +88,7 @@ class EPTModel(PeftModel):
         super().__init__(model, peft_config, adapter_name, **kwargs)
         if peft_config.inference_mode:
             self._require_gradients(adapter_name, False)
+        self._tokenizer = None  # only for the first adapter's start; no part of the model
         self.train(self.training)
 
     # Calling the model
@@ -413,6 +418,7 @@ class EPTModel(PeftModel):
     base_model: Any
     prompt_encoder: nn.ModuleDict
     _adapters_disabled = False
+    _tokenizer: Any = None
 
     def _layer(self, adapter_name: str | None = None) -> EPTLayer:
         layer = self.prompt_encoder[self.active_adapter if adapter_name is None else adapter_name]
@@ -425,7 +431,12 @@ class EPTModel(PeftModel):
             self.prompt_encoder = nn.ModuleDict()
             self.prompt_tokens: dict[str, Tensor] = {}
         config = self.peft_config[adapter_name]
-        layer = EPTLayer(config, input_embedding(self.base_model), initialise=self._initialise_adapters)
+        layer = EPTLayer(
+            config,
+            input_embedding(self.base_model),
+            initialise=self._initialise_adapters,
+            tokenizer=self._tokenizer,
+        )
         config.token_dim = layer.d
         self.prompt_encoder[adapter_name] = layer
         self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)

@@ -76,9 +76,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     task_type = task_type_of(config.model)
     tokenizer = load_tokenizer(config.model)
     run_data = load_run_data(config.data, tokenizer, task_type)
-    model = load_untrained(
-        config, task_type, run_data.data.task.num_labels, run_data.max_length, int(tokenizer.pad_token_id)
-    )
+    model = load_untrained(config, task_type, run_data.data.task.num_labels, run_data.max_length, tokenizer)
     return PreparedRun(model, tokenizer, task_type, run_data)
 
 

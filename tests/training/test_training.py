@@ -221,6 +221,15 @@ def test_methods(models: dict[str, Path], data: Path, method: str, parts: set[st
         prepare(config)
 
 
+def test_prompt_from_a_text(models: dict[str, Path], data: Path) -> None:
+    text = ("method.prompt_tuning_init=TEXT", "method.prompt_tuning_init_text=the film was good")
+    run = prepare(run_config(models["llama"], data, None, *text))
+    layer = run.model.prompt_encoder["default"]
+    ids = run.tokenizer("the film was good", add_special_tokens=False)["input_ids"]
+    expected = run.model.get_input_embeddings().weight[(ids * 9)[: layer.prompt.shape[0]]]
+    torch.testing.assert_close(layer.prompt.detach() * layer.embedding_scale, expected.detach())
+
+
 def test_budget(models: dict[str, Path], data: Path) -> None:
     config = run_config(
         models["llama"], data, None, "method.budget=800", "method.num_virtual_tokens=null", "method.r=null"
