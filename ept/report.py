@@ -8,12 +8,20 @@ from typing import Any
 from rich.table import Table
 
 
-def learning_curve(events: list[dict[str, Any]], file: Path, metric: str, majority: float) -> None:
+def learning_curve(
+    events: list[dict[str, Any]],
+    file: Path,
+    metric: str,
+    majority: float,
+    title: str = "",
+    test: list[tuple[int, float]] | None = None,
+) -> None:
     """Draws training loss and validation score over the steps into a PNG.
 
     Args:
         events: lines of `metrics.jsonl`; those with `loss` and with `eval_<metric>` are drawn.
         majority: score of always answering the commonest label, drawn as a line.
+        test: (step, score) on the test split, drawn as stars: before training and at the best step.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,8 +41,11 @@ def learning_curve(events: list[dict[str, Any]], file: Path, metric: str, majori
     lower.set_ylabel(f"{metric} (fraction)" if metric != "matthews_correlation" else "Matthews correlation (-1..1)")
     lower.set_xlabel("optimiser step")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if test:
+        lower.scatter(*_columns(test), color="tab:red", marker="*", s=120, zorder=3, label="on test, before and after")
     lower.margins(y=0.15)
-    lower.legend(loc="best")
+    lower.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
+    upper.set_title(title)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
     temporary = file.with_name(file.name + ".tmp")

@@ -44,6 +44,8 @@ _CHECKPOINTING = next(
     if field.name in ("activation_checkpointing", "gradient_checkpointing")
 )
 
+METHOD_NAMES = {"ept": "EPT", "dept": "DePT", "pt": "prompt tuning"}
+
 
 @dataclass
 class PreparedRun:
@@ -155,7 +157,14 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         "hardware": hardware(),
         "config": config.to_dict(),
     }
-    learning_curve(log.read(), folder.curve, metric=metric, majority=results["majority"])
+    learning_curve(
+        log.read(),
+        folder.curve,
+        metric=metric,
+        majority=results["majority"],
+        title=f"{METHOD_NAMES[config.method.name]} on {data.task.name}: {results['trainable_parameters']:,} parameters",
+        test=[(0, before[metric]), (trainer.state.best_global_step or trainer.state.global_step, after[metric])],
+    )
     write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
     return results
 
