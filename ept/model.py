@@ -136,6 +136,7 @@ class EPTModel(PeftModel):
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
         if causal and text_mask is None and labels is not None:
             text_mask = labels == -100
+            self._warn_if_all_labels(text_mask, attention_mask)
         inputs = self._prepare(input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
         s = inputs["attention_mask"].shape[1] - length_of(input_ids, inputs_embeds) if causal else 0
         if causal and labels is not None:
@@ -419,6 +420,7 @@ class EPTModel(PeftModel):
     prompt_encoder: nn.ModuleDict
     _adapters_disabled = False
     _tokenizer: Any = None
+    _looked_at_labels = False
 
     def _layer(self, adapter_name: str | None = None) -> EPTLayer:
         layer = self.prompt_encoder[self.active_adapter if adapter_name is None else adapter_name]
@@ -475,6 +477,19 @@ class EPTModel(PeftModel):
             embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
         s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
         return with_prompt(self._facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
+
+    def _warn_if_all_labels(self, text_mask: Tensor, attention_mask: Tensor | None) -> None:
+        """Once, at the first training batch: an accelerator is waited for."""
+        if not self.training or self._looked_at_labels:
+            return
+        self._looked_at_labels = True
+        text = text_mask if attention_mask is None else text_mask & attention_mask.bool()
+        if self.active_peft_config.r and not bool(text.any()):
+            warnings.warn(
+                "every token is a label, and labels get no low-rank update, so that A and B learn nothing: mask the "
+                "input text with -100 in labels, say which tokens are input text by text_mask, or set r=0",
+                stacklevel=3,
+            )
 
     @contextmanager
     def _heads_of(self, adapter_names: Sequence[str] | None) -> Iterator[None]:

@@ -282,6 +282,19 @@ def test_labels_get_no_update_so_training_and_generation_agree():
     assert not torch.allclose(everything, unlabelled)
 
 
+def test_a_batch_of_labels_alone_is_warned_of_once(recwarn):
+    model = adapted("llama").train()
+    batch = make_batch("llama")
+    batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
+    for _ in range(2):
+        model(**batch).loss.backward()
+    warned = [str(w.message) for w in recwarn if "every token is a label" in str(w.message)]
+    assert len(warned) == 1
+    recwarn.clear()
+    adapted("llama").train()(**make_batch("llama")).loss.backward()
+    assert not any("every token is a label" in str(w.message) for w in recwarn)
+
+
 @pytest.mark.parametrize("name", [*ONE_A_TASK, "bart", "gpt2", "roberta"])
 def test_loss_divided_by_given_number_of_items_sums_over_batches(name):
     """What gradient accumulation needs: parts add up to the whole, labels of unequal number included."""
