@@ -8,7 +8,7 @@ TEST_ARGS ?=
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench gpu wheel clean
+.PHONY: help install demo test aot lint format bench gpu wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,11 @@ demo: $(VENV)/.demo ## train EPT on a small real model and real headlines, and s
 
 test: $(VENV)/.installed ## all tests but those that need a GPU, two at a time (TEST_ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/interpreter
+	$(MAKE) aot
+
+aot: $(VENV)/.installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; fails on spills
+	$(VENV)/bin/python -m ept_kernels.aot
 
 lint: $(VENV)/.installed ## ruff (format and rules) and mypy
 	$(VENV)/bin/python -m ruff format --check .

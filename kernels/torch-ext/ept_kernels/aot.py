@@ -1,0 +1,143 @@
+"""Compiles every kernel in every shipped configuration for the supported targets, without a GPU.
+
+    python -m ept_kernels.aot [--json FILE]
+
+Prints a table (kernel, target, registers, spilled bytes, shared memory, instructions) and fails on any spill, and on
+shared memory over the target's limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .launch import AotCase
+
+# target: (backend, architecture, threads a warp, bytes of shared memory one program may have)
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 163 * 1024),
+    "sm_90": ("cuda", 90, 32, 227 * 1024),
+    "sm_100": ("cuda", 100, 32, 227 * 1024),
+    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+def cases() -> list[AotCase]:
+    """Every kernel of this package in its representative configurations."""
+    from . import prompted_embedding_triton
+
+    return prompted_embedding_triton.aot_cases()
+
+
+def compile_case(case: AotCase, target: str) -> dict[str, Any]:
+    """Compiles ``case`` for ``target``; returns registers, spilled bytes, shared memory (bytes) and instructions.
+
+    Raises whatever Triton raises when the kernel does not compile.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, architecture, warp, limit = TARGETS[target]
+    # As at run time, where Triton sees that the allocator's addresses are multiples of 16 bytes.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(case.signature.values()) if t.startswith("*")}
+    source = ASTSource(fn=case.fn, signature=case.signature, constexprs=case.constexprs, attrs=aligned)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
+    facts = _amd_facts(compiled.asm["amdgcn"]) if backend == "hip" else _nvidia_facts(compiled.asm["cubin"])
+    return {
+        "kernel": case.name,
+        "target": target,
+        **facts,
+        "shared_bytes": compiled.metadata.shared,
+        "shared_limit": limit,
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+    }
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled case; empty when nothing is."""
+    found = []
+    if row["spilled_bytes"]:
+        found.append(f"{row['kernel']} spills {row['spilled_bytes']} bytes on {row['target']}")
+    if row["shared_bytes"] > row["shared_limit"]:
+        found.append(
+            f"{row['kernel']} takes {row['shared_bytes']} bytes of shared memory on {row['target']}, the limit is "
+            f"{row['shared_limit']}"
+        )
+    return found
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    columns = ("kernel", "target", "registers", "spilled_bytes", "shared_bytes", "instructions")
+    lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+
+
+def _nvidia_facts(cubin: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        usage = _run("cuobjdump", "--dump-resource-usage", str(path))
+        code = _run("nvdisasm", "-c", str(path))
+    registers = int(re.findall(r"\bREG:(\d+)", usage)[-1])
+    local = int(re.findall(r"\bLOCAL:(\d+)", usage)[-1]) + int(re.findall(r"\bSTACK:(\d+)", usage)[-1])
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return {
+        "registers": registers,
+        "spilled_bytes": local if spills else 0,
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
+    }
+
+
+def _amd_facts(assembly: str) -> dict[str, int]:
+    registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", assembly))
+    spilled = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
+    instructions = len(re.findall(r"^\s+[a-z]+_[a-z0-9_]+\s", assembly, re.MULTILINE))
+    return {"registers": registers, "spilled_bytes": 4 * spilled, "instructions": instructions}
+
+
+def _run(tool: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    done = subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
+    rows = [
+        compile_case(case, target)
+        for case in cases()
+        if arguments.only in case.name
+        for target in arguments.targets.split(",")
+    ]
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    found = [problem for row in rows for problem in problems(row)]
+    print(f"{len(rows)} compiled, {len(found)} problems")
+    sys.exit("\n".join(found) or 0)
+
+
+if __name__ == "__main__":
+    main()
