@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +114,16 @@ def make_steps(
     return {"ept": ept_step, "bare": bare_step}
 
 
+def command(arguments: argparse.Namespace) -> str:
+    """What gives this record again, without where it was written."""
+    options = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in vars(arguments).items()
+        if name not in ("output", "random")
+    ]
+    return " ".join(["python benchmarks/step_overhead.py", *options, *(["--random"] if arguments.random else [])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=8)
@@ -141,7 +150,7 @@ def main() -> None:
     ratios = sorted(e / b for e, b in zip(times["ept"], times["bare"], strict=True))
     quintiles = statistics.quantiles(ratios, n=5)
     record = {
-        "command": "python benchmarks/step_overhead.py " + " ".join(sys.argv[1:]),
+        "command": command(arguments),
         "model": "SmolLM2-135M shape, random weights" if arguments.random else "SmolLM2-135M-Instruct",
         "dtype": "float32",
         "batch": arguments.batch,
