@@ -102,9 +102,11 @@ def _nvidia_facts(cubin: bytes) -> dict[str, int]:
 
 def _amd_facts(assembly: str) -> dict[str, int]:
     registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", assembly))
-    spilled = sum(int(n) for n in re.findall(r"\.[sv]gpr_spill_count:\s*(\d+)", assembly))
+    # Scalar registers spill into lanes of vector registers; only vector spills and scratch go to memory.
+    spilled = sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly))
+    scratch = sum(int(n) for n in re.findall(r"\.private_segment_fixed_size:\s*(\d+)", assembly))
     instructions = len(re.findall(r"^\s+[a-z]+_[a-z0-9_]+\s", assembly, re.MULTILINE))
-    return {"registers": registers, "spilled_bytes": 4 * spilled, "instructions": instructions}
+    return {"registers": registers, "spilled_bytes": max(4 * spilled, scratch), "instructions": instructions}
 
 
 def _run(tool: str, *arguments: str) -> str:
