@@ -33,7 +33,7 @@ demo: $(VENV)/.demo ## train EPT on a small real model and real headlines, and s
 
 test: $(VENV)/.installed ## all tests but those that need a GPU, two at a time (TEST_ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/interpreter
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels
 	$(MAKE) aot
 
 aot: $(VENV)/.installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; fails on spills
