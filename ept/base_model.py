@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -98,6 +100,48 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
     )
 
 
+def trained_heads(model: Any) -> list[str]:
+    """Top-level modules of a classifier that are no part of its backbone: freshly initialised, to be trained and saved.
+
+    Raises:
+        ValueError: there are none.
+    """
+    backbone = getattr(model, "base_model_prefix", "")
+    heads = [
+        name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
+    ]
+    if not heads:
+        raise ValueError(f"found no classification head in {type(model).__name__}: name it in modules_to_save")
+    return heads
+
+
+def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that an adapter with ``modules_to_save=names`` keeps of ``model``.
+
+    PEFT trains a copy of each module whose name ends in one of ``names``; what it would copy is known here without
+    copying it.
+
+    Raises:
+        ValueError: a module and a part of it are both named.
+    """
+    modules: dict[str, nn.Module] = {}
+    for key, module in model.named_modules(remove_duplicate=False):
+        inside = next((outer for outer in modules if key.startswith(f"{outer}.")), None)
+        if inside is not None and isinstance(modules[inside], AuxiliaryTrainingWrapper):
+            continue  # the copies that a loaded adapter has of its head
+        if key and any(key.endswith(name) for name in names):
+            if inside is not None:
+                raise ValueError(
+                    f"modules_to_save names {key} and also {inside}, which holds it: name one of them in full"
+                )
+            modules[key] = module
+    return {
+        f"base_model.{key}.{name}": tuple(tensor.shape)
+        for key, module in modules.items()
+        for name, tensor in getattr(module, "original_module", module).state_dict().items()
+    }
+
+
 def freeze(model: nn.Module) -> None:
     """No parameter of ``model`` requires a gradient afterwards; 4-bit weights go back to the layout that has one.
 
@@ -106,9 +150,11 @@ def freeze(model: nn.Module) -> None:
     model.requires_grad_(False)
     repacked = False
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        state: Any = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             module.state_dict()  # bitsandbytes unpacks in place when it saves
+            if state.absmax.dim() == 2:  # it leaves plain scales [blocks of a row, rows] and in bfloat16
+                state.absmax = state.absmax.T.reshape(-1).float()
             repacked = True
     if repacked:
         warnings.warn(

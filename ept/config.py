@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,16 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ept_kernels.joint_prompt import ACTIVATIONS
 
+from .messages import shown
+
 PEFT_TYPE = "EPT"
 TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS")
+SPACE_GATES = ("learned", "uniform")
 PROMPT_INITS = ("SAMPLE_VOCAB", "RANDOM", "TEXT")
+
+# Beyond these no adapter can be meant; they keep what is computed from a stranger's configuration finite.
+LARGEST_SIZE = 2**31 - 1
+LARGEST_SEED = 2**63 - 1
 
 # How a budget is shared out where the caller leaves it open: as the defaults do at d = 768, m = 256; without spaces, as
 # DePT's published default (60 prompt tokens, rank 30) does.
@@ -44,6 +52,10 @@ class EPTConfig(PromptLearningConfig):
     space_activation: str = field(
         default="gelu", metadata={"help": f"Activation inside a space, one of {', '.join(ACTIVATIONS)}."}
     )
+    space_gate: str = field(
+        default="learned",
+        metadata={"help": "How the spaces are weighed: 'learned', by a gate, or 'uniform', all alike."},
+    )
     fusion: bool = field(
         default=True,
         metadata={"help": "Whether an attention fuses the low-rank update and the prompt into the prompt."},
@@ -54,6 +66,10 @@ class EPTConfig(PromptLearningConfig):
     fusion_score_scale: float | None = field(
         default=None,
         metadata={"help": "Factor of the fusion's scores; None for 1/sqrt(a), with a = d when there are no maps."},
+    )
+    fusion_weight: float | None = field(
+        default=None,
+        metadata={"help": "The fusion's weight beta: None learns it from 0, a number fixes it."},
     )
     embedding_scale: float | str = field(
         default="auto",
@@ -86,33 +102,41 @@ class EPTConfig(PromptLearningConfig):
     )
 
     def __post_init__(self) -> None:
+        self.task_type: str | None = getattr(self.task_type, "value", self.task_type)
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)}, got {shown(self.task_type)}")
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.num_transformer_submodules = 1
-        for name in ("num_virtual_tokens", "r", "num_spaces", "fusion_dim", "seed"):
+        for name in ("num_virtual_tokens", "r", "num_spaces", "fusion_dim"):
             self._check_integer(name, minimum=0)
         for name in ("max_length", "space_dim"):
             self._check_integer(name, minimum=1)
+        self._check_integer("seed", minimum=0, maximum=LARGEST_SEED)
+        self._check_module_names()
         for name in ("fusion", "base_dropout", "folded"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         self._check_number("alpha")
-        if self.fusion_score_scale is not None:
-            self._check_number("fusion_score_scale")
+        for name in ("fusion_score_scale", "fusion_weight"):
+            if getattr(self, name) is not None:
+                self._check_number(name)
         if self.embedding_scale != "auto":
             self._check_number("embedding_scale")
             if float(self.embedding_scale) <= 0:
-                raise ValueError(f"embedding_scale must be 'auto' or a number above 0, got {self.embedding_scale!r}")
-        self.task_type: str | None = getattr(self.task_type, "value", self.task_type)
-        if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)}, got {self.task_type!r}")
+                raise ValueError(
+                    f"embedding_scale must be 'auto' or a number above 0, got {shown(self.embedding_scale)}"
+                )
         if self.space_activation not in ACTIVATIONS:
-            raise ValueError(f"space_activation must be one of {', '.join(ACTIVATIONS)}, got {self.space_activation!r}")
-        self.prompt_tuning_init = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)).upper()
-        if self.prompt_tuning_init not in PROMPT_INITS:
             raise ValueError(
-                f"prompt_tuning_init must be one of {', '.join(PROMPT_INITS)}, got {self.prompt_tuning_init!r}"
+                f"space_activation must be one of {', '.join(ACTIVATIONS)}, got {shown(self.space_activation)}"
             )
+        if self.space_gate not in SPACE_GATES:
+            raise ValueError(f"space_gate must be one of {', '.join(SPACE_GATES)}, got {shown(self.space_gate)}")
+        init = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
+        if not isinstance(init, str) or init.upper() not in PROMPT_INITS:
+            raise ValueError(f"prompt_tuning_init must be one of {', '.join(PROMPT_INITS)}, got {shown(init)}")
+        self.prompt_tuning_init = init.upper()
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
             raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
 
@@ -187,12 +211,13 @@ class EPTConfig(PromptLearningConfig):
         if r:
             shapes.update(A=(m, r), B=(r, d))
         if s and self.fusion:
-            shapes["beta"] = (1,)
+            if self.fusion_weight is None:
+                shapes["beta"] = (1,)
             if a:
                 shapes.update(W_q=(d, a), W_k=(d, a))
         if s and K:
             shapes.update(D=(d, K * h), U=(K * h, d))
-            if K > 1:  # the gate of a single space is 1
+            if K > 1 and self.space_gate == "learned":  # the gate of a single space is 1
                 shapes["G"] = (d, K)
         return shapes
 
@@ -219,17 +244,27 @@ class EPTConfig(PromptLearningConfig):
         off = sum(abs(spent[part] / budget - share / total) for part, share in present.items())
         return off + 4 * (1 - used / budget)
 
-    def _check_integer(self, name: str, minimum: int) -> None:
+    def _check_integer(self, name: str, minimum: int, maximum: int = LARGEST_SIZE) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
+            raise TypeError(f"{name} must be an integer, got {shown(value)}")
         if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+            raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}")
+        if value > maximum:
+            raise ValueError(f"{name} must be at most {maximum}, got {shown(value)}")
 
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise TypeError(f"{name} must be a finite number, got {value!r}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= sys.float_info.max:
+            raise TypeError(f"{name} must be a finite number, got {shown(value)}")
+
+    def _check_module_names(self) -> None:
+        names = self.modules_to_save
+        if names is None:
+            return
+        if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) and name for name in names):
+            raise TypeError(f"modules_to_save must be a list of names of modules, got {shown(names)}")
 
 
 def _embedding_width(model: Any) -> int:

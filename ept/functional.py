@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import ept_kernels
+from ept_kernels.matmul_4bit import check_operands
 
 
 class _PromptedEmbedding(torch.autograd.Function):
@@ -62,6 +63,28 @@ class _JointPrompt(torch.autograd.Function):
         return *gradients, *(None for _ in ctx.options)
 
 
+class _Matmul4bit(torch.autograd.Function):
+    """Saves the packed weight alone, which the layer holds anyway: neither the input nor a dequantised weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, sizes: tuple[Any, ...], *weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*weight)
+        ctx.sizes, ctx.bias_dtype = sizes, None if bias is None else bias.dtype
+        return torch.ops.ept.matmul_4bit.default(x, *weight, bias, *sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.ops.ept.matmul_4bit_backward.default(grad_output, *ctx.saved_tensors, *ctx.sizes)
+        if ctx.needs_input_grad[1]:
+            accumulated = torch.promote_types(grad_output.dtype, torch.float32)
+            rows = grad_output.reshape(-1, grad_output.shape[-1])
+            grad_bias = rows.sum(0, dtype=accumulated).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None, None, None, None, None, None
+
+
 def prompted_embedding(
     input_ids: Tensor,
     positions: Tensor,
@@ -101,3 +124,12 @@ def joint_prompt(
     """
     options = (lowrank_scale, embedding_scale, score_scale, activation)
     return _JointPrompt.apply(prompt, A, B, beta, W_q, W_k, D, U, G, *options)
+
+
+def matmul_4bit(x: Tensor, weight: ept_kernels.FourBitWeight, bias: Tensor | None = None) -> Tensor:
+    """``x·Wᵀ + bias`` with a frozen 4-bit weight, differentiable in ``x`` and ``bias``.
+
+    Shapes, dtypes and errors as in :func:`ept_kernels.matmul_4bit_reference`.
+    """
+    check_operands(x, weight, bias)
+    return _Matmul4bit.apply(x, bias, weight.sizes, *weight.tensors)

@@ -113,12 +113,12 @@ class EPTLayer(BasePromptEncoder):
             prompt,
             self.part("A", (config.max_length, 0)),
             self.part("B", (0, self.d)),
-            self.part("beta", (0,)),
+            self._beta(),
             self.part("W_q", empty),
             self.part("W_k", empty),
             self.part("D", empty),
             self.part("U", (0, self.d)),
-            self.part("G", empty),
+            self.part("G", self._fixed_gate_shape()),
             lowrank_scale=config.lowrank_scale(),
             embedding_scale=self.embedding_scale,
             score_scale=config.score_scale(self.d),
@@ -143,6 +143,18 @@ class EPTLayer(BasePromptEncoder):
         for name in self.config.parameter_shapes(self.d):
             self.register_parameter(name, nn.Parameter(folded[name], requires_grad=False))
 
+    def _beta(self) -> Tensor:
+        """The fusion's weight: learned, fixed, or none at all."""
+        fixed = self.config.fusion_weight
+        if self.config.fusion and fixed is not None:
+            return torch.full((1,), fixed, device=_device_of(self._embedding[0]))
+        return self.part("beta", (0,))
+
+    def _fixed_gate_shape(self) -> tuple[int, int]:
+        """Of the zeros that stand for a missing gate: logits of zero weigh all spaces alike; one space needs none."""
+        K = self.config.num_spaces
+        return (self.d, K if K > 1 else 0)
+
     def part(self, name: str, empty_shape: tuple[int, ...]) -> Tensor:
         """The parameter ``name``, or an empty tensor of ``empty_shape`` where that part is switched off."""
         parameter = self._parameters.get(name)
@@ -155,16 +167,19 @@ class EPTLayer(BasePromptEncoder):
         return self.embedding_scale * self.config.lowrank_scale()
 
     def check_length(self, positions: Tensor) -> None:
-        """Raises ``ValueError`` if a text is longer than the low-rank update has rows for."""
+        """Raises ``ValueError`` if a text is longer than the low-rank update has rows for; a compiled graph raises
+        ``RuntimeError``.
+        """
         limit = self.config.max_length
         if not self.config.r or positions.shape[1] <= limit:
             return  # nothing to wait for on an accelerator in the usual case
+        remedy = f"the adapter was made for max_length={limit}: truncate to {limit} or train with a larger max_length"
+        if torch.compiler.is_compiling():  # a compiled graph cannot wait for the number
+            torch._assert_async(positions.max() < limit, f"input has more than {limit} tokens, {remedy}")
+            return
         longest = int(positions.max()) + 1
         if longest > limit:
-            raise ValueError(
-                f"input has {longest} tokens, the adapter was made for max_length={limit}: truncate to {limit} or "
-                "train with a larger max_length"
-            )
+            raise ValueError(f"input has {longest} tokens, {remedy}")
 
     def extra_repr(self) -> str:
         c = self.config

@@ -1,12 +1,20 @@
-"""Operators of Efficient Prompt Tuning: the fused embedding and the joint prompt, each with its plain-PyTorch
-reference.
+"""Operators of Efficient Prompt Tuning: the fused embedding, the joint prompt and products with 4-bit weights, each
+with its plain-PyTorch reference.
 
 Importing this package registers the operators in ``torch.ops.ept`` (see ``library.py``). It needs torch only; autograd
 is wrapped around the operators by the caller.
 """
 
+from .dequantize_4bit import dequantize_4bit, dequantize_4bit_reference
+from .four_bit import FourBitWeight
 from .joint_prompt import joint_prompt, joint_prompt_backward, joint_prompt_backward_reference, joint_prompt_reference
 from .library import backend
+from .matmul_4bit import (
+    matmul_4bit,
+    matmul_4bit_backward,
+    matmul_4bit_backward_reference,
+    matmul_4bit_reference,
+)
 from .prompted_embedding import (
     prompted_embedding,
     prompted_embedding_backward,
@@ -17,11 +25,18 @@ from .prompted_embedding import (
 )
 
 __all__ = [
+    "FourBitWeight",
     "backend",
+    "dequantize_4bit",
+    "dequantize_4bit_reference",
     "joint_prompt",
     "joint_prompt_backward",
     "joint_prompt_backward_reference",
     "joint_prompt_reference",
+    "matmul_4bit",
+    "matmul_4bit_backward",
+    "matmul_4bit_backward_reference",
+    "matmul_4bit_reference",
     "prompted_embedding",
     "prompted_embedding_backward",
     "prompted_embedding_backward_reference",

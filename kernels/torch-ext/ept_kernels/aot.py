@@ -2,8 +2,8 @@
 
     python -m ept_kernels.aot [--json FILE]
 
-Prints a table (kernel, target, registers, spilled bytes, shared memory, instructions) and fails on any spill, and on
-shared memory over the target's limit.
+Prints a table (kernel, target, registers, spilled bytes, shared memory, instructions, and instructions a weight where
+4-bit weights are decoded) and fails on any spill, and on shared memory over the target's limit.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from . import launch
 from .launch import AotCase
 
 # target: (backend, architecture, threads a warp, bytes of shared memory one program may have)
@@ -31,10 +33,47 @@ TARGETS = {
 
 
 def cases() -> list[AotCase]:
-    """Every kernel of this package in its representative configurations."""
-    from . import prompted_embedding_triton
+    """Every kernel of this package with representative signatures, as the heuristics launch it."""
+    from . import (
+        dequantize_4bit_triton,
+        joint_prompt_configs,
+        matmul_4bit_backward_triton,
+        matmul_4bit_triton,
+        prompted_embedding_configs,
+    )
 
-    return prompted_embedding_triton.aot_cases()
+    return [
+        *joint_prompt_configs.aot_cases(),
+        *prompted_embedding_configs.aot_cases(),
+        *dequantize_4bit_triton.aot_cases(),
+        *matmul_4bit_triton.aot_cases(),
+        *matmul_4bit_backward_triton.aot_cases(),
+    ]
+
+
+def shipped_cases() -> list[AotCase]:
+    """Every kernel in every measured configuration that is shipped under ``configs/``.
+
+    Raises:
+        ValueError: a file is damaged, or names a kernel and a size that the tuner does not know.
+    """
+    from .tune import tunables
+
+    known = {(tunable.kernel, tunable.size): tunable for tunable in tunables()}
+    found = []
+    for path in sorted(launch.CONFIGS.glob("*.json")):
+        for kernel, sizes in launch.load_configs(path).items():
+            if "." in kernel:  # a measured number, not a kernel
+                continue
+            for size, config in sizes.items():
+                if (kernel, size) not in known:
+                    raise ValueError(
+                        f"{path} has {kernel} at {size}, which the tuner does not know: remove the entry, or tune anew"
+                    )
+                tunable = known[kernel, size]
+                case = tunable.aot({**tunable.default, **config})
+                found.append(case._replace(name=f"{case.name} ({path.stem})"))
+    return found
 
 
 def compile_case(case: AotCase, target: str) -> dict[str, Any]:
@@ -50,13 +89,19 @@ def compile_case(case: AotCase, target: str) -> dict[str, Any]:
     # As at run time, where Triton sees that the allocator's addresses are multiples of 16 bytes.
     aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(case.signature.values()) if t.startswith("*")}
     source = ASTSource(fn=case.fn, signature=case.signature, constexprs=case.constexprs, attrs=aligned)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.enable_fp_fusion,
+    }
     compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
     facts = _amd_facts(compiled.asm["amdgcn"]) if backend == "hip" else _nvidia_facts(compiled.asm["cubin"])
     return {
         "kernel": case.name,
         "target": target,
         **facts,
+        # Of a thread, loops counted once, and what stands around them too.
+        "per_weight": round(facts["instructions"] * case.num_warps * warp / case.weights, 1) if case.weights else "",
         "shared_bytes": compiled.metadata.shared,
         "shared_limit": limit,
         "num_warps": case.num_warps,
@@ -78,7 +123,7 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
-    columns = ("kernel", "target", "registers", "spilled_bytes", "shared_bytes", "instructions")
+    columns = ("kernel", "target", "registers", "spilled_bytes", "shared_bytes", "instructions", "per_weight")
     lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
@@ -129,7 +174,7 @@ def main() -> None:
         raise SystemExit("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
     rows = [
         compile_case(case, target)
-        for case in cases()
+        for case in [*cases(), *shipped_cases()]
         if arguments.only in case.name
         for target in arguments.targets.split(",")
     ]
@@ -137,7 +182,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     found = [problem for row in rows for problem in problems(row)]
-    print(f"{len(rows)} compiled, {len(found)} problems")
+    print(f"{len(rows)} compiled with triton {version('triton')}, {len(found)} problems")
     sys.exit("\n".join(found) or 0)
 
 

@@ -250,22 +250,26 @@ def _activation_backward(name: str, x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _fake(prompt, A, B, beta, W_q, W_k, D, U, G, lowrank_scale, embedding_scale, score_scale, activation="gelu"):
-    return torch.empty_like(prompt)
+    return torch.empty_like(prompt, memory_format=torch.contiguous_format)
 
 
 def _backward_fake(
     grad_output, prompt, A, B, beta, W_q, W_k, D, U, G, lowrank_scale, embedding_scale, score_scale, activation="gelu"
 ):
-    return tuple(torch.empty_like(x) for x in (prompt, A, B, beta, W_q, W_k, D, U, G))
+    parameters = (prompt, A, B, beta, W_q, W_k, D, U, G)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in parameters)
 
 
 _PARAMETERS = (
     "Tensor prompt, Tensor A, Tensor B, Tensor beta, Tensor W_q, Tensor W_k, Tensor D, Tensor U, Tensor G, "
     'float lowrank_scale, float embedding_scale, float score_scale, str activation="gelu"'
 )
-joint_prompt = register(f"joint_prompt({_PARAMETERS}) -> Tensor", joint_prompt_reference, _fake)
+joint_prompt = register(
+    f"joint_prompt({_PARAMETERS}) -> Tensor", joint_prompt_reference, _fake, launcher="joint_prompt_triton"
+)
 joint_prompt_backward = register(
     f"joint_prompt_backward(Tensor grad_output, {_PARAMETERS}) -> ({', '.join(['Tensor'] * 9)})",
     joint_prompt_backward_reference,
     _backward_fake,
+    launcher="joint_prompt_triton",
 )

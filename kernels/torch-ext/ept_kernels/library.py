@@ -4,11 +4,10 @@ Plain ``Library.define`` / ``impl`` is the cheapest registration per call; ``tri
 times more. Every operator has one implementation for every device: the plain-PyTorch reference, or the launcher of the
 Triton kernels.
 
-The kernels are checked under Triton's interpreter and compiled ahead of time, and have not run on a GPU yet, so they
-are to be asked for: ``EPT_KERNELS=triton`` takes them on CUDA, ROCm and XPU devices. ``TRITON_INTERPRET=1`` sends CPU
-    tensors through
-them, which is how they are tested. Otherwise, and with ``EPT_KERNELS=reference``, every device takes the reference.
-Both variables are read when this package is imported.
+CUDA, ROCm and XPU devices take the kernels where triton is installed, CPUs the references. ``EPT_KERNELS=reference``
+makes every device take the reference; ``EPT_KERNELS=triton`` insists on the kernels and fails without triton.
+``TRITON_INTERPRET=1`` sends CPU tensors through the kernels, which is how they are tested. The first variable is read
+when this package is imported, the second at the first call.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ NAMESPACE = "ept"
 # Held for the life of the process: dropping a Library removes its registrations.
 _library = Library(NAMESPACE, "FRAGMENT")
 
+_launchers: dict[str, str] = {}  # operator: module of its launcher
+
 _CHOICES = ("", "triton", "reference")
 _choice = os.environ.get("EPT_KERNELS", "")
 if _choice not in _CHOICES:
@@ -43,11 +44,16 @@ def backend(device: torch.device | str) -> str:
 
 @functools.cache
 def _backend(device_type: str) -> str:
-    if _choice == "reference" or importlib.util.find_spec("triton") is None:
+    takes_kernels = device_type in ("cuda", "xpu") or (
+        device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    )
+    if _choice == "reference" or not takes_kernels:
         return "reference"
-    interpreting = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    asked_for = device_type in ("cuda", "xpu") and _choice == "triton"
-    return "triton" if interpreting or asked_for else "reference"
+    if importlib.util.find_spec("triton") is not None:
+        return "triton"
+    if _choice == "triton":
+        raise RuntimeError("EPT_KERNELS=triton, but triton is not installed: pip install triton, or unset the variable")
+    return "reference"
 
 
 def register(
@@ -57,8 +63,8 @@ def register(
 
     Args:
         schema: what ``Library.define`` takes, e.g. ``"add_one(Tensor x) -> Tensor"``.
-        reference: plain PyTorch; mixed precision is switched off around it, since the operators choose their own
-            accumulation type.
+        reference: plain PyTorch. Mixed precision is switched off around it and around the launcher, since the
+            operators choose their own accumulation type.
         fake: computes output shapes and dtypes without data, for ``torch.compile`` and meta tensors.
         launcher: ``"module"`` of this package with a function of the operator's name that launches Triton kernels; it
             is imported at the first call, so that importing the package needs no Triton.
@@ -68,29 +74,43 @@ def register(
     """
     name = schema.partition("(")[0]
     namespace = getattr(torch.ops, NAMESPACE)
+    if launcher is not None:
+        _launchers[name] = launcher
     if not hasattr(namespace, name):
         _library.define(schema)
-        _library.impl(name, _dispatch(name, reference, launcher), "CompositeExplicitAutograd")
+        _library.impl(name, _dispatch(name, reference), "CompositeExplicitAutograd")
         register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(namespace, name).default
 
 
-def _dispatch(name: str, reference: Callable[..., Any], launcher: str | None) -> Callable[..., Any]:
-    @functools.cache
-    def launch() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f".{launcher}", __package__), name)
+def launcher_of(name: str) -> Callable[..., Any] | None:
+    """The launcher of the operator ``name``'s Triton kernels, imported here; None where it has no such kernels."""
+    module = _launchers.get(name)
+    return None if module is None else getattr(importlib.import_module(f".{module}", __package__), name)
 
-    def call(first: torch.Tensor, *args: Any) -> Any:
-        if launcher is not None and _backend(first.device.type) == "triton" and not _has_float64(first, args):
-            return launch()(first, *args)
-        device_type = first.device.type
+
+def _dispatch(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    # Looked up once a device type: what a call costs beside its implementation is these few lines.
+    functions: dict[str, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        device_type = args[0].device.type
+        function = functions.get(device_type)
+        if function is None:
+            launcher = launcher_of(name) if _backend(device_type) == "triton" else None
+            function = functions[device_type] = launcher or reference
+        if function is not reference and _has_float64(args):
+            function = reference
         if not torch.is_autocast_enabled(device_type):
-            return reference(first, *args)
+            return function(*args)
         with torch.autocast(device_type, enabled=False):
-            return reference(first, *args)
+            return function(*args)
 
     return call
 
 
-def _has_float64(first: torch.Tensor, rest: tuple[Any, ...]) -> bool:
-    return first.dtype == torch.float64 or any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in rest)
+def _has_float64(args: tuple[Any, ...]) -> bool:
+    for x in args:  # noqa: SIM110 - any() would make a generator at every call
+        if isinstance(x, torch.Tensor) and x.dtype is torch.float64:
+            return True
+    return False

@@ -75,7 +75,7 @@ def prompted_embedding_packed_reference(
     starts = cu_seqlens.to(torch.int64)
     s, texts = prompt.shape[0], starts.numel() - 1
     index = torch.arange(input_ids.shape[0], device=input_ids.device)
-    text_of = torch.searchsorted(starts[1:], index, right=True)  # [tokens]
+    text_of = torch.searchsorted(starts[1:].contiguous(), index, right=True)  # [tokens]
     positions = index - starts[text_of]
     tokens = table[input_ids].to(dtype)
     if A.shape[-1] > 0:

@@ -1,0 +1,154 @@
+"""Triton kernel that dequantises bitsandbytes' 4-bit weights in one launch, nested absmax included, to equal bits.
+
+A program takes a run of tiles. In a tile each thread reads one word of four bytes and writes its eight weights, which
+are 16 bytes in a 16-bit type: neighbouring threads read and write neighbouring memory, in the widest accesses there
+are, and nothing is exchanged between threads. Sizes that are no whole words are read byte by byte instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import four_bit_codes
+from .four_bit_codes import decode, is_word_aligned, levels, load_absmax
+from .launch import AotCase, Config, cached_choice, config_for, launch, on_device
+
+# UNITS: words or bytes in a tile, a power of two, one a thread. ITERS: tiles that a program takes.
+CONFIGS: dict[str, Config] = {"dequantize_4bit": {"UNITS": 128, "ITERS": 4, "num_warps": 4, "num_stages": 1}}
+
+
+@triton.jit(do_not_specialize=["elements"])
+def dequantize_4bit_kernel(
+    packed,  # [ceil(elements / 2)] bytes
+    absmax,  # [blocks] float32, or uint8 where nested
+    nested_absmax,  # [ceil(blocks / NESTED_BLOCK_SIZE)] float32, or None
+    nested_code,  # [256] float32, or None
+    nested_offset,  # [1] float32, or None
+    levels,  # [16] float32
+    out,  # [elements]
+    # Shape
+    elements,
+    # Meta-parameters
+    BLOCK_SIZE: tl.constexpr,
+    NESTED_BLOCK_SIZE: tl.constexpr,
+    BYTES: tl.constexpr,  # in a unit: 4, or 1 for any address and number of elements
+    UNITS: tl.constexpr,
+    ITERS: tl.constexpr,
+):
+    """``ITERS`` tiles of ``UNITS·2·BYTES`` neighbouring elements."""
+    TILE: tl.constexpr = UNITS * 2 * BYTES
+    first = tl.program_id(0).to(tl.int64) * (TILE * ITERS)
+    nested = (nested_absmax, nested_code, nested_offset)
+    o_unit = tl.arange(0, UNITS) * (2 * BYTES)  # in elements, from the tile's first one
+    o_weight = o_unit[:, None] + tl.arange(0, 2 * BYTES)[None, :]  # [UNITS, 2·BYTES]
+    for i in tl.static_range(ITERS):
+        start = first + i * TILE
+        left = tl.minimum(elements - start, TILE).to(tl.int32)
+        m_unit = o_unit < left
+        p_unit = packed + start // 2
+        if BYTES > 1:
+            p_unit = p_unit.to(tl.pointer_type(tl.uint32))
+        b_unit = tl.load(p_unit + tl.arange(0, UNITS), mask=m_unit, other=0)
+        # Both are powers of two: a tile is a part of one block, or whole blocks.
+        o_block = start // BLOCK_SIZE + o_unit // BLOCK_SIZE
+        b_absmax = load_absmax(absmax, nested, o_block, m_unit, NESTED_BLOCK_SIZE)
+        b_weight = decode(levels, b_unit, b_absmax, out.dtype.element_ty, BYTES)
+        # Of the last byte only one half may count; words are whole.
+        m_weight = o_weight < left if BYTES == 1 else m_unit[:, None]
+        tl.store(out + start + o_weight, tl.reshape(b_weight, [UNITS, 2 * BYTES]), mask=m_weight)
+
+
+def heuristic() -> Config:
+    """Meta-parameters where nothing was measured."""
+    config = dict(CONFIGS["dequantize_4bit"])
+    if torch.version.hip:
+        config["UNITS"] *= 2  # twice as many threads in a warp
+    return config
+
+
+def meta(config: Config, block_size: int, nested_block_size: int, words: bool) -> dict[str, Any]:
+    """What the kernel is launched or compiled with; ``nested_block_size`` is 0 where absmax is not nested."""
+    return {
+        **config,
+        "BLOCK_SIZE": block_size,
+        "NESTED_BLOCK_SIZE": nested_block_size,
+        "BYTES": 4 if words else 1,
+        "enable_fp_fusion": False,
+    }
+
+
+@cached_choice
+def _chosen(
+    elements: int, dtype: torch.dtype, block_size: int, nested_block_size: int, words: bool, device: torch.device
+) -> tuple[tuple[int], dict[str, Any]]:
+    config = config_for(f"dequantize_4bit/{8 * dtype.itemsize}-bit", elements, device, heuristic())
+    options = meta(config, block_size, nested_block_size, words)
+    return (triton.cdiv(elements, config["UNITS"] * 2 * options["BYTES"] * config["ITERS"]),), options
+
+
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    nested_block_size: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`~ept_kernels.dequantize_4bit_reference` in one launch."""
+    elements = rows * columns
+    out = packed.new_empty(rows, columns, dtype=dtype)
+    words = is_word_aligned(packed, elements)
+    grid, options = _chosen(elements, dtype, block_size, nested_block_size, words, packed.device)
+    with on_device(packed):
+        launch(
+            dequantize_4bit_kernel,
+            grid,
+            packed,
+            absmax,
+            nested_absmax,
+            nested_code,
+            nested_offset,
+            levels(quant_type, packed.device),
+            out,
+            elements,
+            **options,
+        )
+    return out
+
+
+# Ahead of time.
+
+# Output type, block size, nested, in words.
+_AOT_PROBLEMS = (
+    ("bf16", 64, False, True),
+    ("bf16", 64, True, True),
+    ("bf16", 4096, True, True),
+    ("bf16", 64, True, False),
+    ("fp16", 64, True, True),
+    ("fp32", 32, True, True),
+    ("fp32", 64, False, False),
+)
+
+
+def aot_cases() -> list[AotCase]:
+    """The kernel with representative signatures, for :mod:`ept_kernels.aot`."""
+    return [aot_case(heuristic(), *problem) for problem in _AOT_PROBLEMS]
+
+
+def aot_case(config: Config, dtype: str, block_size: int, nested: bool, words: bool) -> AotCase:
+    options = meta(config, block_size, 256 if nested else 0, words)
+    label = f"{dtype} block={block_size}" + (" nested" if nested else "") + ("" if words else " bytes")
+    types = {"out": f"*{dtype}"}
+    weights = options["UNITS"] * 2 * options["BYTES"] * options["ITERS"]
+    name = f"dequantize_4bit {label}"
+    return four_bit_codes.aot_case(name, dequantize_4bit_kernel, types, nested, options, weights=weights)

@@ -1,0 +1,230 @@
+"""``FourBitWeight``: a matrix in bitsandbytes' 4-bit format (NF4 or FP4, plain or nested), checked and never copied.
+
+A byte holds two neighbouring weights of the flattened matrix, the first in its high nibble. A nibble names one of the
+16 levels of ``quant_type``; a weight is its level times the absmax of its block of ``block_size`` neighbours. Blocks
+may straddle rows, and the last one may be short. Nested absmax is itself kept in one byte a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# bitsandbytes' tables in the order of the nibbles: every number is a float32 exactly.
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+_FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+FP4 = (*_FP4_MAGNITUDES, *(0.0 - level for level in _FP4_MAGNITUDES))  # nibble 8 is a zero without a sign
+LEVELS = {"nf4": NF4, "fp4": FP4}
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 32, 4096
+STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+
+# Fields in the order of the operators' schemas.
+SCHEMA = (
+    "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? nested_offset, "
+    "{} str quant_type, int block_size, int nested_block_size, int rows, int columns"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FourBitWeight:
+    """A ``[rows, columns]`` matrix of 4-bit weights. All tensors are contiguous and on one device.
+
+    Attributes:
+        packed: ``[ceil(rows·columns / 2)]`` uint8.
+        absmax: ``[blocks]``: float32, or uint8 where nested; ``blocks = ceil(rows·columns / block_size)``.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        block_size: weights that share an absmax, a power of two from 32 to 4096.
+        nested_absmax: ``[ceil(blocks / nested_block_size)]`` float32; None: absmax is plain. With it, the absmax of a
+            block is ``nested_code[absmax]·nested_absmax[block // nested_block_size] + nested_offset``, product and sum
+            each rounded to float32.
+        nested_code: ``[256]`` float32.
+        nested_offset: one float32.
+        nested_block_size: blocks that share a nested absmax; 0 where absmax is plain.
+
+    Raises:
+        ValueError: a field does not fit the others; the message names it, its value and what is expected.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    quant_type: str
+    block_size: int
+    rows: int
+    columns: int
+    nested_absmax: Tensor | None = None
+    nested_code: Tensor | None = None
+    nested_offset: Tensor | None = None
+    nested_block_size: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @classmethod
+    def from_bitsandbytes(cls, source: Any, *, check_code: bool = True) -> FourBitWeight:
+        """The weight that bitsandbytes holds, without copying it.
+
+        Args:
+            source: a ``Params4bit``, or the module that has one as its ``weight``. A weight that has lost its quant
+                state (sharding does that) takes the module's.
+            check_code: compare the quant state's 16 levels with those of its type, which waits for the device.
+
+        Raises:
+            ValueError: it is not quantised, is damaged, or was repacked for inference on a CPU.
+        """
+        weight = source.weight if isinstance(source, nn.Module) else source
+        if not isinstance(weight, Tensor):
+            raise _unexpected("weight", type(weight).__name__, "a Params4bit or a module that has one as its weight")
+        state: Any = getattr(weight, "quant_state", None) or getattr(source, "quant_state", None)
+        if state is None:
+            raise ValueError(
+                "the weight has no quant state: it is not quantised yet (move the layer to its device), or has lost it "
+                "(pass the module instead of the weight)"
+            )
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "bitsandbytes has repacked the weight for inference on this CPU (packing_format_for_cpu=True), with "
+                "its scales rounded to bfloat16: load the model afresh and keep the layer in training mode"
+            )
+        rows, columns = _matrix(getattr(state, "shape", None))
+        nested: Any = getattr(state, "state2", None)
+        if bool(getattr(state, "nested", nested is not None)) != (nested is not None):
+            raise _unexpected("quant_state.nested", state.nested, f"{nested is not None}, as state2 is {nested}")
+        built = cls(
+            packed=_bytes(weight.detach(), rows * columns),
+            absmax=state.absmax,
+            quant_type=state.quant_type,
+            block_size=state.blocksize,
+            rows=rows,
+            columns=columns,
+            nested_absmax=None if nested is None else nested.absmax,
+            nested_code=None if nested is None else nested.code,
+            nested_offset=None if nested is None else _in_float32(state.offset),
+            nested_block_size=0 if nested is None else nested.blocksize,
+        )
+        if check_code:
+            _check_code(state.code, built.quant_type)
+        return built
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The operators' tensor arguments, in order."""
+        return self.packed, self.absmax, self.nested_absmax, self.nested_code, self.nested_offset
+
+    @property
+    def sizes(self) -> tuple[str, int, int, int, int]:
+        """The operators' other arguments, in order."""
+        return self.quant_type, self.block_size, self.nested_block_size, self.rows, self.columns
+
+
+def _check(weight: FourBitWeight) -> None:
+    if not isinstance(weight.quant_type, str) or weight.quant_type not in LEVELS:
+        raise _unexpected("quant_type", repr(weight.quant_type), " or ".join(map(repr, LEVELS)))
+    for name in ("rows", "columns"):
+        _check_size(name, getattr(weight, name), 1)
+    size = weight.block_size
+    if not _is_integer(size) or not SMALLEST_BLOCK <= size <= LARGEST_BLOCK or size & (size - 1):
+        raise _unexpected("block_size", repr(size), f"a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}")
+    elements = weight.rows * weight.columns
+    blocks = _ceil_div(elements, size)
+    device = _check_tensor("packed", weight.packed, torch.uint8, _ceil_div(elements, 2))
+    parts = (weight.nested_absmax, weight.nested_code, weight.nested_offset)
+    if all(part is None for part in parts):
+        _check_tensor("absmax", weight.absmax, torch.float32, blocks, device)
+        return
+    _check_size("nested_block_size", weight.nested_block_size, 1)
+    _check_tensor("absmax", weight.absmax, torch.uint8, blocks, device)
+    groups = _ceil_div(blocks, weight.nested_block_size)
+    for name, part, length in zip(("nested_absmax", "nested_code", "nested_offset"), parts, (groups, 256, 1)):
+        _check_tensor(name, part, torch.float32, length, device)
+
+
+def _check_tensor(
+    name: str, tensor: Any, dtype: torch.dtype, length: int, device: torch.device | None = None
+) -> torch.device:
+    if not isinstance(tensor, Tensor):
+        raise _unexpected(name, type(tensor).__name__, "a tensor")
+    if tensor.dtype != dtype:
+        raise _unexpected(f"{name}.dtype", tensor.dtype, dtype)
+    shapes = [(length,), ()] if name == "nested_offset" else [(length,)]
+    if tuple(tensor.shape) not in shapes:
+        raise _unexpected(f"{name}.shape", tuple(tensor.shape), shapes[0])
+    if not tensor.is_contiguous():
+        raise _unexpected(f"{name}.stride()", tensor.stride(), "(1,)")
+    if device is not None and tensor.device != device:
+        raise _unexpected(f"{name}.device", tensor.device, f"{device}, where the packed weight is")
+    return tensor.device
+
+
+def _check_size(name: str, value: Any, least: int) -> None:
+    if not _is_integer(value) or value < least:
+        raise _unexpected(name, repr(value), f"an integer, {least} or more")
+
+
+def _check_code(code: Any, quant_type: str) -> None:
+    """bitsandbytes computes with its own table of the type, so that another one in the state means damage."""
+    _check_tensor("code", code, torch.float32, 16)
+    if code.is_meta or torch.compiler.is_compiling():
+        return
+    expected = torch.tensor(LEVELS[quant_type])
+    if not torch.allclose(code.detach().cpu(), expected, rtol=0, atol=1e-6):
+        raise _unexpected("code", [round(level, 6) for level in code.tolist()], f"the 16 levels of {quant_type}")
+
+
+def _matrix(shape: Any) -> tuple[int, int]:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise _unexpected("quant_state.shape", shape, "(rows, columns)")
+    for name, size in zip(("rows", "columns"), shape):
+        _check_size(name, size, 1)
+    return shape[0], shape[1]
+
+
+def _bytes(data: Tensor, elements: int) -> Tensor:
+    """A flat view of ``data`` as the bytes of so many weights; a last storage element may have bytes to spare."""
+    if data.dtype not in STORAGE_DTYPES:
+        raise _unexpected("the storage's dtype", data.dtype, ", ".join(map(str, STORAGE_DTYPES)))
+    if not data.is_contiguous():
+        raise _unexpected("the packed weight", f"not contiguous (strides {data.stride()})", "contiguous")
+    packed = data.view(-1).view(torch.uint8)
+    needed = _ceil_div(elements, 2)
+    return packed[:needed] if 0 < packed.shape[0] - needed < data.element_size() else packed
+
+
+def _in_float32(offset: Any) -> Any:
+    return offset.float() if isinstance(offset, Tensor) and offset.is_floating_point() else offset
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def _unexpected(what: str, got: Any, expected: Any) -> ValueError:
+    return ValueError(f"4-bit weight: {what} is {got}, expected {expected}: quantise or load the weight afresh")

@@ -1,0 +1,157 @@
+"""What the kernels over 4-bit weights share: the levels, how nibbles are looked up, the scales (absmax) of the blocks.
+
+A byte holds two neighbouring weights, the first in its high nibble. A nibble names one of 16 float32 levels, and a
+weight is its level times the absmax of its block, one float32 product rounded once to the wanted type. Nested absmax is
+``code[byte]·nested_absmax + offset``, product and sum rounded one after the other: launchers pass
+``enable_fp_fusion=False``, without which the two become one operation with other bits.
+
+The look-up decides the speed, since ten instructions a weight take as long as the memory traffic. Static counts for
+sm_90 (Triton 3.9.0): instructions that one more weight costs in four kernels that dequantise whole tiles to bfloat16,
+plain absmax, and differ in the look-up only. Nothing of this was timed:
+
+    table load, address put together with one `or`   6.4   (1.1 loads)
+    table load, pointer plus index                   7.3   (1.1 loads)
+    tl.gather                                        8.6   (1 load of shared memory, barriers)
+    fifteen nested selects                          16.8
+
+The table is one line of 64 bytes at a multiple of 64, so that the offset of a level can be put into the lower bits of
+its address, which saves the 64-bit addition.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .four_bit import LEVELS
+from .launch import AotCase
+
+_TABLE_BYTES = 64
+WORD = tl.constexpr(4)  # bytes that the fast paths load at once
+WEIGHTS = tl.constexpr(8)  # in a word
+
+
+@functools.cache
+def levels(quant_type: str, device: torch.device) -> Tensor:
+    """The 16 levels of ``quant_type`` on ``device``, float32, at an address that the kernels can put offsets into."""
+    table = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
+    if table.data_ptr() % _TABLE_BYTES:
+        raise RuntimeError(
+            f"the allocator of {device} gave the address {table.data_ptr()}, the kernels need a multiple of "
+            f"{_TABLE_BYTES}: use torch's own allocator, or EPT_KERNELS=reference"
+        )
+    return table
+
+
+def is_word_aligned(packed: Tensor, elements: int) -> bool:
+    """Whether ``packed`` is whole words at a whole word's address."""
+    return elements % WEIGHTS.value == 0 and packed.data_ptr() % WORD.value == 0
+
+
+@triton.jit
+def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    """Weight in the nibble at bit ``SHIFT`` of each unit: ``DTYPE``, shaped like ``b_unit`` and ``b_absmax``."""
+    offset = ((b_unit >> (SHIFT - 2)) if SHIFT > 2 else (b_unit << (2 - SHIFT))) & 60  # nibble·4 bytes
+    address = levels.to(tl.int64) | offset.to(tl.int64)
+    b_level = tl.load(address.to(tl.pointer_type(tl.float32)))
+    return (b_level * b_absmax).to(DTYPE)
+
+
+@triton.jit
+def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
+    """Weights in each unit of ``BYTES`` bytes (1 or 4), in order, along new dimensions of 2: ``DTYPE`` ``[..., 2]`` or
+    ``[..., 2, 2, 2]``, to be reshaped to ``[..., 2·BYTES]``. ``b_absmax`` is shaped like ``b_unit``.
+    """
+    b_unit = b_unit.to(tl.uint32)
+    if BYTES == 1:
+        b_0 = weight_at(levels, b_unit, b_absmax, 4, DTYPE)
+        b_1 = weight_at(levels, b_unit, b_absmax, 0, DTYPE)
+        b_weight = tl.join(b_0, b_1)
+    else:  # the lowest byte comes first, its high nibble before its low one
+        b_04 = tl.join(weight_at(levels, b_unit, b_absmax, 4, DTYPE), weight_at(levels, b_unit, b_absmax, 20, DTYPE))
+        b_15 = tl.join(weight_at(levels, b_unit, b_absmax, 0, DTYPE), weight_at(levels, b_unit, b_absmax, 16, DTYPE))
+        b_26 = tl.join(weight_at(levels, b_unit, b_absmax, 12, DTYPE), weight_at(levels, b_unit, b_absmax, 28, DTYPE))
+        b_37 = tl.join(weight_at(levels, b_unit, b_absmax, 8, DTYPE), weight_at(levels, b_unit, b_absmax, 24, DTYPE))
+        b_weight = tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37))
+    return b_weight
+
+
+@triton.jit
+def load_absmax(absmax, nested, o_block, mask, NESTED_BLOCK_SIZE: tl.constexpr):
+    """Scales of the blocks ``o_block`` (int64) in float32, shaped like it; ``nested``: absmax, code and offset."""
+    nested_absmax, nested_code, nested_offset = nested
+    if nested_absmax is None:
+        b_absmax = tl.load(absmax + o_block, mask=mask, other=0.0)
+    else:
+        b_code = tl.load(absmax + o_block, mask=mask, other=0).to(tl.int32)
+        b_nested = tl.load(nested_absmax + o_block // NESTED_BLOCK_SIZE, mask=mask, other=0.0)
+        b_absmax = tl.load(nested_code + b_code) * b_nested + tl.load(nested_offset)
+    return b_absmax
+
+
+@triton.jit
+def load_tile(
+    packed,
+    absmax,
+    nested,  # as for load_absmax
+    o_n,  # [ROWS] int64
+    start,  # first column: a multiple of COLUMNS
+    rows,
+    last,  # column to stop before
+    columns,  # of a row: a multiple of BLOCK_SIZE
+    COLUMNS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED_BLOCK_SIZE: tl.constexpr,
+):
+    """One tile as it is stored: words ``[ROWS, COLUMNS / 8]`` and the scales of their blocks ``[ROWS, GROUPS]``.
+
+    What lies beyond ``rows`` and ``last`` is not read, and stands for weights of some finite value.
+    """
+    GROUPS: tl.constexpr = COLUMNS // BLOCK_SIZE if BLOCK_SIZE < COLUMNS else 1
+    m_n = (o_n < rows)[:, None]
+    o_word = tl.cast(start, tl.int64) // WEIGHTS + tl.arange(0, COLUMNS // WEIGHTS)
+    p_word = packed.to(tl.pointer_type(tl.uint32)) + o_n[:, None] * (columns // WEIGHTS) + o_word[None, :]
+    b_word = tl.load(p_word, mask=m_n & (o_word * WEIGHTS < last)[None, :], other=0)
+    o_group = tl.cast(start, tl.int64) // BLOCK_SIZE + tl.arange(0, GROUPS)
+    o_block = o_n[:, None] * (columns // BLOCK_SIZE) + o_group[None, :]
+    m_block = m_n & (o_group * BLOCK_SIZE < last)[None, :]
+    b_absmax = load_absmax(absmax, nested, o_block, m_block, NESTED_BLOCK_SIZE)  # [ROWS, GROUPS]
+    return b_word, b_absmax
+
+
+@triton.jit
+def absmax_of_words(b_absmax, b_word):
+    """``[ROWS, GROUPS]`` repeated to the shape of ``b_word`` ``[ROWS, words]``."""
+    ROWS: tl.constexpr = b_word.shape[0]
+    WORDS: tl.constexpr = b_word.shape[1]
+    GROUPS: tl.constexpr = b_absmax.shape[1]
+    return tl.reshape(tl.broadcast_to(b_absmax[:, :, None], [ROWS, GROUPS, WORDS // GROUPS]), [ROWS, WORDS])
+
+
+def aot_case(
+    name: str,
+    fn: Any,
+    types: dict[str, str],
+    nested: bool,
+    options: dict[str, Any],
+    sizes: dict[str, int] | None = None,
+    weights: int = 0,
+) -> AotCase:
+    """``fn`` for contiguous tensors, compiled with ``options`` as it is launched with them.
+
+    ``types`` names the pointers' types beside those that all kernels here share, and what is ``None``; ``sizes`` are
+    given as constants, since at run time they are known to be divisible by 16.
+    """
+    shared = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32", "levels": "*fp32", "partial": "*fp32"}
+    nested_parts = ("nested_absmax", "nested_code", "nested_offset")
+    types = shared | dict.fromkeys(nested_parts, "*fp32" if nested else "None") | types
+    absent = {argument: None for argument, type_ in types.items() if type_ == "None"}
+    constants = {k: v for k, v in (options | absent | (sizes or {})).items() if k in fn.arg_names}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in fn.arg_names}
+    warps, stages, fusion = (options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion"))
+    return AotCase(name, fn, signature, constants, warps, stages, fusion, weights)

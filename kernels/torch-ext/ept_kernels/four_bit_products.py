@@ -1,0 +1,239 @@
+"""What the two products with a 4-bit weight share: the path they take, launch configurations, sums over splits.
+
+Few tokens take a fused kernel. Too few tiles to fill a GPU are split along the sum; the splits' partial sums are added
+in a fixed order by a second launch.
+
+Many tokens, blocks that straddle rows, and weights at an odd address take one launch that dequantises into a fresh
+tensor, and the library's product. So do float32 tokens: in pieces of bfloat16, as the matrix units would have to take
+them, neither they nor the weights fit into registers. A buffer kept for the weight would have to know of streams and
+CUDA graphs; PyTorch's allocator does, and hands the same memory out again.
+
+From how many tokens on is measured for each device: ``{"M": most tokens of the fused kernel}`` by rows and columns
+under ``matmul_4bit.crossover/16-bit`` and ``matmul_4bit_backward.crossover/16-bit`` in ``configs/``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import four_bit_codes
+from .four_bit_codes import is_word_aligned, levels
+from .launch import AotCase, Config, cached_choice, config_for, launch, on_device
+
+# BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
+_FORWARD = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}
+_BACKWARD = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 512, "num_warps": 8, "num_stages": 1}
+CONFIGS: dict[str, Config] = {
+    "matmul_4bit/16": _FORWARD,
+    "matmul_4bit/32": {**_FORWARD, "BLOCK_M": 32},
+    "matmul_4bit_backward/16": _BACKWARD,
+    "matmul_4bit_backward/32": {**_BACKWARD, "BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4},
+    "matmul_4bit_reduce": {"BLOCK_E": 1024, "num_warps": 4, "num_stages": 1},
+}
+TILES = (16, 32)  # BLOCK_M; more tokens take several
+# Where no crossover was measured, more tokens than these are left to the library: a cautious guess.
+FUSED_UP_TO = 32
+# Programs that splitting is to bring about: several for each multiprocessor of a large GPU.
+PROGRAMS = 512
+
+TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+class Weight(NamedTuple):
+    """Arguments of ``dequantize_4bit`` but for the type of its result."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    block_size: int
+    nested_block_size: int
+    rows: int
+    columns: int
+
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """What every kernel takes first."""
+        return (*self[:5], levels(self.quant_type, self.packed.device))
+
+
+def is_fused(operator: str, weight: Weight, tokens: int, dtype: torch.dtype) -> bool:
+    """Whether the fused kernel of ``operator`` takes ``tokens`` of ``dtype``."""
+    packed, rows, columns = weight.packed, weight.rows, weight.columns
+    return (
+        (dtype.itemsize == 2 or packed.device.type == "cpu")
+        and columns % weight.block_size == 0
+        and is_word_aligned(packed, rows * columns)
+        and tokens * rows * columns > 0
+        and tokens <= crossover(operator, rows, columns, dtype, packed.device)
+    )
+
+
+@cached_choice
+def crossover(operator: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Most tokens that the fused kernel of ``operator`` takes: measured, or :data:`FUSED_UP_TO`."""
+    return config_for(key(f"{operator}.crossover", dtype), (rows, columns), device, {"M": FUSED_UP_TO})["M"]
+
+
+def key(kernel: str, dtype: torch.dtype) -> str:
+    """Name of ``kernel`` in a file of measured configurations, for tokens of ``dtype``."""
+    return f"{kernel}/{8 * dtype.itemsize}-bit"
+
+
+def heuristic(kernel: str, rows: int, columns: int) -> Config:
+    """Meta-parameters of ``kernel``, such as ``"matmul_4bit/16"``, where nothing was measured."""
+    config = dict(CONFIGS[kernel])
+    results, across, summed, along = _directions(kernel, rows, columns)
+    wanted = PROGRAMS // triton.cdiv(results, config[across])
+    # Partial sums, written and read, are to be no more bytes than the packed weight; a split has four tiles or more.
+    affordable = summed // (16 * config["BLOCK_M"])
+    return {**config, "SPLITS": max(1, min(wanted, affordable, summed // (4 * config[along])))}
+
+
+def meta(config: Config, block_size: int, nested_block_size: int, operand: torch.dtype) -> dict[str, Any]:
+    """What a product is launched or compiled with; ``nested_block_size`` is 0 where absmax is not nested."""
+    return {
+        **{name: value for name, value in config.items() if name != "SPLITS"},
+        "BLOCK_SIZE": block_size,
+        "NESTED_BLOCK_SIZE": nested_block_size,
+        "OPERAND": TRITON_TYPES[operand],
+        "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
+    }
+
+
+def operand_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What ``dtype`` tokens are multiplied in: under the interpreter float32, it has no 16-bit products."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+class Plan(NamedTuple):
+    """How a product is launched but for the number of tokens."""
+
+    tiles_across: int  # of the results of a token
+    splits: int
+    tiles: int  # in a split
+    options: dict[str, Any]  # meta-parameters
+
+    def grid(self, tokens: int) -> tuple[int, int, int]:
+        return self.tiles_across, self.splits, triton.cdiv(tokens, self.options["BLOCK_M"])
+
+
+def plan(operator: str, tokens: int, weight: Weight, dtype: torch.dtype) -> Plan:
+    """For ``tokens`` of ``dtype``: the smallest tile that holds them, or the largest there is."""
+    tile = next((size for size in TILES if tokens <= size), TILES[-1])
+    shape = (weight.rows, weight.columns, weight.block_size, weight.nested_block_size)
+    return _plan(f"{operator}/{tile}", *shape, dtype, weight.packed.device)
+
+
+@cached_choice
+def _plan(
+    kernel: str,
+    rows: int,
+    columns: int,
+    block_size: int,
+    nested_block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Plan:
+    config = config_for(key(kernel, dtype), (rows, columns), device, heuristic(kernel, rows, columns))
+    results, across, summed, along = _directions(kernel, rows, columns)
+    tiles = triton.cdiv(summed, config[along])
+    tiles_a_split = triton.cdiv(tiles, config["SPLITS"])
+    options = meta(config, block_size, nested_block_size, operand_type(dtype, device))
+    return Plan(triton.cdiv(results, config[across]), triton.cdiv(tiles, tiles_a_split), tiles_a_split, options)
+
+
+def _directions(kernel: str, rows: int, columns: int) -> tuple[int, str, int, str]:
+    """Results a token and the tile across them, length of the sum behind each and the tile along it."""
+    if "backward" in kernel:
+        return columns, "BLOCK_K", rows, "BLOCK_N"
+    return rows, "BLOCK_N", columns, "BLOCK_K"
+
+
+@triton.jit(do_not_specialize=["splits", "elements"])
+def matmul_4bit_reduce_kernel(
+    partial,  # [splits, tokens, width] float32, contiguous
+    bias,  # [width], or None
+    out,  # [tokens, width], contiguous
+    # Shape
+    splits,
+    elements,  # tokens·width
+    width,
+    # Meta-parameters
+    BLOCK_E: tl.constexpr,
+):
+    """``out = Σ partial + bias``, split by split."""
+    o_e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_e = o_e < elements
+    b_out = tl.zeros([BLOCK_E], tl.float32)
+    for i_split in range(splits):
+        b_out += tl.load(partial + tl.cast(i_split, tl.int64) * elements + o_e, mask=m_e, other=0.0)
+    if bias is not None:
+        b_out += tl.load(bias + o_e % width, mask=m_e, other=0.0).to(tl.float32)
+    tl.store(out + o_e, b_out.to(out.dtype.element_ty), mask=m_e)
+
+
+def run(kernel: Any, operator: str, tokens: Tensor, weight: Weight, results: int, bias: Tensor | None = None) -> Tensor:
+    """Launches ``kernel`` for ``tokens`` ``[M, …]``, and adds up its splits if there are several.
+
+    Returns ``[M, results]`` in the type of ``tokens``.
+    """
+    M = tokens.shape[0]
+    chosen = plan(operator, M, weight, tokens.dtype)
+    out = tokens.new_empty(M, results)
+    shape, strides = (M, weight.rows, weight.columns, chosen.tiles), tokens.stride()
+    with on_device(tokens):
+        if chosen.splits == 1:
+            launch(kernel, chosen.grid(M), *weight.pointers(), tokens, bias, out, *shape, *strides, **chosen.options)
+            return out
+        partial = tokens.new_empty(chosen.splits, M, results, dtype=torch.float32)
+        launch(kernel, chosen.grid(M), *weight.pointers(), tokens, None, partial, *shape, *strides, **chosen.options)
+        config = CONFIGS["matmul_4bit_reduce"]
+        grid = (triton.cdiv(M * results, config["BLOCK_E"]),)
+        launch(matmul_4bit_reduce_kernel, grid, partial, bias, out, chosen.splits, M * results, results, **config)
+    return out
+
+
+# Ahead of time.
+
+# Tokens' type, block size, nested, bias and so no splits.
+_AOT_PROBLEMS = (
+    ("bf16", 64, False, False),
+    ("bf16", 64, True, True),
+    ("bf16", 4096, True, False),
+    ("fp16", 32, True, False),
+)
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def aot_cases(operator: str, fn: Any) -> list[AotCase]:
+    """``fn``, the kernel of ``operator``, with every tile and representative signatures, for a weight 4096x4096."""
+    return [
+        aot_case(f"{operator}/{tile}", fn, heuristic(f"{operator}/{tile}", 4096, 4096), 4096, 4096, *problem)
+        for tile in TILES
+        for problem in _AOT_PROBLEMS
+    ]
+
+
+def aot_case(
+    kernel: str, fn: Any, config: Config, rows: int, columns: int, dtype: str, block_size: int, nested: bool, bias: bool
+) -> AotCase:
+    tokens, _, out, *_, stride_m, stride_last = fn.arg_names[6 : fn.arg_names.index("BLOCK_SIZE")]
+    label = f"{dtype} {rows}x{columns} block={block_size}" + (" nested" if nested else "") + (" bias" if bias else "")
+    types = {tokens: f"*{dtype}", "bias": f"*{dtype}" if bias else "None", out: f"*{dtype}" if bias else "*fp32"}
+    sizes = {"rows": rows, "columns": columns, stride_m: columns if tokens == "x" else rows, stride_last: 1}
+    options = meta(config, block_size, 256 if nested else 0, _TYPES[dtype])
+    weights = config["BLOCK_N"] * config["BLOCK_K"]
+    return four_bit_codes.aot_case(f"{kernel} {label}", fn, types, nested, options, sizes, weights)
+
+
+def reduce_aot_cases() -> list[AotCase]:
+    options = {**CONFIGS["matmul_4bit_reduce"], "enable_fp_fusion": True}
+    types = {"out": "*bf16", "bias": "*bf16"}
+    return [four_bit_codes.aot_case("matmul_4bit_reduce bf16", matmul_4bit_reduce_kernel, types, False, options)]

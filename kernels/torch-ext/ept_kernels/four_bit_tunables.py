@@ -1,0 +1,169 @@
+"""What the tuner measures of the 4-bit weights: the kernels at the shapes of a Llama and of a T5-base, and from how
+many tokens on a product leaves the weight to a dequantisation and the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dequantize_4bit_triton as dequantize
+from .dequantize_4bit import dequantize_parts
+from .four_bit_products import CONFIGS, FUSED_UP_TO, TILES, Weight, aot_case, heuristic, key, run
+from .launch import AotCase, Config, Tunable, grid
+from .matmul_4bit_backward_triton import matmul_4bit_backward, matmul_4bit_backward_kernel
+from .matmul_4bit_triton import matmul_4bit, matmul_4bit_kernel
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (768, 768), (3072, 768))  # rows and columns of a weight
+BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
+SWEEP = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384)  # tokens, for the crossovers
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+_DEQUANTIZE_GRID = grid(UNITS=(128, 256, 512), ITERS=(1, 2, 4, 8), num_warps=(4, 8))
+_PRODUCT_GRIDS = {
+    "matmul_4bit": grid(BLOCK_N=(64, 128), BLOCK_K=(128, 256), SPLITS=(1, 2, 4, 8), num_warps=(4, 8)),
+    "matmul_4bit_backward": grid(BLOCK_N=(16, 32), BLOCK_K=(256, 512), SPLITS=(1, 2, 4, 8), num_warps=(4, 8)),
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of the two products; ``before`` and ``after``: which of ``(rows, columns)`` a token has then."""
+
+    operator: str
+    kernel: Any
+    launcher: Callable[..., Tensor]
+    before: int
+    after: int
+
+    def arguments(self, tokens: Tensor, weight: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the launcher takes."""
+        return (tokens, *weight) if "backward" in self.operator else (tokens, *weight[:5], None, *weight[5:])
+
+    def fused(self, tokens: Tensor, *weight: Any) -> Tensor:
+        """The fused kernel, however many tokens."""
+        return run(self.kernel, self.operator, tokens, Weight(*weight), weight[-2:][self.after])
+
+    def sweep(self, tokens: Tensor, *weight: Any) -> Tensor:
+        """The product with the first 1, 8, 16, … tokens, each by the path that the crossover says: its best value makes
+        the least time of all of them together.
+        """
+        calls = (self.launcher(*self.arguments(tokens[:count], weight)) for count in _counts(tokens))
+        return torch.cat(list(calls))
+
+    def reference(self, *arguments: Any) -> Tensor:
+        tokens, *weight = arguments
+        arguments = (*weight, tokens.dtype)
+        W = dequantize_parts(*arguments).double()
+        return tokens.double() @ (W if self.after else W.T)
+
+    def sweep_reference(self, tokens: Tensor, *weight: Any) -> Tensor:
+        result = self.reference(tokens, *weight)
+        return torch.cat([result[:count] for count in _counts(tokens)])
+
+
+def _counts(tokens: Tensor) -> list[int]:
+    return [count for count in SWEEP if count <= len(tokens)]
+
+
+PRODUCTS = (
+    Product("matmul_4bit", matmul_4bit_kernel, matmul_4bit, before=1, after=0),
+    Product("matmul_4bit_backward", matmul_4bit_backward_kernel, matmul_4bit_backward, before=0, after=1),
+)
+
+
+def tunables(reduced: bool = False) -> list[Tunable]:
+    """``reduced``: one tiny shape and two candidates each."""
+    shapes = ((32, 128),) if reduced else SHAPES
+    # Under the interpreter, which the reduced ones are for, bfloat16 is truncated.
+    dtype, most = (torch.float16, 2) if reduced else (torch.bfloat16, None)
+    by_elements = {rows * columns: (rows, columns) for rows, columns in shapes}  # all that a dequantisation depends on
+    found = [_dequantize(shape, dtype, most) for shape in by_elements.values()]
+    for shape in shapes:
+        for product in PRODUCTS:
+            found += [_product(product, tile, shape, dtype, most) for tile in TILES]
+            found.append(_crossover(product, shape, dtype, most))
+    return found
+
+
+def weight_arguments(shape: tuple[int, int], device: torch.device, g: torch.Generator) -> tuple[Any, ...]:
+    """Parts and sizes of a random nested NF4 weight, as the operators take them."""
+    rows, columns = shape
+    blocks = rows * columns // BLOCK_SIZE
+
+    def random_bytes(count: int) -> Tensor:
+        return torch.randint(0, 256, (count,), generator=g, device=device, dtype=torch.uint8)
+
+    code = torch.linspace(-1, 1, 256, device=device)
+    nested_absmax = torch.rand(-(-blocks // NESTED_BLOCK_SIZE), generator=g, device=device)
+    parts = (random_bytes(rows * columns // 2), random_bytes(blocks), nested_absmax, code, code.new_full((), 0.1))
+    return (*parts, "nf4", BLOCK_SIZE, NESTED_BLOCK_SIZE, rows, columns)
+
+
+def _dequantize(shape: tuple[int, int], dtype: torch.dtype, most: int | None) -> Tunable:
+    def inputs(device: torch.device, seed: int) -> tuple[Any, ...]:
+        return *weight_arguments(shape, device, torch.Generator(device).manual_seed(seed)), dtype
+
+    return Tunable(
+        kernel=key("dequantize_4bit", dtype),
+        size=(shape[0] * shape[1],),
+        default=dequantize.heuristic(),
+        candidates=_DEQUANTIZE_GRID[:most],
+        operator=dequantize.dequantize_4bit,
+        inputs=inputs,
+        reference=dequantize_parts,
+        aot=lambda config: dequantize.aot_case(config, TRITON_TYPES[dtype], BLOCK_SIZE, nested=True, words=True),
+        tolerance=0.0,
+    )
+
+
+def _product(product: Product, tile: int, shape: tuple[int, int], dtype: torch.dtype, most: int | None) -> Tunable:
+    kernel = f"{product.operator}/{tile}"
+    return Tunable(
+        kernel=key(kernel, dtype),
+        size=shape,
+        default=heuristic(kernel, *shape),
+        candidates=_PRODUCT_GRIDS[product.operator][:most],
+        operator=product.fused,
+        inputs=_inputs(product, tile, shape, dtype),
+        reference=product.reference,
+        aot=_aot(product, kernel, shape, dtype),
+    )
+
+
+def _crossover(product: Product, shape: tuple[int, int], dtype: torch.dtype, most: int | None) -> Tunable:
+    tile = TILES[-1]
+    return Tunable(
+        kernel=key(f"{product.operator}.crossover", dtype),
+        size=shape,
+        default={"M": FUSED_UP_TO},
+        candidates=[{"M": count} for count in (0, *SWEEP)][:most],
+        operator=product.sweep,
+        inputs=_inputs(product, 3 if most else SWEEP[-1], shape, dtype),
+        reference=product.sweep_reference,
+        aot=lambda _: _aot(product, f"{product.operator}/{tile}", shape, dtype)(CONFIGS[f"{product.operator}/{tile}"]),
+    )
+
+
+def _inputs(
+    product: Product, tokens: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Callable[[torch.device, int], tuple[Any, ...]]:
+    def inputs(device: torch.device, seed: int) -> tuple[Any, ...]:
+        g = torch.Generator(device).manual_seed(seed)
+        x = torch.randn(tokens, shape[product.before], generator=g, device=device).to(dtype)
+        return x, *weight_arguments(shape, device, g)
+
+    return inputs
+
+
+def _aot(product: Product, kernel: str, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[Config], AotCase]:
+    def aot(config: Config) -> AotCase:
+        return aot_case(
+            kernel, product.kernel, config, *shape, TRITON_TYPES[dtype], BLOCK_SIZE, nested=True, bias=False
+        )
+
+    return aot

@@ -1,0 +1,137 @@
+"""Triton kernel of the product with a 4-bit weight, ``x·Wᵀ + bias``; see ``four_bit_products.py`` for when it is taken.
+
+It computes ``outᵀ = W·xᵀ``: the decoded weights are the left operand, which matrix units take from registers, and the
+tokens are its narrow side. Columns are taken in the order of the nibbles of a word (the first weights of all words of a
+tile, then the second ones, …), in W and in x alike, so that a thread keeps what it has decoded. Weights are rounded to
+x's type, as dequantised ones are; products are added up in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import four_bit_products
+from .dequantize_4bit_triton import dequantize_4bit
+from .four_bit_codes import WEIGHTS, absmax_of_words, load_tile, weight_at
+from .four_bit_products import Weight, is_fused, reduce_aot_cases, run
+from .launch import AotCase
+
+
+@triton.jit
+def _load_x(x, o_m, start, tokens, last, stride_x_m, stride_x_k, BLOCK_K: tl.constexpr):
+    """``x``'s rows ``o_m``, columns from ``start`` on: ``[BLOCK_M, BLOCK_K]``, zero from ``tokens`` and ``last`` on."""
+    o_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
+    mask = (o_m < tokens)[:, None] & (o_k < last)[None, :]
+    return tl.load(x + o_m[:, None] * stride_x_m + o_k[None, :] * stride_x_k, mask=mask, other=0.0)
+
+
+@triton.jit
+def _columns(b_x):
+    """Columns j, j + 8, j + 16, … of ``b_x``, for j = 0 … 7: eight ``[BLOCK_M, words]``."""
+    b_even, b_odd = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 8, 2, 2, 2]))
+    b_04, b_26 = tl.split(b_even)
+    b_15, b_37 = tl.split(b_odd)
+    b_0, b_4 = tl.split(b_04)
+    b_1, b_5 = tl.split(b_15)
+    b_2, b_6 = tl.split(b_26)
+    b_3, b_7 = tl.split(b_37)
+    return b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7
+
+
+@triton.jit(do_not_specialize=["tokens", "tiles"])
+def matmul_4bit_kernel(
+    packed,  # [rows·columns / 2] bytes
+    absmax,  # [blocks] float32, or uint8 where nested
+    nested_absmax,  # [ceil(blocks / NESTED_BLOCK_SIZE)] float32, or None
+    nested_code,  # [256] float32, or None
+    nested_offset,  # [1] float32, or None
+    levels,  # [16] float32
+    x,  # [tokens, columns]
+    bias,  # [rows], or None
+    out,  # [splits, tokens, rows], contiguous: the result, or partial sums in float32
+    # Shape
+    tokens,
+    rows,
+    columns,
+    tiles,  # of columns, in a split
+    # Strides
+    stride_x_m,
+    stride_x_k,
+    # Meta-parameters
+    BLOCK_SIZE: tl.constexpr,
+    NESTED_BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """One tile of ``outᵀ`` over one split of the columns; the next tiles are loaded while one is multiplied."""
+    nested = (nested_absmax, nested_code, nested_offset)
+    o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_split = tl.program_id(1)
+    o_m = tl.program_id(2).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = i_split * tiles * BLOCK_K
+    last = tl.minimum(first + tiles * BLOCK_K, columns)
+
+    b_next = load_tile(packed, absmax, nested, o_n, first, rows, last, columns, BLOCK_K, BLOCK_SIZE, NESTED_BLOCK_SIZE)
+    b_next_x = _load_x(x, o_m, first, tokens, last, stride_x_m, stride_x_k, BLOCK_K)
+    b_out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in tl.range(first, last, BLOCK_K, num_stages=1):
+        b_word, b_absmax = b_next
+        b_x = b_next_x
+        following = start + BLOCK_K
+        b_next = load_tile(
+            packed, absmax, nested, o_n, following, rows, last, columns, BLOCK_K, BLOCK_SIZE, NESTED_BLOCK_SIZE
+        )
+        b_next_x = _load_x(x, o_m, following, tokens, last, stride_x_m, stride_x_k, BLOCK_K)
+        b_absmax = absmax_of_words(b_absmax, b_word)
+        b_columns = _columns(b_x.to(OPERAND))
+        for j in tl.static_range(WEIGHTS):  # the high nibble of a byte comes first
+            b_W = weight_at(levels, b_word, b_absmax, 8 * (j // 2) + 4 * (1 - j % 2), OPERAND)  # [BLOCK_N, words]
+            b_out = tl.dot(b_W, tl.trans(b_columns[j]), b_out, input_precision="ieee")
+
+    if bias is not None:
+        b_out += tl.load(bias + o_n, mask=o_n < rows, other=0.0).to(tl.float32)[:, None]
+    p_out = out + (i_split.to(tl.int64) * tokens + o_m)[:, None] * rows + o_n[None, :]
+    mask = (o_m < tokens)[:, None] & (o_n < rows)[None, :]
+    tl.store(p_out, tl.trans(b_out).to(out.dtype.element_ty), mask=mask)
+
+
+def matmul_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    quant_type: str,
+    block_size: int,
+    nested_block_size: int,
+    rows: int,
+    columns: int,
+) -> Tensor:
+    """:func:`~ept_kernels.matmul_4bit_reference`: one or two launches, or one and a library's product."""
+    parts = (packed, absmax, nested_absmax, nested_code, nested_offset)
+    weight = Weight(*parts, quant_type, block_size, nested_block_size, rows, columns)
+    x, shape = x.detach(), (*x.shape[:-1], rows)
+    flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
+    bias = None if bias is None else bias.detach()
+    if is_fused("matmul_4bit", weight, flat.shape[0], x.dtype):
+        return run(matmul_4bit_kernel, "matmul_4bit", flat, weight, rows, bias).view(shape)
+    # Results go to a given tensor: that leaves autocast out, which would change the type.
+    out = x.new_empty(flat.shape[0], rows)
+    W = dequantize_4bit(*weight, x.dtype)
+    if bias is None:
+        torch.mm(flat, W.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), flat, W.t(), out=out)
+    return out.view(shape)
+
+
+def aot_cases() -> list[AotCase]:
+    """The kernel with every tile, and the sum over splits, for :mod:`ept_kernels.aot`."""
+    return [*four_bit_products.aot_cases("matmul_4bit", matmul_4bit_kernel), *reduce_aot_cases()]

@@ -1,0 +1,141 @@
+"""Launch configurations as data: the nearest size, the heuristic as fallback, one warning, damaged files."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from ept_kernels import launch
+
+GPU = torch.device("cuda", 0)
+DEFAULT = {"BLOCK": 64, "num_warps": 4}
+MEASURED = {
+    "one": {"768": {"BLOCK": 16}, "4096": {"BLOCK": 128, "num_warps": 8}},
+    "two/16-bit": {"4096x16": {"BLOCK": 1}, "4096x64": {"BLOCK": 2}, "768x16": {"BLOCK": 3}, "768": {"BLOCK": 4}},
+    "product.crossover": {"4096x4096": {"M": 48}},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The configuration file of a device that this machine need not have."""
+    path = tmp_path / "Some_GPU.json"
+    monkeypatch.setattr(launch, "config_file", lambda device: path)
+    for cache in (launch._measured, launch._read_once):
+        cache.cache_clear()
+    yield path
+    for cache in (launch._measured, launch._read_once):
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "kernel, size, expected",
+    [
+        ("one", 768, {"BLOCK": 16, "num_warps": 4}),
+        (
+            "one",
+            1500,
+            {"BLOCK": 16, "num_warps": 4},
+        ),  # nearer by the ratio, though not by the difference, would be 4096
+        ("one", 2000, {"BLOCK": 128, "num_warps": 8}),
+        ("one", 100_000, {"BLOCK": 128, "num_warps": 8}),
+        ("two/16-bit", (5000, 50), {"BLOCK": 2, "num_warps": 4}),
+        ("two/16-bit", (700, 64), {"BLOCK": 3, "num_warps": 4}),
+        ("two/16-bit", 768, {"BLOCK": 4, "num_warps": 4}),
+        ("two/32-bit", (4096, 16), DEFAULT),
+        ("one", (768, 16), DEFAULT),  # measured by one number, asked for by two
+        ("product.crossover", (4096, 14336), {**DEFAULT, "M": 48}),
+    ],
+)
+def test_the_nearest_measured_size_is_taken(file, kernel, size, expected):
+    file.write_text(json.dumps({"device": "Some GPU", "kernels": MEASURED}), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert launch.config_for(kernel, size, GPU, DEFAULT) == expected
+
+
+def test_without_a_file_the_heuristic_is_taken_and_one_warning_given(file):
+    with pytest.warns(UserWarning, match=r"Some_GPU\.json: heuristic ones are used.*ept_kernels\.tune") as caught:
+        found = [launch.config_for(k, 64, torch.device("cuda", i), DEFAULT) for k in ("one", "two") for i in range(3)]
+    assert found == 6 * [DEFAULT]
+    assert len(caught) == 1
+
+
+def test_a_cpu_has_no_file_and_no_warning(file):
+    file.write_text(json.dumps({"kernels": MEASURED}), encoding="utf-8")
+    assert launch.config_for("one", 768, torch.device("cpu"), DEFAULT) == DEFAULT
+
+
+@pytest.mark.parametrize(
+    "content, detail",
+    [
+        ("{", "Expecting property name"),
+        ("[]", "indices must be integers"),
+        ("{}", "no 'kernels'"),
+        ('{"kernels": {"one": {"wide": {"BLOCK": 1}}}}', "'wide'"),
+        ('{"kernels": {"one": {"0": {"BLOCK": 1}}}}', "size '0'"),
+        ('{"kernels": {"one": {"768": {"BLOCK": "16"}}}}', "whole numbers"),
+        ('{"kernels": {"one": {"768": {"BLOCK": true}}}}', "whole numbers"),
+        ('{"kernels": {"one": {"768": {}}}}', "whole numbers"),
+        ('{"kernels": {"one": {"768": [16]}}}', "items"),
+        ('{"kernels": {"one": 16}}', "items"),
+        (b"\xff\xfe", "utf-8"),
+    ],
+)
+def test_a_damaged_file_is_named_and_not_used(file, content, detail):
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"Some_GPU\.json is damaged .*delete it") as error:
+        launch.load_configs(file)
+    assert detail in str(error.value)
+    with pytest.warns(UserWarning, match="damaged") as caught:
+        found = [launch.config_for(kernel, 768, GPU, DEFAULT) for kernel in ("one", "one", "two")]
+    assert found == 3 * [DEFAULT]
+    assert len(caught) == 1
+
+
+def test_what_is_tried_comes_first_and_the_caches_follow(file):
+    file.write_text(json.dumps({"kernels": MEASURED}), encoding="utf-8")
+
+    @launch.cached_choice
+    def chosen(kernel: str) -> dict[str, int]:
+        return launch.config_for(kernel, 768, GPU, DEFAULT)
+
+    before = chosen("one")
+    with launch.trying("one", {"num_warps": 2}), launch.trying("two", {"BLOCK": 8}):
+        assert chosen("one") == {"BLOCK": 64, "num_warps": 2}
+        assert chosen("two") == {"BLOCK": 8, "num_warps": 4}
+    assert chosen("one") == before == {"BLOCK": 16, "num_warps": 4}
+
+
+def test_every_shipped_file_is_sound_and_known_to_the_tuner():
+    from ept_kernels import aot
+
+    aot.shipped_cases()
+    for path in launch.CONFIGS.glob("*.json"):
+        assert json.loads(path.read_text(encoding="utf-8"))["device"] not in ("", "cpu"), path
+
+
+def test_shipped_configurations_are_compiled_and_unknown_ones_refused(tmp_path, monkeypatch):
+    from ept_kernels import aot, tune
+
+    tunable = tune.tunables()[0]
+    size = "x".join(map(str, tunable.size))
+    config = {**tunable.default, "num_warps": 8}
+    kernels = {tunable.kernel: {size: config}, "product.crossover": {"8": {"M": 3}}}
+    (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": kernels}), encoding="utf-8")
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
+    (case,) = aot.shipped_cases()
+    assert case.num_warps == 8
+    assert case.name.endswith("(Some_GPU)")
+    (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": {"gone": {size: config}}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"gone at .* does not know"):
+        aot.shipped_cases()
+
+
+@pytest.mark.parametrize("size, expected", [(0, 16), (1, 16), (16, 16), (17, 32), (64, 64), (65, 128)])
+def test_padded(size, expected):
+    assert launch.padded(size) == expected

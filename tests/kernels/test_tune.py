@@ -1,0 +1,146 @@
+"""The tuner on a toy operator: what may win, what is refused and why, and the file it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+
+from ept_kernels import launch, tune
+from ept_kernels.launch import Tunable
+
+CPU = torch.device("cpu")
+SLOW = 0.004  # seconds
+
+
+@dataclass(frozen=True)
+class FakeKernel:
+    """What ``launch`` indexes with a grid and calls."""
+
+    n_spills: int
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda: SimpleNamespace(n_spills=self.n_spills, metadata=SimpleNamespace(name="toy"))
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Twice ``x``, faster or slower or wrong as its configuration says."""
+    kind = launch.config_for("toy", x.shape[0], x.device, {"kind": 0})["kind"]
+    launch.launch(FakeKernel(n_spills=3 if kind == 2 else 0), (1,))
+    if kind == 3:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+    if kind == 0:
+        time.sleep(SLOW)
+    out = torch.empty_like(x)
+    out[: -1 if kind == 4 else None] = 2 * x[: -1 if kind == 4 else None]
+    return out + (1e-3 if kind == 5 else 0)
+
+
+def toy(*kinds: int) -> Tunable:
+    return Tunable(
+        kernel="toy",
+        size=(8,),
+        default={"kind": 0},
+        candidates=[{"kind": kind} for kind in kinds],
+        operator=doubled,
+        inputs=lambda device, seed: (torch.ones(8, device=device) + seed,),
+        reference=launch.in_float64(lambda x: 2 * x),
+        aot=lambda config: pytest.fail("nothing is compiled here"),
+    )
+
+
+def test_the_fastest_right_candidate_wins():
+    row = tune.tune(toy(1), CPU, samples=3)
+    assert row["config"] == {"kind": 1}
+    assert row["median_us"] < row["default_us"]
+    assert row["default_us"] >= 1e6 * SLOW
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [(2, "spills 3"), (3, "out of resource: shared memory"), (4, "differs .* by nan"), (5, "differs .* by 0.001")],
+    ids=["spill", "too large", "leaves memory unwritten", "wrong"],
+)
+def test_a_bad_candidate_is_refused_however_fast(kind, reason):
+    row = tune.tune(toy(kind), CPU, samples=1)
+    assert row["config"] == {"kind": 0}
+    ((config, why),) = row["refused"].items()
+    assert json.loads(config) == {"kind": kind}
+    assert re.search(reason, why), why
+
+
+def test_a_gain_within_the_noise_keeps_the_heuristic():
+    same = replace(toy(0), candidates=[{"kind": 0, "other": 1}])
+    assert tune.tune(same, CPU, samples=5)["config"] == {"kind": 0}
+
+
+def test_a_heuristic_that_is_wrong_stops_the_tuner():
+    with pytest.raises(RuntimeError, match=r"toy at 8: the heuristic's configuration: .* spills"):
+        tune.tune(replace(toy(1), default={"kind": 2}), CPU)
+
+
+def test_bits_are_compared_where_no_tolerance_is_given():
+    exact = replace(toy(1), tolerance=0.0, reference=lambda x: 2 * x + 1e-6)
+    with pytest.raises(RuntimeError, match="0 is allowed"):
+        tune.tune(exact, CPU)
+
+
+def test_the_file_is_read_back_and_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "Some_GPU.json"
+    rows = [tune.tune(toy(1), CPU, samples=1)]
+    tune.write(path, rows, "Some GPU", "python -m ept_kernels.tune --kernels toy")
+    tune.write(path, [{**rows[0], "kernel": "other"}], "Some GPU", "python -m ept_kernels.tune --kernels other")
+    tune.write(path, [{**rows[0], "config": {"kind": 7}}], "Some GPU", "again")
+    assert launch.load_configs(path) == {"toy": {(8,): {"kind": 7}}, "other": {(8,): {"kind": 1}}}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["device"] == "Some GPU"
+    assert [row["measured_with"]["command"].split()[-1] for row in content["measurements"]] == ["other", "again"]
+    assert content["measurements"][0]["measured_with"]["torch"] == torch.__version__
+    monkeypatch.setattr(launch, "config_file", lambda device: path)
+    launch._measured.cache_clear()
+    launch._read_once.cache_clear()
+    assert launch.config_for("toy", 9, torch.device("cuda"), {"kind": 0}) == {"kind": 7}
+    launch._measured.cache_clear()
+
+
+def test_a_damaged_file_is_not_written_over(tmp_path: Path):
+    path = tmp_path / "Some_GPU.json"
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match="damaged"):
+        tune.write(path, [], "Some GPU", "tune")
+    assert path.read_text(encoding="utf-8") == "{"
+
+
+@pytest.mark.parametrize(
+    "arguments, interpreted, message",
+    [
+        ([], False, "no accelerator was found"),
+        (["--device", "cpu"], False, "needs TRITON_INTERPRET=1"),
+        (["--device", "cpu", "--output", str(launch.CONFIGS / "x.json")], True, "do not belong into"),
+        (["--device", "cpu", "--kernels", "embeding"], True, "known are .*prompted_embedding/"),
+    ],
+)
+def test_what_the_command_refuses(arguments, interpreted, message, monkeypatch):
+    if not arguments and torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
+    with pytest.raises(SystemExit, match=message):
+        tune.main(arguments)
+
+
+def test_what_is_tunable_is_unique_bounded_and_on_the_launchers_own_keys():
+    found = tune.tunables()
+    assert len({(t.kernel, t.size) for t in found}) == len(found)
+    for tunable in [*found, *tune.tunables(reduced=True)]:
+        assert 1 <= len(tunable.candidates) <= 64, tunable.kernel
+        assert all(set(c) <= set(tunable.default) for c in tunable.candidates), tunable.kernel
+        if "." not in tunable.kernel:  # a kernel, not a measured number
+            assert tunable.aot(tunable.default).num_warps == tunable.default["num_warps"]

@@ -1,0 +1,147 @@
+"""What the tests of the 4-bit kernels share: weights in bitsandbytes' format, and a watch over the memory touched."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+from typing import Any
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from conftest import INTERPRETED
+from torch import Tensor
+
+from ept_kernels import FourBitWeight, dequantize_4bit_triton, four_bit_products
+
+
+def quantized(
+    rows: int,
+    columns: int,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    nested: bool = False,
+    device: torch.device | str = "cpu",
+    shift: int = 0,
+) -> FourBitWeight:
+    """A weight quantised by bitsandbytes, its nibbles then replaced by random ones, so that every level occurs.
+
+    ``shift``: bytes by which the address of the packed weight is off a whole word's.
+    """
+    g = torch.Generator().manual_seed(rows * columns + block_size)
+    values = torch.randn(rows, columns, generator=g)
+    packed, state = bnb.quantize_4bit(values, blocksize=block_size, compress_statistics=nested, quant_type=quant_type)
+    random = torch.randint(0, 256, (shift + packed.numel(),), generator=g, dtype=torch.uint8)
+    parts = {}
+    if nested:
+        parts = {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "nested_offset": state.offset}
+    return FourBitWeight(
+        packed=random.to(device)[shift:],
+        absmax=state.absmax.to(device),
+        quant_type=quant_type,
+        block_size=block_size,
+        rows=rows,
+        columns=columns,
+        nested_block_size=state.state2.blocksize if nested else 0,
+        **{name: part.to(device) for name, part in parts.items()},
+    )
+
+
+def dequantized_by_bitsandbytes(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
+    """What bitsandbytes makes of the same bytes, on the same device."""
+    nested = None
+    if weight.nested:
+        nested = bnb.QuantState(
+            weight.nested_absmax, code=weight.nested_code, blocksize=weight.nested_block_size, dtype=torch.float32
+        )
+    state = bnb.QuantState(
+        weight.absmax,
+        shape=torch.Size((weight.rows, weight.columns)),
+        code=bnb.get_4bit_type(weight.quant_type, device=weight.packed.device),
+        blocksize=weight.block_size,
+        quant_type=weight.quant_type,
+        dtype=dtype,
+        offset=weight.nested_offset,
+        state2=nested,
+    )
+    with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles its plain version
+        return bnb.dequantize_4bit(weight.packed[:, None], state)
+
+
+def units_apart(actual: Tensor, expected: Tensor) -> int:
+    """Largest distance in units in the last place between two 16-bit tensors; both zeros are the same number."""
+    ordered = [torch.where(i < 0, -(i + 2**15), i) for i in (x.view(torch.int16).int() for x in (actual, expected))]
+    return int((ordered[0] - ordered[1]).abs().max())
+
+
+def mostly_untouched(elements: int, dtype: torch.dtype) -> Tensor:
+    """Zeros in memory that is reserved but takes no space until it is written."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    except (OSError, ValueError) as error:
+        pytest.skip(f"no address space for {elements} elements: {error}")
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def watched_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a launcher allocates holds NaN until a kernel writes it; and under the interpreter every address that a
+    kernel reads or writes has to lie in one of the tensors that it was given.
+    """
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned_new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = new_empty(self, *args, **kwargs)
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty)
+    if INTERPRETED:
+        _watch_addresses(monkeypatch)
+
+
+def _watch_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    builder, allowed = interpreter.interpreter_builder, []
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def check(p: Any, mask: Any, what: str) -> None:
+        size = p.get_element_ty().primitive_bitwidth // 8
+        first = p.data[mask.data].astype("int64")
+        inside = sum(((first >= low) & (first + size <= high)).astype(int) for low, high in allowed)
+        assert (inside > 0).all(), f"{what} of {int((inside == 0).sum())} addresses outside of every tensor"
+
+    def checked_load(ptrs: Any, mask: Any, *args: Any) -> Any:
+        check(ptrs, mask, "load")
+        return load(ptrs, mask, *args)
+
+    def checked_store(ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+        check(ptrs, mask, "store")
+        return store(ptrs, value, mask, *args)
+
+    monkeypatch.setattr(builder, "create_masked_load", checked_load)
+    monkeypatch.setattr(builder, "create_masked_store", checked_store)
+    for module in (dequantize_4bit_triton, four_bit_products):
+        launch = module.launch
+
+        def watched(kernel: Any, grid: Any, *args: Any, launch: Any = launch, **meta: Any) -> None:
+            allowed[:] = [_extent(x) for x in args if isinstance(x, Tensor) and x.numel()]
+            launch(kernel, grid, *args, **meta)
+
+        monkeypatch.setattr(module, "launch", watched)
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """First address of ``x`` and the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def covers(problems: list[Any], **promised: set[Any]) -> list[str]:
+    """Which promised combinations of the fields' values no problem has: pairs of every two fields."""
+    missing = []
+    for (a, of_a), (b, of_b) in itertools.combinations(promised.items(), 2):
+        there = {(getattr(p, a), getattr(p, b)) for p in problems}
+        missing += [f"{a}={x}, {b}={y}" for x, y in itertools.product(of_a, of_b) if (x, y) not in there]
+    return missing

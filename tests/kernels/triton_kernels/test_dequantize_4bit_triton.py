@@ -1,0 +1,235 @@
+"""The Triton dequantisation of 4-bit weights against bitsandbytes, bit for bit.
+
+Under the interpreter bfloat16 may be one unit off, since it truncates where a GPU rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from conftest import INTERPRETED
+from four_bit_problems import (
+    covers,
+    dequantized_by_bitsandbytes,
+    mostly_untouched,
+    quantized,
+    units_apart,
+    watched_memory,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ept_kernels
+from ept_kernels import FourBitWeight, launch
+from ept_kernels import dequantize_4bit_triton as kernels
+from ept_kernels.launch import trying
+
+__all__ = ["watched_memory"]
+
+NF4, FP4 = "nf4", "fp4"
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Problem:
+    rows: int
+    columns: int
+    quant_type: str = NF4
+    block_size: int = 64
+    nested: bool = True
+    dtype: torch.dtype = F16
+    shift: int = 0
+
+    @property
+    def id(self) -> str:
+        kind = f"{self.quant_type}-{self.block_size}{'-nested' * self.nested}"
+        return f"{self.rows}x{self.columns}-{kind}-{str(self.dtype).removeprefix('torch.')}" + "-shifted" * self.shift
+
+    def weight(self, device: torch.device) -> FourBitWeight:
+        return quantized(
+            self.rows, self.columns, self.quant_type, self.block_size, self.nested, device=device, shift=self.shift
+        )
+
+
+PROBLEMS = [
+    # whole words and whole tiles
+    Problem(32, 128, NF4, 64, True, F16),
+    Problem(64, 128, NF4, 4096, True, BF16),
+    Problem(8, 512, FP4, 512, False, F32),
+    Problem(40, 768, NF4, 64, True, BF16),  # more than one program
+    # whole words: blocks straddle rows, the last one is short
+    Problem(13, 40, NF4, 32, False, F32),
+    Problem(5, 72, FP4, 128, True, F16),
+    Problem(300, 104, FP4, 32, True, BF16),  # more blocks than one nested absmax has
+    Problem(3, 1504, NF4, 4096, False, F16),
+    Problem(9, 648, FP4, 4096, True, F32),
+    Problem(77, 104, NF4, 512, True, F32),
+    Problem(11, 200, NF4, 128, True, F32),
+    Problem(11, 200, NF4, 128, False, BF16),
+    Problem(21, 24, FP4, 64, False, BF16),
+    Problem(10, 104, NF4, 512, False, BF16),
+    # no whole words
+    Problem(1, 1, NF4, 64, False, F32),
+    Problem(1, 3, FP4, 4096, False, BF16),
+    Problem(33, 31, NF4, 32, True, F16),
+    Problem(5, 67, FP4, 64, True, F32),
+    Problem(5, 67, FP4, 128, False, F16),
+    Problem(67, 65, FP4, 512, True, F16),
+    Problem(3, 35, NF4, 32, False, F16),
+    Problem(61, 47, NF4, 128, True, torch.float64),
+    # whole words at an odd address
+    Problem(8, 64, NF4, 64, True, F16, shift=1),
+    Problem(8, 64, FP4, 32, False, F32, shift=2),
+]
+by_id = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+
+
+def run(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
+    return kernels.dequantize_4bit(*weight.tensors, *weight.sizes, dtype)
+
+
+def assert_equal_bits(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    if INTERPRETED and actual.dtype == BF16:
+        assert units_apart(actual, expected) <= 1
+    else:
+        assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {actual.numel()} differ"
+
+
+@by_id
+def test_equals_bitsandbytes(problem, device):
+    weight = problem.weight(device)
+    expected = dequantized_by_bitsandbytes(weight, F32 if problem.dtype == torch.float64 else problem.dtype)
+    assert_equal_bits(run(weight, problem.dtype), expected.to(problem.dtype))
+
+
+def test_problems_cover_what_is_promised():
+    promised = {"block_size": {32, 64, 128, 512, 4096}, "nested": {True, False}, "dtype": {F32, F16, BF16}}
+    assert not covers(PROBLEMS, quant_type={NF4, FP4}, **promised)
+
+
+@pytest.mark.parametrize("quant_type", [NF4, FP4])
+def test_levels_are_bitsandbytes_own(quant_type, device):
+    """Every byte there is, at absmax 1: the levels' own bits, signs of zeros included."""
+    packed = torch.arange(256, dtype=torch.uint8, device=device)
+    weight = FourBitWeight(packed, torch.ones(8, device=device), quant_type, 64, rows=8, columns=64)
+    nibbles = torch.stack([packed >> 4, packed & 15], 1).view(8, 64).long()
+    expected = bnb.get_4bit_type(quant_type, device=device)[nibbles]
+    assert torch.equal(run(weight, F32).view(torch.int32), expected.view(torch.int32))
+
+
+def test_product_and_sum_of_nested_absmax_are_rounded_separately(device, monkeypatch):
+    """Numbers for which a fused multiply-add gives other bits, and the option that keeps Triton from fusing."""
+    weight = quantized(4, 64, nested=True, device=device)
+    weight.nested_code.fill_(1 + 2**-12)
+    weight.nested_absmax.fill_(1 + 2**-12)
+    weight.nested_offset.fill_(-1.0)
+    assert torch.tensor((1 + 2**-12) ** 2).item() != (1 + 2**-12) ** 2  # the product has to be rounded
+    assert torch.equal(run(weight, F32), dequantized_by_bitsandbytes(weight, F32))
+    assert not any(case.enable_fp_fusion for case in kernels.aot_cases())
+    options = []
+    monkeypatch.setattr(kernels, "launch", lambda *args, **meta: options.append(meta))
+    run(weight, F32)
+    assert [meta["enable_fp_fusion"] for meta in options] == [False]
+
+
+@pytest.mark.parametrize("rows, columns, expected", [(8, 64, 1), (5, 67, 1), (0, 64, 0), (8, 0, 0)])
+def test_number_of_launches(rows, columns, expected, device):
+    weight = quantized(8, 64, nested=True, device=device) if rows * columns == 0 else quantized(rows, columns)
+    weight = [x if x is None else x.to(device) for x in weight.tensors], weight.sizes[:3]
+    before = launch.launches()
+    out = kernels.dequantize_4bit(*weight[0], *weight[1], rows, columns, F16)
+    assert launch.launches() - before == expected
+    assert out.shape == (rows, columns)
+
+
+def test_two_runs_give_equal_bits(device):
+    weight = quantized(40, 104, nested=True, device=device)
+    assert torch.equal(run(weight, F16), run(weight, F16))
+
+
+@pytest.mark.parametrize("config", [{"UNITS": 32, "ITERS": 1}, {"UNITS": 512, "ITERS": 3}, {"ITERS": 8}], ids=str)
+@pytest.mark.parametrize("problem", [PROBLEMS[3], PROBLEMS[9], PROBLEMS[16]], ids=lambda p: p.id)
+def test_any_launch_configuration_is_right(config, problem, device):
+    """A tuner may choose any of them."""
+    with trying(f"dequantize_4bit/{8 * problem.dtype.itemsize}-bit", config):
+        test_equals_bitsandbytes(problem, device)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 200),
+    quant_type=st.sampled_from([NF4, FP4]),
+    block_size=st.sampled_from([2**i for i in range(5, 13)]),
+    nested=st.booleans(),
+    dtype=st.sampled_from([F32, F16]),
+    shift=st.integers(0, 4),
+)
+def test_any_weight(device, rows, columns, quant_type, block_size, nested, dtype, shift):
+    weight = quantized(rows, columns, quant_type, block_size, nested, device=device, shift=shift)
+    assert_equal_bits(run(weight, dtype), ept_kernels.dequantize_4bit_reference(weight, dtype))
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[17]], ids=lambda p: p.id)
+def test_operator(problem, device):
+    weight = problem.weight(device)
+    torch.library.opcheck(torch.ops.ept.dequantize_4bit.default, (*weight.tensors, *weight.sizes, problem.dtype))
+    assert_equal_bits(ept_kernels.dequantize_4bit(weight, problem.dtype), run(weight, problem.dtype))
+
+
+@pytest.mark.parametrize("columns", [2**16, 2**16 + 1], ids=["words", "bytes"])
+def test_offsets_have_64_bits(columns, device, monkeypatch):
+    """The last tiles of a weight of more than 2³² elements. Under the interpreter only those are computed: the number
+    of every program is raised.
+    """
+    rows, block_size = 2**16 + 1, 4096
+    elements = rows * columns
+    blocks = math.ceil(elements / block_size)
+    tail = 5000  # elements
+    bytes_ = torch.randint(0, 256, (tail // 2,), dtype=torch.uint8)
+    if INTERPRETED:
+        packed = mostly_untouched((elements + 1) // 2, torch.uint8)
+        out = mostly_untouched(elements, F16).view(rows, columns)
+        new_empty = torch.Tensor.new_empty
+        monkeypatch.setattr(
+            torch.Tensor,
+            "new_empty",
+            lambda x, *shape, **kw: out if shape == out.shape else new_empty(x, *shape, **kw),
+        )
+    else:
+        packed = torch.zeros((elements + 1) // 2, dtype=torch.uint8, device=device)
+    packed[-bytes_.numel() :] = bytes_.to(device)
+    absmax = torch.rand(blocks, device=device)
+    weight = FourBitWeight(packed, absmax, NF4, block_size, rows, columns)
+    words = elements % 8 == 0
+    if INTERPRETED:
+        from triton.runtime.interpreter import interpreter_builder
+
+        config = kernels.CONFIGS["dequantize_4bit"]
+        programs = math.ceil(elements / (config["UNITS"] * (8 if words else 2) * config["ITERS"]))
+        few = -(-2 * tail // (config["UNITS"] * 2))
+        number = interpreter_builder.create_get_program_id
+
+        def raised(axis: int):
+            handle = number(axis)
+            handle.data = handle.data + (programs - few)
+            return handle
+
+        monkeypatch.setattr(interpreter_builder, "create_get_program_id", raised)
+        launch_all = kernels.launch
+        monkeypatch.setattr(
+            kernels, "launch", lambda kernel, grid, *args, **meta: launch_all(kernel, (few,), *args, **meta)
+        )
+    out = run(weight, F16).flatten()
+    start = (elements - tail) // 2 * 2 + 2  # an even element within the random bytes
+    nibbles = torch.stack([packed[start // 2 :] >> 4, packed[start // 2 :] & 15], 1).flatten()[: elements - start]
+    scale = absmax[torch.arange(start, elements, device=device) // block_size]
+    expected = (bnb.get_4bit_type(NF4, device=device)[nibbles.long()] * scale).half()
+    assert torch.equal(out[start:], expected)

@@ -1,0 +1,47 @@
+"""Our 4-bit layer on the Triton kernels, against bitsandbytes' own layer."""
+
+from __future__ import annotations
+
+import copy
+
+import bitsandbytes
+import pytest
+import torch
+from conftest import INTERPRETED
+
+from ept.linear4bit import swap_linear4bit
+from ept_kernels import launch
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("columns, rows", [(64, 32), (40, 24)], ids=["fused", "blocks straddle rows"])
+def test_layer_computes_as_bitsandbytes(columns, rows, nested, bias, device):
+    torch.manual_seed(0)
+    theirs = bitsandbytes.nn.Linear4bit(
+        columns, rows, bias, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4"
+    )
+    theirs = theirs.to(device).train().requires_grad_(False)
+    ours = copy.deepcopy(theirs)
+    swap_linear4bit(ours)  # without `always`: the kernels are taken because they run here
+    results = []
+    x = torch.randn(5, columns, device=device)
+    weight = _dequantized(theirs)
+    for layer in (ours, lambda t: torch.nn.functional.linear(t, weight, theirs.bias)):
+        leaf = x.clone().requires_grad_()
+        before = launch.launches()
+        out = layer(leaf)
+        out.square().sum().backward()
+        results.append((out.detach(), leaf.grad))
+        assert (launch.launches() > before) == (layer is ours)
+    tolerance = 1e-5 if INTERPRETED else 2e-3  # a GPU may multiply float32 in its faster, rounded way
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def _dequantized(layer: bitsandbytes.nn.Linear4bit) -> torch.Tensor:
+    """bitsandbytes' dequantised weight, as one long row (its CPU code mistakes blocks that straddle rows)."""
+    state = copy.copy(layer.weight.quant_state)
+    state.shape = torch.Size((1, layer.in_features * layer.out_features))
+    flat = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
+    return flat.view(layer.out_features, layer.in_features)

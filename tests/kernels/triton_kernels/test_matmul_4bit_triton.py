@@ -1,0 +1,346 @@
+"""The Triton products with 4-bit weights against float64, with the weight exactly as it is dequantised.
+
+bitsandbytes' own test of its product allows a mean error of 0.115 (it measures the quantisation). Here every single
+result is held to the rounding of its type, plus float32's over a sum of that length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from conftest import INTERPRETED
+from four_bit_problems import covers, mostly_untouched, quantized, watched_memory
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ept_kernels
+from ept_kernels import FourBitWeight, four_bit_products, launch
+from ept_kernels import matmul_4bit_backward_triton as backward_kernels
+from ept_kernels import matmul_4bit_triton as kernels
+from ept_kernels.launch import trying
+
+__all__ = ["watched_memory"]
+
+NF4, FP4 = "nf4", "fp4"
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+FUSED, LIBRARY = "fused", "library"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``path``: which one is to be taken; the sizes' own, unless ``tokens`` are too many."""
+
+    rows: int
+    columns: int
+    tokens: tuple[int, ...] = (5,)
+    quant_type: str = NF4
+    block_size: int = 64
+    nested: bool = True
+    dtype: torch.dtype = F16
+    bias: torch.dtype | None = None
+    strided: bool = False
+    shift: int = 0
+    path: str = FUSED
+
+    @property
+    def id(self) -> str:
+        kind = f"{self.quant_type}-{self.block_size}{'-nested' * self.nested}"
+        extra = "-bias" * (self.bias is not None) + "-strided" * self.strided + "-shifted" * self.shift
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{'x'.join(map(str, self.tokens))}x{self.rows}x{self.columns}-{kind}-{dtype}{extra}-{self.path}"
+
+    def weight(self, device: torch.device) -> FourBitWeight:
+        return quantized(self.rows, self.columns, self.quant_type, self.block_size, self.nested, device, self.shift)
+
+    def random(self, width: int, device: torch.device, seed: int = 0) -> Tensor:
+        """``[*tokens, width]``; strided: every dimension with gaps of NaN."""
+        g = torch.Generator().manual_seed(seed)
+        shape = (*self.tokens, width)
+        x = torch.randn(shape, generator=g).to(device, self.dtype)
+        if not self.strided:
+            return x
+        wide = torch.full([2 * size + 1 for size in shape], float("nan"), dtype=self.dtype, device=device)
+        gaps = tuple(slice(1, None, 2) for _ in shape)
+        wide[gaps] = x
+        return wide[gaps]
+
+    def bias_tensor(self, device: torch.device) -> Tensor | None:
+        if self.bias is None:
+            return None
+        return torch.randn(self.rows, generator=torch.Generator().manual_seed(2)).to(device, self.bias)
+
+
+PROBLEMS = [
+    # fused: one tile, several tiles and splits, parts of tiles, blocks larger and smaller than a tile
+    Problem(64, 128, (1,), NF4, 64, True, F32, bias=F32),
+    Problem(130, 1536, (16,), NF4, 64, True, F16, bias=F16),
+    Problem(33, 1024, (7,), FP4, 512, False, BF16, bias=F32),
+    Problem(70, 96, (3, 2), NF4, 32, False, F16),
+    Problem(300, 320, (17,), FP4, 64, True, F32),
+    Problem(513, 384, (32,), NF4, 128, False, BF16),
+    Problem(24, 4096, (2,), NF4, 4096, False, F32),
+    Problem(24, 4096, (2,), FP4, 4096, True, F16, bias=BF16),
+    Problem(200, 1152, (5,), FP4, 128, True, F16),
+    Problem(40, 2048, (1, 1, 9), NF4, 512, True, BF16, bias=BF16),
+    Problem(129, 288, (31,), FP4, 32, True, BF16),
+    Problem(100, 192, (2, 3), NF4, 64, True, F32, bias=F16, strided=True),
+    Problem(100, 192, (6,), FP4, 64, False, F16, strided=True),
+    Problem(128, 128, (), NF4, 64, True, F32, bias=F32),
+    # dequantised first: many tokens, straddling blocks, odd sizes, an odd address
+    Problem(64, 128, (65,), NF4, 64, True, F32, bias=F32, path=LIBRARY),
+    Problem(64, 128, (5, 13), FP4, 64, False, F16, bias=F32, path=LIBRARY),
+    Problem(40, 96, (3,), NF4, 64, True, F32, path=LIBRARY),
+    Problem(5, 67, (4,), FP4, 32, True, BF16, bias=BF16, path=LIBRARY),
+    Problem(5, 67, (4,), NF4, 128, False, F16, strided=True, path=LIBRARY),
+    Problem(64, 128, (4,), NF4, 64, True, F16, shift=1, path=LIBRARY),
+    # nothing to do, or a sum of nothing
+    Problem(64, 128, (0,), bias=F16, path=LIBRARY),
+    Problem(64, 128, (3, 0), dtype=BF16, path=LIBRARY),
+]
+by_id = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+
+
+def forward(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> Tensor:
+    return kernels.matmul_4bit(x, *weight.tensors, bias, *weight.sizes)
+
+
+def backward(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
+    return backward_kernels.matmul_4bit_backward(grad_output, *weight.tensors, *weight.sizes)
+
+
+def exact_weight(weight: FourBitWeight, path: str, dtype: torch.dtype) -> Tensor:
+    """As the products of that path see it, in float64: rounded to the tokens' type, but fused under the interpreter."""
+    device = weight.packed.device
+    if path == FUSED:
+        dtype = four_bit_products.operand_type(dtype, device)
+        return ept_kernels.dequantize_4bit_reference(weight, dtype).double()
+    return ept_kernels.dequantize_4bit(weight, dtype).double()  # under the interpreter bfloat16 is truncated
+
+
+def assert_close(actual: Tensor, exact: Tensor, magnitude: Tensor, summed: int, what: str) -> None:
+    """``magnitude``: of what was added up, ``summed`` products each."""
+    assert actual.shape == exact.shape, what
+    tolerance = torch.finfo(F32).eps * math.sqrt(max(summed, 1)) * magnitude
+    if actual.dtype != F32:
+        # Half a unit for rounding; for bfloat16 a whole one, because the interpreter truncates.
+        unit = torch.finfo(actual.dtype).eps * (1 if INTERPRETED and actual.dtype == BF16 else 0.5)
+        tolerance = tolerance + unit * exact.abs() + torch.finfo(actual.dtype).smallest_normal
+    error = (actual.double() - exact).abs() - tolerance
+    assert torch.isfinite(error).all(), f"{what}: not finite"
+    assert (error <= 0).all(), f"{what}: {int((error > 0).sum())} of {error.numel()} off, the worst by {error.max()}"
+
+
+def check_forward(problem: Problem, device: torch.device) -> None:
+    weight, x, bias = problem.weight(device), problem.random(problem.columns, device), problem.bias_tensor(device)
+    actual = forward(x, weight, bias)
+    W = exact_weight(weight, problem.path, problem.dtype)
+    b = torch.zeros(problem.rows, dtype=torch.float64, device=device) if bias is None else bias.double()
+    if problem.path == LIBRARY and bias is not None:
+        b = bias.to(problem.dtype).double()  # the library takes it in the tokens' type
+    exact, magnitude = x.double() @ W.T + b, x.double().abs() @ W.abs().T + b.abs()
+    assert actual.dtype == problem.dtype
+    assert_close(actual, exact, magnitude, problem.columns, "product")
+
+
+def check_backward(problem: Problem, device: torch.device) -> None:
+    weight, grad = problem.weight(device), problem.random(problem.rows, device, seed=1)
+    actual = backward(grad, weight)
+    W = exact_weight(weight, problem.path, problem.dtype)
+    assert actual.dtype == problem.dtype
+    assert_close(actual, grad.double() @ W, grad.double().abs() @ W.abs(), problem.rows, "gradient")
+
+
+@by_id
+def test_product(problem, device):
+    check_forward(for_device(problem), device)
+
+
+@by_id
+def test_input_gradient(problem, device):
+    check_backward(for_device(problem), device)
+
+
+def for_device(problem: Problem) -> Problem:
+    """On a GPU float32 tokens are left to the library."""
+    library = not INTERPRETED and problem.dtype == F32
+    return Problem(**{**vars(problem), "path": LIBRARY}) if library else problem
+
+
+def test_problems_cover_what_is_promised():
+    fused = [p for p in PROBLEMS if p.path == FUSED]
+    assert {p.block_size for p in fused} == {32, 64, 128, 512, 4096}
+    assert not covers(fused, quant_type={NF4, FP4}, nested={True, False}, dtype={F32, F16, BF16})
+    assert {p.bias for p in PROBLEMS} >= {None, F32, F16, BF16}
+
+
+@pytest.mark.parametrize(
+    "problem, launches",
+    [
+        (Problem(64, 128, (5,), bias=F16), (1, 1)),
+        (Problem(70, 1024, (5,)), (2, 1)),  # the forward's sum is split
+        (Problem(1024, 128, (5,)), (1, 2)),  # the backward's sum is split
+        (Problem(64, 128, (33,), path=LIBRARY), (1, 1)),
+        (Problem(5, 67, path=LIBRARY), (1, 1)),
+        (Problem(64, 128, (0,), path=LIBRARY), (1, 1)),
+    ],
+    ids=str,
+)
+def test_number_of_launches(problem, launches, device):
+    weight, x = problem.weight(device), problem.random(problem.columns, device)
+    grad, bias = problem.random(problem.rows, device), problem.bias_tensor(device)
+    before = launch.launches()
+    forward(x, weight, bias)
+    between = launch.launches()
+    backward(grad, weight)
+    assert (between - before, launch.launches() - between) == launches
+    assert four_bit_products.is_fused(
+        "matmul_4bit", four_bit_products.Weight(*weight.tensors, *weight.sizes), math.prod(problem.tokens), F16
+    ) == (problem.path == FUSED)
+
+
+def test_measured_crossover_decides(device, monkeypatch):
+    """The fused kernel up to M tokens and not beyond, for either product on its own."""
+    weight = Problem(64, 128).weight(device)
+    fused = []
+
+    def run(_, operator, tokens, weight, results, bias=None):
+        fused.append((operator, len(tokens)))
+        return tokens.new_zeros(len(tokens), results)
+
+    monkeypatch.setattr(kernels, "run", run)
+    monkeypatch.setattr(backward_kernels, "run", run)
+    with trying("matmul_4bit.crossover/16-bit", {"M": 3}), trying("matmul_4bit_backward.crossover/16-bit", {"M": 2}):
+        for M in range(1, 5):
+            forward(torch.ones(M, 128, dtype=F16, device=device), weight, None)
+            backward(torch.ones(M, 64, dtype=F16, device=device), weight)
+    assert [m for name, m in fused if name == "matmul_4bit"] == [1, 2, 3]
+    assert [m for name, m in fused if name == "matmul_4bit_backward"] == [1, 2]
+
+
+@pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[4], PROBLEMS[15]], ids=lambda p: p.id)
+def test_two_runs_give_equal_bits(problem, device):
+    weight, x, grad = (
+        problem.weight(device),
+        problem.random(problem.columns, device),
+        problem.random(problem.rows, device),
+    )
+    assert torch.equal(forward(x, weight, None), forward(x, weight, None))
+    assert torch.equal(backward(grad, weight), backward(grad, weight))
+
+
+CONFIGS = [
+    {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 128, "SPLITS": 3},
+    {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 256, "SPLITS": 1},
+    {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 512, "SPLITS": 100},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("problem", [Problem(70, 576, (5, 5)), Problem(130, 320, (20,), block_size=32)], ids=str)
+def test_any_launch_configuration_is_right(config, problem, device):
+    """A tuner may choose any of them; more splits than tiles become as many as there are tiles."""
+    with trying("matmul_4bit/32/16-bit", config), trying("matmul_4bit_backward/32/16-bit", config):
+        check_forward(problem, device)
+        check_backward(problem, device)
+
+
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    rows=st.integers(1, 100),
+    columns=st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 256, 320, 512])),
+    tokens=st.integers(1, 20),
+    quant_type=st.sampled_from([NF4, FP4]),
+    block_size=st.sampled_from([32, 64, 128, 256, 512]),
+    nested=st.booleans(),
+)
+def test_any_sizes(device, rows, columns, tokens, quant_type, block_size, nested):
+    path = FUSED if columns % block_size == 0 else LIBRARY
+    problem = Problem(rows, columns, (tokens,), quant_type, block_size, nested, F16, bias=F16, path=path)
+    check_forward(problem, device)
+    check_backward(problem, device)
+
+
+def test_nan_of_one_token_stays_with_it(device):
+    problem = Problem(70, 192, (5,))
+    weight, x, grad = problem.weight(device), problem.random(192, device), problem.random(70, device)
+    for run, tokens in ((lambda t: forward(t, weight, None), x), (lambda t: backward(t, weight), grad)):
+        clean = run(tokens)
+        tokens[2, 3] = float("nan")
+        spoilt = run(tokens)
+        assert spoilt[2].isnan().all()
+        assert torch.equal(spoilt[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+
+
+@pytest.mark.parametrize("problem", [Problem(64, 128, (2, 3)), Problem(5, 67, path=LIBRARY)], ids=lambda p: p.path)
+def test_autocast_and_gradients_change_nothing(problem, device):
+    """The operators' type is the tokens' own, and they build no graph."""
+    weight, bias = problem.weight(device), torch.randn(problem.rows, device=device, requires_grad=True)
+    x, grad = (problem.random(width, device).float() for width in (problem.columns, problem.rows))
+    plain = forward(x, weight, bias), backward(grad, weight)
+    with torch.autocast(device.type, dtype=BF16):
+        cast = forward(x.requires_grad_(), weight, bias), backward(grad.requires_grad_(), weight)
+    for a, b in zip(plain, cast, strict=True):
+        assert b.dtype == F32
+        assert not b.requires_grad
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("problem", [Problem(64, 128, (2, 3), bias=F32), Problem(5, 67, path=LIBRARY)], ids=str)
+def test_operators(problem, device):
+    weight, bias = problem.weight(device), problem.bias_tensor(device)
+    x, grad = problem.random(problem.columns, device), problem.random(problem.rows, device)
+    operators: Any = torch.ops.ept
+    torch.library.opcheck(operators.matmul_4bit.default, (x, *weight.tensors, bias, *weight.sizes))
+    torch.library.opcheck(operators.matmul_4bit_backward.default, (grad, *weight.tensors, *weight.sizes))
+    assert torch.equal(ept_kernels.matmul_4bit(x, weight, bias), forward(x, weight, bias))
+    assert torch.equal(ept_kernels.matmul_4bit_backward(grad, weight), backward(grad, weight))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can run one program of a grid")
+def test_offsets_have_64_bits(device, monkeypatch):
+    """The last tiles of a weight of more than 2³³ bytes, so of more words than 32 bits count, in memory that is mostly
+    untouched: numbers of programs are raised to theirs.
+    """
+    from triton.runtime.interpreter import interpreter_builder
+
+    rows, columns, block = 2**13 + 3, 2**21, 4096
+    tail = quantized(3, columns, block_size=block)
+    packed = mostly_untouched(rows * columns // 2, torch.uint8)
+    packed[-tail.packed.numel() :] = tail.packed
+    absmax = mostly_untouched(rows * columns // block, F32)
+    absmax[-tail.absmax.numel() :] = tail.absmax
+    weight = FourBitWeight(packed, absmax, NF4, block, rows, columns)
+    W = ept_kernels.dequantize_4bit_reference(tail, F32)
+
+    def run(kernel: Any, x: Tensor, width: int, tiles: int, programs: tuple[int, int], **options: Any) -> Tensor:
+        number = type(interpreter_builder).create_get_program_id
+
+        def raised(axis: int) -> Any:
+            handle = number(interpreter_builder, axis)
+            handle.data = handle.data + (*programs, 0)[axis]
+            return handle
+
+        monkeypatch.setattr(interpreter_builder, "create_get_program_id", raised)
+        out = mostly_untouched((programs[1] + 1) * 2 * width, F32).view(-1, 2, width)
+        pointers = four_bit_products.Weight(*weight.tensors, *weight.sizes).pointers()
+        sizes = {"BLOCK_SIZE": block, "NESTED_BLOCK_SIZE": 0, "OPERAND": kernels.tl.float32, **options}
+        four_bit_products.launch(
+            kernel, (1, 1, 1), *pointers, x, None, out, 2, rows, columns, tiles, *x.stride(), **sizes
+        )
+        return out[-1]
+
+    x = torch.randn(2, columns)
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 4096}
+    out = run(kernels.matmul_4bit_kernel, x, rows, 1, (rows // 16, columns // 4096 - 1), **tile)
+    exact = x[:, -4096:].double() @ W[:, -4096:].double().T
+    assert (out[:, -3:].double() - exact).abs().max() < 1e-4
+
+    grad = torch.randn(2, rows)
+    out = run(backward_kernels.matmul_4bit_backward_kernel, grad, columns, 1, (columns // 4096 - 1, rows // 16), **tile)
+    exact = grad[:, -3:].double() @ W[:, -4096:].double()
+    assert (out[:, -4096:].double() - exact).abs().max() < 1e-5

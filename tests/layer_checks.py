@@ -1,0 +1,96 @@
+"""A small EPT layer, and checks of the whole layer that hold for the references and for the Triton kernels alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from ept import EPTConfig, EPTLayer
+
+MAX_LENGTH = 12
+WIDTH = 64
+VOCABULARY = 50
+
+
+def make_layer(device: torch.device | str = "cpu") -> EPTLayer:
+    """All parts switched on, none of them at its neutral start; the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.nn.Embedding(VOCABULARY, WIDTH)
+    config = EPTConfig(num_virtual_tokens=5, max_length=MAX_LENGTH, r=3, fusion_dim=4)
+    torch.nn.init.normal_(embedding.weight, generator=generator).requires_grad_(False)
+    layer = EPTLayer(config, embedding.to(device))
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def make_ids(device: torch.device | str = "cpu", batch: int = 3, n: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random ids ``[batch, n]`` and a mask with padding on either side, at most ``MAX_LENGTH`` real tokens a row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (batch, n), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row in range(batch):
+        mask[row, row % 3 : row % 3 + MAX_LENGTH - row % 5] = 1
+    return ids.to(device), mask.to(device)
+
+
+def step(layer: torch.nn.Module, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """Output and the gradients of all parameters, of one forward and backward."""
+    layer.zero_grad()
+    output, _, _ = layer(ids, mask)
+    weight = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
+    (output * weight).sum().backward()
+    return [output.detach(), *(p.grad for p in layer.parameters())]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -> None:
+    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        worst = float((a - e).abs().max())
+        allowed = tolerance * float(e.abs().max())
+        assert worst <= allowed, f"result {index} of {len(expected)} differs by {worst}, {allowed} is allowed"
+
+
+def check_compiled(device: torch.device, backend: str, tolerance: float) -> None:
+    """``torch.compile(fullgraph=True)`` of forward and backward: right, and compiled once for every batch and length.
+
+    Both dimensions are marked as dynamic. Texts padded beyond ``max_length`` included: there the check of the length is
+    part of the graph.
+    """
+    torch._dynamo.reset()
+    layer = make_layer(device)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for limits, sizes in (((2, MAX_LENGTH), [(2, 9), (3, 12), (7, 2)]), ((MAX_LENGTH + 1, 99), [(4, 13), (2, 20)])):
+        before = counter.frame_count
+        for batch, n in sizes:
+            ids, mask = make_ids(device, batch, n, seed=n)
+            for x in (ids, mask):
+                torch._dynamo.mark_dynamic(x, 0)
+                torch._dynamo.mark_dynamic(x, 1)
+            assert_same(step(compiled, ids, mask), step(layer, ids, mask), tolerance)
+        assert counter.frame_count - before == 1, f"compiled {counter.frame_count - before} times for lengths {limits}"
+
+
+def check_captured(device: torch.device) -> None:
+    """Forward and backward captured in one CUDA graph, replayed on other ids and another padding: equal bits."""
+    layer = make_layer(device)
+    ids, mask = make_ids(device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is compiled or allocated at the first call, before the capture
+        for _ in range(3):
+            step(layer, ids, mask)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    layer.zero_grad()
+    with torch.cuda.graph(graph):
+        captured = step(layer, ids, mask)
+    for seed in (1, 2):
+        new_ids, new_mask = make_ids(device, seed=seed)
+        ids.copy_(new_ids)
+        mask.copy_(new_mask.flip(1) if seed == 2 else new_mask)
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        assert_same(replayed, step(make_layer(device), ids, mask))
