@@ -1,16 +1,18 @@
 """Adapters on disk: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
 
-Reading runs no code from the files: JSON and safetensors only, and every tensor's name, shape and values are checked
-    before
-anything is built from them. Writing is atomic file by file, the configuration last.
+An adapter may come from a stranger. Reading one runs no code from its files, JSON and safetensors only; follows no link
+out of its folder; looks nothing up that its configuration names; and builds nothing before the header of the weights
+has shown that they have the sizes which the configuration claims. Writing is atomic file by file, the configuration
+last.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import PEFT_TYPE, EPTConfig
+from .messages import listed, reason, shown, shown_name
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 SCALE_NAME = "embedding_scale"
+LARGEST_CONFIG = 1 << 20  # bytes; a configuration has about two thousand
+
+# What PEFT's configurations have beside the fields that EPTConfig checks itself, and what may stand in them.
+_PEFT_FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), (str, type(None))),
+    **dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path"), (str, type(None))),
+    **dict.fromkeys(
+        ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"), (int, type(None))
+    ),
+    "inference_mode": (bool,),
+    "auto_mapping": (dict, type(None)),
+}
+_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 _CARD = """---
 library_name: peft
@@ -59,60 +76,60 @@ def read_config(folder: str | os.PathLike[str], **hub: Any) -> EPTConfig:
         FileNotFoundError: there is none. ValueError: it is damaged, or of another adapter type.
     """
     path = _locate(folder, CONFIG_NAME, hub)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
+    values = _read_json(path)
     if not isinstance(values, dict) or values.get("peft_type") != PEFT_TYPE:
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path} is not the configuration of an {PEFT_TYPE} adapter: its peft_type is {found!r}")
+        raise ValueError(f"{path} is not the configuration of an {PEFT_TYPE} adapter: its peft_type is {shown(found)}")
     known = EPTConfig.__dataclass_fields__
     if unknown := sorted(set(values) - set(known)):
         warnings.warn(
-            f"{path} has keys that this version does not know and ignores: {', '.join(unknown)}", stacklevel=3
+            f"{path} has keys that this version does not know and ignores: {listed(map(shown_name, unknown))}",
+            stacklevel=3,
         )
+    fields = {name: value for name, value in values.items() if name in known}
+    for name, types in _PEFT_FIELDS.items():
+        if name in fields and type(fields[name]) not in types:
+            allowed = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            raise ValueError(
+                f"{path} has a field of the wrong type: {name} must be {allowed}, got {shown(fields[name])}"
+            )
+    fields.pop("auto_mapping", None)  # names of classes to import, which EPT has no use for
     try:
-        return EPTConfig(**{name: value for name, value in values.items() if name in known})
+        return EPTConfig(**fields)
     except TypeError as error:
-        raise ValueError(f"{path} has a field of the wrong type: {error}") from error
+        raise ValueError(f"{path} has a field of the wrong type: {reason(error)}") from error
 
 
-def check_weights(
-    folder: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], heads: bool = False, **hub: Any
-) -> Path:
-    """Checks the header of the weights in ``folder`` and returns their path; no tensor is read and none is made.
+def weight_shapes(folder: str | os.PathLike[str], **hub: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in ``folder``, from the header alone; errors as :func:`read_weights`."""
+    with _opened(_locate(folder, WEIGHTS_NAME, hub)) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def read_weights(folder: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], **hub: Any) -> dict[str, Tensor]:
+    """The tensors in ``folder``, on the CPU in the file's dtype; exactly those ``expected``.
+
+    The header is checked first: no tensor is made of a file that does not hold what is expected.
 
     Args:
         folder: a local folder or a repository on the hub.
         expected: name and shape of every tensor that must be there; ``embedding_scale`` always must.
-        heads: whether tensors of trained heads (``base_model.…``) may stand beside them.
 
     Raises:
-        FileNotFoundError: there is no safetensors file. ValueError: it is damaged, truncated, or holds other tensors.
+        FileNotFoundError: there is no safetensors file. ValueError: it is damaged, truncated, holds other tensors, or
+            values that are not finite float32 numbers.
     """
     path = _locate(folder, WEIGHTS_NAME, hub)
     with _opened(path) as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    if heads:
-        found = {name: shape for name, shape in found.items() if name in expected or not name.startswith("base_model.")}
-    if problems := _mismatches(found, {**expected, SCALE_NAME: ()}):
-        raise ValueError(f"{path} does not hold what its configuration describes: {'; '.join(problems)}")
-    return path
-
-
-def read_weights(folder: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], **hub: Any) -> dict[str, Tensor]:
-    """The tensors in ``folder``, on the CPU; exactly those ``expected``.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`check_weights`; also ValueError for values that are not finite.
-    """
-    path = check_weights(folder, expected, **hub)
-    with _opened(path) as file:
-        state = {name: file.get_tensor(name) for name in (*expected, SCALE_NAME)}
+        header = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found = {name: (tuple(entry.get_shape()), str(entry.get_dtype())) for name, entry in header.items()}
+        if problems := _mismatches(found, {**expected, SCALE_NAME: ()}):
+            raise ValueError(f"{path} does not hold what its configuration describes: {listed(problems, '; ')}")
+        state = {name: file.get_tensor(name) for name in found}
     for name, tensor in state.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor.float()).all()):
             raise ValueError(f"{path}: tensor {name} holds values that are not finite numbers")
-    if not float(state[SCALE_NAME]) > 0:
+    if not float(state[SCALE_NAME].float()) > 0:
         raise ValueError(f"{path}: {SCALE_NAME} is {float(state[SCALE_NAME])}, it must be above 0")
     return state
 
@@ -122,13 +139,26 @@ def write_adapter(folder: str | os.PathLike[str], config: EPTConfig, state: dict
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    _replace(folder / WEIGHTS_NAME, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
+    write_whole(folder / WEIGHTS_NAME, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
     card = _model_card(config, sum(t.numel() for name, t in state.items() if name != SCALE_NAME))
     if not (folder / "README.md").exists():
-        _replace(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
+        write_whole(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
     values = {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items()}
     text = json.dumps({**values, "inference_mode": True}, indent=2, sort_keys=True)
-    _replace(folder / CONFIG_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_whole(folder / CONFIG_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[str], Any]) -> None:
+    """Calls ``write`` with the name of a file beside ``path`` and moves that into place: ``path`` is never half
+    written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)  # a link of that name must not be written through
+        write(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -137,26 +167,44 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated: {error}; copy or download it again") from error
+        raise ValueError(f"{path} is damaged or truncated: {reason(error)}; copy or download it again") from error
 
 
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _read_json(path: Path) -> Any:
+    """What ``path`` holds.
+
+    Raises:
+        ValueError: it is too large or no JSON, or says something twice.
+    """
+    if (size := path.stat().st_size) > LARGEST_CONFIG:
+        raise ValueError(f"{path} has {size:,} bytes, a configuration at most {LARGEST_CONFIG:,}: it is damaged")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = sorted(name for name in values if names.count(name) > 1)
+            raise ValueError(f"{listed(map(shown_name, twice))} stands there twice")
+        return values
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON number")
+
     try:
-        write(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # what is not UTF-8, and integers of more than 4300 digits, included
+        raise ValueError(f"{path} is damaged, it is not JSON: {reason(error)}") from error
 
 
-def _mismatches(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
+def _mismatches(found: dict[str, tuple[tuple[int, ...], str]], expected: dict[str, tuple[int, ...]]) -> list[str]:
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not part of it" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != tuple(shape)
-    ]
+    problems += [f"{shown_name(name)} is not part of it" for name in found if name not in expected]
+    for name in found.keys() & expected.keys():
+        shape, dtype = found[name]
+        if shape != tuple(expected[name]):
+            problems.append(f"{name} has shape {list(shape)} instead of {list(expected[name])}")
+        elif dtype not in _DTYPES:
+            problems.append(f"{name} has dtype {dtype} instead of one of {', '.join(_DTYPES)}")
     return problems
 
 
@@ -166,7 +214,7 @@ def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
     local = Path(folder, subfolder) if subfolder else Path(folder)
     if local.is_dir():
         if (local / name).is_file():
-            return local / name
+            return _inside(local / name, Path(folder))
         if name == WEIGHTS_NAME and (local / "adapter_model.bin").exists():
             raise FileNotFoundError(
                 f"{local} holds adapter_model.bin, a pickle, which could run code when loaded and is refused: only "
@@ -186,10 +234,27 @@ def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
         ) from error
 
 
+def _inside(path: Path, folder: Path) -> Path:
+    """``path``, unless it is a link out of ``folder``. The hub's cache keeps files as links into its ``blobs``.
+
+    Raises:
+        ValueError: it leads elsewhere.
+    """
+    root, target = folder.resolve(), path.resolve()
+    allowed = [root, *(parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots")]
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ValueError(
+            f"{path} is a link out of the adapter's folder and is not followed: if you trust it, copy the file it "
+            "leads to in its place"
+        )
+    return path
+
+
 def _model_card(config: EPTConfig, count: int) -> str:
     method = "EPT" if config.num_spaces or config.fusion else ("DePT" if config.r else "prompt tuning")
     base = config.base_model_name_or_path
-    named = bool(base) and "/" in str(base) and not os.path.exists(str(base))
+    # A name that a stranger chose goes into the card's YAML only if it is one that the hub allows.
+    named = isinstance(base, str) and _HUB_NAME.fullmatch(base) is not None and not os.path.exists(base)
     return _CARD.format(
         method=method,
         base_line=f"base_model: {base}\n" if named else "",

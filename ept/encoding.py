@@ -71,11 +71,17 @@ def check_length(index: int, tokens: int, max_length: int) -> None:
 
 
 def encode_split(
-    split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], task_type: str, max_length: int
+    split: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Sequence[str],
+    task_type: str,
+    max_length: int,
+    values: Sequence[float] = (),
 ) -> datasets.Dataset:
     """Columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length`, from columns `text` and `label`.
 
-    For CAUSAL_LM `input_ids` ends with the target, and `labels` holds the target alone.
+    For CAUSAL_LM `input_ids` ends with the target, and `labels` holds the target alone. For SEQ_CLS and a regression
+    `labels` is the number among `values` that the class stands for.
 
     Raises:
         ValueError: a text has more than `max_length` tokens.
@@ -87,14 +93,14 @@ def encode_split(
         if task_type == "CAUSAL_LM":
             ids = ids + answers[label]
         rows["input_ids"].append(ids)
-        rows["labels"].append(label if task_type == "SEQ_CLS" else answers[label])
+        rows["labels"].append(answers[label] if answers else values[label] if values else label)
         rows["length"].append(len(ids))
     return datasets.Dataset.from_dict(rows)
 
 
-def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
-    """One int64 tensor [B, n] from sequences of unequal length."""
-    length = max(len(sequence) for sequence in sequences)
+def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, multiple: int = 1) -> torch.Tensor:
+    """One int64 tensor [B, n] from sequences of unequal length; n is the longest, rounded up to a `multiple`."""
+    length = -(-max(len(sequence) for sequence in sequences) // multiple) * multiple
     fill = [[value] * (length - len(sequence)) for sequence in sequences]
     padded = [[*f, *s] if left else [*s, *f] for f, s in zip(fill, sequences)]
     return torch.tensor(padded, dtype=torch.long)
@@ -104,26 +110,39 @@ def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False) -> t
 class Collator:
     """Rows of `encode_split` to a batch: `input_ids`, `attention_mask` [B, n], `labels`.
 
-    For CAUSAL_LM `logits_to_keep` (an int: longest label + 1) comes with it, so that the output head runs only there.
+    For CAUSAL_LM `logits_to_keep` (an int) comes with it: the labels of the batch and the position before them, so that
+    the output head runs only there, or 0 (all positions).
+
+    Args:
+        pad_to_multiple_of: n is rounded up to a multiple of it, so that a compiled step meets few lengths.
+        answer_tokens: length of the longest answer there is, to which labels are padded (and logits kept) for the same
+            reason; 0: that of each batch.
+        label_only_logits: False keeps a decoder's logits at every position.
     """
 
     task_type: str
     pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    answer_tokens: int = 0
+    label_only_logits: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         left = self.task_type == "CAUSAL_LM"
+        multiple = self.pad_to_multiple_of or 1
         inputs = [row["input_ids"] for row in rows]
         labels = [row["labels"] for row in rows]
         batch: dict[str, Any] = {
-            "input_ids": pad(inputs, self.pad_token_id, left),
-            "attention_mask": pad([[1] * len(ids) for ids in inputs], 0, left),
+            "input_ids": pad(inputs, self.pad_token_id, left, multiple),
+            "attention_mask": pad([[1] * len(ids) for ids in inputs], 0, left, multiple),
         }
         if self.task_type == "SEQ_CLS":
-            batch["labels"] = torch.tensor(labels, dtype=torch.long)
-        elif self.task_type == "SEQ_2_SEQ_LM":
-            batch["labels"] = pad(labels, IGNORE)
+            batch["labels"] = torch.tensor(labels, dtype=torch.float if isinstance(labels[0], float) else torch.long)
+            return batch
+        answer = max(self.answer_tokens, *(len(label) for label in labels))
+        if self.task_type == "SEQ_2_SEQ_LM":
+            batch["labels"] = pad([[*label, *[IGNORE] * (answer - len(label))] for label in labels], IGNORE)
         else:
-            full = [[IGNORE] * (len(ids) - len(answer)) + list(answer) for ids, answer in zip(inputs, labels)]
-            batch["labels"] = pad(full, IGNORE, left)
-            batch["logits_to_keep"] = max(len(answer) for answer in labels) + 1
+            full = [[IGNORE] * (len(ids) - len(label)) + list(label) for ids, label in zip(inputs, labels)]
+            batch["labels"] = pad(full, IGNORE, left, multiple)
+            batch["logits_to_keep"] = min(answer + 1, batch["labels"].shape[1]) if self.label_only_logits else 0
         return batch

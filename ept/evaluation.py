@@ -12,7 +12,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from .encoding import check_length, encode_labels, encode_texts, pad
-from .tasks import compute_metrics
+from .tasks import GROUP, UNPARSABLE, compute_metrics, nearest_value
 
 SCORINGS = ("generate", "rank")
 
@@ -27,6 +27,7 @@ def predict_labels(
     batch_size: int,
     scoring: str | None = None,
     progress: str | None = None,
+    values: Sequence[float] = (),
 ) -> list[int]:
     """The index in `labels` predicted for each text; -1 where a generated answer is none of them.
 
@@ -38,6 +39,8 @@ def predict_labels(
         max_length: most tokens of a text.
         scoring: None for the task type's own way; "generate" or "rank" otherwise.
         progress: what to call the progress bar on standard error; None for none.
+        values: of a regression, the numbers that the labels stand for: a head's output, and an answer that is a number
+            but not one of the labels, counts as the nearest.
 
     Raises:
         ValueError: a text is too long, or the task type has no such scoring.
@@ -48,12 +51,12 @@ def predict_labels(
     for index, ids in enumerate(encoded):
         check_length(index, len(ids), max_length)
     scoring = scoring or {"SEQ_CLS": "head", "CAUSAL_LM": "rank", "SEQ_2_SEQ_LM": "generate"}[task_type]
-    scorer = Scorer(model, tokenizer, labels, task_type, scoring)
+    scorer = Scorer(model, tokenizer, labels, task_type, scoring, values)
     order = sorted(
         range(len(encoded)), key=lambda index: len(encoded[index])
     )  # neighbours of like length: less padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    predictions = [-1] * len(encoded)
+    predictions = [UNPARSABLE] * len(encoded)
     with _evaluating(model):
         for batch in _tracked(batches, progress):
             for index, prediction in zip(batch, scorer([encoded[index] for index in batch])):
@@ -72,22 +75,31 @@ def evaluate(
     batch_size: int,
     scoring: str | None = None,
     progress: str | None = None,
+    values: Sequence[float] = (),
 ) -> dict[str, float]:
     """Metrics of the predictions on `split` (columns `text` and `label`), and the share of `unparsable` answers."""
     predictions = predict_labels(
-        model, tokenizer, list(split["text"]), labels, task_type, max_length, batch_size, scoring, progress
+        model, tokenizer, list(split["text"]), labels, task_type, max_length, batch_size, scoring, progress, values
     )
-    scores = compute_metrics(metrics, predictions, list(split["label"]), len(labels))
-    return {**scores, "unparsable": predictions.count(-1) / max(len(predictions), 1)}
+    groups = list(split[GROUP]) if GROUP in getattr(split, "column_names", split) else None
+    scores = compute_metrics(metrics, predictions, list(split["label"]), len(labels), values=values, groups=groups)
+    return {**scores, "unparsable": predictions.count(UNPARSABLE) / max(len(predictions), 1)}
 
 
 class Scorer:
     """Predicts the label of each of a few encoded texts in one go."""
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], task_type: str, scoring: str
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        task_type: str,
+        scoring: str,
+        values: Sequence[float] = (),
     ) -> None:
         self.model, self.tokenizer, self.labels, self.task_type = model, tokenizer, labels, task_type
+        self.values = values
         self.predict = {"head": self.by_head, "generate": self.by_generation, "rank": self.by_likelihood}[scoring]
         if scoring != "head":
             self.answers = encode_labels(tokenizer, labels, task_type)
@@ -107,17 +119,26 @@ class Scorer:
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def by_head(self, inputs: Sequence[list[int]]) -> list[int]:
-        return self.model(**self.batch(inputs)).logits.argmax(-1).tolist()
+        logits = self.model(**self.batch(inputs)).logits
+        if not self.values:
+            return logits.argmax(-1).tolist()
+        inside = logits[:, 0].float().clamp(self.values[0], self.values[-1]).tolist()
+        return [self._nearest(number) for number in inside]
 
     def by_generation(self, inputs: Sequence[list[int]]) -> list[int]:
         longest = max(len(answer) for answer in self.answers)
         ids = self.model.generate(**self.batch(inputs), max_new_tokens=longest + 1, do_sample=False, num_beams=1)
         if self.task_type == "CAUSAL_LM":  # trained without an end token: what follows the label does not count
             new = ids[:, max(len(text) for text in inputs) :].tolist()
-            return [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), -1) for row in new]
+            return [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
         found = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
         index = {label: i for i, label in enumerate(self.labels)}
-        return [index.get(answer, -1) for answer in found]
+        return [index.get(answer, self._nearest(answer)) for answer in found]
+
+    def _nearest(self, answer: Any) -> int:
+        """The label of a regression nearest to a number; unparsable for anything else."""
+        found = nearest_value(answer, self.values) if self.values else None
+        return UNPARSABLE if found is None else found
 
     def by_likelihood(self, inputs: Sequence[list[int]]) -> list[int]:
         if self.task_type == "SEQ_2_SEQ_LM":

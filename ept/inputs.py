@@ -44,8 +44,8 @@ def with_prompt(
     order = None
     if facts.pools_last:
         order = _padding_order(mask, last=False)
-    elif mixed and facts.classifies:
-        order = _padding_order(mask, last=True)  # the first row is pooled
+    elif mixed and (facts.classifies or "decoder_input_ids" in facts.forward_arguments):
+        order = _padding_order(mask, last=True)  # the first row is pooled, or encoders count positions by index
     elif s and (generating or facts.prompt_beside_text):
         order = _beside_text_order(mask, s)
     if order is not None:

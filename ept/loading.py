@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +22,8 @@ from transformers import (
 
 from ept import EPTConfig, EPTModel, get_ept_model
 
+from .methods import METHODS, adapter_config
+from .peft_methods import attach, attach_trained
 from .run_config import ModelConfig, RunConfig
 
 MODEL_CLASSES = {
@@ -115,36 +118,28 @@ def load_base_model(
     return base.eval()
 
 
-def adapter_config(config: RunConfig, base: PreTrainedModel, task_type: str, max_length: int) -> EPTConfig:
-    """The adapter's configuration for a run.
-
-    Raises:
-        ValueError: the method has no such part, or nothing fits the budget.
-    """
-    method = config.method
-    fields = {"task_type": task_type, "seed": config.seed, **method.fields_given()}
-    parts = {"ept": (), "dept": ("fusion", "num_spaces"), "pt": ("r", "fusion", "num_spaces")}[method.name]
-    for part in parts:
-        if part in fields:
-            raise ValueError(f"method.{part} cannot be set for method.name={method.name}, which has no such part")
-    if method.budget is not None:
-        return EPTConfig.for_budget(base, max_length, method.budget, method=method.name, **fields)
-    make: Any = {"ept": EPTConfig, "dept": EPTConfig.dept, "pt": EPTConfig.prompt_tuning}[method.name]
-    return make(max_length=max_length, **fields)
-
-
 def load_untrained(
     config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase
-) -> EPTModel:
+) -> PeftModel:
     """The base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
     base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
-    return get_ept_model(base, adapter_config(config, base, task_type, max_length), tokenizer=tokenizer)
+    adapter = adapter_config(config.method, base, task_type, max_length, config.seed)
+    if isinstance(adapter, EPTConfig):
+        return get_ept_model(base, adapter, tokenizer=tokenizer, **_four_bit(config.model))
+    return attach(base, adapter, config.seed)
 
 
-def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> EPTModel:
+def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
     """The base model with the adapter saved in the folder `adapter`, ready for inference."""
     base = load_base_model(config.model, task_type, num_labels, pad_token_id)
-    return EPTModel.from_pretrained(base, str(adapter)).eval()
+    if METHODS[config.method.name].family == "peft":
+        return attach_trained(base, adapter).eval()
+    return EPTModel.from_pretrained(base, str(adapter), **_four_bit(config.model)).eval()
+
+
+def _four_bit(model: ModelConfig) -> dict[str, Any]:
+    """How the 4-bit layers of the base model are to run."""
+    return {"fast_4bit": model.fast_4bit, "dequantized_cache_bytes": model.dequantized_cache_bytes}
 
 
 def _heads(model: ModelConfig) -> list[str]:

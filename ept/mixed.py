@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
-from torch import Tensor
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import functional
 from .prompt import EPTLayer, text_positions
+
+_names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
 
 BASE = "__base__"  # PEFT's name for a row that no adapter applies to
 
@@ -65,6 +71,33 @@ def embed_mixed(
     lengths = [0 if name == BASE else layers[name].config.num_virtual_tokens for name in names]
     prompt_mask = torch.arange(s, device=device) >= s - torch.tensor(lengths, device=device)[:, None]
     return embeds, torch.cat([prompt_mask.to(attention_mask.dtype), attention_mask], dim=1)
+
+
+def follow_rows(model: nn.Module) -> None:
+    """Makes the trained heads in ``model`` (PEFT's wrappers) choose by :func:`heads_of_rows`; once each."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and _choose_head not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_choose_head, with_kwargs=True)
+
+
+@contextmanager
+def heads_of_rows(names: Sequence[str] | None) -> Iterator[None]:
+    """Within this context, and in this thread alone, row i goes through the head of adapter ``names[i]``; None: all
+    through that of the active adapter.
+    """
+    if names is None:
+        yield
+        return
+    token = _names_of_rows.set(list(names))
+    try:
+        yield
+    finally:
+        _names_of_rows.reset(token)
+
+
+def _choose_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    names = _names_of_rows.get()
+    return args, (kwargs if names is None else {**kwargs, "adapter_names": names})
 
 
 def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:

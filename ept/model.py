@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +17,18 @@ from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_
 from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
-from .adapter_files import check_weights, read_config, read_weights, write_adapter
-from .base_model import examine, freeze, infer_task_type, input_embedding, set_mode
+from .adapter_files import read_config, read_weights, write_adapter
+from .adapter_lock import AdapterLock, a_call, a_change
+from .base_model import (
+    examine,
+    freeze,
+    head_shapes,
+    infer_task_type,
+    input_embedding,
+    set_mode,
+    trained_heads,
+)
+from .compilation import compile_layers
 from .config import PEFT_TYPE, EPTConfig
 from .inputs import (
     after_cache,
@@ -32,8 +42,10 @@ from .inputs import (
     with_input,
     with_prompt,
 )
-from .mixed import embed_mixed
+from .messages import shown
+from .mixed import embed_mixed, follow_rows, heads_of_rows
 from .prompt import EPTLayer, embedding_width, lookup
+from .prompt_cache import PromptCache, check_cacheable, rows_per_text
 
 # PEFT finds the code that names an adapter's state by the adapter's type.
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
@@ -42,7 +54,13 @@ _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_on
 
 
 def get_ept_model(
-    model: nn.Module, config: EPTConfig, adapter_name: str = "default", *, tokenizer: Any = None
+    model: nn.Module,
+    config: EPTConfig,
+    adapter_name: str = "default",
+    *,
+    tokenizer: Any = None,
+    fast_4bit: bool = True,
+    dequantized_cache_bytes: int = 0,
 ) -> EPTModel:
     """Wraps a Hugging Face model with a fresh EPT adapter; the model is frozen in place.
 
@@ -52,11 +70,21 @@ def get_ept_model(
         config: copied; ``task_type`` is inferred from the model if it is None.
         adapter_name: the adapter's name.
         tokenizer: for ``prompt_tuning_init="TEXT"``; None loads the one that the configuration names.
+        fast_4bit: turn bitsandbytes' 4-bit layers into ours in place (:func:`ept.linear4bit.swap_linear4bit`); False
+            leaves them as they are.
+        dequantized_cache_bytes: memory to spend on keeping dequantised weights of 4-bit layers, in bytes.
 
     Raises:
         ValueError: the model or the configuration cannot work; the message says why.
     """
-    return EPTModel(model, config, adapter_name, tokenizer=tokenizer)
+    return EPTModel(
+        model,
+        config,
+        adapter_name,
+        tokenizer=tokenizer,
+        fast_4bit=fast_4bit,
+        dequantized_cache_bytes=dequantized_cache_bytes,
+    )
 
 
 class EPTModel(PeftModel):
@@ -65,7 +93,8 @@ class EPTModel(PeftModel):
     Everything a :class:`peft.PeftModel` offers works: ``Trainer`` saves only the adapter, ``add_adapter``,
     ``load_adapter``, ``set_adapter``, ``delete_adapter``, ``disable_adapter()``, ``get_nb_trainable_parameters``,
     ``modules_to_save``. The base model is called with ordinary ``inputs_embeds``, mask and positions; nothing in it is
-    patched.
+    patched. Adapters may be added, loaded, deleted, set and folded from other threads than those that call the model:
+    such a change waits for the calls that are running, and new calls wait for it.
     """
 
     def __init__(
@@ -76,23 +105,29 @@ class EPTModel(PeftModel):
         *,
         initialise: bool = True,
         tokenizer: Any = None,
+        fast_4bit: bool = True,
+        dequantized_cache_bytes: int = 0,
         **kwargs: Any,
     ) -> None:
         if isinstance(model, PeftModel):
             raise ValueError("the model already carries an adapter: pass the base model, or use add_adapter")
+        self.adapter_lock = AdapterLock()
         self._initialise_adapters, self._tokenizer = initialise, tokenizer
         peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = peft_config.task_type or infer_task_type(model)
         self._facts = examine(model, str(peft_config.task_type))
         freeze(model)
+        _swap_4bit(model, fast_4bit, dequantized_cache_bytes)
         super().__init__(model, peft_config, adapter_name, **kwargs)
         if peft_config.inference_mode:
             self._require_gradients(adapter_name, False)
+        self._prompt_caches: dict[str, PromptCache] = {}
         self._tokenizer = None  # only for the first adapter's start; no part of the model
         self.train(self.training)
 
     # Calling the model
 
+    @a_call
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -115,9 +150,8 @@ class EPTModel(PeftModel):
                 ``[batch, m]`` for SEQ_2_SEQ_LM, ``[batch]`` for SEQ_CLS.
             text_mask: CAUSAL_LM: ``[batch, n]``, nonzero at input-text tokens, which get the low-rank update; by
                 default all real tokens without a label.
-            logits_to_keep: CAUSAL_LM: compute logits (and the loss) for the last so many positions only. While
-                training, with labels on the CPU, it is set to what the labels need. Otherwise logits cover prompt and
-                text.
+            logits_to_keep: CAUSAL_LM: compute logits (and the loss) for the last so many positions only; 0: for prompt
+                and text. None: while training, with labels on the CPU, what the labels need, otherwise 0.
             num_items_in_batch: number of labels the loss is to be divided by, over all accumulated batches
                 (``Trainer`` passes it); None: the mean over this batch.
             adapter_names: one adapter a row (``"__base__"`` for none) instead of the active one.
@@ -151,12 +185,13 @@ class EPTModel(PeftModel):
             inputs["logits_to_keep"] = logits_to_keep
         if self.training and labels is not None and "use_cache" in self._facts.forward_arguments:
             inputs.setdefault("use_cache", False)
-        with self._heads_of(adapter_names):
+        with heads_of_rows(adapter_names):
             output = self.base_model(**inputs)
         if num_items_in_batch is not None and labels is not None:
             divide_loss(output, inputs["labels"], num_items_in_batch, shifted=causal)
         return output
 
+    @a_call
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The base model's ``generate`` after the prompt; takes its arguments. ``labels`` are ignored.
@@ -165,11 +200,17 @@ class EPTModel(PeftModel):
         counts these and not the prompt. Logits processors that look at the text (``repetition_penalty``) see the new
         tokens only.
 
+        With ``use_prompt_cache=True`` the model does not read the prompt again at every call: its keys and values are
+        computed at the first, kept for each adapter, and made anew once adapter or model change. The tokens are the
+        same. ``clear_prompt_caches()`` frees them.
+
         Raises:
-            ValueError: the base model cannot generate, or ``max_length`` leaves no room for a new token.
+            ValueError: the base model cannot generate, ``max_length`` leaves no room for a new token, or a prompt cache
+                cannot work for this model and batch; the message says why.
         """
         if not hasattr(self.base_model, "generate"):
             raise ValueError(f"{type(self.base_model).__name__} cannot generate")
+        use_prompt_cache = kwargs.pop("use_prompt_cache", False)
         if self._adapters_disabled:
             return self.base_model.generate(input_ids, *args, **kwargs)
         if input_ids is None:
@@ -181,11 +222,26 @@ class EPTModel(PeftModel):
         if "generation_config" in self.__dict__:  # set on the wrapper by a user
             kwargs.setdefault("generation_config", self.__dict__["generation_config"])
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
+        if use_prompt_cache:
+            if adapter_names is not None:
+                raise ValueError(
+                    "a prompt cache holds one adapter's prompt: leave out adapter_names or use_prompt_cache"
+                )
+            padded = attention_mask is not None and not bool(attention_mask[:, 0].all())
+            check_cacheable(self.base_model, self._facts, kwargs, padded)
         inputs = self._prepare(
-            input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs, generating=True
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            text_mask,
+            adapter_names,
+            kwargs,
+            generating=not use_prompt_cache,  # a cached prompt stays first, with padding behind it
         )
         if not causal:
             return self.base_model.generate(*args, **inputs)
+        if use_prompt_cache:
+            inputs["past_key_values"] = self._cached_prompt(inputs)
         # generate() counts positions from the mask itself, at every step.
         inputs.pop("position_ids", None)
         count_new_tokens(inputs, length_of(input_ids, inputs_embeds), self.base_model.generation_config)
@@ -237,6 +293,14 @@ class EPTModel(PeftModel):
                 module.train(mode)
         return self
 
+    def compile_layers(self, **options: Any) -> EPTModel:
+        """Compiles the frozen model's repeated layers in place (:func:`ept.compilation.compile_layers`); returns the
+        model.
+        """
+        compile_layers(self.base_model, **options)
+        return self
+
+    @a_change
     def fold(self, adapter_name: str | None = None) -> EPTModel:
         """Turns an adapter (the active one) into its inference form, one prompt and one table, in place; returns the
         model.
@@ -252,6 +316,7 @@ class EPTModel(PeftModel):
 
     # Adapters
 
+    @a_change
     def add_adapter(self, adapter_name: str, peft_config: EPTConfig, **kwargs: Any) -> None:
         """Adds a fresh adapter. The active one stays active; a further one starts frozen until it is set active.
 
@@ -272,13 +337,15 @@ class EPTModel(PeftModel):
         if self._initialise_adapters or peft_config.base_model_name_or_path is None:
             peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         if task_type == "SEQ_CLS" and peft_config.modules_to_save is None:
-            peft_config.modules_to_save = _heads(base)
+            peft_config.modules_to_save = trained_heads(base)
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
         super().add_adapter(adapter_name, peft_config, **kwargs)
+        follow_rows(base)
         if not first:
             self._require_gradients(adapter_name, False)
             _set_adapter(base, self.active_adapter, inference_mode=not trainable)
 
+    @a_change
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Makes ``adapter_name`` the active adapter, trainable unless ``inference_mode``; all others are frozen.
 
@@ -292,6 +359,7 @@ class EPTModel(PeftModel):
         for name in self.prompt_encoder:
             self._require_gradients(name, name == adapter_name and not inference_mode, heads=False)
 
+    @a_change
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of the remaining ones becomes active.
 
@@ -302,7 +370,16 @@ class EPTModel(PeftModel):
             raise ValueError(f"no adapter named {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
         if len(self.peft_config) == 1:
             raise ValueError(f"{adapter_name!r} is the only adapter: use disable_adapter() or the base model itself")
-        super().delete_adapter(adapter_name)
+        for kept in (self.peft_config, self.prompt_encoder, self.prompt_tokens):
+            del kept[adapter_name]
+        if adapter_name == self.active_adapter:
+            self.active_adapter = next(iter(self.peft_config))
+            warnings.warn(f"{adapter_name!r} was active; {self.active_adapter!r} is now", stacklevel=4)
+        for module in self.base_model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                # PEFT's own delete_adapter hands all that remain to each head, which takes no more than one.
+                module.delete_adapter(adapter_name, [self.active_adapter])
+        self._prompt_caches.pop(adapter_name, None)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turns gradients of the named adapters on or off."""
@@ -347,6 +424,9 @@ class EPTModel(PeftModel):
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: EPTConfig | None = None,
+        *,
+        fast_4bit: bool = True,
+        dequantized_cache_bytes: int = 0,
         **kwargs: Any,
     ) -> EPTModel:
         """The base model with the adapter saved in ``model_id``, a local folder or a repository on the hub.
@@ -355,6 +435,7 @@ class EPTModel(PeftModel):
             model: the base model the adapter was made for; it is frozen in place.
             is_trainable: whether the adapter is to be trained further.
             config: instead of the saved configuration.
+            fast_4bit, dequantized_cache_bytes: as for :func:`get_ept_model`.
             kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
 
         Raises:
@@ -363,13 +444,20 @@ class EPTModel(PeftModel):
         hub = _hub_arguments(kwargs)
         config = copy.deepcopy(config) if config is not None else read_config(model_id, **hub)
         config.inference_mode = not is_trainable
-        _check_fits(config, model, is_trainable)
-        check_weights(model_id, config.parameter_shapes(_width(model)), bool(config.modules_to_save), **hub)
-        wrapped = cls(model, config, adapter_name, initialise=False)
+        state = _read_fitting(config, model, is_trainable, model_id, hub)
+        wrapped = cls(
+            model,
+            config,
+            adapter_name,
+            initialise=False,
+            fast_4bit=fast_4bit,
+            dequantized_cache_bytes=dequantized_cache_bytes,
+        )
         wrapped._initialise_adapters = True
-        wrapped.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **hub)
+        set_peft_model_state_dict(wrapped, state, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
 
+    @a_change
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
@@ -389,30 +477,26 @@ class EPTModel(PeftModel):
         if added:
             config = read_config(model_id, **hub)
             config.inference_mode = not is_trainable
-            _check_fits(config, self.base_model, is_trainable)
-            # Before anything is made: a configuration may claim sizes that its file does not have.
-            check_weights(
-                model_id, config.parameter_shapes(_width(self.base_model)), bool(config.modules_to_save), **hub
-            )
+            state = _read_fitting(config, self.base_model, is_trainable, model_id, hub)
             self._initialise_adapters = False
             try:
                 self.add_adapter(adapter_name, config)
             finally:
                 self._initialise_adapters = True
             self._require_gradients(adapter_name, is_trainable)
-        try:
+        else:
             expected = get_peft_model_state_dict(self, None, adapter_name, save_embedding_layers=False)
             shapes = {name: tuple(t.shape) for name, t in expected.items() if name != "embedding_scale"}
             state = read_weights(model_id, shapes, **hub)
-        except Exception:
-            if added and len(self.peft_config) > 1:
-                self.delete_adapter(adapter_name)
-            raise
         result = set_peft_model_state_dict(self, state, adapter_name)
         result.missing_keys.clear()  # PEFT lists the base model's weights here, which are not the adapter's
         if not is_trainable and added:
             self.eval()
         return result
+
+    def clear_prompt_caches(self) -> None:
+        """Frees what ``generate(..., use_prompt_cache=True)`` keeps."""
+        self._prompt_caches.clear()
 
     # Inside
 
@@ -473,10 +557,21 @@ class EPTModel(PeftModel):
             )
         else:
             ids, table, mask = lookup(embedding, input_ids, inputs_embeds, attention_mask, layer.d)
-            layers = {name: self._layer(name) for name in self.prompt_encoder}
+            layers: Any = dict(self.prompt_encoder.items())
             embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
         s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
         return with_prompt(self._facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
+
+    def _cached_prompt(self, inputs: dict[str, Any]) -> Any:
+        """Keys and values of the active adapter's prompt, which ``inputs`` begin with; None for an empty prompt."""
+        s, name = self._layer().config.num_virtual_tokens, self.active_adapter
+        if not s:
+            return None
+        prompt, rows = inputs["inputs_embeds"][0, :s], len(inputs["inputs_embeds"])
+        kept = self._prompt_caches.get(name)
+        if kept is None or not kept.fits(self.base_model, prompt):
+            kept = self._prompt_caches[name] = PromptCache.compute(self.base_model, prompt)
+        return kept.for_rows(rows * rows_per_text(inputs, self.base_model.generation_config))
 
     def _warn_if_all_labels(self, text_mask: Tensor, attention_mask: Tensor | None) -> None:
         """Once, at the first training batch: an accelerator is waited for."""
@@ -491,24 +586,6 @@ class EPTModel(PeftModel):
                 stacklevel=3,
             )
 
-    @contextmanager
-    def _heads_of(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
-        """Each row through the head of its own adapter."""
-        if adapter_names is None:
-            yield
-            return
-
-        def choose(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return args, {**kwargs, "adapter_names": list(adapter_names)}
-
-        wrappers = [m for m in self.base_model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        handles = [w.register_forward_pre_hook(partial(choose), with_kwargs=True) for w in wrappers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def _require_gradients(self, adapter_name: str, required: bool, heads: bool = True) -> None:
         layer = self._layer(adapter_name)
         layer.requires_grad_(required and not layer.config.folded)
@@ -518,17 +595,17 @@ class EPTModel(PeftModel):
                     module.modules_to_save[adapter_name].requires_grad_(required)
 
 
-def _heads(model: Any) -> list[str]:
-    """Top-level modules of a classifier that are no part of its backbone: freshly initialised, to be trained and
-    saved.
-    """
-    backbone = getattr(model, "base_model_prefix", "")
-    heads = [
-        name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
-    ]
-    if not heads:
-        raise ValueError(f"found no classification head in {type(model).__name__}: name it in modules_to_save")
-    return heads
+def _swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -> None:
+    if dequantized_cache_bytes and not fast_4bit:
+        raise ValueError(
+            f"dequantized_cache_bytes={dequantized_cache_bytes} is for the layers of fast_4bit=True: leave one out"
+        )
+    if fast_4bit and "bitsandbytes" in sys.modules:  # otherwise no layer is of it
+        from .linear4bit import Linear4bit, swap_linear4bit
+
+        # A model that was swapped by hand keeps its options.
+        if dequantized_cache_bytes or not any(isinstance(module, Linear4bit) for module in model.modules()):
+            swap_linear4bit(model, dequantized_cache_bytes=dequantized_cache_bytes)
 
 
 def _width(model: Any) -> int:
@@ -540,7 +617,7 @@ def _check_fits(config: EPTConfig, model: Any, is_trainable: bool) -> None:
     ours, theirs = getattr(model, "name_or_path", None), config.base_model_name_or_path
     if config.token_dim is not None and config.token_dim != width:
         raise ValueError(
-            f"the adapter was made for embeddings of width {config.token_dim} ({theirs or 'unnamed'}), "
+            f"the adapter was made for embeddings of width {shown(config.token_dim)} ({shown(theirs or 'unnamed')}), "
             f"{ours or type(model).__name__} has {width}: load it with its own base model"
         )
     if config.folded and is_trainable:
@@ -549,10 +626,25 @@ def _check_fits(config: EPTConfig, model: Any, is_trainable: bool) -> None:
         )
     if ours and theirs and str(ours) != str(theirs):
         warnings.warn(
-            f"the adapter was made for {theirs!r}, this base model is {ours!r}; results are those of the adapter "
+            f"the adapter was made for {shown(theirs)}, this base model is {ours!r}; results are those of the adapter "
             "only if the weights are the same",
             stacklevel=3,
         )
+
+
+def _read_fitting(
+    config: EPTConfig, model: Any, is_trainable: bool, model_id: str | os.PathLike[str], hub: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The weights of an adapter that fits ``model``. Nothing is made of it before its files are known to be whole: a
+    configuration may claim sizes that its weights do not have.
+    """
+    _check_fits(config, model, is_trainable)
+    task_type = config.task_type or infer_task_type(model)
+    heads = config.modules_to_save
+    if heads is None:
+        heads = trained_heads(model) if task_type == "SEQ_CLS" else []
+    expected = {**config.parameter_shapes(_width(model)), **head_shapes(model, heads)}
+    return read_weights(model_id, expected, **hub)
 
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

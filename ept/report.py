@@ -42,7 +42,14 @@ def learning_curve(
     lower.set_xlabel("optimiser step")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     if test:
-        lower.scatter(*_columns(test), color="tab:red", marker="*", s=120, zorder=3, label="on test, before and after")
+        lower.scatter(
+            *_columns(test),
+            color="tab:red",
+            marker="*",
+            s=120,
+            zorder=3,
+            label="on test, before and after" if len(test) > 1 else "on test",
+        )
     lower.margins(y=0.15)
     lower.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize="small")
     upper.set_title(title)
@@ -60,7 +67,8 @@ def results_table(results: dict[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right")
     rows = results["rows"]["test"]
-    table.add_row(f"{metric} before training", f"{results['score_before']:.4f}")
+    if results["score_before"] is not None:
+        table.add_row(f"{metric} before training", f"{results['score_before']:.4f}")
     table.add_row(f"{metric} after training", f"{results['score']:.4f}")
     table.add_row("majority class", f"{results['majority']:.4f}")
     for name, value in results["test_metrics"].items():

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 import yaml
+
+from .messages import reason, shown, shown_name
+from .methods import check_settings
+
+LARGEST_FILE = 1 << 20  # bytes
+DEEPEST = 20  # levels; a run's configuration has three
+LARGEST_INTEGER = 2**63 - 1
+LARGEST_SEED = 2**32 - 1  # what NumPy takes
 
 TaskType = Literal["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"]
 
@@ -35,6 +44,10 @@ class ModelConfig:
     load_in_4bit: bool = False
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
+    fast_4bit: bool = True
+    """Run 4-bit layers through this project's operators where their kernels run. False: through bitsandbytes."""
+    dequantized_cache_bytes: int = 0
+    """Memory to spend on keeping dequantised weights of 4-bit layers, where they run through the operators."""
     attn_implementation: str | None = None
 
 
@@ -62,13 +75,16 @@ class DataConfig:
     max_train: int | None = None
     max_validation: int | None = None
     max_test: int | None = None
+    k_shot: int | None = None
+    """Few-shot: so many train rows in all, as many of each label, drawn with the run's seed."""
 
 
 @dataclass
 class MethodConfig:
     """The adapter. None means the method's own default (see `EPTConfig`)."""
 
-    name: Literal["ept", "dept", "pt"] = "ept"
+    name: str = "ept"
+    """One of `ept.methods.METHODS`: ept, dept, pt, their ablations, or one of PEFT's own methods."""
     budget: int | None = None
     """Number of trainable parameters to stay within; the sizes are searched for."""
     num_virtual_tokens: int | None = None
@@ -80,6 +96,8 @@ class MethodConfig:
     fusion: bool | None = None
     fusion_dim: int | None = None
     fusion_score_scale: float | None = None
+    fusion_weight: float | None = None
+    space_gate: Literal["learned", "uniform"] | None = None
     embedding_scale: float | str | None = None
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "RANDOM", "TEXT"] | None = None
     prompt_tuning_init_text: str | None = None
@@ -110,13 +128,28 @@ class TrainingConfig:
     eval_steps: int = 100
     """Evaluate and save every so many steps, and at the end."""
     logging_steps: int = 10
+    score_before: bool = True
+    """Score the untrained adapter on the test split as well."""
+    scoring: Literal["generate", "rank"] | None = None
+    """How a language model's labels are scored. None: encoder-decoders generate, decoders rank the labels."""
     early_stopping_patience: int | None = None
     """Stop after so many evaluations without a better score. None: never."""
     save_total_limit: int = 2
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool = False
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = "adamw_torch_fused"
+    """AdamW in one kernel for all parameters of a group, or PyTorch's default implementation."""
+    label_only_logits: bool = True
+    """A decoder's logits at the labels only. False: at every position."""
     group_by_length: bool = False
+    """Batches of texts of like length: less padding, but another order of the rows."""
+    pad_to_multiple_of: int | None = None
+    """Round each batch's length up to a multiple, and pad labels to the longest answer, so that a compiled step meets
+    few shapes. None: pad to the longest text of the batch."""
+    compile_layers: bool = False
+    """Train through torch.compile of the frozen model's repeated layers, needs `pad_to_multiple_of`; evaluation stays
+    uncompiled."""
     tensorboard: bool = False
 
 
@@ -137,8 +170,19 @@ class RunConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
+
+
 def load_run_config(file: Path | None, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a run from a YAML file (None: all defaults) and apply `dotted.key=value` overrides, in order.
+
+    Raises: as `load_config`.
+    """
+    return load_config(RunConfig, file, overrides)
+
+
+def load_config(cls: type[AnyRun], file: Path | None, overrides: typing.Sequence[str] = ()) -> AnyRun:
+    """`load_run_config` for a configuration with more sections.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -147,7 +191,12 @@ def load_run_config(file: Path | None, overrides: typing.Sequence[str] = ()) -> 
     values = _read_yaml(file) if file is not None else {}
     for override in overrides:
         _apply_override(values, override)
-    config = _build(RunConfig, values, path="")
+    return config_from_dict(cls, values)
+
+
+def config_from_dict(cls: type[AnyRun], values: dict[str, Any]) -> AnyRun:
+    """A configuration from nested mappings, as YAML gives them. Raises ValueError as `load_config`."""
+    config = _build(cls, values, path="")
     _check(config)
     return config
 
@@ -155,10 +204,9 @@ def load_run_config(file: Path | None, overrides: typing.Sequence[str] = ()) -> 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {file}")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
+    if (size := file.stat().st_size) > LARGEST_FILE:
+        raise ValueError(f"{file} has {size:,} bytes, a configuration at most {LARGEST_FILE:,}")
+    values = parse_yaml(file.read_bytes(), str(file))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -166,14 +214,51 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return values
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases (whose expansion may be exponential), repeated keys and deep nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"aliases (*{shown_name(event.anchor)}) are not read: write the value out", event.start_mark
+            )
+        if self.depth >= DEEPEST:
+            raise yaml.composer.ComposerError(
+                None, None, f"nested more than {DEEPEST} levels deep", self.peek_event().start_mark
+            )
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        values = super().construct_mapping(node, deep)
+        if len(values) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", node.start_mark)
+        return values
+
+
+def parse_yaml(text: str | bytes, name: str) -> Any:
+    """The value that ``text`` stands for: plain types only, never objects.
+
+    Raises:
+        ValueError: it is not YAML; the message says so of ``name``.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)
+    # A malformed number, date or flag raises whatever PyYAML's conversion of it ran into.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"cannot read {name} as YAML: {reason(error)}") from error
+
+
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ValueError(f"cannot read the override {override!r}: write it as dotted.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the value of {key!r} as YAML: {text!r}") from error
+    value = parse_yaml(text, f"the value of {shown_name(key)!r}")
     *sections, name = key.strip().split(".")
     for section in sections:
         below = values.setdefault(section, {})
@@ -195,9 +280,10 @@ def _build(cls: type, values: Any, path: str) -> Any:
     names = [f.name for f in dataclasses.fields(cls)]
     arguments = {}
     for key, value in values.items():
-        dotted = f"{path}.{key}" if path else str(key)
+        text = shown_name(key) if isinstance(key, str) else shown(key)
+        dotted = f"{path}.{text}" if path else text
         if key not in names:
-            raise ValueError(_unknown_key(dotted, str(key), path, names))
+            raise ValueError(_unknown_key(dotted, text, path, names))
         hint = hints[key]
         is_section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         arguments[key] = _build(hint, value, dotted) if is_section else _convert(hint, value, dotted)
@@ -243,19 +329,24 @@ def _fit(option: Any, value: Any) -> tuple[bool, Any]:
         return value in typing.get_args(option) and not isinstance(value, bool), value
     if typing.get_origin(option) is list:
         (item_type,) = typing.get_args(option)
-        return isinstance(value, list) and all(_fit(item_type, item)[0] for item in value), value
+        items = [_fit(item_type, item) for item in value] if isinstance(value, list) else []
+        return isinstance(value, list) and all(fits for fits, _ in items), [item for _, item in items]
     if typing.get_origin(option) is dict:
         _, item_type = typing.get_args(option)
-        return isinstance(value, dict) and all(_fit(item_type, item)[0] for item in value.values()), value
+        named = {k: _fit(item_type, v) for k, v in value.items()} if isinstance(value, dict) else {}
+        return isinstance(value, dict) and all(f for f, _ in named.values()), {k: v for k, (_, v) in named.items()}
+    if option is Any:
+        return True, value
     if option is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return True, float(value)
-        try:
-            return isinstance(value, str), float(value)
-        except (TypeError, ValueError):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             return False, value
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            return False, value
+        return math.isfinite(number), number
     if option is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER, value
     return isinstance(value, option), value
 
 
@@ -263,15 +354,20 @@ def _name(option: Any) -> str:
     if typing.get_origin(option) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(option)))
     if typing.get_origin(option) is list:
-        return "a list of texts"
+        return f"a list of {_plural(_name(typing.get_args(option)[0]))}"
     if typing.get_origin(option) is dict:
-        return "a mapping to texts"
+        return f"a mapping to {_plural(_name(typing.get_args(option)[1]))}"
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return names[option]
+    return names.get(option, "a value")
+
+
+def _plural(name: str) -> str:
+    article, _, noun = name.partition(" ")
+    return noun.replace("list", "lists") + ("" if " of " in noun else "s") if article == "a" else name
 
 
 def _describe(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
+    return f"{shown(value)} ({type(value).__name__})"
 
 
 def _check(config: RunConfig) -> None:
@@ -281,6 +377,7 @@ def _check(config: RunConfig) -> None:
         "data.max_train": config.data.max_train,
         "data.max_validation": config.data.max_validation,
         "data.max_test": config.data.max_test,
+        "data.k_shot": config.data.k_shot,
         "method.budget": config.method.budget,
         "training.max_steps": config.training.max_steps,
         "training.num_train_epochs": config.training.num_train_epochs,
@@ -289,10 +386,12 @@ def _check(config: RunConfig) -> None:
         "training.gradient_accumulation_steps": config.training.gradient_accumulation_steps,
         "training.eval_steps": config.training.eval_steps,
         "training.logging_steps": config.training.logging_steps,
+        "training.pad_to_multiple_of": config.training.pad_to_multiple_of,
         "training.early_stopping_patience": config.training.early_stopping_patience,
         "training.save_total_limit": config.training.save_total_limit,
     }
     not_negative = {
+        "model.dequantized_cache_bytes": config.model.dequantized_cache_bytes,
         "training.learning_rate": config.training.learning_rate,
         "training.low_rank_learning_rate": config.training.low_rank_learning_rate,
         "training.weight_decay": config.training.weight_decay,
@@ -306,7 +405,14 @@ def _check(config: RunConfig) -> None:
     for key, value in not_negative.items():
         if not value >= 0:
             raise ValueError(f"{key} must not be negative, got {value}")
+    if config.seed > LARGEST_SEED:
+        raise ValueError(f"seed must be at most {LARGEST_SEED}, got {config.seed}")
+    check_settings(config.method)
     if config.data.task is not None and config.data.template is not None:
         raise ValueError("data.task and data.template exclude each other: a named task brings its own template")
+    if config.training.compile_layers and config.training.pad_to_multiple_of is None:
+        raise ValueError(
+            "training.compile_layers compiles every length for itself: set training.pad_to_multiple_of too, such as 64"
+        )
     if config.training.bf16 and config.training.fp16:
         raise ValueError("training.bf16 and training.fp16 exclude each other: set one")

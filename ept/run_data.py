@@ -49,8 +49,11 @@ def max_length_of(config: DataConfig, task: Task) -> int:
     return config.max_length if config.max_length is not None else task.max_length
 
 
-def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_type: str) -> RunData:
-    """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`)."""
+def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_type: str, seed: int = 0) -> RunData:
+    """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`).
+
+    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else.
+    """
     task = task_of(config)
     data = load_task(
         task,
@@ -62,6 +65,8 @@ def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_t
         max_train=config.max_train,
         max_validation=config.max_validation,
         max_test=config.max_test,
+        k_shot=config.k_shot,
+        shot_seed=seed,
     )
     max_length = max_length_of(config, task)
     rates = {}

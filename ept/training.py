@@ -28,14 +28,17 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from .encoding import Collator, encode_split
+from .compilation import check_lengths, compile_layers, uncompiled
+from .encoding import Collator, encode_labels, encode_split
 from .environment import hardware, peak_memory, versions
 from .evaluation import evaluate
 from .loading import default_device, load_tokenizer, load_untrained, task_type_of
+from .methods import METHODS
 from .report import learning_curve
 from .run_config import RunConfig
 from .run_data import RunData, load_run_data
 from .run_folder import MetricsLog, RunFolder, save_adapter, write_atomically
+from .sampling import EpochLengthGroupedSampler
 
 # transformers renames the argument on its way to version 6.
 _CHECKPOINTING = next(
@@ -43,8 +46,6 @@ _CHECKPOINTING = next(
     for field in fields(TrainingArguments)
     if field.name in ("activation_checkpointing", "gradient_checkpointing")
 )
-
-METHOD_NAMES = {"ept": "EPT", "dept": "DePT", "pt": "prompt tuning"}
 
 
 @dataclass
@@ -59,17 +60,20 @@ class PreparedRun:
     def score(self, config: RunConfig, split: str, progress: str | None = None) -> dict[str, float]:
         """The task's metrics on a split, with the model as it is now."""
         data = self.run_data.data
-        return evaluate(
-            self.model,
-            self.tokenizer,
-            getattr(data, split),
-            data.labels,
-            data.task.metrics,
-            self.task_type,
-            self.run_data.max_length,
-            config.training.eval_batch_size,
-            progress=progress,
-        )
+        with uncompiled():  # evaluation has shapes of its own, each of which would be compiled
+            return evaluate(
+                self.model,
+                self.tokenizer,
+                getattr(data, split),
+                data.labels,
+                data.task.metrics,
+                self.task_type,
+                self.run_data.max_length,
+                config.training.eval_batch_size,
+                scoring=config.training.scoring,
+                progress=progress,
+                values=data.task.values,
+            )
 
 
 def prepare(config: RunConfig) -> PreparedRun:
@@ -77,8 +81,10 @@ def prepare(config: RunConfig) -> PreparedRun:
     set_seed(config.seed)  # a new classification head is drawn while loading
     task_type = task_type_of(config.model)
     tokenizer = load_tokenizer(config.model)
-    run_data = load_run_data(config.data, tokenizer, task_type)
-    model = load_untrained(config, task_type, run_data.data.task.num_labels, run_data.max_length, tokenizer)
+    run_data = load_run_data(config.data, tokenizer, task_type, config.seed)
+    model = load_untrained(config, task_type, run_data.data.task.num_outputs, run_data.max_length, tokenizer)
+    if config.training.compile_layers:
+        compile_layers(model.get_base_model())
     return PreparedRun(model, tokenizer, task_type, run_data)
 
 
@@ -137,7 +143,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         "task": data.task.name,
         "metric": metric,
         "score": after[metric],
-        "score_before": before[metric],
+        "score_before": before.get(metric),
         "majority": data.majority(),
         "seed": config.seed,
         "steps": trainer.state.global_step,
@@ -162,15 +168,21 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         folder.curve,
         metric=metric,
         majority=results["majority"],
-        title=f"{METHOD_NAMES[config.method.name]} on {data.task.name}: {results['trainable_parameters']:,} parameters",
-        test=[(0, before[metric]), (trainer.state.best_global_step or trainer.state.global_step, after[metric])],
+        title=f"{METHODS[config.method.name].title} on {data.task.name}: "
+        f"{results['trainable_parameters']:,} parameters",
+        test=[
+            *([(0, before[metric])] if before else []),
+            (trainer.state.best_global_step or trainer.state.global_step, after[metric]),
+        ],
     )
     write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
     return results
 
 
 def _score_before(log: MetricsLog, run: PreparedRun, config: RunConfig) -> dict[str, float]:
-    """Test metrics of the untrained adapter; a resumed run reads them from its log."""
+    """Test metrics of the untrained adapter, if wanted; a resumed run reads them from its log."""
+    if not config.training.score_before:
+        return {}
     for event in log.read():
         if "before" in event:
             return event["before"]
@@ -195,14 +207,18 @@ class PromptTrainer(Trainer):
         self.run_config, self.run = config, run
         data = run.run_data.data
         patience = config.training.early_stopping_patience
-        encoded = encode_split(data.train, run.tokenizer, data.labels, run.task_type, run.run_data.max_length)
+        encoded = encode_split(
+            data.train, run.tokenizer, data.labels, run.task_type, run.run_data.max_length, data.task.values
+        )
+        if config.training.compile_layers and config.training.pad_to_multiple_of is not None:
+            check_lengths(max(encoded["length"]), config.training.pad_to_multiple_of)
         self.progress = ProgressBar(data.task.metrics[0])
         super().__init__(
             model=run.model,
             args=training_arguments(config, folder, metric=data.task.metrics[0]),
             train_dataset=encoded,
             eval_dataset=data.validation,
-            data_collator=Collator(run.task_type, int(run.tokenizer.pad_token_id)),
+            data_collator=collator(config, run),
             callbacks=[
                 recorder,
                 self.progress,
@@ -212,6 +228,13 @@ class PromptTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # prints to standard output
         # EPTModel.forward divides by num_items_in_batch for every model, whatever the base model's signature says.
         self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.run_config.training.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        lengths = list((train_dataset or self.train_dataset)["length"])
+        return EpochLengthGroupedSampler(rows, lengths, self.run_config.seed)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -230,10 +253,26 @@ class PromptTrainer(Trainer):
         return metrics
 
 
+def collator(config: RunConfig, run: PreparedRun) -> Collator:
+    """Makes the batches as the configuration's options of the step say."""
+    training = config.training
+    answer_tokens = 0
+    if training.pad_to_multiple_of is not None and run.task_type != "SEQ_CLS":
+        answers = encode_labels(run.tokenizer, run.run_data.data.labels, run.task_type)
+        answer_tokens = max(len(answer) for answer in answers)
+    return Collator(
+        run.task_type,
+        int(run.tokenizer.pad_token_id),
+        pad_to_multiple_of=training.pad_to_multiple_of,
+        answer_tokens=answer_tokens,
+        label_only_logits=training.label_only_logits,
+    )
+
+
 def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list[dict[str, Any]]:
     """Two groups: the prompts at `learning_rate`, every other trainable parameter at `low_rank_learning_rate`."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    prompts = [p for name, p in trainable if "prompt_encoder." in name and name.endswith(".prompt")]
+    prompts = [p for name, p in trainable if learns_as_prompt(name, config.method.name)]
     others = [p for _, p in trainable if not any(p is prompt for prompt in prompts)]
     decay = config.training.weight_decay
     groups = [
@@ -241,6 +280,13 @@ def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list[dict[str
         {"params": others, "lr": config.training.low_rank_learning_rate, "weight_decay": decay},
     ]
     return [group for group in groups if group["params"]]
+
+
+def learns_as_prompt(parameter: str, method: str) -> bool:
+    """Whether a parameter has the prompt's learning rate: of PEFT's methods all of the adapter, heads apart."""
+    if METHODS[method].family == "peft":
+        return "modules_to_save" not in parameter
+    return "prompt_encoder." in parameter and parameter.endswith(".prompt")
 
 
 def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> TrainingArguments:
@@ -271,10 +317,11 @@ def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> Tra
         bf16=training.bf16,
         fp16=training.fp16,
         **{_CHECKPOINTING: training.gradient_checkpointing},
-        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
+        optim=training.optim,
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # from pinned memory: no wait for the copy
         disable_tqdm=True,
         report_to="none",
         restore_callback_states_from_checkpoint=training.early_stopping_patience is not None,

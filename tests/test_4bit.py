@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import transformers
-from tiny_models import FAMILIES, TASK_OF, make_batch, make_model, randomise
+from four_bit_helpers import SIZES, dequantize, load_4bit, write_checkpoints
+from tiny_models import TASK_OF, make_batch, make_model, randomise
 
 from ept import EPTConfig, EPTModel, get_ept_model
+from ept_kernels import FourBitWeight, dequantize_4bit
 
 SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
-SIZES = {"llama": {"hidden_size": 64, "intermediate_size": 128}, "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128}}
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    folders = {}
-    for name, sizes in SIZES.items():
-        folders[name] = tmp_path_factory.mktemp(name)
-        make_model(name, **sizes).save_pretrained(folders[name])
-    return folders
-
-
-def load_4bit(name: str, folder: Any, kind: str, nested: bool, dtype: torch.dtype = torch.float32) -> Any:
-    config = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=dtype
-    )
-    model_class = getattr(transformers, FAMILIES[name][1])
-    return model_class.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
+    return write_checkpoints(tmp_path_factory)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -107,9 +93,12 @@ def test_counts_4bit_parameters_as_peft_does(checkpoints):
     assert total == trainable + sum(p.numel() for p in plain.parameters())
 
 
-def test_weights_repacked_by_an_earlier_inference_are_unpacked(checkpoints):
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_weights_repacked_by_an_earlier_inference_are_unpacked(nested, checkpoints):
     """On some CPUs bitsandbytes repacks at the first inference; no gradient passes through that layout."""
-    base = load_4bit("llama", checkpoints["llama"], "nf4", False).eval()
+    base = load_4bit("llama", checkpoints["llama"], "nf4", nested).eval()
+    layers = [m for m in base.modules() if type(m).__name__ == "Linear4bit"]
+    exact = [dequantize(layer.weight, torch.float32) for layer in layers]
     with torch.no_grad():
         base(torch.tensor([[5, 6, 7]]))
     repacked = [
@@ -122,6 +111,9 @@ def test_weights_repacked_by_an_earlier_inference_are_unpacked(checkpoints):
             model = get_ept_model(base, EPTConfig(**SMALL))
     else:
         model = get_ept_model(base, EPTConfig(**SMALL))
+    for layer, weight in zip(layers, exact):  # but for the scales, which were rounded to bfloat16 (and nested again)
+        unpacked = dequantize_4bit(FourBitWeight.from_bitsandbytes(layer), torch.float32)
+        torch.testing.assert_close(unpacked, weight, rtol=0.02 if nested else 2**-8, atol=0)
     model.train()
     model(**make_batch("llama")).loss.backward()
     assert model.prompt_encoder["default"].prompt.grad.abs().sum() > 0

@@ -185,7 +185,11 @@ BAD_FILES = [
         r"B has shape \[3, 31\] instead of \[3, 32\]",
     ),
     ("not a number", _edit_weights(lambda s: s["A"].fill_(float("nan"))), "tensor A holds values that are not finite"),
-    ("integers", _edit_weights(lambda s: s.update(beta=torch.ones(1, dtype=torch.int64))), "tensor beta holds values"),
+    (
+        "integers",
+        _edit_weights(lambda s: s.update(beta=torch.ones(1, dtype=torch.int64))),
+        "beta has dtype I64 instead of one of F64, F32, F16, BF16",
+    ),
     ("no unit", _edit_weights(lambda s: s["embedding_scale"].zero_()), "embedding_scale is 0.0, it must be above 0"),
 ]
 

@@ -88,6 +88,6 @@ def open_run(run_dir: Path, overrides: list[str]) -> TrainedRun:
     task = task_of(config.data)
     task_type = task_type_of(config.model)
     tokenizer = load_tokenizer(config.model)
-    model = load_trained(config, folder.adapter, task_type, task.num_labels, int(tokenizer.pad_token_id))
+    model = load_trained(config, folder.adapter, task_type, task.num_outputs, int(tokenizer.pad_token_id))
     labels = task.labels(config.data.labels)
     return TrainedRun(config, task, task_type, tokenizer, model, max_length_of(config.data, task), labels)

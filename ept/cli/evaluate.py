@@ -60,7 +60,7 @@ def _evaluate(
                 None,
                 None,
             )
-        run_data = load_run_data(config, run.tokenizer, run.task_type)
+        run_data = load_run_data(config, run.tokenizer, run.task_type, run.config.seed)
         rows, rate = getattr(run_data.data, split), run_data.truncation_rate[split]
     metrics = score(
         run.model,
@@ -71,7 +71,8 @@ def _evaluate(
         run.task_type,
         run.max_length,
         run.config.training.eval_batch_size,
-        scoring=scoring,
+        scoring=scoring or run.config.training.scoring,
+        values=run.task.values,
         progress="scoring",
     )
     return {

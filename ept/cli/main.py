@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from ept import __version__
 
-from . import env, evaluate, predict, tasks, train
+from . import compare, env, evaluate, export, predict, profile, tasks, train
 
 USER_ERRORS = (
     ValueError,
@@ -65,6 +65,9 @@ def main(
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("compare")(compare.compare)
+app.command("export")(export.export)
+app.command("profile")(profile.profile)
 app.add_typer(tasks.app, name="tasks")
 app.command("env")(env.env)
 

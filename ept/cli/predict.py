@@ -57,6 +57,8 @@ def _predict(run: TrainedRun, texts: list[str], file: Path | None) -> list[dict[
         run.task_type,
         run.max_length,
         run.config.training.eval_batch_size,
+        run.config.training.scoring,
+        values=run.task.values,
         progress="predicting",
     )
     return [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .common import JsonOption, print_json, print_table, quiet
+
+if TYPE_CHECKING:
+    from ept.tasks import Task
 
 app = typer.Typer(help="List the known tasks; `ept tasks show NAME` shows one.", invoke_without_command=True)
 
@@ -26,48 +29,104 @@ def tasks(context: typer.Context, json: JsonOption = False) -> None:
         return
     table = Table("task", "text columns", "labels", "metrics")
     for name, task in TASKS.items():
-        table.add_row(name, ", ".join(task.columns), ", ".join(task.label_words), ", ".join(task.metrics))
+        labels = _labels(task) if task.values else ", ".join(task.label_words)
+        table.add_row(name, ", ".join(task.columns), labels, ", ".join(task.metrics))
     print_table(table)
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="A task's name, such as glue/sst2.")],
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the task's data, to show two examples from.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", "--data-dir", metavar="DIR", help="Folder of the task's rows.")
+    ] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Take the rows from the hub.")] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer", "--model", metavar="NAME", help="Model whose tokenizer counts: folder or hub name."
+        ),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Most tokens of a text, in place of the task's own.")] = None,
     labels: Annotated[str, typer.Option(help="digits or words: how the examples' targets are written.")] = "digits",
     json: JsonOption = False,
 ) -> None:
-    """Show a task's template, labels and metric and, with data, two formatted examples."""
-    from ept.tasks import get_task, load_task
+    """Show a task's template, labels and metrics; with its rows two formatted examples, the label balance and the rows
+    of each split; with a tokenizer the share of texts that are too long.
+    """
+    from ept.tasks import get_task
 
     task = get_task(name)
-    examples: list[dict[str, str]] = []
-    if data_dir is not None:
-        if labels not in ("digits", "words"):
-            raise ValueError(f"--labels {labels}: choose digits or words")
-        with quiet():
-            train = load_task(task, data_dir=data_dir, labels=labels).train  # type: ignore[arg-type]
-        examples = [{"text": row["text"], "target": row["target"]} for row in train.select(range(min(2, len(train))))]
-    description = {
+    if labels not in ("digits", "words"):
+        raise ValueError(f"--labels {labels}: choose digits or words")
+    if data is not None and hub:
+        raise ValueError("--data and --hub exclude each other: give one")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"--max-length {max_length}: give at least 1 token")
+    if tokenizer is not None and data is None and not hub:
+        raise ValueError("--tokenizer counts tokens of rows: give --data DIR or --hub as well")
+    limit = max_length if max_length is not None else task.max_length
+    description: dict[str, Any] = {
         "name": task.name,
         "template": task.template,
         "columns": list(task.columns),
         "label_column": task.label_column,
         "labels": dict(zip(task.label_digits, task.label_words)),
         "metrics": list(task.metrics),
-        "max_length": task.max_length,
+        "max_length": limit,
         "hub": list(task.hub) if task.hub else None,
-        "examples": examples,
+        "examples": [],
     }
+    if data is not None or hub:
+        with quiet():
+            description.update(_about_rows(task, data, tokenizer, limit, labels))
     if json:
         print_json(description)
         return
     typer.echo(f"{task.name}")
     typer.echo(f"  template:   {task.template!r}")
-    typer.echo(f"  labels:     {', '.join(f'{d} = {w}' for d, w in zip(task.label_digits, task.label_words))}")
+    typer.echo(f"  labels:     {_labels(task)}")
     typer.echo(f"  metrics:    {', '.join(task.metrics)} (the first decides the best checkpoint)")
-    typer.echo(f"  max length: {task.max_length} tokens")
+    typer.echo(f"  max length: {limit} tokens")
     if task.hub:
         typer.echo(f"  hub:        {' '.join(task.hub)}")
-    for example in examples:
+    if "rows" in description:
+        typer.echo(f"  rows:       {', '.join(f'{split} {count:,}' for split, count in description['rows'].items())}")
+        balance = ", ".join(f"{word} {share:.1%}" for word, share in description["label_balance"].items())
+        typer.echo(f"  balance:    {balance} (train)")
+    if "truncation_rate" in description:
+        rates = ", ".join(f"{split} {rate:.1%}" for split, rate in description["truncation_rate"].items())
+        typer.echo(f"  too long:   {rates}")
+    for example in description["examples"]:
         typer.echo(f"  example:    {example['text']!r} -> {example['target']!r}")
+
+
+def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: int, labels: str) -> dict[str, Any]:
+    from ept.loading import load_tokenizer, task_type_of
+    from ept.run_config import DataConfig, ModelConfig
+    from ept.run_data import SPLITS, load_run_data
+    from ept.tasks import load_task
+
+    where = None if folder is None else str(folder)
+    found: dict[str, Any] = {}
+    if tokenizer is None:
+        data = load_task(task, data_dir=where, labels=labels)  # type: ignore[arg-type]
+    else:
+        model = ModelConfig(name_or_path=tokenizer)
+        config = DataConfig(task=task.name, data_dir=where, labels=labels, max_length=limit)  # type: ignore[arg-type]
+        run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
+        data, found["truncation_rate"] = run_data.data, run_data.truncation_rate
+    first = data.train.select(range(min(2, len(data.train))))
+    return {
+        **found,
+        "rows": {split: len(getattr(data, split)) for split in SPLITS},
+        "label_balance": data.balance(),
+        "majority": data.majority(),
+        "examples": [{"text": row["text"], "target": row["target"]} for row in first],
+    }
+
+
+def _labels(task: Task) -> str:
+    if task.values:
+        return f"{task.label_words[0]} .. {task.label_words[-1]} in steps of {task.values[1] - task.values[0]:g}"
+    return ", ".join(f"{digit} = {word}" for digit, word in zip(task.label_digits, task.label_words))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -75,17 +74,15 @@ def describe(config: RunConfig) -> dict[str, Any]:
 
     run = prepare(config)
     data = run.run_data.data
-    encode_split(data.train, run.tokenizer, data.labels, run.task_type, run.run_data.max_length)
-    words = data.task.label_words
+    encode_split(data.train, run.tokenizer, data.labels, run.task_type, run.run_data.max_length, data.task.values)
     rows = {name: len(getattr(data, name)) for name in ("train", "validation", "test")}
-    balance = Counter(data.train["label"])
     return {
         "task": data.task.name,
         "task_type": run.task_type,
         "metric": data.task.metrics[0],
         "rows": rows,
         "labels": list(data.labels),
-        "label_balance": {words[label]: balance[label] / rows["train"] for label in range(len(words))},
+        "label_balance": data.balance(),
         "majority": data.majority(),
         "max_length": run.run_data.max_length,
         "truncation_rate": run.run_data.truncation_rate,

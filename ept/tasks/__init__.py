@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from difflib import SequenceMatcher
 
-from .base import Task, TaskData, local_task
-from .formatting import fit_to_length, render
+from .base import Task, TaskData, local_task, nearest_value
+from .formatting import GROUP, fit_to_length, render
 from .glue import GLUE
-from .loading import load_split, load_task, read_rows
+from .loading import load_split, load_task
 from .metrics import METRICS, UNPARSABLE, compute_metrics
+from .reading import read_rows
 from .super_glue import SUPER_GLUE
 
 TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *SUPER_GLUE)}
@@ -31,6 +32,7 @@ def _likeness(name: str, known: str) -> float:
 
 
 __all__ = [
+    "GROUP",
     "METRICS",
     "TASKS",
     "UNPARSABLE",
@@ -42,6 +44,7 @@ __all__ = [
     "load_split",
     "load_task",
     "local_task",
+    "nearest_value",
     "read_rows",
     "render",
 ]

@@ -14,6 +14,9 @@ from .metrics import check_metrics, compute_metrics
 if TYPE_CHECKING:
     from datasets import Dataset
 
+STRETCHES = 5
+"""Of a regression's range, when its labels are counted."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -43,6 +46,10 @@ class Task:
     """From a raw row to the values of `columns`; None: they are taken as they are."""
     source_columns: tuple[str, ...] = ()
     """The columns a data file must have for the text; by default `columns`."""
+    values: tuple[float, ...] = ()
+    """Of a regression: the numbers that its classes stand for, rising; a raw label belongs to the nearest."""
+    group_columns: tuple[str, ...] = ()
+    """Rows that agree in these text columns belong together: they are never split, and `exact_match` counts them."""
 
     def __post_init__(self) -> None:
         if not self.source_columns:
@@ -67,12 +74,19 @@ class Task:
                     raise ValueError(f"label {label!r} occurs {count} times: labels must be distinct and not empty")
         if self.max_length < 1:
             raise ValueError(f"max_length={self.max_length}: give at least 1 token")
-        check_metrics(self.metrics, self.num_labels)
+        if self.values and len(self.values) != len(self.label_words):
+            raise ValueError(f"{len(self.values)} values for {len(self.label_words)} labels: give one for each")
+        check_metrics(self.metrics, self.num_labels, regression=bool(self.values))
         self._classes  # raises on an ambiguous label_map  # noqa: B018
 
     @property
     def num_labels(self) -> int:
         return len(self.label_words)
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of a classification head: one for each class, a single one for a regression."""
+        return 1 if self.values else self.num_labels
 
     def labels(self, form: Literal["digits", "words"] = "digits") -> tuple[str, ...]:
         """The strings that targets are drawn from; raises ValueError for a `form` that is neither digits nor words."""
@@ -86,11 +100,15 @@ class Task:
         Data formats write one label in several ways, so `1`, `1.0`, `"1"` and `true` agree, unless the task's labels
         tell them apart.
         """
+        if self.values:
+            return nearest_value(value, self.values)
         return next((self._classes[form] for form in _spellings(value) if form in self._classes), None)
 
     @property
     def allowed_labels(self) -> str:
         """The raw labels the task takes, for messages."""
+        if self.values:
+            return f"numbers {self.values[0]} .. {self.values[-1]}"
         if self.label_map:
             return ", ".join(repr(raw) for raw, _ in self.label_map)
         return f"0 .. {self.num_labels - 1} or {', '.join(repr(word) for word in self.label_words)}"
@@ -99,6 +117,8 @@ class Task:
     def _classes(self) -> dict[str, int]:
         raw_labels: Sequence[tuple[str | int | bool, int]] = self.label_map or tuple(enumerate(range(self.num_labels)))
         classes: dict[str, int] = {}
+        if self.values:
+            return classes
         for raw, index in raw_labels:
             first = _spellings(raw)[0]
             if classes.setdefault(first, index) != index:
@@ -114,6 +134,25 @@ class Task:
             for spelling in _spellings(raw)[1:]:
                 classes.setdefault(spelling, index)
         return classes
+
+
+def nearest_value(number: Any, values: Sequence[float]) -> int | None:
+    """The index of the value nearest to `number` (a number, or text that is one), of two as near the even index.
+
+    None for what is no number or lies outside. T5's rule for STS-B, `round(5·x) / 5`, on the values 0, 0.2, .. 5: the
+    published code of ATTEMPT and DePT computes `round(x, 1)` instead. Four decimals are looked at, so that a number
+    stored in single precision (3.0999999) goes where the number itself does.
+    """
+    if isinstance(number, bool):
+        return None
+    try:
+        number = round(float(number), 4)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if not values[0] <= number <= values[-1]:
+        return None
+    step = (values[-1] - values[0]) / (len(values) - 1)
+    return round(round((number - values[0]) / step, 6))
 
 
 def _spellings(value: Any) -> list[str]:
@@ -179,7 +218,8 @@ class TaskData:
     """A task's three splits, no text in two of them.
 
     Each row has `text: str` (the rendered input), `label: int` (the class), `target: str` (`labels[label]`) and
-    `fields`: the text columns that `text` was rendered from.
+    `fields`: the text columns that `text` was rendered from. Tasks with `group_columns` have `group: int` as well, the
+    same number for rows that belong together.
     """
 
     task: Task
@@ -188,11 +228,24 @@ class TaskData:
     test: Dataset
     labels: tuple[str, ...]
 
+    def balance(self) -> dict[str, float]:
+        """The share of each label among the train rows, by its word; of a regression, of five equal stretches."""
+        rows = len(self.train)
+        if not self.task.values:
+            counts = Counter(self.train["label"])
+            return {word: counts[label] / rows for label, word in enumerate(self.task.label_words)}
+        low, width = self.task.values[0], (self.task.values[-1] - self.task.values[0]) / STRETCHES
+        numbers = [self.task.values[label] for label in self.train["label"]]
+        counts = Counter(min(int((number - low) / width), STRETCHES - 1) for number in numbers)
+        names = [f"{low + i * width:g}-{low + (i + 1) * width:g}" for i in range(STRETCHES)]
+        return {name: counts[i] / rows for i, name in enumerate(names)}
+
     def majority(self) -> float:
         """The task's first metric on `test` for always answering the commonest train label (the lowest of equals)."""
         counts = Counter(self.train["label"])
         commonest = min(counts, key=lambda label: (-counts[label], label))
         references = list(self.test["label"])
         metric = self.task.metrics[0]
-        scores = compute_metrics([metric], [commonest] * len(references), references, self.task.num_labels)
+        found = [commonest] * len(references)
+        scores = compute_metrics([metric], found, references, self.task.num_labels, values=self.task.values)
         return scores[metric]

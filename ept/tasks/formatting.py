@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from .base import Task
 
+GROUP = "group"
+"""The column of a loaded data set that says which rows belong together."""
 FIELDS = "fields"
 """The column of a loaded data set that keeps the text columns a row's `text` was rendered from."""
 

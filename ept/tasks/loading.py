@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .base import Task, TaskData
-from .formatting import FIELDS, missing_column, render, text_fields
+from .formatting import FIELDS, GROUP, missing_column, render, text_fields
+from .reading import READERS, File, Row, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,9 +21,6 @@ LARGE = 10_000
 """From this many train rows on, validation rows are taken from train and the validation split is the test split."""
 LARGE_VALIDATION = 1_000
 HELD_OUT_FRACTION = 0.1
-
-Row = dict[str, Any]
-File = str | PathLike[str]
 
 
 def load_task(
@@ -40,6 +35,8 @@ def load_task(
     max_train: int | None = None,
     max_validation: int | None = None,
     max_test: int | None = None,
+    k_shot: int | None = None,
+    shot_seed: int = 0,
 ) -> TaskData:
     """The three splits of `task`, from `data_dir`, from the given files, or else from the hub.
 
@@ -52,7 +49,11 @@ def load_task(
     * neither: 80/10/10 by a hash of the text, which does not depend on the order of the rows.
 
     Train rows whose text (case and white space aside) is also in validation or test are dropped, and validation rows
-    whose text is also in test; a warning says how many. Last, `max_*` draws that many rows at random.
+    whose text is also in test; a warning says how many. Then `max_*` draws that many rows at random. Rows that belong
+    together (answers to one question of MultiRC) are never split, where the papers' code splits them.
+
+    Last, `k_shot` draws the train rows of a few-shot run with `shot_seed`: so many in all, the same number of each
+    label (`k_shot // labels`, as DePT's code does), of a regression of either half of its range.
 
     Raises ValueError for bad content (with file and row), FileNotFoundError for a file or split that is not there, and
     ConnectionError where the hub cannot be reached.
@@ -71,7 +72,10 @@ def load_task(
     splits = _without_overlap(_three_splits(task, splits, seed))
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
-            splits[split] = [splits[split][i] for i in sorted(_permutation(len(splits[split]), seed)[:limit])]
+            order = _shuffled(splits[split], seed)
+            splits[split] = _at(splits[split], sorted(order[: _whole_groups(splits[split], order, limit)]))
+    if k_shot is not None:
+        splits["train"] = few_shot(task, splits["train"], k_shot, shot_seed)
     return TaskData(
         task=task, labels=target_strings, **{split: _dataset(rows, target_strings) for split, rows in splits.items()}
     )
@@ -80,105 +84,6 @@ def load_task(
 def load_split(task: Task, path: File, *, labels: Literal["digits", "words"] = "digits") -> Dataset:
     """One labelled file as a data set with the columns of a `TaskData` split, in its order. Raises as `load_task`."""
     return _dataset(_examples(task, read_rows(path), str(path)), task.labels(labels))
-
-
-def read_rows(path: File) -> list[Row]:
-    """The rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file as dictionaries; values of a csv file are strings.
-
-    Raises FileNotFoundError when there is no such file, ValueError for an unsupported suffix, for content that does not
-    parse (with its line) and for a file without rows.
-    """
-    path = Path(path)
-    if path.suffix not in READERS:
-        raise ValueError(f"{path}: unsupported suffix '{path.suffix}': use one of {', '.join(READERS)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file: check the path")
-    try:
-        rows = READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8"
-        ) from error
-    if not rows:
-        raise ValueError(f"{path}: the file is empty: it needs at least 1 row")
-    return rows
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): correct or remove the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: {type(row).__name__}, not an object: write {{column: value}}")
-            rows.append(row)
-    return rows
-
-
-def _read_json(path: Path) -> list[Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):  # the hub's .json files are often JSON lines
-        return _read_jsonl(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}): correct the file"
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: {type(row).__name__}, not an object: write {{column: value}}")
-    return rows
-
-
-def _read_csv(path: Path) -> list[Row]:
-    # By the csv module, not pandas: the texts "NA", "None" and "007" stay what they are.
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        rows: list[Row] = []
-        try:
-            header = list(reader.fieldnames or ())
-            if len(set(header)) < len(header):
-                raise ValueError(f"{path}: the header {','.join(header)} names a column twice: rename one of them")
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: not the {len(header)} fields of the header: "
-                        "correct the line, quote fields that hold commas"
-                    )
-                rows.append(row)
-        except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {reader.reader.line_num}: not CSV ({error}): correct the quoting"
-            ) from error
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({error}): write or copy it again") from error
-
-
-READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-"""The supported suffixes, in no order of preference."""
 
 
 def _raw_splits(
@@ -263,7 +168,10 @@ def _examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
                 )
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
-        examples.append({"text": render(task, {FIELDS: fields}), "label": label, FIELDS: fields})
+        example = {"text": render(task, {FIELDS: fields}), "label": label, FIELDS: fields}
+        if task.group_columns:
+            example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
+        examples.append(example)
     if not examples:
         raise ValueError(f"{source} is empty: it needs at least 1 row")
     return examples
@@ -276,18 +184,19 @@ def _three_splits(task: Task, splits: Mapping[str, list[Row]], seed: int) -> dic
     if validation is None and test is None:
         return _hash_split(train, seed)
     if validation is None:
-        order = _permutation(len(train), seed)
-        cut = max(1, round(HELD_OUT_FRACTION * len(train)))
+        order = _shuffled(train, seed)
+        cut = _whole_groups(train, order, max(1, round(HELD_OUT_FRACTION * len(train))))
         validation, train = _at(train, order[:cut]), _at(train, order[cut:])
         logger.info("no validation split: %d of the train rows serve as one", cut)
     elif test is None and len(train) >= LARGE and task.split_rule == "size":
-        order = _permutation(len(train), seed)
+        order = _shuffled(train, seed)
+        cut = _whole_groups(train, order, LARGE_VALIDATION)
         test = validation
-        validation, train = _at(train, order[:LARGE_VALIDATION]), _at(train, order[LARGE_VALIDATION:])
-        logger.info("no test split: it is the validation split, %d train rows are validation", LARGE_VALIDATION)
+        validation, train = _at(train, order[:cut]), _at(train, order[cut:])
+        logger.info("no test split: it is the validation split, %d train rows are validation", cut)
     elif test is None:
-        order = _permutation(len(validation), seed)
-        half = len(validation) // 2
+        order = _shuffled(validation, seed)
+        half = _whole_groups(validation, order, len(validation) // 2)
         logger.info("no test split: half of the %d validation rows serve as one", len(validation))
         validation, test = _at(validation, order[:half]), _at(validation, order[half:])
     assert test is not None
@@ -300,7 +209,7 @@ def _hash_split(rows: list[Row], seed: int) -> dict[str, list[Row]]:
     def rank(key: str) -> bytes:
         return hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=16).digest()
 
-    keys = [text_key(row["text"]) for row in rows]
+    keys = [row.get(GROUP) or text_key(row["text"]) for row in rows]
     distinct = sorted(set(keys), key=rank)
     if len(distinct) < 3:
         raise ValueError(f"{len(distinct)} distinct texts cannot fill train, validation and test: give at least 3")
@@ -352,6 +261,56 @@ def _permutation(size: int, seed: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
+def _shuffled(rows: Sequence[Row], seed: int) -> list[int]:
+    """The positions of the rows in random order; those of one group, if there are any, stay together."""
+    groups: dict[Any, list[int]] = {}
+    for position, row in enumerate(rows):
+        groups.setdefault(row.get(GROUP, position), []).append(position)
+    members = list(groups.values())
+    return [position for i in _permutation(len(members), seed) for position in members[i]]
+
+
+def _whole_groups(rows: Sequence[Row], order: Sequence[int], cut: int) -> int:
+    """`cut`, moved so that it falls between two groups of `order`: back, or forward where nothing would be left."""
+
+    def splits_group(at: int) -> bool:
+        return 0 < at < len(order) and GROUP in rows[0] and rows[order[at - 1]][GROUP] == rows[order[at]][GROUP]
+
+    back = cut
+    while splits_group(back):
+        back -= 1
+    while splits_group(cut):
+        cut += 1
+    return back or cut
+
+
+def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
+    """`k // classes` rows of each class, drawn with `seed`, in their order; the classes of a regression are its halves.
+
+    Raises:
+        ValueError: that is no row a class, or a class has fewer rows.
+    """
+
+    def class_of(row: Row) -> int:
+        return int(task.values[row["label"]] > (task.values[0] + task.values[-1]) / 2) if task.values else row["label"]
+
+    classes = 2 if task.values else task.num_labels
+    each = k // classes
+    if each < 1:
+        raise ValueError(f"k_shot={k} is no row for each of {classes} labels: give at least {classes}")
+    drawn: dict[int, list[int]] = {index: [] for index in range(classes)}
+    for position in _permutation(len(rows), seed):
+        if len(members := drawn[class_of(rows[position])]) < each:
+            members.append(position)
+    fewest = min(map(len, drawn.values()))
+    if fewest < each:
+        raise ValueError(
+            f"k_shot={k} needs {each} train rows of each label, one label has {fewest}: "
+            f"give at most k_shot={fewest * classes}"
+        )
+    return _at(rows, sorted(position for members in drawn.values() for position in members))
+
+
 def _at(rows: Sequence[Row], positions: Sequence[int]) -> list[Row]:
     return [rows[i] for i in positions]
 
@@ -359,4 +318,9 @@ def _at(rows: Sequence[Row], positions: Sequence[int]) -> list[Row]:
 def _dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
     from datasets import Dataset
 
-    return Dataset.from_list([{**row, "target": labels[row["label"]]} for row in examples])
+    rows = [{**row, "target": labels[row["label"]]} for row in examples]
+    if rows and GROUP in rows[0]:
+        numbers: dict[str, int] = {}
+        for row in rows:
+            row[GROUP] = numbers.setdefault(row[GROUP], len(numbers))
+    return Dataset.from_list(rows)

@@ -31,7 +31,8 @@ SUPER_GLUE: tuple[Task, ...] = (
         "multirc",
         ("question", "answer", "paragraph"),
         _FALSE_TRUE,
-        metrics=("f1", "accuracy"),  # F1 over all answers
+        metrics=("f1", "exact_match", "accuracy"),  # F1 over all answers; exact match over the questions
+        group_columns=("paragraph", "question"),
         max_length=348,
         split_rule="halve",  # the papers' choice, although its train split is large
         preprocess=strip_markup,

@@ -34,6 +34,36 @@ def test_value(name, predictions, references, num_labels, value):
     assert compute_metrics([name], predictions, references, num_labels) == {name: pytest.approx(value, abs=1e-12)}
 
 
+VALUES = [i / 5 for i in range(26)]
+# metric, predictions, references (class indices of STS-B's grid), value
+CORRELATIONS = [
+    ("pearson", [0, 10, 25], [0, 10, 25], 1.0),
+    ("pearson", [25, 15, 0], [0, 10, 25], -1.0),
+    # x = 1, 2, 3; y = 1, 3, 2: covariance 1/3 over variance 2/3
+    ("pearson", [5, 10, 15], [5, 15, 10], 0.5),
+    # unparsable is the number -1, below every score: x = -1, 2, 3; y = 1, 2, 3: covariance sum 4, squares 26/3 and 2
+    ("pearson", [-1, 10, 15], [5, 10, 15], 4 / (26 / 3 * 2) ** 0.5),
+    ("pearson", [7, 7, 7], [5, 10, 15], 0.0),  # undefined
+    ("pearson", [5, 10, 15], [7, 7, 7], 0.0),
+    # ranks 1, 2, 3 against 1, 3, 2: 1 - 6·2 / (3·8)
+    ("spearman", [1, 2, 25], [3, 20, 19], 0.5),
+    ("spearman", [-1, 2, 25], [3, 19, 20], 1.0),
+]
+
+
+@pytest.mark.parametrize("name, predictions, references, value", CORRELATIONS)
+def test_correlation(name, predictions, references, value):
+    found = compute_metrics([name], predictions, references, 26, values=VALUES)
+    assert found == {name: pytest.approx(value, abs=1e-12)}
+
+
+def test_exact_match_counts_groups_without_a_mistake():
+    predictions, references = [0, 1, 1, -1, 0], [0, 1, 0, 1, 0]
+    groups = [7, 7, 8, 9, 8]
+    assert compute_metrics(["exact_match"], predictions, references, 2, groups=groups) == {"exact_match": 1 / 3}
+    assert compute_metrics(["exact_match"], predictions, references, 2) == {"exact_match": 3 / 5}
+
+
 def test_several_metrics_keep_their_order():
     scores = compute_metrics(("f1_macro", "accuracy"), [0, 1, 2], [0, 1, 2], 3)
     assert list(scores.items()) == [("f1_macro", 1.0), ("accuracy", 1.0)]
@@ -44,6 +74,7 @@ BAD = [
     (["acuracy"], [0], [0], 2, "unknown metric 'acuracy': did you mean 'accuracy'"),
     ([], [0], [0], 2, "0 metrics given"),
     (["f1"], [0], [0], 3, "'f1' is for 2 labels, the task has 3: use 'f1_macro'"),
+    (["pearson"], [0], [0], 2, "'pearson' is for a regression, the task has 2 labels: use 'accuracy'"),
     (["accuracy"], [0, 1], [0], 2, "2 predictions for 1 references"),
     (["accuracy"], [], [], 2, "nothing to score"),
     (["accuracy"], [0, 2], [0, 1], 2, r"prediction 1 is 2, outside -1 \.\. 1"),

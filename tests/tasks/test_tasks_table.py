@@ -17,6 +17,7 @@ TABLE = [
     ("glue/qqp", "qqp", ["question1", "question2"], "not_duplicate duplicate", ["accuracy", "f1"], 256),
     ("glue/rte", "rte", ["sentence1", "sentence2"], "entailment not_entailment", ["accuracy"], 256),
     ("glue/sst2", "sst2", ["sentence"], "negative positive", ["accuracy"], 256),
+    ("glue/stsb", "stsb", ["sentence1", "sentence2"], None, ["pearson", "spearman"], 256),
     ("super_glue/boolq", "boolq", ["question", "passage"], "False True", ["accuracy"], 256),
     (
         "super_glue/cb",
@@ -26,7 +27,14 @@ TABLE = [
         ["f1_macro", "accuracy"],
         256,
     ),
-    ("super_glue/multirc", "multirc", ["question", "answer", "paragraph"], "False True", ["f1", "accuracy"], 348),
+    (
+        "super_glue/multirc",
+        "multirc",
+        ["question", "answer", "paragraph"],
+        "False True",
+        ["f1", "exact_match", "accuracy"],
+        348,
+    ),
     ("super_glue/wic", "wic", ["sentence1", "sentence2", "word"], "False True", ["accuracy"], 256),
     ("super_glue/wsc", "wsc.fixed", ["text"], "False True", ["accuracy"], 256),
 ]
@@ -42,8 +50,13 @@ def test_task(name, config, columns, words, metrics, max_length):
     assert task.name == name
     assert task.hub == ({"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}[name.split("/")[0]], config)
     assert list(task.columns) == columns
-    assert task.label_words == tuple(words.split())
-    assert task.label_digits == tuple("012"[: len(task.label_words)])
+    if words is None:  # a regression: the numbers themselves
+        assert task.label_words == task.label_digits == tuple(f"{i / 5:.1f}" for i in range(26))
+        assert task.num_outputs == 1
+    else:
+        assert task.label_words == tuple(words.split())
+        assert task.label_digits == tuple("012"[: len(task.label_words)])
+        assert task.num_outputs == len(task.label_words)
     assert list(task.metrics) == metrics
     assert task.max_length == max_length
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from run_checks import assert_same_weights, events, gradients, kill, weights
 from tiny_runs import FAMILIES, run_config, save_model
-from transformers import TrainerCallback
 
 from ept import training
-from ept.run_config import RunConfig, load_run_config
+from ept.run_config import load_run_config
 from ept.run_folder import RunFolder
-from ept.training import MetricsLog, PromptTrainer, Recorder, parameter_groups, prepare, train
+from ept.training import PromptTrainer, parameter_groups, prepare, train
 
 RESULT_KEYS = {
     "method", "model", "task", "metric", "score", "score_before", "majority", "seed", "steps", "best_step",
@@ -23,22 +23,6 @@ RESULT_KEYS = {
     "trainable_parameters", "test_metrics", "test_metrics_before", "rows", "truncation_rate", "max_length", "versions",
     "hardware", "config",
 }  # fmt: skip
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    one, two = weights(first), weights(second)
-    assert one.keys() == two.keys()
-    different = [name for name in one if not torch.equal(one[name], two[name])]
-    assert not different, f"{different} differ between {first} and {second}"
-
-
-def events(run: Path) -> list[dict[str, Any]]:
-    """What was logged, without the clock."""
-    return [{k: v for k, v in e.items() if k != "seconds"} for e in MetricsLog(run / "metrics.jsonl").read()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,10 +81,6 @@ def test_best_checkpoint_is_the_one_saved(runs: dict[str, Path], family: str) ->
     assert_same_weights(runs[family] / "adapter", runs[family] / "checkpoints" / f"checkpoint-{results['best_step']}")
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_killed_run_resumes_to_the_same_weights(
     runs: dict[str, Path],
@@ -111,20 +91,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     family: str,
 ) -> None:
     config = run_config(models[family], data, tmp_path / "run")
-    step = PromptTrainer.training_step
-    calls = 0
-
-    def killed_at_27(self: PromptTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 27:
-            raise Killed
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "training_step", killed_at_27)
-        with pytest.raises(Killed):
-            train(config)
+    kill(config, step=27, monkeypatch=monkeypatch)
     assert not RunFolder(tmp_path / "run").results.exists()
     with pytest.raises(FileExistsError, match="--resume continues it"):
         train(config)
@@ -147,32 +114,6 @@ def test_resume_without_a_checkpoint_starts_anew(models: dict[str, Path], data: 
     assert train(config, overwrite=True)["steps"] == 4
 
 
-def gradients(
-    config: RunConfig, batch_size: int, accumulation: int, folder: Path
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients of the first optimiser step and its logged loss."""
-    config.training.batch_size, config.training.gradient_accumulation_steps = batch_size, accumulation
-    found: dict[str, torch.Tensor] = {}
-
-    class Grab(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            model = kwargs["model"]
-            found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-
-    run = prepare(config)
-    with torch.no_grad():  # away from the start, where most gradients are zero
-        for parameter in run.model.prompt_encoder.parameters():
-            parameter.add_(
-                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1
-            )
-    folder.mkdir()
-    trainer = PromptTrainer(config, run, RunFolder(folder), Recorder(MetricsLog(folder / "metrics.jsonl")))
-    trainer.add_callback(Grab())
-    trainer.train()
-    (loss,) = [event["loss"] for event in events(folder) if "loss" in event]
-    return found, loss
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_accumulation_changes_nothing(
     models: dict[str, Path], data: Path, tmp_path: Path, family: str
@@ -190,8 +131,8 @@ def test_gradient_accumulation_changes_nothing(
         "training.max_grad_norm=0",
         "training.logging_steps=1",
     ]
-    whole, whole_loss = gradients(load_run_config(None, settings), 8, 1, tmp_path / "whole")
-    parts, parts_loss = gradients(load_run_config(None, settings), 2, 4, tmp_path / "parts")
+    whole, whole_loss = gradients(load_run_config(None, settings), tmp_path / "whole", 8, 1)
+    parts, parts_loss = gradients(load_run_config(None, settings), tmp_path / "parts", 2, 4)
     assert whole.keys() == parts.keys()
     assert len(whole) >= 7
     for name, gradient in whole.items():
@@ -216,9 +157,8 @@ def test_methods(models: dict[str, Path], data: Path, method: str, parts: set[st
     config = run_config(models["llama"], data, None, *overrides)
     encoder = prepare(config).model.prompt_encoder["default"]
     assert {name for name, _ in encoder.named_parameters()} == parts
-    config = run_config(models["llama"], data, None, *overrides, "method.num_spaces=2")
     with pytest.raises(ValueError, match=rf"method\.num_spaces cannot be set for method\.name={method}"):
-        prepare(config)
+        run_config(models["llama"], data, None, *overrides, "method.num_spaces=2")
 
 
 def test_prompt_from_a_text(models: dict[str, Path], data: Path) -> None:

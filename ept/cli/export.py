@@ -1,0 +1,107 @@
+"""`ept export`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import JsonOption, SetOption, print_json, quiet
+
+if TYPE_CHECKING:
+    from ept.export import FoldedAdapter
+    from ept.run_config import RunConfig
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="Folder of a finished run, or of an adapter.")],
+    output: Annotated[Path, typer.Option(help="Folder to write into; made if missing.")],
+    texts: Annotated[
+        Path | None, typer.Option(help="A text file: also write the embeddings of each line, as a model's input.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --texts: folder or hub name of the base model; a run names its own."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote there.")] = False,
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Fold an adapter into one prompt and one table that other engines can use, and embed texts with it."""
+    with quiet():
+        result = _export(source, output, texts, model, overwrite, set_ or [])
+    if json:
+        print_json(result)
+        return
+    for file in result["files"]:
+        typer.echo(file)
+
+
+def _export(
+    source: Path, output: Path, texts: Path | None, model: str | None, overwrite: bool, overrides: list[str]
+) -> dict[str, Any]:
+    from ept.export import EMBEDS_NAME, INFO_NAME, TENSORS_NAME, FoldedAdapter, write_embeds, write_folded
+
+    if texts is None and model is not None:
+        raise ValueError("--model is for the embeddings of texts: give --texts too, or leave it out")
+    there = [name for name in (TENSORS_NAME, INFO_NAME, EMBEDS_NAME) if (output / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"{output} already holds {', '.join(there)}: --overwrite replaces them")
+    config, folder = _run_of(source, overrides)
+    lines = _lines(texts) if texts is not None else []
+    adapter = FoldedAdapter.read(folder)
+    embeds = _embed(adapter, config, model, lines) if texts is not None else []
+    (output / EMBEDS_NAME).unlink(missing_ok=True)  # an earlier export's, of other texts
+    files = write_folded(adapter, output)
+    if embeds:
+        files.append(write_embeds(embeds, output))
+    return {"files": [str(file) for file in files], "texts": len(embeds), **adapter.info()}
+
+
+def _run_of(source: Path, overrides: list[str]) -> tuple[RunConfig | None, Path]:
+    """The configuration of the run in ``source`` and its adapter's folder; None and ``source`` if it is an adapter."""
+    from ept.adapter_files import CONFIG_NAME
+    from ept.run_config import load_run_config
+    from ept.run_folder import RunFolder
+
+    if (source / CONFIG_NAME).is_file():
+        if overrides:
+            raise ValueError(f"--set changes a run's configuration, and {source} is an adapter: use --model")
+        return None, source
+    run = RunFolder(source)
+    if not run.config.is_file():
+        raise FileNotFoundError(f"{source} holds neither a run (config.yaml) nor an adapter ({CONFIG_NAME})")
+    if not run.adapter.is_dir():
+        raise FileNotFoundError(f"the run in {source} has no adapter yet: finish it with `ept train --resume`")
+    return load_run_config(run.config, overrides), run.adapter
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+        raise ValueError(f"{file}, line {empty[0]} is empty: every line is one input text")
+    if not lines:
+        raise ValueError(f"{file} is empty: every line is one input text")
+    return lines
+
+
+def _embed(adapter: FoldedAdapter, config: RunConfig | None, model: str | None, lines: list[str]) -> list[Any]:
+    """The embeddings of each line, tokenised as in training; the base model is never one that an adapter names."""
+    from ept.base_model import input_embedding
+    from ept.encoding import encode_texts
+    from ept.loading import load_base_model, load_tokenizer, task_type_of
+    from ept.run_config import ModelConfig
+
+    described = config.model if config is not None else ModelConfig(dtype="auto")
+    if model is not None:
+        described.name_or_path = model
+    if described.name_or_path is None:
+        raise ValueError("the embeddings of texts need the base model: give --model")
+    task_type = adapter.layer.config.task_type or task_type_of(described)
+    tokenizer = load_tokenizer(described)
+    base = load_base_model(described, task_type, num_labels=2, pad_token_id=int(tokenizer.pad_token_id))
+    return adapter.embed(encode_texts(tokenizer, lines, task_type), input_embedding(base))

@@ -1,0 +1,223 @@
+"""`ept profile`"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import JsonOption, SetOption, print_json, print_table, quiet
+
+if TYPE_CHECKING:
+    from ept.profiling import ProfileConfig
+    from ept.run_config import RunConfig
+
+RECORD = "profile.json"
+
+
+def profile(
+    context: typer.Context,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="A model's shape with random weights, such as t5-base or llama-2-7b; no download."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A model to load: a folder or a hub name.")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated, each with :LENGTH for another prompt length, as in pt,ept:20.")
+    ] = "pt,dept,ept,peft-pt",
+    sweep: Annotated[
+        str | None,
+        typer.Option(metavar="num_virtual_tokens=10,20,...", help="Every method at each of these prompt lengths."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quantization: Annotated[str | None, typer.Option(help="nf4 or fp4: 4-bit weights through bitsandbytes.")] = None,
+    fast_4bit: Annotated[
+        bool, typer.Option(help="4-bit: our methods on our layers (PEFT's always runs on bitsandbytes').")
+    ] = True,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="eager, sdpa, ...; else transformers' choice.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Only the first so many layers of a shape.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
+    length: Annotated[int, typer.Option(help="Most text tokens of a row.")] = 128,
+    padding: Annotated[
+        str | None,
+        typer.Option(
+            help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
+            "their longest row or to --length. Default: none, with data longest."
+        ),
+    ] = None,
+    logits: Annotated[
+        str, typer.Option(help="A decoder's logits: at the labels only, or at all positions.")
+    ] = "labels",
+    task: Annotated[str | None, typer.Option(help="Lengths from a task's train split (see `ept tasks`).")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the task's data.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Lengths from the column `text` of a file (jsonl, json, csv, parquet).")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="For data: the tokenizer, where it is not the model's.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="A run's configuration: its model and data are taken.")
+    ] = None,
+    set_: SetOption = None,
+    steps: Annotated[int, typer.Option(help="Measured steps of each method.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of lengths, ids and the choice of rows.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help=f"Write {RECORD}, the plots and (without --sweep) Chrome traces here."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the profile in the folder.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure whole training steps of PT, DePT, EPT and PEFT's prompt tuning, side by side.
+
+    Time with spread, throughput, memory, and where the time of a step goes. Runs on a CPU too.
+    """
+    if output is not None and (output / RECORD).exists() and not overwrite:
+        raise FileExistsError(f"{output} holds a profile: choose another --output, or replace it with --overwrite")
+    if data is not None and task is not None:
+        raise ValueError("--data and --task exclude each other: give one")
+    run = _run_config(config, set_ or [], model, tokenizer, task, data_dir)
+    with quiet():
+        from ept.profiling import ProfileConfig
+        from ept.profiling import sweep as at_lengths
+
+        names = tuple(methods.split(","))
+        has_data = data is not None or _names_data(run)
+        settings = ProfileConfig(
+            shape=shape,
+            model=run.model,
+            dtype=dtype,
+            quantization=quantization,
+            fast_4bit=fast_4bit,
+            attn_implementation=attn_implementation,
+            layers=layers,
+            methods=at_lengths(_sweep_values(sweep), names) if sweep is not None else names,
+            batch=batch,
+            length=length,
+            padding=padding or ("longest" if has_data else "none"),
+            logits=logits,
+            steps=steps,
+            warmup=warmup,
+            seed=seed,
+        )
+        if shape is not None and config is not None:
+            settings.model = type(run.model)()  # the file is asked for its data only
+        traces = None if sweep is not None else output  # a trace of every method at every length would be too much
+        report = {"command": _command(context), **_measure(settings, run, data, has_data, traces)}
+        if output is not None:
+            _write(report, output, swept=sweep is not None)
+    if json:
+        print_json(report)
+        return
+    from ept.profile_report import phases_table, steps_table
+
+    print_table(steps_table(report))
+    print_table(phases_table(report))
+    if output is not None:
+        typer.echo(f"saved in {output}")
+
+
+def _measure(
+    settings: ProfileConfig, run: RunConfig, data: Path | None, has_data: bool, traces: Path | None
+) -> dict[str, Any]:
+    from rich.console import Console
+
+    from ept.loading import default_device
+    from ept.profiling import load, task_type_of_base
+    from ept.profiling import profile as measure
+
+    settings.check()
+    console = Console(stderr=True)
+    with console.status("building the model") as status:
+        base = load(settings, default_device())
+        rows = _rows(settings, run, data, task_type_of_base(base)) if has_data else None
+        return measure(settings, rows=rows, base=base, traces=traces, progress=status.update)
+
+
+def _run_config(
+    config: Path | None,
+    overrides: list[str],
+    model: str | None,
+    tokenizer: str | None,
+    task: str | None,
+    data_dir: Path | None,
+) -> RunConfig:
+    from ept.run_config import load_run_config
+
+    run = load_run_config(config, overrides)
+    run.model.name_or_path = model or run.model.name_or_path
+    run.model.tokenizer_name_or_path = tokenizer or run.model.tokenizer_name_or_path
+    run.data.task = task or run.data.task
+    run.data.data_dir = str(data_dir) if data_dir is not None else run.data.data_dir
+    return run
+
+
+def _names_data(run: RunConfig) -> bool:
+    return run.data.task is not None or run.data.template is not None
+
+
+def _rows(settings: ProfileConfig, run: RunConfig, data: Path | None, task_type: str) -> list[Any]:
+    """Rows of the data that the command names, shuffled, no more than are measured."""
+    from ept.encoding import encode_split
+    from ept.loading import load_tokenizer
+    from ept.profile_data import text_rows
+    from ept.run_data import load_run_data
+    from ept.tasks import read_rows
+
+    if run.model.name_or_path is None and run.model.tokenizer_name_or_path is None:
+        raise ValueError("a shape has no tokenizer of its own: name one with --tokenizer to measure on data")
+    tokenizer = load_tokenizer(run.model)
+    most = settings.batch * (settings.steps + settings.warmup)
+    if data is not None:
+        read = read_rows(data)
+        if "text" not in read[0]:
+            raise ValueError(f"{data}: no column text (found: {', '.join(map(str, read[0]))})")
+        texts = [str(row["text"]) for row in read]
+        return text_rows(texts, tokenizer, task_type, settings.length, settings.seed, most)
+    run.data.max_length = settings.length
+    loaded = load_run_data(run.data, tokenizer, task_type).data
+    chosen = loaded.train.shuffle(seed=settings.seed).select(range(min(most, len(loaded.train))))
+    return list(encode_split(chosen, tokenizer, loaded.labels, task_type, settings.length))
+
+
+def _command(context: typer.Context) -> str:
+    """What gives the record again: the options that were given, but for where it goes."""
+    words = ["ept", "profile"]
+    for option in context.command.params:
+        value = context.params.get(str(option.name))
+        if value is None or value == option.default or option.name in ("output", "overwrite", "json", "context"):
+            continue
+        if isinstance(value, bool):
+            words.append(option.opts[0] if value else option.secondary_opts[0])
+        else:
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                words += [option.opts[0], str(item)]
+    return shlex.join(words)
+
+
+def _sweep_values(text: str) -> list[int]:
+    name, _, values = text.partition("=")
+    try:
+        numbers = [int(value) for value in values.split(",")]
+    except ValueError:
+        numbers = []
+    if name != "num_virtual_tokens" or not numbers or min(numbers) < 1:
+        raise ValueError(f"cannot read --sweep {text!r}: write it as num_virtual_tokens=10,20,40")
+    return numbers
+
+
+def _write(report: dict[str, Any], folder: Path, swept: bool) -> None:
+    import json
+
+    from ept.profile_report import draw_phases, draw_sweep
+    from ept.run_folder import write_atomically
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_phases(report, folder / "phases.png")
+    if swept:
+        draw_sweep(report, folder / "sweep.png")
+    write_atomically(folder / RECORD, json.dumps(report, indent=2) + "\n")

@@ -1,0 +1,47 @@
+"""A step under torch's profiler: its Chrome trace, and the memory it allocates on a CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+
+def trace_step(step: Callable[[], None], file: Path, memory: bool = False) -> None:
+    """Writes the Chrome trace of one ``step``, for chrome://tracing or Perfetto; this project's operators are
+    ``ept::...``.
+    """
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=memory) as profiler:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(file))
+
+
+def allocated_by(step: Callable[[], None], file: Path | None = None) -> int:
+    """Most bytes that ``step`` has allocated on the CPU at one time, above what was there before.
+
+    Args:
+        file: keep the Chrome trace here.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trace = file or Path(folder) / "trace.json"
+        trace_step(step, trace, memory=True)
+        events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    in_use = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        in_use += change
+        peak = max(peak, in_use)
+    if not peak:
+        raise RuntimeError("torch's profiler reported no allocation of the step")
+    return peak

@@ -1,0 +1,122 @@
+"""The prompt's keys and values in a decoder-only model, computed once and reused by every ``generate``.
+
+A decoder's prompt sees nothing of the text behind it, so that its keys and values are the same for every text. What the
+model makes of the prompt is kept for each adapter and used as long as the prompt's embeddings and the base model's
+weights are the ones it was made of; training, loading or moving either makes it anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .base_model import BaseModelFacts
+from .inputs import cached_length
+
+
+@dataclass
+class PromptCache:
+    """What a model made of a prompt.
+
+    Attributes:
+        prompt: the embeddings it was made of, ``[s, d]``.
+        weights: identity and version of the model's weights at that time.
+        cache: keys and values of one row, ``s`` positions in every layer.
+    """
+
+    prompt: Tensor
+    weights: tuple[tuple[int, int], ...]
+    cache: DynamicCache
+
+    @classmethod
+    def compute(cls, model: Any, prompt: Tensor) -> PromptCache:
+        """Runs ``model`` on the prompt ``[s, d]`` alone.
+
+        Raises:
+            ValueError: the model keeps something else than keys and values of every position.
+        """
+        ones = torch.ones(1, len(prompt), dtype=torch.int64, device=prompt.device)
+        backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
+        positions = {}
+        if "position_ids" in inspect.signature(backbone.forward).parameters:
+            positions["position_ids"] = ones.cumsum(1) - 1
+        with torch.no_grad():
+            output = backbone(inputs_embeds=prompt[None], attention_mask=ones, use_cache=True, **positions)
+        cache = output.past_key_values
+        kinds = {type(layer) for layer in getattr(cache, "layers", [])}
+        if type(cache) is not DynamicCache or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            found = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
+            raise ValueError(
+                f"{type(model).__name__} keeps {found}, not keys and values of every position: call generate without "
+                "use_prompt_cache"
+            )
+        return cls(prompt.clone(), weights_of(model), cache)
+
+    def fits(self, model: nn.Module, prompt: Tensor) -> bool:
+        """Whether computing it again for this prompt and model would give the same."""
+        same = self.prompt.dtype == prompt.dtype and self.prompt.device == prompt.device
+        return same and torch.equal(self.prompt, prompt) and self.weights == weights_of(model)
+
+    def for_rows(self, rows: int) -> DynamicCache:
+        """A copy for a batch, which ``generate`` may extend."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def weights_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Tells the weights of ``model`` from those it had before a change: where each is, and how often it was written."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+
+
+def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], padded: bool) -> None:
+    """Raises ``ValueError`` where ``generate`` after a cached prompt would differ from ``generate`` without.
+
+    Args:
+        model: the base model. facts: about it. inputs: what ``generate`` is called with.
+        padded: whether padding would stand between the prompt and the text.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"the prompt of {name} stands before the encoder's input, and changes with it: use_prompt_cache is for "
+            "decoder-only models"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError(f"the prompt of {name} sees the text behind it: call generate without use_prompt_cache")
+    if kinds := _rope_types(config) & {"dynamic", "longrope"}:
+        raise ValueError(
+            f"{name} turns positions by an angle that depends on the length of the whole text ({kinds.pop()} RoPE): "
+            "call generate without use_prompt_cache"
+        )
+    if inputs.get("use_cache") is False or getattr(inputs.get("generation_config"), "use_cache", None) is False:
+        raise ValueError("use_cache=False and use_prompt_cache=True exclude each other: leave one out")
+    if cached_length(inputs):
+        raise ValueError("past_key_values and use_prompt_cache=True exclude each other: leave one out")
+    if padded and facts.prompt_beside_text:
+        raise ValueError(
+            f"{name} counts positions by index or sees a window of them, and the cached prompt cannot move behind the "
+            "padding of shorter rows: give rows of one length, or call generate without use_prompt_cache"
+        )
+
+
+def rows_per_text(inputs: dict[str, Any], default: Any) -> int:
+    """How many rows ``generate`` makes of each text: beams, or sequences to return."""
+    config = inputs.get("generation_config") or default
+    counts = (inputs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
+    return max(counts)
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary embedding that a configuration names, for all layers or for each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {str(entry["rope_type"]) for entry in each if "rope_type" in entry}

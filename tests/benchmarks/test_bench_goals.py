@@ -1,0 +1,95 @@
+"""Goals: data that names cases which are measured, and verdicts that cannot be met by accident."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import goals, run_steps, shapes
+from benchmarks.goals import GOALS, MET, MISSED, NOT_MEASURED, Goal, judge, speedup_over
+from benchmarks.tables import goal_table
+
+
+def row(case: str, provider: str, median: float, **other: Any) -> dict[str, Any]:
+    return {
+        "case": case,
+        "provider": provider,
+        "median": median,
+        "status": "ok",
+        "device_type": "cuda",
+        "reduced": False,
+        "backend": "triton",
+        **other,
+    }
+
+
+def pair(case: str, ours: float, peer: float, **other: Any) -> list[dict[str, Any]]:
+    return [row(case, "ours", ours, **other), row(case, "bitsandbytes", peer, **other)]
+
+
+TWICE = Goal("speed", "bitsandbytes", ("a", "b"), speedup_over("bitsandbytes"), at_least=2.0)
+
+VERDICTS = [
+    ("nothing measured", [], NOT_MEASURED, None),
+    ("all reach it", pair("a", 1, 2) + pair("b", 1, 3), MET, 2.0),
+    ("one does not", pair("a", 1, 1.9) + pair("b", 1, 3), MISSED, 1.9),
+    ("one of two measured", pair("a", 1, 3), NOT_MEASURED, 3.0),
+    ("one measured, a miss", pair("a", 1, 1), MISSED, 1.0),
+    ("peer not measured", [row("a", "ours", 1)], NOT_MEASURED, None),
+    ("reduced sizes", pair("a", 1, 3, reduced=True) + pair("b", 1, 3, reduced=True), NOT_MEASURED, None),
+    ("a CPU", pair("a", 1, 3, device_type="cpu") + pair("b", 1, 3, device_type="cpu"), NOT_MEASURED, None),
+    ("the reference stood in", pair("a", 1, 3, backend="reference") + pair("b", 1, 3), NOT_MEASURED, 3.0),
+    ("ours failed", pair("a", 1, 3, status="failed") + pair("b", 1, 3), NOT_MEASURED, 3.0),
+]
+
+
+@pytest.mark.parametrize("name, rows, status, worst", VERDICTS, ids=[v[0] for v in VERDICTS])
+def test_verdict(name: str, rows: list[dict[str, Any]], status: str, worst: float | None) -> None:
+    verdict = judge(TWICE, rows)
+    assert (verdict.status, verdict.worst) == (status, worst)
+
+
+def test_at_most_takes_the_largest_as_the_worst() -> None:
+    goal = Goal("time", "peer", ("a", "b"), goals.ratio("ept", "peft-pt", "median"), at_most=0.6)
+    rows = [row("a", "ept", 1), row("a", "peft-pt", 2), row("b", "ept", 7), row("b", "peft-pt", 10)]
+    verdict = judge(goal, rows)
+    assert (verdict.status, verdict.worst, verdict.worst_case) == (MISSED, 0.7, "b")
+
+
+def test_every_goal_has_one_threshold_and_speaks_of_cases_that_are_measured() -> None:
+    measured = (
+        {case.id for case in shapes.gpu_cases()} | {step.case for step in run_steps.STEPS["gpu"]} | {goals.SCORES}
+    )
+    for goal in GOALS:
+        assert (goal.at_least is None) != (goal.at_most is None), goal.what
+        assert goal.cases, goal.what
+        assert set(goal.cases) <= measured, goal.what
+
+
+def test_the_goals_on_products_cover_every_m() -> None:
+    by_what = {goal.what: goal for goal in GOALS}
+    assert len(by_what["matmul_4bit, M 1 to 8192"].cases) == 3 * 14
+    assert len(by_what["matmul_4bit, M 16 to 64"].cases) == 3 * 3
+    assert len(by_what["matmul_4bit_backward, M 1 to 64"].cases) == 3 * 7
+    assert len(by_what["matmul_4bit_backward, M 1 to 512"].cases) == 3 * 10
+
+
+def test_cases_of_goals_come_first_and_every_case_once() -> None:
+    cases = [case.id for case in shapes.gpu_cases()]
+    assert len(cases) == len(set(cases))
+    wanted = {identifier for goal in GOALS for identifier in goal.cases} & set(cases)
+    assert set(cases[: len(wanted)]) == wanted
+
+
+def test_the_table_says_not_measured_where_nothing_was() -> None:
+    lines = goal_table([]).splitlines()[2:]
+    assert len(lines) == len(GOALS)
+    assert all(line.rstrip(" |").endswith(NOT_MEASURED) for line in lines)
+
+
+def test_the_table_shows_a_miss_with_its_number() -> None:
+    case = shapes.GOAL_DEQUANTIZE.id
+    line = next(text for text in goal_table(pair(case, 1.0, 1.25)).splitlines() if "4096×4096" in text)
+    assert "1.25 ×" in line
+    assert MISSED in line

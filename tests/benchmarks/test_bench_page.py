@@ -1,0 +1,106 @@
+"""``docs/performance.md``: what the committed records give, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import performance_page, shapes
+from benchmarks.common import RECORD_NAME, Record
+from benchmarks.tables import markdown, seconds
+
+SYNTHETIC = "Synthetic GPU for tests"
+
+
+def test_the_committed_page_is_what_the_committed_records_give() -> None:
+    text = performance_page.PAGE.read_text(encoding="utf-8")
+    assert text == performance_page.render(), "run python -m benchmarks.performance_page"
+
+
+def test_every_plot_of_the_page_is_there() -> None:
+    for line in performance_page.PAGE.read_text(encoding="utf-8").splitlines():
+        if line.startswith("!["):
+            plot = performance_page.PAGE.parent / line.rpartition("(")[2].rstrip(")")
+            assert plot.read_bytes().startswith(b"\x89PNG"), plot
+
+
+def test_without_a_gpu_record_the_page_says_so_and_shows_nothing_of_a_gpu(tmp_path: Path) -> None:
+    shutil.copytree(performance_page.RESULTS / "cpu", tmp_path / "cpu")
+    text = performance_page.render(tmp_path)
+    assert performance_page.NO_GPU in text
+    for line in text.splitlines():
+        if line.startswith("|") and ("met" in line or "missed" in line):
+            assert "not measured" in line or "CPU" in line, line
+
+
+@pytest.fixture
+def synthetic(tmp_path: Path) -> Path:
+    """Results of a device that does not exist: two sizes of an operator, a product at two M, a training step."""
+    folder = tmp_path / "synthetic"
+    folder.mkdir()
+    about: dict[str, Any] = {"device": SYNTHETIC, "device_type": "cuda", "reduced": False, "versions": {"torch": "0"}}
+    hardware = {"processor": "none", "threads": 1, "cores": 1}
+    header = {"line": "header", "command": "none", "started": "2000-01-01T00:00", "sources": "0", "hardware": hardware}
+    record = Record.resume(folder / RECORD_NAME, {**header, **about})
+    timing = {"p20": 0.9, "p80": 1.2, "host_bound": False, "status": "ok", "reason": "", "backend": "triton"}
+    rates = {"ceilings": {"bytes_per_second": 4e9}, "bound": "memory", "fraction_of_ceiling": 0.5}
+    cases = [shapes.embedding("prompted_embedding", "T5-base", batch, 128) for batch in (1, 2)]
+    cases += [case for case in shapes.products("T5-base", 768, 768, (1, 16)) if case.kernel == "matmul_4bit"]
+    for number, case in enumerate(cases, 1):
+        with record.unit(case.id) as unit:
+            for provider, slower in (("ours", 1), ("ours again", 1), ("reference", 3), ("bitsandbytes", 2)):
+                size = {"bytes": number * 10**6, "bytes_per_second": 2e9 / slower, "median": 1.0 * slower}
+                row = {
+                    "case": case.id,
+                    "kernel": case.kernel,
+                    "size": case.size,
+                    "dtype": case.dtype,
+                    "scheme": case.scheme,
+                }
+                unit.add({"section": "kernels", "provider": provider, **row, **size, **timing, **rates, **about})
+    with record.unit("steps/t5-base") as unit:
+        for method, time in (("ept", 0.5), ("peft-pt", 1.0)):
+            phases = {"base_forward": time / 2, "base_backward": time / 2}
+            step = {"median": time, "phases": phases, "size": {"batch": 1, "length": 8}, "peak_bytes": 1 << 20}
+            row = {"case": "steps/t5-base", "provider": method, "section": "steps", "tokens_per_second": 8 / time}
+            unit.add({**row, **timing, **step, **about})
+    return tmp_path
+
+
+def test_a_record_becomes_tables_plots_and_verdicts(synthetic: Path) -> None:
+    page = synthetic / "docs" / "performance.md"
+    text = performance_page.render(synthetic)
+    assert performance_page.NO_GPU not in text
+    assert SYNTHETIC in text
+    line = next(line for line in text.splitlines() if line.startswith("| matmul_4bit/T5-base") and "m=16" in line)
+    assert "2.00 ×" in line
+    goal = next(line for line in text.splitlines() if "T5-base shape" in line)
+    assert "0.50 ×" in goal
+    assert goal.rstrip(" |").endswith("met")
+    drawn = performance_page.draw(synthetic, page)
+    assert {path.name for path in drawn} == {f"synthetic-{name}.png" for name in ("bandwidth", "speedup", "steps")}
+    for path in drawn:
+        assert f"({path.relative_to(page.parent)})" in text
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_reduced_results_are_refused(synthetic: Path) -> None:
+    path = synthetic / "synthetic" / RECORD_NAME
+    path.write_text(path.read_text().replace('"reduced": false', '"reduced": true'))
+    with pytest.raises(ValueError, match="holds reduced results"):
+        performance_page.render(synthetic)
+
+
+def test_a_record_without_a_section_of_its_own_is_named(synthetic: Path) -> None:
+    (synthetic / "synthetic" / "other.json").write_text(json.dumps({"command": "python other.py"}))
+    assert "`other.json`" in performance_page.render(synthetic)
+
+
+def test_markdown_is_aligned_and_seconds_have_their_unit() -> None:
+    lines = markdown(["a", "b"], [["x", "1"], ["longer", "22"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [seconds(value) for value in (1.5, 0.0123, 4.56e-6, 1e-7)] == ["1.5 s", "12.3 ms", "4.56 µs", "0.1 µs"]

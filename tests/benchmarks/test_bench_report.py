@@ -1,0 +1,113 @@
+"""The report end to end on a CPU, at sizes that mean nothing: its code runs before any GPU is near."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import common, gpu_report, shapes
+from benchmarks.common import Record
+from benchmarks.gpu_report import SuiteRun
+
+SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
+
+
+@pytest.fixture(autouse=True)
+def fixed_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of these tests are continued even where a source file is saved while they run."""
+    monkeypatch.setattr(common, "source_fingerprint", lambda: "fixed")
+
+
+@pytest.mark.slow
+def test_report_end_to_end_interrupted_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "report.jsonl"
+    # A run that was ended in the middle of its second kernel, the last line cut off.
+    gpu_report.Report("cpu", True, output).worker("kernels")
+    lines = output.read_text().splitlines(keepends=True)
+    begins = [i for i, line in enumerate(lines) if json.loads(line)["line"] == "begin" and "kernels/" in line]
+    first = "".join(lines[: begins[1] + 2])
+    output.write_text(first + '{"line": "result", "un')
+
+    command = ["gpu_report.py", "--device", "cpu", "--reduced", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    code = gpu_report.main()
+    printed = capfd.readouterr().out
+    assert code == 0, printed
+    assert output.read_text().startswith(first)
+    record = Record(output)
+    results = record.results()
+    assert {row["section"] for row in results} == SECTIONS
+    assert all(row["reduced"] and row["device"] == "cpu" and row["versions"]["torch"] for row in results)
+    for case in shapes.reduced_cases():
+        rows = {row["provider"]: row for row in results if row.get("case") == case.id}
+        assert set(rows) == set(case.providers), case.id
+        for row in rows.values():
+            if row["status"] == "ok":
+                assert min(row["bytes"], row["median"], row["p20"], row["bytes_per_second"]) > 0, row
+            else:
+                assert row["reason"], row
+    finished = [line["unit"] for line in record.lines() if line["line"] == "end" and "kernels/" in line["unit"]]
+    assert len(finished) == len(set(finished)), "what was measured is not measured again"
+    assert "REDUCED" in printed
+    goals = [line for line in printed.splitlines() if line.startswith("|") and ("≥" in line or "≤" in line)]
+    assert goals
+    assert all("not measured" in line for line in goals), "no goal is met by a reduced run"
+
+
+def test_full_size_on_a_cpu_and_a_reduced_record_among_the_real_ones_are_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu"]
+    for more in ([], ["--reduced"]):
+        done = subprocess.run([*command, *more], cwd=common.ROOT, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert ("--reduced needs --output" if more else "goes with --reduced") in done.stderr
+
+
+def test_a_command_that_outlasts_its_time_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    marker = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(marker)!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    row = gpu_report._run([sys.executable, "-c", parent], dict(os.environ), seconds=0.7)
+    assert (row["status"], row["timed_out"]) == ("failed", True)
+    time.sleep(2.0)
+    assert not marker.exists()
+
+
+def test_a_failed_command_leaves_its_last_lines() -> None:
+    row = gpu_report._run([sys.executable, "-c", "print('why'); raise SystemExit(3)"], dict(os.environ), seconds=30)
+    assert (row["status"], row["reason"], row["output"]) == ("failed", "ended with code 3", "why")
+
+
+def test_pytest_results_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "test_three.py"
+    file.write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
+    )
+    row = gpu_report._pytest(SuiteRun("three", (str(file),)), seconds=60)
+    assert row["status"] == "failed"
+    assert row["summary"] == "1 passed, 1 failed, 1 skipped"
+
+
+def test_tests_that_were_cut_off_by_the_clock_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gpu_report.Report("cpu", True, tmp_path / "r.jsonl")
+    answers = [{"status": "failed", "reason": "late", "timed_out": True}, {"status": "ok", "reason": ""}]
+    monkeypatch.setattr(gpu_report, "_pytest", lambda run, seconds: answers.pop(0))
+    for expected in ("failed", "ok", "ok"):
+        made.tests()
+        assert [row["status"] for row in made.record.results()] == [expected]
+    assert not answers
+
+
+def test_every_command_line_names_a_file_that_exists() -> None:
+    for runs in gpu_report.TESTS.values():
+        for run in runs:
+            for argument in run.arguments:
+                if argument.startswith("tests/"):
+                    assert (common.ROOT / argument).exists(), argument

@@ -1,0 +1,113 @@
+"""Timing and measuring on a CPU: rotation, order, quantiles, memory, and wrong versions refused."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import ceilings, counts, measure, shapes
+from benchmarks.problem import Problem
+from benchmarks.timing import peak_bytes, time_in_turn
+
+CEILINGS = ceilings.Ceilings(1e9, {"float32": 1e9})
+TINY = next(case for case in shapes.reduced_cases() if case.kernel == "prompted_embedding")
+
+
+def test_every_call_takes_the_next_input_set() -> None:
+    seen: list[int] = []
+    time_in_turn({"a": seen.append}, "cpu", sets=3, seconds=0.001)
+    assert seen[:7] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_versions_alternate_and_the_slower_one_is_slower() -> None:
+    order: list[str] = []
+
+    def sleeper(name: str, seconds: float):
+        def call(_: int) -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    found = time_in_turn({"fast": sleeper("fast", 0.001), "slow": sleeper("slow", 0.01)}, "cpu", 2, 0.05)
+    assert 0.001 <= found["fast"].p20 <= found["fast"].median <= found["fast"].p80
+    assert found["slow"].median > 5 * found["fast"].median
+    slow = [index for index, name in enumerate(order) if name == "slow"]
+    between = [b - a for a, b in zip(slow[-4:], slow[-3:])]
+    assert max(between) > 1, "the fast version takes its turns between those of the slow one"
+
+
+def test_peak_bytes_counts_outputs_and_temporaries_that_live_together() -> None:
+    def call(_: int) -> torch.Tensor:
+        first = torch.empty(1 << 18)
+        second = first + 1  # both live: 2 MiB
+        del first
+        return second * 2
+
+    assert peak_bytes(call, "cpu") == pytest.approx(2 << 20, rel=0.01)
+
+
+def problem(ours) -> Problem:
+    return Problem(
+        calls={"ours": ours},
+        sets=1,
+        counted=counts.Counts(100, 0),
+        reference=lambda: torch.ones(4),
+        tolerance=1e-4,
+    )
+
+
+WRONG = {
+    "value": (lambda _: torch.full((4,), 1.1), "relative error 1.0e-01"),
+    "nan": (lambda _: torch.full((4,), torch.nan), "relative error nan"),
+    "shape": (lambda _: torch.ones(1), "relative error inf"),
+    "raises": (lambda _: 1 / 0, "ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_version_is_failed_with_the_reason_and_not_timed(name: str) -> None:
+    ours, reason = WRONG[name]
+    case = replace(TINY, providers=("ours",))
+    (row,) = measure.measure_problem(case, problem(ours), "cpu", 0.001, CEILINGS)
+    assert row["status"] == "failed"
+    assert row["reason"].startswith(reason)
+    assert "median" not in row
+
+
+def test_a_right_version_is_held_against_the_ceiling() -> None:
+    def ours(_: int) -> torch.Tensor:
+        time.sleep(0.001)
+        return torch.ones(4)
+
+    case = replace(TINY, providers=("ours", "torch.compile"))
+    made = problem(ours)
+    made.skipped["torch.compile"] = "no compiler"
+    row, skipped = measure.measure_problem(case, made, "cpu", 0.001, CEILINGS)
+    assert row["status"] == "ok"
+    assert row["bytes_per_second"] == 100 / row["median"]
+    assert row["fraction_of_ceiling"] == pytest.approx(100 / 1e9 / row["median"])
+    assert row["bound"] == "memory"
+    assert row["backend"] == "reference"
+    assert row["repeats_bit_equal"] is True
+    assert (skipped["status"], skipped["reason"]) == ("skipped", "no compiler")
+
+
+def test_an_operator_that_does_not_exist_is_skipped_by_name() -> None:
+    case = replace(TINY, kernel="no_such_operator")
+    rows = measure.measure_case(case, "cpu", 0.001, CEILINGS)
+    assert len(rows) == len(case.providers)
+    assert {row["reason"] for row in rows} == {"this version of ept_kernels has no no_such_operator"}
+
+
+def test_floor_takes_the_larger_of_both_ceilings() -> None:
+    assert CEILINGS.floor(1000, 10, "float32") == (1e-6, "memory")
+    assert CEILINGS.floor(10, 1000, "float32") == (1e-6, "compute")
+
+
+@pytest.mark.parametrize("touched, cache, most, number", [(100, 1000, 64, 20), (10**6, 1000, 64, 2), (1, 1000, 64, 64)])
+def test_input_sets_together_exceed_the_cache(touched: int, cache: int, most: int, number: int) -> None:
+    assert shapes.copies(touched, cache, most) == number

@@ -1,0 +1,83 @@
+"""`ept profile`: a reduced form of the comparison it is for, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from test_commands import refused, succeed
+
+REDUCED = ("profile", "--shape", "t5-small", "--layers", 2, "--batch", 2, "--length", 16, "--warmup", 1)
+
+
+def test_ept_is_faster_than_prompt_tuning_and_its_phases_add_up() -> None:
+    report = json.loads(succeed(*REDUCED, "--steps", 7, "--methods", "pt,dept,ept,peft-pt", "--json").stdout)
+    methods = {method["label"]: method for method in report["methods"]}
+    assert list(methods) == ["pt", "dept", "ept", "peft-pt"]
+    step = {label: method["step_ms"]["median"] for label, method in methods.items()}
+    assert methods["ept"]["speedup"]["median"] > 1, step
+    assert step["ept"] < step["peft-pt"], step
+    for label, method in methods.items():
+        assert sum(method["phases_ms"].values()) == pytest.approx(step[label], rel=0.05), label
+    assert report["command"] == ("ept profile --shape t5-small --layers 2 --batch 2 --length 16 --steps 7 --warmup 1")
+    assert report["model"]["name"] == "t5-small (random weights)"
+
+
+def test_a_loaded_model_on_a_tasks_rows(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "profile"
+    source = ("--model", models["llama"], "--task", "glue/sst2", "--data-dir", data)
+    arguments = ("profile", *source, "--methods", "pt:4,ept:2", "--batch", 4, "--length", 16, "--steps", 2)
+    arguments += ("--output", folder)
+    shown = succeed(*arguments).stdout
+    assert shown.count("pt:4") == 3  # a row of each table, and the reference of the speed-up
+    assert shown.count("ept:2") == 2
+    names = {"profile.json", "phases.png", "trace_pt_4.json", "trace_ept_2.json"}
+    assert {file.name for file in folder.iterdir()} == names
+    report = json.loads((folder / "profile.json").read_text(encoding="utf-8"))
+    assert report["data"]["padding"] == "longest"
+    assert report["data"]["padding_side"] == "left"
+    assert report["data"]["text_tokens_a_batch"] < report["data"]["padded_tokens_a_batch"] <= 4 * 17
+    assert "holds a profile: choose another --output, or replace it with --overwrite" in refused(*arguments)
+    swept = succeed(*arguments, "--sweep", "num_virtual_tokens=2,4", "--overwrite", "--json")
+    report = json.loads(swept.stdout)
+    assert "--sweep num_virtual_tokens=2,4" in report["command"]
+    assert str(folder) not in report["command"]
+    assert [method["label"] for method in report["methods"]] == ["pt:2", "pt:4", "ept:2", "ept:4"]
+    assert (folder / "sweep.png").is_file()
+
+
+def test_a_shape_on_a_files_texts(models: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": "the film was " + "very " * n}) for n in range(9)), encoding="utf-8")
+    options = (
+        "--data",
+        file,
+        "--tokenizer",
+        models["t5"],
+        "--padding",
+        "max_length",
+        "--steps",
+        2,
+        "--methods",
+        "pt:3",
+    )
+    report = json.loads(succeed(*REDUCED, *options, "--json").stdout)
+    assert report["data"]["padded_tokens_a_batch"] == 2 * 16
+    assert 2 * 4 <= report["data"]["text_tokens_a_batch"] <= 2 * 12
+    assert "name one with --tokenizer" in refused(*REDUCED, "--data", file)
+    (tmp_path / "other.jsonl").write_text('{"sentence": "a"}', encoding="utf-8")
+    message = refused(*REDUCED, "--tokenizer", models["t5"], "--data", tmp_path / "other.jsonl")
+    assert "no column text (found: sentence)" in message
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((), "give exactly one of a shape"),
+    (("--shape", "t6"), "unknown shape 't6': choose one of t5-small"),
+    (("--shape", "t5-small", "--methods", "pt,lora"), "unknown method 'lora'"),
+    (("--shape", "t5-small", "--sweep", "r=2"), "write it as num_virtual_tokens=10,20,40"),
+    (("--shape", "t5-small", "--sweep", "num_virtual_tokens=0"), "write it as num_virtual_tokens=10,20,40"),
+    (("--shape", "t5-small", "--task", "glue/sst2", "--data", "a.jsonl"), "--data and --task exclude each other"),
+])  # fmt: skip
+def test_refused(arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused("profile", *arguments)

@@ -1,0 +1,201 @@
+"""Whole comparisons on a tiny model: finished runs are skipped, interrupted ones resume, failed ones do not stop it."""
+
+import importlib.util
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from ept import training
+from ept.cli.main import app
+from ept.compare import compare
+from ept.compare_config import load_comparison
+from ept.training import PromptTrainer
+
+
+def overrides(tiny, output, *more):
+    return [
+        f"model.name_or_path={tiny / 'llama'}",
+        f"data.data_dir={tiny / 'data'}",
+        f"output_dir={output}",
+        "data.max_length=16",
+        "method.num_virtual_tokens=4",
+        "method.r=2",
+        "training.max_steps=6",
+        "training.eval_steps=3",
+        "training.low_rank_learning_rate=0.03",
+        "training.score_before=false",
+        "compare.tasks=[glue/sst2]",
+        "compare.methods=[pt, ept]",
+        "compare.seeds=[0, 1]",
+        "compare.learning_rates=[0.05, 0.01]",
+        "compare.learning_rate_seeds=1",
+        *more,
+    ]
+
+
+def carry_out(tiny, output, *more):
+    lines = []
+    return compare(load_comparison(None, overrides(tiny, output, *more)), report=lines.append), lines
+
+
+def found(records):
+    """What must not depend on how the runs were carried out: everything but times, memory and folders."""
+    kept = ("score", "best_validation", "best_step", "steps", "trainable_parameters", "test_metrics", "seed")
+    return [
+        (r.run.description, r.chosen, r.outcome.results and {key: r.outcome.results[key] for key in kept})
+        for r in records
+    ]
+
+
+@pytest.fixture(scope="session")
+def once(tiny, tmp_path_factory):
+    """A finished comparison: its folder, records and report."""
+    folder = tmp_path_factory.mktemp("comparison")
+    return folder, *carry_out(tiny, folder)
+
+
+def test_rates_are_searched_with_the_first_seed(once):
+    _, records, lines = once
+    assert [(r.run.method, r.run.seed) for r in records] == [
+        *[("pt", 0)] * 2,
+        *[("ept", 0)] * 2,
+        ("pt", 1),
+        ("ept", 1),
+    ]
+    assert all(r.outcome.results is not None for r in records)
+    for method in ("pt", "ept"):
+        mine = [r for r in records if r.run.method == method]
+        assert [r.chosen for r in mine].count(True) == 2
+        best = max(r.outcome.results["best_validation"] for r in mine[:2])
+        (chosen,) = [r for r in mine[:2] if r.chosen]
+        assert chosen.outcome.results["best_validation"] == best
+        assert chosen.run.rates == mine[2].run.rates
+    assert len(lines) == 6
+    assert "accuracy" in lines[0]
+    assert json.loads((records[0].run.folder / "results.json").read_text("utf-8"))["score_before"] is None
+
+
+def test_finished_runs_are_skipped(once, tiny, monkeypatch):
+    folder, records, _ = once
+    monkeypatch.setattr(training, "train", None)  # would fail if it were called
+    again, lines = carry_out(tiny, folder)
+    assert found(again) == found(records)
+    assert lines == ["4 of 4 runs are finished already", "2 of 2 runs are finished already"]
+
+
+class Killed(KeyboardInterrupt):
+    pass
+
+
+def test_an_interrupted_comparison_continues_where_it_was(once, tiny, tmp_path, monkeypatch):
+    step, calls = PromptTrainer.training_step, []
+
+    def killed(self, *arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 6 + 5:  # the second run, after its first checkpoint
+            raise Killed
+        return step(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PromptTrainer, "training_step", killed)
+        with pytest.raises(Killed):
+            carry_out(tiny, tmp_path)
+    counted = []
+
+    def counting(self, *arguments, **keywords):
+        counted.append(1)
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(PromptTrainer, "training_step", counting)
+    records, lines = carry_out(tiny, tmp_path)
+    assert lines[0] == "1 of 4 runs are finished already"
+    assert len(counted) == 3 + 4 * 6  # the second run goes on from step 3, four runs are new
+    assert found(records) == found(once[1])
+
+
+def test_a_failing_run_is_recorded_and_does_not_stop_the_rest(tiny, tmp_path, monkeypatch):
+    step = PromptTrainer.training_step
+
+    def failing(self, *arguments, **keywords):
+        if self.run_config.method.name == "pt":
+            raise RuntimeError("out of memory\nsecond line")
+        return step(self, *arguments, **keywords)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PromptTrainer, "training_step", failing)
+        records, lines = carry_out(tiny, tmp_path, "compare.learning_rates=[0.05]")
+    assert [r.outcome.error for r in records if r.run.method == "pt"] == ["RuntimeError: out of memory"]
+    assert all(r.outcome.results for r in records if r.run.method == "ept")
+    assert "failed: RuntimeError: out of memory" in lines[0]
+    error = records[0].run.folder / "error.txt"
+    assert "second line" in error.read_text("utf-8")
+    again, _ = carry_out(tiny, tmp_path, "compare.learning_rates=[0.05]")  # tried again, and the second seed with it
+    assert len(again) == 4
+    assert all(r.outcome.results for r in again)
+    assert not error.exists()
+
+
+def ept(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def arguments(tiny, folder, *more):
+    return ["compare", *(part for override in overrides(tiny, folder, *more) for part in ("--set", override))]
+
+
+def test_command(once, tiny):
+    folder, records, _ = once
+    listed = ept(*arguments(tiny, folder), "--dry-run")
+    assert listed.exit_code == 0, listed.output
+    assert listed.stdout.splitlines() == [
+        *[f"finished  {r.run.description}" for r in records[:4]],
+        "and 2 more, for 1 more seeds at the chosen learning rates",
+        "nothing was written",
+    ]
+    result = ept(*arguments(tiny, folder))
+    assert result.exit_code == 0, result.output
+    files = {"comparison.csv", "comparison.md", "score_against_parameters.png", "runs"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert "prompt" in result.stdout
+    shown = json.loads(ept(*arguments(tiny, folder), "--json").stdout)
+    assert [m["method"] for m in shown["settings"][0]["methods"]] == ["pt", "ept"]
+    assert shown["failed"] == []
+    printed = ept(*arguments(tiny, folder), "--print-config", "--data", "elsewhere", "--executor", "ray")
+    assert "executor: ray" in printed.stdout
+    assert "data_dir: elsewhere" in printed.stdout
+
+
+def test_command_reports_failures_with_its_exit_code(tiny, tmp_path):
+    result = ept(*arguments(tiny, tmp_path, "method.budget=1", "method.num_virtual_tokens=null"), "--json")
+    assert result.exit_code == 1
+    assert len(json.loads(result.stdout)["failed"]) == 4
+    assert result.stderr.count("failed: ") >= 4
+    assert "runs failed" in (tmp_path / "comparison.md").read_text("utf-8")
+
+
+def test_command_refuses_before_anything_is_written(tiny, tmp_path):
+    result = ept(*arguments(tiny, tmp_path / "new", "compare.methods=[eptt]"))
+    assert result.exit_code == 2
+    assert "did you mean 'ept'" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_without_ray(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs the package ray: pip install 'ept-tuning"):
+        carry_out(tiny, tmp_path, "compare.executor=ray")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed")
+def test_ray_gives_the_same_table(once, tiny, tmp_path):
+    records, lines = carry_out(tiny, tmp_path, "compare.executor=ray")
+    assert len(lines) == 6
+    assert found(records) == found(once[1])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed")
+def test_ray_reports_failing_runs(tiny, tmp_path):
+    records, _ = carry_out(tiny, tmp_path, "compare.executor=ray", "compare.methods=[pt]", "method.budget=1")
+    assert len(records) == 2
+    assert all("ValueError: no pt configuration has at most 1" in r.outcome.error for r in records)

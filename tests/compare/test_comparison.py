@@ -1,0 +1,162 @@
+"""Intervals and tests against known values, and the tables."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from ept.compare import PlannedRun, Record
+from ept.comparison import as_json, csv_text, interval, markdown, paired_test, scores_table, summarise, write_tables
+from ept.executors import Outcome
+from ept.run_config import RunConfig
+
+
+def test_interval_of_known_values():
+    # mean 3, standard deviation sqrt(2.5), t(0.975, 4) = 2.7764451
+    found = interval([1, 2, 3, 4, 5])
+    assert (found.mean, found.n) == (3, 5)
+    assert found.half_width == pytest.approx(2.7764451 * 2.5**0.5 / 5**0.5, rel=1e-7)
+    assert interval([0.5]).half_width is None
+    assert interval([0.5, 0.5]).half_width == 0
+    assert interval([0.9, 0.8]).text() == "85.0 ± 63.5"  # t(0.975, 1) = 12.7062, of 0.05
+    assert interval([0.9]).text() == "90.0"
+
+
+def test_paired_test_of_known_values():
+    # differences 1, 2, 3, 2, 2: mean 2, standard deviation sqrt(0.5), t = 2 / sqrt(0.1) = 6.3246, p = 0.0032 at 4
+    one = dict(zip([("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1)], [2, 4, 6, 5, 7]))
+    other = dict(zip(one, [1, 2, 3, 3, 5])) | {("b", 9): 100.0}
+    found = paired_test("x", one, "y", other)
+    assert (found.difference.mean, found.difference.n) == (2, 5)
+    assert found.p == pytest.approx(0.00320, abs=5e-6)
+    assert paired_test("y", other, "x", one).difference.mean == -2
+
+
+def test_paired_test_without_a_spread():
+    same = {("a", 0): 0.1, ("a", 1): 0.2}
+    shifted = {key: value + 0.3 for key, value in same.items()}
+    assert paired_test("x", same, "y", shifted).p is None
+    assert paired_test("x", same, "y", {("a", 0): 0.5}).difference.n == 1
+    assert paired_test("x", same, "y", {("b", 0): 0.5}) is None
+
+
+def record(
+    folder, method, seed, score, task="glue/sst2", sweep=None, value=None, chosen=True, parameters=100, step=5.0
+):
+    """A run as `compare` leaves it; `score` None: it failed."""
+    config = RunConfig(output_dir=str(folder / f"{task}-{method}-{seed}-{sweep}-{value}"))
+    config.model.name_or_path = "a/model"
+    run = PlannedRun(method, task, sweep, value, seed, (0.1, 0.001), config)
+    if score is None:
+        return Record(run, Outcome(run.folder, None, "RuntimeError: out | of memory"), chosen)
+    (run.folder / "adapter").mkdir(parents=True)
+    (run.folder / "adapter/adapter_config.json").write_text(
+        json.dumps({"num_virtual_tokens": 7, "r": 3, "num_spaces": 4 * (method == "ept"), "space_dim": 2}), "utf-8"
+    )
+    results = {
+        "task": task,
+        "metric": "accuracy",
+        "score": score,
+        "best_validation": score,
+        "majority": 0.5,
+        "trainable_parameters": parameters,
+        "step_time_ms": step,
+        "train_seconds": 2.0,
+        "rows": {"train": 10, "validation": 5, "test": 1234},
+        "versions": {"torch": "9.9"},
+        "hardware": {"cores": 2},
+    }
+    return Record(run, Outcome(run.folder, results), chosen)
+
+
+@pytest.fixture
+def records(tmp_path):
+    return [
+        record(tmp_path, "pt", 0, 0.6),
+        record(tmp_path, "pt", 1, 0.7),
+        record(tmp_path, "ept", 0, 0.8, parameters=99),
+        record(tmp_path, "ept", 1, 0.9, parameters=99, step=7.0),
+        record(tmp_path, "pt", 0, 0.5, task="super_glue/cb"),
+        record(tmp_path, "pt", 1, None, task="super_glue/cb"),
+        record(tmp_path, "ept", 0, 0.6, task="super_glue/cb", parameters=99),
+        record(tmp_path, "ept", 1, 0.7, task="super_glue/cb", parameters=99),
+        record(tmp_path, "lora", 0, None),
+        record(tmp_path, "ept", 0, 0.1, sweep="r", value=2),
+        record(tmp_path, "ept", 0, 0.95, sweep="r", value=2, task="super_glue/cb", chosen=False),
+    ]
+
+
+def test_summary(records):
+    base, swept = summarise(records)
+    assert (base.title, swept.title) == ("The configuration itself", "r = 2")
+    pt, ept = base.methods
+    assert (ept.parameters, ept.step_time_ms) == (99, 5.0)
+    assert ept.mean.mean == pytest.approx((0.7 + 0.8) / 2)  # of seed 0 and seed 1
+    assert ept.by_task["super_glue/cb"].mean == pytest.approx(0.65)
+    assert (pt.mean.mean, pt.mean.n) == (pytest.approx(0.55), 1)  # seed 1 lacks a task
+    (test,) = base.tests
+    assert (test.first, test.second, test.difference.n) == ("ept", "pt", 3)
+    assert test.difference.mean == pytest.approx((0.2 + 0.2 + 0.1) / 3)
+    assert base.failed == ["lora"]
+    assert swept.methods[0].mean is None  # the run of the other task was not chosen
+
+
+def test_table(records):
+    base, swept = summarise(records)
+    header, rows = scores_table(base)
+    assert header == ["method", "parameters", "sizes", "glue/sst2", "super_glue/cb", "mean", "step (ms)"]
+    assert rows[0] == [
+        "prompt tuning",
+        "100",
+        "s=7 r=3",
+        "65.0 ± 63.5",
+        "50.0 (1 of 2 seeds)",
+        "55.0 (1 of 2 seeds)",
+        "5.0",
+    ]
+    assert rows[1][2] == "s=7 r=3 K=4 h=2"
+    assert rows[2] == ["PEFT LoRA", "", "", "failed", "failed", "failed", ""]
+    assert scores_table(swept)[1][0][3:6] == ["10.0", "failed", "failed"]
+
+
+def test_page_and_csv(records, tmp_path):
+    settings = summarise(records)
+    page = markdown(records, settings, "ept compare --config x.yaml")
+    for part in (
+        "ept compare --config x.yaml",
+        "torch 9.9",
+        "1,234 test",
+        "| EPT − prompt tuning | 16.7 ± 14.3 | 0.038 | 3 |",
+        "## 2 of 11 runs failed",
+        "RuntimeError: out | of memory",
+        "| r = 2 | glue/sst2 | EPT | 0.1 | 0.001 |",
+    ):
+        assert part in page
+    lines = list(csv.DictReader(io.StringIO(csv_text(records))))
+    assert len(lines) == len(records)
+    assert [line["status"] for line in lines].count("failed") == 2
+    assert (lines[2]["score"], lines[2]["trainable_parameters"], lines[2]["test_rows"]) == ("0.8", "99", "1234")
+    assert lines[0]["low_rank_learning_rate"] == ""  # prompt tuning has nothing else
+    table, written = write_tables(tmp_path / "new", records, settings, "ept compare --config x.yaml")
+    assert written.read_text("utf-8") == page
+    assert table == Path(tmp_path / "new/comparison.csv")
+
+
+def test_for_machines(records):
+    found = json.loads(json.dumps(as_json(records, summarise(records))))
+    assert found["runs"] == 11
+    assert [failure["error"] for failure in found["failed"]] == ["RuntimeError: out | of memory"] * 2
+    assert found["settings"][0]["methods"][1]["mean"] == {
+        "mean": pytest.approx(0.75),
+        "half_width": pytest.approx(0.6353, abs=1e-4),
+        "n": 2,
+    }
+
+
+def test_nothing_finished(tmp_path):
+    records = [record(tmp_path, "pt", 0, None)]
+    page = markdown(records, summarise(records), "ept compare")
+    assert "No run has finished." in page
+    assert "1 of 1 runs failed" in page

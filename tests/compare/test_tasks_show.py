@@ -1,0 +1,63 @@
+"""`ept tasks show`: examples, label balance, and the share of texts that are too long for a tokenizer."""
+
+import json
+
+import datasets
+import pytest
+from typer.testing import CliRunner
+
+from ept.cli.main import app
+
+
+def show(*arguments):
+    return CliRunner().invoke(app, ["tasks", "show", *map(str, arguments)])
+
+
+def test_with_rows_and_a_tokenizer(tiny):
+    data = tiny / "data/glue/sst2"
+    shown = json.loads(
+        show("glue/sst2", "--data", data, "--tokenizer", tiny / "t5", "--max-length", 8, "--json").stdout
+    )
+    assert shown["rows"] == {"train": 96, "validation": 24, "test": 32}
+    assert shown["label_balance"] == {"negative": 0.5, "positive": 0.5}
+    assert [example["target"] for example in shown["examples"]] == ["0", "1"]
+    # "sentence : ", 3 to 7 words, one more and an end token, of which 8 have room: from 5 words on it is too long
+    texts = [json.loads(line)["sentence"] for line in (data / "train.jsonl").read_text("utf-8").splitlines()]
+    share = sum(2 + len(text.split()) + 1 > 8 for text in texts) / len(texts)
+    assert 0 < share < 1
+    assert shown["truncation_rate"]["train"] == pytest.approx(share)
+    text = show("glue/sst2", "--data", data, "--model", tiny / "t5", "--max-length", 8, "--labels", "words").stdout
+    for part in ("max length: 8 tokens", f"too long:   train {share:.1%}", "negative 50.0%", "-> 'negative'"):
+        assert part in text
+
+
+def test_rows_from_the_hub(monkeypatch):
+    rows = [{"sentence1": f"a {i}", "sentence2": "b", "label": i / 4} for i in range(20)]
+    splits = {"train": rows[:12], "validation": rows[12:]}
+    hub = datasets.DatasetDict({name: datasets.Dataset.from_list(found) for name, found in splits.items()})
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, config: hub)
+    text = show("glue/stsb", "--hub").stdout
+    assert "labels:     0.0 .. 5.0 in steps of 0.2" in text
+    assert "'sentence1: a 1 sentence2: b' -> '0.2'" in text
+    assert "0-1 33.3%" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tokenizer", "x"], "--tokenizer counts tokens of rows: give --data DIR or --hub as well"),
+        (["--data", "x", "--hub"], "--data and --hub exclude each other"),
+        (["--labels", "letters"], "--labels letters: choose digits or words"),
+        (["--max-length", "0"], "--max-length 0"),
+        (["--data", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_refused(arguments, message):
+    result = show("glue/sst2", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_help_and_list():
+    result = CliRunner().invoke(app, ["tasks", "--json"])
+    assert len(json.loads(result.stdout)) == 13

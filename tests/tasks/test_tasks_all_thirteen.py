@@ -1,0 +1,168 @@
+"""Every task from the hub's own columns: by its hub id, from a folder, and encoded for each kind of model."""
+
+import json
+
+import datasets
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ept.encoding import Collator, encode_split
+from ept.tasks import TASKS, get_task, load_task
+
+WSC = {"text": "Mark told Pete a lie about himself.", "span1_index": 0, "span1_text": "Mark", "span2_index": 6}
+# task: two rows as the hub has them (besides idx), the first one's text and target
+ROWS = {
+    "glue/cola": ([{"sentence": "One.", "label": 0}, {"label": 1}], "sentence: One.", "0"),
+    "glue/mnli": (
+        [{"premise": "P.", "hypothesis": "H.", "label": 2}, {"label": 0}],
+        "premise: P. hypothesis: H.",
+        "2",
+    ),
+    "glue/mrpc": (
+        [{"sentence1": "A.", "sentence2": "B.", "label": 1}, {"label": 0}],
+        "sentence1: A. sentence2: B.",
+        "1",
+    ),
+    "glue/qnli": ([{"question": "Q?", "sentence": "S.", "label": 0}, {"label": 1}], "question: Q? sentence: S.", "0"),
+    "glue/qqp": (
+        [{"question1": "Q?", "question2": "R?", "label": 1}, {"label": 0}],
+        "question1: Q? question2: R?",
+        "1",
+    ),
+    "glue/rte": (
+        [{"sentence1": "A.", "sentence2": "B.", "label": 0}, {"label": 1}],
+        "sentence1: A. sentence2: B.",
+        "0",
+    ),
+    "glue/sst2": ([{"sentence": "fine ", "label": 1}, {"label": 0}], "sentence: fine ", "1"),
+    "glue/stsb": (
+        [{"sentence1": "A.", "sentence2": "B.", "label": 2.3329999446868896}, {"label": 5.0}],
+        "sentence1: A. sentence2: B.",
+        "2.4",
+    ),
+    "super_glue/boolq": (
+        [{"question": "is it", "passage": "It is.", "label": 1}, {"label": 0}],
+        "question: is it passage: It is.",
+        "1",
+    ),
+    "super_glue/cb": (
+        [{"premise": "P.", "hypothesis": "H.", "label": 1}, {"label": 2}],
+        "premise: P. hypothesis: H.",
+        "1",
+    ),
+    "super_glue/multirc": (
+        [
+            {"paragraph": "<b>Sent 1: </b>One.<br>", "question": "Who?", "answer": "I", "label": 1},
+            {"answer": "You", "label": 0},
+        ],
+        "question: Who? answer: I paragraph: Sent 1: One. ",
+        "1",
+    ),
+    "super_glue/wic": (
+        [
+            {"word": "bank", "sentence1": "A bank.", "sentence2": "The bank.", "label": 1}
+            | {"start1": 2, "start2": 4, "end1": 6, "end2": 8},
+            {"label": 0},
+        ],
+        "sentence1: A bank. sentence2: The bank. word: bank",
+        "1",
+    ),
+    "super_glue/wsc": (
+        [{**WSC, "span2_text": "himself.", "label": 0}, {"label": 1}],
+        "text: * Mark * told Pete a lie about # himself. #",
+        "0",
+    ),
+}
+
+
+def hub_rows(name, split):
+    """Six rows of the hub's columns, different in each split."""
+    first, second = ROWS[name][0]
+    column = get_task(name).source_columns[-1 if name == "super_glue/multirc" else 0]
+    if name == "super_glue/multirc":  # the questions and their answers are a split's own
+        first = {**first, "question": f"{first['question']}{'' if split == 'train' else split}"}
+    rows = [{**first, **(second if i % 2 else {}), "idx": i} for i in range(6)]
+    for i, row in enumerate(rows):
+        if split != "train" or i:
+            row[column] = f"{row[column]} {split} {i}"
+    return rows
+
+
+@pytest.fixture(params=sorted(ROWS))
+def name(request):
+    return request.param
+
+
+def test_the_thirteen_are_all():
+    assert sorted(ROWS) == sorted(TASKS)
+    assert len(TASKS) == 13
+
+
+def check(data, name):
+    _, text, target = ROWS[name]
+    assert (data.train[0]["text"], data.train[0]["target"]) == (text, target)
+    assert len(data.train) == 6
+    assert len(data.validation) + len(data.test) == (12 if name == "glue/mnli" else 6)
+
+
+def test_from_the_hub(name, monkeypatch):
+    calls = []
+
+    def load_dataset(*arguments):
+        calls.append(arguments)
+        splits = {"train": "train"}
+        if name == "glue/mnli":
+            splits |= {"validation_matched": "matched", "validation_mismatched": "mismatched"}
+        else:
+            splits |= {"validation": "validation", "test": "test"}
+        loaded = {split: datasets.Dataset.from_list(hub_rows(name, rows)) for split, rows in splits.items()}
+        if "test" in loaded:  # the hub hides the test labels
+            hidden = [{**row, "label": -1.0 if name == "glue/stsb" else -1} for row in loaded["test"]]
+            loaded["test"] = datasets.Dataset.from_list(hidden)
+        return datasets.DatasetDict(loaded)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    check(load_task(get_task(name)), name)
+    owner, _, config = name.partition("/")
+    wanted = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}[owner]
+    assert calls == [(wanted, "wsc.fixed" if config == "wsc" else config)]
+
+
+def write_folder(folder, name):
+    splits = (
+        ("train", "validation_matched", "validation_mismatched") if name == "glue/mnli" else ("train", "validation")
+    )
+    for split in splits:
+        lines = [json.dumps(row) for row in hub_rows(name, split)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_from_a_folder(name, tmp_path):
+    check(load_task(get_task(name), data_dir=write_folder(tmp_path, name)), name)
+
+
+def characters():
+    vocabulary = {"<pad>": 0, "</s>": 1} | {chr(code): code for code in range(2, 127)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="</s>")
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("labels", ["digits", "words"])
+def test_encodes_for_every_kind_of_model(name, task_type, labels, tmp_path):
+    task, tokenizer = get_task(name), characters()
+    data = load_task(task, data_dir=write_folder(tmp_path, name), labels=labels)
+    encoded = encode_split(data.train, tokenizer, data.labels, task_type, 400, task.values)
+    batch = Collator(task_type, 0)([encoded[i] for i in range(len(encoded))])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    if task_type == "SEQ_CLS":
+        wanted = [task.values[label] for label in data.train["label"]] if task.values else list(data.train["label"])
+        assert batch["labels"].tolist() == pytest.approx(wanted)
+        assert batch["labels"].is_floating_point() == bool(task.values)
+    else:
+        answer = [token for token in batch["labels"][0].tolist() if token != -100]
+        decoded = tokenizer.convert_ids_to_tokens(answer)
+        assert "".join(decoded).replace("</s>", "").strip() == data.train[0]["target"]
