@@ -5,13 +5,20 @@ TORCH := torch==2.13.0
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
+GPU_ARGS ?=
+BUNDLE_ARGS ?= --help
+BENCH_OUTPUT ?= benchmarks/results/cpu
+TUNE_ARGS ?=
+TRITON_PATH ?=
+FUZZ_CASES ?= 50000
+HF_KERNELS := kernels==0.17.2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test aot lint format bench gpu wheel clean
+.PHONY: help install demo test aot lint format bench gpu bundle wheel clean tune local-kernel fuzz nightly suite-against
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 # torch first and alone: then the plain CPU build is taken where the package index offers one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -34,9 +41,36 @@ demo: $(VENV)/.demo ## train EPT on a small real model and real headlines, and s
 test: $(VENV)/.installed ## all tests but those that need a GPU, two at a time (TEST_ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels
-	$(MAKE) aot
+	$(MAKE) local-kernel aot
 
+# Another triton: `pip install --no-deps --target FOLDER triton==VERSION`, then `make aot TRITON_PATH=FOLDER`.
 aot: $(VENV)/.installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; fails on spills
+	$(if $(TRITON_PATH),PYTHONPATH=$(TRITON_PATH)) $(VENV)/bin/python -m ept_kernels.aot
+
+# Aside, not in the environment: bitsandbytes fetches code from the model hub where it finds this package.
+$(VENV)/hf-kernels: $(VENV)/.installed
+	$(PIP) install --quiet --no-deps --target $@ $(HF_KERNELS)
+
+local-kernel: $(VENV)/hf-kernels ## the kernel repository as Hugging Face's `kernels` package loads it
+	$(OFFLINE) PYTHONPATH=$(abspath $(VENV))/hf-kernels $(VENV)/bin/python -m pytest tests/kernels/test_local_kernel.py
+
+tune: $(VENV)/.installed ## measure the kernels' launch configurations on this GPU and keep them (TUNE_ARGS="--kernels NAME")
+	$(VENV)/bin/python -m ept_kernels.tune $(TUNE_ARGS)
+
+fuzz: $(VENV)/.installed ## many damaged adapters and run configurations, other ones each time (FUZZ_CASES=50000)
+	OMP_NUM_THREADS=1 EPT_FUZZ_CASES=$(FUZZ_CASES) $(OFFLINE) $(VENV)/bin/python -m pytest -s tests/security
+
+nightly: ## the suite against the lowest supported and the newest versions, each in an environment of its own
+	$(MAKE) suite-against VENV=$(VENV)-lowest VERSIONS="-c constraints-lowest.txt"
+	$(MAKE) suite-against VENV=$(VENV)-newest VERSIONS=--upgrade
+
+suite-against:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(VERSIONS) torch
+	$(PIP) install --quiet $(VERSIONS) -e ".[dev]"
+	$(VENV)/bin/python -m ept.cli.main env
+	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels
 	$(VENV)/bin/python -m ept_kernels.aot
 
 lint: $(VENV)/.installed ## ruff (format and rules) and mypy
@@ -48,13 +82,17 @@ format: $(VENV)/.installed ## let ruff format and fix
 	$(VENV)/bin/python -m ruff format .
 	$(VENV)/bin/python -m ruff check --fix .
 
-bench: $(VENV)/.demo ## what a training step costs beside the bare frozen model
-	$(VENV)/bin/python benchmarks/step_overhead.py
+bench: $(VENV)/.demo ## a CPU record in under 5 minutes: operators, training steps, EPT beside the bare frozen model
+	$(VENV)/bin/python -m benchmarks.run_kernels --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 150
+	$(VENV)/bin/python -m benchmarks.run_steps --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 30
+	$(VENV)/bin/python benchmarks/step_overhead.py --output $(BENCH_OUTPUT)/step_overhead.json
+	$(VENV)/bin/python -m benchmarks.performance_page
 
-gpu: $(VENV)/.demo ## the tests that need a GPU and the step benchmark on it; fails without one
-	@$(VENV)/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make gpu: torch {torch.__version__} sees no CUDA device; run it on a machine with a GPU and a CUDA build of torch")'
-	$(OFFLINE) $(VENV)/bin/python -m pytest -m gpu $(TEST_ARGS)
-	$(VENV)/bin/python benchmarks/step_overhead.py
+gpu: $(if $(VENV),$(VENV)/.demo) ## the report of one GPU in under 8 minutes; `make gpu VENV=` takes the python on the PATH
+	$(if $(VENV),$(VENV)/bin/python,python3) benchmarks/gpu_report.py $(GPU_ARGS)
+
+bundle: $(VENV)/.installed ## wheels for a GPU host without a network: BUNDLE_ARGS="--python 3.12 --cuda 130 --limit 512 --output DIR"
+	$(VENV)/bin/python tools/offline_bundle.py $(BUNDLE_ARGS)
 
 wheel: $(VENV)/.installed ## dist/*.whl
 	$(VENV)/bin/python -m build --wheel --outdir dist

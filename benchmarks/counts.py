@@ -1,0 +1,99 @@
+"""The least work of every operator: bytes that must move through device memory, and operations that must be done.
+
+Bytes: each input read once, each output written once, of the embedding table only the rows that are looked up.
+Operations: multiplications and additions of the matrix products, two for each pair of factors; what is done element by
+element (softmax, normalisation, decoding of 4-bit codes) is not counted. Both divided by the machine's measured rates
+give the floor that a time is held against.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ID_BYTES = 8  # int64 ids and positions
+PARAMETER_BYTES = 4  # the prompt's parameters are float32
+
+
+class Counts(NamedTuple):
+    """``bytes`` moved and floating-point ``operations``, at the least."""
+
+    bytes: int
+    operations: int
+
+
+def prompted_embedding(
+    batch: int, length: int, width: int, prompt: int, rank: int, positions: int, distinct: int, item: int
+) -> Counts:
+    """Padded forward: ``distinct`` table rows are read, ``batch · (prompt + length)`` rows written, ``item`` bytes an
+    element. Without a low-rank part (rank 0) no positions are read.
+    """
+    index = ID_BYTES * batch * length * (2 if rank else 1)
+    output = batch * (prompt + length) * width * item
+    read = index + distinct * width * item + _parameters(prompt, positions, rank, width)
+    return Counts(read + output, 2 * min(positions, length) * rank * width)
+
+
+def prompted_embedding_packed(
+    texts: int, tokens: int, longest: int, width: int, prompt: int, rank: int, positions: int, distinct: int, item: int
+) -> Counts:
+    """Padding-free forward over ``tokens`` tokens of ``texts`` texts, the longest of ``longest`` tokens; positions
+    follow from the ``texts + 1`` offsets.
+    """
+    index = ID_BYTES * (tokens + texts + 1)
+    output = (tokens + texts * prompt) * width * item
+    read = index + distinct * width * item + _parameters(prompt, positions, rank, width)
+    return Counts(read + output, 2 * min(positions, longest) * rank * width)
+
+
+def prompted_embedding_backward(
+    batch: int, length: int, width: int, prompt: int, rank: int, positions: int, item: int
+) -> Counts:
+    """The incoming gradient and the positions are read once, A and B too; their gradients and the prompt's are
+    written. Operations: one addition for each element of the gradient, and the two products over the summed rows.
+    """
+    gradient = batch * (prompt + length) * width
+    index = ID_BYTES * batch * length if rank else 0
+    low_rank = PARAMETER_BYTES * (positions * rank + rank * width)
+    written = _parameters(prompt, positions, rank, width)
+    return Counts(gradient * item + index + low_rank + written, gradient + 4 * min(positions, length) * rank * width)
+
+
+def joint_prompt(prompt: int, positions: int, rank: int, width: int, columns: int, spaces: int) -> Counts:
+    """Forward and backward of the joint prompt without learned maps: ``columns`` = K·h over ``spaces`` = K spaces.
+
+    Forward: ``P̂·[D | G | Bᵀ | P_sᵀ]``, ``B·Bᵀ``, the rank-space products, ``[·]·[B; P_s; U]``. The backward of every
+    product is two of the same size.
+    """
+    reduce = prompt * width * (columns + spaces + rank + prompt) + rank * rank * width
+    between = positions * rank * rank + 2 * prompt * positions * rank
+    expand = prompt * width * (rank + prompt + columns)
+    parameters = _parameters(prompt, positions, rank, width) + PARAMETER_BYTES * width * (2 * columns + spaces)
+    row = PARAMETER_BYTES * prompt * width
+    forward = parameters + row
+    backward = 2 * parameters + row
+    return Counts(forward + backward, 3 * 2 * (reduce + between + expand))
+
+
+def four_bit_weight(rows: int, columns: int, block_size: int, nested: bool, nested_block_size: int = 256) -> int:
+    """Bytes of a packed weight: half a byte an element, and its absmax: float32 a block, or, nested, one byte a block,
+    float32 a block of blocks, a 256-entry float32 table and an offset.
+    """
+    elements = rows * columns
+    blocks = -(-elements // block_size)
+    absmax = blocks + 4 * (-(-blocks // nested_block_size) + 256 + 1) if nested else 4 * blocks
+    return -(-elements // 2) + absmax
+
+
+def dequantize_4bit(rows: int, columns: int, block_size: int, nested: bool, item: int) -> Counts:
+    """The packed weight is read, ``rows · columns`` elements of ``item`` bytes are written."""
+    return Counts(four_bit_weight(rows, columns, block_size, nested) + rows * columns * item, 0)
+
+
+def matmul_4bit(m: int, rows: int, columns: int, block_size: int, nested: bool, item: int) -> Counts:
+    """``[m, columns] · [rows, columns]ᵀ``, and just as well its input gradient ``[m, rows] · [rows, columns]``."""
+    activations = m * (rows + columns) * item
+    return Counts(four_bit_weight(rows, columns, block_size, nested) + activations, 2 * m * rows * columns)
+
+
+def _parameters(prompt: int, positions: int, rank: int, width: int) -> int:
+    return PARAMETER_BYTES * (prompt * width + positions * rank + rank * width)

@@ -1,0 +1,191 @@
+"""Draws ``docs/performance.md`` and its plots from the committed records, and from nothing else.
+
+python -m benchmarks.performance_page            writes the page and the plots
+python -m benchmarks.performance_page --check    ends with 1 where the page is not what the records give
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import RECORD_NAME, RESULTS, ROOT, Record
+from .plots import drawable
+from .run_steps import overhead_row
+from .tables import goal_table, markdown, peer_table, reasons, seconds, step_table
+
+Row = dict[str, Any]
+
+PAGE = ROOT / "docs" / "performance.md"
+PLOTS = "performance"  # folder beside the page
+OVERHEAD = "step_overhead.json"
+
+CAPTIONS = {
+    "bandwidth": "Bandwidth over size: the least bytes that the operator must move, over its time.",
+    "speedup": "Products with 4-bit weights: time of bitsandbytes over ours, over the number of tokens.",
+    "steps": "Time of a whole training step by method, and where it goes.",
+}
+
+HEAD = """\
+# Performance
+
+Made by `python -m benchmarks.performance_page` from the records in `benchmarks/results/`; do not edit.
+
+* Time is the median; the 20 and 80 % quantiles stand beside it. All versions of one case take turns in one run. Every
+  version is checked against the reference before it is timed. Inputs rotate among sets larger than the last-level
+  cache.
+* On a GPU the time is the device's, by events behind a full queue; `*` marks cases where the host could not keep it
+  full.
+* "of ceiling" is the least time that the bytes or operations take at the rates measured in the same run (copy
+  bandwidth; a dense product), over the time taken. "again" is our own version measured a second time: differences of
+  that size are noise.
+* "vs" is the time of the peer over ours: above 1 ours is faster.
+"""
+
+NO_GPU = """\
+No GPU record has been committed: nothing is known yet about the kernels' speed. `make gpu` makes one.
+"""
+
+CPU_NOTE = """\
+On a CPU the operators run the plain-PyTorch references, so "ours" holds no kernel of this project: the rows show what
+the operators' dispatch costs and where the peers stand.
+"""
+
+
+def render(results: Path = RESULTS) -> str:
+    """The page's text."""
+    folders = sorted(folder for folder in results.iterdir() if folder.is_dir())
+    gpus = [folder for folder in folders if folder.name != "cpu"]
+    every = [row for folder in folders for row in rows_of(folder)]
+    parts = [HEAD, "## Goals\n", goal_table(every) + "\n"]
+    parts += [_device(folder) for folder in gpus] or [f"## GPU\n\n{NO_GPU}"]
+    parts += [_device(folder) for folder in folders if folder.name == "cpu"]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
+    """Draws every plot that the records allow, beside ``page``."""
+    drawn = []
+    for folder in sorted(folder for folder in results.iterdir() if folder.is_dir()):
+        rows = rows_of(folder)
+        for name, function in drawable(rows).items():
+            path = page.parent / _plot(folder, name)
+            function(rows, path)
+            drawn.append(path)
+    return drawn
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """All rows of a device: its report, and the step beside the bare model."""
+    rows = Record(folder / RECORD_NAME).results()
+    overhead = folder / OVERHEAD
+    if overhead.exists():
+        record = json.loads(overhead.read_text(encoding="utf-8"))
+        about = {"device_type": "cuda" if record["hardware"]["gpus"] else "cpu", "reduced": False}
+        rows.append({**overhead_row(record), **about, "section": "bare", "status": "ok", "reason": ""})
+    reduced = [row["case"] for row in rows if row["reduced"] and "case" in row]
+    if reduced:
+        raise ValueError(
+            f"{folder / RECORD_NAME} holds reduced results ({reduced[0]}, …): they measure nothing; delete it"
+        )
+    return rows
+
+
+def _device(folder: Path) -> str:
+    rows = rows_of(folder)
+    header = Record(folder / RECORD_NAME).header()
+    name = header["device"] if header else folder.name
+    parts = [f"## {name if name != 'cpu' else 'CPU'}\n"]
+    if name == "cpu":
+        parts.append(CPU_NOTE)
+    if header:
+        parts.append(_measured_with(header))
+    parts += [f"![{CAPTIONS[plot]}]({_plot(folder, plot)})\n\n{CAPTIONS[plot]}\n" for plot in drawable(rows)]
+    tests = [row for row in rows if row["section"] in ("tests", "sanitizer")]
+    if tests:
+        table = markdown(
+            ["check", "result"], [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in tests]
+        )
+        parts.append(f"### Checks on this device\n\n{table}\n")
+    ceilings = [row for row in rows if row["section"] == "ceilings"]
+    if ceilings:
+        parts.append(f"### Ceilings\n\n{_ceiling_table(ceilings)}\n")
+    if any(row["section"] == "kernels" for row in rows):
+        parts.append(f"### Kernels\n\n{peer_table(rows)}\n")
+    steps = step_table(rows)
+    if steps:
+        parts.append(f"### Training steps\n\n{steps}\n")
+    parts += [_bare(row) for row in rows if row["section"] == "bare"]
+    missing = reasons(rows)
+    if missing:
+        parts.append("### Not measured\n\n" + "\n".join(f"* {line}" for line in missing) + "\n")
+    others = _other_records(folder)
+    if others:
+        parts.append(f"### Further records\n\n{others}\n")
+    return "\n".join(parts)
+
+
+def _measured_with(header: Row) -> str:
+    hardware = header["hardware"]
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in header["versions"].items())
+    machine = f"{hardware['processor']}, {hardware['threads']} threads on {hardware['cores']} cores"
+    return f"`{header['command']}`, {header['started'][:10]}, {machine}; {versions}.\n"
+
+
+def _ceiling_table(rows: list[Row]) -> str:
+    lines = []
+    for row in rows:
+        if "bytes_per_second" in row:
+            rate = f"{row['bytes_per_second'] / 1e9:.1f} GB/s"
+        else:
+            rate = f"{row['operations_per_second'] / 1e12:.2f} TFLOP/s"
+        lines.append([row["ceiling"], rate, seconds(row["p20"]), seconds(row["median"]), seconds(row["p80"])])
+    return markdown(["ceiling", "rate", "20 %", "median", "80 %"], lines)
+
+
+def _bare(row: Row) -> str:
+    size = row["size"]
+    return (
+        "### EPT's step beside the bare frozen model on as many positions\n\n"
+        f"{row['ratio_to_bare']:.3f} times its time (20 to 80 %: {row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}, "
+        f"{row['samples']} pairs): {row['model']}, {row['dtype']}, batch {size['batch']}, {size['length']} text "
+        f"tokens, {size['positions']} positions; {seconds(row['median'])} a step. Record: `{OVERHEAD}`.\n"
+    )
+
+
+def _other_records(folder: Path) -> str:
+    """Records that have no section of their own, so that none is passed over in silence."""
+    lines = []
+    for file in sorted(folder.glob("*.json")):
+        if file.name != OVERHEAD:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            command = record.get("command") if isinstance(record, dict) else None
+            lines.append([f"`{file.name}`", f"`{command}`" if command else "–"])
+    return markdown(["record", "command"], lines) if lines else ""
+
+
+def _plot(folder: Path, name: str) -> str:
+    return f"{PLOTS}/{folder.name}-{name}.png"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where the page is out of date")
+    arguments = parser.parse_args()
+    text = render()
+    if arguments.check:
+        current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        if current != text:
+            print(f"{PAGE.relative_to(ROOT)} is not what the records give: run python -m benchmarks.performance_page")
+        return int(current != text)
+    PAGE.write_text(text, encoding="utf-8")
+    for path in [PAGE, *draw()]:
+        print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""What is measured: the shapes of known models, and the cases made of them, in the order in which they are measured.
+
+Cases that a goal needs come first, so that a run that is cut short has them. Three tables: ``gpu`` (everything),
+``cpu`` (a small subset that two cores finish in minutes) and ``reduced`` (tiny sizes, to test the code; their figures
+mean nothing).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class ModelShape(NamedTuple):
+    """Embedding width, vocabulary, and ``(rows, columns)`` of the distinct frozen linear layers."""
+
+    width: int
+    vocabulary: int
+    layers: tuple[tuple[int, int], ...]
+
+
+MODELS = {
+    "T5-base": ModelShape(768, 32128, ((768, 768), (3072, 768), (768, 3072))),
+    "T5-large": ModelShape(1024, 32128, ((1024, 1024), (4096, 1024), (1024, 4096))),
+    "T5-11B": ModelShape(1024, 32128, ((16384, 1024), (1024, 16384), (65536, 1024), (1024, 65536))),
+    "Llama-2-7B": ModelShape(4096, 32000, ((4096, 4096), (11008, 4096), (4096, 11008))),
+    "Llama-3-8B": ModelShape(4096, 128256, ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))),
+}
+TINY = ModelShape(32, 128, ((128, 64),))  # on a CPU bitsandbytes 0.50 is wrong where a row is shorter than a block
+
+# Versions of one case that are held against each other. "ours again" is ours a second time: the noise.
+OURS, OURS_AGAIN, EAGER, COMPILED = "ours", "ours again", "reference", "torch.compile"
+BITSANDBYTES, PEFT, DENSE = "bitsandbytes", "PEFT", "unquantised"
+PROMPT_PROVIDERS = (OURS, OURS_AGAIN, EAGER)
+FOUR_BIT_PROVIDERS = (OURS, OURS_AGAIN, BITSANDBYTES)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator at one size, and the versions of it that are measured side by side.
+
+    Attributes:
+        kernel: the operator; ``joint_prompt`` is its forward and backward together.
+        model: whose shape it is. size: the numbers that make it up, by name. dtype: of what it writes.
+        providers: which versions. scheme: of a 4-bit weight, ``nf4``, ``nf4 nested``, ``fp4``; empty otherwise.
+    """
+
+    kernel: str
+    model: str
+    size: dict[str, int] = field(hash=False)
+    dtype: str = "bfloat16"
+    providers: tuple[str, ...] = PROMPT_PROVIDERS
+    scheme: str = ""
+
+    @property
+    def id(self) -> str:
+        size = ",".join(f"{name}={value}" for name, value in self.size.items())
+        return "/".join(filter(None, (self.kernel, self.model, self.dtype, self.scheme, size)))
+
+
+def embedding(
+    kernel: str,
+    model: str,
+    batch: int,
+    length: int,
+    *,
+    prompt: int = 40,
+    rank: int = 30,
+    compiled: bool = False,
+    dtype: str = "bfloat16",
+    shape: ModelShape | None = None,
+) -> Case:
+    """A case of ``prompted_embedding``, its packed form or its backward. Rank 0 is prompt tuning, which PEFT has."""
+    shape = shape or MODELS[model]
+    providers = (*PROMPT_PROVIDERS, *((COMPILED,) if compiled else ()), *((PEFT,) if rank == 0 else ()))
+    size = {
+        "batch": batch,
+        "length": length,
+        "width": shape.width,
+        "vocabulary": shape.vocabulary,
+        "prompt": prompt,
+        "rank": rank,
+    }
+    return Case(kernel, model, size, dtype, providers)
+
+
+def joint(
+    model: str,
+    *,
+    prompt: int = 40,
+    rank: int = 30,
+    spaces: int = 4,
+    space_width: int = 2,
+    positions: int = 256,
+    compiled: bool = True,
+    shape: ModelShape | None = None,
+) -> Case:
+    size = {
+        "prompt": prompt,
+        "width": (shape or MODELS[model]).width,
+        "rank": rank,
+        "spaces": spaces,
+        "space_width": space_width,
+        "positions": positions,
+    }
+    return Case("joint_prompt", model, size, "float32", (*PROMPT_PROVIDERS, *((COMPILED,) if compiled else ())))
+
+
+def dequantize(
+    model: str, rows: int, columns: int, *, dtype: str = "bfloat16", scheme: str = "nf4 nested", compiled: bool = False
+) -> Case:
+    providers = (*FOUR_BIT_PROVIDERS, EAGER, *((COMPILED,) if compiled else ()))
+    return Case("dequantize_4bit", model, {"rows": rows, "columns": columns}, dtype, providers, scheme)
+
+
+def products(model: str, rows: int, columns: int, tokens: tuple[int, ...], dtype: str = "bfloat16") -> list[Case]:
+    """``matmul_4bit`` and its backward for every number of tokens M."""
+    return [
+        Case(
+            kernel, model, {"m": m, "rows": rows, "columns": columns}, dtype, (*FOUR_BIT_PROVIDERS, DENSE), "nf4 nested"
+        )
+        for kernel in ("matmul_4bit", "matmul_4bit_backward")
+        for m in tokens
+    ]
+
+
+# What the goals are about.
+ALL_M = tuple(2**power for power in range(14))  # 1 … 8192
+FEW_M = (1, 32, 256, 2048)
+GOAL_FORWARD = embedding("prompted_embedding", "Llama-2-7B", 32, 512, compiled=True)
+GOAL_BACKWARD = embedding("prompted_embedding_backward", "Llama-2-7B", 32, 512, compiled=True)
+GOAL_JOINT = (joint("T5-base"), joint("Llama-2-7B"))
+GOAL_DEQUANTIZE = dequantize("Llama-3-8B", 4096, 4096, compiled=True)
+GOAL_DEQUANTIZE_LARGE = dequantize("Llama-3-8B", 14336, 4096, compiled=True)
+GOAL_PRODUCTS = tuple(
+    case
+    for rows, columns in ((4096, 4096), (4096, 14336), (14336, 4096))
+    for case in products("Llama-3-8B", rows, columns, ALL_M)
+)
+
+
+def gpu_cases() -> list[Case]:
+    """Everything, for a GPU."""
+    cases = [GOAL_FORWARD, GOAL_BACKWARD, *GOAL_JOINT, GOAL_DEQUANTIZE, GOAL_DEQUANTIZE_LARGE, *GOAL_PRODUCTS]
+    for kernel in ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed"):
+        for model in MODELS:
+            cases.append(embedding(kernel, model, 32, 256, compiled=model == "T5-base"))
+        cases.append(embedding(kernel, "T5-base", 32, 256, dtype="float32"))
+        cases.append(embedding(kernel, "T5-base", 32, 256, dtype="float16"))
+    for kernel in ("prompted_embedding", "prompted_embedding_backward"):
+        cases += [embedding(kernel, "Llama-2-7B", batch, 512) for batch in (1, 2, 4, 8, 16, 64)]
+        cases += [embedding(kernel, model, 32, 256, prompt=100, rank=0) for model in ("T5-base", "Llama-2-7B")]
+    cases.append(joint("T5-large", compiled=False))
+    cases.append(joint("Llama-3-8B", prompt=100, rank=60, spaces=8, space_width=4, compiled=False))
+    for model, shape in MODELS.items():
+        cases += [dequantize(model, rows, columns) for rows, columns in shape.layers]
+    cases += [dequantize("Llama-2-7B", 4096, 4096, dtype=dtype) for dtype in ("float16", "float32")]
+    cases += [dequantize("Llama-2-7B", 4096, 4096, scheme=scheme) for scheme in ("nf4", "fp4", "fp4 nested")]
+    for model in ("Llama-2-7B", "T5-base", "T5-large", "T5-11B"):
+        for rows, columns in MODELS[model].layers:
+            if (rows, columns) != (4096, 4096):  # measured for every M above
+                cases += products(model, rows, columns, FEW_M)
+    for dtype in ("float16", "float32"):
+        cases += products("T5-base", 3072, 768, FEW_M, dtype)
+    return _distinct(cases)
+
+
+def cpu_cases() -> list[Case]:
+    """The subset that ``make bench`` measures: T5-base and the narrow layers of Llama-3-8B, float32."""
+    cases = []
+    for kernel in ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed"):
+        cases.append(embedding(kernel, "T5-base", 8, 128, compiled=True, dtype="float32"))
+        cases.append(embedding(kernel, "Llama-2-7B", 2, 128, dtype="float32"))
+    for kernel in ("prompted_embedding", "prompted_embedding_backward"):
+        cases.append(embedding(kernel, "T5-base", 8, 128, prompt=100, rank=0, dtype="float32"))
+        cases += [embedding(kernel, "T5-base", batch, 128, dtype="float32") for batch in (1, 2, 4, 16)]
+    cases += [joint("T5-base"), joint("Llama-2-7B", compiled=False)]
+    for rows, columns in ((768, 768), (3072, 768), (1024, 4096)):
+        model = "T5-base" if columns == 768 else "Llama-3-8B"
+        cases.append(dequantize(model, rows, columns, dtype="float32"))
+        cases += products(model, rows, columns, (1, 16, 256), "float32")
+    return _distinct(cases)
+
+
+def reduced_cases() -> list[Case]:
+    """Every kernel once or twice at sizes that take no time."""
+    kernels = ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed")
+    small = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=4, dtype="float32", shape=TINY) for kernel in kernels]
+    plain = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=0, dtype="float32", shape=TINY) for kernel in kernels[:2]]
+    tiny_joint = joint("tiny", prompt=3, rank=4, spaces=2, positions=8, compiled=False, shape=TINY)
+    rows, columns = TINY.layers[0]
+    four_bit = [dequantize("tiny", rows, columns, dtype="float32"), *products("tiny", rows, columns, (1, 4), "float32")]
+    return [*small, *plain, tiny_joint, *four_bit]
+
+
+TABLES = {"gpu": gpu_cases, "cpu": cpu_cases, "reduced": reduced_cases}
+
+
+def copies(touched: int, cache: int, most: int) -> int:
+    """Input sets to rotate among, together twice the last-level cache: at least 2, at most ``most``."""
+    return max(2, min(most, math.ceil(2 * cache / max(touched, 1))))
+
+
+def _distinct(cases: list[Case]) -> list[Case]:
+    first: dict[str, Case] = {}
+    for case in cases:
+        first.setdefault(case.id, case)
+    return list(first.values())

@@ -1,0 +1,13 @@
+"""``matmul_4bit`` against its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.shapes import Case
+
+KERNEL = "matmul_4bit"
+
+
+def test_matmul_4bit(case: Case, provider: str, compare: Callable[[Case, str], None]) -> None:
+    compare(case, provider)

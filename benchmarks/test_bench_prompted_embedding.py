@@ -1,0 +1,13 @@
+"""``prompted_embedding`` against its peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.shapes import Case
+
+KERNEL = "prompted_embedding"
+
+
+def test_prompted_embedding(case: Case, provider: str, compare: Callable[[Case, str], None]) -> None:
+    compare(case, provider)
