@@ -23,6 +23,13 @@ HIDDEN = "…"
 
 # Functions whose texts become parts of messages: what is wrong with a file's content, a compiled kernel, a result.
 PARTS = ("_mismatches", "missing_column", "problems", "_difference")
+# What is raised without a text of this project's own, and why that needs no entry.
+WORDLESS = {
+    "typer.Exit": "ends `ept --version`",
+    "typer.Exit(1)": "an exit code; what failed has been written to standard error",
+    "typer.Exit(2)": "an exit code; the error has been written to standard error",
+    "Refused(str(error).strip().splitlines()[0])": "Triton's own reason",
+}
 LEAST_LETTERS = 12  # of an entry that is a part of a message: fewer would be found in messages of all kinds
 
 
@@ -53,20 +60,42 @@ class Reader:
         self.functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
 
     def messages(self) -> list[Message]:
-        found = [
-            Message(f"{path.relative_to(ROOT)}:{line}", re.sub(f"{HIDDEN}+", HIDDEN, " ".join(text.split())))
-            for path, tree in self.trees.items()
-            for line, text in self._within(tree, tree)
+        """Every text that has letters, in the order of the sources."""
+        return [
+            Message(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}", text)
+            for path, node, scope in self._nodes()
+            for text in self._texts_at(node, scope)
         ]
-        return [message for message in found if any(map(str.isalpha, message.text))]
 
-    def _within(self, node: ast.AST, scope: ast.AST) -> Iterator[tuple[int, str]]:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.Call):
-                yield from ((child.lineno, text) for value in self._shown(child) for text in self._texts(value, scope))
-            if isinstance(child, ast.FunctionDef) and child.name in PARTS:
-                yield from ((value.lineno, text) for value in f_strings(child) for text in self._texts(value, child))
-            yield from self._within(child, child if isinstance(child, ast.FunctionDef) else scope)
+    def wordless(self) -> set[str]:
+        """What is raised without such a text. A function that makes the error is read where it is defined."""
+        return {
+            ast.unparse(node.exc)
+            for _, node, scope in self._nodes()
+            if isinstance(node, ast.Raise) and node.exc is not None and not self._made_elsewhere(node.exc)
+            if not (isinstance(node.exc, ast.Call) and self._texts_at(node.exc, scope))
+        }
+
+    def _nodes(self) -> Iterator[tuple[Path, ast.AST, ast.AST]]:
+        """Every node of the sources and the function that it is in."""
+
+        def below(node: ast.AST, scope: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
+            for child in ast.iter_child_nodes(node):
+                yield child, scope
+                yield from below(child, child if isinstance(child, ast.FunctionDef) else scope)
+
+        return ((path, *found) for path, tree in self.trees.items() for found in below(tree, tree))
+
+    def _made_elsewhere(self, error: ast.expr) -> bool:
+        return isinstance(error, ast.Call) and isinstance(error.func, ast.Name) and error.func.id in self.functions
+
+    def _texts_at(self, node: ast.AST, scope: ast.AST) -> list[str]:
+        """The texts with letters that ``node`` itself shows or makes."""
+        values: list[ast.expr] = self._shown(node) if isinstance(node, ast.Call) else []
+        if isinstance(node, ast.FunctionDef) and node.name in PARTS:
+            values, scope = list(f_strings(node)), node
+        texts = (" ".join(text.split()) for value in values for text in self._texts(value, scope))
+        return [re.sub(f"{HIDDEN}+", HIDDEN, text) for text in texts if any(map(str.isalpha, text))]
 
     def _shown(self, call: ast.Call) -> list[ast.expr]:
         """The arguments of ``call`` that a reader gets to see."""
@@ -149,6 +178,11 @@ def test_every_entry_has_a_message(messages: list[Message]) -> None:
     assert not stale, f"{PAGE.name} explains what no code says:\n" + "\n".join(stale)
 
 
+def test_every_raise_is_read() -> None:
+    """Otherwise a message that is put together in a new way would need no entry."""
+    assert Reader().wordless() == set(WORDLESS)
+
+
 def test_no_entry_stands_there_twice() -> None:
     page = entries()
     assert len(page) == len(set(page)), sorted({entry for entry in page if page.count(entry) > 1})
@@ -178,3 +212,4 @@ def test_the_reader_finds(code: str, expected: list[str], tmp_path: Path, monkey
     monkeypatch.setattr(f"{__name__}.PACKAGES", (tmp_path,))
     monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
     assert [message.text for message in Reader().messages()] == expected
+    assert bool(Reader().wordless()) == (not expected)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from . import launch
-from .launch import AotCase
+from .launch import REGISTERS, AotCase
 
 # target: (backend, architecture, threads a warp, bytes of shared memory one program may have)
 TARGETS = {
@@ -94,6 +94,8 @@ def compile_case(case: AotCase, target: str) -> dict[str, Any]:
         "num_stages": case.num_stages,
         "enable_fp_fusion": case.enable_fp_fusion,
     }
+    if case.all_registers and backend == "cuda":
+        options["maxnreg"] = REGISTERS
     compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
     facts = _amd_facts(compiled.asm["amdgcn"]) if backend == "hip" else _nvidia_facts(compiled.asm["cubin"])
     return {

@@ -45,6 +45,7 @@ class AotCase(NamedTuple):
             included as ``"constexpr"``. constexprs: value of every constant by name.
         enable_fp_fusion: as the launcher gives it to Triton; False rounds a product before it is added to.
         weights: quantised weights that a program decodes where its code is run through once; 0: it has none.
+        all_registers: whether the launcher adds :func:`all_registers`.
     """
 
     name: str
@@ -55,6 +56,11 @@ class AotCase(NamedTuple):
     num_stages: int
     enable_fp_fusion: bool = True
     weights: int = 0
+    all_registers: bool = False
+
+
+# A thread of an NVIDIA GPU may have so many registers.
+REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,13 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     if torch.version.hip and "gfx942" not in torch.cuda.get_device_properties(device).gcnArchName:
         return "bf16x3"
     return "tf32"
+
+
+def all_registers(device: torch.device) -> Config:
+    """The launch option that lets a kernel take all registers of a thread: the assembler for NVIDIA GPUs otherwise
+    spills a few of a long one, to fit more programs at a time. Other compilers do not know it and need none.
+    """
+    return {"maxnreg": REGISTERS} if device.type == "cuda" and not torch.version.hip else {}
 
 
 def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
