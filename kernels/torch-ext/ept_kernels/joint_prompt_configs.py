@@ -14,7 +14,7 @@ from .launch import AotCase, all_registers, cached_choice, config_for, padded, p
 
 # Meta-parameters by kernel, used where nothing was measured; BLOCK_M and PARTS hold for both launches of an operator.
 CONFIGS: dict[str, dict[str, int]] = {
-    "joint_prompt_products": {"BLOCK_N": 32, "BLOCK_K": 32, "PARTS": 4, "num_warps": 4, "num_stages": 2},
+    "joint_prompt_products": {"BLOCK_N": 32, "BLOCK_K": 16, "PARTS": 2, "num_warps": 4, "num_stages": 2},
     "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 64, "BLOCK_M": 32, "num_warps": 4, "num_stages": 1},
     "joint_prompt_backward": {
         "BLOCK_S": 16,
@@ -42,13 +42,16 @@ class Sizes(NamedTuple):
     fusion: bool
 
 
-def heuristic(kernel: str, d: int) -> dict[str, int]:
-    """Meta-parameters of ``kernel`` at width ``d``, where nothing was measured."""
+def heuristic(kernel: str, d: int, a: int = 0) -> dict[str, int]:
+    """Meta-parameters of ``kernel`` at width ``d``, with maps of width ``a``, where nothing was measured."""
     config = dict(CONFIGS[kernel])
     if kernel == "joint_prompt" and d <= NARROW:
         config["BLOCK_D"] = 32
-    if kernel == "joint_prompt_products" and d <= NARROW:
-        config["PARTS"] = 2
+    # With maps the backward holds more at a time; larger tiles, or sums of several parts, would overflow the registers.
+    if kernel == "joint_prompt_products" and a:
+        config["PARTS"] = 1
+    if kernel == "joint_prompt_backward" and a:
+        config |= {"BLOCK_D": 16, "BLOCK_M": 16 if d <= NARROW else 32, "num_warps": 8}
     return config
 
 
@@ -87,12 +90,12 @@ def chosen(
 ) -> tuple[Shape, dict[str, int], dict[str, int]]:
     """The shape, and warps and stages of both launches; a tuner clears this cache after it has changed one."""
     config = {
-        name: config_for(name, sizes.d, device, heuristic(name, sizes.d))
+        name: config_for(name, sizes.d, device, heuristic(name, sizes.d, sizes.a))
         for name in ("joint_prompt_products", kernel)
     }
     z = meta(kernel, config, sizes, activation, precision(torch.float32, device))
     products, second = ({k: c[k] for k in ("num_warps", "num_stages")} for c in config.values())
-    return z, products, {**second, **all_registers(device)}
+    return z, *({**options, **all_registers(device)} for options in (products, second))
 
 
 # Ahead of time.
@@ -115,7 +118,7 @@ def aot_cases() -> list[AotCase]:
     for sizes, dtype in _AOT_PROBLEMS:
         label = f"{dtype} s={sizes.s} d={sizes.d} r={sizes.r} a={sizes.a}"
         for kernel, fn in kernels.items():
-            config = {name: heuristic(name, sizes.d) for name in ("joint_prompt_products", kernel)}
+            config = {name: heuristic(name, sizes.d, sizes.a) for name in ("joint_prompt_products", kernel)}
             z = meta(kernel, config, sizes, "gelu", "bf16x6")
             first = f"{kernel.replace('joint_prompt', 'joint_prompt_products')} {label}"
             cases.append(_case(first, joint_prompt_products_kernel, dtype, z, config["joint_prompt_products"]))
@@ -133,5 +136,5 @@ def _case(name: str, fn: Any, dtype: str, z: Shape, config: dict[str, int]) -> A
     }
     constants = {name: value for name, value in constants.items() if name in signature}
     signature["products"] = "*fp32"
-    case = AotCase(name, fn, signature, constants, config["num_warps"], config["num_stages"])
-    return case._replace(all_registers=fn is not joint_prompt_products_kernel)
+    warps, stages = config["num_warps"], config["num_stages"]
+    return AotCase(name, fn, signature, constants, warps, stages, all_registers=True)
