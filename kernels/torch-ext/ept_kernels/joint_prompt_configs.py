@@ -94,14 +94,16 @@ def chosen(
         for name in ("joint_prompt_products", kernel)
     }
     z = meta(kernel, config, sizes, activation, precision(torch.float32, device))
-    products, second = ({k: c[k] for k in ("num_warps", "num_stages")} for c in config.values())
-    return z, *({**options, **all_registers(device)} for options in (products, second))
+    products, second = (
+        {**{k: c[k] for k in ("num_warps", "num_stages")}, **all_registers(device)} for c in config.values()
+    )
+    return z, products, second
 
 
 # Ahead of time.
 
-# Sizes and the parameters' type: the defaults for T5 base, a wide model, with maps, prompt and spaces alone. Maps beside
-# a rank above 32 are left out: the backward then spills some tens of bytes on NVIDIA GPUs.
+# Sizes and the parameters' type: the defaults for T5 base, a wide model, with maps, prompt and spaces alone. Maps
+# beside a rank above 32 are left out: the backward then spills some tens of bytes on NVIDIA GPUs.
 _AOT_PROBLEMS = (
     (Sizes(s=40, d=768, m=256, r=30, a=0, columns=8, K=4, fusion=True), "fp32"),
     (Sizes(s=100, d=4096, m=256, r=60, a=0, columns=32, K=8, fusion=True), "fp32"),
