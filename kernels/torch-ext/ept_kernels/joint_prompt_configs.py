@@ -102,13 +102,14 @@ def chosen(
 
 # Ahead of time.
 
-# Sizes and the parameters' type: the defaults for T5 base, a wide model, with maps, prompt and spaces alone. Maps
-# beside a rank above 32 are left out: the backward then spills some tens of bytes on NVIDIA GPUs.
+# Sizes and the parameters' type: the defaults for T5 base, a wide model, with maps, prompt and spaces alone. Two cases
+# with maps are left out, since the backward spills some tens of bytes on NVIDIA GPUs: beside a rank above 32, and in a
+# narrow model on sm_100.
 _AOT_PROBLEMS = (
     (Sizes(s=40, d=768, m=256, r=30, a=0, columns=8, K=4, fusion=True), "fp32"),
     (Sizes(s=100, d=4096, m=256, r=60, a=0, columns=32, K=8, fusion=True), "fp32"),
     (Sizes(s=100, d=4096, m=256, r=30, a=16, columns=32, K=8, fusion=True), "fp32"),
-    (Sizes(s=40, d=768, m=256, r=30, a=16, columns=8, K=4, fusion=True), "bf16"),
+    (Sizes(s=40, d=768, m=256, r=30, a=0, columns=8, K=4, fusion=True), "bf16"),
     (Sizes(s=100, d=4096, m=0, r=0, a=0, columns=32, K=8, fusion=False), "fp16"),
 )
 
