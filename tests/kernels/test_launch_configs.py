@@ -16,7 +16,7 @@ DEFAULT = {"BLOCK": 64, "num_warps": 4}
 MEASURED = {
     "one": {"768": {"BLOCK": 16}, "4096": {"BLOCK": 128, "num_warps": 8}},
     "two/16-bit": {"4096x16": {"BLOCK": 1}, "4096x64": {"BLOCK": 2}, "768x16": {"BLOCK": 3}, "768": {"BLOCK": 4}},
-    "product.crossover": {"4096x4096": {"M": 48}},
+    "product.path": {"8x4096x4096": {"PATH": 2}},
 }
 
 
@@ -48,7 +48,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("two/16-bit", 768, {"BLOCK": 4, "num_warps": 4}),
         ("two/32-bit", (4096, 16), DEFAULT),
         ("one", (768, 16), DEFAULT),  # measured by one number, asked for by two
-        ("product.crossover", (4096, 14336), {**DEFAULT, "M": 48}),
+        ("product.path", (8, 4096, 14336), {**DEFAULT, "PATH": 2}),
     ],
 )
 def test_the_nearest_measured_size_is_taken(file, kernel, size, expected):
@@ -111,6 +111,24 @@ def test_what_is_tried_comes_first_and_the_caches_follow(file):
     assert chosen("one") == before == {"BLOCK": 16, "num_warps": 4}
 
 
+def test_what_is_adopted_counts_as_measured_at_its_size(file):
+    file.write_text(json.dumps({"kernels": MEASURED}), encoding="utf-8")
+
+    @launch.cached_choice
+    def chosen(kernel: str, size: int, device: torch.device = GPU) -> int:
+        return launch.config_for(kernel, size, device, DEFAULT)["BLOCK"]
+
+    assert [chosen("one", size) for size in (768, 4096)] == [16, 128]
+    with launch.adopting("one", (4096,), {"BLOCK": 7}), launch.adopting("new", (8,), {"BLOCK": 9}):
+        assert [chosen("one", size) for size in (768, 4096)] == [16, 7]
+        assert chosen("new", 100) == 9
+        assert chosen("one", 768, torch.device("cpu")) == 7  # a CPU has nothing else
+        with launch.trying("one", {"BLOCK": 5}):
+            assert chosen("one", 4096) == 5
+    assert [chosen("one", size) for size in (768, 4096)] == [16, 128]
+    assert chosen("new", 100) == chosen("one", 768, torch.device("cpu")) == 64
+
+
 def test_every_shipped_file_is_sound_and_known_to_the_tuner():
     from ept_kernels import aot
 
@@ -125,7 +143,7 @@ def test_shipped_configurations_are_compiled_and_unknown_ones_refused(tmp_path, 
     tunable = tune.tunables()[0]
     size = "x".join(map(str, tunable.size))
     config = {**tunable.default, "num_warps": 8}
-    kernels = {tunable.kernel: {size: config}, "product.crossover": {"8": {"M": 3}}}
+    kernels = {tunable.kernel: {size: config}, "product.path": {"8": {"PATH": 1}}}
     (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": kernels}), encoding="utf-8")
     monkeypatch.setattr(launch, "CONFIGS", tmp_path)
     (case,) = aot.shipped_cases()

@@ -1,15 +1,7 @@
-"""What the two products with a 4-bit weight share: the path they take, launch configurations, sums over splits.
+"""What the fused kernels of the two products with a 4-bit weight share: launch configurations, sums over splits.
 
-Few tokens take a fused kernel. Too few tiles to fill a GPU are split along the sum; the splits' partial sums are added
-in a fixed order by a second launch.
-
-Many tokens, blocks that straddle rows, and weights at an odd address take one launch that dequantises into a fresh
-tensor, and the library's product. So do float32 tokens: in pieces of bfloat16, as the matrix units would have to take
-them, neither they nor the weights fit into registers. A buffer kept for the weight would have to know of streams and
-CUDA graphs; PyTorch's allocator does, and hands the same memory out again.
-
-From how many tokens on is measured for each device: ``{"M": most tokens of the fused kernel}`` by rows and columns
-under ``matmul_4bit.crossover/16-bit`` and ``matmul_4bit_backward.crossover/16-bit`` in ``configs/``.
+Too few tiles to fill a GPU are split along the sum; the splits' partial sums are added in a fixed order by a second
+launch. When these kernels are taken, and what else there is: see ``four_bit_paths.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import four_bit_codes
-from .four_bit_codes import is_word_aligned, levels
+from .four_bit_codes import levels
 from .launch import AotCase, Config, cached_choice, config_for, launch, on_device
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
@@ -36,8 +28,6 @@ CONFIGS: dict[str, Config] = {
     "matmul_4bit_reduce": {"BLOCK_E": 1024, "num_warps": 4, "num_stages": 1},
 }
 TILES = (16, 32)  # BLOCK_M; more tokens take several
-# Where no crossover was measured, more tokens than these are left to the library: a cautious guess.
-FUSED_UP_TO = 32
 # Programs that splitting is to bring about: several for each multiprocessor of a large GPU.
 PROGRAMS = 512
 
@@ -61,24 +51,6 @@ class Weight(NamedTuple):
     def pointers(self) -> tuple[Tensor | None, ...]:
         """What every kernel takes first."""
         return (*self[:5], levels(self.quant_type, self.packed.device))
-
-
-def is_fused(operator: str, weight: Weight, tokens: int, dtype: torch.dtype) -> bool:
-    """Whether the fused kernel of ``operator`` takes ``tokens`` of ``dtype``."""
-    packed, rows, columns = weight.packed, weight.rows, weight.columns
-    return (
-        (dtype.itemsize == 2 or packed.device.type == "cpu")
-        and columns % weight.block_size == 0
-        and is_word_aligned(packed, rows * columns)
-        and tokens * rows * columns > 0
-        and tokens <= crossover(operator, rows, columns, dtype, packed.device)
-    )
-
-
-@cached_choice
-def crossover(operator: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Most tokens that the fused kernel of ``operator`` takes: measured, or :data:`FUSED_UP_TO`."""
-    return config_for(key(f"{operator}.crossover", dtype), (rows, columns), device, {"M": FUSED_UP_TO})["M"]
 
 
 def key(kernel: str, dtype: torch.dtype) -> str:

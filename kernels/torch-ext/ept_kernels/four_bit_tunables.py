@@ -1,9 +1,10 @@
-"""What the tuner measures of the 4-bit weights: the kernels at the shapes of a Llama and of a T5-base, and from how
-many tokens on a product leaves the weight to a dequantisation and the library.
+"""What the tuner measures of the 4-bit weights: the kernels at the shapes of a Llama and of a T5-base, and which way a
+product of so many tokens goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +14,18 @@ from torch import Tensor
 
 from . import dequantize_4bit_triton as dequantize
 from .dequantize_4bit import dequantize_parts
-from .four_bit_products import CONFIGS, FUSED_UP_TO, TILES, Weight, aot_case, heuristic, key, run
+from .four_bit_paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, has_bitsandbytes, has_fused, heuristic_path
+from .four_bit_products import TILES, Weight, aot_case, heuristic, key, run
 from .launch import AotCase, Config, Tunable, grid
 from .matmul_4bit_backward_triton import matmul_4bit_backward, matmul_4bit_backward_kernel
 from .matmul_4bit_triton import matmul_4bit, matmul_4bit_kernel
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (768, 768), (3072, 768))  # rows and columns of a weight
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
-SWEEP = (1, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384)  # tokens, for the crossovers
-TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Numbers of tokens whose path is measured. Below 8, bitsandbytes' forward changes its path, and nothing else does.
+PATH_COUNTS = {"matmul_4bit": COUNTS, "matmul_4bit_backward": tuple(count for count in COUNTS if count >= 8)}
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_GPU = torch.device("cuda")  # whichever it is
 
 _DEQUANTIZE_GRID = grid(UNITS=(128, 256, 512), ITERS=(1, 2, 4, 8), num_warps=(4, 8))
 _PRODUCT_GRIDS = {
@@ -48,26 +52,15 @@ class Product:
         """The fused kernel, however many tokens."""
         return run(self.kernel, self.operator, tokens, Weight(*weight), weight[-2:][self.after])
 
-    def sweep(self, tokens: Tensor, *weight: Any) -> Tensor:
-        """The product with the first 1, 8, 16, … tokens, each by the path that the crossover says: its best value makes
-        the least time of all of them together.
-        """
-        calls = (self.launcher(*self.arguments(tokens[:count], weight)) for count in _counts(tokens))
-        return torch.cat(list(calls))
+    def by_its_path(self, tokens: Tensor, *weight: Any) -> Tensor:
+        """The operator's launcher, which looks the path up."""
+        return self.launcher(*self.arguments(tokens, weight))
 
     def reference(self, *arguments: Any) -> Tensor:
         tokens, *weight = arguments
         arguments = (*weight, tokens.dtype)
         W = dequantize_parts(*arguments).double()
         return tokens.double() @ (W if self.after else W.T)
-
-    def sweep_reference(self, tokens: Tensor, *weight: Any) -> Tensor:
-        result = self.reference(tokens, *weight)
-        return torch.cat([result[:count] for count in _counts(tokens)])
-
-
-def _counts(tokens: Tensor) -> list[int]:
-    return [count for count in SWEEP if count <= len(tokens)]
 
 
 PRODUCTS = (
@@ -78,6 +71,8 @@ PRODUCTS = (
 
 def tunables(reduced: bool = False) -> list[Tunable]:
     """``reduced``: one tiny shape and two candidates each."""
+    with contextlib.suppress(ImportError):  # without it there is one path less to measure
+        import bitsandbytes  # noqa: F401
     shapes = ((32, 128),) if reduced else SHAPES
     # Under the interpreter, which the reduced ones are for, bfloat16 is truncated.
     dtype, most = (torch.float16, 2) if reduced else (torch.bfloat16, None)
@@ -86,7 +81,13 @@ def tunables(reduced: bool = False) -> list[Tunable]:
     for shape in shapes:
         for product in PRODUCTS:
             found += [_product(product, tile, shape, dtype, most) for tile in TILES]
-            found.append(_crossover(product, shape, dtype, most))
+    # After all kernels, since paths are measured with those that have won.
+    for shape in shapes:
+        for product in PRODUCTS:
+            counts = PATH_COUNTS[product.operator][: 2 * most if most else None]
+            found += [_path(product, count, shape, dtype) for count in counts]
+        if not reduced:
+            found += [_path(PRODUCTS[0], count, shape, torch.float32) for count in COUNTS if count <= 8]
     return found
 
 
@@ -135,17 +136,21 @@ def _product(product: Product, tile: int, shape: tuple[int, int], dtype: torch.d
     )
 
 
-def _crossover(product: Product, shape: tuple[int, int], dtype: torch.dtype, most: int | None) -> Tunable:
-    tile = TILES[-1]
+def _path(product: Product, count: int, shape: tuple[int, int], dtype: torch.dtype) -> Tunable:
+    paths = [LIBRARY]
+    if has_fused(dtype, _GPU):
+        paths.append(FUSED)
+    if product.operator == "matmul_4bit" and has_bitsandbytes():
+        paths.append(BITSANDBYTES)
     return Tunable(
-        kernel=key(f"{product.operator}.crossover", dtype),
-        size=shape,
-        default={"M": FUSED_UP_TO},
-        candidates=[{"M": count} for count in (0, *SWEEP)][:most],
-        operator=product.sweep,
-        inputs=_inputs(product, 3 if most else SWEEP[-1], shape, dtype),
-        reference=product.sweep_reference,
-        aot=lambda _: _aot(product, f"{product.operator}/{tile}", shape, dtype)(CONFIGS[f"{product.operator}/{tile}"]),
+        kernel=key(f"{product.operator}.path", dtype),
+        size=(count, *shape),
+        default={"PATH": heuristic_path(product.operator, count, dtype, _GPU)},
+        candidates=[{"PATH": path} for path in paths],
+        operator=product.by_its_path,
+        inputs=_inputs(product, count, shape, dtype),
+        reference=product.reference,
+        aot=lambda _: dequantize.aot_case(dequantize.heuristic(), TRITON_TYPES[dtype], BLOCK_SIZE, True, words=True),
     )
 
 

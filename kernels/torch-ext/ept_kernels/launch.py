@@ -9,8 +9,8 @@ are data, one file a device, ``configs/<device name>.json``, written by ``python
 smoothly, such as the embedding width. What has to match exactly belongs to the name of the kernel
 (``"prompted_embedding/16-bit"``). The nearest size is taken, by the distance of the logarithms; where nothing was
 measured, the heuristic. Other numbers that are measured a device are kept in the same way under a name with a dot, such
-as the M from which a product takes another path:
-``config_for("matmul_4bit.crossover", (rows, columns), device, {"M": 64})["M"]``.
+as the path of a product:
+``config_for("matmul_4bit.path/16-bit", (tokens, rows, columns), device, {"PATH": 1})["PATH"]``.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ class _State:
     launches = 0
     compiled: list[Any] | None = None  # what launch() has run, while someone asks for it
     tried: ClassVar[dict[str, Config]] = {}  # kernels and the configurations they take for the time being
+    adopted: ClassVar[dict[str, dict[Size, Config]]] = {}  # measured in this process
 
 
 _choices: list[Any] = []  # caches that hold configurations
@@ -155,10 +156,11 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
     """
     if (tried := _State.tried.get(kernel)) is not None:
         return {**default, **tried}
-    if device.type == "cpu":
-        return default
+    known = dict(_State.adopted.get(kernel, {}))
+    if device.type != "cpu":
+        known = {**_measured(device).get(kernel, {}), **known}
     size = size if isinstance(size, tuple) else (size,)
-    measured = {key: config for key, config in _measured(device).get(kernel, {}).items() if len(key) == len(size)}
+    measured = {key: config for key, config in known.items() if len(key) == len(size)}
     if not measured:
         return default
     return {**default, **measured[min(measured, key=lambda key: _distance(key, size))]}
@@ -180,6 +182,18 @@ def trying(kernel: str, config: Config) -> Iterator[None]:
         yield
     finally:
         del _State.tried[kernel]
+        _forget_choices()
+
+
+@contextlib.contextmanager
+def adopting(kernel: str, size: Size, config: Config) -> Iterator[None]:
+    """Within, ``config`` counts as measured for ``kernel`` at ``size``, before what the device's file says."""
+    _State.adopted.setdefault(kernel, {})[size] = config
+    _forget_choices()
+    try:
+        yield
+    finally:
+        del _State.adopted[kernel][size]
         _forget_choices()
 
 

@@ -2,7 +2,7 @@
 
 It computes ``grad_inputᵀ = Wᵀ·grad_outputᵀ`` with the decoded weights as the left operand, as the forward does. The
 columns of a tile come in the order of the nibbles of a word, and are put into their own order when they are stored.
-When this kernel is taken, and how its sums over W's rows are split: see ``four_bit_products.py``.
+When this kernel is taken: see ``four_bit_paths.py``; how its sums over W's rows are split: ``four_bit_products.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from . import four_bit_products
 from .dequantize_4bit_triton import dequantize_4bit
 from .four_bit_codes import WEIGHTS, WORD, absmax_of_words, decode, load_tile
-from .four_bit_products import Weight, is_fused, run
+from .four_bit_paths import FUSED, path_of
+from .four_bit_products import Weight, run
 from .launch import AotCase
 
 
@@ -107,7 +108,7 @@ def matmul_4bit_backward(
     weight = Weight(*parts, quant_type, block_size, nested_block_size, rows, columns)
     grad, shape = grad_output.detach(), (*grad_output.shape[:-1], columns)
     flat = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)  # [tokens, rows]
-    if is_fused("matmul_4bit_backward", weight, flat.shape[0], grad.dtype):
+    if path_of("matmul_4bit_backward", weight, flat.shape[0], grad.dtype) == FUSED:
         return run(matmul_4bit_backward_kernel, "matmul_4bit_backward", flat, weight, columns).view(shape)
     out = grad.new_empty(flat.shape[0], columns)
     return torch.mm(flat, dequantize_4bit(*weight, grad.dtype), out=out).view(shape)

@@ -1,4 +1,4 @@
-"""Triton kernel of the product with a 4-bit weight, ``x·Wᵀ + bias``; see ``four_bit_products.py`` for when it is taken.
+"""Triton kernel of the product with a 4-bit weight, ``x·Wᵀ + bias``; see ``four_bit_paths.py`` for when it is taken.
 
 It computes ``outᵀ = W·xᵀ``: the decoded weights are the left operand, which matrix units take from registers, and the
 tokens are its narrow side. Columns are taken in the order of the nibbles of a word (the first weights of all words of a
@@ -16,7 +16,8 @@ from torch import Tensor
 from . import four_bit_products
 from .dequantize_4bit_triton import dequantize_4bit
 from .four_bit_codes import WEIGHTS, absmax_of_words, load_tile, weight_at
-from .four_bit_products import Weight, is_fused, reduce_aot_cases, run
+from .four_bit_paths import BITSANDBYTES, FUSED, bitsandbytes_product, path_of
+from .four_bit_products import Weight, reduce_aot_cases, run
 from .launch import AotCase
 
 
@@ -114,14 +115,19 @@ def matmul_4bit(
     rows: int,
     columns: int,
 ) -> Tensor:
-    """:func:`~ept_kernels.matmul_4bit_reference`: one or two launches, or one and a library's product."""
+    """:func:`~ept_kernels.matmul_4bit_reference`: one or two launches, or one and a library's product, or
+    bitsandbytes' own.
+    """
     parts = (packed, absmax, nested_absmax, nested_code, nested_offset)
     weight = Weight(*parts, quant_type, block_size, nested_block_size, rows, columns)
     x, shape = x.detach(), (*x.shape[:-1], rows)
     flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
     bias = None if bias is None else bias.detach()
-    if is_fused("matmul_4bit", weight, flat.shape[0], x.dtype):
+    path = path_of("matmul_4bit", weight, flat.shape[0], x.dtype)
+    if path == FUSED:
         return run(matmul_4bit_kernel, "matmul_4bit", flat, weight, rows, bias).view(shape)
+    if path == BITSANDBYTES:
+        return bitsandbytes_product(flat, weight, bias).view(shape)
     # Results go to a given tensor: that leaves autocast out, which would change the type.
     out = x.new_empty(flat.shape[0], rows)
     W = dequantize_4bit(*weight, x.dtype)

@@ -273,11 +273,13 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = [t for t in tunables(reduced=interpreted) if any(name in t.kernel for name in wanted)]
     if not chosen:
         raise SystemExit(f"--kernels {options.kernels}: known are {', '.join(sorted({t.kernel for t in tunables()}))}")
-    rows = []
+    rows, winners = [], contextlib.ExitStack()
     for tunable in chosen:
         with launch.on_device(torch.empty(0, device=device)):
             row = tune(tunable, device, options.samples)
         rows.append(row)
+        # Later ones are measured with what has won: a path of a product with the kernels that it will have.
+        winners.enter_context(launch.adopting(tunable.kernel, tunable.size, row["config"]))
         print(
             f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
             f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",
@@ -285,6 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for config, reason in row["refused"].items():
             print(f"    refused {config}: {reason}", flush=True)
+    winners.close()
     name = "cpu, Triton's interpreter: no measurement" if interpreted else _device_name(device)
     output = options.output or (None if interpreted else launch.config_file(device))
     if output is not None:

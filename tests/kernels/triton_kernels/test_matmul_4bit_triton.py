@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ept_kernels
-from ept_kernels import FourBitWeight, four_bit_products, launch
+from ept_kernels import FourBitWeight, four_bit_paths, four_bit_products, launch
 from ept_kernels import matmul_4bit_backward_triton as backward_kernels
 from ept_kernels import matmul_4bit_triton as kernels
 from ept_kernels.launch import trying
@@ -198,28 +198,9 @@ def test_number_of_launches(problem, launches, device):
     between = launch.launches()
     backward(grad, weight)
     assert (between - before, launch.launches() - between) == launches
-    assert four_bit_products.is_fused(
-        "matmul_4bit", four_bit_products.Weight(*weight.tensors, *weight.sizes), math.prod(problem.tokens), F16
-    ) == (problem.path == FUSED)
-
-
-def test_measured_crossover_decides(device, monkeypatch):
-    """The fused kernel up to M tokens and not beyond, for either product on its own."""
-    weight = Problem(64, 128).weight(device)
-    fused = []
-
-    def run(_, operator, tokens, weight, results, bias=None):
-        fused.append((operator, len(tokens)))
-        return tokens.new_zeros(len(tokens), results)
-
-    monkeypatch.setattr(kernels, "run", run)
-    monkeypatch.setattr(backward_kernels, "run", run)
-    with trying("matmul_4bit.crossover/16-bit", {"M": 3}), trying("matmul_4bit_backward.crossover/16-bit", {"M": 2}):
-        for M in range(1, 5):
-            forward(torch.ones(M, 128, dtype=F16, device=device), weight, None)
-            backward(torch.ones(M, 64, dtype=F16, device=device), weight)
-    assert [m for name, m in fused if name == "matmul_4bit"] == [1, 2, 3]
-    assert [m for name, m in fused if name == "matmul_4bit_backward"] == [1, 2]
+    weight = four_bit_products.Weight(*weight.tensors, *weight.sizes)
+    path = four_bit_paths.path_of("matmul_4bit", weight, math.prod(problem.tokens), F16)
+    assert path == (four_bit_paths.FUSED if problem.path == FUSED else four_bit_paths.LIBRARY)
 
 
 @pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[4], PROBLEMS[15]], ids=lambda p: p.id)

@@ -1,0 +1,171 @@
+"""Which way a product with a 4-bit weight goes: by tokens, shape, direction and type, and by what each way can take."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import bitsandbytes  # noqa: F401 - registers its product
+import pytest
+import torch
+from conftest import INTERPRETED
+from four_bit_problems import quantized, watched_memory
+
+from ept_kernels import FourBitWeight, four_bit_paths, launch, matmul_4bit_backward_triton, matmul_4bit_triton
+from ept_kernels.four_bit_paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, chosen_path, path_of
+from ept_kernels.four_bit_products import Weight
+from ept_kernels.launch import trying
+
+__all__ = ["watched_memory"]
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+FORWARD, BACKWARD = "matmul_4bit", "matmul_4bit_backward"
+GPU = torch.device("cuda", 0)  # the choice looks at its name alone
+
+TABLE = {
+    "matmul_4bit.path/16-bit": {
+        "1x4096x4096": {"PATH": BITSANDBYTES},
+        "4x4096x4096": {"PATH": FUSED},
+        "64x4096x4096": {"PATH": FUSED},
+        "96x4096x4096": {"PATH": BITSANDBYTES},
+        "128x4096x4096": {"PATH": LIBRARY},
+        "1x3072x768": {"PATH": FUSED},
+        "128x3072x768": {"PATH": BITSANDBYTES},
+    },
+    "matmul_4bit.path/32-bit": {"7x4096x4096": {"PATH": LIBRARY}},
+    "matmul_4bit_backward.path/16-bit": {"8x4096x4096": {"PATH": LIBRARY}, "192x4096x4096": {"PATH": FUSED}},
+}
+
+
+def weight_of(rows: int, columns: int, device: Any, **options: Any) -> Weight:
+    weight = quantized(rows, columns, device=device, **options)
+    return Weight(*weight.tensors, *weight.sizes)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    path = tmp_path / "Some_GPU.json"
+    path.write_text(json.dumps({"device": "Some GPU", "kernels": TABLE}), encoding="utf-8")
+    monkeypatch.setattr(launch, "config_file", lambda device: path)
+    caches = (launch._measured, launch._read_once, chosen_path)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "operator, count, rows, columns, dtype, expected",
+    [
+        (FORWARD, 1, 4096, 4096, BF16, BITSANDBYTES),
+        (FORWARD, 4, 4096, 4096, F16, FUSED),  # both 16-bit types share what was measured
+        (FORWARD, 96, 4096, 4096, BF16, BITSANDBYTES),
+        (FORWARD, 128, 4096, 4096, BF16, LIBRARY),
+        (FORWARD, 128, 5120, 5120, BF16, LIBRARY),  # the nearest shape
+        (FORWARD, 1, 2304, 768, BF16, FUSED),
+        (FORWARD, 128, 2304, 768, BF16, BITSANDBYTES),
+        (FORWARD, 1, 4096, 4096, F32, LIBRARY),
+        (BACKWARD, 8, 4096, 4096, BF16, LIBRARY),
+        (BACKWARD, 192, 4096, 4096, BF16, FUSED),
+        (BACKWARD, 8, 4096, 4096, F32, LIBRARY),  # nothing measured
+    ],
+)
+def test_the_measured_path_of_tokens_shape_direction_and_type(table, operator, count, rows, columns, dtype, expected):
+    assert chosen_path(operator, count, rows, columns, dtype, GPU) == expected
+
+
+def test_unmeasured_on_a_gpu(tmp_path, monkeypatch):
+    """The fused kernel for few tokens of 16 bits; in float32 bitsandbytes' own choice where it has a fused kernel."""
+    monkeypatch.setattr(launch, "config_for", lambda kernel, size, device, default: default)
+    monkeypatch.setattr(four_bit_paths, "config_for", launch.config_for)
+    chosen_path.cache_clear()
+    found = {
+        (operator, dtype): [chosen_path(operator, count, 64, 64, dtype, GPU) for count in (1, 7, 8, 32, 64)]
+        for operator in (FORWARD, BACKWARD)
+        for dtype in (BF16, F32)
+    }
+    chosen_path.cache_clear()
+    assert found == {
+        (FORWARD, BF16): [FUSED, FUSED, FUSED, FUSED, LIBRARY],
+        (BACKWARD, BF16): [FUSED, FUSED, FUSED, FUSED, LIBRARY],
+        (FORWARD, F32): [BITSANDBYTES, BITSANDBYTES, LIBRARY, LIBRARY, LIBRARY],
+        (BACKWARD, F32): 5 * [LIBRARY],
+    }
+
+
+def test_a_number_in_between_goes_the_way_of_the_next_larger(device, monkeypatch):
+    asked = []
+    monkeypatch.setattr(four_bit_paths, "chosen_path", lambda operator, count, *rest: asked.append(count) or FUSED)
+    weight = weight_of(64, 128, device)
+    tokens = (1, 2, 4, 5, 6, 7, 8, 9, 33, 64, 65, 1025, 1536)
+    assert [path_of(FORWARD, weight, count, F16) for count in tokens] == [FUSED] * len(tokens)
+    assert asked == [1, 4, 4, 5, 7, 7, 8, 16, 64, 64, 96, 1536, 1536]
+    assert path_of(FORWARD, weight, COUNTS[-1] + 1, F16) == LIBRARY
+
+
+@pytest.mark.parametrize("path", [LIBRARY, FUSED, BITSANDBYTES])
+def test_the_launchers_go_the_chosen_way(path, device, monkeypatch):
+    weight = weight_of(64, 128, device, nested=True)
+    taken = []
+    for module in (matmul_4bit_triton, matmul_4bit_backward_triton):
+        run = module.run
+        monkeypatch.setattr(module, "run", lambda *a, run=run: taken.append(FUSED) or run(*a))
+        dequantize = module.dequantize_4bit
+        monkeypatch.setattr(module, "dequantize_4bit", lambda *a, f=dequantize: taken.append(LIBRARY) or f(*a))
+    theirs = matmul_4bit_triton.bitsandbytes_product
+    monkeypatch.setattr(matmul_4bit_triton, "bitsandbytes_product", lambda *a: taken.append(BITSANDBYTES) or theirs(*a))
+    with trying("matmul_4bit.path/16-bit", {"PATH": path}), trying("matmul_4bit_backward.path/16-bit", {"PATH": path}):
+        matmul_4bit_triton.matmul_4bit(torch.ones(3, 128, dtype=F16, device=device), *weight[:5], None, *weight[5:])
+        matmul_4bit_backward_triton.matmul_4bit_backward(torch.ones(3, 64, dtype=F16, device=device), *weight)
+    assert taken == [path, FUSED if path == BITSANDBYTES else path]  # they have no kernel of the input gradient
+
+
+@pytest.mark.parametrize(
+    "columns, options, change, expected",
+    [
+        (128, {}, {}, BITSANDBYTES),
+        (128, {"nested": True}, {}, BITSANDBYTES),
+        (128, {"nested": True}, {"nested_block_size": 128}, FUSED),  # they insist on 256
+        (128, {"shift": 4}, {}, FUSED),  # whole words, no 16 bytes
+        (128, {"shift": 1}, {}, LIBRARY),
+        (96, {}, {}, LIBRARY),  # blocks straddle rows
+        (128, {}, {"rows": 2**25}, FUSED),  # they count in 32 bits
+    ],
+    ids=str,
+)
+def test_what_bitsandbytes_cannot_take_goes_another_way(columns, options, change, expected, device):
+    weight = weight_of(32, columns, device, **options)._replace(**change)
+    with trying("matmul_4bit.path/16-bit", {"PATH": BITSANDBYTES}):
+        assert path_of(FORWARD, weight, 3, F16) == expected
+        if expected == BITSANDBYTES:
+            assert path_of(FORWARD, weight, 33, F16) == expected
+
+
+def test_without_bitsandbytes_the_heuristic_decides(device, monkeypatch):
+    weight = weight_of(32, 128, device)
+    monkeypatch.setattr(four_bit_paths, "has_bitsandbytes", lambda: False)
+    with trying("matmul_4bit.path/16-bit", {"PATH": BITSANDBYTES}):
+        assert [path_of(FORWARD, weight, count, F16) for count in (1, 32, 33)] == [FUSED, FUSED, LIBRARY]
+    with trying("matmul_4bit.path/32-bit", {"PATH": BITSANDBYTES}):
+        assert path_of(FORWARD, weight, 1, F32) == (FUSED if INTERPRETED else LIBRARY)
+    assert path_of(FORWARD, weight, 0, F16) == LIBRARY
+
+
+@pytest.mark.parametrize("bias", [None, F32], ids=["", "bias"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_bitsandbytes_path_is_right(quant_type, nested, bias, device):
+    """In float32, where the sums are all the difference there is; offset and bias in the forms that it takes."""
+    ours: FourBitWeight = quantized(48, 128, quant_type, nested=nested, device=device)
+    weight = Weight(*ours.tensors, *ours.sizes)
+    if nested:
+        weight = weight._replace(nested_offset=weight.nested_offset.view(1))  # type: ignore[union-attr]
+    x = torch.randn(2, 3, 128, device=device)
+    b = None if bias is None else torch.randn(48, device=device, dtype=torch.float64).to(bias)
+    results = []
+    for path in (BITSANDBYTES, LIBRARY):
+        with trying("matmul_4bit.path/32-bit", {"PATH": path}):
+            results.append(matmul_4bit_triton.matmul_4bit(x, *weight[:5], b, *weight[5:]))
+    assert results[0].shape == (2, 3, 48)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
