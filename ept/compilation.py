@@ -18,10 +18,13 @@ MOST_LENGTHS = 16  # of a batch, each compiled for itself
 _KINDS_OF_LAYER = 4  # T5's: the first and the others, of encoder and decoder, all one class to the compiler
 
 
-def compile_layers(model: nn.Module, **options: Any) -> int:
+def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: Any) -> int:
     """Compiles the repeated layers of ``model`` in place, at their first call.
 
     Args:
+        cuda_graphs: the kernels of a layer, forward and backward, are recorded once for every shape and replayed as
+            one CUDA graph (torch's mode ``reduce-overhead``). For training: what a layer returns is overwritten by the
+            next call of ``model``, so that cached keys and values do not last; generate within :func:`uncompiled`.
         options: of :func:`torch.compile`, such as ``backend``; ``dynamic`` is False unless given: every shape is
             compiled for itself, so that a step's result does not depend on which shapes came before it. torch's
             limit on such versions is raised to what ``MOST_LENGTHS`` lengths need.
@@ -30,8 +33,11 @@ def compile_layers(model: nn.Module, **options: Any) -> int:
         How many layers are compiled.
 
     Raises:
-        ValueError: the model has no list of equal layers.
+        ValueError: the model has no list of equal layers; or ``cuda_graphs`` where it is not on a CUDA device.
     """
+    if cuda_graphs:
+        _check_device(next(model.parameters()).device)
+        options = {"mode": "reduce-overhead", **options}
     layers = _repeated_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no repeated layers to compile: set compile_layers=false")
@@ -41,6 +47,9 @@ def compile_layers(model: nn.Module, **options: Any) -> int:
     )  # the last batch is smaller
     for layer in layers:
         layer.compile(**{"dynamic": False, **options})
+    if cuda_graphs:
+        # Every layer is a region of its own: without the mark, each could take the one before for a finished step.
+        model.register_forward_pre_hook(lambda module, arguments: torch.compiler.cudagraph_mark_step_begin())
     return len(layers)
 
 
@@ -52,6 +61,11 @@ def check_lengths(longest: int, multiple: int) -> None:
             f"training.pad_to_multiple_of={multiple} makes {lengths} lengths of up to {longest} tokens, "
             f"training.compile_layers compiles at most {MOST_LENGTHS}: set it to {-(-longest // MOST_LENGTHS)} or more"
         )
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graphs needs a CUDA device, the model is on {device.type}: set cuda_graphs=false")
 
 
 @contextmanager

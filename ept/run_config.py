@@ -150,6 +150,8 @@ class TrainingConfig:
     compile_layers: bool = False
     """Train through torch.compile of the frozen model's repeated layers, needs `pad_to_multiple_of`; evaluation stays
     uncompiled."""
+    cuda_graphs: bool = False
+    """Replay each compiled layer as one CUDA graph, needs `compile_layers` and a CUDA device."""
     tensorboard: bool = False
 
 
@@ -413,6 +415,13 @@ def _check(config: RunConfig) -> None:
     if config.training.compile_layers and config.training.pad_to_multiple_of is None:
         raise ValueError(
             "training.compile_layers compiles every length for itself: set training.pad_to_multiple_of too, such as 64"
+        )
+    if config.training.cuda_graphs and not config.training.compile_layers:
+        raise ValueError("training.cuda_graphs replays compiled layers: set training.compile_layers=true too")
+    if config.training.cuda_graphs and config.training.gradient_checkpointing:
+        raise ValueError(
+            "training.cuda_graphs and training.gradient_checkpointing exclude each other: a layer that is run again in "
+            "the backward pass would overwrite what was recorded; set one"
         )
     if config.training.bf16 and config.training.fp16:
         raise ValueError("training.bf16 and training.fp16 exclude each other: set one")

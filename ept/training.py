@@ -84,7 +84,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     run_data = load_run_data(config.data, tokenizer, task_type, config.seed)
     model = load_untrained(config, task_type, run_data.data.task.num_outputs, run_data.max_length, tokenizer)
     if config.training.compile_layers:
-        compile_layers(model.get_base_model())
+        compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)
     return PreparedRun(model, tokenizer, task_type, run_data)
 
 
