@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from .distributed import Processes
 from .encoding import check_length, encode_labels, encode_texts, pad
 from .tasks import GROUP, UNPARSABLE, compute_metrics, nearest_value
 
@@ -28,6 +29,7 @@ def predict_labels(
     scoring: str | None = None,
     progress: str | None = None,
     values: Sequence[float] = (),
+    processes: Processes | None = None,
 ) -> list[int]:
     """The index in `labels` predicted for each text; -1 where a generated answer is none of them.
 
@@ -41,6 +43,7 @@ def predict_labels(
         progress: what to call the progress bar on standard error; None for none.
         values: of a regression, the numbers that the labels stand for: a head's output, and an answer that is a number
             but not one of the labels, counts as the nearest.
+        processes: share the batches, those of one process, among them; all return the predictions of all.
 
     Raises:
         ValueError: a text is too long, or the task type has no such scoring.
@@ -56,11 +59,15 @@ def predict_labels(
         range(len(encoded)), key=lambda index: len(encoded[index])
     )  # neighbours of like length: less padding
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    predictions = [UNPARSABLE] * len(encoded)
+    processes = processes or Processes()
+    own: dict[int, int] = {}
     with _evaluating(model):
-        for batch in _tracked(batches, progress):
-            for index, prediction in zip(batch, scorer([encoded[index] for index in batch])):
-                predictions[index] = prediction
+        for batch in _tracked(processes.share(batches), progress if processes.main else None):
+            own.update(zip(batch, scorer([encoded[index] for index in batch])))
+    predictions = [UNPARSABLE] * len(encoded)
+    for part in processes.gather(own):
+        for index, prediction in part.items():
+            predictions[index] = prediction
     return predictions
 
 
@@ -76,10 +83,21 @@ def evaluate(
     scoring: str | None = None,
     progress: str | None = None,
     values: Sequence[float] = (),
+    processes: Processes | None = None,
 ) -> dict[str, float]:
     """Metrics of the predictions on `split` (columns `text` and `label`), and the share of `unparsable` answers."""
     predictions = predict_labels(
-        model, tokenizer, list(split["text"]), labels, task_type, max_length, batch_size, scoring, progress, values
+        model,
+        tokenizer,
+        list(split["text"]),
+        labels,
+        task_type,
+        max_length,
+        batch_size,
+        scoring,
+        progress,
+        values,
+        processes,
     )
     groups = list(split[GROUP]) if GROUP in getattr(split, "column_names", split) else None
     scores = compute_metrics(metrics, predictions, list(split["label"]), len(labels), values=values, groups=groups)
@@ -186,7 +204,7 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def _tracked(batches: list[list[int]], description: str | None) -> Any:
+def _tracked(batches: Sequence[list[int]], description: str | None) -> Any:
     console = Console(stderr=True)
     if description is None or not console.is_terminal:
         return batches

@@ -22,6 +22,7 @@ from transformers import (
 
 from ept import EPTConfig, EPTModel, get_ept_model
 
+from .launched import cpu_is_asked_for, local_index, several
 from .methods import METHODS, adapter_config
 from .peft_methods import attach, attach_trained
 from .run_config import ModelConfig, RunConfig
@@ -34,9 +35,11 @@ MODEL_CLASSES = {
 
 
 def default_device() -> torch.device:
-    """The accelerator of this machine, else the CPU."""
+    """The accelerator of this machine, else the CPU; of several processes' accelerators this one's, with its index."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
+    if accelerator is None or cpu_is_asked_for():
+        return torch.device("cpu")
+    return torch.device(accelerator.type, local_index()) if several() else accelerator
 
 
 def infer_task_type(config: Any) -> str:

@@ -18,7 +18,6 @@ CHECKPOINT_FILES = (
     "adapter_model.safetensors",
     "optimizer.pt",
     "scheduler.pt",
-    "rng_state.pth",
     "trainer_state.json",
 )
 
@@ -58,12 +57,13 @@ class RunFolder:
     def holds_run(self) -> bool:
         return any(path.exists() for path in (self.config, self.metrics, self.adapter, self.results, self.checkpoints))
 
-    def check(self, config: RunConfig, resume: bool, overwrite: bool) -> None:
+    def check(self, config: RunConfig, resume: bool, overwrite: bool, processes: int = 1) -> None:
         """Refuses, before anything is written, a folder that a run may not go to.
 
         Raises:
             FileExistsError: it holds a run and neither argument is set; or the run to resume is finished.
-            ValueError: both are set, or the run to resume has another configuration.
+            ValueError: both are set, or the run to resume has another configuration or ran in another number of
+                processes.
         """
         if resume and overwrite:
             raise ValueError("--resume and --overwrite exclude each other: continue the run, or start it anew")
@@ -86,6 +86,13 @@ class RunFolder:
                     f"cannot resume {self.path}: its configuration differs in {'; '.join(changed)}. "
                     "Resume without these changes, or --overwrite"
                 )
+        checkpoint = self.last_checkpoint()
+        before = len(_random_states(checkpoint)) if checkpoint else processes
+        if before != processes:
+            raise ValueError(
+                f"cannot resume {self.path}: {checkpoint.name} is of a run in {before} processes, this one has "  # type: ignore[union-attr]
+                f"{processes}: start {before} (torchrun --nproc-per-node), or --overwrite"
+            )
 
     def begin(self, config: RunConfig, resume: bool) -> Path | None:
         """Makes the folder, or clears it of an earlier run's files alone; returns the checkpoint to start from."""
@@ -121,10 +128,13 @@ class RunFolder:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, in the order of the steps; survives being cut off within a line."""
+    """`metrics.jsonl`: one JSON object a line, in the order of the steps; survives being cut off within a line.
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    Of several processes all but one have `writes=False`.
+    """
+
+    def __init__(self, file: Path, writes: bool = True) -> None:
+        self.file, self.writes = file, writes
 
     def read(self) -> list[dict[str, Any]]:
         if not self.file.exists():
@@ -139,10 +149,14 @@ class MetricsLog:
 
     def keep_until(self, step: int) -> None:
         """Drops what was logged after `step`: a resumed run logs it again."""
+        if not self.writes:
+            return
         kept = [event for event in self.read() if event["step"] <= step]
         write_atomically(self.file, "".join(json.dumps(event) + "\n" for event in kept))
 
     def append(self, event: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
@@ -165,13 +179,18 @@ def save_adapter(model: Any, folder: Path) -> None:
 
 def _is_whole(folder: Path, step: int) -> bool:
     """The Trainer writes trainer_state.json last: a checkpoint that has it, readable, of that step, is whole."""
-    if not all((folder / name).is_file() for name in CHECKPOINT_FILES):
+    if not all((folder / name).is_file() for name in CHECKPOINT_FILES) or not _random_states(folder):
         return False
     try:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError:
         return False
     return state.get("global_step") == step
+
+
+def _random_states(checkpoint: Path) -> list[Path]:
+    """The states of the random generators: rng_state.pth of one process, rng_state_0.pth, … of several."""
+    return sorted(checkpoint.glob("rng_state*.pth"))
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any], path: str = "") -> list[str]:

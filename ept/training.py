@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import statistics
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import (
@@ -29,6 +29,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from .compilation import check_lengths, compile_layers, uncompiled
+from .distributed import Processes, join
 from .encoding import Collator, encode_labels, encode_split
 from .environment import hardware, peak_memory, versions
 from .evaluation import evaluate
@@ -38,7 +39,7 @@ from .report import learning_curve
 from .run_config import RunConfig
 from .run_data import RunData, load_run_data
 from .run_folder import MetricsLog, RunFolder, save_adapter, write_atomically
-from .sampling import EpochLengthGroupedSampler
+from .sampling import FILLER_LABELS, EpochLengthGroupedSampler, FillingCollator, SharedBatches
 
 # transformers renames the argument on its way to version 6.
 _CHECKPOINTING = next(
@@ -56,6 +57,7 @@ class PreparedRun:
     tokenizer: PreTrainedTokenizerBase
     task_type: str
     run_data: RunData
+    processes: Processes = field(default_factory=Processes)
 
     def score(self, config: RunConfig, split: str, progress: str | None = None) -> dict[str, float]:
         """The task's metrics on a split, with the model as it is now."""
@@ -73,10 +75,11 @@ class PreparedRun:
                 scoring=config.training.scoring,
                 progress=progress,
                 values=data.task.values,
+                processes=self.processes,
             )
 
 
-def prepare(config: RunConfig) -> PreparedRun:
+def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRun:
     """Loads tokenizer, data and model, with a fresh adapter; writes nothing."""
     set_seed(config.seed)  # a new classification head is drawn while loading
     task_type = task_type_of(config.model)
@@ -85,7 +88,7 @@ def prepare(config: RunConfig) -> PreparedRun:
     model = load_untrained(config, task_type, run_data.data.task.num_outputs, run_data.max_length, tokenizer)
     if config.training.compile_layers:
         compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)
-    return PreparedRun(model, tokenizer, task_type, run_data)
+    return PreparedRun(model, tokenizer, task_type, run_data, processes or Processes())
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -94,6 +97,9 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     The folder gets `config.yaml`, `metrics.jsonl`, `checkpoints/`, `adapter/`, `results.json` and
     `learning_curve.png`. The best checkpoint by the task's first metric on the validation split is the one that is
     saved and scored on the test split.
+
+    Started by `torchrun` or `accelerate launch`, the processes share the rows of each step and of each evaluation; the
+    first one writes. The weights are those of one process with as large a batch.
 
     Args:
         resume: continue from the last whole checkpoint (from the start where there is none).
@@ -106,26 +112,25 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     """
     if config.output_dir is None:
         raise ValueError("output_dir is not set: give --output DIR")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("`ept train` runs in one process: use get_ept_model with the Trainer for distributed training")
     if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
             "training.tensorboard needs the package tensorboard: pip install tensorboard, or set it to false"
         )
+    processes = join()
     folder = RunFolder(Path(config.output_dir))
-    folder.check(config, resume, overwrite)
-    run = prepare(config)
+    processes.from_main(lambda: folder.check(config, resume, overwrite, processes.count))
+    run = processes.together(lambda: prepare(config, processes))
     data = run.run_data.data
     metric = data.task.metrics[0]
-    log = MetricsLog(folder.metrics)
+    log = MetricsLog(folder.metrics, writes=processes.main)
     recorder = Recorder(log)
-    trainer = PromptTrainer(config, run, folder, recorder)
+    trainer = processes.together(lambda: PromptTrainer(config, run, folder, recorder))
 
-    checkpoint = folder.begin(config, resume)
+    checkpoint = processes.from_main(lambda: folder.begin(config, resume))
     step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
     log.keep_until(step)
     before = _score_before(log, run, config)
-    if config.training.tensorboard:
+    if config.training.tensorboard and processes.main:
         trainer.add_callback(_tensorboard(folder))
     recorder.seconds_before = max((event.get("seconds", 0.0) for event in log.read()), default=0.0)
 
@@ -134,7 +139,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     with trainer.progress:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     memory, memory_kind = peak_memory()
-    save_adapter(run.model, folder.adapter)
+    processes.from_main(lambda: save_adapter(run.model, folder.adapter))
     after = run.score(config, "test", progress="scoring the trained adapter")
 
     results = {
@@ -151,8 +156,10 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         "best_validation": trainer.state.best_metric,
         "train_seconds": recorder.seconds(),
         "step_time_ms": recorder.step_time_ms(),
-        "peak_memory_bytes": memory,
+        "peak_memory_bytes": max(processes.gather(memory)),
         "peak_memory_kind": memory_kind,
+        "processes": processes.count,
+        "global_batch_size": config.training.batch_size * config.training.gradient_accumulation_steps * processes.count,
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
         "test_metrics": after,
         "test_metrics_before": before,
@@ -163,29 +170,36 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         "hardware": hardware(),
         "config": config.to_dict(),
     }
+    if processes.main:
+        _write_results(results, folder, log)
+    processes.leave()
+    return results
+
+
+def _write_results(results: dict[str, Any], folder: RunFolder, log: MetricsLog) -> None:
+    metric, before = results["metric"], results["test_metrics_before"]
     learning_curve(
         log.read(),
         folder.curve,
         metric=metric,
         majority=results["majority"],
-        title=f"{METHODS[config.method.name].title} on {data.task.name}: "
+        title=f"{METHODS[results['method']].title} on {results['task']}: "
         f"{results['trainable_parameters']:,} parameters",
         test=[
             *([(0, before[metric])] if before else []),
-            (trainer.state.best_global_step or trainer.state.global_step, after[metric]),
+            (results["best_step"] or results["steps"], results["score"]),
         ],
     )
     write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
-    return results
 
 
 def _score_before(log: MetricsLog, run: PreparedRun, config: RunConfig) -> dict[str, float]:
     """Test metrics of the untrained adapter, if wanted; a resumed run reads them from its log."""
     if not config.training.score_before:
         return {}
-    for event in log.read():
-        if "before" in event:
-            return event["before"]
+    logged = run.processes.from_main(lambda: [event["before"] for event in log.read() if "before" in event])
+    if logged:
+        return logged[0]
     before = run.score(config, "test", progress="scoring the untrained adapter")
     log.append({"step": 0, "before": before})
     return before
@@ -212,7 +226,7 @@ class PromptTrainer(Trainer):
         )
         if config.training.compile_layers and config.training.pad_to_multiple_of is not None:
             check_lengths(max(encoded["length"]), config.training.pad_to_multiple_of)
-        self.progress = ProgressBar(data.task.metrics[0])
+        self.progress = ProgressBar(data.task.metrics[0], shown=run.processes.main)
         super().__init__(
             model=run.model,
             args=training_arguments(config, folder, metric=data.task.metrics[0]),
@@ -232,9 +246,43 @@ class PromptTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.run_config.training.group_by_length:
             return super()._get_train_sampler(train_dataset)
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
         lengths = list((train_dataset or self.train_dataset)["length"])
         return EpochLengthGroupedSampler(rows, lengths, self.run_config.seed)
+
+    def get_train_dataloader(self) -> Any:
+        count, args = self.run.processes.count, self.args
+        if count == 1:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        batches = SharedBatches(
+            self._get_train_sampler(), args.train_batch_size * count, self.run.processes.index, count
+        )
+        loader = torch.utils.data.DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=FillingCollator(self.data_collator, rows[0]),
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(  # as accelerate prepares them for one process: the batches are shared already
+            loader,
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            use_seedable_sampler=True,
+            non_blocking=torch.cuda.is_available(),
+        )
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        filler = inputs.pop(FILLER_LABELS, None)
+        if filler is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, {**inputs, "labels": filler}, *args, **kwargs) * 0.0
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.run.processes.wait()  # trainer_state.json, which comes next, says that everything is there
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -320,6 +368,8 @@ def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> Tra
         optim=training.optim,
         remove_unused_columns=False,
         label_names=["labels"],
+        ddp_find_unused_parameters=False,  # every parameter of an adapter takes part in every step
+        ddp_broadcast_buffers=False,  # those of a frozen model stay what they are
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"non_blocking": torch.cuda.is_available()},  # from pinned memory: no wait for the copy
         disable_tqdm=True,
@@ -402,9 +452,9 @@ class Recorder(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """A bar with loss, score and remaining time on standard error; without a terminal, one line an evaluation."""
 
-    def __init__(self, metric: str) -> None:
+    def __init__(self, metric: str, shown: bool = True) -> None:
         self.metric = metric
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=not shown)
         self.loss = self.score = ""
         self.bar: Progress | None = None
 
@@ -416,7 +466,7 @@ class ProgressBar(TrainerCallback):
             self.bar.stop()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.console.is_terminal:
+        if not self.console.is_terminal or self.console.quiet:
             return
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)

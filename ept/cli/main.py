@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from ept import __version__
+from ept.launched import is_main, process_index, was_told
 
 from . import compare, env, evaluate, export, predict, profile, tasks, train
 
@@ -33,7 +34,9 @@ class OneLineErrors(TyperGroup):
             if os.environ.get("EPT_DEBUG") == "1":
                 raise
             text = str(error) or type(error).__name__
-            typer.echo(f"error: {text}  (EPT_DEBUG=1 shows where)", err=True)
+            if not was_told(error):
+                where = "" if is_main() else f" in process {process_index()}"
+                typer.echo(f"error{where}: {text}  (EPT_DEBUG=1 shows where)", err=True)
             raise typer.Exit(2) from error
 
 

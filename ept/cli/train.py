@@ -33,9 +33,14 @@ def train(
 ) -> None:
     """Train an adapter and score it before and after.
 
-    With --resume and without --config, the configuration is the one in the folder.
+    With --resume and without --config, the configuration is the one in the folder. In several processes:
+    torchrun --nproc-per-node 2 -m ept.cli.main train ...
     """
+    from ept.launched import is_main
+
     run_config = _configuration(config, set_ or [], output, resume)
+    if (print_config or dry_run) and not is_main():
+        return
     if print_config:
         print_json(run_config.to_dict()) if json else typer.echo(run_config.to_yaml(), nl=False)
         return
@@ -49,6 +54,8 @@ def train(
         from ept.training import train as train_run
 
         results = train_run(run_config, resume=resume, overwrite=overwrite)
+    if not is_main():
+        return
     if json:
         print_json(results)
         return

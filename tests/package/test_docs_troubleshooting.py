@@ -28,6 +28,7 @@ WORDLESS = {
     "typer.Exit": "ends `ept --version`",
     "typer.Exit(1)": "an exit code; what failed has been written to standard error",
     "typer.Exit(2)": "an exit code; the error has been written to standard error",
+    "failure": "an error of this process or of another one, as it was raised there",
     "Refused(str(error).strip().splitlines()[0])": "Triton's own reason",
 }
 LEAST_LETTERS = 12  # of an entry that is a part of a message: fewer would be found in messages of all kinds

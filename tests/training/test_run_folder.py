@@ -16,7 +16,7 @@ CONFIG = RunConfig()
 def checkpoint(folder: Path, step: int, missing: str | None = None, state: str | None = None) -> Path:
     made = folder / "checkpoints" / f"checkpoint-{step}"
     made.mkdir(parents=True)
-    for name in CHECKPOINT_FILES:
+    for name in (*CHECKPOINT_FILES, "rng_state.pth"):
         if name != missing:
             (made / name).write_text("{}", encoding="utf-8")
     if missing != "trainer_state.json":
