@@ -48,7 +48,11 @@ def quantized(
 
 
 def dequantized_by_bitsandbytes(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """What bitsandbytes makes of the same bytes, on the same device."""
+    """What bitsandbytes makes of the same bytes, on the same device.
+
+    On a CPU it is asked for one long row: its code there mistakes blocks that straddle rows, though it writes them.
+    """
+    shape = torch.Size((weight.rows, weight.columns))
     nested = None
     if weight.nested:
         nested = bnb.QuantState(
@@ -56,7 +60,7 @@ def dequantized_by_bitsandbytes(weight: FourBitWeight, dtype: torch.dtype) -> Te
         )
     state = bnb.QuantState(
         weight.absmax,
-        shape=torch.Size((weight.rows, weight.columns)),
+        shape=torch.Size((1, shape.numel())) if weight.packed.device.type == "cpu" else shape,
         code=bnb.get_4bit_type(weight.quant_type, device=weight.packed.device),
         blocksize=weight.block_size,
         quant_type=weight.quant_type,
@@ -65,7 +69,7 @@ def dequantized_by_bitsandbytes(weight: FourBitWeight, dtype: torch.dtype) -> Te
         state2=nested,
     )
     with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles its plain version
-        return bnb.dequantize_4bit(weight.packed[:, None], state)
+        return bnb.dequantize_4bit(weight.packed[:, None], state).view(shape)
 
 
 def units_apart(actual: Tensor, expected: Tensor) -> int:

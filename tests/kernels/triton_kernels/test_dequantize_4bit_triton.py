@@ -5,6 +5,7 @@ Under the interpreter bfloat16 may be one unit off, since it truncates where a G
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -114,6 +115,14 @@ def test_problems_cover_what_is_promised():
     assert not covers(PROBLEMS, quant_type={NF4, FP4}, **promised)
 
 
+@pytest.mark.parametrize("block_size", [32, 64, 128, 512, 4096])
+@pytest.mark.parametrize("quant_type", [NF4, FP4])
+def test_every_combination_equals_bitsandbytes(quant_type, block_size, device):
+    """Exact in every type on a GPU; words and bytes, blocks that straddle rows, a short last block."""
+    for nested, dtype, (rows, columns) in itertools.product((False, True), (F32, F16, BF16), ((13, 40), (5, 67))):
+        test_equals_bitsandbytes(Problem(rows, columns, quant_type, block_size, nested, dtype), device)
+
+
 @pytest.mark.parametrize("quant_type", [NF4, FP4])
 def test_levels_are_bitsandbytes_own(quant_type, device):
     """Every byte there is, at absmax 1: the levels' own bits, signs of zeros included."""
@@ -175,6 +184,38 @@ def test_any_launch_configuration_is_right(config, problem, device):
 def test_any_weight(device, rows, columns, quant_type, block_size, nested, dtype, shift):
     weight = quantized(rows, columns, quant_type, block_size, nested, device=device, shift=shift)
     assert_equal_bits(run(weight, dtype), ept_kernels.dequantize_4bit_reference(weight, dtype))
+
+
+DAMAGES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    damaged=st.sampled_from((*DAMAGES, "quant_type", "block_size", "nested_block_size", "rows", "columns")),
+    value=st.sampled_from([float("nan"), float("inf"), 3e38, -0.0, 0, 1, 2, 32, 64, 255, 333, 2**31, NF4, FP4, None]),
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 90),
+)
+def test_any_damaged_weight_is_refused_or_read_within_its_tensors(device, damaged, value, rows, columns):
+    """Contents may be anything; sizes that fit the tensors are another reading of them. Addresses are watched."""
+    weight = quantized(rows, columns, block_size=32, nested=True, device=device)
+    parts = {name: getattr(weight, name) for name in weight.__dataclass_fields__}
+    if damaged in DAMAGES and isinstance(value, (int, float)):
+        high = 255 if parts[damaged].dtype == torch.uint8 else 1e38
+        parts[damaged] = torch.full_like(parts[damaged], min(value, high) if math.isfinite(value) else high)
+        if parts[damaged].is_floating_point() and not math.isfinite(value):
+            parts[damaged].fill_(value)
+    else:
+        parts[damaged] = value
+    try:
+        weight, refusal = FourBitWeight(**parts), None
+    except ValueError as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert "expected" in refusal
+        return
+    expected = ept_kernels.dequantize_4bit_reference(weight, F32)
+    torch.testing.assert_close(run(weight, F32), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[17]], ids=lambda p: p.id)
