@@ -12,6 +12,7 @@ pytest will do, and what is missing beside them is skipped, with the reason in t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shutil
 import signal
@@ -39,15 +40,17 @@ from benchmarks.common import (
     measured_with,
 )
 from benchmarks.shapes import TABLES
-from benchmarks.tables import goal_table, markdown, reasons, step_table
+from benchmarks.tables import goal_table, markdown, option_table, reasons, step_table
 
 Row = dict[str, Any]
 
 CHECKS = ("tests", "sanitizer")
 
 # Seconds of each section; what is not reached is measured by the next run of the same command.
-BUDGETS = {"tests": 130.0, "kernels": 190.0, "sanitizer": 30.0, "steps": 100.0}
+BUDGETS = {"tests": 130.0, "kernels": 180.0, "sanitizer": 25.0, "steps": 110.0}
 GRACE = 45.0  # of a section's last unit, which may have begun just in time
+TOTAL = 465.0  # of all sections with their graces: with the start and the tables, less than eight minutes
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal a process gets when its parent ends
 RESTARTS = 20  # of a section whose process died, which every unit survives twice
 
 
@@ -77,6 +80,7 @@ class Report:
         command = "python benchmarks/gpu_report.py" + (" --device cpu --reduced" if reduced else "")
         self.record = Record.resume(output, header(command, device, reduced))
         self.about = measured_with(device, reduced)
+        self.end = time.monotonic() + TOTAL * scale
 
     def run(self) -> None:
         self.tests()
@@ -92,22 +96,23 @@ class Report:
             if self.record.finished(run.unit) and run.unit not in timed_out:
                 continue
             with self.record.unit(run.unit) as unit:
-                row = _pytest(run, max(10.0, deadline - time.monotonic()))
+                row = _pytest(run, max(10.0 * self.scale, deadline - time.monotonic()))
                 unit.add({"section": "tests", "case": run.unit, **row, **self.about})
             print(f"{row['status']:8} {run.unit}: {row.get('summary', row['reason'])}", flush=True)
 
     def worker(self, section: str) -> None:
         """A section in a process of its own, begun again where it died, as long as there is time."""
-        deadline = time.monotonic() + BUDGETS[section] * self.scale
+        deadline = min(time.monotonic() + BUDGETS[section] * self.scale, self.end)
         for _ in range(RESTARTS):
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 return
+            most = min(seconds + GRACE, self.end - time.monotonic())
             command = [f"benchmarks.run_{section}", "--device", self.device, "--output", str(self.record.path)]
             command += ["--as-is", "--seconds", f"{seconds:.0f}", *(["--reduced"] if self.reduced else [])]
-            code, _ = _call([sys.executable, "-m", *command], _environment(), seconds + GRACE, capture=False)
+            code, _ = _call([sys.executable, "-m", *command], _environment(), most, capture=False)
             if code is None:
-                print(f"{section}: stopped, its last unit took {GRACE:.0f} s beyond the section's time", flush=True)
+                print(f"{section}: stopped after {most:.0f} s, in the middle of its last unit", flush=True)
             if not code:
                 return
             print(f"{section}: the process ended with code {code}; going on without what it was at", flush=True)
@@ -183,6 +188,7 @@ def _call(command: Sequence[str], environment: dict[str, str], seconds: float, c
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -193,6 +199,16 @@ def _call(command: Sequence[str], environment: dict[str, str], seconds: float, c
             return None, ""
         raise
     return process.returncode, output or ""
+
+
+def _end_with_parent() -> None:
+    """In a child of a report: ends it where the report is killed, so that two runs never write to one record. Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _environment(extra: dict[str, str] | None = None) -> dict[str, str]:
@@ -211,6 +227,7 @@ def _summary(results: list[Row], reduced: bool) -> list[str]:
         markdown(["check", "status", "result"], checks),
         f"kernels: {len({row['case'] for row in done})} of {_planned(reduced)} cases measured",
         step_table(results),
+        option_table(results),
         "\n".join(missing),
         goal_table(results),
     ]
@@ -245,4 +262,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: what was started is ended too
     sys.exit(main())

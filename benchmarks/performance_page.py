@@ -7,21 +7,21 @@ python -m benchmarks.performance_page --check    ends with 1 where the page is n
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from . import json_records
 from .common import RECORD_NAME, RESULTS, ROOT, Record
+from .json_records import BARE_TITLE, OVERHEAD
 from .plots import drawable
 from .run_steps import overhead_row
-from .tables import goal_table, markdown, peer_table, reasons, seconds, step_table
+from .tables import goal_table, markdown, option_table, peer_table, reasons, seconds, step_table
 
 Row = dict[str, Any]
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = "performance"  # folder beside the page
-OVERHEAD = "step_overhead.json"
 
 CAPTIONS = {
     "bandwidth": "Bandwidth over size: the least bytes that the operator must move, over its time.",
@@ -57,7 +57,7 @@ the operators' dispatch costs and where the peers stand.
 
 def render(results: Path = RESULTS) -> str:
     """The page's text."""
-    folders = sorted(folder for folder in results.iterdir() if folder.is_dir())
+    folders = _folders(results)
     gpus = [folder for folder in folders if folder.name != "cpu"]
     every = [row for folder in folders for row in rows_of(folder)]
     parts = [HEAD, "## Goals\n", goal_table(every) + "\n"]
@@ -69,13 +69,25 @@ def render(results: Path = RESULTS) -> str:
 def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
     """Draws every plot that the records allow, beside ``page``."""
     drawn = []
-    for folder in sorted(folder for folder in results.iterdir() if folder.is_dir()):
+    for folder in _folders(results):
         rows = rows_of(folder)
         for name, function in drawable(rows).items():
             path = page.parent / _plot(folder, name)
             function(rows, path)
             drawn.append(path)
+        for file, kind in json_records.known(folder):
+            record = json_records.read(file)
+            for plot in kind.plots(record):
+                path = page.parent / _plot(folder, json_records.plot_name(file, plot))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                plot.draw(record, path)
+                drawn.append(path)
     return drawn
+
+
+def _folders(results: Path) -> list[Path]:
+    """Those of the devices: the folders that hold a record."""
+    return sorted(folder for folder in results.iterdir() if folder.is_dir() and any(folder.glob("*.json*")))
 
 
 def rows_of(folder: Path) -> list[Row]:
@@ -83,7 +95,7 @@ def rows_of(folder: Path) -> list[Row]:
     rows = Record(folder / RECORD_NAME).results()
     overhead = folder / OVERHEAD
     if overhead.exists():
-        record = json.loads(overhead.read_text(encoding="utf-8"))
+        record = json_records.read(overhead)
         about = {"device_type": "cuda" if record["hardware"]["gpus"] else "cpu", "reduced": False}
         rows.append({**overhead_row(record), **about, "section": "bare", "status": "ok", "reason": ""})
     reduced = [row["case"] for row in rows if row["reduced"] and "case" in row]
@@ -102,7 +114,7 @@ def _device(folder: Path) -> str:
     if name == "cpu":
         parts.append(CPU_NOTE)
     if header:
-        parts.append(_measured_with(header))
+        parts.append(json_records.measured_with(header, header["command"], header["started"][:10]))
     parts += [f"![{CAPTIONS[plot]}]({_plot(folder, plot)})\n\n{CAPTIONS[plot]}\n" for plot in drawable(rows)]
     tests = [row for row in rows if row["section"] in ("tests", "sanitizer")]
     if tests:
@@ -118,21 +130,20 @@ def _device(folder: Path) -> str:
     steps = step_table(rows)
     if steps:
         parts.append(f"### Training steps\n\n{steps}\n")
-    parts += [_bare(row) for row in rows if row["section"] == "bare"]
+    options = option_table(rows)
+    if options:
+        parts.append(f"### What each option of the training step gains\n\n{options}\n")
+    bare = [row for row in rows if row["section"] == "steps" and "ratio_to_bare" in row]
+    parts += [f"### {BARE_TITLE}\n\n{json_records.overhead(row)}" for row in bare]
     missing = reasons(rows)
     if missing:
         parts.append("### Not measured\n\n" + "\n".join(f"* {line}" for line in missing) + "\n")
-    others = _other_records(folder)
+    for file, kind in json_records.known(folder):
+        parts.append(json_records.section(file, kind, lambda name: _plot(folder, name)))
+    others = json_records.unknown(folder)
     if others:
         parts.append(f"### Further records\n\n{others}\n")
     return "\n".join(parts)
-
-
-def _measured_with(header: Row) -> str:
-    hardware = header["hardware"]
-    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in header["versions"].items())
-    machine = f"{hardware['processor']}, {hardware['threads']} threads on {hardware['cores']} cores"
-    return f"`{header['command']}`, {header['started'][:10]}, {machine}; {versions}.\n"
 
 
 def _ceiling_table(rows: list[Row]) -> str:
@@ -146,27 +157,6 @@ def _ceiling_table(rows: list[Row]) -> str:
     return markdown(["ceiling", "rate", "20 %", "median", "80 %"], lines)
 
 
-def _bare(row: Row) -> str:
-    size = row["size"]
-    return (
-        "### EPT's step beside the bare frozen model on as many positions\n\n"
-        f"{row['ratio_to_bare']:.3f} times its time (20 to 80 %: {row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}, "
-        f"{row['samples']} pairs): {row['model']}, {row['dtype']}, batch {size['batch']}, {size['length']} text "
-        f"tokens, {size['positions']} positions; {seconds(row['median'])} a step. Record: `{OVERHEAD}`.\n"
-    )
-
-
-def _other_records(folder: Path) -> str:
-    """Records that have no section of their own, so that none is passed over in silence."""
-    lines = []
-    for file in sorted(folder.glob("*.json")):
-        if file.name != OVERHEAD:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            command = record.get("command") if isinstance(record, dict) else None
-            lines.append([f"`{file.name}`", f"`{command}`" if command else "–"])
-    return markdown(["record", "command"], lines) if lines else ""
-
-
 def _plot(folder: Path, name: str) -> str:
     return f"{PLOTS}/{folder.name}-{name}.png"
 
@@ -174,16 +164,21 @@ def _plot(folder: Path, name: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where the page is out of date")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with a folder of records a device")
+    parser.add_argument("--page", type=Path, help="default docs/performance.md; of other results, a file beside them")
     arguments = parser.parse_args()
-    text = render()
+    results = arguments.results.resolve()
+    page = arguments.page or (PAGE if results == RESULTS else results / PAGE.name)
+    text = render(results)
     if arguments.check:
-        current = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        current = page.read_text(encoding="utf-8") if page.exists() else ""
         if current != text:
-            print(f"{PAGE.relative_to(ROOT)} is not what the records give: run python -m benchmarks.performance_page")
+            print(f"{page} is not what the records give: run python -m benchmarks.performance_page")
         return int(current != text)
-    PAGE.write_text(text, encoding="utf-8")
-    for path in [PAGE, *draw()]:
-        print(path.relative_to(ROOT))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+    for path in [page, *draw(results, page)]:
+        print(path)
     return 0
 
 

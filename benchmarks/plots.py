@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ept.profile_report import PHASE_COLOURS
+
 from .shapes import BITSANDBYTES, DENSE, OURS, OURS_AGAIN
 from .tables import by_case
 
@@ -26,7 +28,6 @@ METHOD_TITLES = {
     "peft-pt": "PEFT prompt tuning",
     "peft-pt again": "PEFT, again",
 }
-PHASE_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#7f7f7f", "#e377c2")
 BANDWIDTH_KERNELS = ("prompted_embedding", "prompted_embedding_backward", "dequantize_4bit")
 PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
 
@@ -112,13 +113,14 @@ def draw_bandwidth(results: list[Row], path: Path) -> None:
 
 
 def draw_speedup(results: list[Row], path: Path) -> None:
-    """Time of bitsandbytes over ours, over M, one panel a product, one line a layer."""
+    """Time of bitsandbytes over ours, over M, one panel a product, one line a layer (of one colour in all panels)."""
     lines = speedup_lines(results)
+    styles = _line_styles(list(dict.fromkeys(layer for layers in lines.values() for layer in layers)))
     figure, panels = _panels(len(lines))
     for panel, (kernel, layers) in zip(panels, lines.items()):
         for layer, points in layers.items():
             tokens = sorted(points)
-            panel.plot(tokens, [points[m] for m in tokens], marker="o", markersize=4, label=layer)
+            panel.plot(tokens, [points[m] for m in tokens], markersize=4, label=layer, **styles[layer])
         panel.axhline(1, color="black", linestyle="--", linewidth=1, label="bitsandbytes")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:.0f}")
@@ -127,10 +129,20 @@ def draw_speedup(results: list[Row], path: Path) -> None:
     _finish(figure, panels, path)
 
 
+def _line_styles(names: list[str]) -> dict[str, Row]:
+    """Ten colours, then the same ones with another marker and dashes, so that no two lines look alike."""
+    marks = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."))
+    styles = {}
+    for index, name in enumerate(names):
+        marker, dashes = marks[index // 10 % len(marks)]
+        styles[name] = {"color": f"C{index % 10}", "marker": marker, "linestyle": dashes}
+    return styles
+
+
 def draw_steps(results: list[Row], path: Path) -> None:
-    """Time of a training step by method, stacked by phase, one panel a model."""
+    """Time of a training step by method, stacked by phase, with its 20 and 80 %; one panel a case."""
     cases = step_bars(results)
-    figure, panels = _panels(len(cases))
+    figure, panels = _panels(len(cases), height=1.2 + 0.5 * max(map(len, cases.values())))
     for panel, (case, methods) in zip(panels, cases.items()):
         names = [METHOD_TITLES.get(method, method) for method in methods]
         left = [0.0] * len(methods)
@@ -138,30 +150,47 @@ def draw_steps(results: list[Row], path: Path) -> None:
             widths = [1e3 * row["phases"][phase] for row in methods.values()]
             panel.barh(names, widths, left=left, label=phase.replace("_", " "), color=colour)
             left = [a + b for a, b in zip(left, widths)]
+        medians = [1e3 * row["median"] for row in methods.values()]
+        low, high = ([1e3 * abs(row[q] - row["median"]) for row in methods.values()] for q in ("p20", "p80"))
+        panel.errorbar(medians, names, xerr=[low, high], fmt="none", ecolor="black", capsize=3, label="20 to 80 %")
         size = next(iter(methods.values()))["size"]
         panel.set(
             xlabel="time of a step (ms)", title=f"{case.removeprefix('steps/')}, {size['batch']}×{size['length']}"
         )
-        panel.invert_yaxis()
+        panel.set_ylim(len(names) - 0.4, -0.6)  # the first on top
     _finish(figure, panels, path)
 
 
-def _panels(number: int) -> tuple[Any, list[Any]]:
+def _panels(number: int, height: float = 3.4) -> tuple[Any, list[Any]]:
+    """A figure and its panels of ``height`` inches: up to three in a row, more in rows of two."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, number, figsize=(5.2 * number, 4.4), squeeze=False, layout="constrained")
-    return figure, list(axes[0])
+    columns = number if number <= 3 else 2
+    rows = -(-number // columns)
+    size = (5.2 * columns, height * rows + 1.0)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    panels = list(axes.flat)
+    for unused in panels[number:]:
+        unused.remove()
+    return figure, panels[:number]
 
 
 def _finish(figure: Any, panels: list[Any], path: Path) -> None:
     from matplotlib import pyplot
 
+    named: dict[str, Any] = {}  # one legend for all panels
     for panel in panels:
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+        panel.set_title(panel.get_title(), fontsize="medium")
+        handles, labels = panel.get_legend_handles_labels()
+        named |= {label: handle for handle, label in zip(handles, labels) if label not in named}
+    columns = max(2, round(figure.get_figwidth() / 2.2))
+    figure.legend(
+        list(named.values()), list(named), loc="outside lower center", ncols=columns, frameon=False, fontsize="small"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

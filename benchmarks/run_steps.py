@@ -1,5 +1,5 @@
-"""Whole training steps for the report, appended to its record step by step: what ``ept profile`` measures, and EPT
-against the bare frozen model (``step_overhead.py``).
+"""Whole training steps for the report, appended to its record step by step: what ``ept profile`` measures, EPT
+against the bare frozen model (``step_overhead.py``), and what each option of the step gains (``step_options.py``).
 
     python -m benchmarks.run_steps --device cuda --output FILE.jsonl --seconds 100
 """
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ Row = dict[str, Any]
 
 METHODS = ("pt", "dept", "ept", "peft-pt")
 PEFT_AGAIN = "peft-pt again"
+OPTIONS_STEP = "steps/options"
 
 
 @dataclass(frozen=True)
@@ -60,46 +61,25 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Overhead:
-    """EPT's step beside the bare frozen model's, by ``step_overhead.py`` with these arguments."""
+class Script:
+    """One of the scripts that write a record of their own.
+
+    Attributes:
+        name: of its file. arguments: its command line, but for ``--output``. read: the rows of its record.
+    """
 
     case: str
+    name: str
     arguments: tuple[str, ...]
+    read: Callable[[Row], list[Row]]
     needs: str = ""
 
     def rows(self) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "record.json"
-            command = [sys.executable, "benchmarks/step_overhead.py", *self.arguments, "--output", str(output)]
+            command = [sys.executable, f"benchmarks/{self.name}", *self.arguments, "--output", str(output)]
             subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-            yield overhead_row(json.loads(output.read_text(encoding="utf-8")))
-
-
-STEPS: dict[str, tuple[Profile | Overhead, ...]] = {
-    "gpu": (
-        Profile(T5_STEP, {"shape": "t5-base", "dtype": "bfloat16", "batch": 32, "length": 256, "warmup": 3}),
-        Profile(
-            LLAMA_STEP,
-            {
-                "shape": "llama-2-7b",
-                "dtype": "bfloat16",
-                "quantization": "nf4",
-                "batch": 8,
-                "length": 256,
-                "steps": 6,
-            },
-            groups=(("peft-pt",), ("pt", "dept", "ept"), ("peft-pt",)),
-            needs="bitsandbytes",
-        ),
-        Overhead(BARE_STEP, ("--random", "--batch", "32", "--length", "256", "--pairs", "20")),
-    ),
-    "cpu": (Profile(T5_STEP, {"shape": "t5-base", "batch": 2, "length": 128, "steps": 5, "warmup": 1}),),
-    "reduced": (
-        Profile(
-            T5_STEP, {"shape": "t5-small", "layers": 1, "batch": 1, "length": 8, "steps": 2, "warmup": 1}, (METHODS,)
-        ),
-    ),
-}
+            yield from self.read(json.loads(output.read_text(encoding="utf-8")))
 
 
 def profile_row(method: Row, record: Row) -> Row:
@@ -136,6 +116,80 @@ def overhead_row(record: Row) -> Row:
     }
 
 
+def read_overhead(record: Row) -> list[Row]:
+    """The one row of such a record."""
+    return [overhead_row(record)]
+
+
+def option_rows(record: Row) -> list[Row]:
+    """Rows from a record of ``step_options.py``, one an option."""
+    return [
+        {
+            "case": OPTIONS_STEP,
+            "provider": option["option"],
+            **{name: 1e-3 * option["on_ms"][name] for name in ("median", "p20", "p80")},
+            **{f"off_{name}": 1e-3 * option["off_ms"][name] for name in ("median", "p20", "p80")},
+            "gain": option["gain"],
+            "setting": option["setting"],
+            "samples": option["pairs"],
+            "model": option["shape"],
+            "size": {"batch": record["batch"], "length": record["length"]},
+            "dtype": record["dtype"],
+        }
+        for option in record["options"]
+    ]
+
+
+STEPS: dict[str, tuple[Profile | Script, ...]] = {
+    "gpu": (
+        Profile(T5_STEP, {"shape": "t5-base", "dtype": "bfloat16", "batch": 32, "length": 256, "warmup": 3}),
+        Profile(
+            LLAMA_STEP,
+            {
+                "shape": "llama-2-7b",
+                "dtype": "bfloat16",
+                "quantization": "nf4",
+                "batch": 8,
+                "length": 256,
+                "steps": 6,
+            },
+            groups=(("peft-pt",), ("pt", "dept", "ept"), ("peft-pt",)),
+            needs="bitsandbytes",
+        ),
+        Script(
+            BARE_STEP,
+            "step_overhead.py",
+            ("--random", "--batch", "32", "--length", "256", "--pairs", "20"),
+            read_overhead,
+        ),
+        Script(
+            OPTIONS_STEP,
+            "step_options.py",
+            ("--dtype", "bfloat16", "--batch", "32", "--length", "256", "--pairs", "5"),
+            option_rows,
+        ),
+    ),
+    "cpu": (Profile(T5_STEP, {"shape": "t5-base", "batch": 2, "length": 128, "steps": 5, "warmup": 1}),),
+    "reduced": (
+        Profile(
+            T5_STEP, {"shape": "t5-small", "layers": 1, "batch": 1, "length": 8, "steps": 2, "warmup": 1}, (METHODS,)
+        ),
+        Script(
+            BARE_STEP,
+            "step_overhead.py",
+            ("--random", "--layers", "1", "--batch", "1", "--length", "8", "--pairs", "2", "--warmup", "1"),
+            read_overhead,
+        ),
+        Script(
+            OPTIONS_STEP,
+            "step_options.py",
+            ("--only", "label-only logits", "--layers", "1", "--batch", "1", "--length", "8", "--pairs", "2"),
+            option_rows,
+        ),
+    ),
+}
+
+
 def run(record: Record, device: str, table: str, seconds: float) -> int:
     """Measures the steps of ``table`` that ``record`` lacks, and returns how many are left when time is up."""
     start = time.monotonic()
@@ -157,7 +211,19 @@ def run(record: Record, device: str, table: str, seconds: float) -> int:
             except Exception as error:  # a step that cannot run is a result; the next one is still measured
                 unit.add({**described, "status": "failed", "reason": f"{type(error).__name__}: {error}"})
                 print(f"failed: {step.case}: {error}", flush=True)
+        _let_go(device)
     return len(left)
+
+
+def _let_go(device: str) -> None:
+    """Gives the device's memory back, which the next step's process may need."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> int:

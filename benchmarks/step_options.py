@@ -5,9 +5,11 @@ else at its default; the figure is the median of the pairs' ratios, off over on:
 
     python benchmarks/step_options.py                        SmolLM2-135M's and T5-base's shapes, random weights
     python benchmarks/step_options.py --layers 2             the same with two layers, to try it out
+    python benchmarks/step_options.py --only SDPA            the options of these names alone, comma-separated
     python benchmarks/step_options.py --output FILE.json     the record as JSON too
 
-Waiting for the device inside the loop costs nothing where there is no device: that option has no figure on a CPU.
+A loop without waits and CUDA graphs need a device that runs beside the processor: without one they have no figure, and
+the record says so.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ from ept.shapes import build_shape
 from ept.step_clock import take_step
 
 DECODER, ENCODER_DECODER = "smollm2-135m", "t5-base"
+DTYPES = ("float32", "bfloat16")
+NO_WAITS, GRAPHS = "no waits in the loop", "CUDA graphs of compiled layers"
+NEED_CUDA = {NO_WAITS: "there is no device to wait for", GRAPHS: "they need a CUDA device"}
 PASS = 4  # batches of a measurement where the length of the batches matters
 
 
@@ -55,10 +60,11 @@ class Bench:
     layers: int | None
     batch: int
     length: int
+    dtype: torch.dtype
     device: torch.device
 
     def __post_init__(self) -> None:
-        self.base = build_shape(self.shape, dtype=torch.float32, device=self.device, layers=self.layers)
+        self.base = build_shape(self.shape, dtype=self.dtype, device=self.device, layers=self.layers)
         self.task_type = "SEQ_2_SEQ_LM" if self.base.config.is_encoder_decoder else "CAUSAL_LM"
         self.method: Method = make_method(MethodSpec.parse("ept"), self.base, self.task_type, self.length)
 
@@ -118,13 +124,30 @@ def decoder_options(bench: Bench) -> Iterator[Option]:
     yield Option("compiled layers", "training.compile_layers=true", bench.shape, plain, one)
 
 
+def cuda_options(bench: Bench) -> Iterator[Option]:
+    """What only a CUDA device shows; after `decoder_options`, which has compiled the layers."""
+    if bench.device.type != "cuda":
+        return
+    many = bench.batches(bench.rows(varied=True), "max_length", bench.length)
+
+    def waiting() -> None:
+        for batch in many:
+            take_step(bench.method, batch)
+            synchronize(bench.device)
+
+    yield Option(NO_WAITS, "always so", bench.shape, waiting, bench.steps(many))
+    graphs = replace(bench)
+    compile_layers(graphs.base, cuda_graphs=True)
+    yield Option(GRAPHS, "training.cuda_graphs=true", bench.shape, bench.steps(many), graphs.steps(many))
+
+
 def optimizer_options(bench: Bench) -> Iterator[Option]:
     """The optimizer's step alone, on EPT's parameters: fused, and over one flat tensor."""
     shapes = [parameter.shape for parameter in bench.method.parameters]
     plain, fused = (updates(shapes, fused, bench.device) for fused in (False, True))
     flat = updates([torch.Size([sum(shape.numel() for shape in shapes)])], True, bench.device)
-    yield Option("fused AdamW, 100 updates", "training.optim=adamw_torch_fused", bench.shape, plain, fused)
-    yield Option("one flat parameter, 100 updates", "not offered", bench.shape, fused, flat)
+    yield Option("fused AdamW (100 updates)", "training.optim=adamw_torch_fused", bench.shape, plain, fused)
+    yield Option("one flat parameter (100 updates)", "not offered", bench.shape, fused, flat)
 
 
 def attention_options(bench: Bench) -> Iterator[Option]:
@@ -196,29 +219,38 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="measured pairs, off and on")
     parser.add_argument("--warmup", type=int, default=1, help="pairs before them")
     parser.add_argument("--output", type=Path, help="write the record here as JSON")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the shapes' weights")
+    parser.add_argument("--only", help="comma-separated names of options; default: all")
     arguments = parser.parse_args()
+    only = set(arguments.only.split(",")) if arguments.only else None
 
     device = default_device()
     rows = []
     for shape, makers in (
-        (DECODER, (decoder_options, optimizer_options)),
+        (DECODER, (decoder_options, cuda_options, optimizer_options)),
         (ENCODER_DECODER, (attention_options,)),
     ):
-        bench = Bench(shape, arguments.layers, arguments.batch, arguments.length, device)
+        dtype = getattr(torch, arguments.dtype)
+        bench = Bench(shape, arguments.layers, arguments.batch, arguments.length, dtype, device)
         for make in makers:
             for option in make(bench):
+                if only is not None and option.name not in only:
+                    continue
                 rows.append(measure(option, arguments.pairs, arguments.warmup, device))
                 gain = rows[-1]["gain"]
                 print(f"{option.name:32} {gain['median']:.3f} ({gain['p20']:.3f} to {gain['p80']:.3f})", flush=True)
+    if not rows:
+        parser.error(f"--only {arguments.only}: no option has such a name on {device.type}")
     record = {
         "command": command("step_options.py", arguments),
         "method": "ept, 40 virtual tokens",
-        "dtype": "float32",
+        "dtype": arguments.dtype,
         "batch": arguments.batch,
         "length": arguments.length,
         "layers": arguments.layers,
         "batches_of_varied_lengths": PASS,
         "options": rows,
+        "not_measured": {} if device.type == "cuda" else NEED_CUDA,
         "hardware": hardware(),
         "versions": versions(),
     }

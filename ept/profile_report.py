@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from rich.table import Table
 
 from .step_clock import PHASES
 
-_COLOURS = ("tab:purple", "tab:pink", "tab:blue", "tab:cyan", "tab:red", "tab:gray")
+PHASE_COLOURS = ("tab:purple", "tab:pink", "tab:blue", "tab:cyan", "tab:red", "tab:gray")
+TITLE_WIDTH = 85  # characters of a line
 _NAMES = {"pt": "PT", "dept": "DePT", "ept": "EPT", "peft-pt": "PEFT's PT"}
 
 
@@ -52,7 +54,7 @@ def draw_phases(report: dict[str, Any], file: Path) -> None:
     methods = list(reversed(report["methods"]))  # the first on top
     labels = [_label(method) for method in methods]
     left = [0.0] * len(methods)
-    for phase, colour in zip(PHASES, _COLOURS):
+    for phase, colour in zip(PHASES, PHASE_COLOURS):
         widths = [method["phases_ms"][phase] for method in methods]
         axes.barh(labels, widths, left=left, color=colour, label=phase)
         left = [start + width for start, width in zip(left, widths)]
@@ -61,6 +63,7 @@ def draw_phases(report: dict[str, Any], file: Path) -> None:
     axes.errorbar(medians, labels, xerr=[low, high], fmt="none", ecolor="black", capsize=3, label="step, 20 to 80 %")
     axes.set_xlabel("time of a training step (ms)")
     axes.set_xlim(left=0)
+    axes.set_ylim(-0.6, len(methods) - 0.4)
     axes.grid(axis="x", alpha=0.3)
     _finish(figure, axes, title(report), file, columns=4)
 
@@ -127,7 +130,7 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 
 def _finish(figure: Any, axes: Any, text: str, file: Path, columns: int) -> None:
-    axes.set_title(text, fontsize="medium")
+    figure.suptitle(textwrap.fill(text, TITLE_WIDTH), fontsize="medium")
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
     temporary = file.with_name(file.name + ".tmp")
     figure.savefig(temporary, format="png", dpi=150)

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import performance_page, shapes
 from benchmarks.common import RECORD_NAME, Record
 from benchmarks.tables import markdown, seconds
+from ept.step_clock import PHASES
 
 SYNTHETIC = "Synthetic GPU for tests"
 
@@ -54,6 +55,7 @@ def synthetic(tmp_path: Path) -> Path:
         with record.unit(case.id) as unit:
             for provider, slower in (("ours", 1), ("ours again", 1), ("reference", 3), ("bitsandbytes", 2)):
                 size = {"bytes": number * 10**6, "bytes_per_second": 2e9 / slower, "median": 1.0 * slower}
+                size["peak_bytes"] = 3 << 20
                 row = {
                     "case": case.id,
                     "kernel": case.kernel,
@@ -86,6 +88,121 @@ def test_a_record_becomes_tables_plots_and_verdicts(synthetic: Path) -> None:
     for path in drawn:
         assert f"({path.relative_to(page.parent)})" in text
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_kernels_row_shows_rate_ceiling_and_memory(synthetic: Path) -> None:
+    lines = performance_page.render(synthetic).splitlines()
+    head = next(line for line in lines if line.startswith("| case"))
+    line = next(line for line in lines if line.startswith("| prompted_embedding/T5-base"))
+    cells = dict(zip((cell.strip() for cell in head.split("|")), (cell.strip() for cell in line.split("|"))))
+    assert cells["rate"] == "2 GB/s"
+    assert cells["of ceiling"] == "50 % memory"
+    assert cells["peak memory"] == "3 MiB"
+    assert (cells["again"], cells["vs reference"], cells["vs bitsandbytes"]) == ("1.00 ×", "3.00 ×", "2.00 ×")
+
+
+def spread(median: float) -> dict[str, Any]:
+    return {"median": median, "p20": 0.9 * median, "p80": 1.1 * median}
+
+
+def profiled(padding: str, *methods: tuple[str, int, float]) -> dict[str, Any]:
+    """A record of `ept profile` with made-up times, in milliseconds."""
+    return {
+        "model": {"name": "t5", "class": "T5", "layers": None, "dtype": "float32", "quantization": None},
+        "device": "CPU",
+        "batch": 4,
+        "length": 256,
+        "data": {"padding": padding, "text_tokens_a_batch": 650.5, "padded_tokens_a_batch": 1024},
+        "steps": 20,
+        "reference": "pt",
+        "peak_memory_kind": "made up",
+        "methods": [
+            {
+                "label": name,
+                "method": name,
+                "num_virtual_tokens": tokens,
+                "trainable_parameters": 76800,
+                "tokens_per_second": 1e3,
+                "peak_memory_bytes": tokens << 20,
+                "step_ms": {**spread(time), "samples": [time]},
+                "phases_ms": dict.fromkeys(PHASES, time / len(PHASES)),
+                "phases_over_step": 1.0,
+                "speedup": spread(2.0),
+            }
+            for name, tokens, time in methods
+        ],
+        "hardware": {"processor": "none", "threads": 1, "cores": 1, "gpus": []},
+        "versions": {"torch": "0"},
+    }
+
+
+def cells(text: str, start: str) -> list[str]:
+    """The cells of the table's row that starts so."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {start} "))
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_every_json_record_has_its_table_its_plot_and_its_command(tmp_path: Path) -> None:
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    pair = (("peft-pt", 100, 1000.0), ("ept", 40, 600.0))
+    about = {"hardware": {"processor": "none", "threads": 1, "cores": 1, "gpus": []}, "versions": {"torch": "0"}}
+    option = {"option": "SDPA", "setting": "a=b", "shape": "t5-base", "pairs": 7}
+    records = {
+        "training_step.json": {
+            "command": "python steps",
+            "cases": [
+                {"case": "t5-base", "padding": padding, "ept_over_peft": spread(0.6), **profiled(padding, *pair)}
+                for padding in ("longest", "max_length")
+            ],
+        },
+        "step_options.json": {
+            "command": "python options",
+            "method": "ept",
+            "dtype": "float32",
+            "batch": 8,
+            "length": 128,
+            "options": [{**option, "off_ms": spread(30.0), "on_ms": spread(20.0), "gain": spread(1.5)}],
+            "not_measured": {"CUDA graphs": "they need a CUDA device"},
+            **about,
+        },
+        "profile_t5.json": {"command": "ept profile a", **profiled("none", ("pt", 100, 9.0), ("ept", 40, 4.5))},
+        "profile_length.json": {"command": "ept profile b", **profiled("none", ("pt", 10, 1.0), ("pt", 20, 2.0))},
+    }
+    for name, record in records.items():
+        (folder / name).write_text(json.dumps(record))
+    page = tmp_path / "page.md"
+    text = performance_page.render(tmp_path)
+    for name, record in records.items():
+        assert f"Record `{name}`: `{record['command']}`, none, 1 threads on 1 cores; torch 0." in text
+    assert "Further records" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| t5-base")]
+    for row, padding in zip(rows, ("longest", "max_length"), strict=True):
+        assert f" {padding} |" in row
+        assert "650 of 1024 |" in row
+        assert " 600 (540 to 660) |" in row
+        assert "0.600 × (0.540 to 0.660) |" in row
+        assert "0.40 × |" in row
+    assert cells(text, "SDPA") == ["SDPA", "`a=b`", "t5-base", "30 ms", "20 ms", "1.500 × (1.350 to 1.650)"]
+    assert "CUDA graphs: they need a CUDA device" in text
+    drawn = performance_page.draw(tmp_path, page)
+    names = {"training-step-vs-peft", "profile-t5-phases", "profile-length-length"}
+    assert {path.name for path in drawn} == {f"cpu-{name}.png" for name in names}
+    for path in drawn:
+        assert f"({path.relative_to(page.parent)})" in text
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_results_get_a_page_beside_them(synthetic: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = performance_page.PAGE.read_bytes()
+    monkeypatch.setattr("sys.argv", ["page", "--results", str(synthetic)])
+    assert performance_page.main() == 0
+    assert (synthetic / "performance.md").read_text(encoding="utf-8") == performance_page.render(synthetic)
+    assert performance_page.PAGE.read_bytes() == before
+    monkeypatch.setattr("sys.argv", ["page", "--results", str(synthetic), "--check"])
+    assert performance_page.main() == 0
+    (synthetic / "performance.md").write_text("old")
+    assert performance_page.main() == 1
 
 
 def test_reduced_results_are_refused(synthetic: Path) -> None:

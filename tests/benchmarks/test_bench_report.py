@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,24 +24,43 @@ def fixed_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "source_fingerprint", lambda: "fixed")
 
 
+STARTED = """
+import sys
+from benchmarks import common, gpu_report
+common.source_fingerprint = lambda: "fixed"
+sys.argv = {arguments!r}
+gpu_report.main()
+"""
+
+
+def begun_kernels(output: Path) -> int:
+    text = output.read_text() if output.exists() else ""
+    return sum('"begin"' in line and "kernels/" in line for line in text.splitlines())
+
+
 @pytest.mark.slow
-def test_report_end_to_end_interrupted_and_continued(
+def test_report_end_to_end_killed_and_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "report.jsonl"
-    # A run that was ended in the middle of its second kernel, the last line cut off.
-    gpu_report.Report("cpu", True, output).worker("kernels")
-    lines = output.read_text().splitlines(keepends=True)
-    begins = [i for i, line in enumerate(lines) if json.loads(line)["line"] == "begin" and "kernels/" in line]
-    first = "".join(lines[: begins[1] + 2])
-    output.write_text(first + '{"line": "result", "un')
+    command = ["gpu_report.py", "--device", "cpu", "--reduced", "--output", str(output), "--scale", "4"]
+    with subprocess.Popen([sys.executable, "-c", STARTED.format(arguments=command)], cwd=common.ROOT) as process:
+        while begun_kernels(output) < 2:
+            assert process.poll() is None, "the report ended before its second kernel"
+            time.sleep(0.02)
+        process.kill()
+    time.sleep(0.5)
+    first = output.read_text()
+    time.sleep(1.5)
+    assert output.read_text() == first, "the process that measures has outlived the report"
+    first = first[: first.rindex("\n") + 1]
+    output.write_text(first + '{"line": "result", "un')  # as a machine that lost its power leaves it
 
-    command = ["gpu_report.py", "--device", "cpu", "--reduced", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", command)
     code = gpu_report.main()
     printed = capfd.readouterr().out
     assert code == 0, printed
-    assert output.read_text().startswith(first)
+    assert output.read_text().startswith(first), "what was measured is kept"
     record = Record(output)
     results = record.results()
     assert {row["section"] for row in results} == SECTIONS
@@ -60,6 +79,20 @@ def test_report_end_to_end_interrupted_and_continued(
     goals = [line for line in printed.splitlines() if line.startswith("|") and ("≥" in line or "≤" in line)]
     assert goals
     assert all("not measured" in line for line in goals), "no goal is met by a reduced run"
+
+
+def test_all_sections_end_in_time_even_where_nothing_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def outlast(command: list[str], environment: dict[str, str], seconds: float, capture: bool) -> tuple[None, str]:
+        now[0] += seconds
+        return None, ""
+
+    monkeypatch.setattr(gpu_report, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu_report, "_call", outlast)
+    gpu_report.Report("cpu", False, tmp_path / "r.jsonl").run()
+    assert sum(gpu_report.BUDGETS.values()) <= now[0] <= gpu_report.TOTAL
+    assert gpu_report.TOTAL <= 8 * 60 - 15
 
 
 def test_full_size_on_a_cpu_and_a_reduced_record_among_the_real_ones_are_refused(tmp_path: Path) -> None:
