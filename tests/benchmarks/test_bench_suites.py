@@ -1,0 +1,36 @@
+"""`pytest benchmarks`: the suites of pytest-benchmark, one a kernel, at sizes that take no time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import common, shapes
+
+NEEDED = ("median", "p20", "p80", "bytes", "operations", "fraction_of_ceiling", "peak_bytes", "device", "versions")
+
+
+def test_every_kernel_has_a_suite_of_its_own() -> None:
+    suites = {file.stem.removeprefix("test_bench_") for file in (common.ROOT / "benchmarks").glob("test_bench_*.py")}
+    for table in shapes.TABLES.values():
+        assert {case.kernel for case in table()} == suites
+
+
+def test_a_suite_runs_and_its_rows_are_whole(tmp_path: Path) -> None:
+    output = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_bench_dequantize_4bit.py", "--cases", "reduced", "-q"]
+    command += ["-p", "no:cacheprovider", f"--benchmark-json={output}"]
+    done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernels against peers, cpu (reduced sizes: no figure means anything)" in done.stdout
+    rows = [run["extra_info"] for run in json.loads(output.read_text(encoding="utf-8"))["benchmarks"]]
+    (case,) = (case for case in shapes.reduced_cases() if case.kernel == "dequantize_4bit")
+    assert {row["provider"] for row in rows} == set(case.providers)
+    for row in rows:
+        assert row["status"] == "ok"
+        assert not [name for name in NEEDED if row.get(name) is None]
+        assert row["median"] > 0
+        assert row["bytes"] > 0
+        assert row["peak_bytes"] > 0
