@@ -6,6 +6,7 @@ model (3), few-shot (4a), time and score against prompt length (4b), number of s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ X_LABELS = {
     "num_spaces": "number of spaces K",
     "r": "rank r",
 }
+ROUND_NUMBERS = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
 SIZE_SWEEPS = (None, "budget", "num_virtual_tokens", "num_spaces", "r")
 """Points that differ in the adapter's size alone."""
 
@@ -48,17 +50,49 @@ def draw(settings: Sequence[Setting], folder: Path, published: bool = False) -> 
 
 def score_against_parameters(settings: Sequence[Setting], file: Path, published: bool) -> Path:
     """One point for each method and size: mean score with its interval over trainable parameters."""
-    figure, (axes,) = _figure(_title(settings[0]), panels=1, width=10 if published else 7)
-    for name in _names(settings):
-        found = {m.parameters: m.mean for setting in settings for m in _methods(setting) if m.method == name and m.mean}
-        _series(axes, name, sorted(found.items()), line=len(found) > 1)
-    if published:
-        for number, (label, parameters, score) in enumerate(published_scores(settings[0].tasks), start=1):
-            style = {"marker": f"${number}$", "color": "black", "linewidths": 0.1, "s": 50 if number < 10 else 90}
-            axes.scatter([parameters], [score], label=f"published, T5-Base: {label}", **style)
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    ours = {
+        name: {m.parameters: m.mean for s in settings for m in _methods(s) if m.method == name and m.mean is not None}
+        for name in _names(settings)
+    }
+    theirs = published_scores(settings[0].tasks) if published else []
+    sizes = [size for found in ours.values() for size in found] + [size for _, size, _ in theirs]
+    ends = (min(sizes) / 2, max(sizes) * 2)  # methods at one budget differ by a few parameters: no axis for these alone
+    places = iter(side_by_side(sizes, step=0.018 * math.log10(ends[1] / ends[0])))
+    width = 10 if published else 7
+    figure, (axes,) = _figure(_title(settings[0]), panels=1, width=width, entries=len(ours) + len(theirs))
+    for name, found in ours.items():
+        points = [(next(places), mean) for mean in found.values()]
+        _series(axes, name, sorted(points, key=lambda point: point[0]), line=len(found) > 1)
+    for number, (label, _, score) in enumerate(theirs, start=1):
+        style = {"marker": f"${number}$", "color": "black", "linewidths": 0.1, "s": 50 if number < 10 else 90}
+        axes.scatter([next(places)], [score], label=f"published, T5-Base: {label}", **style)
     axes.set_xscale("log")
-    axes.set_xlabel("trainable parameters")
+    axes.set_xlim(ends)
+    axes.set_xlabel("trainable parameters (equal budgets side by side)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    if ends[1] / ends[0] < 100:
+        axes.set_xticks([value for value in ROUND_NUMBERS if ends[0] <= value <= ends[1]])
+        axes.xaxis.set_minor_formatter(NullFormatter())
     return _finish(figure, [axes], file)
+
+
+def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[float]:
+    """Where to draw points of these sizes: those within a tenth of each other lie `step` decades apart, in their order.
+
+    Args:
+        reach: most decades from the first to the last of such neighbours.
+    """
+    places = [0.0] * len(sizes)
+    left = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    while left:
+        near = sorted(i for i in left if sizes[i] <= 1.1 * sizes[left[0]])
+        left = [i for i in left if i not in near]
+        apart = min(step, reach / len(near))
+        for place, i in enumerate(near):
+            places[i] = sizes[i] * 10 ** (apart * (place - (len(near) - 1) / 2))
+    return places
 
 
 def methods_by_model(settings: Sequence[Setting], file: Path) -> Path:
@@ -157,11 +191,12 @@ def _series(axes: Any, name: str, points: Sequence[tuple[Any, Interval]], line: 
         axes.errorbar([x for x, _ in points], heights, yerr=reach, capsize=3, **_style(name, line))
 
 
-def _figure(title: str, panels: int, width: float = 7) -> tuple[Any, list[Any]]:
+def _figure(title: str, panels: int, width: float = 7, entries: int = 0) -> tuple[Any, list[Any]]:
+    """A figure with `panels` above each other, high enough for the `entries` of the legend beside them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, 4.2 * panels), layout="constrained")
+    figure = Figure(figsize=(width, max(4.2 * panels, 0.5 + 0.18 * entries)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
     axes[0].set_ylabel(SCORE)

@@ -10,7 +10,7 @@ import typer
 from .common import JsonOption, print_json, print_table, quiet
 
 if TYPE_CHECKING:
-    from ept.tasks import Task
+    from ept.tasks import Task, TaskData
 
 app = typer.Typer(help="List the known tasks; `ept tasks show NAME` shows one.", invoke_without_command=True)
 
@@ -116,14 +116,20 @@ def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: i
         config = DataConfig(task=task.name, data_dir=where, labels=labels, max_length=limit)  # type: ignore[arg-type]
         run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
         data, found["truncation_rate"] = run_data.data, run_data.truncation_rate
-    first = data.train.select(range(min(2, len(data.train))))
     return {
         **found,
         "rows": {split: len(getattr(data, split)) for split in SPLITS},
         "label_balance": data.balance(),
         "majority": data.majority(),
-        "examples": [{"text": row["text"], "target": row["target"]} for row in first],
+        "examples": [{"text": row["text"], "target": row["target"]} for row in _two_examples(data)],
     }
+
+
+def _two_examples(data: TaskData) -> list[dict[str, Any]]:
+    """The first train row, and the first with another label (the second row where all have the same)."""
+    labels = list(data.train["label"])
+    other = next((i for i, label in enumerate(labels) if label != labels[0]), 1)
+    return [data.train[i] for i in (0, other) if i < len(labels)]
 
 
 def _labels(task: Task) -> str:

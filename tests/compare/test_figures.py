@@ -4,7 +4,7 @@ import matplotlib.image
 import pytest
 
 from ept.comparison import MethodSummary, Setting, interval
-from ept.figures import draw
+from ept.figures import draw, side_by_side
 from ept.published import published_rows, published_scores
 from ept.tasks import TASKS
 
@@ -50,6 +50,18 @@ def test_all_together_and_nothing(tmp_path):
     assert draw([], tmp_path) == []
     failed = Setting("k_shot", 4, ["glue/sst2"], [], [], ["pt"], 1, "")
     assert draw([failed], tmp_path) == []
+
+
+def test_methods_at_one_budget_stand_side_by_side():
+    """Their parameters differ by a few: drawn where they are, one would hide the other."""
+    places = side_by_side([1000, 990, 50_000, 995], step=0.01)
+    assert places[2] == 50_000
+    assert [place / size for place, size in zip(places, [1000, 990, 50_000, 995])] == pytest.approx(
+        [10**-0.01, 1, 1, 10**0.01]
+    )
+    many = side_by_side([1000] * 40, step=0.1)
+    assert many == sorted(many)
+    assert 500 < many[0] < many[-1] < 2000  # within the figure
 
 
 def test_published_results_are_drawn_on_request_only(tmp_path):

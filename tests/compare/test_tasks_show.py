@@ -42,6 +42,22 @@ def test_rows_from_the_hub(monkeypatch):
     assert "0-1 33.3%" in text
 
 
+def test_the_two_examples_have_different_labels(tmp_path):
+    rows = [{"sentence": f"text {i}", "label": label} for i, label in enumerate([1, 1, 1, 0, 1, 0])]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    held_out = json.dumps({"sentence": "other", "label": 1}) + "\n"
+    for split in ("validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(held_out.replace("other", split), encoding="utf-8")
+    shown = json.loads(show("glue/sst2", "--data", tmp_path, "--json").stdout)
+    assert [e["text"] for e in shown["examples"]] == ["sentence: text 0", "sentence: text 3"]
+    assert [e["target"] for e in shown["examples"]] == ["1", "0"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]), encoding="utf-8")
+    assert [e["target"] for e in json.loads(show("glue/sst2", "--data", tmp_path, "--json").stdout)["examples"]] == [
+        "1",
+        "1",
+    ]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
