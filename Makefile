@@ -12,10 +12,11 @@ TUNE_ARGS ?=
 TRITON_PATH ?=
 FUZZ_CASES ?= 50000
 HF_KERNELS := kernels==0.17.2
+RAY := ray==2.60.0
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test aot lint format bench gpu bundle wheel clean tune local-kernel fuzz nightly suite-against
+.PHONY: help install demo test aot lint format ray bench gpu bundle wheel clean tune local-kernel fuzz nightly suite-against
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +54,13 @@ $(VENV)/hf-kernels: $(VENV)/.installed
 
 local-kernel: $(VENV)/hf-kernels ## the kernel repository as Hugging Face's `kernels` package loads it
 	$(OFFLINE) PYTHONPATH=$(abspath $(VENV))/hf-kernels $(VENV)/bin/python -m pytest tests/kernels/test_local_kernel.py
+
+# Aside as well: 250 MB that nothing but `ept compare --executor ray` needs.
+$(VENV)/ray: $(VENV)/.installed
+	$(PIP) install --quiet --target $@ $(RAY)
+
+ray: $(VENV)/ray ## runs side by side through Ray give the table of one process; needs a machine with nothing else to do
+	OMP_NUM_THREADS=1 $(OFFLINE) PYTHONPATH=$(abspath $(VENV))/ray $(VENV)/bin/python -m pytest tests/compare/test_compare_runs.py -k ray
 
 tune: $(VENV)/.installed ## measure the kernels' launch configurations on this GPU and keep them (TUNE_ARGS="--kernels NAME")
 	$(VENV)/bin/python -m ept_kernels.tune $(TUNE_ARGS)

@@ -99,6 +99,18 @@ def test_folder_of_each_task(tmp_path):
         plan(comparison(data, "compare.tasks=[glue/sst2, glue/cola]"))
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("compare_*.yaml")))
+def test_the_examples_give_every_method_as_many_tries(name):
+    config = load_comparison(EXAMPLES / name, ["model.name_or_path=some/model", "output_dir=out"])
+    runs = plan(config)
+    tries = {method: sum(run.method == method for run in runs) for method in config.compare.methods}
+    assert len(set(tries.values())) == 1, tries
+    assert {run.config.method.budget for run in runs} == {config.method.budget}
+
+
 BAD = [
     ("compare.methods=[ept, depth]", "unknown method 'depth': did you mean 'dept'"),
     ("compare.methods=[]", "compare.methods is empty"),
