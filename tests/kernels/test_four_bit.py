@@ -48,16 +48,23 @@ def test_dequantises_to_the_bits_of_bitsandbytes(shape, block_size):
             assert torch.equal(ours(weight, dtype), expected), (quant_type, nested, dtype, ours)
 
 
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
-def test_nothing_is_copied(storage):
-    theirs = quantize(64, 128, storage=storage)
-    state = theirs.quant_state
-    weight = FourBitWeight.from_bitsandbytes(theirs)
-    copies = [weight.packed, *weight.tensors[1:]]
-    originals = [theirs, state.absmax, state.state2.absmax, state.state2.code, state.offset]
-    assert [t.data_ptr() for t in copies if t is not None] == [t.data_ptr() for t in originals]
-    plain = FourBitWeight.from_bitsandbytes(quantize(64, 128))
-    assert torch.equal(weight.packed, plain.packed)
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("quant_type, nested", KINDS)
+def test_nothing_is_copied(quant_type, nested, storage):
+    """Whatever the type, the storage and the way the packed weight lies: every tensor is bitsandbytes' own memory."""
+    for (rows, columns), block_size, transposed in product(((64, 128), (6, 72)), (32, 4096), (False, True)):
+        theirs = quantize(rows, columns, quant_type, nested, block_size, storage=storage)
+        state = theirs.quant_state
+        data = theirs.data.t() if transposed else theirs.data
+        source = Params4bit(data, quant_state=state, bnb_quantized=True)
+        assert source.shape[0 if transposed else 1] == 1
+        weight = FourBitWeight.from_bitsandbytes(source)
+        parts = [state.absmax, *((state.state2.absmax, state.state2.code, state.offset) if nested else ())]
+        kept = [t for t in weight.tensors if t is not None]
+        assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (theirs, *parts)]
+        assert [t.dtype for t in kept] == [torch.uint8, *(t.dtype for t in parts)]
+        plain = FourBitWeight.from_bitsandbytes(quantize(rows, columns, quant_type, nested, block_size))
+        assert torch.equal(weight.packed, plain.packed)
 
 
 def test_reads_what_a_layer_may_hold():

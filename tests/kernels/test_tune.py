@@ -77,9 +77,35 @@ def test_a_bad_candidate_is_refused_however_fast(kind, reason):
     assert re.search(reason, why), why
 
 
-def test_a_gain_within_the_noise_keeps_the_heuristic():
-    same = replace(toy(0), candidates=[{"kind": 0, "other": 1}])
-    assert tune.tune(same, CPU, samples=5)["config"] == {"kind": 0}
+@pytest.fixture
+def microseconds(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """What a call takes by the ``kind`` that is tried, in place of a clock."""
+    times: dict[int, float] = {}
+    monkeypatch.setattr(tune, "_timer", lambda device: lambda calls, n: n * [times[launch._State.tried["toy"]["kind"]]])
+    return times
+
+
+def test_a_winner_has_to_serve_its_variants(microseconds):
+    """The second best wins where the best fails on other inputs of its configuration."""
+
+    def operator(x: torch.Tensor) -> torch.Tensor:
+        kind = launch.config_for("toy", x.shape[0], x.device, {"kind": 0})["kind"]
+        launch.launch(FakeKernel(n_spills=3 if kind == 1 and len(x) == 5 else 0), (1,))
+        return 2 * x
+
+    microseconds.update({0: 100.0, 1: 10.0, 2: 20.0})
+    tunable = replace(toy(1, 2), operator=operator, variants=[lambda device, seed: (torch.ones(5),)])
+    row = tune.tune(tunable, CPU, samples=3)
+    assert (row["config"], row["median_us"]) == ({"kind": 2}, 20.0)
+    ((config, why),) = row["refused"].items()
+    assert json.loads(config) == {"kind": 1}
+    assert "spills 3" in why
+
+
+@pytest.mark.parametrize("faster, expected", [(1.0, 0), (0.985, 0), (0.97, 1)])
+def test_a_gain_within_the_noise_keeps_the_heuristic(faster, expected, microseconds):
+    microseconds.update({0: 100.0, 1: 100.0 * faster})
+    assert tune.tune(toy(1), CPU, samples=5)["config"] == {"kind": expected}
 
 
 def test_a_heuristic_that_is_wrong_stops_the_tuner():

@@ -79,6 +79,8 @@ class Tunable:
         aot: ``aot(config)`` is the kernel at this size in that configuration.
         tolerance: largest error allowed, in units of the largest magnitude of a result; None: 1e-5 for a result in
             float32, one unit in the last place for 16 bits; 0: every bit equal.
+        variants: as ``inputs``, of other kinds that the same configuration serves: the winner has to be right for them
+            and not to spill, too.
     """
 
     kernel: str
@@ -90,6 +92,7 @@ class Tunable:
     reference: Callable[..., Any]
     aot: Callable[[Config], AotCase]
     tolerance: float | None = None
+    variants: Sequence[Callable[[torch.device, int], tuple[Any, ...]]] = ()
 
 
 def grid(**values: Sequence[int]) -> list[Config]:

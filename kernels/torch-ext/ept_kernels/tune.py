@@ -7,7 +7,8 @@ What there is to tune the kernels' modules say with a function ``tunables(reduce
 asks for tiny sizes and few candidates. :func:`tunables` below calls them all; a new module adds its line there.
 
 A candidate is refused if it does not compile or fit, if it spills registers, or if its result is not that of the
-reference, with uninitialised memory filled with NaN. The others are timed: the operator over several sets of inputs,
+reference, with uninitialised memory filled with NaN; a winner also if that is so for other kinds of inputs that its
+configuration serves. The others are timed: the operator over several sets of inputs,
 together larger than the L2 cache, one after another, in a CUDA graph where there are such; the time is the median over
 the samples. The fastest is measured again in turn with the heuristic's configuration and wins if it is faster by more
 than the noise. Kernels that are no longer measured keep what an existing file says.
@@ -91,7 +92,15 @@ def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict
             refused[json.dumps(config)] = str(reason)
             continue
         times.append((measure(config), config))
-    best = min(times, key=lambda timed: timed[0], default=(0.0, tunable.default))[1]
+    best = tunable.default
+    for _, config in sorted(times, key=lambda timed: timed[0]):
+        try:
+            _check_variants(tunable, config, device)
+        except Refused as reason:
+            refused[json.dumps(config)] = str(reason)
+            continue
+        best = config
+        break
     rounds = [(measure(tunable.default), measure(best)) for _ in range(3)]
     default_us, best_us = (statistics.median(column) for column in zip(*rounds, strict=True))
     if best_us > (1 - GAIN) * default_us:
@@ -122,6 +131,12 @@ def check(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: lis
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
         if (problem := _difference(a, e, tunable.tolerance)) is not None:
             raise Refused(f"result {index} {problem}")
+
+
+def _check_variants(tunable: Tunable, config: Config, device: torch.device) -> None:
+    for inputs in tunable.variants:
+        args = inputs(device, 0)
+        check(tunable, config, args, _tensors(tunable.reference(*args)))
 
 
 def write(path: Path, rows: list[dict[str, Any]], device: str, command: str) -> None:
