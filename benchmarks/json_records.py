@@ -45,14 +45,20 @@ class Kind(NamedTuple):
 
 def known(folder: Path) -> list[tuple[Path, Kind]]:
     """The records of ``folder`` that have a section, in the order of the page."""
-    return [(file, kind) for kind in KINDS for file in sorted(folder.glob(kind.pattern))]
+    kinds = [(file, kind_of(file)) for file in sorted(folder.glob("*.json"))]
+    return [(file, kind) for wanted in KINDS for file, kind in kinds if kind is wanted]
+
+
+def kind_of(file: Path) -> Kind | None:
+    """The first kind that the file's name fits; None where it fits none."""
+    return next((kind for kind in KINDS if fnmatch.fnmatch(file.name, kind.pattern)), None)
 
 
 def unknown(folder: Path) -> str:
     """A table of the records that have no section of their own; empty where there are none."""
     lines = []
     for file in sorted(folder.glob("*.json")):
-        if not any(fnmatch.fnmatch(file.name, kind.pattern) for kind in KINDS):
+        if kind_of(file) is None:
             record = read(file)
             command = record.get("command") if isinstance(record, dict) else None
             lines.append([f"`{file.name}`", f"`{command}`" if command else "–"])
@@ -200,6 +206,9 @@ def _profile(record: Record) -> str:
         ]
         for method in record["methods"]
     ]
+    steps = f"{title(record)}. Median (20 to 80 %) of {record['steps']} steps.\n\n{markdown(head, lines)}\n"
+    if _swept(record):
+        return steps
     phases = [
         [
             method["label"],
@@ -208,15 +217,17 @@ def _profile(record: Record) -> str:
         ]
         for method in record["methods"]
     ]
-    return (
-        f"{title(record)}. Median (20 to 80 %) of {record['steps']} steps.\n\n{markdown(head, lines)}\n\n"
-        f"Where a step's time goes, in milliseconds:\n\n{markdown(['method', *PHASES, 'sum / step'], phases)}\n"
-    )
+    table = markdown(["method", *PHASES, "sum / step"], phases)
+    return f"{steps}\nWhere a step's time goes, in milliseconds:\n\n{table}\n"
+
+
+def _swept(record: Record) -> bool:
+    """Whether a method was measured at more than one prompt length."""
+    return len({method["method"] for method in record["methods"]}) < len(record["methods"])
 
 
 def _profile_plots(record: Record) -> list[Plot]:
-    lengths = {(method["method"], method["num_virtual_tokens"]) for method in record["methods"]}
-    if len(lengths) > len({name for name, _ in lengths}):
+    if _swept(record):
         return [Plot("length", "Time of a training step over the prompt's length.", draw_sweep)]
     return [Plot("phases", "Time of a training step by method, and where it goes.", draw_phases)]
 
@@ -233,6 +244,7 @@ KINDS = (
         _training_step_plots,
         about=lambda record: record["cases"][0],
     ),
-    Kind("profile*.json", "`ept profile`", _profile, _profile_plots),
+    Kind("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile, _profile_plots),
+    Kind("profile*.json", "`ept profile`: where a step's time goes", _profile, _profile_plots),
     Kind("step_options.json", "What each option of the training step gains", _step_options, lambda record: []),
 )

@@ -16,7 +16,7 @@ from .common import RECORD_NAME, RESULTS, ROOT, Record
 from .json_records import BARE_TITLE, OVERHEAD
 from .plots import drawable
 from .run_steps import overhead_row
-from .tables import goal_table, markdown, option_table, peer_table, reasons, seconds, step_table
+from .tables import goal_table, markdown, operations, option_table, peer_table, reasons, seconds, step_table
 
 Row = dict[str, Any]
 
@@ -152,7 +152,7 @@ def _ceiling_table(rows: list[Row]) -> str:
         if "bytes_per_second" in row:
             rate = f"{row['bytes_per_second'] / 1e9:.1f} GB/s"
         else:
-            rate = f"{row['operations_per_second'] / 1e12:.2f} TFLOP/s"
+            rate = operations(row["operations_per_second"])
         lines.append([row["ceiling"], rate, seconds(row["p20"]), seconds(row["median"]), seconds(row["p80"])])
     return markdown(["ceiling", "rate", "20 %", "median", "80 %"], lines)
 

@@ -88,6 +88,8 @@ def step_bars(results: list[Row]) -> dict[str, dict[str, Row]]:
 
 def draw_bandwidth(results: list[Row], path: Path) -> None:
     """GB/s over megabytes moved, one panel a kernel, the measured copy bandwidth as a line."""
+    from matplotlib.ticker import LogLocator
+
     lines = bandwidth_lines(results)
     figure, panels = _panels(len(lines))
     for panel, (kernel, versions) in zip(panels, lines.items()):
@@ -106,6 +108,7 @@ def draw_bandwidth(results: list[Row], path: Path) -> None:
             )
         panel.axhline(ceiling / 1e9, color="black", linestyle="--", linewidth=1, label="copy (ceiling)")
         panel.set(xscale="log", xlabel="least bytes moved (MB)", ylabel="least bytes moved / time (GB/s)", title=kernel)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # numbers within a decade too
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter("")
         panel.set_ylim(bottom=0)

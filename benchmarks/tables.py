@@ -38,8 +38,12 @@ def rate(row: Row) -> str:
     """What a row does a second: bytes where memory sets its floor, operations where products do."""
     if row["bound"] == "memory":
         return f"{row['bytes_per_second'] / 1e9:.3g} GB/s"
-    billions = row["operations_per_second"] / 1e9
-    return f"{billions:.3g} GFLOP/s" if billions < 1e3 else f"{billions / 1e3:.3g} TFLOP/s"
+    return operations(row["operations_per_second"])
+
+
+def operations(a_second: float) -> str:
+    """Floating-point operations a second, in the unit that suits."""
+    return f"{a_second / 1e9:.3g} GFLOP/s" if a_second < 1e12 else f"{a_second / 1e12:.3g} TFLOP/s"
 
 
 def mebibytes(value: float | None) -> str:

@@ -82,6 +82,13 @@ def test_cases_of_goals_come_first_and_every_case_once() -> None:
     assert set(cases[: len(wanted)]) == wanted
 
 
+def test_a_short_run_on_a_cpu_has_a_case_of_every_kernel() -> None:
+    cases = shapes.cpu_cases()
+    kernels = {case.kernel for case in cases}
+    assert {case.kernel for case in cases[: len(kernels)]} == kernels
+    assert len({case.id for case in cases}) == len(cases)
+
+
 def test_the_table_says_not_measured_where_nothing_was() -> None:
     lines = goal_table([]).splitlines()[2:]
     assert len(lines) == len(GOALS)
