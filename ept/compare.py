@@ -17,6 +17,7 @@ from typing import Any
 
 from .compare_config import SWEPT, ComparisonConfig, rates_of
 from .executors import Outcome, run_all
+from .launched import several
 from .methods import METHODS
 from .run_config import RunConfig, config_from_dict
 from .run_folder import RunFolder
@@ -164,7 +165,15 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
 
     Args:
         report: is told, in a line each, what has been done.
+
+    Raises:
+        ValueError: a launcher has started more than one process.
     """
+    if several():
+        raise ValueError(
+            "`ept compare` is one process, and a launcher has started several: start it alone; "
+            "--executor ray carries runs out side by side"
+        )
     outcomes: dict[Path, Outcome] = {}
     searched = plan(config)
     _carry_out(config, searched, outcomes, report)

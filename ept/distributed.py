@@ -6,9 +6,11 @@ what is decided, all decide alike.
 
 from __future__ import annotations
 
+import atexit
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -84,11 +86,10 @@ class Processes:
         return self.gather(value)[0]  # type: ignore[return-value]
 
     def leave(self) -> None:
-        """Ends the connection, at the end of a run that has gone well."""
+        """The end of a run that has gone well. The connection stays for another one, and ends with the process."""
         if self.count > 1:
             self.wait()
-            dist.destroy_process_group()
-            PartialState._reset_state()
+            _end_connection_at_exit()
 
 
 def join() -> Processes:
@@ -117,7 +118,18 @@ def join() -> Processes:
     if not on_cpu:
         torch.accelerator.set_device_index(local_index())
     state = PartialState(cpu=on_cpu)
-    return Processes(state.process_index, state.num_processes, dist.new_group(backend="gloo"))
+    return Processes(state.process_index, state.num_processes, _message_group())
+
+
+@cache
+def _message_group() -> Any:
+    return dist.new_group(backend="gloo")
+
+
+@cache
+def _end_connection_at_exit() -> None:
+    """Not sooner: a second connection through the launcher's store would meet the addresses of the first."""
+    atexit.register(dist.destroy_process_group)
 
 
 def _portable(error: Exception | None) -> Exception | None:

@@ -115,6 +115,7 @@ class TrainingConfig:
     num_train_epochs: float = 3.0
     """Used when `max_steps` is None."""
     batch_size: int = 16
+    """Rows of a step; of several processes, those of each."""
     eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     learning_rate: float = 0.05
