@@ -1,12 +1,12 @@
-"""What a call of an operator costs beside what it runs: the host's time, in microseconds.
+"""What a call of an operator costs beside what it runs: the calling thread's time on the processor, in microseconds.
 
     python benchmarks/operator_overhead.py                      on the GPU if there is one, else on the CPU
     python benchmarks/operator_overhead.py --output FILE.json   the record as JSON too
 
-Every case is called in up to four ways, in turn, on tensors of a few elements: through ``torch.ops`` (``operator``);
-its Python implementation itself (``implementation``: the reference on a CPU, the launcher on a GPU with
-``EPT_KERNELS=triton``); and, on a GPU, the kernels alone with their arguments at hand (``launch``). The overhead is the
-difference, taken round by round. ``nothing`` is an operator with the signature of ``prompted_embedding`` that runs
+Every case is called in up to three ways, in turn, on tensors of a few elements: through ``torch.ops`` (``operator``);
+its Python implementation itself (``implementation``: the reference on a CPU, the launcher on a GPU); and, on a GPU, the
+kernels alone with their arguments at hand (``launch``). The overhead is the difference, taken round by round; what
+other processes take is not in it. ``nothing`` is an operator with the signature of ``prompted_embedding`` that runs
 nothing, and ``nothing, custom_op`` the same registered by ``torch.library.custom_op``.
 """
 
@@ -109,16 +109,18 @@ def ways_of_nothing(device: torch.device) -> dict[str, Ways]:
 
 
 def measure(ways: Ways, rounds: int, synchronize: Callable[[], None]) -> dict[str, list[float]]:
-    """Microseconds a call of every way, in turn, ``CALLS`` calls at a time. A GPU's queue is empty at each start."""
+    """Microseconds of this thread a call of every way, in turn, ``CALLS`` calls at a time. A GPU's queue is empty at
+    each start.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for index in range(rounds + 2):  # two rounds of warm-up
         for name in list(ways) if index % 2 else list(reversed(ways)):
             call = ways[name]
             synchronize()
-            start = time.perf_counter()
+            start = time.thread_time()
             for _ in range(CALLS):
                 call()
-            elapsed = time.perf_counter() - start
+            elapsed = time.thread_time() - start
             if index >= 2:
                 times[name].append(1e6 * elapsed / CALLS)
     synchronize()
