@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .compare import Record
+from .durable import write_atomically
 from .methods import METHODS
-from .run_folder import RunFolder, write_atomically
+from .run_folder import RunFolder
 
 CONFIDENCE = 0.95
 SIZES = ("num_virtual_tokens", "r", "num_spaces", "space_dim")

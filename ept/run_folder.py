@@ -11,15 +11,12 @@ from typing import Any
 
 import yaml
 
+from .checkpoints import last_whole
+from .durable import sync, sync_folder, sync_tree, write_atomically
 from .run_config import RunConfig, load_run_config
 
-CHECKPOINT_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "trainer_state.json",
-)
+# What a resumed run may set otherwise: it changes memory and disk, not what is trained.
+MAY_CHANGE = ("training.gradient_checkpointing", "training.eval_batch_size", "training.save_total_limit")
 
 
 @dataclass(frozen=True)
@@ -97,22 +94,19 @@ class RunFolder:
     def begin(self, config: RunConfig, resume: bool) -> Path | None:
         """Makes the folder, or clears it of an earlier run's files alone; returns the checkpoint to start from."""
         if not resume:
-            for file in (self.config, self.metrics, self.results, self.curve):
-                file.unlink(missing_ok=True)
-            for folder in (self.adapter, self.checkpoints, self.tensorboard):
+            # The configuration goes last: were this cut short, checkpoints would never stand without theirs.
+            self.results.unlink(missing_ok=True)
+            for folder in (self.checkpoints, self.adapter, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
+            for file in (self.curve, self.metrics, self.config):
+                file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, config.to_yaml())
         return self.last_checkpoint() if resume else None
 
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint; half-written ones, from a run that was killed while saving, are passed over."""
-        steps = {}
-        for folder in self.checkpoints.glob("checkpoint-*"):
-            step = folder.name.removeprefix("checkpoint-")
-            if step.isdigit() and _is_whole(folder, int(step)):
-                steps[int(step)] = folder
-        return steps[max(steps)] if steps else None
+        return last_whole(self.checkpoints)
 
     def load_config(self) -> RunConfig:
         """The configuration of the run in this folder.
@@ -160,12 +154,10 @@ class MetricsLog:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
-
-def write_atomically(file: Path, text: str) -> None:
-    """The file holds either its old content or all of `text`, never a part."""
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    def sync(self) -> None:
+        """Waits until all of it is on the disk, as it must be before a checkpoint counts that it leads up to."""
+        if self.writes and self.file.exists():
+            sync(self.file)
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -173,19 +165,10 @@ def save_adapter(model: Any, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(str(temporary))
+    sync_tree(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-
-
-def _is_whole(folder: Path, step: int) -> bool:
-    """The Trainer writes trainer_state.json last: a checkpoint that has it, readable, of that step, is whole."""
-    if not all((folder / name).is_file() for name in CHECKPOINT_FILES) or not _random_states(folder):
-        return False
-    try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        return False
-    return state.get("global_step") == step
+    sync_folder(folder.parent)
 
 
 def _random_states(checkpoint: Path) -> list[Path]:
@@ -201,6 +184,6 @@ def _differences(saved: dict[str, Any], given: dict[str, Any], path: str = "") -
         old, new = (saved or {}).get(key), given[key]
         if isinstance(new, dict) and isinstance(old, dict) and path == "":
             changed += _differences(old, new, f"{key}.")
-        elif old != new:
+        elif old != new and path + key not in MAY_CHANGE:
             changed.append(f"{path}{key} (was {old!r}, now {new!r})")
     return changed

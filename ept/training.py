@@ -28,17 +28,22 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from .checkpoints import PREFIX, being_saved
 from .compilation import check_lengths, compile_layers, uncompiled
 from .distributed import Processes, join
+from .durable import write_atomically
 from .encoding import Collator, encode_labels, encode_split
 from .environment import hardware, peak_memory, versions
 from .evaluation import evaluate
+from .failures import check_finite, check_writable, explained, writing
+from .interruption import StopAfterStep, StopSignals
 from .loading import default_device, load_tokenizer, load_untrained, task_type_of
 from .methods import METHODS
 from .report import learning_curve
+from .resumption import GoOn, is_over, load_result, losses_since_log
 from .run_config import RunConfig
 from .run_data import RunData, load_run_data
-from .run_folder import MetricsLog, RunFolder, save_adapter, write_atomically
+from .run_folder import MetricsLog, RunFolder, save_adapter
 from .sampling import FILLER_LABELS, EpochLengthGroupedSampler, FillingCollator, SharedBatches
 
 # transformers renames the argument on its way to version 6.
@@ -108,7 +113,9 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     Raises:
         FileExistsError: the folder holds a run and neither argument is set.
         ValueError: the configuration or the data is wrong. Nothing has been written then.
-        FloatingPointError: the loss became infinite or NaN.
+        FloatingPointError: the loss or a parameter became infinite or NaN.
+        MemoryError, OSError: there is no memory left, or a file cannot be written.
+        Interrupted: SIGTERM or Ctrl-C came; the step was finished and saved.
     """
     if config.output_dir is None:
         raise ValueError("output_dir is not set: give --output DIR")
@@ -116,8 +123,14 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         raise ValueError(
             "training.tensorboard needs the package tensorboard: pip install tensorboard, or set it to false"
         )
-    processes = join()
     folder = RunFolder(Path(config.output_dir))
+    with StopSignals(folder) as signals, explained(config, folder):
+        return _train(config, folder, signals, resume, overwrite)
+
+
+def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: bool, overwrite: bool) -> dict[str, Any]:
+    processes = join()
+    processes.from_main(lambda: check_writable(folder))
     processes.from_main(lambda: folder.check(config, resume, overwrite, processes.count))
     run = processes.together(lambda: prepare(config, processes))
     data = run.run_data.data
@@ -136,10 +149,17 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with trainer.progress:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.add_callback(StopAfterStep(signals, processes.any))
+    if checkpoint is not None and is_over(checkpoint):  # it was ended while scoring
+        load_result(trainer, checkpoint)
+    else:
+        if checkpoint is not None:
+            trainer.add_callback(GoOn(trainer, checkpoint))
+        with signals.noted(), trainer.progress:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     memory, memory_kind = peak_memory()
-    processes.from_main(lambda: save_adapter(run.model, folder.adapter))
+    with writing(folder.adapter):
+        processes.from_main(lambda: save_adapter(run.model, folder.adapter))
     after = run.score(config, "test", progress="scoring the trained adapter")
 
     results = {
@@ -218,7 +238,7 @@ class PromptTrainer(Trainer):
     control: TrainerControl
 
     def __init__(self, config: RunConfig, run: PreparedRun, folder: RunFolder, recorder: Recorder) -> None:
-        self.run_config, self.run = config, run
+        self.run_config, self.run, self.recorder = config, run, recorder
         data = run.run_data.data
         patience = config.training.early_stopping_patience
         encoded = encode_split(
@@ -283,6 +303,21 @@ class PromptTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.run.processes.wait()  # trainer_state.json, which comes next, says that everything is there
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        check_finite(self.run.model, self.state.global_step, self.run_config)
+        checkpoint = Path(self.args.output_dir, f"{PREFIX}{self.state.global_step}")
+        self.recorder.file.sync()
+        saving = being_saved(
+            checkpoint,
+            limit=self.run_config.training.save_total_limit,
+            best=self.state.best_global_step,
+            main=self.args.should_save,
+            wait=self.run.processes.wait,
+            **losses_since_log(self, self.run.processes.gather),
+        )
+        with writing(checkpoint), saving:
+            super()._save_checkpoint(model, trial)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -355,7 +390,6 @@ def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> Tra
         eval_steps=training.eval_steps,
         save_strategy="steps",
         save_steps=training.eval_steps,
-        save_total_limit=training.save_total_limit,
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
         load_best_model_at_end=True,

@@ -58,7 +58,11 @@ def compare(
         from ept.comparison import as_json, summarise, write_tables
         from ept.figures import draw
 
-        records = carry_out(comparison, report=lambda line: typer.echo(line, err=True))
+        try:
+            records = carry_out(comparison, report=lambda line: typer.echo(line, err=True))
+        except KeyboardInterrupt as stop:
+            typer.echo(f"{stop}\nthe same command again goes on with the comparison", err=True)
+            raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
         settings = summarise(records)
         folder = Path(str(comparison.output_dir))
         files = write_tables(folder, records, settings, command=_command())

@@ -20,24 +20,32 @@ USER_ERRORS = (
     FileExistsError,
     PermissionError,
     ConnectionError,
-    FloatingPointError,
 )
+# What ends a command that was given nothing wrong: a full disk, no memory left, a training that diverges.
+FAILURES = (OSError, MemoryError, FloatingPointError)
 
 
 class OneLineErrors(TyperGroup):
-    """Shows what the user can mend as one line on standard error with exit code 2; EPT_DEBUG=1 shows the traceback."""
+    """Shows what the user can mend as one line on standard error; EPT_DEBUG=1 shows the traceback.
+
+    The exit code is 2 where something wrong was given, 1 where the machine or the training failed, and 128 and the
+    number of the signal where one ended the command.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except USER_ERRORS as error:
+        except KeyboardInterrupt as stop:
+            typer.echo(str(stop) or "stopped", err=True)
+            raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
+        except (*USER_ERRORS, *FAILURES) as error:
             if os.environ.get("EPT_DEBUG") == "1":
                 raise
             text = str(error) or type(error).__name__
             if not was_told(error):
                 where = "" if is_main() else f" in process {process_index()}"
                 typer.echo(f"error{where}: {text}  (EPT_DEBUG=1 shows where)", err=True)
-            raise typer.Exit(2) from error
+            raise typer.Exit(2 if isinstance(error, USER_ERRORS) else 1) from error
 
 
 app = typer.Typer(

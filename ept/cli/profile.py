@@ -213,8 +213,8 @@ def _sweep_values(text: str) -> list[int]:
 def _write(report: dict[str, Any], folder: Path, swept: bool) -> None:
     import json
 
+    from ept.durable import write_atomically
     from ept.profile_report import draw_phases, draw_sweep
-    from ept.run_folder import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
     draw_phases(report, folder / "phases.png")

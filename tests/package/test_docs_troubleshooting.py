@@ -22,12 +22,23 @@ PACKAGES = (ROOT / "ept", ROOT / "kernels" / "torch-ext" / "ept_kernels")
 HIDDEN = "…"
 
 # Functions whose texts become parts of messages: what is wrong with a file's content, a compiled kernel, a result.
-PARTS = ("_mismatches", "missing_column", "problems", "_difference")
+PARTS = (
+    "_mismatches",
+    "missing_column",
+    "problems",
+    "_difference",
+    *("divergence_advice", "_memory_advice", "_disk_advice", "_refused", "_what_is_left"),
+)
 # What is raised without a text of this project's own, and why that needs no entry.
 WORDLESS = {
     "typer.Exit": "ends `ept --version`",
     "typer.Exit(1)": "an exit code; what failed has been written to standard error",
-    "typer.Exit(2)": "an exit code; the error has been written to standard error",
+    "typer.Exit(2 if isinstance(error, USER_ERRORS) else 1)": "an exit code; the error has been written",
+    "typer.Exit(getattr(stop, 'exit_code', 130))": "an exit code; what to do has been written",
+    "explanation": "made of the texts of the functions in PARTS",
+    "self._stopped(number)": "made in that method",
+    "self._stopped(self.received)": "made in that method",
+    "OSError(int(found[1]) if found else likely, reason(error).strip(), str(path))": "a library's own reason",
     "failure": "an error of this process or of another one, as it was raised there",
     "Refused(str(error).strip().splitlines()[0])": "Triton's own reason",
 }

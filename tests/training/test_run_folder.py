@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from ept.run_config import RunConfig, load_run_config
-from ept.run_folder import CHECKPOINT_FILES, MetricsLog, RunFolder, write_atomically
+from ept.run_folder import MAY_CHANGE, MetricsLog, RunFolder
 
 CONFIG = RunConfig()
-
-
-def checkpoint(folder: Path, step: int, missing: str | None = None, state: str | None = None) -> Path:
-    made = folder / "checkpoints" / f"checkpoint-{step}"
-    made.mkdir(parents=True)
-    for name in (*CHECKPOINT_FILES, "rng_state.pth"):
-        if name != missing:
-            (made / name).write_text("{}", encoding="utf-8")
-    if missing != "trainer_state.json":
-        text = json.dumps({"global_step": step}) if state is None else state
-        (made / "trainer_state.json").write_text(text, encoding="utf-8")
-    return made
 
 
 def test_a_folder_with_other_files_is_no_run(tmp_path: Path) -> None:
@@ -54,19 +41,6 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         RunFolder(file).check(CONFIG, resume=False, overwrite=False)
 
 
-@pytest.mark.parametrize("missing", CHECKPOINT_FILES)
-def test_half_written_checkpoints_are_passed_over(tmp_path: Path, missing: str) -> None:
-    whole = checkpoint(tmp_path, 9)
-    checkpoint(tmp_path, 10, missing=missing)
-    checkpoint(tmp_path, 11, state='{"global_st')
-    checkpoint(tmp_path, 12, state='{"global_step": 8}')
-    assert RunFolder(tmp_path).last_checkpoint() == whole
-
-
-def test_no_checkpoint(tmp_path: Path) -> None:
-    assert RunFolder(tmp_path).last_checkpoint() is None
-
-
 def test_metrics_survive_a_cut_and_a_resume(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     assert log.read() == []
@@ -80,7 +54,38 @@ def test_metrics_survive_a_cut_and_a_resume(tmp_path: Path) -> None:
     assert [(event["step"], event["loss"]) for event in log.read()] == [(1, 1.0), (2, 1.0), (3, 0.5)]
 
 
-def test_atomic_write_leaves_no_trace(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "a.json", "1")
-    write_atomically(tmp_path / "a.json", "2")
-    assert [(file.name, file.read_text(encoding="utf-8")) for file in tmp_path.iterdir()] == [("a.json", "2")]
+def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:
+    """Otherwise a run that found no memory could not be resumed with less need of it."""
+    folder = RunFolder(tmp_path)
+    folder.begin(CONFIG, resume=False)
+    other = {"training.gradient_checkpointing": True, "training.eval_batch_size": 1, "training.save_total_limit": 9}
+    assert set(other) == set(MAY_CHANGE)
+    changed = load_run_config(None, [f"{key}={str(value).lower()}" for key, value in other.items()])
+    folder.check(changed, resume=True, overwrite=False)
+    folder.begin(changed, resume=True)
+    assert folder.load_config().training.eval_batch_size == 1
+
+
+def test_an_overwritten_run_cut_short_leaves_no_checkpoint_to_another_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(CONFIG, resume=False)
+    for path in (folder.checkpoints, folder.adapter):
+        path.mkdir()
+    folder.metrics.touch()
+    other = load_run_config(None, ["training.batch_size=3"])
+    unlink = Path.unlink
+
+    def cut_short(path: Path, missing_ok: bool = False) -> None:
+        if path == folder.config:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            folder.begin(other, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    with pytest.raises(ValueError, match=r"differs in training\.batch_size"):
+        folder.check(other, resume=True, overwrite=False)

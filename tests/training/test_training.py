@@ -67,6 +67,7 @@ def test_checkpoints_and_adapter_hold_no_base_weights(
     for folder in (runs[family] / "adapter", *(runs[family] / "checkpoints").iterdir()):
         names = {path.name for path in folder.iterdir()}
         extra = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
+        extra.add("whole.json")
         assert names - extra == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
         keys = {name for name in weights(folder) if "classifier" not in name}
         assert keys == trained
