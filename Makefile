@@ -12,11 +12,15 @@ TUNE_ARGS ?=
 TRITON_PATH ?=
 FUZZ_CASES ?= 50000
 HF_KERNELS := kernels==0.17.2
+# The lowest transformers and peft are those of constraints-lowest.txt; what that transformers needs older than ours:
+LOWEST := transformers peft huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 \
+	anyio==4.16.0 sniffio==1.3.1
+LOWEST_TESTS := tests/versions tests/test_trainer.py tests/test_adapter_files.py
 RAY := ray==2.60.0
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test aot lint format ray bench gpu bundle wheel clean tune local-kernel fuzz nightly suite-against
+.PHONY: help install demo test aot lint format ray bench gpu bundle wheel clean tune local-kernel lowest fuzz nightly suite-against
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,7 +46,7 @@ demo: $(VENV)/.demo ## train EPT on a small real model and real headlines, and s
 test: $(VENV)/.installed ## all tests but those that need a GPU, two at a time (TEST_ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels
-	$(MAKE) local-kernel aot
+	$(MAKE) lowest local-kernel aot
 
 # Another triton: `pip install --no-deps --target FOLDER triton==VERSION`, then `make aot TRITON_PATH=FOLDER`.
 aot: $(VENV)/.installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; fails on spills
@@ -61,6 +65,14 @@ $(VENV)/ray: $(VENV)/.installed
 
 ray: $(VENV)/ray ## runs side by side through Ray give the table of one process; needs a machine with nothing else to do
 	OMP_NUM_THREADS=1 $(OFFLINE) PYTHONPATH=$(abspath $(VENV))/ray $(VENV)/bin/python -m pytest tests/compare/test_compare_runs.py -k ray
+
+# Aside, as they would take the place of the versions that everything else runs with.
+$(VENV)/lowest: $(VENV)/.installed constraints-lowest.txt
+	$(PIP) install --quiet --no-deps --upgrade -c constraints-lowest.txt --target $@ $(LOWEST)
+	@touch $@
+
+lowest: $(VENV)/lowest ## some tests with the lowest supported transformers and peft; `make nightly` runs all with all
+	OMP_NUM_THREADS=1 $(OFFLINE) EPT_LOWEST=1 PYTHONPATH=$(abspath $(VENV))/lowest $(VENV)/bin/python -m pytest -n 2 $(LOWEST_TESTS)
 
 tune: $(VENV)/.installed ## measure the kernels' launch configurations on this GPU and keep them (TUNE_ARGS="--kernels NAME")
 	$(VENV)/bin/python -m ept_kernels.tune $(TUNE_ARGS)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -31,3 +34,10 @@ def test_every_lower_bound_is_pinned_to_its_first_release():
     assert len(bounds) >= 4
     for name, bound in bounds.items():
         assert pins[name].release[:2] == bound.release[:2], f"{name}: {pins[name]} is not the first of >={bound}"
+
+
+@pytest.mark.skipif("EPT_LOWEST" not in os.environ, reason="`make lowest` runs it, with other versions on the path")
+@pytest.mark.parametrize("name", ["transformers", "peft"])
+def test_make_lowest_runs_with_the_lowest(name):
+    assert Version(metadata.version(name)) == pinned()[name]
+    assert Version(__import__(name).__version__) == pinned()[name]
