@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
+import json
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .run_folder import RunFolder
 
 ERROR_FILE = "error.txt"
 
@@ -46,19 +50,25 @@ def run_all(jobs: Sequence[dict[str, Any]], executor: str, cpus_per_run: int = 1
 
 
 def execute(job: dict[str, Any]) -> Outcome:
-    """Trains one run, or resumes it; an error becomes part of the outcome, its traceback `error.txt` in the folder."""
+    """Trains one run, or resumes it; an error becomes part of the outcome, its traceback `error.txt` in the folder.
+
+    A run that another comparison in the same folder has finished since the jobs were listed is taken as it is.
+    """
     import torch
 
     from .run_config import RunConfig, config_from_dict
     from .training import train
 
     folder = Path(job["output_dir"])
+    if (results := RunFolder(folder).results).is_file():
+        return Outcome(folder, json.loads(results.read_text(encoding="utf-8")))
     (folder / ERROR_FILE).unlink(missing_ok=True)
     try:
         return Outcome(folder, train(config_from_dict(RunConfig, job), resume=True))
     except Exception as error:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
+        with contextlib.suppress(OSError):  # of a full disk, say, which is what the error may be
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
         return Outcome(folder, None, _line(error))
     finally:  # the next run needs the memory
         gc.collect()
