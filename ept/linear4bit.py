@@ -75,17 +75,21 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         return out.to(dtype)
 
     def four_bit_weight(self) -> FourBitWeight:
-        """The weight as the operators take it. Checked again only where its memory or its quant state has changed."""
+        """The weight as the operators take it. Checked again only where its memory or its quant state has changed.
+
+        Nothing is kept of a weight that is offloaded after every call. What was kept of one whose memory sharding has
+        freed has no address any more.
+        """
         if torch.compiler.is_compiling():
             return FourBitWeight.from_bitsandbytes(self, check_code=False)
         state = self._state()
-        key = (self.weight.data_ptr(), state, getattr(state, "absmax", None))
+        absmax = getattr(state, "absmax", None)
         known, weight = self.__dict__.get("_four_bit", (None, None))
-        if weight is None or known[0] != key[0] or known[1] is not key[1] or known[2] is not key[2]:
-            same_state = known is not None and known[1] is state
+        same = known is not None and known[0] is state
+        if weight is None or not same or known[1] is not absmax or weight.packed.data_ptr() != self.weight.data_ptr():
             with torch.inference_mode(False):
-                weight = FourBitWeight.from_bitsandbytes(self, check_code=not same_state)
-            self.__dict__["_four_bit"] = (key, weight)
+                weight = FourBitWeight.from_bitsandbytes(self, check_code=not same)
+            self.__dict__["_four_bit"] = ((state, absmax), None if self._is_offloaded() else weight)
         return weight
 
     def drop_caches(self) -> None:
@@ -95,7 +99,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
 
     def _dequantized_weight(self, weight: FourBitWeight, dtype: torch.dtype) -> Tensor | None:
         """The kept weight ``[out_features, in_features]``; None: the budget has no room for it."""
-        if self.cache_bytes < dtype.itemsize * weight.rows * weight.columns:
+        if self.cache_bytes < dtype.itemsize * weight.rows * weight.columns or self._is_offloaded():
             return None
         W = self.__dict__.get("_dequantized")
         if torch.compiler.is_compiling():  # used if it is there; made by an uncompiled call
@@ -107,6 +111,11 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
                 W = ept_kernels.dequantize_4bit(weight, dtype)
             self.__dict__.update(_dequantized=W, _dequantized_from=version)
         return W
+
+    def _is_offloaded(self) -> bool:
+        """Whether a hook of accelerate takes the weight off the device after every call."""
+        hook = self.__dict__.get("_hf_hook")
+        return hook is not None and any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
 
     def _state(self) -> Any:
         state = getattr(self.weight, "quant_state", None)

@@ -25,7 +25,13 @@ def write_checkpoints(tmp_path_factory: Any) -> dict[str, Any]:
 
 
 def load_4bit(
-    name: str, folder: Any, kind: str = "nf4", nested: bool = True, dtype: torch.dtype = torch.float32, **options: Any
+    name: str,
+    folder: Any,
+    kind: str = "nf4",
+    nested: bool = True,
+    dtype: torch.dtype = torch.float32,
+    device_map: str = "cpu",
+    **options: Any,
 ) -> Any:
     """The tiny model of ``folder`` on the CPU, its layers in 4 bits; ``options`` of ``BitsAndBytesConfig``."""
     config = transformers.BitsAndBytesConfig(
@@ -36,7 +42,7 @@ def load_4bit(
         **options,
     )
     model_class = getattr(transformers, FAMILIES[name][1])
-    return model_class.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
+    return model_class.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map=device_map)
 
 
 def quantize(

@@ -278,6 +278,34 @@ def test_hooks_of_accelerate_keep_working(when):
     assert not _goes_through_operators(layer, x)
 
 
+@pytest.mark.parametrize("hooks", [1, 2])
+def test_nothing_is_kept_of_an_offloaded_weight(hooks):
+    """accelerate brings such a weight in for each call and takes it away; what is kept of it would stay in memory."""
+
+    class Offload(ModelHook):
+        offload = True  # as an AlignDevicesHook says it
+
+    layer, x = swapped(make_layer(), dequantized_cache_bytes=1 << 20), torch.randn(2, 64)
+    expected = swapped(make_layer())(x)
+    for hook in (Offload(), ModelHook())[:hooks]:
+        add_hook_to_module(layer, hook, append=True)
+    for _ in range(2):
+        assert torch.equal(layer(x), expected)
+        assert layer.__dict__["_four_bit"][1] is None
+        assert "_dequantized" not in layer.__dict__
+    remove_hook_from_module(layer)
+    torch.testing.assert_close(layer(x), expected)
+    assert "_dequantized" in layer.__dict__
+
+
+def test_memory_that_sharding_has_freed_is_not_read():
+    layer, x = swapped(make_layer()), torch.randn(2, 64)
+    expected, data = layer(x), layer.weight.data.clone()
+    layer.weight.untyped_storage().resize_(0)
+    layer.weight.data = data
+    assert torch.equal(layer(x), expected)
+
+
 def _goes_through_operators(layer: nn.Module, x: torch.Tensor) -> bool:
     with torch.profiler.profile() as profile:
         layer(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -12,6 +13,7 @@ import transformers
 from four_bit_helpers import SIZES, dequantize, load_4bit, write_checkpoints
 from test_linear4bit import saved_bytes, storages
 from tiny_models import TASK_OF, make_batch, make_model, randomise
+from torch.distributed.fsdp import fully_shard
 
 from ept import EPTConfig, EPTModel, get_ept_model
 from ept.linear4bit import Linear4bit, restore_linear4bit, swap_linear4bit
@@ -136,6 +138,45 @@ def test_gradient_checkpointing(checkpoints):
     model.train()
     for key, actual in results(model, "llama").items():
         torch.testing.assert_close(actual, expected[key])
+
+
+def test_device_map_auto(checkpoints):
+    expected = results(adapted(load_4bit("t5", checkpoints["t5"])), "t5")
+    base = load_4bit("t5", checkpoints["t5"], device_map="auto")
+    for key, actual in results(adapted(base), "t5").items():
+        torch.testing.assert_close(actual, expected[key], msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_dispatched_by_accelerate(checkpoints):
+    """Every module has a hook, as over several devices."""
+    inputs, logits = inputs_of("llama"), []
+    for dispatched in (False, True):
+        base = load_4bit("llama", checkpoints["llama"])
+        if dispatched:
+            base = accelerate.dispatch_model(base, {"": "cpu"}, force_hooks=True)
+        swap_linear4bit(base, always=True)
+        with torch.no_grad():
+            logits.append(base(**inputs).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
+def test_fully_sharded(storage, checkpoints):
+    """FSDP2 in one process: parameters become shards, are put together for each block and freed again."""
+    expected = results(adapted(load_4bit("llama", checkpoints["llama"])), "llama")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        base = load_4bit("llama", checkpoints["llama"], bnb_4bit_quant_storage=storage)
+        model = adapted(base)
+        for block in base.model.layers:
+            fully_shard(block, mesh=mesh)
+        assert all(not hasattr(m.weight, "quant_state") for m in base.modules() if isinstance(m, Linear4bit))
+        for _ in range(2):
+            for key, actual in results(model, "llama").items():
+                torch.testing.assert_close(actual, expected[key], msg=lambda m, key=key: f"{key}: {m}")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_compiled_layers(checkpoints):
