@@ -4,6 +4,9 @@
 
 Prints a table (kernel, target, registers, spilled bytes, shared memory, instructions, and instructions a weight where
 4-bit weights are decoded) and fails on any spill, and on shared memory over the target's limit.
+
+``--every`` adds every kind of 4-bit weight and of its operands, ``--candidates`` every configuration that the tuner may
+try. Both take long. What is wrong with a candidate is printed and is no failure: the tuner refuses such ones.
 """
 
 from __future__ import annotations
@@ -74,6 +77,29 @@ def shipped_cases() -> list[AotCase]:
                 case = tunable.aot({**tunable.default, **config})
                 found.append(case._replace(name=f"{case.name} ({path.stem})"))
     return found
+
+
+def every_case() -> list[AotCase]:
+    """The 4-bit kernels, as the heuristics launch them, for every kind of weight and of operands."""
+    from . import dequantize_4bit_triton, matmul_4bit_backward_triton, matmul_4bit_triton
+
+    modules = (dequantize_4bit_triton, matmul_4bit_triton, matmul_4bit_backward_triton)
+    return [case for module in modules for case in module.every_aot_case()]
+
+
+def candidate_cases() -> list[AotCase]:
+    """Every kernel in every configuration that the tuner may try, once each."""
+    from .tune import tunables
+
+    found: dict[Any, AotCase] = {}
+    for tunable in tunables():
+        if "." in tunable.kernel:  # a measured number, not a kernel
+            continue
+        for config in tunable.candidates:
+            case = tunable.aot({**tunable.default, **config})
+            same = (case.fn, repr(case.constexprs), repr(case.signature), case.num_warps, case.num_stages)
+            found.setdefault(same, case._replace(name=f"{case.name} {config}"))
+    return list(found.values())
 
 
 def compile_case(case: AotCase, target: str) -> dict[str, Any]:
@@ -171,16 +197,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--every", action="store_true", help="also every kind of 4-bit weight and of its operands")
+    parser.add_argument("--candidates", action="store_true", help="also every configuration that the tuner may try")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
-    rows = [
-        compile_case(case, target)
-        for case in [*cases(), *shipped_cases()]
-        if arguments.only in case.name
-        for target in arguments.targets.split(",")
-    ]
-    print(table(rows))
+    targets = arguments.targets.split(",")
+
+    def compiled(chosen: Iterable[AotCase]) -> list[dict[str, Any]]:
+        return [compile_case(case, target) for case in chosen if arguments.only in case.name for target in targets]
+
+    rows = compiled([*cases(), *shipped_cases(), *(every_case() if arguments.every else ())])
+    candidates = compiled(candidate_cases() if arguments.candidates else ())
+    print(table([*rows, *candidates]))
+    for refused in [problem for row in candidates for problem in problems(row)]:
+        print(f"the tuner refuses it: {refused}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     found = [problem for row in rows for problem in problems(row)]

@@ -7,6 +7,7 @@ are, and nothing is exchanged between threads. Sizes that are no whole words are
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import four_bit_codes
+from .four_bit import BLOCK_SIZES
 from .four_bit_codes import decode, is_word_aligned, levels, load_absmax
 from .launch import AotCase, Config, cached_choice, config_for, launch, on_device
 
@@ -137,12 +139,19 @@ _AOT_PROBLEMS = (
     ("fp16", 64, True, True),
     ("fp32", 32, True, True),
     ("fp32", 64, False, False),
+    ("fp64", 64, True, True),
 )
 
 
 def aot_cases() -> list[AotCase]:
     """The kernel with representative signatures, for :mod:`ept_kernels.aot`."""
     return [aot_case(heuristic(), *problem) for problem in _AOT_PROBLEMS]
+
+
+def every_aot_case() -> list[AotCase]:
+    """The kernel for every output type, block size, nesting and address there is."""
+    kinds = itertools.product(("bf16", "fp16", "fp32", "fp64"), BLOCK_SIZES, (False, True), (False, True))
+    return [aot_case(heuristic(), *kind) for kind in kinds]
 
 
 def aot_case(config: Config, dtype: str, block_size: int, nested: bool, words: bool) -> AotCase:

@@ -36,7 +36,7 @@ _FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4 = (*_FP4_MAGNITUDES, *(0.0 - level for level in _FP4_MAGNITUDES))  # nibble 8 is a zero without a sign
 LEVELS = {"nf4": NF4, "fp4": FP4}
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 32, 4096
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 # Fields in the order of the operators' schemas.
@@ -147,8 +147,8 @@ def _check(weight: FourBitWeight) -> None:
     for name in ("rows", "columns"):
         _check_size(name, getattr(weight, name), 1)
     size = weight.block_size
-    if not _is_integer(size) or not SMALLEST_BLOCK <= size <= LARGEST_BLOCK or size & (size - 1):
-        raise _unexpected("block_size", repr(size), f"a power of two from {SMALLEST_BLOCK} to {LARGEST_BLOCK}")
+    if not _is_integer(size) or size not in BLOCK_SIZES:
+        raise _unexpected("block_size", repr(size), f"a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}")
     elements = weight.rows * weight.columns
     blocks = _ceil_div(elements, size)
     device = _check_tensor("packed", weight.packed, torch.uint8, _ceil_div(elements, 2))

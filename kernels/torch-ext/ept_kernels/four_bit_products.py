@@ -6,6 +6,7 @@ launch. When these kernels are taken, and what else there is: see ``four_bit_pat
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import four_bit_codes
+from .four_bit import BLOCK_SIZES
 from .four_bit_codes import levels
 from .launch import AotCase, Config, cached_choice, config_for, launch, on_device
 
@@ -193,13 +195,35 @@ def aot_cases(operator: str, fn: Any) -> list[AotCase]:
     ]
 
 
+def every_aot_case(operator: str, fn: Any) -> list[AotCase]:
+    """``fn`` for every block size, nesting and 16-bit type, with a bias and with splits, and for any sizes and strides
+    beside those that 16 divides.
+    """
+    return [
+        aot_case(f"{operator}/{tile}", fn, heuristic(f"{operator}/{tile}", 4096, 4096), 4096, 4096, *kind)
+        for tile in TILES
+        for kind in itertools.product(_TYPES, BLOCK_SIZES, (False, True), (False, True), (False, True))
+    ]
+
+
 def aot_case(
-    kernel: str, fn: Any, config: Config, rows: int, columns: int, dtype: str, block_size: int, nested: bool, bias: bool
+    kernel: str,
+    fn: Any,
+    config: Config,
+    rows: int,
+    columns: int,
+    dtype: str,
+    block_size: int,
+    nested: bool,
+    bias: bool,
+    any_sizes: bool = False,
 ) -> AotCase:
     tokens, _, out, *_, stride_m, stride_last = fn.arg_names[6 : fn.arg_names.index("BLOCK_SIZE")]
     label = f"{dtype} {rows}x{columns} block={block_size}" + (" nested" if nested else "") + (" bias" if bias else "")
     types = {tokens: f"*{dtype}", "bias": f"*{dtype}" if bias else "None", out: f"*{dtype}" if bias else "*fp32"}
     sizes = {"rows": rows, "columns": columns, stride_m: columns if tokens == "x" else rows, stride_last: 1}
+    if any_sizes:
+        label, sizes = f"{label} any sizes", {}
     options = meta(config, block_size, 256 if nested else 0, _TYPES[dtype])
     weights = config["BLOCK_N"] * config["BLOCK_K"]
     return four_bit_codes.aot_case(f"{kernel} {label}", fn, types, nested, options, sizes, weights)

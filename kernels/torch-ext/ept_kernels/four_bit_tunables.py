@@ -22,6 +22,7 @@ from .matmul_4bit_triton import matmul_4bit, matmul_4bit_kernel
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (768, 768), (3072, 768))  # rows and columns of a weight
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256
+VARIANTS = ((32, True), (64, False), (128, False))  # block size and nesting of weights that share a configuration
 # Numbers of tokens whose path is measured. Below 8, bitsandbytes' forward changes its path, and nothing else does.
 PATH_COUNTS = {"matmul_4bit": COUNTS, "matmul_4bit_backward": tuple(count for count in COUNTS if count >= 8)}
 TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -91,34 +92,49 @@ def tunables(reduced: bool = False) -> list[Tunable]:
     return found
 
 
-def weight_arguments(shape: tuple[int, int], device: torch.device, g: torch.Generator) -> tuple[Any, ...]:
-    """Parts and sizes of a random nested NF4 weight, as the operators take them."""
+def weight_arguments(
+    shape: tuple[int, int],
+    device: torch.device,
+    g: torch.Generator,
+    block_size: int = BLOCK_SIZE,
+    nested: bool = True,
+) -> tuple[Any, ...]:
+    """Parts and sizes of a random NF4 weight, as the operators take them."""
     rows, columns = shape
-    blocks = rows * columns // BLOCK_SIZE
+    blocks = -(-rows * columns // block_size)
 
     def random_bytes(count: int) -> Tensor:
         return torch.randint(0, 256, (count,), generator=g, device=device, dtype=torch.uint8)
 
+    packed = random_bytes(-(-rows * columns // 2))
+    if not nested:
+        absmax = torch.rand(blocks, generator=g, device=device)
+        return packed, absmax, None, None, None, "nf4", block_size, 0, rows, columns
     code = torch.linspace(-1, 1, 256, device=device)
     nested_absmax = torch.rand(-(-blocks // NESTED_BLOCK_SIZE), generator=g, device=device)
-    parts = (random_bytes(rows * columns // 2), random_bytes(blocks), nested_absmax, code, code.new_full((), 0.1))
-    return (*parts, "nf4", BLOCK_SIZE, NESTED_BLOCK_SIZE, rows, columns)
+    parts = (packed, random_bytes(blocks), nested_absmax, code, code.new_full((), 0.1))
+    return (*parts, "nf4", block_size, NESTED_BLOCK_SIZE, rows, columns)
 
 
 def _dequantize(shape: tuple[int, int], dtype: torch.dtype, most: int | None) -> Tunable:
-    def inputs(device: torch.device, seed: int) -> tuple[Any, ...]:
-        return *weight_arguments(shape, device, torch.Generator(device).manual_seed(seed)), dtype
+    def inputs_of(shape: tuple[int, int], *kind: Any) -> Callable[[torch.device, int], tuple[Any, ...]]:
+        return lambda device, seed: (
+            *weight_arguments(shape, device, torch.Generator(device).manual_seed(seed), *kind),
+            dtype,
+        )
 
+    odd = (shape[0] - 1, shape[1] - 1)  # no whole words
     return Tunable(
         kernel=key("dequantize_4bit", dtype),
         size=(shape[0] * shape[1],),
         default=dequantize.heuristic(),
         candidates=_DEQUANTIZE_GRID[:most],
         operator=dequantize.dequantize_4bit,
-        inputs=inputs,
+        inputs=inputs_of(shape),
         reference=dequantize_parts,
         aot=lambda config: dequantize.aot_case(config, TRITON_TYPES[dtype], BLOCK_SIZE, nested=True, words=True),
         tolerance=0.0,
+        variants=[inputs_of(shape, *kind) for kind in VARIANTS] + [inputs_of(odd)],
     )
 
 
@@ -133,6 +149,7 @@ def _product(product: Product, tile: int, shape: tuple[int, int], dtype: torch.d
         inputs=_inputs(product, tile, shape, dtype),
         reference=product.reference,
         aot=_aot(product, kernel, shape, dtype),
+        variants=[_inputs(product, tile, shape, torch.float16, *kind) for kind in VARIANTS],
     )
 
 
@@ -155,12 +172,12 @@ def _path(product: Product, count: int, shape: tuple[int, int], dtype: torch.dty
 
 
 def _inputs(
-    product: Product, tokens: int, shape: tuple[int, int], dtype: torch.dtype
+    product: Product, tokens: int, shape: tuple[int, int], dtype: torch.dtype, *kind: Any
 ) -> Callable[[torch.device, int], tuple[Any, ...]]:
     def inputs(device: torch.device, seed: int) -> tuple[Any, ...]:
         g = torch.Generator(device).manual_seed(seed)
         x = torch.randn(tokens, shape[product.before], generator=g, device=device).to(dtype)
-        return x, *weight_arguments(shape, device, g)
+        return x, *weight_arguments(shape, device, g, *kind)
 
     return inputs
 

@@ -117,3 +117,8 @@ def matmul_4bit_backward(
 def aot_cases() -> list[AotCase]:
     """The kernel with every tile, for :mod:`ept_kernels.aot`."""
     return four_bit_products.aot_cases("matmul_4bit_backward", matmul_4bit_backward_kernel)
+
+
+def every_aot_case() -> list[AotCase]:
+    """The kernel for every kind of weight and of tokens."""
+    return four_bit_products.every_aot_case("matmul_4bit_backward", matmul_4bit_backward_kernel)

@@ -141,3 +141,8 @@ def matmul_4bit(
 def aot_cases() -> list[AotCase]:
     """The kernel with every tile, and the sum over splits, for :mod:`ept_kernels.aot`."""
     return [*four_bit_products.aot_cases("matmul_4bit", matmul_4bit_kernel), *reduce_aot_cases()]
+
+
+def every_aot_case() -> list[AotCase]:
+    """The kernel for every kind of weight and of tokens."""
+    return four_bit_products.every_aot_case("matmul_4bit", matmul_4bit_kernel)

@@ -152,6 +152,15 @@ def test_without_bitsandbytes_the_heuristic_decides(device, monkeypatch):
     assert path_of(FORWARD, weight, 0, F16) == LIBRARY
 
 
+def test_float32_is_never_fused_on_a_gpu():
+    """There is no such kernel, whatever a file says."""
+    packed, absmax = torch.empty(64 * 64, dtype=torch.uint8, device="meta"), torch.empty(128, device="meta")
+    weight = Weight(packed, absmax, None, None, None, "nf4", 64, 0, 64, 128)
+    for bits, dtype, expected in ((16, F16, FUSED), (32, F32, LIBRARY)):
+        with trying(f"matmul_4bit.path/{bits}-bit", {"PATH": FUSED}):
+            assert path_of(FORWARD, weight, 1, dtype) == expected
+
+
 @pytest.mark.parametrize("bias", [None, F32], ids=["", "bias"])
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -8,7 +8,9 @@ the rounding of the result to a tenth of theirs.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +107,20 @@ PROBLEMS = [
     Problem(64, 128, (3, 0), dtype=BF16, path=LIBRARY),
 ]
 by_id = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The heuristics' paths and configurations, whatever was measured on this device. On a GPU float32 is left to the
+    library: what bitsandbytes makes of it is not tested here.
+    """
+    monkeypatch.setattr(launch, "_measured", lambda device: {})
+    launch._forget_choices()
+    with contextlib.ExitStack() as stack:
+        if not INTERPRETED:
+            stack.enter_context(trying("matmul_4bit.path/32-bit", {"PATH": four_bit_paths.LIBRARY}))
+        yield
+    launch._forget_choices()
 
 
 def forward(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> Tensor:
@@ -306,6 +322,40 @@ def test_operators(problem, device):
     torch.library.opcheck(operators.matmul_4bit_backward.default, (grad, *weight.tensors, *weight.sizes))
     assert torch.equal(ept_kernels.matmul_4bit(x, weight, bias), forward(x, weight, bias))
     assert torch.equal(ept_kernels.matmul_4bit_backward(grad, weight), backward(grad, weight))
+
+
+def test_nested_absmax_is_rounded_as_in_a_dequantisation(device):
+    """Product and sum one after the other: the interpreter never fuses them, so the option itself is looked at."""
+    weight = Problem(64, 128).weight(device)
+    weight = four_bit_products.Weight(*weight.tensors, *weight.sizes)
+    for operator, module in (("matmul_4bit", kernels), ("matmul_4bit_backward", backward_kernels)):
+        assert four_bit_products.plan(operator, 5, weight, F16).options["enable_fp_fusion"] is False
+        compiled = [case.enable_fp_fusion for case in module.aot_cases() if "reduce" not in case.name]
+        assert compiled == len(compiled) * [False] != []
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can run one program of a grid")
+@pytest.mark.parametrize("splits, elements", [(3, 2**30), (1, 2**31 + 1024)])
+def test_offsets_of_partial_sums_have_64_bits(splits, elements, device, monkeypatch):
+    """The last tile of results whose partial sums, or which themselves, go beyond 2³¹."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    config = four_bit_products.CONFIGS["matmul_4bit_reduce"]
+    partial = mostly_untouched(splits * elements, F32).view(splits, elements)
+    out = mostly_untouched(elements, F32)
+    partial[:, -5:] = torch.randn(splits, 5)
+    number = type(interpreter_builder).create_get_program_id
+
+    def raised(axis: int) -> Any:
+        handle = number(interpreter_builder, axis)
+        handle.data = handle.data + elements // config["BLOCK_E"] - 1
+        return handle
+
+    monkeypatch.setattr(interpreter_builder, "create_get_program_id", raised)
+    kernel = four_bit_products.matmul_4bit_reduce_kernel
+    four_bit_products.launch(kernel, (1,), partial, None, out, splits, elements, 4096, **config)
+    torch.testing.assert_close(out[-5:], partial[:, -5:].sum(0))
+    assert out[-5:].abs().min() > 0
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can run one program of a grid")
