@@ -52,6 +52,7 @@ _CHECKPOINTING = next(
     for field in fields(TrainingArguments)
     if field.name in ("activation_checkpointing", "gradient_checkpointing")
 )
+_ROLES = {"prompt": "prompt", "U": "prompt", "D": "map", "G": "map", "W_q": "map", "W_k": "map"}
 
 
 @dataclass
@@ -323,7 +324,9 @@ class PromptTrainer(Trainer):
         if self.optimizer is None:
             model = model or self.model
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer(parameter_groups(model, self.run_config), **options)
+            training, method = self.run_config.training, self.run_config.method.name
+            rates = (training.learning_rate, training.low_rank_learning_rate, training.weight_decay)
+            self.optimizer = optimizer(parameter_groups(model, *rates, method), **options)
         return self.optimizer
 
     def evaluate(
@@ -352,24 +355,46 @@ def collator(config: RunConfig, run: PreparedRun) -> Collator:
     )
 
 
-def parameter_groups(model: torch.nn.Module, config: RunConfig) -> list[dict[str, Any]]:
-    """Two groups: the prompts at `learning_rate`, every other trainable parameter at `low_rank_learning_rate`."""
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    prompts = [p for name, p in trainable if learns_as_prompt(name, config.method.name)]
-    others = [p for _, p in trainable if not any(p is prompt for prompt in prompts)]
-    decay = config.training.weight_decay
-    groups = [
-        {"params": prompts, "lr": config.training.learning_rate, "weight_decay": decay},
-        {"params": others, "lr": config.training.low_rank_learning_rate, "weight_decay": decay},
+def parameter_groups(
+    model: torch.nn.Module,
+    learning_rate: float,
+    low_rank_learning_rate: float,
+    weight_decay: float = 0.0,
+    method: str = "ept",
+) -> list[dict[str, Any]]:
+    """Groups of the optimizer, each at the rate that fits what a step of Adam does to the embeddings.
+
+    * `prompt` and `U`, whose entries stand in the units of the prompt: `learning_rate`;
+    * the maps `D`, `G`, `W_q`, `W_k`: `low_rank_learning_rate`/√d. A step changes each of a column's d entries by about the
+      rate, and they add up: at the whole rate the gate saturates within some tens of steps;
+    * all others (`A`, `B`, `beta`, heads), the last group: `low_rank_learning_rate`.
+
+    PEFT's methods: all of the adapter at `learning_rate`, heads at `low_rank_learning_rate`.
+    """
+    groups: dict[str, list[torch.nn.Parameter]] = {"prompt": [], "map": [], "other": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[_role(name, method)].append(parameter)
+    maps = groups["map"]  # [d, …] each
+    rates = {
+        "prompt": learning_rate,
+        "map": low_rank_learning_rate / math.sqrt(maps[0].shape[0]) if maps else 0.0,
+        "other": low_rank_learning_rate,
+    }
+    return [
+        {"params": parameters, "lr": rates[role], "weight_decay": weight_decay}
+        for role, parameters in groups.items()
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
 
 
-def learns_as_prompt(parameter: str, method: str) -> bool:
-    """Whether a parameter has the prompt's learning rate: of PEFT's methods all of the adapter, heads apart."""
+def _role(parameter: str, method: str) -> str:
+    """Which learning rate a parameter has: that of the "prompt", of a "map", or the "other" one."""
     if METHODS[method].family == "peft":
-        return "modules_to_save" not in parameter
-    return "prompt_encoder." in parameter and parameter.endswith(".prompt")
+        return "other" if "modules_to_save" in parameter else "prompt"
+    if "prompt_encoder." not in parameter:
+        return "other"
+    return _ROLES.get(parameter.rpartition(".")[2], "other")
 
 
 def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> TrainingArguments:

@@ -47,6 +47,21 @@ def test_budget_finds_the_published_sizes():
     assert pt.num_virtual_tokens == 100
 
 
+@pytest.mark.parametrize(
+    "d, m, tokens, sizes",
+    [
+        (768, 256, 100, (41, 4)),
+        (576, 64, 40, (16, 2)),
+        (576, 64, 30, (15, 2)),
+        (576, 64, 20, (14, 1)),
+        (768, 256, 10, (5, 1)),
+    ],
+)
+def test_a_small_budget_goes_to_the_prompt_first(d, m, tokens, sizes):
+    config = EPTConfig.for_budget(d, m, tokens * d)
+    assert (config.num_virtual_tokens, config.num_spaces) == sizes
+
+
 def test_budget_takes_a_model_and_keeps_given_fields():
     config = EPTConfig.for_budget(make_model("llama"), 16, 2_000, num_virtual_tokens=7, num_spaces=2)
     assert (config.num_virtual_tokens, config.num_spaces, config.max_length) == (7, 2, 16)

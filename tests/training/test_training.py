@@ -143,12 +143,15 @@ def test_gradient_accumulation_changes_nothing(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_learning_rates(models: dict[str, Path], data: Path, family: str) -> None:
+def test_learning_rates_by_parameter(models: dict[str, Path], data: Path, family: str) -> None:
     run = prepare(run_config(models[family], data, None))
-    prompts, others = parameter_groups(run.model, run_config(models[family], data, None))
-    assert [tuple(p.shape) for p in prompts["params"]] == [(6, 32)]
-    assert (prompts["lr"], others["lr"]) == (0.05, 0.03)
-    counted = sum(p.numel() for group in (prompts, others) for p in group["params"])
+    groups = parameter_groups(run.model, 0.05, 0.03)
+    names = {parameter: name.rpartition(".")[2] for name, parameter in run.model.named_parameters()}
+    prompts, maps, others = ({names[parameter] for parameter in group["params"]} for group in groups)
+    assert (prompts, maps) == ({"prompt", "U"}, {"D", "G"})
+    assert others >= {"A", "B", "beta"}
+    assert [group["lr"] for group in groups] == pytest.approx([0.05, 0.03 / 32**0.5, 0.03])
+    counted = sum(p.numel() for group in groups for p in group["params"])
     assert counted == run.model.get_nb_trainable_parameters()[0]
 
 
