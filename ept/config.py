@@ -28,8 +28,8 @@ LARGEST_SEED = 2**63 - 1
 # DePT's published default (60 prompt tokens, rank 30) does.
 _SHARES = {"prompt": 0.4, "low-rank": 0.4, "spaces": 0.2}
 _SHARES_WITHOUT_SPACES = {"prompt": 0.6, "low-rank": 0.4}
-# A small budget goes to the prompt first: on T5-base, prompt tuning with 2, 10, 20 and 50 tokens has GLUE means of about 77,
-# 84, 84 and 84 (a figure of arXiv 2502.04501): a handful of tokens is too few, and many more than ten to twenty gain little.
+# A small budget goes to the prompt first: on T5-base, prompt tuning with 2, 10, 20 and 50 tokens has GLUE means near
+# 77, 84, 84 and 84 (a figure of arXiv 2502.04501). A handful of tokens is too few, and more than twenty gain little.
 _ENOUGH_TOKENS, _LARGEST_PROMPT_SHARE = 16, 0.7
 
 
