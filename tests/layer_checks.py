@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -13,11 +15,13 @@ WIDTH = 64
 VOCABULARY = 50
 
 
-def make_layer(device: torch.device | str = "cpu") -> EPTLayer:
-    """All parts switched on, none of them at its neutral start; the same at each call."""
+def make_layer(device: torch.device | str = "cpu", **options: Any) -> EPTLayer:
+    """All parts switched on but for ``options`` of the config, none of them at its neutral start; the same at each
+    call.
+    """
     generator = torch.Generator().manual_seed(0)
     embedding = torch.nn.Embedding(VOCABULARY, WIDTH)
-    config = EPTConfig(num_virtual_tokens=5, max_length=MAX_LENGTH, r=3, fusion_dim=4)
+    config = EPTConfig(**{"num_virtual_tokens": 5, "max_length": MAX_LENGTH, "r": 3, "fusion_dim": 4, **options})
     torch.nn.init.normal_(embedding.weight, generator=generator).requires_grad_(False)
     layer = EPTLayer(config, embedding.to(device))
     with torch.no_grad():

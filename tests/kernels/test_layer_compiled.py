@@ -81,18 +81,19 @@ def test_layer_waits_for_no_value_and_keeps_to_its_device(monkeypatch):
         output.cpu()
 
 
-def _arguments(name: str) -> tuple[object, ...]:
+def _arguments(name: str, batch: int = 3, n: int = 9) -> tuple[object, ...]:
     """Of the operator ``name``: one small training batch."""
     layer = make_layer().requires_grad_(False)
-    ids, mask = make_ids()
+    ids, mask = make_ids(batch=batch, n=n)
+    cu_seqlens = torch.arange(batch + 1) * n
     positions = prompt.text_positions(mask)
     table, (p, A, B) = layer._embedding[0].weight, (layer.prompt, layer.A, layer.B)
     parts = [p, A, B, layer.beta, layer.W_q, layer.W_k, layer.D, layer.U, layer.G]
     options = (1.3, 0.7, 0.5, "gelu")
     return {
         "prompted_embedding": (ids, positions, table, p, A, B, 0.5),
-        "prompted_embedding_packed": (ids.flatten(), torch.tensor([0, 9, 18, 27]), table, p, A, B, 0.5),
-        "prompted_embedding_backward": (torch.randn(3, 14, 64), positions, A, B, 0.5),
+        "prompted_embedding_packed": (ids.flatten(), cu_seqlens, table, p, A, B, 0.5),
+        "prompted_embedding_backward": (torch.randn(batch, 5 + n, 64), positions, A, B, 0.5),
         "joint_prompt": (*parts, *options),
         "joint_prompt_backward": (torch.randn(5, 64), *parts, *options),
     }[name]
@@ -107,9 +108,9 @@ OPERATORS = [
 ]
 
 
-def run_without_data(function, name: str) -> list[Tensor]:
+def run_without_data(function, name: str, batch: int = 3, n: int = 9) -> list[Tensor]:
     """Calls ``function`` with the operator's arguments as tensors without data."""
-    args = _arguments(name)
+    args = _arguments(name, batch, n)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         args = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args]
         result = function(*args)
@@ -150,3 +151,34 @@ def test_launcher_reads_no_value_and_hands_over_torchs_memory_only(name, monkeyp
     expected = run_without_data(getattr(ept_kernels, name), name)  # the operator's fake
     for a, e in zip(actual, expected, strict=True):
         assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
+
+
+def _specialisation(kernel, args: tuple[object, ...], meta: dict[str, object]) -> tuple[object, ...]:
+    """What Triton compiles anew for: constants, dtypes, and of whole numbers whether they are 1 or multiples of 16."""
+    found = []
+    for parameter, value in zip(kernel.params, [*args, *meta.values()], strict=False):
+        if isinstance(value, Tensor):
+            found.append(value.dtype)
+        elif isinstance(value, int) and not parameter.is_constexpr:
+            found.append("any" if parameter.do_not_specialize else (value == 1, value % 16 == 0, value < 2**31))
+        elif isinstance(value, float):
+            found.append(float)
+        else:
+            found.append(value)
+    return kernel, *found, tuple(sorted((key, str(value)) for key, value in meta.items()))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_another_batch_or_length_compiles_no_kernel_anew(name, monkeypatch):
+    launcher, seen = library.launcher_of(name), []
+    monkeypatch.setitem(
+        launcher.__globals__,
+        "launch",
+        lambda kernel, grid, *args, **meta: seen[-1].append(_specialisation(kernel, args, meta)),
+    )
+    for batch, n in ((3, 9), (1, 9), (16, 9), (3, 1), (3, 16), (3, 33), (2, 160)):
+        seen.append([])
+        run_without_data(launcher, name, batch, n)
+        assert seen[-1] == seen[0], f"{name} is compiled anew for {batch} texts of {n} tokens"
+    assert seen[0]

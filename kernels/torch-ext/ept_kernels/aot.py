@@ -1,6 +1,6 @@
 """Compiles every kernel in every shipped configuration for the supported targets, without a GPU.
 
-    python -m ept_kernels.aot [--json FILE]
+    python -m ept_kernels.aot [--json FILE] [--targets NAME,NAME] [--only KERNEL] [--jobs NUMBER]
 
 Prints a table (kernel, target, registers, spilled bytes, shared memory, instructions, and instructions a weight where
 4-bit weights are decoded) and fails on any spill, and on shared memory over the target's limit.
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,22 @@ def candidate_cases() -> list[AotCase]:
             same = (case.fn, repr(case.constexprs), repr(case.signature), case.num_warps, case.num_stages)
             found.setdefault(same, case._replace(name=f"{case.name} {config}"))
     return list(found.values())
+
+
+_waiting: list[tuple[AotCase, str]] = []  # what the processes of compile_all inherit: a kernel cannot be sent to them
+
+
+def compile_all(chosen: Iterable[tuple[AotCase, str]], jobs: int) -> list[dict[str, Any]]:
+    """:func:`compile_case` of every case and target, in order, by ``jobs`` processes forked from this one."""
+    _waiting[:] = chosen
+    if jobs == 1 or len(_waiting) < 2:
+        return [compile_case(*pair) for pair in _waiting]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as processes:
+        return list(processes.map(_compile_waiting, range(len(_waiting))))
+
+
+def _compile_waiting(index: int) -> dict[str, Any]:
+    return compile_case(*_waiting[index])
 
 
 def compile_case(case: AotCase, target: str) -> dict[str, Any]:
@@ -199,16 +217,20 @@ def main() -> None:
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--every", action="store_true", help="also every kind of 4-bit weight and of its operands")
     parser.add_argument("--candidates", action="store_true", help="also every configuration that the tuner may try")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiled at a time; all processors")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
     targets = arguments.targets.split(",")
 
     def compiled(chosen: Iterable[AotCase]) -> list[dict[str, Any]]:
-        return [compile_case(case, target) for case in chosen if arguments.only in case.name for target in targets]
+        wanted = [(case, target) for case in chosen if arguments.only in case.name for target in targets]
+        return compile_all(wanted, arguments.jobs)
 
     rows = compiled([*cases(), *shipped_cases(), *(every_case() if arguments.every else ())])
     candidates = compiled(candidate_cases() if arguments.candidates else ())
+    if not rows and not candidates:
+        raise SystemExit(f"--only {arguments.only}: no kernel's name contains this")
     print(table([*rows, *candidates]))
     for refused in [problem for row in candidates for problem in problems(row)]:
         print(f"the tuner refuses it: {refused}")

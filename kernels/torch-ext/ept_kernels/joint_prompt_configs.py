@@ -10,20 +10,27 @@ from .joint_prompt_forward import joint_prompt_kernel
 from .joint_prompt_gradients import joint_prompt_backward_kernel
 from .joint_prompt_products import joint_prompt_products_kernel
 from .joint_prompt_shape import Shape
-from .launch import AotCase, all_registers, cached_choice, config_for, padded, precision
+from .launch import AotCase, Config, all_registers, cached_choice, config_for, padded, precision
 
-# Meta-parameters by kernel, used where nothing was measured; BLOCK_M and PARTS hold for both launches of an operator.
-CONFIGS: dict[str, dict[str, int]] = {
-    "joint_prompt_products": {"BLOCK_N": 32, "BLOCK_K": 16, "PARTS": 2, "num_warps": 4, "num_stages": 2},
-    "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 64, "BLOCK_M": 32, "num_warps": 4, "num_stages": 1},
+# Meta-parameters by kernel, used where nothing was measured. The first launch, of the inner products, belongs to both
+# operators; BLOCK_M and PARTS of the second one hold for it too.
+CONFIGS: dict[str, Config] = {
+    "joint_prompt_products": {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},
+    "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 64, "BLOCK_M": 32, "PARTS": 2, "num_warps": 4, "num_stages": 1},
     "joint_prompt_backward": {
         "BLOCK_S": 16,
         "BLOCK_D": 32,
         "BLOCK_M": 32,
         "BLOCK_R": 16,
+        "PARTS": 2,
         "num_warps": 4,
         "num_stages": 1,
     },
+}
+KERNELS = {
+    "joint_prompt_products": joint_prompt_products_kernel,
+    "joint_prompt": joint_prompt_kernel,
+    "joint_prompt_backward": joint_prompt_backward_kernel,
 }
 # Up to this width the programs take narrower tiles: otherwise there are too few of them to fill a GPU.
 NARROW = 1024
@@ -42,20 +49,32 @@ class Sizes(NamedTuple):
     fusion: bool
 
 
-def heuristic(kernel: str, d: int, a: int = 0) -> dict[str, int]:
-    """Meta-parameters of ``kernel`` at width ``d``, with maps of width ``a``, where nothing was measured."""
+# From this rank on the backward reads inner products in a single part.
+LARGE_RANK = 33
+
+
+def heuristic(kernel: str, d: int, a: int = 0, r: int = 0) -> Config:
+    """Meta-parameters of ``kernel`` at width ``d``, with maps of width ``a`` and rank ``r``, where nothing was
+    measured.
+    """
     config = dict(CONFIGS[kernel])
     if kernel == "joint_prompt" and d <= NARROW:
         config["BLOCK_D"] = 32
-    # With maps the backward holds more at a time; larger tiles, or sums of several parts, would overflow the registers.
-    if kernel == "joint_prompt_products" and a:
+    # With maps or a large rank the kernels hold more at a time; larger tiles, or sums of several parts, would overflow
+    # the registers.
+    if "PARTS" in config and (a or (kernel == "joint_prompt_backward" and r >= LARGE_RANK)):
         config["PARTS"] = 1
     if kernel == "joint_prompt_backward" and a:
-        config |= {"BLOCK_D": 16, "BLOCK_M": 16 if d <= NARROW else 32, "num_warps": 8}
+        config |= {"BLOCK_D": 16, "BLOCK_M": 16, "num_warps": 8}
     return config
 
 
-def meta(kernel: str, config: dict[str, dict[str, int]], sizes: Sizes, activation: str, input_precision: str) -> Shape:
+def key(kernel: str, a: int) -> str:
+    """Name of ``kernel`` in a file of measured configurations, with maps of width ``a``: they need smaller tiles."""
+    return f"{kernel}/maps" if a and kernel != "joint_prompt_products" else kernel
+
+
+def meta(kernel: str, config: dict[str, Config], sizes: Sizes, activation: str, input_precision: str) -> Shape:
     """The :class:`Shape` that both launches of the operator ``kernel`` are compiled for; ``config`` by kernel."""
     blocks = {**config["joint_prompt_products"], **config[kernel]}
     fields: dict[str, Any] = {name: value for name, value in blocks.items() if name in Shape.__dataclass_fields__}
@@ -85,12 +104,11 @@ def _switched_on(x: Sizes) -> Sizes:
 
 
 @cached_choice
-def chosen(
-    kernel: str, sizes: Sizes, activation: str, device: torch.device
-) -> tuple[Shape, dict[str, int], dict[str, int]]:
-    """The shape, and warps and stages of both launches; a tuner clears this cache after it has changed one."""
+def chosen(kernel: str, sizes: Sizes, activation: str, device: torch.device) -> tuple[Shape, Config, Config]:
+    """The shape, and warps and stages of both launches."""
+    size = (sizes.d, padded(sizes.r))
     config = {
-        name: config_for(name, sizes.d, device, heuristic(name, sizes.d, sizes.a))
+        name: config_for(key(name, sizes.a), size, device, heuristic(name, sizes.d, sizes.a, sizes.r))
         for name in ("joint_prompt_products", kernel)
     }
     z = meta(kernel, config, sizes, activation, precision(torch.float32, device))
@@ -102,13 +120,13 @@ def chosen(
 
 # Ahead of time.
 
-# Sizes and the parameters' type: the defaults for T5 base, a wide model, with maps, prompt and spaces alone. Two cases
-# with maps are left out, since the backward spills some tens of bytes on NVIDIA GPUs: beside a rank above 32, and in a
-# narrow model on sm_100.
+# Sizes and the parameters' type: the defaults for T5 base, a wide model with every part larger, both with maps, and
+# prompt and spaces alone.
 _AOT_PROBLEMS = (
     (Sizes(s=40, d=768, m=256, r=30, a=0, columns=8, K=4, fusion=True), "fp32"),
     (Sizes(s=100, d=4096, m=256, r=60, a=0, columns=32, K=8, fusion=True), "fp32"),
-    (Sizes(s=100, d=4096, m=256, r=30, a=16, columns=32, K=8, fusion=True), "fp32"),
+    (Sizes(s=40, d=768, m=256, r=30, a=16, columns=8, K=4, fusion=True), "fp32"),
+    (Sizes(s=100, d=4096, m=256, r=60, a=16, columns=32, K=8, fusion=True), "fp32"),
     (Sizes(s=40, d=768, m=256, r=30, a=0, columns=8, K=4, fusion=True), "bf16"),
     (Sizes(s=100, d=4096, m=0, r=0, a=0, columns=32, K=8, fusion=False), "fp16"),
 )
@@ -116,20 +134,23 @@ _AOT_PROBLEMS = (
 
 def aot_cases() -> list[AotCase]:
     """Every kernel with representative sizes, for :mod:`ept_kernels.aot`."""
-    kernels = {"joint_prompt": joint_prompt_kernel, "joint_prompt_backward": joint_prompt_backward_kernel}
     cases = []
     for sizes, dtype in _AOT_PROBLEMS:
-        label = f"{dtype} s={sizes.s} d={sizes.d} r={sizes.r} a={sizes.a}"
-        for kernel, fn in kernels.items():
-            config = {name: heuristic(name, sizes.d, sizes.a) for name in ("joint_prompt_products", kernel)}
-            z = meta(kernel, config, sizes, "gelu", "bf16x6")
-            first = f"{kernel.replace('joint_prompt', 'joint_prompt_products')} {label}"
-            cases.append(_case(first, joint_prompt_products_kernel, dtype, z, config["joint_prompt_products"]))
-            cases.append(_case(f"{kernel} {label}", fn, dtype, z, config[kernel]))
+        for operator in ("joint_prompt", "joint_prompt_backward"):
+            cases.append(aot_case("joint_prompt_products", operator, sizes, dtype))
+            cases.append(aot_case(operator, operator, sizes, dtype))
     return cases
 
 
-def _case(name: str, fn: Any, dtype: str, z: Shape, config: dict[str, int]) -> AotCase:
+def aot_case(kernel: str, operator: str, sizes: Sizes, dtype: str, config: Config | None = None) -> AotCase:
+    """``kernel``, one of the two that ``operator`` launches, for parameters in ``dtype`` (Triton's name).
+
+    Without ``config`` the heuristic's is taken, for the operator's other kernel in any case.
+    """
+    configs = {name: heuristic(name, sizes.d, sizes.a, sizes.r) for name in ("joint_prompt_products", operator)}
+    configs[kernel] = config or configs[kernel]
+    z = meta(operator, configs, sizes, "gelu", "bf16x6")
+    fn = KERNELS[kernel]
     constants: dict[str, Any] = {"z": z}
     if not z.backward:
         constants["grad_output"] = None
@@ -139,5 +160,7 @@ def _case(name: str, fn: Any, dtype: str, z: Shape, config: dict[str, int]) -> A
     }
     constants = {name: value for name, value in constants.items() if name in signature}
     signature["products"] = "*fp32"
-    warps, stages = config["num_warps"], config["num_stages"]
-    return AotCase(name, fn, signature, constants, warps, stages, all_registers=True)
+    of = " of the backward" if kernel != operator and z.backward else ""
+    label = f"{kernel}{of} {dtype} s={sizes.s} d={sizes.d} r={sizes.r} a={sizes.a}"
+    warps, stages = configs[kernel]["num_warps"], configs[kernel]["num_stages"]
+    return AotCase(label, fn, signature, constants, warps, stages, all_registers=True)

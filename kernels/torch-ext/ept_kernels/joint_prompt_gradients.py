@@ -164,29 +164,49 @@ def _grad_queries(products, b_gT, o_j, b_n, b_max, b_sum, b_delta, rho, sigma, f
 
 @triton.jit
 def _fusion_to_p(
-    products, prompt, grad_output, A, B, W_q, W_k, grad_beta, beta, i_s, o_s, i_d, o_d, c, rho, sigma, z: tl.constexpr
+    products,
+    prompt,
+    grad_output,
+    A,
+    B,
+    W_q,
+    W_k,
+    grad_beta,
+    b_direct,
+    b_hat,
+    b_along,
+    beta,
+    i_s,
+    o_s,
+    i_d,
+    o_d,
+    c,
+    rho,
+    sigma,
+    z: tl.constexpr,
 ):
-    """The fusion's part of ``∂p``: directly, of ``∂P̂``, and of the sum of ``∂P̂·P̂`` over d. One program writes
+    """Adds the fusion's part of ``∂p``: directly, to ``∂P̂``, and to the sum of ``∂P̂·P̂`` over d. One program writes
     ``∂β``.
     """
     BLOCK_S: tl.constexpr = z.BLOCK_S
-    BLOCK_D: tl.constexpr = z.BLOCK_D
     RANK: tl.constexpr = z.RANK
     MAPS: tl.constexpr = z.MAPS
     factor = sigma * beta
-    b_n_s = inverse_rms_of_p(products, o_s, z)
-    b_direct = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    b_hat = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    b_along = tl.zeros([BLOCK_S], tl.float32)
+
+    # The rows o_s as keys and values of the rows j; b_own_…: the statistics of the rows o_s themselves.
     b_gk = tl.zeros([BLOCK_S, MAPS], tl.float32)
     b_grad_beta = tl.zeros([BLOCK_S], tl.float32)
+    b_own_max = tl.zeros([BLOCK_S], tl.float32)
+    b_own_sum = tl.zeros([BLOCK_S], tl.float32)
+    b_own_delta = tl.zeros([BLOCK_S], tl.float32)
     for i_j in tl.range(0, tl.cdiv(z.s, BLOCK_S), disable_licm=True):
         o_j = i_j * BLOCK_S + tl.arange(0, BLOCK_S)
         b_n = inverse_rms_of_p(products, o_j, z)
         b_max, b_sum, b_delta = _statistics(products, A, o_j, b_n, c, rho, sigma, z)
         b_grad_beta += b_delta
-
-        # The rows o_s as keys and values of the rows j.
+        b_own_max = tl.where(i_j == i_s, b_max, b_own_max)
+        b_own_sum = tl.where(i_j == i_s, b_sum, b_own_sum)
+        b_own_delta = tl.where(i_j == i_s, b_delta, b_own_delta)
         b_scores, b_x, b_gw = _on_p(products, o_j, b_n, o_s, rho, sigma, z)
         b_w, b_gx = _weights(b_x, b_gw, b_max, b_sum, b_delta, factor)
         b_gP = rho * load_tile(grad_output, o_j, o_d, z.s, z.d)
@@ -197,32 +217,32 @@ def _fusion_to_p(
             b_p_hat = load_tile(prompt, o_j, o_d, z.s, z.d) * b_n[:, None]
             b_hat += tl.dot(tl.trans(b_gx), b_p_hat, input_precision=z.PRECISION)
             b_along += tl.sum(b_gx * b_scores, axis=0)
-
-        # The rows o_s as queries.
-        if i_j == i_s:
-            b_gT = _grad_T(products, A, o_j, b_n, b_max, b_sum, b_delta, c, rho, sigma, factor, z)
-            if z.a > 0:
-                b_gq = _grad_queries(products, b_gT, o_j, b_n, b_max, b_sum, b_delta, rho, sigma, factor, z)
-                b_W = load_tile(W_q, o_d, tl.arange(0, MAPS), z.d, z.a)  # [BLOCK_D, MAPS]
-                b_hat += tl.dot(b_gq, tl.trans(b_W), input_precision=z.PRECISION)
-                b_along += tl.sum(b_gq * queries(products, o_j, b_n, z), axis=1)
-            else:
-                b_keys, b_along_keys = _keys_weighted(
-                    products, prompt, o_j, b_n, o_d, b_max, b_sum, b_delta, rho, sigma, factor, z
-                )
-                b_hat += b_keys
-                b_along += b_along_keys
-                if z.m > 0:
-                    o_r = tl.arange(0, RANK)
-                    b_B = load_tile(B, o_r, o_d, z.r, z.d)
-                    b_hat += tl.dot(b_gT, b_B, input_precision=z.PRECISION)
-                    b_along += tl.sum(b_gT * scores_of_B(products, o_j, b_n, o_r, z), axis=1)
-    if z.a > 0:
-        b_W = load_tile(W_k, o_d, tl.arange(0, MAPS), z.d, z.a)
-        b_hat += tl.dot(b_gk, tl.trans(b_W), input_precision=z.PRECISION)
-        b_along += tl.sum(b_gk * keys(products, o_s, b_n_s, z), axis=1)
     if (i_s == 0) & (i_d == 0):
         tl.store(grad_beta, tl.sum(b_grad_beta).to(grad_beta.dtype.element_ty))
+    b_n = inverse_rms_of_p(products, o_s, z)
+    if z.a > 0:
+        b_W = load_tile(W_k, o_d, tl.arange(0, MAPS), z.d, z.a)  # [BLOCK_D, MAPS]
+        b_hat += tl.dot(b_gk, tl.trans(b_W), input_precision=z.PRECISION)
+        b_along += tl.sum(b_gk * keys(products, o_s, b_n, z), axis=1)
+
+    # The rows o_s as queries.
+    b_gT = _grad_T(products, A, o_s, b_n, b_own_max, b_own_sum, b_own_delta, c, rho, sigma, factor, z)
+    if z.a > 0:
+        b_gq = _grad_queries(products, b_gT, o_s, b_n, b_own_max, b_own_sum, b_own_delta, rho, sigma, factor, z)
+        b_W = load_tile(W_q, o_d, tl.arange(0, MAPS), z.d, z.a)
+        b_hat += tl.dot(b_gq, tl.trans(b_W), input_precision=z.PRECISION)
+        b_along += tl.sum(b_gq * queries(products, o_s, b_n, z), axis=1)
+    else:
+        b_keys, b_along_keys = _keys_weighted(
+            products, prompt, o_s, b_n, o_d, b_own_max, b_own_sum, b_own_delta, rho, sigma, factor, z
+        )
+        b_hat += b_keys
+        b_along += b_along_keys
+        if z.m > 0:
+            o_r = tl.arange(0, RANK)
+            b_B = load_tile(B, o_r, o_d, z.r, z.d)
+            b_hat += tl.dot(b_gT, b_B, input_precision=z.PRECISION)
+            b_along += tl.sum(b_gT * scores_of_B(products, o_s, b_n, o_r, z), axis=1)
     return b_direct, b_hat, b_along
 
 
@@ -379,20 +399,37 @@ def joint_prompt_backward_kernel(
     elif i_tile < z.before_gate:
         i_s = i_tile - z.before_prompt
         o_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
+        # What comes later adds to what came before: a part of its own, held throughout, would overflow the registers.
         b_grad = rho * load_tile(grad_output, o_s, o_d, z.s, z.d)
         b_hat = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)  # ∂P̂
         b_along = tl.zeros([BLOCK_S], tl.float32)  # the sum of ∂P̂·P̂ over d
+        if z.columns > 0:
+            b_hat, b_along = spaces_to_p(products, D, G, o_s, inverse_rms_of_p(products, o_s, z), o_d, rho, z)
         if z.fusion:
-            b_direct, b_hat, b_along = _fusion_to_p(
-                products, prompt, grad_output, A, B, W_q, W_k, grad_beta, b_beta, i_s, o_s, i_d, o_d, c, rho, sigma, z
+            b_grad, b_hat, b_along = _fusion_to_p(
+                products,
+                prompt,
+                grad_output,
+                A,
+                B,
+                W_q,
+                W_k,
+                grad_beta,
+                b_grad,
+                b_hat,
+                b_along,
+                b_beta,
+                i_s,
+                o_s,
+                i_d,
+                o_d,
+                c,
+                rho,
+                sigma,
+                z,
             )
-            b_grad += b_direct
         if z.fusion or z.columns > 0:
             b_n = inverse_rms_of_p(products, o_s, z)
-            if z.columns > 0:
-                b_hat_spaces, b_along_spaces = spaces_to_p(products, D, G, o_s, b_n, o_d, rho, z)
-                b_hat += b_hat_spaces
-                b_along += b_along_spaces
             b_p_hat = load_tile(prompt, o_s, o_d, z.s, z.d) * b_n[:, None]
             b_grad += b_n[:, None] * (b_hat - b_p_hat * (b_along / z.d)[:, None])
         store_tile(grad_prompt, b_grad, o_s, o_d, z.s, z.d)

@@ -49,9 +49,10 @@ Timer = Callable[[Sequence[Callable[[], Any]], int], list[float]]
 
 def tunables(reduced: bool = False) -> list[Tunable]:
     """What every module offers for tuning."""
-    from . import four_bit_tunables, prompted_embedding_tunables
+    from . import four_bit_tunables, joint_prompt_tunables, prompted_embedding_tunables
 
-    return [*prompted_embedding_tunables.tunables(reduced), *four_bit_tunables.tunables(reduced)]
+    modules = (prompted_embedding_tunables, joint_prompt_tunables, four_bit_tunables)
+    return [tunable for module in modules for tunable in module.tunables(reduced)]
 
 
 class Refused(Exception):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import ept_kernels
+from ept_kernels import joint_prompt_configs, launch
 from ept_kernels import joint_prompt_triton as kernels
-from ept_kernels import launch
 from ept_kernels.joint_prompt import ACTIVATIONS
 
 NAMES = ("prompt", "A", "B", "beta", "W_q", "W_k", "D", "U", "G")
@@ -19,9 +19,9 @@ FLOAT32_TOLERANCE = 1e-5  # of the largest magnitude of a result, or of what it 
 
 # Fewer and larger programs than are shipped: the interpreter's time goes by their number.
 LARGE = {
-    "joint_prompt_products": {"BLOCK_N": 128, "BLOCK_K": 256, "PARTS": 2},
-    "joint_prompt": {"BLOCK_S": 64, "BLOCK_D": 512, "BLOCK_M": 128},
-    "joint_prompt_backward": {"BLOCK_S": 64, "BLOCK_D": 1024, "BLOCK_M": 128, "BLOCK_R": 64},
+    "joint_prompt_products": {"BLOCK_N": 128, "BLOCK_K": 256},
+    "joint_prompt": {"BLOCK_S": 64, "BLOCK_D": 512, "BLOCK_M": 128, "PARTS": 2},
+    "joint_prompt_backward": {"BLOCK_S": 64, "BLOCK_D": 1024, "BLOCK_M": 128, "BLOCK_R": 64, "PARTS": 2},
 }
 
 
@@ -127,7 +127,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def configured(configs: dict[str, dict[str, int]]):
     with contextlib.ExitStack() as stack:
         for kernel, config in configs.items():
-            stack.enter_context(launch.trying(kernel, config))
+            for key in {joint_prompt_configs.key(kernel, a) for a in (0, 1)}:
+                stack.enter_context(launch.trying(key, config))
         yield
 
 
@@ -187,14 +188,14 @@ def test_backward_equals_the_reference(problem, device):
     "blocks",
     [
         {
-            "joint_prompt_products": {"BLOCK_N": 16, "BLOCK_K": 16, "PARTS": 3},
-            "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 32, "BLOCK_M": 16},
-            "joint_prompt_backward": {"BLOCK_S": 16, "BLOCK_D": 32, "BLOCK_M": 16, "BLOCK_R": 16},
+            "joint_prompt_products": {"BLOCK_N": 16, "BLOCK_K": 16},
+            "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 32, "BLOCK_M": 16, "PARTS": 3},
+            "joint_prompt_backward": {"BLOCK_S": 16, "BLOCK_D": 32, "BLOCK_M": 16, "BLOCK_R": 16, "PARTS": 3},
         },
         {
-            "joint_prompt_products": {"BLOCK_N": 64, "BLOCK_K": 128, "PARTS": 1},
-            "joint_prompt": {"BLOCK_S": 32, "BLOCK_D": 128, "BLOCK_M": 32},
-            "joint_prompt_backward": {"BLOCK_S": 64, "BLOCK_D": 64, "BLOCK_M": 32, "BLOCK_R": 32},
+            "joint_prompt_products": {"BLOCK_N": 64, "BLOCK_K": 128},
+            "joint_prompt": {"BLOCK_S": 32, "BLOCK_D": 128, "BLOCK_M": 32, "PARTS": 1},
+            "joint_prompt_backward": {"BLOCK_S": 64, "BLOCK_D": 64, "BLOCK_M": 32, "BLOCK_R": 32, "PARTS": 1},
         },
     ],
     ids=["small", "large"],

@@ -9,6 +9,7 @@ import torch
 from layer_checks import WIDTH, assert_same, check_captured, check_compiled, make_ids, make_layer, step
 
 import ept_kernels
+from ept import functional
 from ept.prompt import text_positions
 from ept_kernels import launch
 
@@ -56,8 +57,6 @@ def test_number_of_launches_through_the_operators(name, most, device):
 
 
 def test_layer_takes_at_most_three_launches_forward_and_five_backward(device):
-    if ept_kernels.library.launcher_of("joint_prompt") is None:
-        pytest.skip("the joint prompt has no Triton kernels")
     layer, batch = make_layer(device), make_ids(device)
     before = launch.launches()
     output = layer(*batch)[0]
@@ -67,12 +66,24 @@ def test_layer_takes_at_most_three_launches_forward_and_five_backward(device):
     assert launch.launches() - between <= 5
 
 
-def test_layer_and_its_gradients_equal_the_float64_reference(device):
-    layer, batch = make_layer(device), make_ids(device)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fusion_dim": 0}, {"num_spaces": 1}, {"num_spaces": 0}, {"fusion": False}, {"r": 0}],
+    ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()) or "all parts",
+)
+def test_layer_and_its_gradients_equal_float64_autograd_of_the_references(options, device, monkeypatch):
+    """What is compared with is differentiated by PyTorch: no backward of ours is in it."""
+    layer, batch = make_layer(device, **options), make_ids(device)
     exact = copy.deepcopy(layer).double()
     exact._embedding[0].double()
+    before = launch.launches()
     actual = [x.double() for x in step(layer, *batch)]
+    launched = launch.launches()
+    assert launched > before
+    for name in ("joint_prompt", "prompted_embedding"):
+        monkeypatch.setattr(functional, name, getattr(ept_kernels, f"{name}_reference"))
     assert_same(actual, step(exact, *batch), tolerance=1e-5)
+    assert launch.launches() == launched
 
 
 def test_two_runs_give_equal_bits(device):

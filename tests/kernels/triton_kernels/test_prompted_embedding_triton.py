@@ -205,6 +205,8 @@ PACKED = [
     Packed((5, 33, 4), strided=True, id="strided"),
     Packed((20, 13), d=1000, s=33, r=64, id="wide"),
     Packed((256, 256, 1), d=20, s=2, r=1, id="runs of tiles"),
+    Packed((63, 2), d=768, s=100, id="long prompt"),
+    Packed((9, 1), d=4096, s=1, r=30, dtype=torch.bfloat16, id="wide and narrow texts"),
 ]
 
 
@@ -353,5 +355,8 @@ def test_problems_cover_what_is_promised():
     }
     for field, values in promised.items():
         assert values <= {getattr(p, field) for p in PROBLEMS}, field
+        if field not in ("n", "padding"):
+            assert values <= {getattr(p, field) for p in PACKED}, f"{field} of packed texts"
+    assert promised["n"] <= {length for p in PACKED for length in p.lengths}
     assert any(-1 in p.inputs()[-1] for p in PROBLEMS if p.adapters and p.batch)
     assert replace(Problem(), batch=1).id == "batch=1"
