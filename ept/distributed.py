@@ -7,7 +7,6 @@ what is decided, all decide alike.
 from __future__ import annotations
 
 import atexit
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -133,10 +132,11 @@ def _end_connection_at_exit() -> None:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """The error as it can be sent to another process."""
+    """The error as every process can build it: of the nearest built-in type, with its text."""
     if error is None:
         return None
+    kind = next(cls for cls in type(error).__mro__ if cls.__module__ == "builtins")
     try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
+        return kind(str(error))
+    except TypeError:  # it takes other arguments than a text
         return RuntimeError(f"{type(error).__name__}: {error}")
