@@ -23,21 +23,21 @@ def write_atomically(file: Path, text: str) -> None:
 
 def sync(file: Path) -> None:
     """Waits until the content of `file` is on the disk."""
-    descriptor = os.open(file, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _fsync(file, os.O_RDWR)
 
 
 def sync_folder(folder: Path) -> None:
     """Waits until the names in `folder` are on the disk, where the file system can do that for folders."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _fsync(folder, os.O_RDONLY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_tree(folder: Path) -> None:

@@ -226,14 +226,18 @@ def test_without_ray(tiny, tmp_path, monkeypatch):
         carry_out(tiny, tmp_path, "compare.executor=ray")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed: `make ray` runs it"
+)
 def test_ray_gives_the_same_table(once, tiny, tmp_path):
     records, lines = carry_out(tiny, tmp_path, "compare.executor=ray")
     assert len(lines) == 6
     assert found(records) == found(once[1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed: `make ray` runs it"
+)
 def test_ray_reports_failing_runs(tiny, tmp_path):
     records, _ = carry_out(tiny, tmp_path, "compare.executor=ray", "compare.methods=[pt]", "method.budget=1")
     assert len(records) == 2
