@@ -83,7 +83,7 @@ class Shape:
 
     @property
     def column_D(self) -> int:
-        return self.column_U + (self.columns if self.backward else 0)
+        return self.column_U  # only ∂P's rows have products with U, only p's with D: they share the columns
 
     @property
     def column_G(self) -> int:
