@@ -111,6 +111,15 @@ def test_the_examples_give_every_method_as_many_tries(name):
     assert {run.config.method.budget for run in runs} == {config.method.budget}
 
 
+def test_a_part_of_the_methods_runs_with_the_same_file():
+    """So that the methods of one comparison can be run in several processes: rates of the others are left alone."""
+    overrides = ["model.name_or_path=some/model", "output_dir=out"]
+    file = EXAMPLES / "compare_sst2.yaml"
+    whole = plan(load_comparison(file, overrides))
+    parts = [run for m in ("ept", "pt", "dept") for run in plan(load_comparison(file, [*overrides, f"compare.methods=[{m}]"]))]
+    assert {run.folder for run in parts} == {run.folder for run in whole}
+
+
 BAD = [
     ("compare.methods=[ept, depth]", "unknown method 'depth': did you mean 'dept'"),
     ("compare.methods=[]", "compare.methods is empty"),
@@ -118,7 +127,7 @@ BAD = [
     ("compare.seeds=[-1]", "must not be negative"),
     ("compare.learning_rate_seeds=3", r"must be 1 \.\. 2"),
     ("compare.learning_rates={ept: []}", "compare.learning_rates of ept"),
-    ("compare.learning_rates={lora: [0.1]}", "names 'lora', which is not compared"),
+    ("compare.learning_rates={lorra: [0.1]}", "unknown method 'lorra': did you mean 'lora'"),
     ("compare.learning_rates=[0.1, 0]", "give numbers greater than 0"),
     ("compare.learning_rates=[fast]", "compare.learning_rates: expected a list of numbers or"),
     ("compare.sweep={k_shots: [1]}", "unknown sweep 'k_shots': did you mean 'k_shot'"),

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("train", "evaluate", "predict", "tasks", "env")
 
@@ -23,8 +25,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_names_every_command() -> None:
-    done = run("-m ept.cli.main --help")
+@pytest.mark.parametrize("module", ["ept", "ept.cli.main"])
+def test_help_names_every_command(module: str) -> None:
+    done = run(f"-m {module} --help")
     assert done.returncode == 0, done.stderr
     missing = [command for command in COMMANDS if command not in done.stdout]
     assert not missing, f"`ept --help` does not name {missing}:\n{done.stdout}"
