@@ -359,6 +359,18 @@ def test_moving_and_loading_are_noticed():
     assert torch.equal(layer.to("cpu")(x), layer(x))
 
 
+def test_a_changed_quant_state_is_noticed():
+    layer = swapped(make_layer(bias=False, compress_statistics=False), dequantized_cache_bytes=1 << 20)
+    x = torch.randn(2, 64)
+    before, state = layer(x), layer.weight.quant_state
+    state.absmax.mul_(2)
+    assert torch.equal(layer(x), 2 * before)
+    layer.weight.quant_state = other = copy.copy(state)  # the same absmax, for other levels
+    other.quant_type, other.code = "fp4", bitsandbytes.functional.get_4bit_type("fp4", device="cpu")
+    assert not torch.equal(layer(x), 2 * before)
+    assert torch.equal(layer(x), swapped(layer, dequantized_cache_bytes=1 << 20)(x))
+
+
 def test_the_cache_keeps_to_its_budget():
     layers = [make_layer(64, rows) for rows in (64, 32, 96, 16)]
     model, x = nn.ModuleList(layers), torch.randn(2, 64)

@@ -45,24 +45,29 @@ def dequantize_4bit_kernel(
     """``ITERS`` tiles of ``UNITS·2·BYTES`` neighbouring elements."""
     TILE: tl.constexpr = UNITS * 2 * BYTES
     first = tl.program_id(0).to(tl.int64) * (TILE * ITERS)
+    left = tl.minimum(elements - first, TILE * ITERS).to(tl.int32)
     nested = (nested_absmax, nested_code, nested_offset)
     o_unit = tl.arange(0, UNITS) * (2 * BYTES)  # in elements, from the tile's first one
     o_weight = o_unit[:, None] + tl.arange(0, 2 * BYTES)[None, :]  # [UNITS, 2·BYTES]
+    p_unit = packed + first // 2
+    if BYTES > 1:
+        p_unit = p_unit.to(tl.pointer_type(tl.uint32))
+    p_unit += tl.arange(0, UNITS)
+    p_weight = out + first + o_weight
+    # Tiles differ by constants that are added last: loads and stores have room for them.
     for i in tl.static_range(ITERS):
-        start = first + i * TILE
-        left = tl.minimum(elements - start, TILE).to(tl.int32)
-        m_unit = o_unit < left
-        p_unit = packed + start // 2
-        if BYTES > 1:
-            p_unit = p_unit.to(tl.pointer_type(tl.uint32))
-        b_unit = tl.load(p_unit + tl.arange(0, UNITS), mask=m_unit, other=0)
+        m_unit = o_unit < left - i * TILE
+        b_unit = tl.load(p_unit + i * UNITS, mask=m_unit, other=0)
         # Both are powers of two: a tile is a part of one block, or whole blocks.
-        o_block = start // BLOCK_SIZE + o_unit // BLOCK_SIZE
+        if TILE < BLOCK_SIZE:
+            o_block = (first + i * TILE) // BLOCK_SIZE + tl.zeros([UNITS], tl.int64)
+        else:
+            o_block = first // BLOCK_SIZE + o_unit // BLOCK_SIZE + i * (TILE // BLOCK_SIZE)
         b_absmax = load_absmax(absmax, nested, o_block, m_unit, NESTED_BLOCK_SIZE)
         b_weight = decode(levels, b_unit, b_absmax, out.dtype.element_ty, BYTES)
         # Of the last byte only one half may count; words are whole.
-        m_weight = o_weight < left if BYTES == 1 else m_unit[:, None]
-        tl.store(out + start + o_weight, tl.reshape(b_weight, [UNITS, 2 * BYTES]), mask=m_weight)
+        m_weight = o_weight < left - i * TILE if BYTES == 1 else m_unit[:, None]
+        tl.store(p_weight + i * TILE, tl.reshape(b_weight, [UNITS, 2 * BYTES]), mask=m_weight)
 
 
 def heuristic() -> Config:

@@ -6,16 +6,24 @@ weight is its level times the absmax of its block, one float32 product rounded o
 ``enable_fp_fusion=False``, without which the two become one operation with other bits.
 
 The look-up decides the speed, since ten instructions a weight take as long as the memory traffic. Static counts for
-sm_90 (Triton 3.9.0): instructions that one more weight costs in four kernels that dequantise whole tiles to bfloat16,
-plain absmax, and differ in the look-up only. Nothing of this was timed:
+sm_90 (Triton 3.7.1) of kernels that differ in the look-up only: what one more weight costs in ``dequantize_4bit`` (in
+words, plain absmax, to bfloat16), and a weight in the loop of ``matmul_4bit`` (16 tokens of bfloat16). Nothing of this
+was timed:
 
-    table load, address put together with one `or`   6.4   (1.1 loads)
-    table load, pointer plus index                   7.3   (1.1 loads)
-    tl.gather                                        8.6   (1 load of shared memory, barriers)
-    fifteen nested selects                          16.8
+                                                       dequantise   product
+    table load, address put together with one `or`         6.0        9.4    (1 load): taken where tiles are written
+    table load, pointer plus index                         7.0       10.1    (1 load)
+    tl.gather, one a tile                                  6.0        7.7    (1 load of shared memory): in products
+    tl.gather, one a nibble of the words                   8.5        8.1    (as before, and eight times the barriers)
+    fifteen nested selects                                16.0       18.8
+    FP4 put together from exponent, mantissa and sign     12.3               (gives nibble 8 a negative zero)
+    NF4 as a polynomial of degree 15                      20.3               (not exact)
+    byte permutes, inline PTX                             10.8        8.1    (in products to bfloat16, rounded thrice)
+    table load, offset permuted into the address, PTX      5.5        8.8    (1 load)
+    table load of a byte's two levels                      4.3               (0.5 loads, each of up to 16 cache lines)
 
-The table is one line of 64 bytes at a multiple of 64, so that the offset of a level can be put into the lower bits of
-its address, which saves the 64-bit addition.
+Why these two, see ``docs/kernels.md``. The table is one line of 64 bytes at a multiple of 64, so that the offset of a
+level can be put into the lower bits of its address, which saves the 64-bit addition.
 """
 
 from __future__ import annotations
@@ -63,6 +71,33 @@ def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr
 
 
 @triton.jit
+def nibble_at(b_word, SHIFT: tl.constexpr):
+    """The nibble at bit ``SHIFT`` of each word, int32."""
+    return ((b_word >> SHIFT) & 15).to(tl.int32)
+
+
+@triton.jit
+def join_8(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
+    """``[..., 2, 2, 2]``: in order, to be reshaped to ``[..., 8]``."""
+    b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
+    b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
+    return tl.join(b_even, b_odd)
+
+
+@triton.jit
+def split_8(b):
+    """Undoes :func:`join_8`."""
+    b_even, b_odd = tl.split(b)
+    b_04, b_26 = tl.split(b_even)
+    b_15, b_37 = tl.split(b_odd)
+    b_0, b_4 = tl.split(b_04)
+    b_1, b_5 = tl.split(b_15)
+    b_2, b_6 = tl.split(b_26)
+    b_3, b_7 = tl.split(b_37)
+    return b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7
+
+
+@triton.jit
 def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
     """Weights in each unit of ``BYTES`` bytes (1 or 4), in order, along new dimensions of 2: ``DTYPE`` ``[..., 2]`` or
     ``[..., 2, 2, 2]``, to be reshaped to ``[..., 2·BYTES]``. ``b_absmax`` is shaped like ``b_unit``.
@@ -73,12 +108,38 @@ def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
         b_1 = weight_at(levels, b_unit, b_absmax, 0, DTYPE)
         b_weight = tl.join(b_0, b_1)
     else:  # the lowest byte comes first, its high nibble before its low one
-        b_04 = tl.join(weight_at(levels, b_unit, b_absmax, 4, DTYPE), weight_at(levels, b_unit, b_absmax, 20, DTYPE))
-        b_15 = tl.join(weight_at(levels, b_unit, b_absmax, 0, DTYPE), weight_at(levels, b_unit, b_absmax, 16, DTYPE))
-        b_26 = tl.join(weight_at(levels, b_unit, b_absmax, 12, DTYPE), weight_at(levels, b_unit, b_absmax, 28, DTYPE))
-        b_37 = tl.join(weight_at(levels, b_unit, b_absmax, 8, DTYPE), weight_at(levels, b_unit, b_absmax, 24, DTYPE))
-        b_weight = tl.join(tl.join(b_04, b_26), tl.join(b_15, b_37))
+        b_weight = join_8(
+            weight_at(levels, b_unit, b_absmax, 4, DTYPE),
+            weight_at(levels, b_unit, b_absmax, 0, DTYPE),
+            weight_at(levels, b_unit, b_absmax, 12, DTYPE),
+            weight_at(levels, b_unit, b_absmax, 8, DTYPE),
+            weight_at(levels, b_unit, b_absmax, 20, DTYPE),
+            weight_at(levels, b_unit, b_absmax, 16, DTYPE),
+            weight_at(levels, b_unit, b_absmax, 28, DTYPE),
+            weight_at(levels, b_unit, b_absmax, 24, DTYPE),
+        )
     return b_weight
+
+
+@triton.jit
+def levels_of_tile(levels, b_word):
+    """Levels of the weights in words ``[ROWS, WORDS]``, in order: float32 ``[ROWS, WORDS, 2, 2, 2]``."""
+    ROWS: tl.constexpr = b_word.shape[0]
+    WORDS: tl.constexpr = b_word.shape[1]
+    b_nibble = join_8(
+        nibble_at(b_word, 4),
+        nibble_at(b_word, 0),
+        nibble_at(b_word, 12),
+        nibble_at(b_word, 8),
+        nibble_at(b_word, 20),
+        nibble_at(b_word, 16),
+        nibble_at(b_word, 28),
+        nibble_at(b_word, 24),
+    )
+    # All of the tile at once: each gather writes the table to shared memory, between two barriers.
+    b_table = tl.load(levels + tl.arange(0, 16))
+    b_level = tl.gather(b_table, tl.reshape(b_nibble, [ROWS * WORDS * WEIGHTS]), 0)
+    return tl.reshape(b_level, [ROWS, WORDS, 2, 2, 2])
 
 
 @triton.jit

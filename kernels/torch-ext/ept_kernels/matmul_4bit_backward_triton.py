@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import four_bit_products
 from .dequantize_4bit_triton import dequantize_4bit
-from .four_bit_codes import WEIGHTS, WORD, absmax_of_words, decode, load_tile
+from .four_bit_codes import WEIGHTS, absmax_of_words, levels_of_tile, load_tile
 from .four_bit_paths import FUSED, path_of
 from .four_bit_products import Weight, run
 from .launch import AotCase
@@ -78,7 +78,8 @@ def matmul_4bit_backward_kernel(
             packed, absmax, nested, o_n, column, last, columns, columns, BLOCK_K, BLOCK_SIZE, NESTED_BLOCK_SIZE
         )
         b_next_grad = _load_grad(grad_output, o_m, o_n, tokens, last, stride_grad_m, stride_grad_n)
-        b_W = decode(levels, b_word, absmax_of_words(b_absmax, b_word), OPERAND, WORD)
+        b_absmax = absmax_of_words(b_absmax, b_word)[:, :, None, None, None]
+        b_W = (levels_of_tile(levels, b_word) * b_absmax).to(OPERAND)  # [BLOCK_N, words, 2, 2, 2]
         b_W = tl.permute(tl.reshape(b_W, [BLOCK_N, WORDS, WEIGHTS]), [2, 1, 0])
         b_W = tl.reshape(b_W, [BLOCK_K, BLOCK_N])  # columns 0, 8, 16, …, then 1, 9, 17, …
         b_out = tl.dot(b_W, tl.trans(b_grad.to(OPERAND)), b_out, input_precision="ieee")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import four_bit_products
 from .dequantize_4bit_triton import dequantize_4bit
-from .four_bit_codes import WEIGHTS, absmax_of_words, load_tile, weight_at
+from .four_bit_codes import WEIGHTS, absmax_of_words, levels_of_tile, load_tile, split_8
 from .four_bit_paths import BITSANDBYTES, FUSED, bitsandbytes_product, path_of
 from .four_bit_products import Weight, reduce_aot_cases, run
 from .launch import AotCase
@@ -27,19 +27,6 @@ def _load_x(x, o_m, start, tokens, last, stride_x_m, stride_x_k, BLOCK_K: tl.con
     o_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
     mask = (o_m < tokens)[:, None] & (o_k < last)[None, :]
     return tl.load(x + o_m[:, None] * stride_x_m + o_k[None, :] * stride_x_k, mask=mask, other=0.0)
-
-
-@triton.jit
-def _columns(b_x):
-    """Columns j, j + 8, j + 16, … of ``b_x``, for j = 0 … 7: eight ``[BLOCK_M, words]``."""
-    b_even, b_odd = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 8, 2, 2, 2]))
-    b_04, b_26 = tl.split(b_even)
-    b_15, b_37 = tl.split(b_odd)
-    b_0, b_4 = tl.split(b_04)
-    b_1, b_5 = tl.split(b_15)
-    b_2, b_6 = tl.split(b_26)
-    b_3, b_7 = tl.split(b_37)
-    return b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
@@ -89,10 +76,11 @@ def matmul_4bit_kernel(
         )
         b_next_x = _load_x(x, o_m, following, tokens, last, stride_x_m, stride_x_k, BLOCK_K)
         b_absmax = absmax_of_words(b_absmax, b_word)
-        b_columns = _columns(b_x.to(OPERAND))
-        for j in tl.static_range(WEIGHTS):  # the high nibble of a byte comes first
-            b_W = weight_at(levels, b_word, b_absmax, 8 * (j // 2) + 4 * (1 - j % 2), OPERAND)  # [BLOCK_N, words]
-            b_out = tl.dot(b_W, tl.trans(b_columns[j]), b_out, input_precision="ieee")
+        b_level = split_8(levels_of_tile(levels, b_word))
+        b_x = split_8(tl.reshape(b_x.to(OPERAND), [BLOCK_M, BLOCK_K // WEIGHTS, 2, 2, 2]))
+        for j in tl.static_range(WEIGHTS):  # columns j, j + 8, j + 16, …
+            b_W = (b_level[j] * b_absmax).to(OPERAND)  # [BLOCK_N, words]
+            b_out = tl.dot(b_W, tl.trans(b_x[j]), b_out, input_precision="ieee")
 
     if bias is not None:
         b_out += tl.load(bias + o_n, mask=o_n < rows, other=0.0).to(tl.float32)[:, None]

@@ -91,7 +91,7 @@ def mostly_untouched(elements: int, dtype: torch.dtype) -> Tensor:
 @pytest.fixture(autouse=True)
 def watched_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a launcher allocates holds NaN until a kernel writes it; and under the interpreter every address that a
-    kernel reads or writes has to lie in one of the tensors that it was given.
+    kernel reads or writes has to lie in one of the tensors that it was given, at a multiple of its size, as on a GPU.
     """
     new_empty = torch.Tensor.new_empty
 
@@ -115,6 +115,7 @@ def _watch_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         first = p.data[mask.data].astype("int64")
         inside = sum(((first >= low) & (first + size <= high)).astype(int) for low, high in allowed)
         assert (inside > 0).all(), f"{what} of {int((inside == 0).sum())} addresses outside of every tensor"
+        assert (first % size == 0).all(), f"{what} of {size} bytes at addresses that are no multiples of it"
 
     def checked_load(ptrs: Any, mask: Any, *args: Any) -> Any:
         check(ptrs, mask, "load")

@@ -178,3 +178,13 @@ def test_bitsandbytes_path_is_right(quant_type, nested, bias, device):
             results.append(matmul_4bit_triton.matmul_4bit(x, *weight[:5], b, *weight[5:]))
     assert results[0].shape == (2, 3, 48)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_bitsandbytes_is_given_what_its_schema_asks_for():
+    """Without memory its fake runs, which checks more than the operator does: the offset has to be a scalar."""
+    parts = (torch.empty(64 * 64, dtype=torch.uint8), torch.empty(128, dtype=torch.uint8))
+    nested = (torch.empty(1), torch.empty(256), torch.empty(1))
+    weight = Weight(*(part.to("meta") for part in (*parts, *nested)), "nf4", 64, 256, 64, 128)
+    for bias in (None, torch.empty(64, dtype=BF16, device="meta")):
+        out = four_bit_paths.bitsandbytes_product(torch.empty(3, 128, dtype=F16, device="meta"), weight, bias)
+        assert (out.shape, out.dtype) == ((3, 64), F16)

@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
+import triton
+import triton.language as tl
 from conftest import INTERPRETED
 from four_bit_problems import covers, mostly_untouched, quantized, watched_memory
 from hypothesis import HealthCheck, given, settings
@@ -26,6 +29,7 @@ import ept_kernels
 from ept_kernels import FourBitWeight, four_bit_paths, four_bit_products, launch
 from ept_kernels import matmul_4bit_backward_triton as backward_kernels
 from ept_kernels import matmul_4bit_triton as kernels
+from ept_kernels.four_bit_codes import levels, levels_of_tile
 from ept_kernels.launch import trying
 
 __all__ = ["watched_memory"]
@@ -95,6 +99,7 @@ PROBLEMS = [
     Problem(100, 192, (2, 3), NF4, 64, True, F32, bias=F16, strided=True),
     Problem(100, 192, (6,), FP4, 64, False, F16, strided=True),
     Problem(128, 128, (), NF4, 64, True, F32, bias=F32),
+    Problem(1030, 64, (9,), FP4, 32, False, F16),  # the gradient's sum is split
     # dequantised first: many tokens, straddling blocks, odd sizes, an odd address
     Problem(64, 128, (65,), NF4, 64, True, F32, bias=F32, path=LIBRARY),
     Problem(64, 128, (5, 13), FP4, 64, False, F16, bias=F32, path=LIBRARY),
@@ -173,6 +178,24 @@ def check_backward(problem: Problem, device: torch.device) -> None:
     assert_close(actual, grad.double() @ W, grad.double().abs() @ W.abs(), problem.rows, "gradient")
 
 
+@triton.jit
+def store_levels(levels, words, out):
+    o_word = tl.arange(0, 4)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    b_level = tl.reshape(levels_of_tile(levels, tl.load(words + o_word)), [4, 16, 8])
+    tl.store(out + o_word[:, :, None] * 8 + tl.arange(0, 8)[None, None, :], b_level)
+
+
+@pytest.mark.parametrize("quant_type", [NF4, FP4])
+def test_levels_of_a_tile_are_bitsandbytes_own(quant_type, device):
+    """Every byte there is, in order: the levels' own bits, signs of zeros included."""
+    packed = torch.arange(256, dtype=torch.uint8, device=device)
+    out = torch.full((512,), float("nan"), device=device)
+    four_bit_products.launch(store_levels, (1,), levels(quant_type, device), packed.view(torch.int32), out)
+    nibbles = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
+    expected = bnb.get_4bit_type(quant_type, device=device)[nibbles]
+    assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
+
+
 @by_id
 def test_product(problem, device):
     check_forward(for_device(problem), device)
@@ -245,7 +268,7 @@ def test_number_of_launches(problem, launches, device):
     assert path == (four_bit_paths.FUSED if problem.path == FUSED else four_bit_paths.LIBRARY)
 
 
-@pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[4], PROBLEMS[15]], ids=lambda p: p.id)
+@pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[4], PROBLEMS[16]], ids=lambda p: p.id)
 def test_two_runs_give_equal_bits(problem, device):
     weight, x, grad = (
         problem.weight(device),
