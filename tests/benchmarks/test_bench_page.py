@@ -22,6 +22,14 @@ def test_the_committed_page_is_what_the_committed_records_give() -> None:
     assert text == performance_page.render(), "run python -m benchmarks.performance_page"
 
 
+def test_the_readme_says_what_its_record_holds() -> None:
+    record = json.loads((performance_page.RESULTS / "cpu" / "profile_t5_small.json").read_text(encoding="utf-8"))
+    steps = {method["method"]: round(method["step_ms"]["median"]) for method in record["methods"]}
+    text = " ".join((performance_page.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    said = f"take {steps['ept']} ms, the 100 of prompt tuning {steps['pt']} (`{record['command']}`,"
+    assert said in text
+
+
 def test_every_plot_of_the_page_is_there() -> None:
     for line in performance_page.PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("!["):
