@@ -88,7 +88,7 @@ suite-against:
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(VERSIONS) torch
 	$(PIP) install --quiet $(VERSIONS) -e ".[dev]"
-	$(VENV)/bin/python -m ept.cli.main env
+	$(VENV)/bin/python -m ept env
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels
 	$(VENV)/bin/python -m ept_kernels.aot

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ from .launched import cpu_is_asked_for, is_on, local_index, mark_told, several, 
 T = TypeVar("T")
 
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+LONGEST_END = timedelta(seconds=10)  # torchrun kills what has not ended within 30
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,13 @@ class Processes:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+    def largest(self, value: int) -> int:
+        """The largest `value` of all processes."""
         if self.count == 1:
-            return flag
-        raised = torch.tensor(int(flag))
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(raised)
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return int(found)
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -89,6 +92,12 @@ class Processes:
         if self.count > 1:
             self.wait()
             _end_connection_at_exit()
+
+    def end_together(self) -> None:
+        """Has the processes, at their ends, wait until all have come there, or for ten seconds."""
+        if self.count > 1:
+            _end_connection_at_exit()
+            atexit.register(_await_ends, self.group)
 
 
 def join() -> Processes:
@@ -123,6 +132,11 @@ def join() -> Processes:
 @cache
 def _message_group() -> Any:
     return dist.new_group(backend="gloo")
+
+
+def _await_ends(group: Any) -> None:
+    with suppress(RuntimeError):  # another one has been killed, or goes on with something else
+        dist.monitored_barrier(group, timeout=LONGEST_END)
 
 
 @cache

@@ -72,7 +72,7 @@ def after_cache(
     Raises:
         ValueError: the mask has another length.
     """
-    cached, new = cached_length(inputs), embeds.shape[1]
+    cached, new = cached_length(facts, inputs), embeds.shape[1]
     mask = extend(ones, cached, 1) if mask is None else mask
     if mask.shape[1] == cached + new - s:
         mask = extend(mask, s, 1)
@@ -97,10 +97,17 @@ def after_encoder(inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]
     return inputs
 
 
-def cached_length(inputs: dict[str, Any]) -> int:
+def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
     """Positions in the key-value cache among ``inputs``; 0 without one."""
     cache = inputs.get("past_key_values")
+    if cache is None:  # newer models take the older name as well
+        cache = inputs.get(cache_name(facts))
     return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+
+
+def cache_name(facts: BaseModelFacts) -> str:
+    """What the model calls its key-value cache: ``cache`` since transformers 5.24."""
+    return "cache" if "cache" in facts.forward_arguments else "past_key_values"
 
 
 def length_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:

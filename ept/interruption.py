@@ -6,16 +6,18 @@ import os
 import shlex
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from .distributed import Processes
+from .launched import is_main, mark_told, several, started_alike
 from .run_folder import RunFolder
 
 _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-_NOTED = "\n{}: finishing this step and saving; a second Ctrl-C stops at once\n"
+_ALONE = Processes()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,6 +38,10 @@ class StopSignals:
 
     The handlers that were there before come back at the end. In a thread other than the main one, and for signals that
     the process ignores, nothing changes.
+
+    Of several processes, any may get the signal: what one has noted, all agree on before they stop. A second signal
+    stops a process at once only where it is alone. Launchers repeat them: a job manager signals the launcher and its
+    processes, the launcher passes its own signal on, and it ends all processes as soon as one has ended.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -59,23 +65,33 @@ class StopSignals:
         self._before.clear()
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Within, whoever trains asks :attr:`received` after each step."""
+    def noted(self, processes: Processes = _ALONE) -> Iterator[None]:
+        """Within, whoever trains asks after each step what has been :meth:`agreed`."""
         self._only_note = True
         try:
             yield
+            number = self.agreed(processes)  # on what came after the last step
         finally:
             self._only_note = False
-        if self.received is not None:  # after the last step
+        if number:
+            raise in_all(processes, self._stopped(number))
+        if self.received is not None:
             raise self._stopped(self.received)
 
+    def agreed(self, processes: Processes) -> int:
+        """The signal that has come to any of the processes, 0 for none: the same in all of them."""
+        return processes.largest(self.received or 0)
+
     def resume_command(self) -> str:
-        return f"`ept train --resume --output {shlex.quote(str(self.folder.path))}`"
+        return started_alike(f"train --resume --output {shlex.quote(str(self.folder.path))}")
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self._only_note and self.received is None:
+        if self._only_note and (self.received is None or several()):
+            if self.received is None and is_main():
+                second = "" if several() else "; a second Ctrl-C stops at once"
+                notice = f"\n{_NAMES[number]}: finishing this step and saving{second}\n"
+                os.write(2, notice.encode())  # print could be at work just now
             self.received = number
-            os.write(2, _NOTED.format(_NAMES[number]).encode())  # print could be at work just now
             return
         self.received = number
         raise self._stopped(number)
@@ -90,28 +106,30 @@ class StopSignals:
 
 
 class StopAfterStep(TrainerCallback):
-    """Saves a checkpoint at the end of the step in which a signal came, and ends the run there.
+    """Saves a checkpoint at the end of the step in which a signal came to any process, and ends all of them there."""
 
-    Args:
-        signals: where the signal is noted.
-        anywhere: of this process's flag, whether it is set in any process of the run.
-    """
-
-    def __init__(self, signals: StopSignals, anywhere: Callable[[bool], bool] = bool) -> None:
-        self.signals, self.anywhere = signals, anywhere
-        self.stopping = False
+    def __init__(self, signals: StopSignals, processes: Processes = _ALONE) -> None:
+        self.signals, self.processes = signals, processes
+        self.number = 0
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.stopping = self.anywhere(self.signals.received is not None)
-        if self.stopping:
+        self.number = self.signals.agreed(self.processes)
+        if self.number:
             control.should_save = True
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.stopping:
+        if not self.number:
             return
-        number = self.signals.received or signal.SIGTERM
-        raise Interrupted(
-            f"stopped by {_NAMES[number]} after step {state.global_step} of {state.max_steps}, which is "
+        self.processes.wait()  # until the checkpoint is whole: with the first process that ends, a launcher ends all
+        stop = Interrupted(
+            f"stopped by {_NAMES[self.number]} after step {state.global_step} of {state.max_steps}, which is "
             f"saved: {self.signals.resume_command()} continues",
-            number,
+            self.number,
         )
+        raise in_all(self.processes, stop)
+
+
+def in_all(processes: Processes, stop: Interrupted) -> Interrupted:
+    """The stop on which all processes have agreed: the first one tells it, and none ends before that is done."""
+    processes.end_together()
+    return stop if processes.main else mark_told(stop)

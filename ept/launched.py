@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
+
+E = TypeVar("E", bound=BaseException)
+
+
+def count() -> int:
+    """How many processes have been started, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def several() -> bool:
     """Whether more than one process has been started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return count() > 1
 
 
 def process_index() -> int:
@@ -39,7 +47,16 @@ def was_started_alone() -> bool:
     return cpu_is_asked_for() and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
 
 
-def mark_told(error: Exception) -> Exception:
+def started_alike(words: str) -> str:
+    """What to type for `ept` with these words in as many processes as now."""
+    if not several():
+        return f"`ept {words}`"
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(count()):
+        return f"the same launch with `-m ept {words}`"
+    return f"`torchrun --nproc-per-node {count()} -m ept {words}`"
+
+
+def mark_told(error: E) -> E:
     """Marks another process's error, which that process shows."""
     error._ept_told = True  # type: ignore[attr-defined]
     return error

@@ -33,6 +33,7 @@ from .config import PEFT_TYPE, EPTConfig
 from .inputs import (
     after_cache,
     after_encoder,
+    cache_name,
     cached_length,
     count_new_tokens,
     divide_loss,
@@ -241,7 +242,7 @@ class EPTModel(PeftModel):
         if not causal:
             return self.base_model.generate(*args, **inputs)
         if use_prompt_cache:
-            inputs["past_key_values"] = self._cached_prompt(inputs)
+            inputs[cache_name(self._facts)] = self._cached_prompt(inputs)
         # generate() counts positions from the mask itself, at every step.
         inputs.pop("position_ids", None)
         count_new_tokens(inputs, length_of(input_ids, inputs_embeds), self.base_model.generation_config)
@@ -547,7 +548,7 @@ class EPTModel(PeftModel):
         if inputs.get("encoder_outputs") is not None:
             return after_encoder(inputs, attention_mask)
         embedding, layer = input_embedding(self.base_model), self._layer()
-        if cached_length(inputs):
+        if cached_length(self._facts, inputs):
             ids, table, ones = lookup(embedding, input_ids, inputs_embeds, None, layer.d)
             s = layer.config.num_virtual_tokens
             return after_cache(self._facts, inputs, table[ids], attention_mask, ones, s)

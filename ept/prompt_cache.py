@@ -49,7 +49,7 @@ class PromptCache:
             positions["position_ids"] = ones.cumsum(1) - 1
         with torch.no_grad():
             output = backbone(inputs_embeds=prompt[None], attention_mask=ones, use_cache=True, **positions)
-        cache = output.past_key_values
+        cache = output.get("cache", output.get("past_key_values"))  # since transformers 5.24, and before
         kinds = {type(layer) for layer in getattr(cache, "layers", [])}
         if type(cache) is not DynamicCache or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
             found = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
@@ -99,7 +99,7 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
         )
     if inputs.get("use_cache") is False or getattr(inputs.get("generation_config"), "use_cache", None) is False:
         raise ValueError("use_cache=False and use_prompt_cache=True exclude each other: leave one out")
-    if cached_length(inputs):
+    if cached_length(facts, inputs):
         raise ValueError("past_key_values and use_prompt_cache=True exclude each other: leave one out")
     if padded and facts.prompt_beside_text:
         raise ValueError(

@@ -150,13 +150,13 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer.add_callback(StopAfterStep(signals, processes.any))
+    trainer.add_callback(StopAfterStep(signals, processes))
     if checkpoint is not None and is_over(checkpoint):  # it was ended while scoring
         load_result(trainer, checkpoint)
     else:
         if checkpoint is not None:
             trainer.add_callback(GoOn(trainer, checkpoint))
-        with signals.noted(), trainer.progress:
+        with signals.noted(processes), trainer.progress:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     memory, memory_kind = peak_memory()
     with writing(folder.adapter):

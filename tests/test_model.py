@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from peft import PeftModel
 from tiny_models import DECODERS, ONE_A_TASK, TASK_OF, VOCAB, make_batch, make_model, randomise
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from ept import EPTConfig, get_ept_model
 
 SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
+# transformers 5.24 calls `cache` what was `past_key_values`.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def adapted(name: str, seed: int | None = 1, model_changes: dict | None = None, **fields):
@@ -104,12 +108,12 @@ def greedy_by_forward(model, batch, steps, cached):
     text = mask.clone()
     cache = None
     for _ in range(steps):
-        inputs = {"input_ids": ids[:, -1:], "past_key_values": cache} if cache is not None else {"input_ids": ids}
+        inputs = {"input_ids": ids[:, -1:], CACHE: cache} if cache is not None else {"input_ids": ids}
         if cache is None:
             inputs["text_mask"] = text
         with torch.no_grad():
             output = model(**inputs, attention_mask=mask, use_cache=cached)
-        cache = output.past_key_values if cached else None
+        cache = output[CACHE] if cached else None
         ids = torch.cat([ids, output.logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         text = torch.cat([text, text.new_zeros(len(text), 1)], dim=1)

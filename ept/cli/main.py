@@ -36,7 +36,8 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            typer.echo(str(stop) or "stopped", err=True)
+            if not was_told(stop):
+                typer.echo(str(stop) or "stopped", err=True)
             raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
         except (*USER_ERRORS, *FAILURES) as error:
             if os.environ.get("EPT_DEBUG") == "1":

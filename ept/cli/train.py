@@ -34,7 +34,7 @@ def train(
     """Train an adapter and score it before and after.
 
     With --resume and without --config, the configuration is the one in the folder. In several processes:
-    torchrun --nproc-per-node 2 -m ept.cli.main train ...
+    torchrun --nproc-per-node 2 -m ept train ...
     """
     from ept.launched import is_main
 

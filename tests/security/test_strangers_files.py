@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import tracemalloc
@@ -175,27 +176,36 @@ def test_names_do_not_get_into_the_card_unless_the_hub_allows_them(tmp_path, nam
     assert (str(name) in body) == bool(line)
 
 
+NO_ALIASES = "aliases (*a) are not read: write the value out"
+# of each: the text, and why it is refused
 BOMBS = {
-    "aliases": "a: &a [x, x, x, x, x, x, x, x, x]\n"
-    + "\n".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefghi", "bcdefghij")),
-    "merges": "a: &a {x: 1}\n"
-    + "\n".join(f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}" for a, b in zip("abcdefgh", "bcdefghi")),
-    "recursive": "a: &a [*a]",
-    "deep": "[" * 10_000,
-    "objects": "!!python/object/apply:os.system ['id']",
-    "twice": "seed: 1\nseed: 2",
-    "megabytes": "seed: " + "x" * 2_000_000,
-    "digits": "seed: " + "9" * 100_000,
+    "one alias": ("seed: &a 1\ntraining: {max_steps: *a}", NO_ALIASES),
+    "aliases": (
+        "a: &a [x, x, x, x, x, x, x, x, x]\n"
+        + "\n".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefghi", "bcdefghij")),
+        NO_ALIASES,
+    ),
+    "merges": (
+        "a: &a {x: 1}\n"
+        + "\n".join(f"{b}: &{b} {{<<: [{','.join([f'*{a}'] * 9)}]}}" for a, b in zip("abcdefgh", "bcdefghi")),
+        NO_ALIASES,
+    ),
+    "recursive": ("a: &a [*a]", NO_ALIASES),
+    "deep": ("[" * 10_000, "nested more than 20 levels deep"),
+    "objects": ("!!python/object/apply:os.system ['id']", "could not determine a constructor for the tag"),
+    "twice": ("seed: 1\nseed: 2", "a key stands there twice"),
+    "megabytes": ("seed: " + "x" * 2_000_000, "a configuration at most 1,048,576"),
+    "digits": ("seed: " + "9" * 100_000, "cannot read"),
 }
 
 
-@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
-def test_run_configurations_cannot_blow_up(tmp_path, text):
+@pytest.mark.parametrize("text, message", BOMBS.values(), ids=BOMBS)
+def test_run_configurations_cannot_blow_up(tmp_path, text, message):
     file = tmp_path / "run.yaml"
     file.write_text(text, encoding="utf-8")
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
             load_run_config(file)
         peak = tracemalloc.get_traced_memory()[1]
     finally:

@@ -218,7 +218,7 @@ def test_accelerate_launch(alone: Path, models: dict[str, Path], rows: Path, tmp
     file.write_text(config.to_yaml(), encoding="utf-8")
     launcher = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1")
     quiet = ("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
-    command = ("-m", "ept.cli.main", "train", "--json", "--config", str(file), "--output", str(tmp_path / "run"))
+    command = ("-m", "ept", "train", "--json", "--config", str(file), "--output", str(tmp_path / "run"))
     done, _ = run_launcher(*launcher, *quiet, *command, expected=0)
     assert json.loads(done.stdout) == json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
     assert_same_run(alone / "plain", tmp_path / "run")

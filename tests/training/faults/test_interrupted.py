@@ -8,6 +8,7 @@ import shlex
 import signal
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from forked_runs import logged_step
 from forks import Forks, Running, Whole
 from run_checks import events
 from same_run import assert_same_run
+from transformers import TrainerControl, TrainerState
 
-from ept.interruption import Interrupted, StopSignals
+from ept.distributed import Processes
+from ept.interruption import Interrupted, StopAfterStep, StopSignals
+from ept.launched import was_told
 from ept.run_folder import RunFolder
 
 STOPPED = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}
@@ -96,6 +100,88 @@ def test_the_first_signal_is_noted_and_the_second_stops_at_once(
         loop()
     assert stop.value.exit_code == STOPPED[number][1]
     assert capfd.readouterr().err.count("finishing this step and saving") == 1
+
+
+@dataclass(frozen=True)
+class Signalled(Processes):
+    """One of two processes; the other one has received `number`."""
+
+    count: int = 2
+    number: int = 0
+    calls: list[str] = field(default_factory=list)
+
+    def largest(self, value: int) -> int:
+        return max(value, self.number)
+
+    def wait(self) -> None:
+        self.calls.append("wait")
+
+    def end_together(self) -> None:
+        self.calls.append("end together")
+
+
+def test_in_several_processes_a_second_signal_changes_nothing(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Launchers repeat them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    raised = []
+
+    def loop() -> None:
+        with StopSignals(folder) as signals, signals.noted(Signalled()):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+                signal.raise_signal(number)
+                raised.append(number)
+
+    with pytest.raises(Interrupted):
+        loop()
+    assert len(raised) == 3
+    assert capfd.readouterr().err == "\nSIGTERM: finishing this step and saving\n"
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_signal_to_another_process_stops_this_one(folder: RunFolder, index: int) -> None:
+    """After the step, once its checkpoint is whole; the first process tells it."""
+    others = Signalled(index=index, number=signal.SIGINT)
+    stop_after_step = StopAfterStep(StopSignals(folder), others)
+    control, state = TrainerControl(), TrainerState(global_step=3, max_steps=5)
+    stop_after_step.on_step_end(None, state, control)
+    assert control.should_save
+    assert others.calls == []
+    with pytest.raises(Interrupted, match="stopped by Ctrl-C after step 3 of 5, which is saved") as stop:
+        stop_after_step.on_save(None, state, control)
+    assert others.calls == ["wait", "end together"]
+    assert was_told(stop.value) == (index != 0)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_signal_to_another_process_after_the_last_step_stops_this_one(folder: RunFolder, index: int) -> None:
+    others = Signalled(index=index, number=signal.SIGTERM)
+
+    def loop() -> None:
+        with StopSignals(folder) as signals, signals.noted(others):
+            pass
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM") as stop:
+        loop()
+    assert others.calls == ["end together"]
+    assert was_told(stop.value) == (index != 0)
+
+
+@pytest.mark.parametrize(
+    "here, everywhere, command",
+    [
+        ("2", "2", "`torchrun --nproc-per-node 2 -m ept train --resume --output 'a b'`"),
+        ("2", "4", "the same launch with `-m ept train --resume --output 'a b'`"),
+    ],
+    ids=["one machine", "two machines"],
+)
+def test_how_several_processes_continue(
+    here: str, everywhere: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    monkeypatch.setenv("WORLD_SIZE", everywhere)
+    assert StopSignals(RunFolder(Path("a b"))).resume_command() == command
 
 
 def test_away_from_the_steps_a_signal_stops_at_once(folder: RunFolder) -> None:
