@@ -17,7 +17,7 @@ from torch import Tensor
 from . import four_bit_codes
 from .four_bit import BLOCK_SIZES
 from .four_bit_codes import levels
-from .launch import AotCase, Config, cached_choice, config_for, launch, on_device
+from .launch import AotCase, Config, all_registers, cached_choice, config_for, launch, on_device
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
 _FORWARD = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}
@@ -120,7 +120,14 @@ def _plan(
     tiles = triton.cdiv(summed, config[along])
     tiles_a_split = triton.cdiv(tiles, config["SPLITS"])
     options = meta(config, block_size, nested_block_size, operand_type(dtype, device))
+    if needs_all_registers(kernel):
+        options |= all_registers(device)
     return Plan(triton.cdiv(results, config[across]), triton.cdiv(tiles, tiles_a_split), tiles_a_split, options)
+
+
+def needs_all_registers(kernel: str) -> bool:
+    """Whether the assembler by itself spills a few registers of ``kernel``: of the backward on sm_80 (Triton 3.6)."""
+    return "backward" in kernel
 
 
 def _directions(kernel: str, rows: int, columns: int) -> tuple[int, str, int, str]:
@@ -226,7 +233,8 @@ def aot_case(
         label, sizes = f"{label} any sizes", {}
     options = meta(config, block_size, 256 if nested else 0, _TYPES[dtype])
     weights = config["BLOCK_N"] * config["BLOCK_K"]
-    return four_bit_codes.aot_case(f"{kernel} {label}", fn, types, nested, options, sizes, weights)
+    case = four_bit_codes.aot_case(f"{kernel} {label}", fn, types, nested, options, sizes, weights)
+    return case._replace(all_registers=needs_all_registers(kernel))
 
 
 def reduce_aot_cases() -> list[AotCase]:

@@ -118,7 +118,7 @@ def _sizes_of(prompt: Tensor, A: Tensor, beta: Tensor, W_q: Tensor, D: Tensor, G
 
 
 def _plain(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous, and of one dtype: usually they are, and nothing is copied."""
+    """Contiguous, and of one dtype, since a program chooses among them: usually they are, and nothing is copied."""
     dtypes = {x.dtype for x in tensors}
     if len(dtypes) > 1:
         tensors = tuple(x.float() for x in tensors)

@@ -258,6 +258,23 @@ def test_parameters_of_several_types(device):
     assert_close(kernels.joint_prompt(*mixed, *options), exact, "output")
 
 
+def test_the_kernels_are_given_one_type(device, monkeypatch):
+    """Compiled, a program that chooses among several tensors needs them of one type; the interpreter does not."""
+    given = []
+
+    def noted(kernel, grid, *args, **options):
+        if kernel is kernels.joint_prompt_products_kernel:
+            given.append({x.dtype for x in args[:-2] if isinstance(x, Tensor)})  # the last two: products, shape
+        launch.launch(kernel, grid, *args, **options)
+
+    monkeypatch.setattr(kernels, "launch", noted)
+    *parameters, G = Problem(a=4).parameters(device)
+    for last in (G, G.bfloat16()):
+        kernels.joint_prompt(*parameters, last, *Problem(a=4).options())
+        kernels.joint_prompt_backward(Problem(a=4).grad_output(device), *parameters, last, *Problem(a=4).options())
+    assert given == [{torch.float32}] * 4
+
+
 def test_gradient_of_a_sum_is_read_through_its_zero_strides(device):
     parameters, options = Problem().parameters(device), Problem().options()
     ones = torch.ones((), device=device).expand(parameters[0].shape)

@@ -357,6 +357,20 @@ def test_nested_absmax_is_rounded_as_in_a_dequantisation(device):
         assert compiled == len(compiled) * [False] != []
 
 
+def test_registers_are_compiled_for_as_they_are_launched(device, monkeypatch, request):
+    """Of the backward all: else the assembler spills a few on sm_80."""
+    plans: Any = four_bit_products._plan  # which are remembered
+    plans.cache_clear()
+    request.addfinalizer(plans.cache_clear)
+    monkeypatch.setattr(four_bit_products, "all_registers", lambda device: {"maxnreg": launch.REGISTERS})
+    weight = Problem(64, 256).weight(device)
+    weight = four_bit_products.Weight(*weight.tensors, *weight.sizes)
+    for operator, module in (("matmul_4bit", kernels), ("matmul_4bit_backward", backward_kernels)):
+        launched = four_bit_products.plan(operator, 5, weight, F16).options.get("maxnreg") == launch.REGISTERS
+        compiled = {case.all_registers for case in module.aot_cases() if "reduce" not in case.name}
+        assert compiled == {launched} == {"backward" in operator}
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can run one program of a grid")
 @pytest.mark.parametrize("splits, elements", [(3, 2**30), (1, 2**31 + 1024)])
 def test_offsets_of_partial_sums_have_64_bits(splits, elements, device, monkeypatch):
