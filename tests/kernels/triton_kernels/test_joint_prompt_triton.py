@@ -101,6 +101,7 @@ PROBLEMS = [
     Problem(K=8, h=1, fusion=False),
     Problem(K=20, h=1, fusion=False, r=0),
     Problem(K=0, fusion=False),
+    Problem(h=0, fusion=False),  # a gate without spaces
     # maps
     Problem(a=4, K=0),
     Problem(s=40, d=100, m=63, r=30, a=16, activation="silu", large=True),
