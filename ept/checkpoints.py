@@ -94,10 +94,11 @@ def being_saved(
             shutil.rmtree(checkpoint, ignore_errors=True)
         raise
     if main:
-        _delete_surplus(checkpoint, limit, best)
+        delete_surplus(checkpoint, limit, best)
 
 
-def _delete_surplus(newest: Path, limit: int, best: int | None) -> None:
+def delete_surplus(newest: Path, limit: int, best: int | None) -> None:
+    """Deletes half checkpoints, and the oldest whole ones beyond `limit`; `newest` and that of step `best` stay."""
     step = int(newest.name.removeprefix(PREFIX))
     found = checkpoint_folders(newest.parent)
     halves = {other for other, path in found.items() if other > step or not (path / SEAL).exists()}

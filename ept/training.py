@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from .checkpoints import PREFIX, being_saved
+from .checkpoints import PREFIX, being_saved, delete_surplus
 from .compilation import check_lengths, compile_layers, uncompiled
 from .distributed import Processes, join
 from .durable import write_atomically
@@ -151,8 +151,10 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.add_callback(StopAfterStep(signals, processes))
-    if checkpoint is not None and is_over(checkpoint):  # it was ended while scoring
+    if checkpoint is not None and is_over(checkpoint):  # it was ended while scoring, or just before
         load_result(trainer, checkpoint)
+        if processes.main:
+            delete_surplus(checkpoint, config.training.save_total_limit, trainer.state.best_global_step)
     else:
         if checkpoint is not None:
             trainer.add_callback(GoOn(trainer, checkpoint))

@@ -8,6 +8,7 @@ import shlex
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,17 @@ def test_an_interrupted_comparison_goes_on(forks: Forks, whole: Whole, tmp_path:
     assert code == 0, said
     assert [path.parent for path in (tmp_path / "comparison").glob("runs/*/results.json")] == [run]
     assert events(run) == events(whole.folder)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_not_ignored() -> Iterator[None]:
+    """As Ctrl-C is in what a shell runs in the background, this suite included."""
+    before = {number: signal.getsignal(number) for number in STOPPED}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

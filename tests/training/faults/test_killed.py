@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -101,6 +102,21 @@ def test_a_run_killed_at_random_moments(forks: Forks, whole: Whole, tmp_path: Pa
     print(f"\n{survived.total()} kills survived: {dict(survived)}; {left} left half a checkpoint")
     assert survived.total() == KILLS
     assert left >= KILLS // 6, "too few kills came while a checkpoint was being written"
+
+    code, said = forks.run(*whole.command, run, "--resume")
+    assert code == 0, said
+    assert_same_run(run, whole.folder)
+
+
+def test_a_run_killed_before_its_last_checkpoint_had_replaced_older_ones(
+    forks: Forks, whole: Whole, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole.folder, run)
+    (run / "results.json").unlink()
+    shutil.rmtree(run / "adapter")
+    last = run / "checkpoints" / f"checkpoint-{whole.steps}"
+    shutil.copytree(last, last.with_name(f"checkpoint-{whole.steps - 1}"))
 
     code, said = forks.run(*whole.command, run, "--resume")
     assert code == 0, said
