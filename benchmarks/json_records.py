@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ept.profile_report import draw_phases, draw_sweep, title
-from ept.step_clock import PHASES
+from ept.profile.clock import PHASES
+from ept.profile.report import draw_phases, draw_sweep, title
 
 from .plots import draw_steps
 from .run_steps import option_rows, overhead_row, profile_row

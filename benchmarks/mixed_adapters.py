@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from ept import EPTConfig, EPTModel, get_ept_model
-from ept.environment import hardware, versions
-from ept.loading import default_device
-from ept.shapes import build_shape, shape_config
+from ept.profile.shapes import build_shape, shape_config
+from ept.runs.loading import default_device
+from ept.utils.environment import hardware, versions
 
 SHAPE = "smollm2-135m"
 

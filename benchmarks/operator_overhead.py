@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 import ept_kernels
-from ept.environment import hardware, versions
-from ept.loading import default_device
+from ept.runs.loading import default_device
+from ept.utils.environment import hardware, versions
 from ept_kernels import library
 
 CALLS = 20  # calls timed together

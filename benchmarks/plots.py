@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ept.profile_report import PHASE_COLOURS
+from ept.profile.report import PHASE_COLOURS
 
 from .shapes import BITSANDBYTES, DENSE, OURS, OURS_AGAIN
 from .tables import by_case

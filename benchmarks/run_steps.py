@@ -33,7 +33,7 @@ class Profile:
     """Methods side by side on one shape.
 
     Attributes:
-        case: name of the unit. options: fields of ``ept.profiling.ProfileConfig`` but for the methods.
+        case: name of the unit. options: fields of ``ept.profile.profile.ProfileConfig`` but for the methods.
         groups: methods that share one base model and take their steps in turn. A 4-bit model is made anew for PEFT,
             since EPT replaces the 4-bit layers of its own; PEFT's is measured before and after, to show the drift.
         needs: a package without which it is skipped.
@@ -45,7 +45,7 @@ class Profile:
     needs: str = ""
 
     def rows(self) -> Iterator[Row]:
-        from ept.profiling import ProfileConfig, profile
+        from ept.profile.profile import ProfileConfig, profile
 
         seen: set[str] = set()
         for group in self.groups:

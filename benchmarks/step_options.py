@@ -24,15 +24,15 @@ from typing import Any
 import torch
 from step_records import command, write
 
-from ept.compilation import compile_layers, uncompiled
-from ept.environment import hardware, versions
-from ept.loading import default_device
-from ept.profile_data import Row, make_batches, random_rows
-from ept.profile_methods import Method, MethodSpec, make_method
-from ept.profiling import summary
-from ept.sampling import EpochLengthGroupedSampler
-from ept.shapes import build_shape
-from ept.step_clock import take_step
+from ept.model.compilation import compile_layers, uncompiled
+from ept.profile.batches import Row, make_batches, random_rows
+from ept.profile.clock import take_step
+from ept.profile.methods import Method, MethodSpec, make_method
+from ept.profile.profile import summary
+from ept.profile.shapes import build_shape
+from ept.runs.loading import default_device
+from ept.runs.sampling import EpochLengthGroupedSampler
+from ept.utils.environment import hardware, versions
 
 DECODER, ENCODER_DECODER = "smollm2-135m", "t5-base"
 DTYPES = ("float32", "bfloat16")

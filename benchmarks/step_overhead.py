@@ -25,9 +25,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ept import EPTConfig, get_ept_model
-from ept.environment import hardware, versions
-from ept.loading import default_device, load_base_model
-from ept.run_config import ModelConfig
+from ept.runs.config import ModelConfig
+from ept.runs.loading import default_device, load_base_model
+from ept.utils.environment import hardware, versions
 
 # The shape of SmolLM2-135M; with --random its weights are random, which takes the same time.
 SMOLLM2_135M = {

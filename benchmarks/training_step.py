@@ -24,12 +24,12 @@ from typing import Any
 
 from step_records import command, write
 
-from ept.encoding import encode_split
-from ept.loading import default_device, load_tokenizer
-from ept.profile_data import Row
-from ept.profiling import ProfileConfig, load, profile, summary
-from ept.run_config import load_run_config
-from ept.run_data import load_run_data
+from ept.profile.batches import Row
+from ept.profile.profile import ProfileConfig, load, profile, summary
+from ept.runs.config import load_run_config
+from ept.runs.data import load_run_data
+from ept.runs.loading import default_device, load_tokenizer
+from ept.tasks.encoding import encode_split
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHODS = ("peft-pt", "ept")

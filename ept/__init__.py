@@ -7,20 +7,25 @@ ept`` alone imports no model library. Loading :class:`EPTConfig` registers the a
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._peft_hook import register_when_peft_is_imported
+from .version import __version__
 
 if TYPE_CHECKING:
     from .config import EPTConfig
-    from .model import EPTModel, get_ept_model
+    from .model.ept_model import EPTModel, get_ept_model
     from .prompt import EPTLayer
 
-__version__ = "0.1.0.dev0"
 __all__ = ["EPTConfig", "EPTLayer", "EPTModel", "__version__", "get_ept_model"]
 
-_HOME = {"EPTConfig": ".config", "EPTLayer": ".prompt", "EPTModel": ".model", "get_ept_model": ".model"}
+_HOME = {
+    "EPTConfig": ".config",
+    "EPTLayer": ".prompt",
+    "EPTModel": ".model.ept_model",
+    "get_ept_model": ".model.ept_model",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -33,4 +38,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-register_when_peft_is_imported()
+if "peft" in sys.modules:  # its own loading functions are to know EPT adapters from here on
+    import_module(".config", __name__)

@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ept_kernels.joint_prompt import ACTIVATIONS
 
-from .messages import shown
+from .utils.messages import shown
 
 PEFT_TYPE = "EPT"
 TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS")

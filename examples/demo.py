@@ -25,7 +25,7 @@ from headlines_data import (
 from rich.console import Console
 from rich.table import Table
 
-from ept.run_config import RunConfig, load_run_config
+from ept.runs.config import RunConfig, load_run_config
 
 CONFIG = Path(__file__).with_name("headlines.yaml")
 EXAMPLES = 5
@@ -59,7 +59,7 @@ def main() -> None:
     )
 
     from ept.cli.common import quiet
-    from ept.training import train
+    from ept.runs.train import train
 
     with quiet():
         results = train(config, overwrite=True)
@@ -100,7 +100,7 @@ def device_name() -> str:
     """The device that training will use, in words."""
     import torch
 
-    from ept.loading import default_device
+    from ept.runs.loading import default_device
 
     device = default_device()
     return (
@@ -109,7 +109,7 @@ def device_name() -> str:
 
 
 def show_score(results: dict[str, Any]) -> None:
-    from ept.report import results_table
+    from ept.runs.report import results_table
 
     console.print(results_table(results))
     gain = 100 * (results["score"] - results["majority"])
@@ -120,7 +120,7 @@ def show_score(results: dict[str, Any]) -> None:
 def show_examples(folder: Path) -> None:
     """Loads the adapter back from disk and lets it judge the first held-out headlines."""
     from ept.cli.common import open_run, quiet
-    from ept.evaluation import predict_labels
+    from ept.runs.predict import predict_labels
     from ept.tasks import fit_to_length, read_rows
 
     with quiet():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from headlines_data import MODEL_FILE, MODEL_PACKAGE, package_file
 
-from ept.loading import load_base_model, load_tokenizer, task_type_of
-from ept.run_config import ModelConfig
+from ept.runs.config import ModelConfig
+from ept.runs.loading import load_base_model, load_tokenizer, task_type_of
 
 
 def main() -> None:

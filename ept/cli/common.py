@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ept.run_config import RunConfig
+    from ept.runs.config import RunConfig
     from ept.tasks import Task
 
 SetOption = Annotated[
@@ -73,10 +73,10 @@ def open_run(run_dir: Path, overrides: list[str]) -> TrainedRun:
     Raises:
         FileNotFoundError: the folder holds no run, or one without an adapter.
     """
-    from ept.loading import load_tokenizer, load_trained, task_type_of
-    from ept.run_config import load_run_config
-    from ept.run_data import max_length_of, task_of
-    from ept.run_folder import RunFolder
+    from ept.runs.config import load_run_config
+    from ept.runs.data import max_length_of, task_of
+    from ept.runs.folder import RunFolder
+    from ept.runs.loading import load_tokenizer, load_trained, task_type_of
 
     folder = RunFolder(run_dir)
     folder.load_config()

@@ -13,9 +13,9 @@ import typer
 from .common import JsonOption, SetOption, print_json, print_table, quiet
 
 if TYPE_CHECKING:
-    from ept.compare import PlannedRun
-    from ept.compare_config import ComparisonConfig
-    from ept.comparison import Setting
+    from ept.compare.config import ComparisonConfig
+    from ept.compare.plan import PlannedRun
+    from ept.compare.tables import Setting
 
 
 def compare(
@@ -42,7 +42,7 @@ def compare(
     Finished runs in the folder are skipped, interrupted ones resume, and failed ones are tried again: the same
     command continues a comparison. Exit code 1 if a run failed.
     """
-    from ept.compare_config import load_comparison
+    from ept.compare.config import load_comparison
 
     given = [("data.data_dir", data), ("output_dir", output), ("compare.executor", executor)]
     overrides = [*(set_ or []), *(f'{key}="{value}"' for key, value in given if value is not None)]
@@ -54,9 +54,9 @@ def compare(
         _list_runs(comparison, json)
         return
     with quiet():
-        from ept.compare import compare as carry_out
-        from ept.comparison import as_json, summarise, write_tables
-        from ept.figures import draw
+        from ept.compare.figures import draw
+        from ept.compare.plan import compare as carry_out
+        from ept.compare.tables import as_json, summarise, write_tables
 
         try:
             records = carry_out(comparison, report=lambda line: typer.echo(line, err=True))
@@ -84,7 +84,7 @@ def _command() -> str:
 
 
 def _list_runs(comparison: ComparisonConfig, json: bool) -> None:
-    from ept.compare import finished, plan, search_seeds
+    from ept.compare.plan import finished, plan, search_seeds
 
     searched = plan(comparison)
     later = len(comparison.compare.seeds) - len(search_seeds(comparison))
@@ -107,7 +107,7 @@ def _list_runs(comparison: ComparisonConfig, json: bool) -> None:
 def _show(settings: Sequence[Setting]) -> None:
     from rich.table import Table
 
-    from ept.comparison import scores_table
+    from ept.compare.tables import scores_table
 
     for setting in settings:
         header, rows = scores_table(setting)

@@ -12,8 +12,8 @@ from .common import JsonOption, print_json, quiet
 def env(json: JsonOption = False) -> None:
     """Show versions, devices and which operators run: what a bug report needs."""
     with quiet():
-        from ept.environment import hardware, versions
-        from ept.loading import default_device
+        from ept.runs.loading import default_device
+        from ept.utils.environment import hardware, versions
         from ept_kernels import backend
 
     device = default_device()

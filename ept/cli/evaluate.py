@@ -33,7 +33,7 @@ def evaluate(
     if json:
         print_json(result)
         return
-    from ept.report import metrics_table
+    from ept.runs.report import metrics_table
 
     print_table(metrics_table(f"{result['task']}, {result['data']}, {result['rows']:,} rows", result["metrics"]))
 
@@ -41,8 +41,8 @@ def evaluate(
 def _evaluate(
     run_dir: Path, split: str, data_dir: Path | None, file: Path | None, scoring: str | None, overrides: list[str]
 ) -> dict[str, Any]:
-    from ept.evaluation import evaluate as score
-    from ept.run_data import fit_split, load_run_data
+    from ept.runs.data import fit_split, load_run_data
+    from ept.runs.predict import evaluate as score
     from ept.tasks import load_split
 
     run = open_run(run_dir, overrides)

@@ -10,8 +10,8 @@ import typer
 from .common import JsonOption, SetOption, print_json, quiet
 
 if TYPE_CHECKING:
-    from ept.export import FoldedAdapter
-    from ept.run_config import RunConfig
+    from ept.model.export import FoldedAdapter
+    from ept.runs.config import RunConfig
 
 
 def export(
@@ -41,7 +41,7 @@ def export(
 def _export(
     source: Path, output: Path, texts: Path | None, model: str | None, overwrite: bool, overrides: list[str]
 ) -> dict[str, Any]:
-    from ept.export import EMBEDS_NAME, INFO_NAME, TENSORS_NAME, FoldedAdapter, write_embeds, write_folded
+    from ept.model.export import EMBEDS_NAME, INFO_NAME, TENSORS_NAME, FoldedAdapter, write_embeds, write_folded
 
     if texts is None and model is not None:
         raise ValueError("--model is for the embeddings of texts: give --texts too, or leave it out")
@@ -61,9 +61,9 @@ def _export(
 
 def _run_of(source: Path, overrides: list[str]) -> tuple[RunConfig | None, Path]:
     """The configuration of the run in ``source`` and its adapter's folder; None and ``source`` if it is an adapter."""
-    from ept.adapter_files import CONFIG_NAME
-    from ept.run_config import load_run_config
-    from ept.run_folder import RunFolder
+    from ept.model.adapter_files import CONFIG_NAME
+    from ept.runs.config import load_run_config
+    from ept.runs.folder import RunFolder
 
     if (source / CONFIG_NAME).is_file():
         if overrides:
@@ -91,10 +91,10 @@ def _lines(file: Path) -> list[str]:
 
 def _embed(adapter: FoldedAdapter, config: RunConfig | None, model: str | None, lines: list[str]) -> list[Any]:
     """The embeddings of each line, tokenised as in training; the base model is never one that an adapter names."""
-    from ept.base_model import input_embedding
-    from ept.encoding import encode_texts
-    from ept.loading import load_base_model, load_tokenizer, task_type_of
-    from ept.run_config import ModelConfig
+    from ept.model.base_model import input_embedding
+    from ept.runs.config import ModelConfig
+    from ept.runs.loading import load_base_model, load_tokenizer, task_type_of
+    from ept.tasks.encoding import encode_texts
 
     described = config.model if config is not None else ModelConfig(dtype="auto")
     if model is not None:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ept import __version__
-from ept.launched import is_main, process_index, was_told
+from ept.runs.launched import is_main, process_index, was_told
+from ept.version import __version__
 
 from . import compare, env, evaluate, export, predict, profile, tasks, train
 

@@ -40,8 +40,8 @@ def predict(
 
 
 def _predict(run: TrainedRun, texts: list[str], file: Path | None) -> list[dict[str, Any]]:
-    from ept.evaluation import predict_labels
-    from ept.run_data import fit_rows
+    from ept.runs.data import fit_rows
+    from ept.runs.predict import predict_labels
     from ept.tasks import read_rows
 
     rows = read_rows(file) if file is not None else [{"text": text} for text in texts]

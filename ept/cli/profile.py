@@ -11,8 +11,8 @@ import typer
 from .common import JsonOption, SetOption, print_json, print_table, quiet
 
 if TYPE_CHECKING:
-    from ept.profiling import ProfileConfig
-    from ept.run_config import RunConfig
+    from ept.profile.profile import ProfileConfig
+    from ept.runs.config import RunConfig
 
 RECORD = "profile.json"
 
@@ -82,8 +82,8 @@ def profile(
         raise ValueError("--data and --task exclude each other: give one")
     run = _run_config(config, set_ or [], model, tokenizer, task, data_dir)
     with quiet():
-        from ept.profiling import ProfileConfig
-        from ept.profiling import sweep as at_lengths
+        from ept.profile.profile import ProfileConfig
+        from ept.profile.profile import sweep as at_lengths
 
         names = tuple(methods.split(","))
         has_data = data is not None or _names_data(run)
@@ -113,7 +113,7 @@ def profile(
     if json:
         print_json(report)
         return
-    from ept.profile_report import phases_table, steps_table
+    from ept.profile.report import phases_table, steps_table
 
     print_table(steps_table(report))
     print_table(phases_table(report))
@@ -126,9 +126,9 @@ def _measure(
 ) -> dict[str, Any]:
     from rich.console import Console
 
-    from ept.loading import default_device
-    from ept.profiling import load, task_type_of_base
-    from ept.profiling import profile as measure
+    from ept.profile.profile import load, task_type_of_base
+    from ept.profile.profile import profile as measure
+    from ept.runs.loading import default_device
 
     settings.check()
     console = Console(stderr=True)
@@ -146,7 +146,7 @@ def _run_config(
     task: str | None,
     data_dir: Path | None,
 ) -> RunConfig:
-    from ept.run_config import load_run_config
+    from ept.runs.config import load_run_config
 
     run = load_run_config(config, overrides)
     run.model.name_or_path = model or run.model.name_or_path
@@ -162,11 +162,11 @@ def _names_data(run: RunConfig) -> bool:
 
 def _rows(settings: ProfileConfig, run: RunConfig, data: Path | None, task_type: str) -> list[Any]:
     """Rows of the data that the command names, shuffled, no more than are measured."""
-    from ept.encoding import encode_split
-    from ept.loading import load_tokenizer
-    from ept.profile_data import text_rows
-    from ept.run_data import load_run_data
+    from ept.profile.batches import text_rows
+    from ept.runs.data import load_run_data
+    from ept.runs.loading import load_tokenizer
     from ept.tasks import read_rows
+    from ept.tasks.encoding import encode_split
 
     if run.model.name_or_path is None and run.model.tokenizer_name_or_path is None:
         raise ValueError("a shape has no tokenizer of its own: name one with --tokenizer to measure on data")
@@ -213,8 +213,8 @@ def _sweep_values(text: str) -> list[int]:
 def _write(report: dict[str, Any], folder: Path, swept: bool) -> None:
     import json
 
-    from ept.durable import write_atomically
-    from ept.profile_report import draw_phases, draw_sweep
+    from ept.profile.report import draw_phases, draw_sweep
+    from ept.utils.files import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
     draw_phases(report, folder / "phases.png")

@@ -102,9 +102,9 @@ def show(
 
 
 def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: int, labels: str) -> dict[str, Any]:
-    from ept.loading import load_tokenizer, task_type_of
-    from ept.run_config import DataConfig, ModelConfig
-    from ept.run_data import SPLITS, load_run_data
+    from ept.runs.config import DataConfig, ModelConfig
+    from ept.runs.data import SPLITS, load_run_data
+    from ept.runs.loading import load_tokenizer, task_type_of
     from ept.tasks import load_task
 
     where = None if folder is None else str(folder)

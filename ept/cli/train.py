@@ -10,7 +10,7 @@ import typer
 from .common import JsonOption, SetOption, print_json, print_table, quiet
 
 if TYPE_CHECKING:
-    from ept.run_config import RunConfig
+    from ept.runs.config import RunConfig
 
 
 def train(
@@ -36,7 +36,7 @@ def train(
     With --resume and without --config, the configuration is the one in the folder. In several processes:
     torchrun --nproc-per-node 2 -m ept train ...
     """
-    from ept.launched import is_main
+    from ept.runs.launched import is_main
 
     run_config = _configuration(config, set_ or [], output, resume)
     if (print_config or dry_run) and not is_main():
@@ -50,8 +50,8 @@ def train(
         print_json(summary) if json else _show(summary)
         return
     with quiet():
-        from ept.report import results_table
-        from ept.training import train as train_run
+        from ept.runs.report import results_table
+        from ept.runs.train import train as train_run
 
         results = train_run(run_config, resume=resume, overwrite=overwrite)
     if not is_main():
@@ -64,7 +64,7 @@ def train(
 
 
 def _configuration(file: Path | None, overrides: list[str], output: Path | None, resume: bool) -> RunConfig:
-    from ept.run_config import load_run_config
+    from ept.runs.config import load_run_config
 
     if file is None and resume and output is not None and (output / "config.yaml").is_file():
         file = output / "config.yaml"
@@ -76,8 +76,8 @@ def _configuration(file: Path | None, overrides: list[str], output: Path | None,
 
 def describe(config: RunConfig) -> dict[str, Any]:
     """What a run would train, on what; loads tokenizer, data and model, writes nothing."""
-    from ept.encoding import encode_split
-    from ept.training import prepare
+    from ept.runs.train import prepare
+    from ept.tasks.encoding import encode_split
 
     run = prepare(config)
     data = run.run_data.data

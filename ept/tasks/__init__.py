@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from difflib import SequenceMatcher
 
-from .base import Task, TaskData, local_task, nearest_value
-from .formatting import GROUP, fit_to_length, render
-from .glue import GLUE
-from .loading import load_split, load_task
+from .files import read_rows
 from .metrics import METRICS, UNPARSABLE, compute_metrics
-from .reading import read_rows
+from .splits import load_split, load_task
 from .super_glue import SUPER_GLUE
+from .table import GLUE
+from .task import Task, TaskData, local_task, nearest_value
+from .template import GROUP, fit_to_length, render
 
 TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *SUPER_GLUE)}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .base import Task
-from .formatting import mark_spans, strip_markup
+from .task import Task
+from .template import mark_spans, strip_markup
 
 _FALSE_TRUE = ("False", "True")
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import performance_page, shapes
 from benchmarks.common import RECORD_NAME, Record
 from benchmarks.tables import markdown, seconds
-from ept.step_clock import PHASES
+from ept.profile.clock import PHASES
 
 SYNTHETIC = "Synthetic GPU for tests"
 

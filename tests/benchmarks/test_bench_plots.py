@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import plots, shapes
 from benchmarks.json_records import step_rows
-from ept.profile_report import draw_phases, draw_sweep
-from ept.step_clock import PHASES
+from ept.profile.clock import PHASES
+from ept.profile.report import draw_phases, draw_sweep
 
 SHARES = (0.01, 0.01, 0.4, 0.5, 0.02, 0.06)  # of the phases of a step
 

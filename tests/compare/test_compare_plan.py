@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from ept.compare import best_rates, plan
-from ept.compare_config import load_comparison, rates_of
-from ept.executors import Outcome
+from ept.compare.config import load_comparison, rates_of
+from ept.compare.execute import Outcome
+from ept.compare.plan import best_rates, plan
 
 SETTINGS = ("model.name_or_path=some/model", "compare.tasks=[glue/sst2]", "output_dir=out", "compare.seeds=[0, 1]")
 

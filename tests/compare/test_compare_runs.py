@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ept import training
 from ept.cli.main import app
-from ept.compare import compare
-from ept.compare_config import load_comparison
-from ept.comparison import summarise
-from ept.executors import execute
-from ept.training import PromptTrainer
+from ept.compare.config import load_comparison
+from ept.compare.execute import execute
+from ept.compare.plan import compare
+from ept.compare.tables import summarise
+from ept.runs import train as training
+from ept.runs.train import PromptTrainer
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["ept", "ept-no-fusion", "ept-no-spaces", "ept-uniform-gate", "ept-fixed-beta", "ept-raw-scale"]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ept.compare import PlannedRun, Record
-from ept.comparison import as_json, csv_text, interval, markdown, paired_test, scores_table, summarise, write_tables
-from ept.executors import Outcome
-from ept.run_config import RunConfig
+from ept.compare.execute import Outcome
+from ept.compare.plan import PlannedRun, Record
+from ept.compare.tables import as_json, csv_text, interval, markdown, paired_test, scores_table, summarise, write_tables
+from ept.runs.config import RunConfig
 
 
 def test_interval_of_known_values():

@@ -3,9 +3,9 @@
 import matplotlib.image
 import pytest
 
-from ept.comparison import MethodSummary, Setting, interval
-from ept.figures import draw, side_by_side
-from ept.published import published_rows, published_scores
+from ept.compare.figures import draw, side_by_side
+from ept.compare.published import published_rows, published_scores
+from ept.compare.tables import MethodSummary, Setting, interval
 from ept.tasks import TASKS
 
 

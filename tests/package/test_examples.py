@@ -46,7 +46,7 @@ def test_demo_explains_itself() -> None:
 
 
 def test_headlines_config_is_valid() -> None:
-    from ept.run_config import load_run_config
+    from ept.runs.config import load_run_config
 
     config = load_run_config(ROOT / "examples" / "headlines.yaml")
     assert config.data.label_words == ["no", "yes"]

@@ -83,7 +83,7 @@ def test_kernel_metadata_agrees_with_the_build_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "imports", ["import ept; from peft import PeftConfig", "from peft import PeftConfig; import ept"]
+    "imports", ["from ept import EPTConfig; from peft import PeftConfig", "from peft import PeftConfig; import ept"]
 )
 def test_peft_knows_the_adapter_type_once_ept_is_imported(tmp_path: Path, imports: str) -> None:
     run_from_root(f"from ept import EPTConfig; EPTConfig(task_type='CAUSAL_LM').save_pretrained({str(tmp_path)!r})")

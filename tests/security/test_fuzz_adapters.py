@@ -15,7 +15,7 @@ from tiny_models import make_batch, make_model, randomise
 from watch import LargestTensor, watched
 
 from ept import EPTConfig, EPTModel, get_ept_model
-from ept.adapter_files import CONFIG_NAME, WEIGHTS_NAME, _read_json
+from ept.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, _read_json
 
 REFUSALS = (ValueError, FileNotFoundError)
 LONGEST_MESSAGE = 4000

@@ -6,7 +6,7 @@ import pytest
 from strangers import run_configurations
 from watch import watched
 
-from ept.run_config import RunConfig, load_run_config
+from ept.runs.config import RunConfig, load_run_config
 
 LONGEST_MESSAGE = 4000
 GOOD = {

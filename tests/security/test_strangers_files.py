@@ -16,8 +16,8 @@ from tiny_models import make_batch, make_model, randomise
 from watch import LargestTensor, watched
 
 from ept import EPTConfig, EPTModel, get_ept_model
-from ept.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_config, write_adapter
-from ept.run_config import load_run_config
+from ept.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_config, write_adapter
+from ept.runs.config import load_run_config
 
 
 @pytest.fixture

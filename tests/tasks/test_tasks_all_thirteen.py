@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ept.encoding import Collator, encode_split
 from ept.tasks import TASKS, get_task, load_task
+from ept.tasks.encoding import Collator, encode_split
 
 WSC = {"text": "Mark told Pete a lie about himself.", "span1_index": 0, "span1_text": "Mark", "span2_index": 6}
 # task: two rows as the hub has them (besides idx), the first one's text and target

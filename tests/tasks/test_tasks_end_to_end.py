@@ -10,9 +10,9 @@ import transformers
 from test_tasks_all_thirteen import characters, write_folder
 from tiny_models import FAMILIES, ONE_A_TASK, TASK_OF
 
-from ept.run_config import load_run_config
+from ept.runs.config import load_run_config
+from ept.runs.train import train
 from ept.tasks import TASKS, get_task
-from ept.training import train
 
 SPECIAL: dict[str, Any] = {"vocab_size": 127, "pad_token_id": 0, "eos_token_id": 1}  # of the tokenizer of characters
 CHANGES: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ept.tasks import TaskData, get_task, load_split, load_task, local_task, read_rows
-from ept.tasks.loading import text_key
+from ept.tasks.splits import text_key
 
 SST2, RTE, CB = get_task("glue/sst2"), get_task("glue/rte"), get_task("super_glue/cb")
 
@@ -249,7 +249,7 @@ def test_no_text_in_two_splits(tmp_path, caplog):
         validation=[*sst2_rows(100, 5), {"sentence": "in validation", "label": 0}, {"sentence": "in test", "label": 0}],
         test=[*sst2_rows(200, 5), {"sentence": "in test", "label": 1}, {"sentence": "only in test", "label": 1}],
     )
-    with caplog.at_level(logging.WARNING, logger="ept.tasks.loading"):
+    with caplog.at_level(logging.WARNING, logger="ept.tasks.splits"):
         data = load_task(SST2, data_dir=folder)
     assert (len(data.train), len(data.validation), len(data.test)) == (20, 6, 7)
     assert [record.getMessage() for record in caplog.records] == [

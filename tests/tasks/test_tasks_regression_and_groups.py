@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ept.tasks import get_task, load_task, nearest_value
-from ept.tasks.loading import few_shot
+from ept.tasks.splits import few_shot
 
 STSB, MULTIRC, CB = get_task("glue/stsb"), get_task("super_glue/multirc"), get_task("super_glue/cb")
 GRID = STSB.values

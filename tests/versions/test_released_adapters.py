@@ -7,7 +7,7 @@ import torch
 from release_fixtures import ADAPTERS, EXPECTED_NAME, HERE, answers, base_model, expected
 
 from ept import EPTModel, __version__
-from ept.export import FoldedAdapter
+from ept.model.export import FoldedAdapter
 
 RELEASES = sorted(path for path in HERE.glob("adapter_*") if path.is_dir())
 SAVED = [(release, name) for release in RELEASES for name in ADAPTERS if (release / name).is_dir()]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import INTERPRETED
 
-from ept.linear4bit import swap_linear4bit
+from ept.model.linear4bit import swap_linear4bit
 from ept_kernels import launch
 
 

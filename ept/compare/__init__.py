@@ -1,0 +1,1 @@
+"""Comparisons: one table of methods, tasks and seeds, made of training runs."""

@@ -1,0 +1,108 @@
+"""Carrying out runs: one after another in this process, or side by side through Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import json
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runs.folder import RunFolder
+
+ERROR_FILE = "error.txt"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run: its `results.json`, or the error that ended it."""
+
+    folder: Path
+    results: dict[str, Any] | None
+    error: str | None = None
+
+    @property
+    def summary(self) -> str:
+        if self.results is None:
+            return f"failed: {self.error}"
+        found = self.results
+        validation = "" if found["best_validation"] is None else f" (validation {found['best_validation']:.4f})"
+        return f"{found['metric']} {found['score']:.4f}{validation}, {found['train_seconds']:.0f} s"
+
+
+def run_all(jobs: Sequence[dict[str, Any]], executor: str, cpus_per_run: int = 1) -> Iterator[Outcome]:
+    """The outcome of each run (a `RunConfig` as a dictionary), as they come in.
+
+    Raises:
+        ValueError: Ray is asked for and not installed.
+    """
+    if executor == "ray":
+        if importlib.util.find_spec("ray") is None:
+            raise ValueError(
+                "compare.executor=ray needs the package ray: pip install 'ept-tuning[ray]', or set it to local"
+            )
+        return _through_ray(jobs, cpus_per_run)
+    return map(execute, jobs)
+
+
+def execute(job: dict[str, Any]) -> Outcome:
+    """Trains one run, or resumes it; an error becomes part of the outcome, its traceback `error.txt` in the folder.
+
+    A run that another comparison in the same folder has finished since the jobs were listed is taken as it is.
+    """
+    import torch
+
+    from ..runs.config import RunConfig, config_from_dict
+    from ..runs.train import train
+
+    folder = Path(job["output_dir"])
+    if (results := RunFolder(folder).results).is_file():
+        return Outcome(folder, json.loads(results.read_text(encoding="utf-8")))
+    (folder / ERROR_FILE).unlink(missing_ok=True)
+    try:
+        return Outcome(folder, train(config_from_dict(RunConfig, job), resume=True))
+    except Exception as error:
+        with contextlib.suppress(OSError):  # of a full disk, say, which is what the error may be
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
+        return Outcome(folder, None, _line(error))
+    finally:  # the next run needs the memory
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _line(error: BaseException) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[Outcome]:
+    """Each run in a process of its own, with a GPU of its own where there are any.
+
+    Joins the cluster that RAY_ADDRESS names, else starts one on this machine; the output folder must be the same for
+    all machines.
+    """
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False)
+    try:
+        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
+        remote = ray.remote(num_cpus=cpus_per_run, num_gpus=gpus, max_retries=0)(execute)
+        waiting = {remote.remote(job): job for job in jobs}
+        while waiting:
+            (ready,), _ = ray.wait(list(waiting), num_returns=1)
+            job = waiting.pop(ready)
+            try:
+                yield ray.get(ready)
+            except ray.exceptions.RayError as error:  # the process died: killed for memory, a machine lost
+                yield Outcome(Path(job["output_dir"]), None, _line(error))
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,234 @@
+"""The runs of a comparison: what they are, carrying them out, and choosing learning rates on validation.
+
+Every run has a folder of its own, named for what it is and a hash of its configuration: a finished one is skipped, an
+interrupted one resumes, and one whose configuration changed is another run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..runs.config import RunConfig, config_from_dict
+from ..runs.folder import RunFolder
+from ..runs.launched import several
+from ..runs.method_table import METHODS
+from .config import SWEPT, ComparisonConfig, rates_of
+from .execute import Outcome, run_all
+
+Group = tuple[str | None, Any, str, str]
+"""Sweep, its value, task, method: the runs that differ in seed and learning rates only."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run; `sweep` and `value` are None for the configuration itself, without any sweep."""
+
+    method: str
+    task: str
+    sweep: str | None
+    value: Any
+    seed: int
+    rates: tuple[float, float]
+    config: RunConfig
+
+    @property
+    def folder(self) -> Path:
+        assert self.config.output_dir is not None
+        return Path(self.config.output_dir)
+
+    @property
+    def group(self) -> Group:
+        return (self.sweep, self.value, self.task, self.method)
+
+    @property
+    def setting(self) -> str:
+        """What is varied, in words; empty for the configuration itself."""
+        return "" if self.sweep is None else f"{self.sweep}={self.value}"
+
+    @property
+    def description(self) -> str:
+        rates = f"lr {self.rates[0]:g}" + (f"/{self.rates[1]:g}" if METHODS[self.method].two_rates else "")
+        return " ".join(filter(None, (self.method, self.task, self.setting, rates, f"seed {self.seed}")))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A planned run with what became of it. `chosen`: its learning rates are the best of its group on validation."""
+
+    run: PlannedRun
+    outcome: Outcome
+    chosen: bool = False
+
+
+def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[PlannedRun]:
+    """All runs of the comparison for `seeds` (None: those that the learning rates are searched with), in order.
+
+    A sweep leaves out the methods that have no such part (`r` of prompt tuning).
+
+    Raises:
+        ValueError: the output folder, the task or the data is not set, or a swept value does not fit its key.
+    """
+    compare = config.compare
+    if config.output_dir is None:
+        raise ValueError("output_dir is not set: give --output DIR")
+    tasks = compare.tasks or [config.data.task or ("local" if config.data.template else "")]
+    if not tasks[0]:
+        raise ValueError("no task: set compare.tasks (see `ept tasks`), or the section data as for `ept train`")
+    points: list[tuple[str | None, Any]] = [(None, None)] if config.model.name_or_path or not compare.sweep else []
+    points += [(name, value) for name, values in compare.sweep.items() for value in values]
+    default = (config.training.learning_rate, config.training.low_rank_learning_rate)
+    return [
+        PlannedRun(
+            method, task, sweep, value, seed, rates, _run_config(config, method, task, sweep, value, seed, rates)
+        )
+        for sweep, value in points
+        for task in tasks
+        for seed in (search_seeds(config) if seeds is None else seeds)
+        for method in compare.methods
+        if _varies(method, sweep)
+        for rates in rates_of(compare, method, default)
+    ]
+
+
+def search_seeds(config: ComparisonConfig) -> list[int]:
+    return config.compare.seeds[: config.compare.learning_rate_seeds or len(config.compare.seeds)]
+
+
+def _varies(method: str, sweep: str | None) -> bool:
+    """Whether a sweep means anything to a method."""
+    section, _, key = SWEPT[sweep].partition(".") if sweep else ("", "", "")
+    return section != "method" or key == "budget" or key in METHODS[method].settable
+
+
+def _run_config(
+    config: ComparisonConfig,
+    method: str,
+    task: str,
+    sweep: str | None,
+    value: Any,
+    seed: int,
+    rates: tuple[float, float],
+) -> RunConfig:
+    values = config.to_dict()
+    values.pop("compare")
+    known = METHODS[method].settable
+    given = {name: setting for name, setting in config.method.fields_given().items() if name in known}
+    values["method"] = {"name": method, "budget": config.method.budget, **given}
+    if task != "local":
+        values["data"].update(task=task, data_dir=_data_dir(config, task))
+    if sweep == "model" and value != config.model.name_or_path:
+        values["model"].update(gguf_file=None, revision=None, tokenizer_name_or_path=None)
+    elif sweep is None and config.model.name_or_path is None:
+        raise ValueError("model.name_or_path is not set: give a model folder or hub name, or compare.sweep.model")
+    if sweep is not None:
+        section, _, key = SWEPT[sweep].partition(".")
+        values[section][key] = value
+    if values["model"]["name_or_path"] is None:  # another sweep, and the models are one as well
+        values["model"]["name_or_path"] = config.compare.sweep["model"][0]
+    values["training"].update(learning_rate=rates[0], low_rank_learning_rate=rates[1])
+    values.update(seed=seed, output_dir=None)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    name = f"{task.replace('/', '_')}-{method}-seed{seed}-{digest}"
+    values["output_dir"] = str(Path(str(config.output_dir)) / "runs" / name)
+    return config_from_dict(RunConfig, values)
+
+
+def _data_dir(config: ComparisonConfig, task: str) -> str | None:
+    """The task's folder inside `data.data_dir`, by its name; with a single task that folder itself will do.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.data.data_dir is None:
+        return None
+    root = Path(config.data.data_dir)
+    if (root / task).is_dir():
+        return str(root / task)
+    if len(config.compare.tasks) > 1:
+        raise ValueError(
+            f"data.data_dir={root} has no folder {task}: one folder a task is needed, such as {root / task}"
+        )
+    return str(root)
+
+
+def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda line: None) -> list[Record]:
+    """Carries out every run that is not finished yet; returns all of them in the order of the plan.
+
+    A run that fails is recorded as such and does not stop the others; it is tried again next time.
+
+    Args:
+        report: is told, in a line each, what has been done.
+
+    Raises:
+        ValueError: a launcher has started more than one process.
+    """
+    if several():
+        raise ValueError(
+            "`ept compare` is one process, and a launcher has started several: start it alone; "
+            "--executor ray carries runs out side by side"
+        )
+    outcomes: dict[Path, Outcome] = {}
+    searched = plan(config)
+    _carry_out(config, searched, outcomes, report)
+    best = best_rates(searched, outcomes)
+    rest = [
+        run
+        for run in plan(config, [seed for seed in config.compare.seeds if seed not in search_seeds(config)])
+        if run.rates == best.get(run.group)
+    ]
+    _carry_out(config, rest, outcomes, report)
+    return [Record(run, outcomes[run.folder], run.rates == best.get(run.group)) for run in [*searched, *rest]]
+
+
+def finished(run: PlannedRun) -> bool:
+    return RunFolder(run.folder).results.is_file()
+
+
+def _carry_out(
+    config: ComparisonConfig, runs: list[PlannedRun], outcomes: dict[Path, Outcome], report: Callable[[str], None]
+) -> None:
+    waiting: dict[Path, PlannedRun] = {}
+    for run in runs:  # two points of the comparison may be one run
+        if run.folder in outcomes:
+            continue
+        if finished(run):
+            outcomes[run.folder] = Outcome(run.folder, json.loads(RunFolder(run.folder).results.read_text("utf-8")))
+        else:
+            waiting[run.folder] = run
+    done = len({run.folder for run in runs}) - len(waiting)
+    if done:
+        report(f"{done} of {done + len(waiting)} runs are finished already")
+    jobs = [run.config.to_dict() for run in waiting.values()]
+    for number, outcome in enumerate(run_all(jobs, config.compare.executor, config.compare.cpus_per_run), start=1):
+        outcomes[outcome.folder] = outcome
+        report(f"[{number}/{len(waiting)}] {waiting[outcome.folder].description}: {outcome.summary}")
+
+
+def best_rates(runs: list[PlannedRun], outcomes: dict[Path, Outcome]) -> dict[Group, tuple[float, float]]:
+    """For each group the learning rates with the best mean score on validation; of equals the first.
+
+    Rates that failed with a seed are passed over, unless all did.
+    """
+    scores: dict[Group, dict[tuple[float, float], list[float | None]]] = {}
+    for run in runs:
+        results = outcomes[run.folder].results
+        score = None if results is None else results["best_validation"]
+        scores.setdefault(run.group, {}).setdefault(run.rates, []).append(score)
+    best = {}
+    for group, by_rates in scores.items():
+        whole = {rates: found for rates, found in by_rates.items() if None not in found} or by_rates
+        means = {rates: _mean([s for s in found if s is not None]) for rates, found in whole.items()}
+        if any(mean > -math.inf for mean in means.values()):
+            best[group] = max(means, key=means.__getitem__)
+    return best
+
+
+def _mean(scores: list[float]) -> float:
+    return statistics.fmean(scores) if scores else -math.inf

@@ -1,0 +1,129 @@
+"""Adapters for other engines: folded into one prompt and one table, and the embeddings of given texts.
+
+An engine needs nothing of this package to use them: the model's input for a text of n tokens is the prompt ``[s, d]``,
+then the embedding of token i plus row i of the table, for i = 0 … n − 1. Tokens that are generated get no row.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..prompt import EPTLayer
+from ..version import __version__
+from .adapter_files import read_config, read_weights, weight_shapes, write_whole
+
+TENSORS_NAME = "folded.safetensors"
+INFO_NAME = "folded.json"
+EMBEDS_NAME = "prompt_embeds.safetensors"
+FORMAT, FORMAT_VERSION = "ept-folded", 1
+_HEADS = "base_model."  # PEFT's prefix of trained modules of the base model
+
+
+@dataclass
+class FoldedAdapter:
+    """An adapter in inference form.
+
+    Attributes:
+        layer: folded, on the CPU; it embeds texts once it is given the base model's embedding.
+        heads: modules trained with it, such as a classification head, by their names in the base model.
+    """
+
+    layer: EPTLayer
+    heads: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
+        """The adapter that ``save_pretrained`` wrote to ``folder``; needs no base model.
+
+        Raises:
+            FileNotFoundError, ValueError: the files are missing or damaged.
+        """
+        config, shapes = read_config(folder), weight_shapes(folder)
+        widths = {shapes[name][-1] for name in ("prompt", "B", "table") if shapes.get(name)}
+        if len(widths) != 1:
+            raise ValueError(f"{folder} has neither prompt nor low-rank update of one width: there is nothing to fold")
+        d = widths.pop()
+        heads = {name: shape for name, shape in shapes.items() if name.startswith(_HEADS)}
+        state = read_weights(folder, {**config.parameter_shapes(d), **heads})
+        layer = EPTLayer(config, nn.Embedding(1, d), initialise=False)
+        layer._load_adapter_state_dict(state)
+        layer.fold()
+        return cls(layer, {name.removeprefix(_HEADS): state[name] for name in heads})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``prompt`` ``[s, d]`` and ``table`` ``[m, d]``, float32 in the units of the embeddings, and ``head.<name>``.
+        Parts that the adapter lacks are absent.
+        """
+        parts = {
+            name: parameter.detach() for name, parameter in self.layer._parameters.items() if parameter is not None
+        }
+        return {**parts, **{f"head.{name}": tensor for name, tensor in self.heads.items()}}
+
+    def info(self) -> dict[str, Any]:
+        """What an engine must know beside the tensors."""
+        config, tensors = self.layer.config, self.tensors()
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "ept_version": __version__,
+            "task_type": config.task_type,
+            "base_model_name_or_path": config.base_model_name_or_path,
+            "hidden_size": self.layer.d,
+            "num_virtual_tokens": config.num_virtual_tokens,
+            "max_length": config.max_length if "table" in tensors else None,
+            "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+            "inputs_embeds": "[prompt; embedding(id_i) + table[i]], i from 0 over the input text's real tokens",
+        }
+
+    @torch.no_grad()
+    def embed(self, encoded: Sequence[Sequence[int]], embedding: nn.Module) -> list[Tensor]:
+        """The model's input for each text, ``[s + n, d]`` on the CPU in the embedding's dtype.
+
+        Args:
+            encoded: token ids of each text. embedding: the base model's input embedding.
+
+        Raises:
+            ValueError: the embedding has another width, a text has no tokens or more than ``max_length``.
+        """
+        found = getattr(embedding, "embedding_dim", self.layer.d)
+        if found != self.layer.d:
+            raise ValueError(f"the adapter is for embeddings of width {self.layer.d}, the model has {found}")
+        device = next(embedding.parameters()).device
+        self.layer.to(device)
+        embeds = []
+        for number, ids in enumerate(encoded):
+            try:
+                if not ids:
+                    raise ValueError("it has no tokens")
+                embeds.append(self.layer(torch.tensor([ids], device=device), embedding=embedding)[0][0].cpu())
+            except ValueError as error:
+                raise ValueError(f"text {number}: {error}") from error
+        return embeds
+
+
+def write_folded(adapter: FoldedAdapter, folder: str | os.PathLike[str]) -> list[Path]:
+    """Writes ``folded.safetensors`` and ``folded.json``; returns their paths. Each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors().items()}
+    text = json.dumps(adapter.info(), indent=2) + "\n"
+    write_whole(folder / TENSORS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_whole(folder / INFO_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    return [folder / TENSORS_NAME, folder / INFO_NAME]
+
+
+def write_embeds(embeds: Sequence[Tensor], folder: str | os.PathLike[str]) -> Path:
+    """Writes the embeddings of each text as ``text.000000``, ``text.000001``, … into ``prompt_embeds.safetensors``."""
+    path = Path(folder) / EMBEDS_NAME
+    named = {f"text.{number:06}": tensor.contiguous() for number, tensor in enumerate(embeds)}
+    write_whole(path, lambda temporary: save_file(named, temporary, metadata={"format": "pt"}))
+    return path

@@ -1,0 +1,200 @@
+"""``Linear4bit``: drop-in for bitsandbytes' 4-bit layer that computes through this project's operators.
+
+:func:`swap_linear4bit` turns the layers of a loaded model into it in place, :func:`restore_linear4bit` turns them back.
+Only a layer's class changes: parameters, quant states, hooks, names and state dict stay what they are, and a layer is
+still a ``bitsandbytes.nn.Linear4bit`` to whoever asks.
+
+Where the Triton kernels do not run (on a CPU, or with ``EPT_KERNELS=reference``, see ``ept_kernels.backend``) a layer
+falls through to bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ept_kernels
+from ept_kernels import FourBitWeight
+
+from ..functional import matmul_4bit
+
+# Classes that compute as bitsandbytes' layer does; whoever derives another one wants its own forward to be called.
+_THEIRS = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.LinearNF4, bitsandbytes.nn.LinearFP4)
+
+_DERIVED = ("_four_bit", "_dequantized", "_dequantized_from")  # attributes that are made from the weight when needed
+
+
+@torch.compiler.assume_constant_result
+def _runs_triton(device_type: str) -> bool:
+    return ept_kernels.backend(device_type) == "triton"
+
+
+class Linear4bit(bitsandbytes.nn.Linear4bit):
+    """A frozen 4-bit layer, ``x·Wᵀ + bias``, made by :func:`swap_linear4bit`.
+
+    As in bitsandbytes, the input is cast to ``compute_dtype`` (and under autocast to autocast's type) and the output
+    back to the input's type. Gradients reach the input and, where it is trainable, the bias; for the backward pass
+    only the packed weight is kept.
+    """
+
+    compute_dtype: torch.dtype | None
+    compute_type_is_set: bool
+    their_class: type[nn.Module]
+    always: bool
+    cache_bytes: int  # of the dequantised weight; 0: it is not kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in x's dtype.
+
+        Raises:
+            ValueError: the weight is not quantised, damaged, repacked for CPU inference, or wants a gradient.
+        """
+        if not (self.always or _runs_triton(x.device.type)) or self._is_transposed():
+            return super().forward(x)
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "a packed 4-bit weight cannot be trained: set requires_grad=False on it and train an adapter"
+            )
+        if not self.compute_type_is_set:
+            self.set_compute_type(x)
+            self.compute_type_is_set = True
+        dtype = x.dtype
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight = self.four_bit_weight()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        W = self._dequantized_weight(weight, x.dtype)
+        out = matmul_4bit(x, weight, bias) if W is None else functional.linear(x, W, bias)
+        return out.to(dtype)
+
+    def four_bit_weight(self) -> FourBitWeight:
+        """The weight as the operators take it. Checked again only where its memory or its quant state has changed.
+
+        Nothing is kept of a weight that is offloaded after every call. What was kept of one whose memory sharding has
+        freed has no address any more.
+        """
+        if torch.compiler.is_compiling():
+            return FourBitWeight.from_bitsandbytes(self, check_code=False)
+        state = self._state()
+        absmax = getattr(state, "absmax", None)
+        known, weight = self.__dict__.get("_four_bit", (None, None))
+        same = known is not None and known[0] is state
+        if weight is None or not same or known[1] is not absmax or weight.packed.data_ptr() != self.weight.data_ptr():
+            with torch.inference_mode(False):
+                weight = FourBitWeight.from_bitsandbytes(self, check_code=not same)
+            self.__dict__["_four_bit"] = ((state, absmax), None if self._is_offloaded() else weight)
+        return weight
+
+    def drop_caches(self) -> None:
+        """Forgets what is derived from the weight: it is looked at afresh at the next call."""
+        for name in _DERIVED:
+            self.__dict__.pop(name, None)
+
+    def _dequantized_weight(self, weight: FourBitWeight, dtype: torch.dtype) -> Tensor | None:
+        """The kept weight ``[out_features, in_features]``; None: the budget has no room for it."""
+        if self.cache_bytes < dtype.itemsize * weight.rows * weight.columns or self._is_offloaded():
+            return None
+        W = self.__dict__.get("_dequantized")
+        if torch.compiler.is_compiling():  # used if it is there; made by an uncompiled call
+            return W if W is not None and W.dtype == dtype and W.device == weight.packed.device else None
+        version = (weight, dtype, weight.packed._version, weight.absmax._version)
+        if W is None or self.__dict__.get("_dequantized_from") != version:
+            self.__dict__.pop("_dequantized", None)  # first, so that there are never two
+            with torch.inference_mode(False), torch.no_grad():
+                W = ept_kernels.dequantize_4bit(weight, dtype)
+            self.__dict__.update(_dequantized=W, _dequantized_from=version)
+        return W
+
+    def _is_offloaded(self) -> bool:
+        """Whether a hook of accelerate takes the weight off the device after every call."""
+        hook = self.__dict__.get("_hf_hook")
+        return hook is not None and any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
+
+    def _state(self) -> Any:
+        state = getattr(self.weight, "quant_state", None)
+        return self.quant_state if state is None else state
+
+    def _is_transposed(self) -> bool:
+        """Whether the weight was quantised as [in_features, out_features], which bitsandbytes still computes with."""
+        shape = getattr(self._state(), "shape", None)
+        there = (self.in_features, self.out_features)
+        return shape is not None and there[0] != there[1] and tuple(shape) == there
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.drop_caches()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.drop_caches()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _DERIVED}
+
+
+def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache_bytes: int = 0) -> int:
+    """Turns every bitsandbytes 4-bit layer of ``model`` into :class:`Linear4bit`, in place.
+
+    Args:
+        always: go through the operators on every device, whichever implementation runs them there. By default only
+            where that is the Triton kernels; bitsandbytes computes elsewhere.
+        dequantized_cache_bytes: most memory to spend, over the whole model, on keeping dequantised weights, in bytes.
+            The smallest layers come first, in the model's order among equals: a kept byte saves the same memory
+            traffic in every layer, and a small layer saves one launch for fewer bytes. A layer without a compute type
+            counts as float32. Kept weights serve every number of tokens; they are dropped when the model is moved or
+            loaded, and never saved.
+
+    Returns:
+        How many layers are swapped. Calling it again sets the options anew.
+
+    Raises:
+        ValueError: ``dequantized_cache_bytes`` is negative.
+    """
+    if dequantized_cache_bytes < 0:
+        raise ValueError(f"dequantized_cache_bytes={dequantized_cache_bytes}, the smallest budget is 0")
+    for module in model.modules():
+        if type(module) in _THEIRS:
+            theirs = type(module)
+            module.__class__ = Linear4bit
+            module.__dict__["their_class"] = theirs
+            _rebind_forward(module, theirs, Linear4bit)
+    ours = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    left = dequantized_cache_bytes
+    for module in sorted(ours, key=_dequantized_bytes):
+        needed = _dequantized_bytes(module)
+        module.drop_caches()
+        module.always, module.cache_bytes = always, needed if needed <= left else 0
+        left -= module.cache_bytes
+    return len(ours)
+
+
+def restore_linear4bit(model: nn.Module) -> int:
+    """Undoes :func:`swap_linear4bit`, dropping what was kept. Returns how many layers were turned back."""
+    ours = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for module in ours:
+        theirs: Any = module.their_class
+        module.drop_caches()
+        for name in ("their_class", "always", "cache_bytes"):
+            del module.__dict__[name]
+        module.__class__ = theirs
+        _rebind_forward(module, Linear4bit, theirs)
+    return len(ours)
+
+
+def _dequantized_bytes(module: Linear4bit) -> int:
+    return (module.compute_dtype or torch.float32).itemsize * module.in_features * module.out_features
+
+
+def _rebind_forward(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Points accelerate's hooks at the new class: they keep the method they wrap in the module itself."""
+    for name in ("forward", "_old_forward"):
+        method = module.__dict__.get(name)
+        if isinstance(method, types.MethodType) and method.__func__ is old.forward:
+            module.__dict__[name] = types.MethodType(new.forward, module)

@@ -1,0 +1,108 @@
+"""Batches in which every row has its own adapter: the adapters' parameters side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import functional
+from ..prompt import EPTLayer, text_positions
+
+_names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
+
+BASE = "__base__"  # PEFT's name for a row that no adapter applies to
+
+
+def embed_mixed(
+    layers: Mapping[str, EPTLayer],
+    names: Sequence[str],
+    ids: Tensor,
+    table: Tensor,
+    attention_mask: Tensor,
+    text_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``[P; E']`` with the adapter ``names[i]`` for row ``i``; shorter prompts are padded before their first row and
+    masked.
+
+    Args:
+        layers: the loaded adapters. names: one a row, or ``"__base__"`` for none.
+        ids, table, attention_mask: as :func:`ept.prompt.lookup` gives them. text_mask: as in :meth:`EPTLayer.forward`.
+
+    Returns:
+        embeddings ``[batch, s + n, d]`` with ``s`` the longest prompt, attention mask ``[batch, s + n]``.
+
+    Raises:
+        ValueError: a name is unknown, the number of names is not the batch size, a text is too long for its adapter,
+            or an adapter is folded.
+    """
+    if len(names) != ids.shape[0]:
+        raise ValueError(f"adapter_names has {len(names)} names for a batch of {ids.shape[0]} rows: give one a row")
+    used = [name for name in dict.fromkeys(names) if name != BASE]
+    if unknown := [name for name in used if name not in layers]:
+        raise ValueError(f"no adapter named {', '.join(map(repr, unknown))}: loaded are {', '.join(layers)}")
+    if folded := [name for name in used if layers[name].config.folded]:
+        raise ValueError(f"adapter {folded[0]!r} is folded; mixed batches need adapters that are not")
+    chosen = [layers[name] for name in used]
+    positions = text_positions(attention_mask, text_mask)
+    for row, name in enumerate(names):
+        if name != BASE:
+            layers[name].check_length(positions[row : row + 1])
+    s = max((layer.config.num_virtual_tokens for layer in chosen), default=0)
+    r = max((layer.config.r for layer in chosen), default=0)
+    m = max([layer.config.max_length for layer in chosen if layer.config.r] or [0])
+    d = table.shape[1]
+    device = table.device
+    if not chosen:
+        return table[ids], attention_mask
+    prompts = torch.stack([_pad_front(layer.joint_prompt().to(device), s) for layer in chosen])  # [adapters, s, d]
+    # Scales differ from adapter to adapter, so they go into A; rank is padded with zeros.
+    A = torch.stack([_pad(layer.update_scale() * layer.part("A", (0, 0)).to(device), m, r) for layer in chosen])
+    B = torch.stack([_pad(layer.part("B", (0, d)).to(device), r, d) for layer in chosen])
+    number = {name: i for i, name in enumerate(used)}
+    adapter_ids = torch.tensor([number.get(name, -1) for name in names], device=device)
+    embeds = functional.prompted_embedding(ids, positions, table, prompts, A, B, 1.0, adapter_ids)
+    lengths = [0 if name == BASE else layers[name].config.num_virtual_tokens for name in names]
+    prompt_mask = torch.arange(s, device=device) >= s - torch.tensor(lengths, device=device)[:, None]
+    return embeds, torch.cat([prompt_mask.to(attention_mask.dtype), attention_mask], dim=1)
+
+
+def follow_rows(model: nn.Module) -> None:
+    """Makes the trained heads in ``model`` (PEFT's wrappers) choose by :func:`heads_of_rows`; once each."""
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and _choose_head not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_choose_head, with_kwargs=True)
+
+
+@contextmanager
+def heads_of_rows(names: Sequence[str] | None) -> Iterator[None]:
+    """Within this context, and in this thread alone, row i goes through the head of adapter ``names[i]``; None: all
+    through that of the active adapter.
+    """
+    if names is None:
+        yield
+        return
+    token = _names_of_rows.set(list(names))
+    try:
+        yield
+    finally:
+        _names_of_rows.reset(token)
+
+
+def _choose_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    names = _names_of_rows.get()
+    return args, (kwargs if names is None else {**kwargs, "adapter_names": names})
+
+
+def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
+
+
+def _pad_front(matrix: Tensor, rows: int) -> Tensor:
+    return F.pad(matrix, (0, 0, rows - matrix.shape[0], 0))

@@ -1,0 +1,94 @@
+"""The batches of a profile: random ids of given or drawn lengths, or the rows of a real data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..tasks.encoding import Collator, encode_texts
+
+PADDINGS = ("none", "longest", "max_length")
+ANSWER_TOKENS = 2  # of a random row
+_FIRST_ID = 3  # the ids before it are special tokens in most vocabularies
+
+Row = dict[str, list[int]]
+
+
+def random_rows(count: int, task_type: str, vocab_size: int, length: int, varied: bool, seed: int) -> list[Row]:
+    """Rows as `encode_split` makes them, of random ids.
+
+    A row has ``length`` tokens or, ``varied``, a number drawn uniformly from a quarter of it to all of it; a decoder's
+    answer is counted in, an encoder-decoder's is not.
+
+    Raises:
+        ValueError: the length leaves no text beside the answer.
+    """
+    if length <= 2 * ANSWER_TOKENS:
+        raise ValueError(f"length={length} is too short: at least {2 * ANSWER_TOKENS + 1} tokens a row are needed")
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        least = max(length // 4, ANSWER_TOKENS + 1) if varied else length
+        tokens = int(torch.randint(least, length + 1, (1,), generator=generator))
+        ids = torch.randint(_FIRST_ID, vocab_size, (tokens,), generator=generator).tolist()
+        answer = torch.randint(_FIRST_ID, vocab_size, (ANSWER_TOKENS,), generator=generator).tolist()
+        if task_type == "CAUSAL_LM":
+            answer = ids[-ANSWER_TOKENS:]
+        rows.append({"input_ids": ids, "labels": answer})
+    return rows
+
+
+def make_batches(
+    rows: Sequence[Row],
+    *,
+    batch: int,
+    count: int,
+    task_type: str,
+    pad_token_id: int,
+    padding: str,
+    width: int,
+    all_logits: bool,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """``count`` batches of ``batch`` rows in order, from the start again where the rows are used up.
+
+    Args:
+        padding: ``"none"`` (all rows have one length), ``"longest"`` of each batch, or ``"max_length"``: to ``width``.
+        all_logits: a decoder's logits at every position instead of the labels'.
+
+    Raises:
+        ValueError: there are fewer rows than a batch takes, or rows of unequal length and ``padding="none"``.
+    """
+    if len(rows) < batch:
+        raise ValueError(f"{len(rows)} rows do not fill a batch of {batch}: take a smaller batch or more data")
+    if padding == "none" and len({len(row["input_ids"]) for row in rows}) > 1:
+        raise ValueError("padding=none needs rows of one length, these differ: use longest or max_length")
+    collate = Collator(
+        task_type,
+        pad_token_id,
+        pad_to_multiple_of=width if padding == "max_length" else None,
+        label_only_logits=not all_logits,
+    )
+    batches = []
+    for index in range(count):
+        chosen = [rows[(index * batch + offset) % len(rows)] for offset in range(batch)]
+        collated = collate(chosen)
+        batches.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collated.items()})
+    return batches
+
+
+def text_rows(texts: Sequence[str], tokenizer: Any, task_type: str, max_length: int, seed: int, most: int) -> list[Row]:
+    """At most ``most`` rows of real texts, shuffled, cut to ``max_length`` tokens, each with a random answer.
+
+    Answers are random because only their length matters; a decoder's stands after the text.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(texts), generator=generator)[:most].tolist()
+    rows = []
+    for ids in encode_texts(tokenizer, [texts[index] for index in chosen], task_type):
+        answer = torch.randint(_FIRST_ID, len(tokenizer), (ANSWER_TOKENS,), generator=generator).tolist()
+        ids = ids[:max_length]
+        rows.append({"input_ids": ids + answer if task_type == "CAUSAL_LM" else ids, "labels": answer})
+    return rows

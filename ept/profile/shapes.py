@@ -1,0 +1,184 @@
+"""Models of well-known shapes with random weights: what a step costs, without a download.
+
+A step's time depends on a model's shape and not on the values of its weights. Nothing here says anything about scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.base_model import freeze
+
+SEED = 0
+_STD = 0.02  # of the random weights of a 4-bit model, as most decoders are initialised
+
+
+def _t5(d_model: int, d_kv: int, d_ff: int, num_layers: int, num_heads: int) -> tuple[str, dict[str, int]]:
+    return "T5Config", {
+        "vocab_size": 32128,
+        "d_model": d_model,
+        "d_kv": d_kv,
+        "d_ff": d_ff,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "decoder_start_token_id": 0,
+    }
+
+
+def _llama(
+    vocab_size: int, hidden_size: int, intermediate_size: int, layers: int, heads: int, key_value_heads: int, tied: bool
+) -> tuple[str, dict[str, Any]]:
+    return "LlamaConfig", {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 8192,
+    }
+
+
+# name: (configuration class of transformers, its arguments), from the models' published configurations
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5-small": _t5(512, 64, 2048, 6, 8),
+    "t5-base": _t5(768, 64, 3072, 12, 12),
+    "t5-large": _t5(1024, 64, 4096, 24, 16),
+    "t5-3b": _t5(1024, 128, 16384, 24, 32),
+    "t5-11b": _t5(1024, 128, 65536, 24, 128),
+    "smollm2-135m": _llama(49152, 576, 1536, 30, 9, 3, tied=True),
+    "llama-3.2-1b": _llama(128256, 2048, 8192, 16, 32, 8, tied=True),
+    "llama-2-7b": _llama(32000, 4096, 11008, 32, 32, 32, tied=False),
+    "llama-3-8b": _llama(128256, 4096, 14336, 32, 32, 8, tied=False),
+}
+
+
+def build_shape(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+    layers: int | None = None,
+) -> Any:
+    """A frozen model of the shape ``name`` with random weights, in eval mode on ``device``.
+
+    Args:
+        name: one of ``SHAPES``.
+        dtype: of the weights; of the products where they are quantised.
+        quantization: ``"nf4"`` or ``"fp4"``: linear layers as bitsandbytes' 4-bit layers with nested absmax, as
+            transformers loads them (not the output head, nor what the model keeps in higher precision).
+        attn_implementation: None: transformers' own choice.
+        layers: only the first so many layers of the model (of encoder and decoder each).
+
+    Raises:
+        ValueError: there is no such shape, it has fewer layers, or its weights do not fit into the device's free
+            memory.
+    """
+    import transformers
+
+    config = shape_config(name, layers)
+    model_class = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with torch.device("meta"):
+        skeleton = model_class.from_config(config, dtype=dtype, **options)
+    _check_memory(name, skeleton, dtype, quantization, device)
+    torch.manual_seed(SEED)
+    if quantization is None:
+        with device:
+            model = model_class.from_config(config, dtype=dtype, **options)
+    else:
+        from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+        with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed, not loaded
+            model = model_class.from_config(config, dtype=dtype, **options)
+        _fill_quantized(model, dtype, quantization, device)
+    model.eval()
+    freeze(model)
+    return model
+
+
+def shape_config(name: str, layers: int | None = None) -> Any:
+    """transformers' configuration of the shape ``name``. Raises ValueError as `build_shape`."""
+    import transformers
+
+    if name not in SHAPES:
+        raise ValueError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}")
+    config_class, arguments = SHAPES[name]
+    config = getattr(transformers, config_class)(**arguments)
+    if layers is not None:
+        whole = config.num_hidden_layers
+        if not 1 <= layers <= whole:
+            raise ValueError(f"layers={layers} is out of range: {name} has {whole} layers")
+        config.num_hidden_layers = layers
+        if config.is_encoder_decoder:
+            config.num_decoder_layers = layers
+    return config
+
+
+def _quantized_linears(model: Any) -> dict[str, nn.Linear]:
+    """Names and layers that transformers would load in 4 bits."""
+    head = model.get_output_embeddings()
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] not in kept
+    }
+
+
+def _fill_quantized(model: Any, dtype: torch.dtype, quant_type: str, device: torch.device) -> None:
+    """Random weights in place of the empty ones, one layer at a time, so that no whole float model is ever held."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, linear in _quantized_linears(model).items():
+        weight = torch.randn(linear.weight.shape, dtype=dtype, device=device) * _STD
+        layer = Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=dtype,
+            quant_type=quant_type,
+            device="meta",
+        )
+        layer.weight = Params4bit(
+            weight, requires_grad=False, quant_type=quant_type, compress_statistics=True, module=layer
+        ).to(device)
+        model.set_submodule(name, layer)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                value = torch.ones(parameter.shape, dtype=dtype, device=device)
+                if parameter.dim() > 1:
+                    value.normal_(0.0, _STD)
+                elif name == "bias":
+                    value.zero_()
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    model.to(device)
+    model.tie_weights()
+
+
+def _check_memory(name: str, skeleton: Any, dtype: torch.dtype, quantization: str | None, device: torch.device) -> None:
+    quantized = sum(m.weight.numel() for m in _quantized_linears(skeleton).values()) if quantization else 0
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    needed = (total - quantized) * dtype.itemsize + quantized * 9 // 16  # 4 bits and 1/64 of an absmax in 8 bits
+    free = _free_memory(device)
+    if needed > free:
+        raise ValueError(
+            f"the weights of {name} take {needed / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: choose "
+            "bfloat16 or nf4, fewer layers, or a smaller shape"
+        )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil  # type: ignore[import-untyped]
+
+    return psutil.virtual_memory().available

@@ -1,0 +1,150 @@
+"""What ends a run from outside, in one line: a full disk, a folder that cannot be written, no memory left, a NaN."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from .checkpoints import last_whole
+from ..utils.messages import reason
+from .config import RunConfig
+from .folder import RunFolder
+
+_FULL = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space or have the quota raised",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EIO: "look for a full disk, a quota, or a limit of a file's size (ulimit -f)",
+}
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors gives an errno
+# How PyTorch's CPU allocator and libraries that call into accelerators say that there is no memory left.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@contextmanager
+def explained(config: RunConfig, folder: RunFolder) -> Iterator[None]:
+    """Within, what the machine is to blame for gets a message that says what to do and which checkpoint is left.
+
+    Raises:
+        MemoryError: there was no memory left.
+        OSError: a file of the run could not be written.
+        FloatingPointError: as it came, with the checkpoint added.
+    """
+    try:
+        yield
+    except Exception as error:
+        explanation: Exception
+        if isinstance(error, FloatingPointError):
+            explanation = FloatingPointError(f"{error}. {_what_is_left(folder, resumable=False)}")
+        elif _no_memory(error):
+            explanation = MemoryError(f"{_memory_advice(config)}. {_what_is_left(folder)}")
+        elif isinstance(error, OSError) and (advice := _disk_advice(error, folder)):
+            explanation = OSError(f"{advice}. {_what_is_left(folder)}")
+        else:
+            raise
+        explanation.__dict__.update(error.__dict__)  # whether it is another process's
+        raise explanation from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, `path` is written by libraries that report a full disk in exceptions of their own: those become OSError.
+
+    PyTorch keeps the system's reason to itself; then the errno is EIO, or EACCES where the folder cannot be written.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if _no_memory(error):
+            raise
+        found = _SYSTEM_ERROR.search(str(error))
+        likely = errno.EIO if os.access(_existing(path), os.W_OK) else errno.EACCES
+        raise OSError(int(found[1]) if found else likely, reason(error).strip(), str(path)) from error
+
+
+def check_writable(folder: RunFolder) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        OSError: the folder cannot be written, or made.
+    """
+    place = _existing(folder.path)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OSError(_refused(folder.path, f"{place} is not writable"))
+
+
+def check_finite(model: torch.nn.Module, step: int, config: RunConfig) -> None:
+    """Before a checkpoint replaces a good one.
+
+    Raises:
+        FloatingPointError: a trainable parameter is NaN or infinite.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise FloatingPointError(
+                f"the parameter {name} became NaN or infinite by step {step}: {divergence_advice(config)}"
+            )
+
+
+def divergence_advice(config: RunConfig) -> str:
+    training = config.training
+    return (
+        f"lower training.learning_rate ({training.learning_rate}) or training.low_rank_learning_rate "
+        f"({training.low_rank_learning_rate}), or add training.warmup_steps"
+    )
+
+
+def _no_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def _memory_advice(config: RunConfig) -> str:
+    training, data = config.training, config.data
+    gentler = "" if training.gradient_checkpointing else "set training.gradient_checkpointing=true or "
+    smaller = "" if data.max_length is None else f" ({data.max_length})"
+    quantised = "" if config.model.load_in_4bit else ", or set model.load_in_4bit=true"
+    return (
+        f"out of memory: {gentler}lower training.eval_batch_size ({training.eval_batch_size}), which --resume allows; "
+        f"or start anew with a smaller training.batch_size ({training.batch_size}) and more "
+        f"training.gradient_accumulation_steps ({training.gradient_accumulation_steps}), a smaller "
+        f"data.max_length{smaller}{quantised}"
+    )
+
+
+def _disk_advice(error: OSError, folder: RunFolder) -> str | None:
+    """What to do where a file of the run could not be written; None for other errors."""
+    place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder.path
+    if error.errno in _FULL:
+        free = shutil.disk_usage(_existing(place)).free / 1e6
+        return f"cannot write {place}: {error.strerror} ({free:,.1f} MB are free): {_FULL[error.errno]}"
+    if error.errno in _REFUSED and (place == folder.path or folder.path in place.parents):
+        return _refused(place, str(error.strerror))
+    return None
+
+
+def _refused(place: Path, why: str) -> str:
+    return f"cannot write {place}: {why}: give this user the right to write there, or choose another --output"
+
+
+def _what_is_left(folder: RunFolder, resumable: bool = True) -> str:
+    """`resumable`: the same cause need not end the run again."""
+    checkpoint = last_whole(folder.checkpoints)
+    if checkpoint is None:
+        return "There is no checkpoint yet"
+    return f"The last good checkpoint is {checkpoint}" + ("; --resume continues from there" if resumable else "")
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())

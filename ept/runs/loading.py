@@ -1,0 +1,182 @@
+"""The frozen base model and its tokenizer, from what a run's configuration says."""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..config import EPTConfig
+from ..model.ept_model import EPTModel, get_ept_model
+
+from .launched import cpu_is_asked_for, local_index, several
+from .method_table import METHODS, adapter_config
+from .peft_models import attach, attach_trained
+from .config import ModelConfig, RunConfig
+
+MODEL_CLASSES = {
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+}
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine, else the CPU; of several processes' accelerators this one's, with its index."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or cpu_is_asked_for():
+        return torch.device("cpu")
+    return torch.device(accelerator.type, local_index()) if several() else accelerator
+
+
+def infer_task_type(config: Any) -> str:
+    """SEQ_2_SEQ_LM for encoder-decoders, CAUSAL_LM for decoders with a language-model head, else SEQ_CLS."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    names = getattr(config, "architectures", None) or []
+    if any("CausalLM" in name or "LMHead" in name for name in names):
+        return "CAUSAL_LM"
+    return "SEQ_CLS"
+
+
+def task_type_of(model: ModelConfig) -> str:
+    """The task type that the configuration names, else the one that the model's own configuration implies.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if model.task_type is not None:
+        return model.task_type
+    if model.gguf_file is not None:
+        return "CAUSAL_LM"  # llama.cpp files hold decoders
+    return infer_task_type(_from_pretrained(AutoConfig, model, model.name_or_path))
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token (the end token where the model has none).
+
+    Raises:
+        ValueError: it cannot be loaded, or has neither a padding nor an end token.
+    """
+    source = model.tokenizer_name_or_path
+    if source is not None:
+        tokenizer = _from_pretrained(AutoTokenizer, ModelConfig(name_or_path=source), source)
+    else:
+        tokenizer = _from_pretrained(AutoTokenizer, model, model.name_or_path)
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {source or model.name_or_path} has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base_model(
+    model: ModelConfig, task_type: str, num_labels: int, pad_token_id: int, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The base model in eval mode on `device` (None: the accelerator, else the CPU).
+
+    A GGUF file is unpacked into a plain float model of the same class; `load_in_4bit` quantises through bitsandbytes.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    device = device or default_device()
+    options: dict[str, Any] = {"dtype": model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if task_type == "SEQ_CLS":
+        options["num_labels"] = num_labels
+    if model.load_in_4bit:
+        if model.gguf_file is not None:
+            raise ValueError("model.load_in_4bit and model.gguf_file exclude each other: leave one out")
+        compute_dtype = torch.bfloat16 if model.dtype == "auto" else options["dtype"]
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=model.quant_type,
+            bnb_4bit_use_double_quant=model.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=_heads(model) if task_type == "SEQ_CLS" else None,
+        )
+        options["device_map"] = {"": device}
+    base = _from_pretrained(MODEL_CLASSES[task_type], model, model.name_or_path, **options)
+    if model.gguf_file is not None:
+        base = _plain(base, name=str(model.name_or_path))
+    if task_type == "SEQ_CLS" and base.config.pad_token_id is None:
+        base.config.pad_token_id = pad_token_id  # decoders pool at the last real token
+    if not model.load_in_4bit:
+        base.to(device)
+    return base.eval()
+
+
+def load_untrained(
+    config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> PeftModel:
+    """The base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
+    base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
+    adapter = adapter_config(config.method, base, task_type, max_length, config.seed)
+    if isinstance(adapter, EPTConfig):
+        return get_ept_model(base, adapter, tokenizer=tokenizer, **_four_bit(config.model))
+    return attach(base, adapter, config.seed)
+
+
+def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
+    """The base model with the adapter saved in the folder `adapter`, ready for inference."""
+    base = load_base_model(config.model, task_type, num_labels, pad_token_id)
+    if METHODS[config.method.name].family == "peft":
+        return attach_trained(base, adapter).eval()
+    return EPTModel.from_pretrained(base, str(adapter), **_four_bit(config.model)).eval()
+
+
+def _four_bit(model: ModelConfig) -> dict[str, Any]:
+    """How the 4-bit layers of the base model are to run."""
+    return {"fast_4bit": model.fast_4bit, "dequantized_cache_bytes": model.dequantized_cache_bytes}
+
+
+def _heads(model: ModelConfig) -> list[str]:
+    """Names of a classifier's heads: they are trained, and so must not be quantised."""
+    config = _from_pretrained(AutoConfig, model, model.name_or_path)
+    with torch.device("meta"):
+        skeleton = AutoModelForSequenceClassification.from_config(config)
+    return [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
+
+
+def _from_pretrained(cls: Any, model: ModelConfig, name: str | None, **options: Any) -> Any:
+    """`cls.from_pretrained` with one clear error; never with trust_remote_code."""
+    if name is None:
+        raise ValueError("model.name_or_path is not set: give a model folder or hub name")
+    if model.gguf_file is not None:
+        options["gguf_file"] = model.gguf_file
+        if Path(name).is_dir() and not (Path(name) / model.gguf_file).is_file():
+            raise ValueError(f"there is no {model.gguf_file} in {name} (model.gguf_file)")
+    if model.revision is not None:
+        options["revision"] = model.revision
+    try:
+        return cls.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" ...")
+        raise ValueError(f"cannot load {name!r} with {cls.__name__}: {reason}") from error
+
+
+def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The same model without the mark "quantized", which transformers leaves on models unpacked from GGUF."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
+    plain.generation_config = model.generation_config
+    plain.name_or_path = plain.config._name_or_path = name
+    return plain

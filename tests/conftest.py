@@ -1,0 +1,39 @@
+"""Tiny models, separable data, and one short finished run a model family, each made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_runs import FAMILIES, run_config, save_data, save_model
+
+from ept.runs.train import train
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {family: save_model(family, folder / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, models: dict[str, Path]) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    for family in FAMILIES:
+        train(run_config(models[family], data, folder / family))
+    return {family: folder / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models `llama`, `t5`, `bert` and the rows of `data/glue/sst2`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for family in FAMILIES:
+        save_model(family, folder / family)
+    save_data(folder / "data" / "glue" / "sst2")
+    return folder

@@ -1,0 +1,204 @@
+"""``ept export``: the exported files alone give the adapter's own answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import TASK_OF, VOCAB, make_batch, make_model, randomise
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from ept import EPTConfig, get_ept_model
+from ept.cli.main import app
+from ept.model.base_model import input_embedding
+from ept.model.export import FoldedAdapter, write_folded
+
+SIZES = {
+    "whole": {"num_virtual_tokens": 5, "max_length": 12, "r": 3},
+    "prompt alone": {"num_virtual_tokens": 4, "max_length": 12, "r": 0, "fusion": False, "num_spaces": 0},
+    "update alone": {"num_virtual_tokens": 0, "max_length": 12, "r": 3},
+}
+TEXTS = ["w5 w6 w7 w8", "w9 w10"]
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+
+
+def adapted(name="llama", **fields):
+    model = get_ept_model(make_model(name), EPTConfig(**(fields or SIZES["whole"])))
+    randomise(model)
+    return model.eval()
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    """A base model and its tokenizer, one token a word: w5 is 5."""
+    make_model("llama").save_pretrained(tmp_path / "base")
+    vocabulary = {"<unk>": 0, "<pad>": 1, "<s>": 2, "</s>": 3, **{f"w{i}": i for i in range(4, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def outputs_of(model, name, inputs, **options):
+    if TASK_OF[name] == "SEQ_CLS":
+        with torch.no_grad():
+            return model(**inputs).logits
+    return model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None, **options)
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "t5", "bert"])
+def test_embeddings_of_a_text_give_the_adapters_answers(name, size, tmp_path):
+    model = adapted(name, **size)
+    model.save_pretrained(tmp_path / "adapter")
+    folded = FoldedAdapter.read(tmp_path / "adapter")
+    ids = make_batch(name, (7,))["input_ids"]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = outputs_of(model, name, inputs)
+    bare = make_model(name)
+    with torch.no_grad():
+        for key, tensor in folded.heads.items():
+            bare.get_parameter(key).copy_(tensor)
+    embeds = folded.embed(ids.tolist(), input_embedding(bare))[0][None]
+    assert embeds.shape == (1, size["num_virtual_tokens"] + 7, 32)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
+    found = outputs_of(bare, name, {"inputs_embeds": embeds, "attention_mask": mask})
+    if TASK_OF[name] == "SEQ_CLS":
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    else:
+        assert found[0, -6:].tolist() == expected[0, -6:].tolist()
+
+
+@pytest.mark.parametrize("name, size", [("llama", size) for size in SIZES] + [("bert", "whole")])
+def test_files_hold_what_they_say(name, size, tmp_path):
+    model = adapted(name, **SIZES[size])
+    model.save_pretrained(tmp_path / "adapter")
+    write_folded(FoldedAdapter.read(tmp_path / "adapter"), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "folded.safetensors")
+    info = json.loads((tmp_path / "out" / "folded.json").read_text(encoding="utf-8"))
+    assert info["format"] == "ept-folded"
+    assert info["format_version"] == 1
+    assert info["task_type"] == TASK_OF[name]
+    assert info["hidden_size"] == 32
+    assert info["num_virtual_tokens"] == SIZES[size]["num_virtual_tokens"]
+    assert info["max_length"] == (12 if SIZES[size]["r"] else None)
+    assert info["tensors"] == {key: list(tensor.shape) for key, tensor in tensors.items()}
+    assert {"head.classifier.weight", "head.classifier.bias"} <= set(tensors) or name != "bert"
+    model.fold()
+    layer = model.prompt_encoder["default"]
+    for key, parameter in layer.named_parameters():
+        torch.testing.assert_close(tensors[key], parameter.detach())
+
+
+def test_a_folded_adapter_is_exported_as_it_is(tmp_path):
+    adapted().fold().save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    tensors = FoldedAdapter.read(tmp_path / "adapter").tensors()
+    assert torch.equal(tensors["prompt"], saved["prompt"])
+    assert torch.equal(tensors["table"], saved["table"])
+
+
+def test_the_documents_example_reproduces_generation(tmp_path, base_folder, monkeypatch):
+    """The code of docs/serving.md, run as it stands there."""
+    model = adapted()
+    model.save_pretrained(tmp_path / "adapter")
+    result = run("export", tmp_path / "adapter", "--output", tmp_path / "exported")
+    assert result.exit_code == 0, result.output
+    code = re.search(
+        r"<!-- test: exported files alone -->\n```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert code is not None
+    names = {"model_name": str(base_folder), "text": TEXTS[0]}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code[1], str(DOCUMENT), "exec"), names)
+    expected = model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=8, do_sample=False)
+    assert names["tokens"][0].tolist() == expected[0, 4:].tolist()
+
+
+def test_prompt_embeds_of_a_text_file(tmp_path, base_folder):
+    model = adapted()
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "lines.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    arguments = ["export", tmp_path / "adapter", "--output", tmp_path / "out", "--texts", tmp_path / "lines.txt"]
+    result = run(*arguments, "--model", base_folder, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["texts"] == 2
+    assert [Path(file).name for file in report["files"]] == [
+        "folded.safetensors",
+        "folded.json",
+        "prompt_embeds.safetensors",
+    ]
+    embeds = load_file(tmp_path / "out" / "prompt_embeds.safetensors")
+    with torch.no_grad():
+        expected = model.prompt_encoder["default"](torch.tensor([[9, 10]]))[0][0]
+    torch.testing.assert_close(embeds["text.000001"], expected, rtol=1e-5, atol=1e-6)
+    assert embeds["text.000000"].shape == (9, 32)
+    refused = run(*arguments, "--model", base_folder)
+    assert refused.exit_code == 2
+    assert "already holds folded.safetensors, folded.json, prompt_embeds.safetensors: --overwrite" in refused.output
+    assert run("export", tmp_path / "adapter", "--output", tmp_path / "out", "--overwrite").exit_code == 0
+    assert not (tmp_path / "out" / "prompt_embeds.safetensors").exists()  # it was of another export
+
+
+def test_a_run_names_its_own_model(tmp_path, base_folder):
+    adapted().save_pretrained(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "config.yaml").write_text(f"model: {{name_or_path: '{base_folder}'}}\n", encoding="utf-8")
+    (tmp_path / "lines.txt").write_text(TEXTS[0], encoding="utf-8")
+    result = run("export", tmp_path / "run", "--output", tmp_path / "out", "--texts", tmp_path / "lines.txt")
+    assert result.exit_code == 0, result.output
+    assert load_file(tmp_path / "out" / "prompt_embeds.safetensors")["text.000000"].shape == (9, 32)
+
+
+MISTAKES = [
+    (["--texts", "lines.txt"], "give --model"),
+    (["--model", "somewhere"], "--model is for the embeddings of texts"),
+    (["--set", "model.dtype=bfloat16"], "is an adapter: use --model"),
+    (["--texts", "empty.txt", "--model", "base"], "empty.txt is empty"),
+    (["--texts", "gap.txt", "--model", "base"], "gap.txt, line 2 is empty"),
+    (["--texts", "binary.txt", "--model", "base"], "binary.txt is not UTF-8 text"),
+    (["--texts", "long.txt", "--model", "base"], "text 0: input has 13 tokens, the adapter was made for max_length=12"),
+]
+
+
+@pytest.mark.parametrize("options, message", MISTAKES, ids=[message for _, message in MISTAKES])
+def test_mistakes_are_one_line_and_write_nothing(options, message, tmp_path, base_folder, monkeypatch):
+    adapted().save_pretrained(tmp_path / "adapter")
+    contents = {"lines": b"w5", "empty": b"", "gap": b"w5\n\nw6", "binary": b"\xff\xfe\xff", "long": b"w5 " * 13}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    result = run("export", "adapter", "--output", "out", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_hold_nothing_to_export(tmp_path):
+    result = run("export", tmp_path, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "holds neither a run (config.yaml) nor an adapter (adapter_config.json)" in result.output
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
+    assert "has no adapter yet" in run("export", tmp_path, "--output", tmp_path / "out").output
+    model = adapted(num_virtual_tokens=0, r=0)
+    model.save_pretrained(tmp_path / "nothing")
+    assert "there is nothing to fold" in run("export", tmp_path / "nothing", "--output", tmp_path / "out").output
+
+
+def test_another_models_embedding_is_refused(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the adapter is for embeddings of width 32, the model has 64"):
+        FoldedAdapter.read(tmp_path).embed([[5]], torch.nn.Embedding(9, 64))

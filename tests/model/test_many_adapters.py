@@ -1,0 +1,212 @@
+"""Many adapters in one model: mixed batches, a hundred of them, and changes while other threads generate."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+from tiny_models import ONE_A_TASK, TASK_OF, make_batch, make_model, randomise
+
+from ept import EPTConfig, EPTModel, get_ept_model
+from ept.model.adapter_lock import AdapterLock
+
+GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+# Every adapter is of another size; one has no prompt, one no low-rank update.
+SIZES = [
+    {"num_virtual_tokens": 5, "r": 3, "max_length": 12},
+    {"num_virtual_tokens": 2, "r": 1, "max_length": 30, "alpha": 3.0},
+    {"num_virtual_tokens": 7, "r": 0, "max_length": 8, "fusion": False},
+    {"num_virtual_tokens": 0, "r": 2, "max_length": 9},
+]
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Saves adapters of the given sizes for a family, one a folder."""
+
+    def save(name, sizes):
+        base = make_model(name)
+        made = []
+        for seed, size in enumerate(sizes):
+            model = get_ept_model(copy.deepcopy(base), EPTConfig(**size, seed=seed))
+            randomise(model, seed)
+            made.append(tmp_path / f"{name}-{seed}")
+            model.save_pretrained(made[-1])
+        return made
+
+    return save
+
+
+def load_all(name, folders):
+    model = EPTModel.from_pretrained(make_model(name), folders[0], "a0")
+    for number, folder in enumerate(folders[1:], 1):
+        model.load_adapter(folder, f"a{number}")
+    return model.eval()
+
+
+def alone(model, adapter, call):
+    before = model.active_adapter
+    model.set_adapter(adapter, inference_mode=True)
+    try:
+        return call()
+    finally:
+        model.set_adapter(before, inference_mode=True)
+
+
+@pytest.mark.parametrize("name", [*ONE_A_TASK, "bart", "gpt2", "gemma3", "llama_classifier"])
+def test_mixed_batch_of_saved_adapters_of_every_size(name, folders):
+    """Logits, and for what generates tokens, are those of each adapter alone, heads included."""
+    model = load_all(name, folders(name, SIZES))
+    decoder = TASK_OF[name] == "CAUSAL_LM"
+    batch = make_batch(name, (8, 4, 6, 5), "left" if decoder else "right")
+    names = ["a1", "a0", "a3", "a2"]
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=names).logits
+    for row, adapter in enumerate(names):
+        one = {k: v[row : row + 1] for k, v in batch.items()}
+        with torch.no_grad():
+            expected = alone(model, adapter, lambda one=one: model(**one).logits)[0]
+        last = int(one["attention_mask"].sum()) if decoder else len(expected)
+        torch.testing.assert_close(mixed[row][-last:], expected[-last:], rtol=1e-4, atol=1e-5)
+    if TASK_OF[name] == "SEQ_CLS":
+        return
+    generated = model.generate(**inputs, adapter_names=names, **GREEDY)
+    for row, adapter in enumerate(names):
+        one = {k: v[row : row + 1] for k, v in inputs.items()}
+        assert torch.equal(generated[row], alone(model, adapter, lambda one=one: model.generate(**one, **GREEDY))[0])
+
+
+def test_a_folded_adapter_is_refused_in_a_mixed_batch(folders):
+    model = load_all("llama", folders("llama", SIZES[:2])).fold("a1")
+    with pytest.raises(ValueError, match="adapter 'a1' is folded; mixed batches need adapters that are not"):
+        model(**make_batch("llama"), adapter_names=["a0", "a1"])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_hundred_adapters_in_one_model(name, folders):
+    """Parameters grow by the adapters' own alone, and each still answers as it does in a model of its own."""
+    paths = folders(name, [{"num_virtual_tokens": 2, "r": 1, "max_length": 8}] * 4)
+    model = EPTModel.from_pretrained(make_model(name), paths[0], "a0")
+    of_one = sum(p.numel() for p in model.parameters())
+    start = time.perf_counter()
+    for number in range(1, 100):
+        model.load_adapter(paths[number % 4], f"a{number}")
+    seconds = time.perf_counter() - start
+    head = sum(p.numel() for p in model.base_model.classifier.original_module.parameters()) if name == "bert" else 0
+    config = model.peft_config["a0"]
+    own = config.parameter_count(32) + head
+    assert sum(p.numel() for p in model.parameters()) - of_one == 99 * own
+    assert seconds < 60  # 0.05 s each on a loaded machine is usual; quadratic work would show
+    batch = make_batch(name, (5,) * 8)
+    names = [f"a{number}" for number in range(0, 100, 13)]  # neighbours of different weights
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=names).logits
+    for row in (0, 3, 6, 7):
+        fresh = EPTModel.from_pretrained(make_model(name), paths[13 * row % 4])
+        with torch.no_grad():
+            expected = fresh(**{k: v[row : row + 1] for k, v in batch.items()}).logits[0]
+        torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-5)
+    for number in range(1, 100):
+        model.delete_adapter(f"a{number}")
+    assert list(model.peft_config) == ["a0"]
+    assert sum(p.numel() for p in model.parameters()) == of_one
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_adapters_come_and_go_while_other_threads_call(name, folders):
+    """Two threads call the model with adapters that stay; a third loads and deletes others, heads included."""
+    paths = folders(name, SIZES)
+    model = load_all(name, paths[:2])
+    batch = make_batch(name, (6, 6))
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+
+    def answer(adapter):
+        with torch.no_grad():
+            if name == "bert":
+                return model(**inputs, adapter_names=[adapter] * 2).logits
+            return model.generate(**inputs, adapter_names=[adapter] * 2, **GREEDY)
+
+    expected = {adapter: answer(adapter) for adapter in ("a0", "a1")}
+    problems, done = [], threading.Event()
+
+    def serve(adapter):
+        try:
+            while not done.is_set():
+                assert torch.equal(answer(adapter), expected[adapter])
+        except BaseException as error:  # handed to the test's thread
+            problems.append(error)
+
+    threads = [threading.Thread(target=serve, args=(adapter,), daemon=True) for adapter in expected]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(15):
+            for number in (2, 3):
+                model.load_adapter(paths[number], f"a{number}")
+            for number in (2, 3):
+                model.delete_adapter(f"a{number}")
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(timeout=60)
+    assert not problems
+    assert not any(thread.is_alive() for thread in threads)
+    assert list(model.peft_config) == ["a0", "a1"]
+
+
+def test_a_call_with_a_deleted_adapter_is_one_clear_error(folders):
+    model = load_all("llama", folders("llama", SIZES[:2]))
+    model.delete_adapter("a1")
+    with pytest.raises(ValueError, match="no adapter named 'a1': loaded are a0"):
+        model(**make_batch("llama"), adapter_names=["a0", "a1"])
+
+
+def test_a_change_waits_for_calls_and_calls_for_it():
+    lock, order, inside, waiting = AdapterLock(), [], threading.Event(), threading.Event()
+
+    def change():
+        inside.wait()
+        with lock.change(), lock.change():  # as loading, which adds
+            order.append("change")
+
+    def late_call():
+        waiting.wait()
+        with lock.call():
+            order.append("late call")
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (change, late_call)]
+    for thread in threads:
+        thread.start()
+    with lock.call():
+        inside.set()
+        while not lock._waiting_changes:
+            time.sleep(0.001)
+        waiting.set()
+        with lock.call():  # within a call, and so not held up
+            order.append("call")
+    for thread in threads:
+        thread.join(timeout=10)
+    assert order == ["call", "change", "late call"]
+
+
+def test_a_change_within_a_call_is_refused_and_not_waited_for(folders):
+    model = load_all("llama", folders("llama", SIZES[:2]))
+    handle = model.base_model.register_forward_hook(lambda *_: model.delete_adapter("a1"))
+    with pytest.raises(RuntimeError, match="adapters cannot be changed from within a call of the model"):
+        model(**make_batch("llama"))
+    handle.remove()
+    assert "a1" in model.peft_config
+    assert model(**make_batch("llama")).logits.isfinite().all()
+
+
+def test_copies_have_a_lock_of_their_own(folders):
+    model = load_all("llama", folders("llama", SIZES[:1]))
+    copied = copy.deepcopy(model)
+    with model.adapter_lock.call():
+        copied.set_adapter("a0")  # would be refused under the same lock
+    assert isinstance(pickle.loads(pickle.dumps(model.adapter_lock)), AdapterLock)

@@ -1,0 +1,38 @@
+"""Real processes of `ept`, and the tiny model that they train."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from forks import Forks, Whole
+from tiny_runs import run_config, save_model
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("output"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory, forks: Forks, model: Path, data: Path) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    whole = Whole(folder / "run", ["train", "--config", str(folder / "run.yaml"), "--output"])
+    steps = (f"training.max_steps={whole.steps}", f"training.eval_steps={whole.every}", "training.logging_steps=3")
+    (folder / "run.yaml").write_text(run_config(model, data, None, *steps).to_yaml(), encoding="utf-8")
+    code, said = forks.run(*whole.command, whole.folder)
+    assert code == 0, said
+    return whole

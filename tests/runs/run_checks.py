@@ -1,0 +1,79 @@
+"""What the tests of whole runs look at: saved weights, the log, the first step's gradients, a run killed midway."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import TrainerCallback
+
+from ept.runs.config import RunConfig
+from ept.runs.folder import RunFolder
+from ept.runs.train import MetricsLog, PromptTrainer, Recorder, prepare, train
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not different, f"{different} differ between {first} and {second}"
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """What was logged, without the clock."""
+    return [{k: v for k, v in e.items() if k != "seconds"} for e in MetricsLog(run / "metrics.jsonl").read()]
+
+
+def gradients(
+    config: RunConfig, folder: Path, batch_size: int = 8, accumulation: int = 1
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients of the first optimiser step and its logged loss."""
+    config.training.batch_size, config.training.gradient_accumulation_steps = batch_size, accumulation
+    found: dict[str, torch.Tensor] = {}
+
+    class Grab(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            model = kwargs["model"]
+            found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    run = prepare(config)
+    with torch.no_grad():  # away from the start, where most gradients are zero
+        for parameter in run.model.prompt_encoder.parameters():
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1
+            )
+    folder.mkdir()
+    trainer = PromptTrainer(config, run, RunFolder(folder), Recorder(MetricsLog(folder / "metrics.jsonl")))
+    trainer.add_callback(Grab())
+    trainer.train()
+    (loss,) = [event["loss"] for event in events(folder) if "loss" in event]
+    return found, loss
+
+
+class Killed(Exception):
+    pass
+
+
+def kill(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains until the start of batch number `step`, where the run dies."""
+    take = PromptTrainer.training_step
+    calls = 0
+
+    def killed(self: PromptTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            raise Killed
+        return take(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTrainer, "training_step", killed)
+        with pytest.raises(Killed):
+            train(config)

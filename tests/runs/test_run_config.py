@@ -1,0 +1,89 @@
+"""Configurations: strict keys, checked types, overrides, and a YAML form that reads back the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import peft
+import pytest
+
+from ept import EPTConfig
+from ept.runs.config import MethodConfig, RunConfig, load_run_config
+
+REFUSED = {
+    "training.learning_rte=1": "unknown key training.learning_rte: did you mean training.learning_rate?",
+    "trainin.max_steps=1": "unknown key trainin: did you mean training?",
+    "batch_size=4": "unknown key batch_size: did you mean training.batch_size?",
+    "model.xyzzy=1": "unknown key model.xyzzy: the keys here are name_or_path,",
+    "model.trust_remote_code=true": "unknown key model.trust_remote_code",
+    "training.max_steps=ten": "training.max_steps: expected a whole number or null, got 'ten' (str)",
+    "training.max_steps=1.5": "training.max_steps: expected a whole number or null, got 1.5 (float)",
+    "training.max_steps=true": "training.max_steps: expected a whole number or null, got True (bool)",
+    "training.batch_size=null": "training.batch_size: expected a whole number, got None",
+    "training.bf16=1": "training.bf16: expected true or false, got 1 (int)",
+    "training.learning_rate=fast": "training.learning_rate: expected a number, got 'fast' (str)",
+    "training=5": "training: expected a section with keys, got 5 (int)",
+    "model.dtype=float8": "model.dtype: expected one of float32, bfloat16, float16, auto, got 'float8'",
+    "data.label_words=[no, yes]": "put such words in quotes",
+    "data.labels=[digits]": "data.labels: expected one of digits, words",
+    "training.batch_size=0": "training.batch_size must be greater than 0, got 0",
+    "training.warmup_steps=-1": "training.warmup_steps must not be negative, got -1",
+    "max_steps": "cannot read the override 'max_steps': write it as dotted.key=value",
+    "seed.a=1": "seed: expected a section with keys",
+    "data.template='{a": "cannot read the value of 'data.template' as YAML",
+}
+
+
+@pytest.mark.parametrize("override, message", REFUSED.items(), ids=list(REFUSED))
+def test_refused(override: str, message: str) -> None:
+    if override.startswith("seed."):
+        message = "seed: expected a whole number"
+    with pytest.raises(ValueError) as error:
+        load_run_config(None, [override])
+    assert message in str(error.value)
+
+
+def test_exclusive_keys() -> None:
+    with pytest.raises(ValueError, match=r"training\.bf16 and training\.fp16 exclude each other"):
+        load_run_config(None, ["training.bf16=true", "training.fp16=true"])
+    with pytest.raises(ValueError, match=r"data\.task and data\.template exclude each other"):
+        load_run_config(None, ["data.task=glue/sst2", "data.template='{text}'"])
+
+
+def test_overrides_come_after_the_file_and_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("training: {max_steps: 7, learning_rate: 1e-3}\nmodel:\nseed: 3\n", encoding="utf-8")
+    config = load_run_config(file, ["training.max_steps=8", "training.max_steps=9", "data.label_words=['no', 'yes']"])
+    assert config.training.max_steps == 9
+    assert config.training.learning_rate == 1e-3  # YAML reads 1e-3 as a text
+    assert config.seed == 3
+    assert config.data.label_words == ["no", "yes"]
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    overrides = ["data.template='{a}\\nä?'", "data.label_words={0: 'no', 1: 'yes'}", "method.embedding_scale=1"]
+    config = load_run_config(None, overrides)
+    file = tmp_path / "run.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_run_config(file) == config
+    assert config != RunConfig()
+
+
+@pytest.mark.parametrize("text, message", [("- a\n", "expected a mapping"), ("a: [", "cannot read .* as YAML")])
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_run_config(file)
+    with pytest.raises(FileNotFoundError, match=r"no configuration file .*nothing\.yaml"):
+        load_run_config(tmp_path / "nothing.yaml")
+
+
+def test_every_field_of_the_adapter_can_be_set() -> None:
+    """What a run decides elsewhere, and what a saved adapter's state says, are no keys of `method`."""
+    elsewhere = {"max_length", "seed", "task_type", "folded", "tokenizer_name_or_path"}
+    inherited = {field.name for field in dataclasses.fields(peft.PromptLearningConfig)} - {"num_virtual_tokens"}
+    adapter = {field.name for field in dataclasses.fields(EPTConfig)} - elsewhere - inherited
+    method = {field.name for field in dataclasses.fields(MethodConfig)} - {"name", "budget"}
+    assert method == adapter

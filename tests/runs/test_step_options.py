@@ -1,0 +1,185 @@
+"""The options of the training step: the same gradients, the same accumulation, the same weights after a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_checks import assert_same_weights, gradients, kill
+from tiny_runs import FAMILIES, run_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ept.runs.config import load_run_config
+from ept.runs.folder import MetricsLog, RunFolder
+from ept.runs.sampling import EpochLengthGroupedSampler
+from ept.runs.train import PromptTrainer, Recorder, prepare, train
+from ept.tasks.encoding import Collator
+
+# What leaves the order of the rows alone, away from its default.
+OPTIONS = {
+    "all-logits": ["training.label_only_logits=false"],
+    "plain-adamw": ["training.optim=adamw_torch"],
+    "buckets": ["training.pad_to_multiple_of=8"],
+    "compiled": ["training.compile_layers=true", "training.pad_to_multiple_of=8"],
+}
+GROUPED = {"grouped": ["training.group_by_length=true"]}
+ONE_STEP = ["training.max_steps=1", "training.max_grad_norm=0", "training.logging_steps=1"]
+
+
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    assert len(expected) >= 7
+    for name, gradient in expected.items():
+        largest = float(gradient.abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize("option, family", [
+    *((option, family) for option in OPTIONS for family in FAMILIES if option != "compiled"),
+    *(pytest.param("compiled", family, marks=pytest.mark.slow) for family in FAMILIES),
+])  # fmt: skip
+def test_gradients_and_accumulation_stay_the_same(
+    models: dict[str, Path], data: Path, tmp_path: Path, option: str, family: str
+) -> None:
+    plain, plain_loss = gradients(run_config(models[family], data, None, *ONE_STEP), tmp_path / "plain")
+    for name, batch_size, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
+        config = run_config(models[family], data, None, *ONE_STEP, *OPTIONS[option])
+        found, loss = gradients(config, tmp_path / name, batch_size, accumulation)
+        assert_close(found, plain)
+        assert loss == pytest.approx(plain_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grouping_by_length_accumulates_to_the_same(
+    models: dict[str, Path], data: Path, tmp_path: Path, family: str
+) -> None:
+    settings = [*ONE_STEP, *GROUPED["grouped"]]
+    whole, whole_loss = gradients(run_config(models[family], data, None, *settings), tmp_path / "whole", 8, 1)
+    parts, parts_loss = gradients(run_config(models[family], data, None, *settings), tmp_path / "parts", 2, 4)
+    assert_close(parts, whole)
+    assert parts_loss == pytest.approx(whole_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "option", [pytest.param(o, marks=pytest.mark.slow) if o == "compiled" else o for o in OPTIONS | GROUPED]
+)
+def test_a_killed_run_resumes_to_the_same_weights(
+    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """Past the end of an epoch of 6 steps, and from the middle of the second one."""
+    settings = ["training.max_steps=12", "training.eval_steps=4", *(OPTIONS | GROUPED)[option]]
+    train(run_config(models["llama"], data, tmp_path / "whole", *settings))
+    config = run_config(models["llama"], data, tmp_path / "killed", *settings)
+    kill(config, step=11, monkeypatch=monkeypatch)
+    torch._dynamo.reset()  # as in a new process: what was compiled before must not matter
+    train(config, resume=True)
+    for part in ("checkpoints/checkpoint-12", "adapter"):
+        assert_same_weights(tmp_path / "killed" / part, tmp_path / "whole" / part)
+
+
+def test_compiled_layers_are_compiled_and_evaluation_is_not(models: dict[str, Path], data: Path) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    run = prepare(run_config(models["llama"], data, None))
+    expected = run.score(run_config(models["llama"], data, None), "test")
+    run.model.compile_layers(backend=counter)
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, -100, -100, 8]])}
+    assert run.score(run_config(models["llama"], data, None), "test") == expected
+    assert counter.frame_count == 0
+    run.model.train()(**batch).loss.backward()
+    assert counter.frame_count == 1  # one for both layers
+    run.model.train()(**batch).loss.backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["training.compile_layers=true"], "set training.pad_to_multiple_of too"),
+    (["training.pad_to_multiple_of=0"], "training.pad_to_multiple_of must be greater than 0, got 0"),
+    (["training.optim=sgd"], "training.optim: expected one of adamw_torch_fused, adamw_torch"),
+])  # fmt: skip
+def test_refused_values(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_run_config(None, overrides)
+    assert message in str(error.value)
+
+
+def test_too_many_compiled_lengths_are_refused(
+    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ept.model.compilation.MOST_LENGTHS", 4)
+    settings = ["training.compile_layers=true", "training.pad_to_multiple_of=2"]
+    with pytest.raises(ValueError) as error:
+        train(run_config(models["llama"], data, tmp_path / "run", *settings))
+    assert "training.pad_to_multiple_of=2 makes 6 lengths of up to 11 tokens" in str(error.value)
+    assert "set it to 3 or more" in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_grouped_order_depends_on_seed_and_epoch_alone() -> None:
+    lengths = [3 + (7 * index) % 11 for index in range(500)]
+
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = EpochLengthGroupedSampler(4, lengths, seed)
+        sampler.set_epoch(epoch)
+        torch.manual_seed(epoch)  # of no influence
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert sorted(order(0, 1)) == list(range(500))
+    assert len({tuple(order(seed, epoch)) for seed, epoch in ((0, 0), (0, 1), (5, 0))}) == 3
+    batches = [order(0, 0)[start : start + 4] for start in range(0, 500, 4)]
+    padding = sum(4 * max(lengths[i] for i in batch) - sum(lengths[i] for i in batch) for batch in batches)
+    assert padding < 0.1 * sum(lengths)
+
+
+def test_buckets_and_logits_of_the_collator() -> None:
+    rows = [{"input_ids": list(range(3, 3 + n)), "labels": list(range(3 + n - k, 3 + n))} for n, k in ((9, 2), (5, 1))]
+    causal = Collator("CAUSAL_LM", 0, pad_to_multiple_of=8, answer_tokens=3)(rows)
+    assert causal["input_ids"].shape == causal["labels"].shape == causal["attention_mask"].shape == (2, 16)
+    assert causal["attention_mask"].sum(1).tolist() == [9, 5]
+    assert causal["labels"][0].tolist() == [-100] * 14 + [10, 11]
+    assert causal["logits_to_keep"] == 4
+    assert Collator("CAUSAL_LM", 0, label_only_logits=False)(rows)["logits_to_keep"] == 0
+    seq2seq = Collator("SEQ_2_SEQ_LM", 0, pad_to_multiple_of=8, answer_tokens=3)(rows)
+    assert seq2seq["input_ids"].shape == (2, 16)
+    assert seq2seq["labels"].tolist() == [[10, 11, -100], [7, -100, -100]]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the processor wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_nothing(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """A decoder's training step of the Trainer as `ept train` sets it up, from batch to gradient and clipping.
+
+    With eager attention: to choose SDPA's fast path transformers looks whether there is padding, which is not ours.
+    """
+    config = run_config(models["llama"], data, None, "training.max_steps=2", "model.attn_implementation=eager")
+    run = prepare(config)
+    tmp_path.joinpath("run").mkdir()
+    folder = RunFolder(tmp_path / "run")
+    trainer = PromptTrainer(config, run, folder, Recorder(MetricsLog(folder.metrics)))
+    trainer.create_optimizer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.training_step(run.model, dict(batch), torch.tensor(8))  # looks at the labels once
+    with Waits() as waits:
+        trainer.training_step(run.model, dict(batch), torch.tensor(8))
+        trainer._clip_grad_norm(run.model)
+    assert waits.found == []
+    assert not trainer.args.logging_nan_inf_filter
+    with Waits() as waits:
+        bool(torch.ones(1).any())
+    assert waits.found  # the counter counts
