@@ -50,7 +50,7 @@ test: $(VENV)/.installed ## all tests but those that need a GPU, two at a time (
 
 # Another triton: `pip install --no-deps --target FOLDER triton==VERSION`, then `make aot TRITON_PATH=FOLDER`.
 aot: $(VENV)/.installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; fails on spills
-	$(if $(TRITON_PATH),PYTHONPATH=$(TRITON_PATH)) $(VENV)/bin/python -m ept_kernels.aot
+	$(if $(TRITON_PATH),PYTHONPATH=$(TRITON_PATH)) $(VENV)/bin/python -m ept_kernels.dev.aot
 
 # Aside, not in the environment: bitsandbytes fetches code from the model hub where it finds this package.
 $(VENV)/hf-kernels: $(VENV)/.installed
@@ -75,7 +75,7 @@ lowest: $(VENV)/lowest ## some tests with the lowest supported transformers and 
 	OMP_NUM_THREADS=1 $(OFFLINE) EPT_LOWEST=1 PYTHONPATH=$(abspath $(VENV))/lowest $(VENV)/bin/python -m pytest -n 2 $(LOWEST_TESTS)
 
 tune: $(VENV)/.installed ## measure the kernels' launch configurations on this GPU and keep them (TUNE_ARGS="--kernels NAME")
-	$(VENV)/bin/python -m ept_kernels.tune $(TUNE_ARGS)
+	$(VENV)/bin/python -m ept_kernels.dev.tune $(TUNE_ARGS)
 
 fuzz: $(VENV)/.installed ## many damaged adapters and run configurations, other ones each time (FUZZ_CASES=50000)
 	OMP_NUM_THREADS=1 EPT_FUZZ_CASES=$(FUZZ_CASES) $(OFFLINE) $(VENV)/bin/python -m pytest -s tests/security
@@ -91,7 +91,7 @@ suite-against:
 	$(VENV)/bin/python -m ept env
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels
-	$(VENV)/bin/python -m ept_kernels.aot
+	$(VENV)/bin/python -m ept_kernels.dev.aot
 
 lint: $(VENV)/.installed ## ruff (format and rules) and mypy
 	$(VENV)/bin/python -m ruff format --check .

@@ -11,7 +11,7 @@ from typing import Any
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from ept_kernels.joint_prompt import ACTIVATIONS
+from ept_kernels.joint_prompt.reference import ACTIVATIONS
 
 from .utils.messages import shown
 

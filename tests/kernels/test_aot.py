@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from ept_kernels import aot
+from ept_kernels.dev import aot
 from ept_kernels.launch import AotCase
 
 FINE = {"kernel": "k", "target": "sm_80", "spilled_bytes": 0, "shared_bytes": 100, "shared_limit": 100}

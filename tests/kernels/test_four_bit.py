@@ -22,7 +22,7 @@ from ept_kernels import (
     matmul_4bit_backward_reference,
     matmul_4bit_reference,
 )
-from ept_kernels.four_bit import LEVELS
+from ept_kernels.four_bit.weight import LEVELS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK_SIZES = (32, 64, 128, 1024, 4096)

@@ -59,7 +59,7 @@ def test_the_nearest_measured_size_is_taken(file, kernel, size, expected):
 
 
 def test_without_a_file_the_heuristic_is_taken_and_one_warning_given(file):
-    with pytest.warns(UserWarning, match=r"Some_GPU\.json: heuristic ones are used.*ept_kernels\.tune") as caught:
+    with pytest.warns(UserWarning, match=r"Some_GPU\.json: heuristic ones are used.*ept_kernels\.dev\.tune") as caught:
         found = [launch.config_for(k, 64, torch.device("cuda", i), DEFAULT) for k in ("one", "two") for i in range(3)]
     assert found == 6 * [DEFAULT]
     assert len(caught) == 1
@@ -130,7 +130,7 @@ def test_what_is_adopted_counts_as_measured_at_its_size(file):
 
 
 def test_every_shipped_file_is_sound_and_known_to_the_tuner():
-    from ept_kernels import aot
+    from ept_kernels.dev import aot
 
     aot.shipped_cases()
     for path in launch.CONFIGS.glob("*.json"):
@@ -138,7 +138,7 @@ def test_every_shipped_file_is_sound_and_known_to_the_tuner():
 
 
 def test_shipped_configurations_are_compiled_and_unknown_ones_refused(tmp_path, monkeypatch):
-    from ept_kernels import aot, tune
+    from ept_kernels.dev import aot, tune
 
     tunable = tune.tunables()[0]
     size = "x".join(map(str, tunable.size))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import ept_kernels
 from ept import functional
-from ept_kernels.joint_prompt import ACTIVATIONS, NORM_EPS
+from ept_kernels.joint_prompt.reference import ACTIVATIONS, NORM_EPS
 
 
 @dataclass(frozen=True)

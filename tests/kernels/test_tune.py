@@ -14,7 +14,8 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from ept_kernels import launch, tune
+from ept_kernels import launch
+from ept_kernels.dev import tune
 from ept_kernels.launch import Tunable
 
 CPU = torch.device("cpu")
@@ -122,8 +123,8 @@ def test_bits_are_compared_where_no_tolerance_is_given():
 def test_the_file_is_read_back_and_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "Some_GPU.json"
     rows = [tune.tune(toy(1), CPU, samples=1)]
-    tune.write(path, rows, "Some GPU", "python -m ept_kernels.tune --kernels toy")
-    tune.write(path, [{**rows[0], "kernel": "other"}], "Some GPU", "python -m ept_kernels.tune --kernels other")
+    tune.write(path, rows, "Some GPU", "python -m ept_kernels.dev.tune --kernels toy")
+    tune.write(path, [{**rows[0], "kernel": "other"}], "Some GPU", "python -m ept_kernels.dev.tune --kernels other")
     tune.write(path, [{**rows[0], "config": {"kind": 7}}], "Some GPU", "again")
     assert launch.load_configs(path) == {"toy": {(8,): {"kind": 7}}, "other": {(8,): {"kind": 1}}}
     content = json.loads(path.read_text(encoding="utf-8"))

@@ -5,17 +5,22 @@ Importing this package registers the operators in ``torch.ops.ept`` (see ``libra
 is wrapped around the operators by the caller.
 """
 
-from .dequantize_4bit import dequantize_4bit, dequantize_4bit_reference
-from .four_bit import FourBitWeight
-from .joint_prompt import joint_prompt, joint_prompt_backward, joint_prompt_backward_reference, joint_prompt_reference
-from .library import backend
-from .matmul_4bit import (
+from .four_bit.matmul_reference import (
     matmul_4bit,
     matmul_4bit_backward,
     matmul_4bit_backward_reference,
     matmul_4bit_reference,
 )
-from .prompted_embedding import (
+from .four_bit.reference import dequantize_4bit, dequantize_4bit_reference
+from .four_bit.weight import FourBitWeight
+from .joint_prompt.reference import (
+    joint_prompt,
+    joint_prompt_backward,
+    joint_prompt_backward_reference,
+    joint_prompt_reference,
+)
+from .library import backend
+from .prompted_embedding.reference import (
     prompted_embedding,
     prompted_embedding_backward,
     prompted_embedding_backward_reference,

@@ -1,7 +1,7 @@
 """What the kernels' launchers share: entering the device, counting launches, measured configurations.
 
 A configuration is a set of meta-parameters of one kernel (block sizes, ``num_warps``, ``num_stages``). Measured ones
-are data, one file a device, ``configs/<device name>.json``, written by ``python -m ept_kernels.tune``:
+are data, one file a device, ``configs/<device name>.json``, written by ``python -m ept_kernels.dev.tune``:
 
     {"device": ..., "kernels": {kernel: {size: {meta-parameter: number}}}, "measurements": [...]}
 
@@ -240,7 +240,7 @@ def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
-            f"{path} is damaged ({detail}): write it again with `python -m ept_kernels.tune`, or delete it"
+            f"{path} is damaged ({detail}): write it again with `python -m ept_kernels.dev.tune`, or delete it"
         ) from error
 
 
@@ -260,7 +260,7 @@ def _read_once(path: Path) -> dict[str, dict[Size, Config]]:
     """Of one device model; the warning comes once, however many such devices and kernels there are."""
     if not path.is_file():
         warnings.warn(
-            f"no measured launch configurations {path.name}: heuristic ones are used. `python -m ept_kernels.tune` "
+            f"no measured launch configurations {path.name}: heuristic ones are used. `python -m ept_kernels.dev.tune` "
             "measures them",
             stacklevel=2,
         )

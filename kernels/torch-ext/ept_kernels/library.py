@@ -66,8 +66,8 @@ def register(
         reference: plain PyTorch. Mixed precision is switched off around it and around the launcher, since the
             operators choose their own accumulation type.
         fake: computes output shapes and dtypes without data, for ``torch.compile`` and meta tensors.
-        launcher: ``"module"`` of this package with a function of the operator's name that launches Triton kernels; it
-            is imported at the first call, so that importing the package needs no Triton.
+        launcher: ``"folder.module"`` of this package with a function of the operator's name that launches Triton
+            kernels; it is imported at the first call, so that importing the package needs no Triton.
 
     A second copy of this package in one process (an installed one and one loaded from a kernel repository) finds the
     operators registered and uses them as they are.

@@ -12,7 +12,9 @@ import torch
 from conftest import INTERPRETED
 from torch import Tensor
 
-from ept_kernels import FourBitWeight, dequantize_4bit_triton, four_bit_products
+from ept_kernels import FourBitWeight
+from ept_kernels.four_bit import dequantize as dequantize_4bit_triton
+from ept_kernels.four_bit import splits as four_bit_products
 
 
 def quantized(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import ept_kernels
 from ept_kernels import FourBitWeight, launch
-from ept_kernels import dequantize_4bit_triton as kernels
+from ept_kernels.four_bit import dequantize as kernels
 from ept_kernels.launch import trying
 
 __all__ = ["watched_memory"]

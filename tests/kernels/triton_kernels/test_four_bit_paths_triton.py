@@ -11,9 +11,18 @@ import torch
 from conftest import INTERPRETED
 from four_bit_problems import quantized, watched_memory
 
-from ept_kernels import FourBitWeight, four_bit_paths, launch, matmul_4bit_backward_triton, matmul_4bit_triton
-from ept_kernels.four_bit_paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, chosen_path, path_of
-from ept_kernels.four_bit_products import Weight
+from ept_kernels import FourBitWeight, launch
+from ept_kernels.four_bit import (
+    matmul as matmul_4bit_triton,
+)
+from ept_kernels.four_bit import (
+    matmul_backward as matmul_4bit_backward_triton,
+)
+from ept_kernels.four_bit import (
+    paths as four_bit_paths,
+)
+from ept_kernels.four_bit.paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, chosen_path, path_of
+from ept_kernels.four_bit.splits import Weight
 from ept_kernels.launch import trying
 
 __all__ = ["watched_memory"]

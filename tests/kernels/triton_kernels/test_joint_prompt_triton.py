@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import ept_kernels
-from ept_kernels import joint_prompt_configs, launch
-from ept_kernels import joint_prompt_triton as kernels
-from ept_kernels.joint_prompt import ACTIVATIONS
+from ept_kernels import launch
+from ept_kernels.joint_prompt import configs as joint_prompt_configs
+from ept_kernels.joint_prompt import launchers as kernels
+from ept_kernels.joint_prompt.reference import ACTIVATIONS
 
 NAMES = ("prompt", "A", "B", "beta", "W_q", "W_k", "D", "U", "G")
 FLOAT32_TOLERANCE = 1e-5  # of the largest magnitude of a result, or of what it is the sum of

@@ -26,10 +26,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ept_kernels
-from ept_kernels import FourBitWeight, four_bit_paths, four_bit_products, launch
-from ept_kernels import matmul_4bit_backward_triton as backward_kernels
-from ept_kernels import matmul_4bit_triton as kernels
-from ept_kernels.four_bit_codes import levels, levels_of_tile
+from ept_kernels import FourBitWeight, launch
+from ept_kernels.four_bit import matmul as kernels
+from ept_kernels.four_bit import matmul_backward as backward_kernels
+from ept_kernels.four_bit import paths as four_bit_paths
+from ept_kernels.four_bit import splits as four_bit_products
+from ept_kernels.four_bit.decode import levels, levels_of_tile
 from ept_kernels.launch import trying
 
 __all__ = ["watched_memory"]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import ept_kernels
-from ept_kernels import launch, prompted_embedding_configs
-from ept_kernels import prompted_embedding_triton as kernels
+from ept_kernels import launch
+from ept_kernels.prompted_embedding import configs as prompted_embedding_configs
+from ept_kernels.prompted_embedding import launchers as kernels
 
 VOCABULARY = 37
 SCALE = 1.7

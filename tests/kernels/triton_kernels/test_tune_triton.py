@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from ept_kernels import launch, tune
+from ept_kernels import launch
+from ept_kernels.dev import tune
 
 REDUCED = tune.tunables(reduced=True)
 

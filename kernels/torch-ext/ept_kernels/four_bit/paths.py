@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .four_bit_codes import is_word_aligned
-from .four_bit_products import Weight, key
-from .launch import cached_choice, config_for
+from ..launch import cached_choice, config_for
+from .decode import is_word_aligned
+from .splits import Weight, key
 
 LIBRARY, FUSED, BITSANDBYTES = 0, 1, 2
 

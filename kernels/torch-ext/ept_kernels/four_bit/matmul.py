@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import four_bit_products
-from .dequantize_4bit_triton import dequantize_4bit
-from .four_bit_codes import WEIGHTS, absmax_of_words, levels_of_tile, load_tile, split_8
-from .four_bit_paths import BITSANDBYTES, FUSED, bitsandbytes_product, path_of
-from .four_bit_products import Weight, reduce_aot_cases, run
-from .launch import AotCase
+from ..launch import AotCase
+from . import splits as four_bit_products
+from .decode import WEIGHTS, absmax_of_words, levels_of_tile, load_tile, split_8
+from .dequantize import dequantize_4bit
+from .paths import BITSANDBYTES, FUSED, bitsandbytes_product, path_of
+from .splits import Weight, reduce_aot_cases, run
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def matmul_4bit(
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernel with every tile, and the sum over splits, for :mod:`ept_kernels.aot`."""
+    """The kernel with every tile, and the sum over splits, for :mod:`ept_kernels.dev.aot`."""
     return [*four_bit_products.aot_cases("matmul_4bit", matmul_4bit_kernel), *reduce_aot_cases()]
 
 

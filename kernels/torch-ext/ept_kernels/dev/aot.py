@@ -1,6 +1,6 @@
 """Compiles every kernel in every shipped configuration for the supported targets, without a GPU.
 
-    python -m ept_kernels.aot [--json FILE] [--targets NAME,NAME] [--only KERNEL] [--jobs NUMBER]
+    python -m ept_kernels.dev.aot [--json FILE] [--targets NAME,NAME] [--only KERNEL] [--jobs NUMBER]
 
 Prints a table (kernel, target, registers, spilled bytes, shared memory, instructions, and instructions a weight where
 4-bit weights are decoded) and fails on any spill, and on shared memory over the target's limit.
@@ -25,8 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from . import launch
-from .launch import REGISTERS, AotCase
+from .. import launch
+from ..launch import REGISTERS, AotCase
 
 # target: (backend, architecture, threads a warp, bytes of shared memory one program may have)
 TARGETS = {
@@ -39,13 +39,17 @@ TARGETS = {
 
 def cases() -> list[AotCase]:
     """Every kernel of this package with representative signatures, as the heuristics launch it."""
-    from . import (
-        dequantize_4bit_triton,
-        joint_prompt_configs,
-        matmul_4bit_backward_triton,
-        matmul_4bit_triton,
-        prompted_embedding_configs,
+    from ..four_bit import (
+        dequantize as dequantize_4bit_triton,
     )
+    from ..four_bit import (
+        matmul as matmul_4bit_triton,
+    )
+    from ..four_bit import (
+        matmul_backward as matmul_4bit_backward_triton,
+    )
+    from ..joint_prompt import configs as joint_prompt_configs
+    from ..prompted_embedding import configs as prompted_embedding_configs
 
     return [
         *joint_prompt_configs.aot_cases(),
@@ -83,7 +87,15 @@ def shipped_cases() -> list[AotCase]:
 
 def every_case() -> list[AotCase]:
     """The 4-bit kernels, as the heuristics launch them, for every kind of weight and of operands."""
-    from . import dequantize_4bit_triton, matmul_4bit_backward_triton, matmul_4bit_triton
+    from ..four_bit import (
+        dequantize as dequantize_4bit_triton,
+    )
+    from ..four_bit import (
+        matmul as matmul_4bit_triton,
+    )
+    from ..four_bit import (
+        matmul_backward as matmul_4bit_backward_triton,
+    )
 
     modules = (dequantize_4bit_triton, matmul_4bit_triton, matmul_4bit_backward_triton)
     return [case for module in modules for case in module.every_aot_case()]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .joint_prompt import NORM_EPS
+from .reference import NORM_EPS
 
 EPS = tl.constexpr(NORM_EPS)
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dequantize_4bit_triton as dequantize
-from .dequantize_4bit import dequantize_parts
-from .four_bit_paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, has_bitsandbytes, has_fused, heuristic_path
-from .four_bit_products import TILES, Weight, aot_case, heuristic, key, run
-from .launch import AotCase, Config, Tunable, grid
-from .matmul_4bit_backward_triton import matmul_4bit_backward, matmul_4bit_backward_kernel
-from .matmul_4bit_triton import matmul_4bit, matmul_4bit_kernel
+from ..four_bit import dequantize as dequantize
+from ..four_bit.matmul import matmul_4bit, matmul_4bit_kernel
+from ..four_bit.matmul_backward import matmul_4bit_backward, matmul_4bit_backward_kernel
+from ..four_bit.paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, has_bitsandbytes, has_fused, heuristic_path
+from ..four_bit.reference import dequantize_parts
+from ..four_bit.splits import TILES, Weight, aot_case, heuristic, key, run
+from ..launch import AotCase, Config, Tunable, grid
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (768, 768), (3072, 768))  # rows and columns of a weight
 BLOCK_SIZE, NESTED_BLOCK_SIZE = 64, 256

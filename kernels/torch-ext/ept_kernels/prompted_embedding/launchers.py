@@ -1,7 +1,7 @@
 """Launchers of the prompted embedding's Triton kernels: one launch forward, three backward.
 
 The kernels are in ``prompted_embedding_forward.py`` and ``prompted_embedding_gradients.py``, how they are launched in
-``prompted_embedding_configs.py``.
+``configs.py``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import launch, on_device
-from .prompted_embedding_configs import chosen
-from .prompted_embedding_forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
-from .prompted_embedding_gradients import (
+from ..launch import launch, on_device
+from .backward import (
     prompted_embedding_backward_kernel,
     prompted_embedding_reduce_kernel,
     prompted_embedding_token_at_kernel,
 )
+from .configs import chosen
+from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
 
 def prompted_embedding(

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import prompted_embedding_triton as launchers
-from .launch import AotCase, Config, Tunable, grid, in_float64, padded
-from .prompted_embedding import (
+from ..launch import AotCase, Config, Tunable, grid, in_float64, padded
+from ..prompted_embedding import launchers as launchers
+from ..prompted_embedding.configs import aot_case, bounded, heuristic, key, pointer_types
+from ..prompted_embedding.reference import (
     prompted_embedding_backward_reference,
     prompted_embedding_packed_reference,
     prompted_embedding_reference,
 )
-from .prompted_embedding_configs import aot_case, bounded, heuristic, key, pointer_types
 
 _FORWARD_GRID = grid(BLOCK_T=(16, 32, 64), BLOCK_D=(64, 128, 256), ITERS=(1, 4, 16), num_warps=(4, 8))
 _BACKWARD = (launchers.prompted_embedding_backward, prompted_embedding_backward_reference, "backward")

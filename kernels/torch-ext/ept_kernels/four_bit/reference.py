@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .four_bit import LEVELS, SCHEMA, FourBitWeight
-from .library import register
+from ..library import register
+from .weight import LEVELS, SCHEMA, FourBitWeight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -69,5 +69,5 @@ _dequantize_4bit = register(
     f"dequantize_4bit({SCHEMA.format('')}, ScalarType dtype) -> Tensor",
     dequantize_parts,
     _fake,
-    launcher="dequantize_4bit_triton",
+    launcher="four_bit.dequantize",
 )

@@ -36,8 +36,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .four_bit import LEVELS
-from .launch import AotCase
+from ..launch import AotCase
+from .weight import LEVELS
 
 _TABLE_BYTES = 64
 WORD = tl.constexpr(4)  # bytes that the fast paths load at once

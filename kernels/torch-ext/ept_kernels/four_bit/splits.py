@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import four_bit_codes
-from .four_bit import BLOCK_SIZES
-from .four_bit_codes import levels
-from .launch import AotCase, Config, all_registers, cached_choice, config_for, launch, on_device
+from ..launch import AotCase, Config, all_registers, cached_choice, config_for, launch, on_device
+from . import decode as four_bit_codes
+from .decode import levels
+from .weight import BLOCK_SIZES
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
 _FORWARD = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .dequantize_4bit import DTYPES, dequantize_parts
-from .four_bit import SCHEMA, FourBitWeight
-from .library import register
-from .prompted_embedding import compute_dtype
+from ..library import register
+from ..prompted_embedding.reference import compute_dtype
+from .reference import DTYPES, dequantize_parts
+from .weight import SCHEMA, FourBitWeight
 
 
 def matmul_parts(
@@ -124,11 +124,11 @@ _matmul_4bit = register(
     f"matmul_4bit(Tensor x, {SCHEMA.format('Tensor? bias,')}) -> Tensor",
     matmul_parts,
     _fake,
-    launcher="matmul_4bit_triton",
+    launcher="four_bit.matmul",
 )
 _matmul_4bit_backward = register(
     f"matmul_4bit_backward(Tensor grad_output, {SCHEMA.format('')}) -> Tensor",
     matmul_backward_parts,
     _backward_fake,
-    launcher="matmul_4bit_backward_triton",
+    launcher="four_bit.matmul_backward",
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .prompted_embedding_forward import load_A, load_B
+from .forward import load_A, load_B
 
 
 @triton.jit(do_not_specialize=["n", "stride_positions_b"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .launch import padded
+from ..launch import padded
 
 # Columns of D at a time: the least that a matrix product takes.
 SPACE_COLUMNS = 16

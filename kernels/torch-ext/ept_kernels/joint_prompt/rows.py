@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .joint_prompt_products import inner, inverse_rms, inverse_rms_of_p
-from .joint_prompt_shape import SPACE_COLUMNS
+from .products import inner, inverse_rms, inverse_rms_of_p
+from .shape import SPACE_COLUMNS
 
 COLUMNS = tl.constexpr(SPACE_COLUMNS)
 

@@ -18,18 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .joint_prompt_center import (
-    exponents_of_C,
-    exponents_of_p,
-    inverse_rms_of_C,
-    keys,
-    keys_of_B,
-    queries,
-    scores_of_B,
-    scores_of_p,
-)
-from .joint_prompt_products import inner, inverse_rms_of_p, load_tile, store_tile
-from .joint_prompt_space_gradients import grad_of_G, grads_of_spaces, spaces_to_p
+from .backward_spaces import grad_of_G, grads_of_spaces, spaces_to_p
+from .products import inner, inverse_rms_of_p, load_tile, store_tile
+from .rows import exponents_of_C, exponents_of_p, inverse_rms_of_C, keys, keys_of_B, queries, scores_of_B, scores_of_p
 
 # Nothing is hoisted out of the loops (disable_licm): what they hold throughout would overflow the registers.
 

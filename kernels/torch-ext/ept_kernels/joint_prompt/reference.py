@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .library import register
-from .prompted_embedding import compute_dtype
+from ..library import register
+from ..prompted_embedding.reference import compute_dtype
 
 ACTIVATIONS = ("gelu", "relu", "silu", "tanh", "linear")
 
@@ -265,11 +265,11 @@ _PARAMETERS = (
     'float lowrank_scale, float embedding_scale, float score_scale, str activation="gelu"'
 )
 joint_prompt = register(
-    f"joint_prompt({_PARAMETERS}) -> Tensor", joint_prompt_reference, _fake, launcher="joint_prompt_triton"
+    f"joint_prompt({_PARAMETERS}) -> Tensor", joint_prompt_reference, _fake, launcher="joint_prompt.launchers"
 )
 joint_prompt_backward = register(
     f"joint_prompt_backward(Tensor grad_output, {_PARAMETERS}) -> ({', '.join(['Tensor'] * 9)})",
     joint_prompt_backward_reference,
     _backward_fake,
-    launcher="joint_prompt_triton",
+    launcher="joint_prompt.launchers",
 )

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from . import joint_prompt_triton as launchers
-from .joint_prompt import joint_prompt_backward_reference, joint_prompt_reference
-from .joint_prompt_configs import Sizes, aot_case, heuristic, key
-from .launch import AotCase, Config, Tunable, grid, in_float64, padded
+from ..joint_prompt import launchers as launchers
+from ..joint_prompt.configs import Sizes, aot_case, heuristic, key
+from ..joint_prompt.reference import joint_prompt_backward_reference, joint_prompt_reference
+from ..launch import AotCase, Config, Tunable, grid, in_float64, padded
 
 _BACKWARD = ("joint_prompt_backward", launchers.joint_prompt_backward, joint_prompt_backward_reference)
 

@@ -1,6 +1,6 @@
 """Measures the kernels' launch configurations on the GPU at hand and writes them to ``configs/<device name>.json``.
 
-    python -m ept_kernels.tune [--kernels NAME,NAME] [--output FILE]
+    python -m ept_kernels.dev.tune [--kernels NAME,NAME] [--output FILE]
 
 What there is to tune the kernels' modules say with a function ``tunables(reduced: bool)``, a list of
 :class:`~ept_kernels.launch.Tunable`: kernel, size, candidate configurations, launcher, inputs, reference. ``reduced``
@@ -13,8 +13,8 @@ together larger than the L2 cache, one after another, in a CUDA graph where ther
 the samples. The fastest is measured again in turn with the heuristic's configuration and wins if it is faster by more
 than the noise. Kernels that are no longer measured keep what an existing file says.
 
-``TRITON_INTERPRET=1 python -m ept_kernels.tune --device cpu`` runs all of this on tiny sizes without a GPU, to check
-the tuner itself. Its times are the interpreter's, and its output never goes to ``configs/``.
+``TRITON_INTERPRET=1 python -m ept_kernels.dev.tune --device cpu`` runs all of this on tiny sizes without a GPU, to
+check the tuner itself. Its times are the interpreter's, and its output never goes to ``configs/``.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import launch
-from .launch import Config, Tunable
+from .. import launch
+from ..launch import Config, Tunable
 
 SAMPLES = 25  # timed runs over all sets of inputs
 WARMUP = 3
@@ -271,8 +271,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device(found.type, torch.accelerator.current_device_index())
     if name is None:
         raise SystemExit(
-            "no accelerator was found to tune for; `TRITON_INTERPRET=1 python -m ept_kernels.tune --device cpu` checks "
-            "the tuner itself"
+            "no accelerator was found to tune for; `TRITON_INTERPRET=1 python -m ept_kernels.dev.tune --device cpu` "
+            "checks the tuner itself"
         )
     if name == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit("--device cpu needs TRITON_INTERPRET=1 in the environment: Triton compiles for GPUs only")
@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
     name = "cpu, Triton's interpreter: no measurement" if interpreted else _device_name(device)
     output = options.output or (None if interpreted else launch.config_file(device))
     if output is not None:
-        command = " ".join(["python -m ept_kernels.tune", *(arguments if arguments is not None else sys.argv[1:])])
+        command = " ".join(["python -m ept_kernels.dev.tune", *(arguments if arguments is not None else sys.argv[1:])])
         write(output, rows, name, command)
         print(f"written to {output}")
     if interpreted:

@@ -8,16 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .joint_prompt_center import (
-    COLUMNS,
-    activate,
-    before_activation,
-    gates,
-    gates_of_columns,
-    slope,
-    spaces_of_columns,
-)
-from .joint_prompt_products import inner, inverse_rms_of_p, load_tile, store_tile
+from .products import inner, inverse_rms_of_p, load_tile, store_tile
+from .rows import COLUMNS, activate, before_activation, gates, gates_of_columns, slope, spaces_of_columns
 
 
 @triton.jit

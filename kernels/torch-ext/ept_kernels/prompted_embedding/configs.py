@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from .launch import AotCase, Config, cached_choice, config_for, padded, precision
-from .prompted_embedding_forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
-from .prompted_embedding_gradients import (
+from ..launch import AotCase, Config, cached_choice, config_for, padded, precision
+from .backward import (
     prompted_embedding_backward_kernel,
     prompted_embedding_reduce_kernel,
     prompted_embedding_token_at_kernel,
 )
+from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
 _FORWARD = {"BLOCK_T": 32, "BLOCK_D": 128, "ITERS": 4, "STAGES": 3, "num_warps": 4, "num_stages": 3}
 _BACKWARD = {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_R": 16, "STAGES": 4, "num_warps": 4, "num_stages": 3}
@@ -113,7 +113,7 @@ _UNIT_STRIDES = (
 
 
 def aot_cases() -> list[AotCase]:
-    """Every kernel with representative signatures, for :mod:`ept_kernels.aot`."""
+    """Every kernel with representative signatures, for :mod:`ept_kernels.dev.aot`."""
     cases = [
         aot_case("prompted_embedding_token_at", "int64", {"positions": "*i64"}),
         aot_case("prompted_embedding_token_at", "int32", {"positions": "*i32"}),

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import four_bit_codes
-from .four_bit import BLOCK_SIZES
-from .four_bit_codes import decode, is_word_aligned, levels, load_absmax
-from .launch import AotCase, Config, cached_choice, config_for, launch, on_device
+from ..launch import AotCase, Config, cached_choice, config_for, launch, on_device
+from . import decode as four_bit_codes
+from .decode import decode, is_word_aligned, levels, load_absmax
+from .weight import BLOCK_SIZES
 
 # UNITS: words or bytes in a tile, a power of two, one a thread. ITERS: tiles that a program takes.
 CONFIGS: dict[str, Config] = {"dequantize_4bit": {"UNITS": 128, "ITERS": 4, "num_warps": 4, "num_stages": 1}}
@@ -149,7 +149,7 @@ _AOT_PROBLEMS = (
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernel with representative signatures, for :mod:`ept_kernels.aot`."""
+    """The kernel with representative signatures, for :mod:`ept_kernels.dev.aot`."""
     return [aot_case(heuristic(), *problem) for problem in _AOT_PROBLEMS]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .joint_prompt_configs import Sizes, chosen
-from .joint_prompt_forward import joint_prompt_kernel
-from .joint_prompt_gradients import joint_prompt_backward_kernel
-from .joint_prompt_products import joint_prompt_products_kernel
-from .joint_prompt_shape import Shape
-from .launch import launch, on_device
+from ..launch import launch, on_device
+from .backward import joint_prompt_backward_kernel
+from .configs import Sizes, chosen
+from .forward import joint_prompt_kernel
+from .products import joint_prompt_products_kernel
+from .shape import Shape
 
 
 def joint_prompt(

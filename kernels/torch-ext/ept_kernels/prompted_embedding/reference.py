@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import register
+from ..library import register
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -165,19 +165,19 @@ prompted_embedding = register(
     "float scale, Tensor? adapter_ids=None) -> Tensor",
     prompted_embedding_reference,
     _fake,
-    launcher="prompted_embedding_triton",
+    launcher="prompted_embedding.launchers",
 )
 prompted_embedding_packed = register(
     "prompted_embedding_packed(Tensor input_ids, Tensor cu_seqlens, Tensor table, Tensor prompt, Tensor A, Tensor B, "
     "float scale) -> Tensor",
     prompted_embedding_packed_reference,
     _packed_fake,
-    launcher="prompted_embedding_triton",
+    launcher="prompted_embedding.launchers",
 )
 prompted_embedding_backward = register(
     "prompted_embedding_backward(Tensor grad_output, Tensor positions, Tensor A, Tensor B, float scale, "
     "Tensor? adapter_ids=None) -> (Tensor, Tensor, Tensor)",
     prompted_embedding_backward_reference,
     _backward_fake,
-    launcher="prompted_embedding_triton",
+    launcher="prompted_embedding.launchers",
 )

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import four_bit_products
-from .dequantize_4bit_triton import dequantize_4bit
-from .four_bit_codes import WEIGHTS, absmax_of_words, levels_of_tile, load_tile
-from .four_bit_paths import FUSED, path_of
-from .four_bit_products import Weight, run
-from .launch import AotCase
+from ..launch import AotCase
+from . import splits as four_bit_products
+from .decode import WEIGHTS, absmax_of_words, levels_of_tile, load_tile
+from .dequantize import dequantize_4bit
+from .paths import FUSED, path_of
+from .splits import Weight, run
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def matmul_4bit_backward(
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernel with every tile, for :mod:`ept_kernels.aot`."""
+    """The kernel with every tile, for :mod:`ept_kernels.dev.aot`."""
     return four_bit_products.aot_cases("matmul_4bit_backward", matmul_4bit_backward_kernel)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .joint_prompt_center import (
+from .products import inverse_rms_of_p, load_tile, store_tile
+from .rows import (
     COLUMNS,
     activate,
     before_activation,
@@ -21,7 +22,6 @@ from .joint_prompt_center import (
     scores_of_B,
     scores_of_p,
 )
-from .joint_prompt_products import inverse_rms_of_p, load_tile, store_tile
 
 
 @triton.jit

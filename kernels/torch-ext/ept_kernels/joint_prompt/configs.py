@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .joint_prompt_forward import joint_prompt_kernel
-from .joint_prompt_gradients import joint_prompt_backward_kernel
-from .joint_prompt_products import joint_prompt_products_kernel
-from .joint_prompt_shape import Shape
-from .launch import AotCase, Config, all_registers, cached_choice, config_for, padded, precision
+from ..launch import AotCase, Config, all_registers, cached_choice, config_for, padded, precision
+from .backward import joint_prompt_backward_kernel
+from .forward import joint_prompt_kernel
+from .products import joint_prompt_products_kernel
+from .shape import Shape
 
 # Meta-parameters by kernel, used where nothing was measured. The first launch, of the inner products, belongs to both
 # operators; BLOCK_M and PARTS of the second one hold for it too.
@@ -133,7 +133,7 @@ _AOT_PROBLEMS = (
 
 
 def aot_cases() -> list[AotCase]:
-    """Every kernel with representative sizes, for :mod:`ept_kernels.aot`."""
+    """Every kernel with representative sizes, for :mod:`ept_kernels.dev.aot`."""
     cases = []
     for sizes, dtype in _AOT_PROBLEMS:
         for operator in ("joint_prompt", "joint_prompt_backward"):
