@@ -16,7 +16,7 @@ class Ceilings(NamedTuple):
     operations_per_second: dict[str, float]
 
     def floor(self, bytes_moved: int, operations: int, dtype: str) -> tuple[float, str]:
-        """The least seconds that so much work takes, and which ceiling sets them: ``memory`` or ``compute``."""
+        """The least seconds that so much work takes, and which ceiling sets them: `memory` or `compute`."""
         memory = bytes_moved / self.bytes_per_second
         compute = operations / self.operations_per_second[dtype]
         return max((memory, "memory"), (compute, "compute"))
@@ -37,7 +37,7 @@ SIZES = {
 
 
 def measure(table: str, device: str) -> tuple[Ceilings, list[dict[str, Any]]]:
-    """The ceilings of ``device`` at the sizes of ``table`` (``gpu``, ``cpu``, ``reduced``), and a row for each. On
+    """The ceilings of `device` at the sizes of `table` (`gpu`, `cpu`, `reduced`), and a row for each. On
     random data: products of zeros can run faster than real ones.
     """
     size = SIZES[table]

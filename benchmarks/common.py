@@ -1,9 +1,9 @@
 """What every benchmark shares: where a record goes, how it is written, and what it was measured with.
 
 A record is one file of JSON lines. It begins with a header (command, device, versions, a fingerprint of the sources);
-then every unit of work writes a ``begin`` line, its results, and an ``end`` line, each forced to the disk as it is
-written. A unit without its ``end`` was interrupted: its results do not count, and it is measured again. A unit that was
-begun ``ATTEMPTS`` times without an end is given up, and its failure is a result like any other.
+then every unit of work writes a `begin` line, its results, and an `end` line, each forced to the disk as it is
+written. A unit without its `end` was interrupted: its results do not count, and it is measured again. A unit that was
+begun `ATTEMPTS` times without an end is given up, and its failure is a result like any other.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ ROW_VERSIONS = ("python", "ept", "torch", "triton", "transformers", "bitsandbyte
 
 
 def device_name(device: str) -> str:
-    """``cpu``, or the GPU's own name."""
+    """`cpu`, or the GPU's own name."""
     import torch
 
     return "cpu" if device == "cpu" else torch.cuda.get_device_name()
 
 
 def device_folder(name: str) -> Path:
-    """Where the records of a device are kept: ``benchmarks/results/<device>``."""
+    """Where the records of a device are kept: `benchmarks/results/<device>`."""
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def check_device(device: str) -> None:
-    """Raises ``SystemExit`` with the remedy where ``device`` is ``cuda`` and torch sees none."""
+    """Raises `SystemExit` with the remedy where `device` is `cuda` and torch sees none."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -66,13 +66,13 @@ def command_line(parser: argparse.ArgumentParser, seconds: float) -> None:
 
 
 def table_of(arguments: argparse.Namespace) -> str:
-    """Which table of cases those options mean: ``gpu``, ``cpu`` or ``reduced``."""
+    """Which table of cases those options mean: `gpu`, `cpu` or `reduced`."""
     return "reduced" if arguments.reduced else {"cpu": "cpu", "cuda": "gpu"}[arguments.device]
 
 
 def open_record(arguments: argparse.Namespace, module: str) -> Record:
-    """The record that ``command_line``'s options name, begun or continued. To be called before ``ept_kernels`` is
-    imported: the kernels have to be asked for on a GPU, and the choice is read then. ``--as-is`` is for the report,
+    """The record that `command_line`'s options name, begun or continued. To be called before `ept_kernels` is
+    imported: the kernels have to be asked for on a GPU, and the choice is read then. `--as-is` is for the report,
     which has made or checked the record itself.
     """
     if arguments.device == "cuda":
@@ -124,7 +124,7 @@ def source_fingerprint() -> str:
 class Record:
     """One record on the disk, appended to line by line.
 
-    Opening it repairs a last line that was cut off. A damaged line anywhere else raises ``ValueError``.
+    Opening it repairs a last line that was cut off. A damaged line anywhere else raises `ValueError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,8 +133,8 @@ class Record:
 
     @classmethod
     def resume(cls, path: Path, header: dict[str, Any]) -> Record:
-        """The record at ``path`` if it was measured with the same sources, versions, device and sizes; a new one
-        otherwise, the old one staying beside it as ``previous-<name>``.
+        """The record at `path` if it was measured with the same sources, versions, device and sizes; a new one
+        otherwise, the old one staying beside it as `previous-<name>`.
         """
         record = cls(path)
         same = ("sources", "device", "device_type", "reduced", "versions")
@@ -188,18 +188,18 @@ class Record:
         return any(line["line"] == "end" and line["unit"] == unit for line in self.lines())
 
     def attempts(self, unit: str) -> int:
-        """How often ``unit`` was begun."""
+        """How often `unit` was begun."""
         return sum(line["line"] == "begin" and line["unit"] == unit for line in self.lines())
 
     @contextmanager
     def unit(self, name: str) -> Iterator[Unit]:
-        """Writes ``begin``, whatever the body adds, and ``end`` (not when the body raises)."""
+        """Writes `begin`, whatever the body adds, and `end` (not when the body raises)."""
         self.append({"line": "begin", "unit": name})
         yield Unit(self, name)
         self.append({"line": "end", "unit": name})
 
     def give_up(self, name: str, result: dict[str, Any]) -> bool:
-        """True, with a failed ``result`` written, where ``name`` was begun ``ATTEMPTS`` times and never ended."""
+        """True, with a failed `result` written, where `name` was begun `ATTEMPTS` times and never ended."""
         if self.attempts(name) < ATTEMPTS:
             return False
         with self.unit(name) as unit:
@@ -215,7 +215,7 @@ class Record:
 
 
 class Unit:
-    """An open unit of a :class:`Record`."""
+    """An open unit of a `Record`."""
 
     def __init__(self, record: Record, name: str) -> None:
         self._record, self._name = record, name

@@ -1,8 +1,8 @@
-"""pytest-benchmark suites, one a kernel: ``pytest benchmarks`` (``-k name`` to choose).
+"""pytest-benchmark suites, one a kernel: `pytest benchmarks` (`-k name` to choose).
 
-All versions of a case are measured together, in turn, by :mod:`benchmarks.measure`: device time, bytes, fraction of the
+All versions of a case are measured together, in turn, by `benchmarks.measure`: device time, bytes, fraction of the
 ceiling. Each then runs once more under pytest-benchmark, whose own table shows what a call costs with the host's work;
-our numbers go into its ``extra_info`` and into the table at the end.
+our numbers go into its `extra_info` and into the table at the end.
 """
 
 from __future__ import annotations

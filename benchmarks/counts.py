@@ -15,7 +15,7 @@ PARAMETER_BYTES = 4  # the prompt's parameters are float32
 
 
 class Counts(NamedTuple):
-    """``bytes`` moved and floating-point ``operations``, at the least."""
+    """`bytes` moved and floating-point `operations`, at the least."""
 
     bytes: int
     operations: int
@@ -24,7 +24,7 @@ class Counts(NamedTuple):
 def prompted_embedding(
     batch: int, length: int, width: int, prompt: int, rank: int, positions: int, distinct: int, item: int
 ) -> Counts:
-    """Padded forward: ``distinct`` table rows are read, ``batch · (prompt + length)`` rows written, ``item`` bytes an
+    """Padded forward: `distinct` table rows are read, `batch · (prompt + length)` rows written, `item` bytes an
     element. Without a low-rank part (rank 0) no positions are read.
     """
     index = ID_BYTES * batch * length * (2 if rank else 1)
@@ -36,8 +36,8 @@ def prompted_embedding(
 def prompted_embedding_packed(
     texts: int, tokens: int, longest: int, width: int, prompt: int, rank: int, positions: int, distinct: int, item: int
 ) -> Counts:
-    """Padding-free forward over ``tokens`` tokens of ``texts`` texts, the longest of ``longest`` tokens; positions
-    follow from the ``texts + 1`` offsets.
+    """Padding-free forward over `tokens` tokens of `texts` texts, the longest of `longest` tokens; positions
+    follow from the `texts + 1` offsets.
     """
     index = ID_BYTES * (tokens + texts + 1)
     output = (tokens + texts * prompt) * width * item
@@ -59,9 +59,9 @@ def prompted_embedding_backward(
 
 
 def joint_prompt(prompt: int, positions: int, rank: int, width: int, columns: int, spaces: int) -> Counts:
-    """Forward and backward of the joint prompt without learned maps: ``columns`` = K·h over ``spaces`` = K spaces.
+    """Forward and backward of the joint prompt without learned maps: `columns` = K·h over `spaces` = K spaces.
 
-    Forward: ``P̂·[D | G | Bᵀ | P_sᵀ]``, ``B·Bᵀ``, the rank-space products, ``[·]·[B; P_s; U]``. The backward of every
+    Forward: `P̂·[D | G | Bᵀ | P_sᵀ]`, `B·Bᵀ`, the rank-space products, `[·]·[B; P_s; U]`. The backward of every
     product is two of the same size.
     """
     reduce = prompt * width * (columns + spaces + rank + prompt) + rank * rank * width
@@ -85,12 +85,12 @@ def four_bit_weight(rows: int, columns: int, block_size: int, nested: bool, nest
 
 
 def dequantize_4bit(rows: int, columns: int, block_size: int, nested: bool, item: int) -> Counts:
-    """The packed weight is read, ``rows · columns`` elements of ``item`` bytes are written."""
+    """The packed weight is read, `rows · columns` elements of `item` bytes are written."""
     return Counts(four_bit_weight(rows, columns, block_size, nested) + rows * columns * item, 0)
 
 
 def matmul_4bit(m: int, rows: int, columns: int, block_size: int, nested: bool, item: int) -> Counts:
-    """``[m, columns] · [rows, columns]ᵀ``, and just as well its input gradient ``[m, rows] · [rows, columns]``."""
+    """`[m, columns] · [rows, columns]ᵀ`, and just as well its input gradient `[m, rows] · [rows, columns]`."""
     activations = m * (rows + columns) * item
     return Counts(four_bit_weight(rows, columns, block_size, nested) + activations, 2 * m * rows * columns)
 

@@ -37,7 +37,7 @@ class Packed(NamedTuple):
 
 
 def random_weight(rows: int, columns: int, scheme: str, device: str) -> Packed:
-    """A weight of ``scheme``: ``nf4`` or ``fp4``, or either with `` nested`` behind it."""
+    """A weight of `scheme`: `nf4` or `fp4`, or either with ` nested` behind it."""
     quant_type, _, nested = scheme.partition(" ")
     elements = rows * columns
     blocks = -(-elements // BLOCK_SIZE)
@@ -109,7 +109,7 @@ def _product(
     dense: Callable[[Tensor, Tensor], Tensor],
     bitsandbytes: Callable[[list[tuple[Tensor, Packed]], torch.dtype], Call],
 ) -> Problem:
-    """Either product: ``width`` is the length of a row of activations."""
+    """Either product: `width` is the length of a row of activations."""
     m, rows, columns, dtype = (*(case.size[k] for k in ("m", "rows", "columns")), getattr(torch, case.dtype))
     counted = counts.matmul_4bit(m, rows, columns, BLOCK_SIZE, case.scheme.endswith("nested"), dtype.itemsize)
 
@@ -178,7 +178,7 @@ def _bitsandbytes_matmul(sets: list[tuple[Tensor, Packed]], dtype: torch.dtype) 
 
 
 def _bitsandbytes_matmul_backward(sets: list[tuple[Tensor, Packed]], dtype: torch.dtype) -> Call:
-    """Autograd through ``MatMul4Bit``: the gradient of the input."""
+    """Autograd through `MatMul4Bit`: the gradient of the input."""
     import bitsandbytes
 
     graphs = []

@@ -21,14 +21,14 @@ MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 
 @dataclass(frozen=True)
 class Goal:
-    """``measure`` of every case, ``at_least`` or ``at_most`` the threshold.
+    """`measure` of every case, `at_least` or `at_most` the threshold.
 
     Attributes:
         what: is held. against: what it is held against.
         cases: identifiers of the cases it speaks of, all of which count.
         measure: the number of one case from its rows by provider; None where the record does not have it.
-        unit: how the number is shown: ``×`` for ratios, ``%``, ``launches``, ``yes`` for a flag.
-        device_type: ``cuda`` or ``cpu``, or ``any`` where the device does not matter.
+        unit: how the number is shown: `×` for ratios, `%`, `launches`, `yes` for a flag.
+        device_type: `cuda` or `cpu`, or `any` where the device does not matter.
     """
 
     what: str
@@ -66,8 +66,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Verdict:
-    """``status`` of a goal: the ``worst`` number measured and the case it belongs to, of ``measured`` cases out of
-    ``wanted``.
+    """`status` of a goal: the `worst` number measured and the case it belongs to, of `measured` cases out of
+    `wanted`.
     """
 
     goal: Goal
@@ -79,7 +79,7 @@ class Verdict:
 
 
 def judge(goal: Goal, rows: Iterable[Row]) -> Verdict:
-    """Holds ``rows`` (results of a record, reduced ones not counted) against one goal."""
+    """Holds `rows` (results of a record, reduced ones not counted) against one goal."""
     by_case: dict[str, dict[str, Row]] = {case: {} for case in goal.cases}
     for row in rows:
         right_device = goal.device_type in ("any", row["device_type"])
@@ -104,7 +104,7 @@ def judge_all(rows: Iterable[Row]) -> list[Verdict]:
 
 
 def speedup_over(peer: str) -> Measure:
-    """Time of ``peer`` over ours, both medians of the same run."""
+    """Time of `peer` over ours, both medians of the same run."""
 
     def measure(providers: dict[str, Row]) -> float | None:
         if not _kernels_ran(providers) or peer not in providers:
@@ -135,7 +135,7 @@ def _kernels_ran(providers: dict[str, Row]) -> bool:
 
 
 def ratio(ours: str, peer: str, field: str) -> Measure:
-    """``field`` of ``ours`` over that of ``peer``."""
+    """`field` of `ours` over that of `peer`."""
 
     def measure(providers: dict[str, Row]) -> float | None:
         values = [providers.get(name, {}).get(field) for name in (ours, peer)]

@@ -3,7 +3,7 @@
     python benchmarks/gpu_report.py                            about eight minutes on one GPU
     python benchmarks/gpu_report.py --device cpu --reduced     tiny sizes on a CPU: tests this code, measures nothing
 
-Every result is appended to ``benchmarks/results/<device>/report.jsonl`` as it is made. An interrupted report is
+Every result is appended to `benchmarks/results/<device>/report.jsonl` as it is made. An interrupted report is
 continued by the same command; so is one whose time ran out. A record of other sources or versions is kept beside the
 new one. Needs no network, nor the project's own environment: any Python that has torch, triton, transformers, peft and
 pytest will do, and what is missing beside them is skipped, with the reason in the record.
@@ -56,7 +56,7 @@ RESTARTS = 20  # of a section whose process died, which every unit survives twic
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """One pytest run: ``arguments`` and environment variables."""
+    """One pytest run: `arguments` and environment variables."""
 
     unit: str
     arguments: tuple[str, ...]
@@ -162,7 +162,7 @@ def _junit_counts(report: Path) -> Row:
 
 
 def _run(command: Sequence[str], environment: dict[str, str], seconds: float) -> Row:
-    """``status`` and ``reason`` of a command that should end with code 0 in time, and its last lines if it did not."""
+    """`status` and `reason` of a command that should end with code 0 in time, and its last lines if it did not."""
     began = time.monotonic()
     code, output = _call(command, environment, seconds, capture=True)
     took = time.monotonic() - began
@@ -175,7 +175,7 @@ def _run(command: Sequence[str], environment: dict[str, str], seconds: float) ->
 
 
 def _call(command: Sequence[str], environment: dict[str, str], seconds: float, capture: bool) -> tuple[int | None, str]:
-    """Exit code and output of a command; None where it took longer than ``seconds``: then it and all that it started
+    """Exit code and output of a command; None where it took longer than `seconds`: then it and all that it started
     are ended.
     """
     pipe = subprocess.PIPE if capture else None

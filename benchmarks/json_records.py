@@ -1,7 +1,7 @@
-"""The records that are one JSON file each, and how ``docs/performance.md`` shows them: a table, and plots where there
+"""The records that are one JSON file each, and how `docs/performance.md` shows them: a table, and plots where there
 is something to see.
 
-A file is known by its name: what no name here fits is listed by :func:`unknown`, so that no record is passed over in
+A file is known by its name: what no name here fits is listed by `unknown`, so that no record is passed over in
 silence.
 """
 
@@ -32,7 +32,7 @@ class Plot(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """``pattern`` of a file's name, title of its section, its text, the plots that a record allows, and where in the
+    """`pattern` of a file's name, title of its section, its text, the plots that a record allows, and where in the
     record its machine and versions stand.
     """
 
@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
 
 def known(folder: Path) -> list[tuple[Path, Kind]]:
-    """The records of ``folder`` that have a section, in the order of the page."""
+    """The records of `folder` that have a section, in the order of the page."""
     kinds = [(file, kind_of(file)) for file in sorted(folder.glob("*.json"))]
     return [(file, kind) for wanted in KINDS for file, kind in kinds if kind is wanted]
 
@@ -107,7 +107,7 @@ def spread(values: Record, digits: int, unit: str = "") -> str:
 
 
 def overhead(row: Record) -> str:
-    """What a row of ``run_steps.overhead_row`` says."""
+    """What a row of `run_steps.overhead_row` says."""
     size = row["size"]
     return (
         f"{row['ratio_to_bare']:.3f} times its time (20 to 80 %: {row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}, "
@@ -158,7 +158,7 @@ def _first_of_each(cases: list[Record]) -> dict[str, Record]:
 
 
 def step_rows(record: Record) -> list[Record]:
-    """A record of ``training_step.py`` as rows of training steps, which :func:`draw_steps` draws."""
+    """A record of `training_step.py` as rows of training steps, which `draw_steps` draws."""
     return [
         {
             **profile_row(method, case),

@@ -22,17 +22,17 @@ PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
 def measure_case(
     case: Case, device: str, seconds: float, ceilings: Ceilings, compile_allowed: bool = True
 ) -> list[dict[str, Any]]:
-    """A row for every version that ``case`` names.
+    """A row for every version that `case` names.
 
-    ``status`` is ``ok``, ``skipped`` (it cannot run here) or ``failed`` (it raised, or its result was wrong: then it is
-    not timed), with the ``reason``.
+    `status` is `ok`, `skipped` (it cannot run here) or `failed` (it raised, or its result was wrong: then it is
+    not timed), with the `reason`.
     """
     problem = build(case, device, compile_allowed)
     return measure_problem(case, problem, device, seconds, ceilings)
 
 
 def build(case: Case, device: str, compile_allowed: bool = True) -> Problem | None:
-    """The problem of ``case`` on ``device``; None where the operator does not exist."""
+    """The problem of `case` on `device`; None where the operator does not exist."""
     if not hasattr(ept_kernels, case.kernel):
         return None
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def _against_ceilings(problem: Problem, seconds: float, ceilings: Ceilings, dtyp
 
 
 def _backend(call: Call, device: str) -> str:
-    """What really ran: ``triton`` when a kernel of this package was launched."""
+    """What really ran: `triton` when a kernel of this package was launched."""
     if ept_kernels.backend(device) == "reference":
         return "reference"
     before = launch.launches()

@@ -1,7 +1,7 @@
-"""Rows per second with many adapters in one model: mixed batches against switching with ``set_adapter``.
+"""Rows per second with many adapters in one model: mixed batches against switching with `set_adapter`.
 
 For 1, 10 and 100 adapters the same rows are answered in two ways: in batches in which every row names its own adapter
-(``adapter_names``), and sorted by adapter, with ``set_adapter`` before each adapter's rows, in batches of the same size
+(`adapter_names`), and sorted by adapter, with `set_adapter` before each adapter's rows, in batches of the same size
 as far as an adapter has rows. Rows go round the adapters, as requests of many users would. Both ways take turns, round
 by round, so that a machine whose speed drifts slows both alike.
 
@@ -30,7 +30,7 @@ SHAPE = "smollm2-135m"
 
 
 def build(layers: int | None, adapters: int, length: int, s: int, r: int, device: torch.device) -> EPTModel:
-    """A model of random weights with ``adapters`` adapters a0, a1, …, none at its neutral start."""
+    """A model of random weights with `adapters` adapters a0, a1, …, none at its neutral start."""
     base = build_shape(SHAPE, dtype=torch.float32, device=device, layers=layers)
     config = EPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=s, max_length=length, r=r)
     model = get_ept_model(base, config, "a0")
@@ -43,7 +43,7 @@ def build(layers: int | None, adapters: int, length: int, s: int, r: int, device
 
 
 def ways(model: EPTModel, ids: torch.Tensor, batch: int) -> dict[str, Callable[[], torch.Tensor]]:
-    """The two ways to answer all rows of ``ids`` ``[rows, n]``; each returns the last logits ``[rows, vocabulary]``."""
+    """The two ways to answer all rows of `ids` `[rows, n]`; each returns the last logits `[rows, vocabulary]`."""
     adapters = list(model.peft_config)
     names = [adapters[row % len(adapters)] for row in range(len(ids))]
 

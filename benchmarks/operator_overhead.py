@@ -3,11 +3,11 @@
     python benchmarks/operator_overhead.py                      on the GPU if there is one, else on the CPU
     python benchmarks/operator_overhead.py --output FILE.json   the record as JSON too
 
-Every case is called in up to three ways, in turn, on tensors of a few elements: through ``torch.ops`` (``operator``);
-its Python implementation itself (``implementation``: the reference on a CPU, the launcher on a GPU); and, on a GPU, the
-kernels alone with their arguments at hand (``launch``). The overhead is the difference, taken round by round; what
-other processes take is not in it. ``nothing`` is an operator with the signature of ``prompted_embedding`` that runs
-nothing, and ``nothing, custom_op`` the same registered by ``torch.library.custom_op``.
+Every case is called in up to three ways, in turn, on tensors of a few elements: through `torch.ops` (`operator`);
+its Python implementation itself (`implementation`: the reference on a CPU, the launcher on a GPU); and, on a GPU, the
+kernels alone with their arguments at hand (`launch`). The overhead is the difference, taken round by round; what
+other processes take is not in it. `nothing` is an operator with the signature of `prompted_embedding` that runs
+nothing, and `nothing, custom_op` the same registered by `torch.library.custom_op`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def arguments_of(name: str, device: torch.device) -> tuple[Any, ...]:
 
 
 def ways_of(name: str, device: torch.device) -> Ways:
-    """How the operator ``name`` can be called on ``device``."""
+    """How the operator `name` can be called on `device`."""
     args = arguments_of(name, device)
     launcher = library.launcher_of(name) if ept_kernels.backend(device) == "triton" else None
     implementation = launcher or getattr(ept_kernels, f"{name}_reference")
@@ -109,7 +109,7 @@ def ways_of_nothing(device: torch.device) -> dict[str, Ways]:
 
 
 def measure(ways: Ways, rounds: int, synchronize: Callable[[], None]) -> dict[str, list[float]]:
-    """Microseconds of this thread a call of every way, in turn, ``CALLS`` calls at a time. A GPU's queue is empty at
+    """Microseconds of this thread a call of every way, in turn, `CALLS` calls at a time. A GPU's queue is empty at
     each start.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}

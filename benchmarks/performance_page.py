@@ -1,4 +1,4 @@
-"""Draws ``docs/performance.md`` and its plots from the committed records, and from nothing else.
+"""Draws `docs/performance.md` and its plots from the committed records, and from nothing else.
 
 python -m benchmarks.performance_page            writes the page and the plots
 python -m benchmarks.performance_page --check    ends with 1 where the page is not what the records give
@@ -67,7 +67,7 @@ def render(results: Path = RESULTS) -> str:
 
 
 def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
-    """Draws every plot that the records allow, beside ``page``."""
+    """Draws every plot that the records allow, beside `page`."""
     drawn = []
     for folder in _folders(results):
         rows = rows_of(folder)

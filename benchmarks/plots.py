@@ -33,7 +33,7 @@ PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
 
 
 def drawable(results: list[Row]) -> dict[str, Callable[[list[Row], Path], None]]:
-    """The plots for which ``results`` has enough points: name → function that draws one to a PNG file."""
+    """The plots for which `results` has enough points: name → function that draws one to a PNG file."""
     plots: dict[str, Callable[[list[Row], Path], None]] = {}
     if any(len(points) > 1 for lines in bandwidth_lines(results).values() for points in lines.values()):
         plots["bandwidth"] = draw_bandwidth
@@ -165,7 +165,7 @@ def draw_steps(results: list[Row], path: Path) -> None:
 
 
 def _panels(number: int, height: float = 3.4) -> tuple[Any, list[Any]]:
-    """A figure and its panels of ``height`` inches: up to three in a row, more in rows of two."""
+    """A figure and its panels of `height` inches: up to three in a row, more in rows of two."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
 """A case made ready to run: its inputs, several sets of them, and one call for every version.
 
-A version that cannot run here is in ``skipped`` with the reason, never left out.
+A version that cannot run here is in `skipped` with the reason, never left out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def problem_of(
     counted: counts.Counts,
     dtype: torch.dtype,
 ) -> Problem:
-    """The problem whose versions are ours and our reference, plain and compiled, all called with ``arguments[i]``."""
+    """The problem whose versions are ours and our reference, plain and compiled, all called with `arguments[i]`."""
     calls: dict[str, Call] = {
         OURS: lambda i: ours(*arguments[i]),
         OURS_AGAIN: lambda i: ours(*arguments[i]),
@@ -85,7 +85,7 @@ def add_peer(problem: Problem, provider: str, make: Callable[[], Call]) -> None:
 
 
 def input_sets(inputs: Callable[[], tuple[Any, ...]], counted: counts.Counts, device: str) -> list[tuple[Any, ...]]:
-    """Sets of inputs that together are larger than the cache and no larger than ``MOST_BYTES``."""
+    """Sets of inputs that together are larger than the cache and no larger than `MOST_BYTES`."""
     first = inputs()
     held = sum(x.nbytes for x in _tensors(first))
     number = copies(counted.bytes, last_level_cache(device), min(MOST_SETS, max(2, MOST_BYTES // max(held, 1))))

@@ -134,7 +134,7 @@ def _joint_prompt(case: Case, device: str) -> Problem:
 
 
 def _peft_embedding(arguments: Sequence[tuple[Any, ...]]) -> Call:
-    """What ``PeftModelForSeq2SeqLM.forward`` does between ids and ``inputs_embeds``."""
+    """What `PeftModelForSeq2SeqLM.forward` does between ids and `inputs_embeds`."""
     encoders = [_peft_encoder(prompt, table) for _, _, table, prompt, *_ in arguments]
 
     def call(i: int) -> Tensor:

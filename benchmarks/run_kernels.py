@@ -3,7 +3,7 @@
     python -m benchmarks.run_kernels --device cpu --output FILE.jsonl                    the CPU subset
     python -m benchmarks.run_kernels --device cuda --output FILE.jsonl --seconds 200     as many cases as fit
 
-A run continues the record where it was. It stops beginning new cases after ``--seconds``.
+A run continues the record where it was. It stops beginning new cases after `--seconds`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def unit_name(case: Case) -> str:
 
 
 def run(record: Record, device: str, table: str, seconds: float) -> int:
-    """Measures the cases of ``table`` that ``record`` lacks, and returns how many are left when time is up."""
+    """Measures the cases of `table` that `record` lacks, and returns how many are left when time is up."""
     import gc
 
     import torch

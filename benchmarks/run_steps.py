@@ -1,5 +1,5 @@
-"""Whole training steps for the report, appended to its record step by step: what ``ept profile`` measures, EPT
-against the bare frozen model (``step_overhead.py``), and what each option of the step gains (``step_options.py``).
+"""Whole training steps for the report, appended to its record step by step: what `ept profile` measures, EPT
+against the bare frozen model (`step_overhead.py`), and what each option of the step gains (`step_options.py`).
 
     python -m benchmarks.run_steps --device cuda --output FILE.jsonl --seconds 100
 """
@@ -33,7 +33,7 @@ class Profile:
     """Methods side by side on one shape.
 
     Attributes:
-        case: name of the unit. options: fields of ``ept.profile.profile.ProfileConfig`` but for the methods.
+        case: name of the unit. options: fields of `ept.profile.profile.ProfileConfig` but for the methods.
         groups: methods that share one base model and take their steps in turn. A 4-bit model is made anew for PEFT,
             since EPT replaces the 4-bit layers of its own; PEFT's is measured before and after, to show the drift.
         needs: a package without which it is skipped.
@@ -65,7 +65,7 @@ class Script:
     """One of the scripts that write a record of their own.
 
     Attributes:
-        name: of its file. arguments: its command line, but for ``--output``. read: the rows of its record.
+        name: of its file. arguments: its command line, but for `--output`. read: the rows of its record.
     """
 
     case: str
@@ -83,7 +83,7 @@ class Script:
 
 
 def profile_row(method: Row, record: Row) -> Row:
-    """A row from one method of an ``ept profile`` record; seconds in place of its milliseconds."""
+    """A row from one method of an `ept profile` record; seconds in place of its milliseconds."""
     return {
         **{name: 1e-3 * method["step_ms"][name] for name in ("median", "p20", "p80")},
         "samples": len(method["step_ms"]["samples"]),
@@ -99,7 +99,7 @@ def profile_row(method: Row, record: Row) -> Row:
 
 
 def overhead_row(record: Row) -> Row:
-    """A row from a record of ``step_overhead.py``."""
+    """A row from a record of `step_overhead.py`."""
     ratio = record["ratio"]
     return {
         "case": BARE_STEP,
@@ -122,7 +122,7 @@ def read_overhead(record: Row) -> list[Row]:
 
 
 def option_rows(record: Row) -> list[Row]:
-    """Rows from a record of ``step_options.py``, one an option."""
+    """Rows from a record of `step_options.py`, one an option."""
     return [
         {
             "case": OPTIONS_STEP,
@@ -191,7 +191,7 @@ STEPS: dict[str, tuple[Profile | Script, ...]] = {
 
 
 def run(record: Record, device: str, table: str, seconds: float) -> int:
-    """Measures the steps of ``table`` that ``record`` lacks, and returns how many are left when time is up."""
+    """Measures the steps of `table` that `record` lacks, and returns how many are left when time is up."""
     start = time.monotonic()
     about = {"section": "steps", **measured_with(device, table == "reduced")}
     left = [step for step in STEPS[table] if not record.finished(step.case)]

@@ -1,7 +1,7 @@
 """What is measured: the shapes of known models, and the cases made of them, in the order in which they are measured.
 
-Cases that a goal needs come first, so that a run that is cut short has them. Three tables: ``gpu`` (everything),
-``cpu`` (a small subset that two cores finish in minutes) and ``reduced`` (tiny sizes, to test the code; their figures
+Cases that a goal needs come first, so that a run that is cut short has them. Three tables: `gpu` (everything),
+`cpu` (a small subset that two cores finish in minutes) and `reduced` (tiny sizes, to test the code; their figures
 mean nothing).
 """
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class ModelShape(NamedTuple):
-    """Embedding width, vocabulary, and ``(rows, columns)`` of the distinct frozen linear layers."""
+    """Embedding width, vocabulary, and `(rows, columns)` of the distinct frozen linear layers."""
 
     width: int
     vocabulary: int
@@ -41,9 +41,9 @@ class Case:
     """One operator at one size, and the versions of it that are measured side by side.
 
     Attributes:
-        kernel: the operator; ``joint_prompt`` is its forward and backward together.
+        kernel: the operator; `joint_prompt` is its forward and backward together.
         model: whose shape it is. size: the numbers that make it up, by name. dtype: of what it writes.
-        providers: which versions. scheme: of a 4-bit weight, ``nf4``, ``nf4 nested``, ``fp4``; empty otherwise.
+        providers: which versions. scheme: of a 4-bit weight, `nf4`, `nf4 nested`, `fp4`; empty otherwise.
     """
 
     kernel: str
@@ -71,7 +71,7 @@ def embedding(
     dtype: str = "bfloat16",
     shape: ModelShape | None = None,
 ) -> Case:
-    """A case of ``prompted_embedding``, its packed form or its backward. Rank 0 is prompt tuning, which PEFT has."""
+    """A case of `prompted_embedding`, its packed form or its backward. Rank 0 is prompt tuning, which PEFT has."""
     shape = shape or MODELS[model]
     providers = (*PROMPT_PROVIDERS, *((COMPILED,) if compiled else ()), *((PEFT,) if rank == 0 else ()))
     size = {
@@ -115,7 +115,7 @@ def dequantize(
 
 
 def products(model: str, rows: int, columns: int, tokens: tuple[int, ...], dtype: str = "bfloat16") -> list[Case]:
-    """``matmul_4bit`` and its backward for every number of tokens M."""
+    """`matmul_4bit` and its backward for every number of tokens M."""
     return [
         Case(
             kernel, model, {"m": m, "rows": rows, "columns": columns}, dtype, (*FOUR_BIT_PROVIDERS, DENSE), "nf4 nested"
@@ -167,7 +167,7 @@ def gpu_cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    """The subset that ``make bench`` measures: T5-base and the narrow layers of Llama-3-8B, float32. The first case
+    """The subset that `make bench` measures: T5-base and the narrow layers of Llama-3-8B, float32. The first case
     of every kernel comes before all others, so that a run that is cut short has each.
     """
     cases = []
@@ -201,7 +201,7 @@ TABLES = {"gpu": gpu_cases, "cpu": cpu_cases, "reduced": reduced_cases}
 
 
 def copies(touched: int, cache: int, most: int) -> int:
-    """Input sets to rotate among, together twice the last-level cache: at least 2, at most ``most``."""
+    """Input sets to rotate among, together twice the last-level cache: at least 2, at most `most`."""
     return max(2, min(most, math.ceil(2 * cache / max(touched, 1))))
 
 

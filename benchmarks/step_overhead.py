@@ -1,7 +1,7 @@
 """What one training step of EPT costs beside the bare frozen model on as many positions.
 
 The bare step is the least that any soft prompt could cost: the frozen model run forward and backward from
-``inputs_embeds`` of the same shape, [batch, s + n, d], with the same mask, positions, labels and logits, its gradient
+`inputs_embeds` of the same shape, [batch, s + n, d], with the same mask, positions, labels and logits, its gradient
 taken with respect to the embeddings and nothing else. The EPT step adds the joint prompt, the embedding look-up with
 the low-rank update, their backward and the optimizer. Both steps alternate, pair by pair, so that a machine whose
 speed drifts slows both alike; the figure is the median of the pairs' ratios.
@@ -42,7 +42,7 @@ SMOLLM2_135M = {
 
 
 def load_base(random_weights: bool, layers: int | None, device: torch.device) -> Any:
-    """SmolLM2-135M in float32, from the demo's package, or with random weights (then ``layers`` of it, if given)."""
+    """SmolLM2-135M in float32, from the demo's package, or with random weights (then `layers` of it, if given)."""
     if random_weights:
         torch.manual_seed(0)
         shape = SMOLLM2_135M if layers is None else {**SMOLLM2_135M, "num_hidden_layers": layers}
@@ -76,7 +76,7 @@ def measure(
 def make_steps(
     base: Any, config: EPTConfig, batch: int, length: int, device: torch.device
 ) -> dict[str, Callable[[], None]]:
-    """The two steps on one batch: ``length`` real tokens a row of which the last is the label."""
+    """The two steps on one batch: `length` real tokens a row of which the last is the label."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, base.config.vocab_size, (batch, length), generator=generator).to(device)
     attention_mask = torch.ones_like(input_ids)

@@ -1,4 +1,4 @@
-"""Tables of a record, as aligned Markdown: in a terminal, and in ``docs/performance.md``."""
+"""Tables of a record, as aligned Markdown: in a terminal, and in `docs/performance.md`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dequantize_4bit`` against its peers."""
+"""`dequantize_4bit` against its peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``joint_prompt`` against its peers."""
+"""`joint_prompt` against its peers."""
 
 from __future__ import annotations
 

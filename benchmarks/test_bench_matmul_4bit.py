@@ -1,4 +1,4 @@
-"""``matmul_4bit`` against its peers."""
+"""`matmul_4bit` against its peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``matmul_4bit_backward`` against its peers."""
+"""`matmul_4bit_backward` against its peers."""
 
 from __future__ import annotations
 

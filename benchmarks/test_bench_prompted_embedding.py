@@ -1,4 +1,4 @@
-"""``prompted_embedding`` against its peers."""
+"""`prompted_embedding` against its peers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``prompted_embedding_packed`` against its peers."""
+"""`prompted_embedding_packed` against its peers."""
 
 from __future__ import annotations
 

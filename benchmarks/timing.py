@@ -32,8 +32,8 @@ class Timing:
         call: median over rounds of back-to-back calls with the host's work included; None on a CPU, where it is the
             same thing.
         samples: number of calls timed.
-        host_bound: the queue ran empty while timing, so that launch gaps are in ``median``.
-        clock: ``device events`` or ``wall clock``.
+        host_bound: the queue ran empty while timing, so that launch gaps are in `median`.
+        clock: `device events` or `wall clock`.
     """
 
     median: float
@@ -49,7 +49,7 @@ class Timing:
 
 
 def time_in_turn(calls: dict[str, Call], device: str, sets: int, seconds: float) -> dict[str, Timing]:
-    """Times every call of ``calls`` for about ``seconds``, warm-up not counted.
+    """Times every call of `calls` for about `seconds`, warm-up not counted.
 
     Raises what a call raises; try each once before.
     """
@@ -125,7 +125,7 @@ class _DeviceClock:
         return max(self.back_to_back(call, 3), 1e-7)
 
     def sample(self, call: Callable[[], Any], batch: int) -> tuple[list[float], bool]:
-        """Device seconds of ``batch`` calls, and whether the queue ran empty between them.
+        """Device seconds of `batch` calls, and whether the queue ran empty between them.
 
         A spin kernel holds the device while the host enqueues; where it was too short the batch is taken once more
         behind a spin that is certainly long enough.

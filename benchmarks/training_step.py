@@ -1,4 +1,4 @@
-"""A training step of EPT against one of PEFT's prompt tuning (100 tokens, ``num_transformer_submodules=1``).
+"""A training step of EPT against one of PEFT's prompt tuning (100 tokens, `num_transformer_submodules=1`).
 
 Two cases, each under both padding policies, to the longest row of each batch and to the longest row allowed:
 

@@ -1,8 +1,8 @@
 """Efficient Prompt Tuning: adapt a frozen language model with a short prompt, a low-rank embedding update and gated
 spaces.
 
-``from ept import EPTConfig, EPTLayer, EPTModel, get_ept_model``. The names are loaded on first use, so that ``import
-ept`` alone imports no model library. Loading :class:`EPTConfig` registers the adapter type ``EPT`` with PEFT.
+`from ept import EPTConfig, EPTLayer, EPTModel, get_ept_model`. The names are loaded on first use, so that `import
+ept` alone imports no model library. Loading `EPTConfig` registers the adapter type `EPT` with PEFT.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class EPTConfig(PromptLearningConfig):
     """Configuration of an EPT adapter; also of prompt tuning and DePT, which are EPT with parts switched off.
 
     The formulas are in the method's documentation; what the paper leaves open is this project's reconstruction and a
-    field here. Raises ``ValueError`` or ``TypeError`` that names the field, its value and what is allowed.
+    field here. Raises `ValueError` or `TypeError` that names the field, its value and what is allowed.
     """
 
     num_virtual_tokens: int = field(default=40, metadata={"help": "Length s of the short prompt; 0 for none."})
@@ -155,9 +155,9 @@ class EPTConfig(PromptLearningConfig):
 
     @classmethod
     def for_budget(cls, model_or_d: Any, max_length: int, budget: int, method: str = "ept", **fields: Any) -> EPTConfig:
-        """The configuration of ``method`` that uses a parameter budget best, never exceeding it.
+        """The configuration of `method` that uses a parameter budget best, never exceeding it.
 
-        Of the sizes ``num_virtual_tokens``, ``r``, ``num_spaces``, ``space_dim`` those not given in ``fields`` are
+        Of the sizes `num_virtual_tokens`, `r`, `num_spaces`, `space_dim` those not given in `fields` are
         searched: as much of the budget as possible is spent, shared between prompt, low-rank part and spaces as nearly
         as possible in the proportions of the defaults (40 : 40 : 20; without spaces DePT's 60 : 40). Where that would
         leave the prompt less than 16 tokens, it gets up to 70 % of the budget. A budget below 24 tokens may have a
@@ -166,8 +166,8 @@ class EPTConfig(PromptLearningConfig):
         Args:
             model_or_d: a model (its input embeddings are measured) or the embedding width d.
             max_length: longest input text, in tokens.
-            budget: number of trainable parameters; heads in ``modules_to_save`` are not counted.
-            method: ``"ept"``, ``"dept"`` or ``"pt"``.
+            budget: number of trainable parameters; heads in `modules_to_save` are not counted.
+            method: `"ept"`, `"dept"` or `"pt"`.
             fields: other fields of the configuration, kept as they are.
 
         Raises:
@@ -194,11 +194,11 @@ class EPTConfig(PromptLearningConfig):
         return best[1]
 
     def parameter_count(self, d: int) -> int:
-        """Trainable parameters of the adapter for embedding width ``d``, without heads in ``modules_to_save``."""
+        """Trainable parameters of the adapter for embedding width `d`, without heads in `modules_to_save`."""
         return sum(math.prod(shape) for shape in self.parameter_shapes(d).values())
 
     def parameter_shapes(self, d: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter by name, for embedding width ``d``; parts that are switched off are absent."""
+        """Shape of every parameter by name, for embedding width `d`; parts that are switched off are absent."""
         s, m, r, K, h, a = (
             self.num_virtual_tokens,
             self.max_length,
@@ -226,15 +226,15 @@ class EPTConfig(PromptLearningConfig):
         return shapes
 
     def lowrank_scale(self) -> float:
-        """``c = α/√r``; 0 without a low-rank part."""
+        """`c = α/√r`; 0 without a low-rank part."""
         return self.alpha / math.sqrt(self.r) if self.r else 0.0
 
     def score_scale(self, d: int) -> float:
-        """``σ``, the factor of the fusion's scores for embedding width ``d``."""
+        """`σ`, the factor of the fusion's scores for embedding width `d`."""
         return self.fusion_score_scale if self.fusion_score_scale is not None else 1 / math.sqrt(self.fusion_dim or d)
 
     def _distance_from_shares(self, d: int, budget: int) -> float:
-        """How far this configuration is from spending ``budget`` in the usual proportions; 0 is perfect."""
+        """How far this configuration is from spending `budget` in the usual proportions; 0 is perfect."""
         shapes = self.parameter_shapes(d)
         spent = {
             "prompt": math.prod(shapes.get("prompt", (0,))),
@@ -272,7 +272,7 @@ class EPTConfig(PromptLearningConfig):
 
 
 def _shares(usual: dict[str, float], d: int, budget: int) -> dict[str, float]:
-    """The usual proportions, with a larger prompt where theirs would have less than ``_ENOUGH_TOKENS`` tokens."""
+    """The usual proportions, with a larger prompt where theirs would have less than `_ENOUGH_TOKENS` tokens."""
     prompt = max(usual["prompt"], min(_LARGEST_PROMPT_SHARE, _ENOUGH_TOKENS * d / budget))
     others = (1 - prompt) / (1 - usual["prompt"])
     return {part: prompt if part == "prompt" else share * others for part, share in usual.items()}
@@ -306,7 +306,7 @@ def _candidate_sizes(d: int, budget: int, fields: dict[str, Any]) -> list[dict[s
 
 
 def _spend_rest(config: EPTConfig, d: int, budget: int, fields: dict[str, Any]) -> tuple[EPTConfig, int]:
-    """``config`` with the largest rank that fits, at least 1, unless the caller fixed the rank; and its size."""
+    """`config` with the largest rank that fits, at least 1, unless the caller fixed the rank; and its size."""
     if "r" not in fields:
         config.r = 0
         rest = budget - config.parameter_count(d)
@@ -315,7 +315,7 @@ def _spend_rest(config: EPTConfig, d: int, budget: int, fields: dict[str, Any]) 
 
 
 def register_with_peft() -> None:
-    """Makes ``PeftConfig.from_pretrained`` recognise saved EPT adapters; PEFT's enum of types is closed, its
+    """Makes `PeftConfig.from_pretrained` recognise saved EPT adapters; PEFT's enum of types is closed, its
     mapping is not.
     """
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)

@@ -1,6 +1,6 @@
 """The thin autograd layer: the only place that knows gradients.
 
-Each function wraps one operator of ``ept_kernels``. Gradients reach the prompt's parameters only; the frozen table
+Each function wraps one operator of `ept_kernels`. Gradients reach the prompt's parameters only; the frozen table
 gets one only where the caller made it trainable. First-order gradients only: a second backward raises.
 """
 
@@ -95,9 +95,9 @@ def prompted_embedding(
     scale: float,
     adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """``[P; W[id] + scale·A[pos]·B]``, differentiable in ``prompt``, ``A`` and ``B``.
+    """`[P; W[id] + scale·A[pos]·B]`, differentiable in `prompt`, `A` and `B`.
 
-    Shapes and dtypes as in :func:`ept_kernels.prompted_embedding_reference`.
+    Shapes and dtypes as in `ept_kernels.prompted_embedding_reference`.
     """
     return _PromptedEmbedding.apply(input_ids, positions, table, prompt, A, B, scale, adapter_ids)
 
@@ -118,18 +118,18 @@ def joint_prompt(
     score_scale: float,
     activation: str,
 ) -> Tensor:
-    """The joint prompt ``[s, d]``, differentiable in all nine tensors.
+    """The joint prompt `[s, d]`, differentiable in all nine tensors.
 
-    Shapes and units as in :func:`ept_kernels.joint_prompt_reference`.
+    Shapes and units as in `ept_kernels.joint_prompt_reference`.
     """
     options = (lowrank_scale, embedding_scale, score_scale, activation)
     return _JointPrompt.apply(prompt, A, B, beta, W_q, W_k, D, U, G, *options)
 
 
 def matmul_4bit(x: Tensor, weight: ept_kernels.FourBitWeight, bias: Tensor | None = None) -> Tensor:
-    """``x·Wᵀ + bias`` with a frozen 4-bit weight, differentiable in ``x`` and ``bias``.
+    """`x·Wᵀ + bias` with a frozen 4-bit weight, differentiable in `x` and `bias`.
 
-    Shapes, dtypes and errors as in :func:`ept_kernels.matmul_4bit_reference`.
+    Shapes, dtypes and errors as in `ept_kernels.matmul_4bit_reference`.
     """
     check_operands(x, weight, bias)
     return _Matmul4bit.apply(x, bias, weight.sizes, *weight.tensors)

@@ -28,14 +28,14 @@ class EPTLayer(BasePromptEncoder):
 
     Args:
         config: what the layer consists of; a copy is kept.
-        embedding: the base model's input embedding, any module that maps ids ``[…]`` to vectors ``[…, d]``. It is
+        embedding: the base model's input embedding, any module that maps ids `[…]` to vectors `[…, d]`. It is
             referred to, not owned: its weights are no part of the layer's parameters or state.
-        initialise: ``False`` leaves the parameters at zero, for a state that is about to be loaded.
-        tokenizer: for ``prompt_tuning_init="TEXT"``; None loads the one that the configuration names.
+        initialise: `False` leaves the parameters at zero, for a state that is about to be loaded.
+        tokenizer: for `prompt_tuning_init="TEXT"`; None loads the one that the configuration names.
 
-    Parameters, in float32 and units of ρ: ``prompt`` [s, d], ``A`` [m, r], ``B`` [r, d], ``beta`` [1], ``W_q`` and
-        ``W_k`` [d, a],
-    ``D`` [d, K·h], ``U`` [K·h, d], ``G`` [d, K]. Parts that are switched off have none.
+    Parameters, in float32 and units of ρ: `prompt` [s, d], `A` [m, r], `B` [r, d], `beta` [1], `W_q` and
+        `W_k` [d, a],
+    `D` [d, K·h], `U` [K·h, d], `G` [d, K]. Parts that are switched off have none.
 
     Example:
         >>> embedding = torch.nn.Embedding(100, 16)
@@ -77,20 +77,20 @@ class EPTLayer(BasePromptEncoder):
         """What the frozen model is called with.
 
         Args:
-            input_ids: ``[batch, n]`` token ids, padded on either side.
-            attention_mask: ``[batch, n]``, nonzero at real tokens; None: all are real.
-            inputs_embeds: ``[batch, n, d]`` instead of ``input_ids``.
-            text_mask: ``[batch, n]``, nonzero at the tokens that belong to the input text and get the low-rank update;
+            input_ids: `[batch, n]` token ids, padded on either side.
+            attention_mask: `[batch, n]`, nonzero at real tokens; None: all are real.
+            inputs_embeds: `[batch, n, d]` instead of `input_ids`.
+            text_mask: `[batch, n]`, nonzero at the tokens that belong to the input text and get the low-rank update;
                 None: all real tokens. Labels and generated tokens of a decoder-only model do not belong to it.
             embedding: in place of the embedding given at construction.
 
         Returns:
-            ``inputs_embeds`` ``[batch, s + n, d]`` in the embedding's dtype, ``attention_mask`` ``[batch, s + n]`` in
-            the given mask's dtype (int64 without one), ``position_ids`` ``[batch, s + n]`` int64 that count real
+            `inputs_embeds` `[batch, s + n, d]` in the embedding's dtype, `attention_mask` `[batch, s + n]` in
+            the given mask's dtype (int64 without one), `position_ids` `[batch, s + n]` int64 that count real
             tokens from 0 whatever the padding.
 
         Raises:
-            ValueError: a text has more than ``max_length`` tokens, or shapes do not fit.
+            ValueError: a text has more than `max_length` tokens, or shapes do not fit.
         """
         ids, table, attention_mask = lookup(
             embedding or self._embedding[0], input_ids, inputs_embeds, attention_mask, width=self.d
@@ -103,7 +103,7 @@ class EPTLayer(BasePromptEncoder):
         return embeds, attention_mask, position_ids_of(attention_mask)
 
     def joint_prompt(self) -> Tensor:
-        """The prompt that the model sees, ``[s, d]`` float32, in the units of the embedding table."""
+        """The prompt that the model sees, `[s, d]` float32, in the units of the embedding table."""
         config = self.config
         prompt = self.part("prompt", (0, self.d))
         if config.folded or not prompt.shape[0]:
@@ -126,8 +126,8 @@ class EPTLayer(BasePromptEncoder):
         )
 
     def fold(self) -> None:
-        """Turns the layer into its inference form, in place: one prompt ``[s, d]`` and one table ``C = ρ·c·A·B`` ``[m,
-        d]``.
+        """Turns the layer into its inference form, in place: one prompt `[s, d]` and one table `C = ρ·c·A·B` `[m,
+        d]`.
 
         Outputs stay the same up to rounding. There is no way back: save first what is to be trained further.
         """
@@ -156,19 +156,19 @@ class EPTLayer(BasePromptEncoder):
         return (self.d, K if K > 1 else 0)
 
     def part(self, name: str, empty_shape: tuple[int, ...]) -> Tensor:
-        """The parameter ``name``, or an empty tensor of ``empty_shape`` where that part is switched off."""
+        """The parameter `name`, or an empty tensor of `empty_shape` where that part is switched off."""
         parameter = self._parameters.get(name)
         if parameter is not None:
             return parameter
         return torch.zeros(empty_shape, device=_device_of(self._embedding[0]))
 
     def update_scale(self) -> float:
-        """Factor of ``A·B`` in the embeddings: ``ρ·α/√r``."""
+        """Factor of `A·B` in the embeddings: `ρ·α/√r`."""
         return self.embedding_scale * self.config.lowrank_scale()
 
     def check_length(self, positions: Tensor) -> None:
-        """Raises ``ValueError`` if a text is longer than the low-rank update has rows for; a compiled graph raises
-        ``RuntimeError``.
+        """Raises `ValueError` if a text is longer than the low-rank update has rows for; a compiled graph raises
+        `RuntimeError`.
         """
         limit = self.config.max_length
         if not self.config.r or positions.shape[1] <= limit:
@@ -287,10 +287,10 @@ def lookup(
     """Ids and the table they are rows of, and the attention mask, checked.
 
     A plain look-up gives the ids and the module's weight. A module that does more (Gemma scales inside, offloaded or
-    4-bit weights, forward hooks) is called, and its output, or the given ``inputs_embeds``, becomes the table.
+    4-bit weights, forward hooks) is called, and its output, or the given `inputs_embeds`, becomes the table.
 
     Returns:
-        ids ``[batch, n]``, table ``[rows, d]``, attention mask ``[batch, n]``.
+        ids `[batch, n]`, table `[rows, d]`, attention mask `[batch, n]`.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -320,7 +320,7 @@ def lookup(
 
 
 def is_plain_lookup(embedding: nn.Module) -> bool:
-    """Whether calling ``embedding`` is no more than taking rows of its weight."""
+    """Whether calling `embedding` is no more than taking rows of its weight."""
     return (
         type(embedding) is nn.Embedding
         and embedding.max_norm is None
@@ -332,7 +332,7 @@ def is_plain_lookup(embedding: nn.Module) -> bool:
 
 
 def text_positions(attention_mask: Tensor, text_mask: Tensor | None = None) -> Tensor:
-    """Index of every input-text token among those of its row, −1 elsewhere: ``[batch, n]`` int64."""
+    """Index of every input-text token among those of its row, −1 elsewhere: `[batch, n]` int64."""
     updated = attention_mask.bool()
     if text_mask is not None:
         if text_mask.shape != attention_mask.shape:
@@ -342,13 +342,13 @@ def text_positions(attention_mask: Tensor, text_mask: Tensor | None = None) -> T
 
 
 def position_ids_of(attention_mask: Tensor) -> Tensor:
-    """Position of every real token counted from 0; padding before the first one has 0: ``[batch, length]`` int64."""
+    """Position of every real token counted from 0; padding before the first one has 0: `[batch, length]` int64."""
     return (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
 
 
 @torch.no_grad()
 def embedding_rms(embedding: nn.Module) -> float:
-    """Root mean square ρ of the vectors that ``embedding`` gives for its whole vocabulary.
+    """Root mean square ρ of the vectors that `embedding` gives for its whole vocabulary.
 
     Raises:
         ValueError: the embeddings are all zero or not finite, which no unit can be taken from.
@@ -369,7 +369,7 @@ def embedding_rms(embedding: nn.Module) -> float:
 
 
 def embedding_width(embedding: nn.Module) -> int:
-    """Size d of the vectors that ``embedding`` gives."""
+    """Size d of the vectors that `embedding` gives."""
     width = getattr(embedding, "embedding_dim", None)
     return int(width if width is not None else _weight(embedding).shape[1])
 
@@ -386,7 +386,7 @@ def _rows(embedding: nn.Module) -> int:
 
 
 def _device_of(embedding: nn.Module) -> torch.device:
-    """Where ids for ``embedding`` belong; offloaded weights are brought from the meta device at each call."""
+    """Where ids for `embedding` belong; offloaded weights are brought from the meta device at each call."""
     hook = getattr(embedding, "_hf_hook", None)
     if (device := getattr(hook, "execution_device", None)) is not None:
         return torch.device(device)

@@ -30,9 +30,9 @@ def package_file(package: str, name: str) -> Path:
 
 
 def read_headlines(file: Path) -> list[Row]:
-    """Rows ``{"headline", "label"}``, label 1 for sarcastic; each text once, and not at all where its labels disagree.
+    """Rows `{"headline", "label"}`, label 1 for sarcastic; each text once, and not at all where its labels disagree.
 
-    Each line of ``file`` is ``{"input": [system message, user message], "ideal": "0" or "1"}``. Raises ValueError with
+    Each line of `file` is `{"input": [system message, user message], "ideal": "0" or "1"}`. Raises ValueError with
     the line number for another label.
     """
     rows: dict[str, Row | None] = {}
@@ -54,7 +54,7 @@ def normalised(text: str) -> str:
 
 
 def split_of(text: str, seed: int) -> str:
-    """``train``, ``validation`` or ``test``, by a seeded hash of the text: the same text never lands in two."""
+    """`train`, `validation` or `test`, by a seeded hash of the text: the same text never lands in two."""
     digest = hashlib.sha256(f"{seed}:{normalised(text)}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     for split, share in HELD_OUT.items():
@@ -65,7 +65,7 @@ def split_of(text: str, seed: int) -> str:
 
 
 def write_splits(rows: Iterable[Row], folder: Path, seed: int) -> dict[str, int]:
-    """Writes ``headlines.jsonl`` (all rows) and ``{train,validation,test}.jsonl``; returns the rows in each split."""
+    """Writes `headlines.jsonl` (all rows) and `{train,validation,test}.jsonl`; returns the rows in each split."""
     folder.mkdir(parents=True, exist_ok=True)
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     everything = []

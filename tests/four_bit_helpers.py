@@ -16,7 +16,7 @@ SIZES = {"llama": {"hidden_size": 64, "intermediate_size": 128}, "t5": {"d_model
 
 
 def write_checkpoints(tmp_path_factory: Any) -> dict[str, Any]:
-    """Folders of the tiny models of ``SIZES``, by name."""
+    """Folders of the tiny models of `SIZES`, by name."""
     folders = {}
     for name, sizes in SIZES.items():
         folders[name] = tmp_path_factory.mktemp(name)
@@ -33,7 +33,7 @@ def load_4bit(
     device_map: str = "cpu",
     **options: Any,
 ) -> Any:
-    """The tiny model of ``folder`` on the CPU, its layers in 4 bits; ``options`` of ``BitsAndBytesConfig``."""
+    """The tiny model of `folder` on the CPU, its layers in 4 bits; `options` of `BitsAndBytesConfig`."""
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind,
@@ -55,7 +55,7 @@ def quantize(
     storage: torch.dtype = torch.uint8,
     seed: int = 0,
 ) -> Params4bit:
-    """A random ``[rows, columns]`` weight in 4 bits, on the CPU."""
+    """A random `[rows, columns]` weight in 4 bits, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator).to(dtype)
     packed, state = functional.quantize_4bit(
@@ -73,7 +73,7 @@ def quantize(
 
 
 def dequantize(weight: Any, dtype: torch.dtype) -> Tensor:
-    """bitsandbytes' dequantised weight ``[rows, columns]``.
+    """bitsandbytes' dequantised weight `[rows, columns]`.
 
     It is asked for one long row: its own CPU code mistakes the blocks that straddle rows, though it writes them.
     """

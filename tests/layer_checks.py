@@ -16,7 +16,7 @@ VOCABULARY = 50
 
 
 def make_layer(device: torch.device | str = "cpu", **options: Any) -> EPTLayer:
-    """All parts switched on but for ``options`` of the config, none of them at its neutral start; the same at each
+    """All parts switched on but for `options` of the config, none of them at its neutral start; the same at each
     call.
     """
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +31,7 @@ def make_layer(device: torch.device | str = "cpu", **options: Any) -> EPTLayer:
 
 
 def make_ids(device: torch.device | str = "cpu", batch: int = 3, n: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random ids ``[batch, n]`` and a mask with padding on either side, at most ``MAX_LENGTH`` real tokens a row."""
+    """Random ids `[batch, n]` and a mask with padding on either side, at most `MAX_LENGTH` real tokens a row."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCABULARY, (batch, n), generator=generator)
     mask = torch.zeros_like(ids)
@@ -57,9 +57,9 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float =
 
 
 def check_compiled(device: torch.device, backend: str, tolerance: float) -> None:
-    """``torch.compile(fullgraph=True)`` of forward and backward: right, and compiled once for every batch and length.
+    """`torch.compile(fullgraph=True)` of forward and backward: right, and compiled once for every batch and length.
 
-    Both dimensions are marked as dynamic. Texts padded beyond ``max_length`` included: there the check of the length is
+    Both dimensions are marked as dynamic. Texts padded beyond `max_length` included: there the check of the length is
     part of the graph.
     """
     torch._dynamo.reset()

@@ -125,7 +125,7 @@ ONE_A_TASK = ["llama", "t5", "bert"]
 
 
 def make_model(name: str, **changes: Any) -> Any:
-    """A tiny random model of family ``name`` in eval mode, the same at each call; embeddings are made distinct and
+    """A tiny random model of family `name` in eval mode, the same at each call; embeddings are made distinct and
     non-trivial.
     """
     import transformers
@@ -145,7 +145,7 @@ def make_model(name: str, **changes: Any) -> Any:
 def make_batch(
     name: str, lengths: tuple[int, ...] = (7, 4), side: str = "right", seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random ids of the given lengths padded on ``side``, with the labels of the family's task."""
+    """Random ids of the given lengths padded on `side`, with the labels of the family's task."""
     generator = torch.Generator().manual_seed(seed)
     n = max(lengths)
     input_ids = torch.full((len(lengths), n), PAD)

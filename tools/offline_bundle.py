@@ -3,9 +3,9 @@
     python tools/offline_bundle.py --python 3.12 --cuda 130 --limit 512 --have-file freeze.txt --output bundle
     python tools/offline_bundle.py --python 3.12 --cuda 130 --limit 64 --output bundle datasets bitsandbytes
 
-pip resolves for the target, not for this machine, and against what the host is assumed to have: its ``pip freeze``
-(``--have-file``), single packages (``--have``), torch and triton in any case. That is left out with all that only it
-needs, and listed. bitsandbytes carries a library for every CUDA version: its wheel is rebuilt with that of ``--cuda``
+pip resolves for the target, not for this machine, and against what the host is assumed to have: its `pip freeze`
+(`--have-file`), single packages (`--have`), torch and triton in any case. That is left out with all that only it
+needs, and listed. bitsandbytes carries a library for every CUDA version: its wheel is rebuilt with that of `--cuda`
 alone. The folder appears only when the bundle is complete and within the limit. On the host:
 
     python -m pip install --no-index --no-deps --target site bundle/*.whl
@@ -86,15 +86,15 @@ def make_bundle(
     have: dict[str, str],
     platforms: list[str],
 ) -> dict[str, Any]:
-    """Downloads, trims and checks; returns the manifest that is also written to ``output/bundle.json``.
+    """Downloads, trims and checks; returns the manifest that is also written to `output/bundle.json`.
 
     Args:
         packages: requirements. have: canonical name → version of what the host has.
         limit: bytes of all wheels together.
 
     Raises:
-        BundleError: ``output`` exists, pip finds no wheel for the target, bitsandbytes has no library of this CUDA
-            version, or the bundle is larger than ``limit``.
+        BundleError: `output` exists, pip finds no wheel for the target, bitsandbytes has no library of this CUDA
+            version, or the bundle is larger than `limit`.
     """
     if output.exists():
         raise BundleError(f"{output} exists: remove it, or name another folder")
@@ -151,7 +151,7 @@ def _constraints(have: dict[str, str]) -> str:
 def trim_bitsandbytes(wheel: Path, cuda: str) -> Path:
     """Rebuilds a bitsandbytes wheel with the library of one CUDA version; returns the new file, the old one is removed.
 
-    The build number in its name and metadata (``1cuda130``) tells it from the published wheel; RECORD lists what is
+    The build number in its name and metadata (`1cuda130`) tells it from the published wheel; RECORD lists what is
     left.
 
     Raises:
@@ -173,7 +173,7 @@ def trim_bitsandbytes(wheel: Path, cuda: str) -> Path:
 
 
 def rewrite_wheel(archive: zipfile.ZipFile, path: Path, dropped: set[str], build: str) -> None:
-    """Copies a wheel to ``path`` without the files ``dropped``, with a build number and a RECORD that fits."""
+    """Copies a wheel to `path` without the files `dropped`, with a build number and a RECORD that fits."""
     record_name = next(name for name in archive.namelist() if name.endswith(".dist-info/RECORD"))
     signatures = {f"{record_name}.jws", f"{record_name}.p7s"}  # of the old RECORD
     rows = []
@@ -194,7 +194,7 @@ def rewrite_wheel(archive: zipfile.ZipFile, path: Path, dropped: set[str], build
 
 
 def check_size(wheels: list[dict[str, Any]], limit: int) -> None:
-    """Raises ``BundleError`` with the largest wheels where all together are over ``limit`` bytes."""
+    """Raises `BundleError` with the largest wheels where all together are over `limit` bytes."""
     total = sum(wheel["bytes"] for wheel in wheels)
     if total > limit:
         largest = sorted(wheels, key=lambda wheel: -wheel["bytes"])[:8]
@@ -215,7 +215,7 @@ def platforms(glibc: str, arch: str) -> list[str]:
 
 
 def project_dependencies() -> list[str]:
-    """The requirements in ``pyproject.toml``, those of ``make gpu``'s tests too."""
+    """The requirements in `pyproject.toml`, those of `make gpu`'s tests too."""
     if sys.version_info < (3, 11):
         raise BundleError("reading pyproject.toml needs Python 3.11 or later: name the packages")
     import tomllib  # type: ignore[import-not-found,unused-ignore]  # mypy checks for 3.10
@@ -225,7 +225,7 @@ def project_dependencies() -> list[str]:
 
 
 def versions_of_freeze(text: str) -> dict[str, str]:
-    """Canonical name → version, of the lines ``name==version`` in the output of ``pip freeze``."""
+    """Canonical name → version, of the lines `name==version` in the output of `pip freeze`."""
     lines = (line.partition("#")[0].partition(";")[0].strip() for line in text.splitlines())
     pairs = (line.split("==") for line in lines if line.count("==") == 1)
     return {canonicalize_name(name.strip()): version.strip() for name, version in pairs}

@@ -60,7 +60,7 @@ def _export(
 
 
 def _run_of(source: Path, overrides: list[str]) -> tuple[RunConfig | None, Path]:
-    """The configuration of the run in ``source`` and its adapter's folder; None and ``source`` if it is an adapter."""
+    """The configuration of the run in `source` and its adapter's folder; None and `source` if it is an adapter."""
     from ept.model.adapter_files import CONFIG_NAME
     from ept.runs.config import load_run_config
     from ept.runs.folder import RunFolder

@@ -1,4 +1,4 @@
-"""Adapters on disk: ``adapter_config.json``, ``adapter_model.safetensors``, ``README.md``.
+"""Adapters on disk: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 
 An adapter may come from a stranger. Reading one runs no code from its files, JSON and safetensors only; follows no link
 out of its folder; looks nothing up that its configuration names; and builds nothing before the header of the weights
@@ -70,7 +70,7 @@ model = EPTModel.from_pretrained(base_model, "path/to/this/folder")
 
 
 def read_config(folder: str | os.PathLike[str], **hub: Any) -> EPTConfig:
-    """The configuration in ``folder``, a local folder or a repository on the hub.
+    """The configuration in `folder`, a local folder or a repository on the hub.
 
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged, or of another adapter type.
@@ -101,19 +101,19 @@ def read_config(folder: str | os.PathLike[str], **hub: Any) -> EPTConfig:
 
 
 def weight_shapes(folder: str | os.PathLike[str], **hub: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in ``folder``, from the header alone; errors as :func:`read_weights`."""
+    """Name and shape of every tensor in `folder`, from the header alone; errors as `read_weights`."""
     with _opened(_locate(folder, WEIGHTS_NAME, hub)) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def read_weights(folder: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], **hub: Any) -> dict[str, Tensor]:
-    """The tensors in ``folder``, on the CPU in the file's dtype; exactly those ``expected``.
+    """The tensors in `folder`, on the CPU in the file's dtype; exactly those `expected`.
 
     The header is checked first: no tensor is made of a file that does not hold what is expected.
 
     Args:
         folder: a local folder or a repository on the hub.
-        expected: name and shape of every tensor that must be there; ``embedding_scale`` always must.
+        expected: name and shape of every tensor that must be there; `embedding_scale` always must.
 
     Raises:
         FileNotFoundError: there is no safetensors file. ValueError: it is damaged, truncated, holds other tensors, or
@@ -135,7 +135,7 @@ def read_weights(folder: str | os.PathLike[str], expected: dict[str, tuple[int, 
 
 
 def write_adapter(folder: str | os.PathLike[str], config: EPTConfig, state: dict[str, Tensor]) -> None:
-    """Writes one adapter into ``folder``; each file appears whole or not at all, the configuration last."""
+    """Writes one adapter into `folder`; each file appears whole or not at all, the configuration last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -149,7 +149,7 @@ def write_adapter(folder: str | os.PathLike[str], config: EPTConfig, state: dict
 
 
 def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls ``write`` with the name of a file beside ``path`` and moves that into place: ``path`` is never half
+    """Calls `write` with the name of a file beside `path` and moves that into place: `path` is never half
     written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -171,7 +171,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _read_json(path: Path) -> Any:
-    """What ``path`` holds.
+    """What `path` holds.
 
     Raises:
         ValueError: it is too large or no JSON, or says something twice.
@@ -209,7 +209,7 @@ def _mismatches(found: dict[str, tuple[tuple[int, ...], str]], expected: dict[st
 
 
 def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
-    """The file ``name`` of an adapter, downloaded from the hub if ``folder`` is no local path."""
+    """The file `name` of an adapter, downloaded from the hub if `folder` is no local path."""
     subfolder = hub.get("subfolder")
     local = Path(folder, subfolder) if subfolder else Path(folder)
     if local.is_dir():
@@ -235,7 +235,7 @@ def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """``path``, unless it is a link out of ``folder``. The hub's cache keeps files as links into its ``blobs``.
+    """`path`, unless it is a link out of `folder`. The hub's cache keeps files as links into its `blobs`.
 
     Raises:
         ValueError: it leads elsewhere.

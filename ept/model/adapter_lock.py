@@ -64,7 +64,7 @@ class AdapterLock:
 
 
 def a_call(method: Method) -> Method:
-    """``method`` of a model with ``adapter_lock``, as a call. Compiled graphs hold no locks."""
+    """`method` of a model with `adapter_lock`, as a call. Compiled graphs hold no locks."""
 
     @wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ def a_call(method: Method) -> Method:
 
 
 def a_change(method: Method) -> Method:
-    """``method`` of a model with ``adapter_lock``, as a change."""
+    """`method` of a model with `adapter_lock`, as a change."""
 
     @wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,8 +19,8 @@ class BaseModelFacts:
     """How a base model wants to be called.
 
     Attributes:
-        forward_arguments: names that its ``forward`` accepts.
-        position_offset: added to position ids (RoBERTa counts from ``padding_idx + 1``).
+        forward_arguments: names that its `forward` accepts.
+        position_offset: added to position ids (RoBERTa counts from `padding_idx + 1`).
         position_limit: most positions it can number, or None.
         prompt_beside_text: whether padding must not stand between prompt and text: the model counts positions by index,
             or sees a window of them.
@@ -67,7 +67,7 @@ def input_embedding(model: Any) -> nn.Module:
 
 
 def examine(model: Any, task_type: str) -> BaseModelFacts:
-    """Facts about ``model``.
+    """Facts about `model`.
 
     Raises:
         ValueError: the model cannot be adapted; the message says why and what would do.
@@ -116,9 +116,9 @@ def trained_heads(model: Any) -> list[str]:
 
 
 def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that an adapter with ``modules_to_save=names`` keeps of ``model``.
+    """Name and shape of every tensor that an adapter with `modules_to_save=names` keeps of `model`.
 
-    PEFT trains a copy of each module whose name ends in one of ``names``; what it would copy is known here without
+    PEFT trains a copy of each module whose name ends in one of `names`; what it would copy is known here without
     copying it.
 
     Raises:
@@ -143,7 +143,7 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
 
 
 def freeze(model: nn.Module) -> None:
-    """No parameter of ``model`` requires a gradient afterwards; 4-bit weights go back to the layout that has one.
+    """No parameter of `model` requires a gradient afterwards; 4-bit weights go back to the layout that has one.
 
     bitsandbytes repacks 4-bit weights on some CPUs at the first inference; gradients do not pass through that layout.
     """
@@ -167,7 +167,7 @@ def freeze(model: nn.Module) -> None:
 def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
     """Puts the frozen model in the mode that training an adapter wants.
 
-    Without ``dropout`` it stays in ``eval`` mode while training. Two kinds of module need the training flag all the
+    Without `dropout` it stays in `eval` mode while training. Two kinds of module need the training flag all the
     same: layers under gradient checkpointing, which would silently keep all activations, and bitsandbytes' 4-bit
         layers on a
     CPU, which would repack their weights beyond differentiation.

@@ -19,21 +19,21 @@ _KINDS_OF_LAYER = 4  # T5's: the first and the others, of encoder and decoder, a
 
 
 def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: Any) -> int:
-    """Compiles the repeated layers of ``model`` in place, at their first call.
+    """Compiles the repeated layers of `model` in place, at their first call.
 
     Args:
         cuda_graphs: the kernels of a layer, forward and backward, are recorded once for every shape and replayed as
-            one CUDA graph (torch's mode ``reduce-overhead``). For training: what a layer returns is overwritten by the
-            next call of ``model``, so that cached keys and values do not last; generate within :func:`uncompiled`.
-        options: of :func:`torch.compile`, such as ``backend``; ``dynamic`` is False unless given: every shape is
+            one CUDA graph (torch's mode `reduce-overhead`). For training: what a layer returns is overwritten by the
+            next call of `model`, so that cached keys and values do not last; generate within `uncompiled`.
+        options: of `torch.compile`, such as `backend`; `dynamic` is False unless given: every shape is
             compiled for itself, so that a step's result does not depend on which shapes came before it. torch's
-            limit on such versions is raised to what ``MOST_LENGTHS`` lengths need.
+            limit on such versions is raised to what `MOST_LENGTHS` lengths need.
 
     Returns:
         How many layers are compiled.
 
     Raises:
-        ValueError: the model has no list of equal layers; or ``cuda_graphs`` where it is not on a CUDA device.
+        ValueError: the model has no list of equal layers; or `cuda_graphs` where it is not on a CUDA device.
     """
     if cuda_graphs:
         _check_device(next(model.parameters()).device)
@@ -54,7 +54,7 @@ def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: An
 
 
 def check_lengths(longest: int, multiple: int) -> None:
-    """Refuses more batch lengths than are compiled: ``longest`` tokens in steps of ``multiple``."""
+    """Refuses more batch lengths than are compiled: `longest` tokens in steps of `multiple`."""
     lengths = -(-longest // multiple)
     if lengths > MOST_LENGTHS:
         raise ValueError(

@@ -58,13 +58,13 @@ def get_ept_model(
     """Wraps a Hugging Face model with a fresh EPT adapter; the model is frozen in place.
 
     Args:
-        model: any model that takes ``inputs_embeds``: T5 family, Llama family and other decoders, BERT family
+        model: any model that takes `inputs_embeds`: T5 family, Llama family and other decoders, BERT family
             classifiers.
-        config: copied; ``task_type`` is inferred from the model if it is None.
+        config: copied; `task_type` is inferred from the model if it is None.
         adapter_name: the adapter's name.
-        tokenizer: for ``prompt_tuning_init="TEXT"``; None loads the one that the configuration names.
+        tokenizer: for `prompt_tuning_init="TEXT"`; None loads the one that the configuration names.
         fast_4bit: turn bitsandbytes' 4-bit layers into ours in place
-            (:func:`ept.model.linear4bit.swap_linear4bit`); False leaves them as they are.
+            (`ept.model.linear4bit.swap_linear4bit`); False leaves them as they are.
         dequantized_cache_bytes: memory to spend on keeping dequantised weights of 4-bit layers, in bytes.
 
     Raises:
@@ -83,9 +83,9 @@ def get_ept_model(
 class EPTModel(PeftModel):
     """A frozen base model and one or more EPT adapters, of which one is active.
 
-    Everything a :class:`peft.PeftModel` offers works: ``Trainer`` saves only the adapter, ``add_adapter``,
-    ``load_adapter``, ``set_adapter``, ``delete_adapter``, ``disable_adapter()``, ``get_nb_trainable_parameters``,
-    ``modules_to_save``. The base model is called with ordinary ``inputs_embeds``, mask and positions; nothing in it is
+    Everything a `peft.PeftModel` offers works: `Trainer` saves only the adapter, `add_adapter`,
+    `load_adapter`, `set_adapter`, `delete_adapter`, `disable_adapter()`, `get_nb_trainable_parameters`,
+    `modules_to_save`. The base model is called with ordinary `inputs_embeds`, mask and positions; nothing in it is
     patched. Adapters may be added, loaded, deleted, set and folded from other threads than those that call the model:
     such a change waits for the calls that are running, and new calls wait for it.
     """
@@ -137,17 +137,17 @@ class EPTModel(PeftModel):
         """Runs the base model on the prompt and the updated text.
 
         Args:
-            input_ids: ``[batch, n]``, or ``inputs_embeds`` ``[batch, n, d]``.
-            attention_mask: ``[batch, n]``, nonzero at real tokens.
-            labels: as for the base model, without the prompt: ``[batch, n]`` for CAUSAL_LM (−100 where there is none),
-                ``[batch, m]`` for SEQ_2_SEQ_LM, ``[batch]`` for SEQ_CLS.
-            text_mask: CAUSAL_LM: ``[batch, n]``, nonzero at input-text tokens, which get the low-rank update; by
+            input_ids: `[batch, n]`, or `inputs_embeds` `[batch, n, d]`.
+            attention_mask: `[batch, n]`, nonzero at real tokens.
+            labels: as for the base model, without the prompt: `[batch, n]` for CAUSAL_LM (−100 where there is none),
+                `[batch, m]` for SEQ_2_SEQ_LM, `[batch]` for SEQ_CLS.
+            text_mask: CAUSAL_LM: `[batch, n]`, nonzero at input-text tokens, which get the low-rank update; by
                 default all real tokens without a label.
             logits_to_keep: CAUSAL_LM: compute logits (and the loss) for the last so many positions only; 0: for prompt
                 and text. None: while training, with labels on the CPU, what the labels need, otherwise 0.
             num_items_in_batch: number of labels the loss is to be divided by, over all accumulated batches
-                (``Trainer`` passes it); None: the mean over this batch.
-            adapter_names: one adapter a row (``"__base__"`` for none) instead of the active one.
+                (`Trainer` passes it); None: the mean over this batch.
+            adapter_names: one adapter a row (`"__base__"` for none) instead of the active one.
             kwargs: passed on to the base model.
 
         Returns:
@@ -187,18 +187,18 @@ class EPTModel(PeftModel):
     @a_call
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The base model's ``generate`` after the prompt; takes its arguments. ``labels`` are ignored.
+        """The base model's `generate` after the prompt; takes its arguments. `labels` are ignored.
 
-        Decoder-only models return the input's ids followed by the new tokens, as without an adapter; ``max_length``
-        counts these and not the prompt. Logits processors that look at the text (``repetition_penalty``) see the new
+        Decoder-only models return the input's ids followed by the new tokens, as without an adapter; `max_length`
+        counts these and not the prompt. Logits processors that look at the text (`repetition_penalty`) see the new
         tokens only.
 
-        With ``use_prompt_cache=True`` the model does not read the prompt again at every call: its keys and values are
+        With `use_prompt_cache=True` the model does not read the prompt again at every call: its keys and values are
         computed at the first, kept for each adapter, and made anew once adapter or model change. The tokens are the
-        same. ``clear_prompt_caches()`` frees them.
+        same. `clear_prompt_caches()` frees them.
 
         Raises:
-            ValueError: the base model cannot generate, ``max_length`` leaves no room for a new token, or a prompt cache
+            ValueError: the base model cannot generate, `max_length` leaves no room for a new token, or a prompt cache
                 cannot work for this model and batch; the message says why.
         """
         if not hasattr(self.base_model, "generate"):
@@ -266,16 +266,16 @@ class EPTModel(PeftModel):
                 parameter.requires_grad_(requires_grad)
 
     def get_prompt(self, batch_size: int = 1, *args: Any, **kwargs: Any) -> Tensor:
-        """The active adapter's joint prompt, once a row: ``[batch, s, d]`` float32."""
+        """The active adapter's joint prompt, once a row: `[batch, s, d]` float32."""
         return self._layer().joint_prompt().expand(batch_size, -1, -1)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The joint prompt of ``adapter_name``, ``[s, d]`` float32 on the CPU."""
+        """The joint prompt of `adapter_name`, `[s, d]` float32 on the CPU."""
         with torch.no_grad():
             return self._layer(adapter_name).joint_prompt().cpu()
 
     def train(self, mode: bool = True) -> EPTModel:
-        """Training mode for adapters and heads; the frozen model stays in ``eval`` mode unless ``base_dropout`` is
+        """Training mode for adapters and heads; the frozen model stays in `eval` mode unless `base_dropout` is
         set.
         """
         super().train(mode)
@@ -289,7 +289,7 @@ class EPTModel(PeftModel):
     def compile_layers(self, **options: Any) -> EPTModel:
         """Compiles the frozen model's repeated layers in place and returns the model.
 
-        Options: :func:`ept.model.compilation.compile_layers`.
+        Options: `ept.model.compilation.compile_layers`.
         """
         compile_layers(self.base_model, **options)
         return self
@@ -341,7 +341,7 @@ class EPTModel(PeftModel):
 
     @a_change
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Makes ``adapter_name`` the active adapter, trainable unless ``inference_mode``; all others are frozen.
+        """Makes `adapter_name` the active adapter, trainable unless `inference_mode`; all others are frozen.
 
         Raises:
             ValueError: there is no such adapter.
@@ -391,11 +391,11 @@ class EPTModel(PeftModel):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes ``adapter_config.json``, ``adapter_model.safetensors`` and ``README.md``; adapters not named
-        ``default`` go to sub-folders of their name. Each file appears whole or not at all.
+        """Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md`; adapters not named
+        `default` go to sub-folders of their name. Each file appears whole or not at all.
 
         Raises:
-            ValueError: pickles were asked for, an adapter does not exist, or ``save_directory`` is a file.
+            ValueError: pickles were asked for, an adapter does not exist, or `save_directory` is a file.
         """
         if not safe_serialization:
             raise ValueError("adapters are saved as safetensors only: leave safe_serialization=True")
@@ -423,14 +423,14 @@ class EPTModel(PeftModel):
         dequantized_cache_bytes: int = 0,
         **kwargs: Any,
     ) -> EPTModel:
-        """The base model with the adapter saved in ``model_id``, a local folder or a repository on the hub.
+        """The base model with the adapter saved in `model_id`, a local folder or a repository on the hub.
 
         Args:
             model: the base model the adapter was made for; it is frozen in place.
             is_trainable: whether the adapter is to be trained further.
             config: instead of the saved configuration.
-            fast_4bit, dequantized_cache_bytes: as for :func:`get_ept_model`.
-            kwargs: ``subfolder``, ``revision``, ``cache_dir``, ``token``, ``local_files_only`` for the hub.
+            fast_4bit, dequantized_cache_bytes: as for `get_ept_model`.
+            kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only` for the hub.
 
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
@@ -489,7 +489,7 @@ class EPTModel(PeftModel):
         return result
 
     def clear_prompt_caches(self) -> None:
-        """Frees what ``generate(..., use_prompt_cache=True)`` keeps."""
+        """Frees what `generate(..., use_prompt_cache=True)` keeps."""
         self._prompt_caches.clear()
 
     # Inside
@@ -506,7 +506,7 @@ class EPTModel(PeftModel):
         return layer
 
     def _setup_prompt_encoder(self, adapter_name: str) -> None:
-        """PEFT's hook of ``add_adapter``: makes the adapter's parameters."""
+        """PEFT's hook of `add_adapter`: makes the adapter's parameters."""
         if "prompt_encoder" not in self._modules:
             self.prompt_encoder = nn.ModuleDict()
             self.prompt_tokens: dict[str, Tensor] = {}
@@ -557,7 +557,7 @@ class EPTModel(PeftModel):
         return with_prompt(self._facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
 
     def _cached_prompt(self, inputs: dict[str, Any]) -> Any:
-        """Keys and values of the active adapter's prompt, which ``inputs`` begin with; None for an empty prompt."""
+        """Keys and values of the active adapter's prompt, which `inputs` begin with; None for an empty prompt."""
         s, name = self._layer().config.num_virtual_tokens, self.active_adapter
         if not s:
             return None
@@ -629,7 +629,7 @@ def _check_fits(config: EPTConfig, model: Any, is_trainable: bool) -> None:
 def _read_fitting(
     config: EPTConfig, model: Any, is_trainable: bool, model_id: str | os.PathLike[str], hub: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """The weights of an adapter that fits ``model``. Nothing is made of it before its files are known to be whole: a
+    """The weights of an adapter that fits `model`. Nothing is made of it before its files are known to be whole: a
     configuration may claim sizes that its weights do not have.
     """
     _check_fits(config, model, is_trainable)

@@ -1,6 +1,6 @@
 """Adapters for other engines: folded into one prompt and one table, and the embeddings of given texts.
 
-An engine needs nothing of this package to use them: the model's input for a text of n tokens is the prompt ``[s, d]``,
+An engine needs nothing of this package to use them: the model's input for a text of n tokens is the prompt `[s, d]`,
 then the embedding of token i plus row i of the table, for i = 0 … n − 1. Tokens that are generated get no row.
 """
 
@@ -42,7 +42,7 @@ class FoldedAdapter:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
-        """The adapter that ``save_pretrained`` wrote to ``folder``; needs no base model.
+        """The adapter that `save_pretrained` wrote to `folder`; needs no base model.
 
         Raises:
             FileNotFoundError, ValueError: the files are missing or damaged.
@@ -60,7 +60,7 @@ class FoldedAdapter:
         return cls(layer, {name.removeprefix(_HEADS): state[name] for name in heads})
 
     def tensors(self) -> dict[str, Tensor]:
-        """``prompt`` ``[s, d]`` and ``table`` ``[m, d]``, float32 in the units of the embeddings, and ``head.<name>``.
+        """`prompt` `[s, d]` and `table` `[m, d]`, float32 in the units of the embeddings, and `head.<name>`.
         Parts that the adapter lacks are absent.
         """
         parts = {
@@ -86,13 +86,13 @@ class FoldedAdapter:
 
     @torch.no_grad()
     def embed(self, encoded: Sequence[Sequence[int]], embedding: nn.Module) -> list[Tensor]:
-        """The model's input for each text, ``[s + n, d]`` on the CPU in the embedding's dtype.
+        """The model's input for each text, `[s + n, d]` on the CPU in the embedding's dtype.
 
         Args:
             encoded: token ids of each text. embedding: the base model's input embedding.
 
         Raises:
-            ValueError: the embedding has another width, a text has no tokens or more than ``max_length``.
+            ValueError: the embedding has another width, a text has no tokens or more than `max_length`.
         """
         found = getattr(embedding, "embedding_dim", self.layer.d)
         if found != self.layer.d:
@@ -111,7 +111,7 @@ class FoldedAdapter:
 
 
 def write_folded(adapter: FoldedAdapter, folder: str | os.PathLike[str]) -> list[Path]:
-    """Writes ``folded.safetensors`` and ``folded.json``; returns their paths. Each file appears whole or not at all."""
+    """Writes `folded.safetensors` and `folded.json`; returns their paths. Each file appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors().items()}
@@ -122,7 +122,7 @@ def write_folded(adapter: FoldedAdapter, folder: str | os.PathLike[str]) -> list
 
 
 def write_embeds(embeds: Sequence[Tensor], folder: str | os.PathLike[str]) -> Path:
-    """Writes the embeddings of each text as ``text.000000``, ``text.000001``, … into ``prompt_embeds.safetensors``."""
+    """Writes the embeddings of each text as `text.000000`, `text.000001`, … into `prompt_embeds.safetensors`."""
     path = Path(folder) / EMBEDS_NAME
     named = {f"text.{number:06}": tensor.contiguous() for number, tensor in enumerate(embeds)}
     write_whole(path, lambda temporary: save_file(named, temporary, metadata={"format": "pt"}))

@@ -1,6 +1,6 @@
 """From what a user calls the model with to what the frozen model is called with, and back.
 
-The prompt takes the first ``s`` positions; the attention mask, position ids, token types and labels follow. Padding
+The prompt takes the first `s` positions; the attention mask, position ids, token types and labels follow. Padding
 never stands between prompt and text where the model would notice.
 """
 
@@ -24,13 +24,13 @@ def with_prompt(
     generating: bool = False,
     mixed: bool = False,
 ) -> dict[str, Any]:
-    """``inputs`` with the embeddings ``[batch, s + n, d]`` of prompt and text, their mask and positions.
+    """`inputs` with the embeddings `[batch, s + n, d]` of prompt and text, their mask and positions.
 
     Args:
         facts: how the model wants to be called. inputs: other arguments of the call; changed and returned.
-        mask: ``[batch, s + n]``. s: length of the (longest) prompt.
+        mask: `[batch, s + n]`. s: length of the (longest) prompt.
         generating: padding always goes before the prompt.
-        mixed: prompts may be shorter than ``s``, with padding before them.
+        mixed: prompts may be shorter than `s`, with padding before them.
 
     Raises:
         ValueError: the model cannot number that many positions.
@@ -62,12 +62,12 @@ def with_prompt(
 def after_cache(
     facts: BaseModelFacts, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None, ones: Tensor, s: int
 ) -> dict[str, Any]:
-    """``inputs`` for tokens that follow a cache of prompt and text: they are generated ones and get no update.
+    """`inputs` for tokens that follow a cache of prompt and text: they are generated ones and get no update.
 
     Args:
-        embeds: ``[batch, new, d]``. mask: of text and new tokens, or of prompt, text and new tokens; None: all are
+        embeds: `[batch, new, d]`. mask: of text and new tokens, or of prompt, text and new tokens; None: all are
             real.
-        ones: ``[batch, new]``, in a mask's dtype.
+        ones: `[batch, new]`, in a mask's dtype.
 
     Raises:
         ValueError: the mask has another length.
@@ -90,7 +90,7 @@ def after_cache(
 
 
 def after_encoder(inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
-    """``inputs`` for a decoder whose encoder has run already, and has seen the prompt."""
+    """`inputs` for a decoder whose encoder has run already, and has seen the prompt."""
     if mask is not None:
         states = inputs["encoder_outputs"][0]
         inputs["attention_mask"] = extend(mask, states.shape[1] - mask.shape[1], 1)
@@ -98,7 +98,7 @@ def after_encoder(inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]
 
 
 def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
-    """Positions in the key-value cache among ``inputs``; 0 without one."""
+    """Positions in the key-value cache among `inputs`; 0 without one."""
     cache = inputs.get("past_key_values")
     if cache is None:  # newer models take the older name as well
         cache = inputs.get(cache_name(facts))
@@ -106,7 +106,7 @@ def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
 
 
 def cache_name(facts: BaseModelFacts) -> str:
-    """What the model calls its key-value cache: ``cache`` since transformers 5.24."""
+    """What the model calls its key-value cache: `cache` since transformers 5.24."""
     return "cache" if "cache" in facts.forward_arguments else "past_key_values"
 
 
@@ -116,7 +116,7 @@ def length_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
 
 
 def extend(values: Tensor, s: int, fill: int) -> Tensor:
-    """``values`` ``[batch, n]`` with ``s`` columns of ``fill`` before them."""
+    """`values` `[batch, n]` with `s` columns of `fill` before them."""
     return torch.cat([values.new_full((values.shape[0], s), fill), values], dim=1)
 
 
@@ -129,7 +129,7 @@ def label_span(labels: Tensor) -> int | None:
 
 
 def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool) -> None:
-    """Turns the mean over this batch's labels into their sum over ``num_items``, in place."""
+    """Turns the mean over this batch's labels into their sum over `num_items`, in place."""
     counted = (labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(-100).sum()
     factor = counted / num_items
     output["loss"] = output["loss"] * factor.to(output["loss"].device)
@@ -139,7 +139,7 @@ def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
     """Bounds on the length count input and new tokens; the base model, given embeddings, would count the prompt too.
 
     Raises:
-        ValueError: ``max_length`` leaves no room after the ``n`` input tokens.
+        ValueError: `max_length` leaves no room after the `n` input tokens.
     """
     config = inputs.get("generation_config") or default
     for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -157,7 +157,7 @@ def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
 
 
 def with_input(input_ids: Tensor, sequences: Tensor) -> Tensor:
-    """Generated ``sequences`` with the ids they continue before them."""
+    """Generated `sequences` with the ids they continue before them."""
     repeats = sequences.shape[0] // input_ids.shape[0]
     return torch.cat([input_ids.to(sequences.device).repeat_interleave(repeats, dim=0), sequences], dim=1)
 
@@ -174,7 +174,7 @@ def _beside_text_order(mask: Tensor, s: int) -> Tensor | None:
 
 
 def _padding_order(mask: Tensor, last: bool) -> Tensor:
-    """Order that moves all padding behind (``last``) or before the real rows, which keep theirs."""
+    """Order that moves all padding behind (`last`) or before the real rows, which keep theirs."""
     return torch.sort(mask.bool().to(torch.int8), dim=1, stable=True, descending=last).indices
 
 

@@ -1,10 +1,10 @@
-"""``Linear4bit``: drop-in for bitsandbytes' 4-bit layer that computes through this project's operators.
+"""`Linear4bit`: drop-in for bitsandbytes' 4-bit layer that computes through this project's operators.
 
-:func:`swap_linear4bit` turns the layers of a loaded model into it in place, :func:`restore_linear4bit` turns them back.
+`swap_linear4bit` turns the layers of a loaded model into it in place, `restore_linear4bit` turns them back.
 Only a layer's class changes: parameters, quant states, hooks, names and state dict stay what they are, and a layer is
-still a ``bitsandbytes.nn.Linear4bit`` to whoever asks.
+still a `bitsandbytes.nn.Linear4bit` to whoever asks.
 
-Where the Triton kernels do not run (on a CPU, or with ``EPT_KERNELS=reference``, see ``ept_kernels.backend``) a layer
+Where the Triton kernels do not run (on a CPU, or with `EPT_KERNELS=reference`, see `ept_kernels.backend`) a layer
 falls through to bitsandbytes.
 """
 
@@ -35,9 +35,9 @@ def _runs_triton(device_type: str) -> bool:
 
 
 class Linear4bit(bitsandbytes.nn.Linear4bit):
-    """A frozen 4-bit layer, ``x·Wᵀ + bias``, made by :func:`swap_linear4bit`.
+    """A frozen 4-bit layer, `x·Wᵀ + bias`, made by `swap_linear4bit`.
 
-    As in bitsandbytes, the input is cast to ``compute_dtype`` (and under autocast to autocast's type) and the output
+    As in bitsandbytes, the input is cast to `compute_dtype` (and under autocast to autocast's type) and the output
     back to the input's type. Gradients reach the input and, where it is trainable, the bias; for the backward pass
     only the packed weight is kept.
     """
@@ -49,7 +49,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
     cache_bytes: int  # of the dequantised weight; 0: it is not kept
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``, in x's dtype.
+        """`[..., in_features]` to `[..., out_features]`, in x's dtype.
 
         Raises:
             ValueError: the weight is not quantised, damaged, repacked for CPU inference, or wants a gradient.
@@ -98,7 +98,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
             self.__dict__.pop(name, None)
 
     def _dequantized_weight(self, weight: FourBitWeight, dtype: torch.dtype) -> Tensor | None:
-        """The kept weight ``[out_features, in_features]``; None: the budget has no room for it."""
+        """The kept weight `[out_features, in_features]`; None: the budget has no room for it."""
         if self.cache_bytes < dtype.itemsize * weight.rows * weight.columns or self._is_offloaded():
             return None
         W = self.__dict__.get("_dequantized")
@@ -140,7 +140,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
 
 
 def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache_bytes: int = 0) -> int:
-    """Turns every bitsandbytes 4-bit layer of ``model`` into :class:`Linear4bit`, in place.
+    """Turns every bitsandbytes 4-bit layer of `model` into `Linear4bit`, in place.
 
     Args:
         always: go through the operators on every device, whichever implementation runs them there. By default only
@@ -155,7 +155,7 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
         How many layers are swapped. Calling it again sets the options anew.
 
     Raises:
-        ValueError: ``dequantized_cache_bytes`` is negative.
+        ValueError: `dequantized_cache_bytes` is negative.
     """
     if dequantized_cache_bytes < 0:
         raise ValueError(f"dequantized_cache_bytes={dequantized_cache_bytes}, the smallest budget is 0")
@@ -176,7 +176,7 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
 
 
 def restore_linear4bit(model: nn.Module) -> int:
-    """Undoes :func:`swap_linear4bit`, dropping what was kept. Returns how many layers were turned back."""
+    """Undoes `swap_linear4bit`, dropping what was kept. Returns how many layers were turned back."""
     ours = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in ours:
         theirs: Any = module.their_class

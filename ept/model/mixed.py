@@ -28,15 +28,15 @@ def embed_mixed(
     attention_mask: Tensor,
     text_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """``[P; E']`` with the adapter ``names[i]`` for row ``i``; shorter prompts are padded before their first row and
+    """`[P; E']` with the adapter `names[i]` for row `i`; shorter prompts are padded before their first row and
     masked.
 
     Args:
-        layers: the loaded adapters. names: one a row, or ``"__base__"`` for none.
-        ids, table, attention_mask: as :func:`ept.prompt.lookup` gives them. text_mask: as in :meth:`EPTLayer.forward`.
+        layers: the loaded adapters. names: one a row, or `"__base__"` for none.
+        ids, table, attention_mask: as `ept.prompt.lookup` gives them. text_mask: as in `EPTLayer.forward`.
 
     Returns:
-        embeddings ``[batch, s + n, d]`` with ``s`` the longest prompt, attention mask ``[batch, s + n]``.
+        embeddings `[batch, s + n, d]` with `s` the longest prompt, attention mask `[batch, s + n]`.
 
     Raises:
         ValueError: a name is unknown, the number of names is not the batch size, a text is too long for its adapter,
@@ -74,7 +74,7 @@ def embed_mixed(
 
 
 def follow_rows(model: nn.Module) -> None:
-    """Makes the trained heads in ``model`` (PEFT's wrappers) choose by :func:`heads_of_rows`; once each."""
+    """Makes the trained heads in `model` (PEFT's wrappers) choose by `heads_of_rows`; once each."""
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and _choose_head not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_choose_head, with_kwargs=True)
@@ -82,7 +82,7 @@ def follow_rows(model: nn.Module) -> None:
 
 @contextmanager
 def heads_of_rows(names: Sequence[str] | None) -> Iterator[None]:
-    """Within this context, and in this thread alone, row i goes through the head of adapter ``names[i]``; None: all
+    """Within this context, and in this thread alone, row i goes through the head of adapter `names[i]`; None: all
     through that of the active adapter.
     """
     if names is None:

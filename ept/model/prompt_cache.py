@@ -1,4 +1,4 @@
-"""The prompt's keys and values in a decoder-only model, computed once and reused by every ``generate``.
+"""The prompt's keys and values in a decoder-only model, computed once and reused by every `generate`.
 
 A decoder's prompt sees nothing of the text behind it, so that its keys and values are the same for every text. What the
 model makes of the prompt is kept for each adapter and used as long as the prompt's embeddings and the base model's
@@ -26,9 +26,9 @@ class PromptCache:
     """What a model made of a prompt.
 
     Attributes:
-        prompt: the embeddings it was made of, ``[s, d]``.
+        prompt: the embeddings it was made of, `[s, d]`.
         weights: identity and version of the model's weights at that time.
-        cache: keys and values of one row, ``s`` positions in every layer.
+        cache: keys and values of one row, `s` positions in every layer.
     """
 
     prompt: Tensor
@@ -37,7 +37,7 @@ class PromptCache:
 
     @classmethod
     def compute(cls, model: Any, prompt: Tensor) -> PromptCache:
-        """Runs ``model`` on the prompt ``[s, d]`` alone.
+        """Runs `model` on the prompt `[s, d]` alone.
 
         Raises:
             ValueError: the model keeps something else than keys and values of every position.
@@ -65,22 +65,22 @@ class PromptCache:
         return same and torch.equal(self.prompt, prompt) and self.weights == weights_of(model)
 
     def for_rows(self, rows: int) -> DynamicCache:
-        """A copy for a batch, which ``generate`` may extend."""
+        """A copy for a batch, which `generate` may extend."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
 
 def weights_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Tells the weights of ``model`` from those it had before a change: where each is, and how often it was written."""
+    """Tells the weights of `model` from those it had before a change: where each is, and how often it was written."""
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
 def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], padded: bool) -> None:
-    """Raises ``ValueError`` where ``generate`` after a cached prompt would differ from ``generate`` without.
+    """Raises `ValueError` where `generate` after a cached prompt would differ from `generate` without.
 
     Args:
-        model: the base model. facts: about it. inputs: what ``generate`` is called with.
+        model: the base model. facts: about it. inputs: what `generate` is called with.
         padded: whether padding would stand between the prompt and the text.
     """
     name = type(model).__name__
@@ -109,7 +109,7 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
 
 
 def rows_per_text(inputs: dict[str, Any], default: Any) -> int:
-    """How many rows ``generate`` makes of each text: beams, or sequences to return."""
+    """How many rows `generate` makes of each text: beams, or sequences to return."""
     config = inputs.get("generation_config") or default
     counts = (inputs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
     return max(counts)

@@ -19,7 +19,7 @@ Row = dict[str, list[int]]
 def random_rows(count: int, task_type: str, vocab_size: int, length: int, varied: bool, seed: int) -> list[Row]:
     """Rows as `encode_split` makes them, of random ids.
 
-    A row has ``length`` tokens or, ``varied``, a number drawn uniformly from a quarter of it to all of it; a decoder's
+    A row has `length` tokens or, `varied`, a number drawn uniformly from a quarter of it to all of it; a decoder's
     answer is counted in, an encoder-decoder's is not.
 
     Raises:
@@ -52,14 +52,14 @@ def make_batches(
     all_logits: bool,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """``count`` batches of ``batch`` rows in order, from the start again where the rows are used up.
+    """`count` batches of `batch` rows in order, from the start again where the rows are used up.
 
     Args:
-        padding: ``"none"`` (all rows have one length), ``"longest"`` of each batch, or ``"max_length"``: to ``width``.
+        padding: `"none"` (all rows have one length), `"longest"` of each batch, or `"max_length"`: to `width`.
         all_logits: a decoder's logits at every position instead of the labels'.
 
     Raises:
-        ValueError: there are fewer rows than a batch takes, or rows of unequal length and ``padding="none"``.
+        ValueError: there are fewer rows than a batch takes, or rows of unequal length and `padding="none"`.
     """
     if len(rows) < batch:
         raise ValueError(f"{len(rows)} rows do not fill a batch of {batch}: take a smaller batch or more data")
@@ -80,7 +80,7 @@ def make_batches(
 
 
 def text_rows(texts: Sequence[str], tokenizer: Any, task_type: str, max_length: int, seed: int, most: int) -> list[Row]:
-    """At most ``most`` rows of real texts, shuffled, cut to ``max_length`` tokens, each with a random answer.
+    """At most `most` rows of real texts, shuffled, cut to `max_length` tokens, each with a random answer.
 
     Answers are random because only their length matters; a decoder's stands after the text.
     """

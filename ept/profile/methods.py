@@ -36,13 +36,13 @@ class MethodSpec:
 
     @property
     def label(self) -> str:
-        """``name`` at the method's usual length, else ``name:length``."""
+        """`name` at the method's usual length, else `name:length`."""
         usual = self.num_virtual_tokens == _TOKENS[self.name]
         return self.name if usual else f"{self.name}:{self.num_virtual_tokens}"
 
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
-        """From ``name`` or ``name:num_virtual_tokens``.
+        """From `name` or `name:num_virtual_tokens`.
 
         Raises:
             ValueError: there is no such method, or the length is no positive whole number.
@@ -60,7 +60,7 @@ class Method:
     """A method on a base model, ready to take training steps.
 
     Attributes:
-        loss: the loss of a batch (of ``profile_data``), with a graph behind it.
+        loss: the loss of a batch (of `profile_data`), with a graph behind it.
         prompt_of: object and name of the function that makes the prompt.
         fast_4bit: with 4-bit weights, whether its steps run on this project's layers or bitsandbytes'; else None.
     """
@@ -96,7 +96,7 @@ class Method:
 
 
 def make_method(spec: MethodSpec, base: Any, task_type: str, max_length: int, fast_4bit: bool | None = None) -> Method:
-    """The method on ``base``, which it leaves as it is.
+    """The method on `base`, which it leaves as it is.
 
     Args:
         task_type: SEQ_2_SEQ_LM or CAUSAL_LM.

@@ -105,7 +105,7 @@ def profile(
     Args:
         rows: of a real data set, as `encode_split` makes them, taken in order; None: random ids.
         base: an already loaded model, in place of the one that `config` names (whose name is recorded).
-        traces: a folder for one Chrome trace a method (``trace_<method>.json``); None: none are kept.
+        traces: a folder for one Chrome trace a method (`trace_<method>.json`); None: none are kept.
         progress: is told what is being done.
 
     Raises:
@@ -194,7 +194,7 @@ def sweep(values: Sequence[int], methods: Sequence[str]) -> tuple[str, ...]:
 
 
 def load(config: ProfileConfig, device: torch.device) -> Any:
-    """The base model that the configuration names, frozen, on ``device``."""
+    """The base model that the configuration names, frozen, on `device`."""
     if config.shape is not None:
         return build_shape(
             config.shape,
@@ -226,7 +226,7 @@ def _take_turns(
     device: torch.device,
     progress: Callable[[str], None],
 ) -> list[list[StepTime]]:
-    """The times of every method's steps, one a batch; the first ``warmup`` batches are not counted."""
+    """The times of every method's steps, one a batch; the first `warmup` batches are not counted."""
     times: list[list[StepTime]] = [[] for _ in methods]
     for turn, batch in enumerate(batches):
         progress(f"turn {turn + 1} of {len(batches)}")

@@ -66,12 +66,12 @@ def build_shape(
     attn_implementation: str | None = None,
     layers: int | None = None,
 ) -> Any:
-    """A frozen model of the shape ``name`` with random weights, in eval mode on ``device``.
+    """A frozen model of the shape `name` with random weights, in eval mode on `device`.
 
     Args:
-        name: one of ``SHAPES``.
+        name: one of `SHAPES`.
         dtype: of the weights; of the products where they are quantised.
-        quantization: ``"nf4"`` or ``"fp4"``: linear layers as bitsandbytes' 4-bit layers with nested absmax, as
+        quantization: `"nf4"` or `"fp4"`: linear layers as bitsandbytes' 4-bit layers with nested absmax, as
             transformers loads them (not the output head, nor what the model keeps in higher precision).
         attn_implementation: None: transformers' own choice.
         layers: only the first so many layers of the model (of encoder and decoder each).
@@ -104,7 +104,7 @@ def build_shape(
 
 
 def shape_config(name: str, layers: int | None = None) -> Any:
-    """transformers' configuration of the shape ``name``. Raises ValueError as `build_shape`."""
+    """transformers' configuration of the shape `name`. Raises ValueError as `build_shape`."""
     import transformers
 
     if name not in SHAPES:
@@ -176,7 +176,7 @@ def _check_memory(name: str, skeleton: Any, dtype: torch.dtype, quantization: st
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``."""
+    """Bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # type: ignore[import-untyped]

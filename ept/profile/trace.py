@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity
 
 
 def trace_step(step: Callable[[], None], file: Path, memory: bool = False) -> None:
-    """Writes the Chrome trace of one ``step``, for chrome://tracing or Perfetto; this project's operators are
-    ``ept::...``.
+    """Writes the Chrome trace of one `step`, for chrome://tracing or Perfetto; this project's operators are
+    `ept::...`.
     """
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -28,7 +28,7 @@ def trace_step(step: Callable[[], None], file: Path, memory: bool = False) -> No
 
 
 def allocated_by(step: Callable[[], None], file: Path | None = None) -> int:
-    """Most bytes that ``step`` has allocated on the CPU at one time, above what was there before.
+    """Most bytes that `step` has allocated on the CPU at one time, above what was there before.
 
     Args:
         file: keep the Chrome trace here.

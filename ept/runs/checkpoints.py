@@ -45,7 +45,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any]:
-    """What `whole.json` says: `step`, `files`, and what :func:`being_saved` was told to keep; empty without one."""
+    """What `whole.json` says: `step`, `files`, and what `being_saved` was told to keep; empty without one."""
     try:
         sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -79,7 +79,7 @@ def being_saved(
         limit: how many checkpoints to keep; the newest and the one of step `best` always stay.
         main: whether this is the process that seals and deletes.
         wait: called where all processes must have come to this point.
-        kept: for :func:`read_seal`.
+        kept: for `read_seal`.
     """
     if main and checkpoint.exists():  # half a one, of a run that was killed
         shutil.rmtree(checkpoint)

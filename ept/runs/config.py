@@ -245,10 +245,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str | bytes, name: str) -> Any:
-    """The value that ``text`` stands for: plain types only, never objects.
+    """The value that `text` stands for: plain types only, never objects.
 
     Raises:
-        ValueError: it is not YAML; the message says so of ``name``.
+        ValueError: it is not YAML; the message says so of `name`.
     """
     try:
         return yaml.load(text, _PlainLoader)

@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Within `with`, SIGINT and SIGTERM raise :class:`Interrupted`; within :meth:`noted` the first is only noted.
+    """Within `with`, SIGINT and SIGTERM raise `Interrupted`; within `noted` the first is only noted.
 
     The handlers that were there before come back at the end. In a thread other than the main one, and for signals that
     the process ignores, nothing changes.
@@ -66,7 +66,7 @@ class StopSignals:
 
     @contextmanager
     def noted(self, processes: Processes = _ALONE) -> Iterator[None]:
-        """Within, whoever trains asks after each step what has been :meth:`agreed`."""
+        """Within, whoever trains asks after each step what has been `agreed`."""
         self._only_note = True
         try:
             yield

@@ -41,7 +41,7 @@ def _fsync(path: Path, flags: int) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """:func:`sync` for all files in `folder` and the folders in it, then for the names."""
+    """`sync` for all files in `folder` and the folders in it, then for the names."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file():
             sync(path)

@@ -25,12 +25,12 @@ _short.maxlist = _short.maxdict = _short.maxset = _short.maxtuple = _MOST_ITEMS
 
 
 def shown(value: Any) -> str:
-    """``repr(value)``, at most a few lines long whatever ``value`` is."""
+    """`repr(value)`, at most a few lines long whatever `value` is."""
     return _short.repr(value)
 
 
 def shown_name(name: str) -> str:
-    """``name`` as it is where it is short and printable, else as :func:`shown` gives it."""
+    """`name` as it is where it is short and printable, else as `shown` gives it."""
     return name if name.isprintable() and len(name) <= _LONGEST_TEXT else shown(name)
 
 
@@ -41,7 +41,7 @@ def reason(error: Exception) -> str:
 
 
 def listed(items: Iterable[str], separator: str = ", ") -> str:
-    """The first few of ``items`` in a line, and how many more there are."""
+    """The first few of `items` in a line, and how many more there are."""
     items = list(items)
     rest = len(items) - _MOST_ITEMS
     return separator.join(items[:_MOST_ITEMS]) + (f"{separator}and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""``docs/performance.md``: what the committed records give, and nothing else."""
+"""`docs/performance.md`: what the committed records give, and nothing else."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ FINE = {"kernel": "k", "target": "sm_80", "spilled_bytes": 0, "shared_bytes": 10
 
 @triton.jit
 def hungry(x, SIZE: tl.constexpr):
-    """Holds ``SIZE`` elements in the registers of one warp, whatever the compiler may reorder."""
+    """Holds `SIZE` elements in the registers of one warp, whatever the compiler may reorder."""
     b_x = tl.load(x + tl.arange(0, SIZE))
     tl.store(x + tl.arange(0, SIZE), b_x * tl.sum(b_x, axis=0))
 

@@ -1,4 +1,4 @@
-"""``FourBitWeight`` and the references over it, against bitsandbytes on the CPU."""
+"""`FourBitWeight` and the references over it, against bitsandbytes on the CPU."""
 
 from __future__ import annotations
 

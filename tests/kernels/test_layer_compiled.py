@@ -1,4 +1,4 @@
-"""The whole layer under ``torch.compile`` and in CUDA graphs, and what can be known of the latter without a GPU."""
+"""The whole layer under `torch.compile` and in CUDA graphs, and what can be known of the latter without a GPU."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_layer_waits_for_no_value_and_keeps_to_its_device(monkeypatch):
 
 
 def _arguments(name: str, batch: int = 3, n: int = 9) -> tuple[object, ...]:
-    """Of the operator ``name``: one small training batch."""
+    """Of the operator `name`: one small training batch."""
     layer = make_layer().requires_grad_(False)
     ids, mask = make_ids(batch=batch, n=n)
     cu_seqlens = torch.arange(batch + 1) * n
@@ -111,7 +111,7 @@ OPERATORS = [
 
 
 def run_without_data(function, name: str, batch: int = 3, n: int = 9) -> list[Tensor]:
-    """Calls ``function`` with the operator's arguments as tensors without data."""
+    """Calls `function` with the operator's arguments as tensors without data."""
     args = _arguments(name, batch, n)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         args = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args]

@@ -1,7 +1,7 @@
-"""The kernel repository as Hugging Face's ``kernels`` package loads it.
+"""The kernel repository as Hugging Face's `kernels` package loads it.
 
 That package is not among this project's requirements: bitsandbytes looks for it when it is imported and then fetches
-code from the model hub. ``make test`` installs it aside and runs these tests with it.
+code from the model hub. `make test` installs it aside and runs these tests with it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ print(json.dumps([kernels.__file__, loaded.__file__, loaded.backend("cpu"), out.
 
 
 def load(path: str, before: str = "") -> list:
-    """What a fresh interpreter in the repository root gets; ``ept_kernels`` is not on its path by itself."""
+    """What a fresh interpreter in the repository root gets; `ept_kernels` is not on its path by itself."""
     spec = importlib.util.find_spec("kernels")
     if spec is None or spec.origin is None:  # None: the folder of this repository
         pytest.skip("Hugging Face's kernels package is not installed; `make test` runs this with it")
@@ -62,7 +62,7 @@ def test_a_second_copy_in_one_process_uses_the_operators_that_are_there():
 
 
 def test_layout_is_that_of_a_torch_noarch_build():
-    """One package without compiled parts under ``torch-ext``, and the variant that loads on every backend."""
+    """One package without compiled parts under `torch-ext`, and the variant that loads on every backend."""
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     assert (ROOT / "kernels/build/torch-universal").resolve() == PACKAGE
     assert [p.name for p in (ROOT / "kernels/torch-ext").iterdir() if p.name != "__pycache__"] == ["ept_kernels"]

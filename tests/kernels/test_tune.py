@@ -24,7 +24,7 @@ SLOW = 0.004  # seconds
 
 @dataclass(frozen=True)
 class FakeKernel:
-    """What ``launch`` indexes with a grid and calls."""
+    """What `launch` indexes with a grid and calls."""
 
     n_spills: int
 
@@ -33,7 +33,7 @@ class FakeKernel:
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:
-    """Twice ``x``, faster or slower or wrong as its configuration says."""
+    """Twice `x`, faster or slower or wrong as its configuration says."""
     kind = launch.config_for("toy", x.shape[0], x.device, {"kind": 0})["kind"]
     launch.launch(FakeKernel(n_spills=3 if kind == 2 else 0), (1,))
     if kind == 3:
@@ -80,7 +80,7 @@ def test_a_bad_candidate_is_refused_however_fast(kind, reason):
 
 @pytest.fixture
 def microseconds(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """What a call takes by the ``kind`` that is tried, in place of a clock."""
+    """What a call takes by the `kind` that is tried, in place of a clock."""
     times: dict[int, float] = {}
     monkeypatch.setattr(tune, "_timer", lambda device: lambda calls, n: n * [times[launch._State.tried["toy"]["kind"]]])
     return times

@@ -1,4 +1,4 @@
-"""``ept export``: the exported files alone give the adapter's own answers."""
+"""`ept export`: the exported files alone give the adapter's own answers."""
 
 from __future__ import annotations
 

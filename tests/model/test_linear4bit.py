@@ -173,7 +173,7 @@ def test_the_bias_can_be_trained():
 
 
 def saved_bytes(run: Any, held: set[int]) -> int:
-    """Bytes that autograd keeps for ``run``, beyond storages in ``held``."""
+    """Bytes that autograd keeps for `run`, beyond storages in `held`."""
     total = 0
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,7 +188,7 @@ def saved_bytes(run: Any, held: set[int]) -> int:
 
 
 def storages(model: nn.Module) -> set[int]:
-    """Where the parameters and quant states of ``model`` lie."""
+    """Where the parameters and quant states of `model` lie."""
     return {t.untyped_storage().data_ptr() for t in [*model.parameters(), *quant_tensors(model)]}
 
 

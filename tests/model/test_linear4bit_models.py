@@ -27,7 +27,7 @@ def checkpoints(tmp_path_factory):
 
 
 def adapted(base: Any, always: bool = True, **options: Any) -> EPTModel:
-    """``base`` with a random adapter, all its 4-bit layers going through the operators."""
+    """`base` with a random adapter, all its 4-bit layers going through the operators."""
     if always:
         swap_linear4bit(base, always=True)
     model = get_ept_model(base, EPTConfig(**SMALL), fast_4bit=always, **options).train()

@@ -18,7 +18,7 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 
 
 def adapted(name: str, seed: int | None = 1, model_changes: dict | None = None, **fields):
-    """An EPT model with every parameter away from its start (``seed=None``: at its start)."""
+    """An EPT model with every parameter away from its start (`seed=None`: at its start)."""
     model = get_ept_model(make_model(name, **(model_changes or {})), EPTConfig(**{**SMALL, **fields}))
     if seed is not None:
         randomise(model, seed)
@@ -52,7 +52,7 @@ def test_every_variant_starts_as_prompt_tuning(fields):
 
 
 def real_logits(model, batch, row):
-    """Logits of row ``row`` at its real text tokens, as if it were alone."""
+    """Logits of row `row` at its real text tokens, as if it were alone."""
     output = logits_of(model, batch)
     s = output.shape[1] - batch["input_ids"].shape[1]
     return output[row, s:][batch["attention_mask"][row].bool()]

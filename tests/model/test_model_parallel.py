@@ -25,7 +25,7 @@ CASES = {
 
 
 def spread(name: str, folder: Any, on_disk: tuple[str, ...], offload: Any) -> Any:
-    """The model of ``folder``; hooks of accelerate bring the parts ``on_disk`` in for their calls."""
+    """The model of `folder`; hooks of accelerate bring the parts `on_disk` in for their calls."""
     model_class = getattr(transformers, FAMILIES[name][1])
     plain = model_class.from_pretrained(folder)
     places = {module: "cpu" for module, child in plain.named_modules() if module and not list(child.children())}

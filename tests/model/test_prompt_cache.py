@@ -1,4 +1,4 @@
-"""``generate`` after a cached prompt gives what ``generate`` gives without, and is refused where it could not."""
+"""`generate` after a cached prompt gives what `generate` gives without, and is refused where it could not."""
 
 from __future__ import annotations
 

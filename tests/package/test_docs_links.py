@@ -1,4 +1,4 @@
-"""Every relative link in the README and in ``docs/`` leads to a file, and to a heading of it where it names one."""
+"""Every relative link in the README and in `docs/` leads to a file, and to a heading of it where it names one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def without_code(text: str) -> str:
-    """``text`` with nothing in its code blocks and code spans, where brackets are no links."""
+    """`text` with nothing in its code blocks and code spans, where brackets are no links."""
     return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "``", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
 
 
@@ -34,7 +34,7 @@ def anchors(text: str) -> set[str]:
 
 
 def broken(page: Path) -> list[str]:
-    """The links of ``page`` that lead nowhere."""
+    """The links of `page` that lead nowhere."""
     found = []
     for target in links(page.read_text(encoding="utf-8")):
         name, _, anchor = unquote(target).partition("#")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_from_root(code: str) -> str:
-    """Runs ``code`` in a fresh interpreter started in the repository root (which is then on ``sys.path``)."""
+    """Runs `code` in a fresh interpreter started in the repository root (which is then on `sys.path`)."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{code}\nfailed with:\n{done.stderr}"
@@ -22,7 +22,7 @@ def run_from_root(code: str) -> str:
 
 
 def modules_loaded_by(statement: str) -> set[str]:
-    """Top-level names in ``sys.modules`` after ``statement`` alone."""
+    """Top-level names in `sys.modules` after `statement` alone."""
     code = f"import json, sys\n{statement}\nprint(json.dumps([name.partition('.')[0] for name in sys.modules]))"
     return set(json.loads(run_from_root(code).splitlines()[-1]))
 
@@ -45,7 +45,7 @@ def test_kernels_is_no_package() -> None:
 
 
 def test_hugging_face_kernels_is_not_shadowed(tmp_path: Path) -> None:
-    """A regular package named ``kernels`` later on the path wins over the folder in the repository root."""
+    """A regular package named `kernels` later on the path wins over the folder in the repository root."""
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text("CUDAProperties = 'from the real package'\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How many damaged files the fuzz tests try: as many as ``EPT_FUZZ_CASES`` says, 2,400 without it."""
+"""How many damaged files the fuzz tests try: as many as `EPT_FUZZ_CASES` says, 2,400 without it."""
 
 from __future__ import annotations
 

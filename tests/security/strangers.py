@@ -44,7 +44,7 @@ def nested(depth: int) -> Any:
 
 @st.composite
 def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """``content`` with bits turned, a piece cut out or put in, or its end missing."""
+    """`content` with bits turned, a piece cut out or put in, or its end missing."""
     kind = draw(st.sampled_from(["bits", "cut", "insert", "truncate", "repeat", "replace"]))
     at = draw(st.integers(0, max(len(content) - 1, 0)))
     if kind == "bits":
@@ -66,7 +66,7 @@ def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def configurations(draw: st.DrawFn, good: dict[str, Any]) -> bytes:
-    """``adapter_config.json`` with fields changed, added or left out, or damaged as a text."""
+    """`adapter_config.json` with fields changed, added or left out, or damaged as a text."""
     changed = dict(good)
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.one_of(st.sampled_from(FIELDS), _texts))
@@ -90,7 +90,7 @@ def configurations(draw: st.DrawFn, good: dict[str, Any]) -> bytes:
 
 @st.composite
 def weights(draw: st.DrawFn, good: bytes) -> bytes:
-    """``adapter_model.safetensors`` with a lying header, other values, or damaged as bytes."""
+    """`adapter_model.safetensors` with a lying header, other values, or damaged as bytes."""
     kind = draw(st.sampled_from(["bytes", "length", "header", "header", "header", "header", "values"]))
     if kind == "bytes":
         return draw(damaged_bytes(good))

@@ -30,7 +30,7 @@ def _name(node: ast.expr) -> str:
 
 
 def offences(source: str) -> list[str]:
-    """Forbidden calls in ``source``, and any mention of ``trust_remote_code`` but to say no."""
+    """Forbidden calls in `source`, and any mention of `trust_remote_code` but to say no."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and (name := _name(node.func)) in FORBIDDEN:

@@ -49,7 +49,7 @@ _watching: tuple[str, list[str]] | None = None
 
 @contextmanager
 def watched(folder: Path) -> Iterator[list[str]]:
-    """Collects what happens within that reading the adapter in ``folder`` has no cause for."""
+    """Collects what happens within that reading the adapter in `folder` has no cause for."""
     global _watching
     offences: list[str] = []
     _watching = (str(folder.resolve()), offences)
@@ -87,7 +87,7 @@ sys.addaudithook(_hook)
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operator made, in ``bytes``."""
+    """Remembers the size of the largest tensor that any operator made, in `bytes`."""
 
     bytes = 0
 

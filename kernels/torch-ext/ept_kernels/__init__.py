@@ -1,7 +1,7 @@
 """Operators of Efficient Prompt Tuning: the fused embedding, the joint prompt and products with 4-bit weights, each
 with its plain-PyTorch reference.
 
-Importing this package registers the operators in ``torch.ops.ept`` (see ``library.py``). It needs torch only; autograd
+Importing this package registers the operators in `torch.ops.ept` (see `library.py`). It needs torch only; autograd
 is wrapped around the operators by the caller.
 """
 

@@ -1,16 +1,16 @@
 """What the kernels' launchers share: entering the device, counting launches, measured configurations.
 
-A configuration is a set of meta-parameters of one kernel (block sizes, ``num_warps``, ``num_stages``). Measured ones
-are data, one file a device, ``configs/<device name>.json``, written by ``python -m ept_kernels.dev.tune``:
+A configuration is a set of meta-parameters of one kernel (block sizes, `num_warps`, `num_stages`). Measured ones
+are data, one file a device, `configs/<device name>.json`, written by `python -m ept_kernels.dev.tune`:
 
     {"device": ..., "kernels": {kernel: {size: {meta-parameter: number}}}, "measurements": [...]}
 
-``size`` is one or more whole numbers joined by ``x`` (``"4096"``, ``"14336x4096"``): what the best choice depends on
+`size` is one or more whole numbers joined by `x` (`"4096"`, `"14336x4096"`): what the best choice depends on
 smoothly, such as the embedding width. What has to match exactly belongs to the name of the kernel
-(``"prompted_embedding/16-bit"``). The nearest size is taken, by the distance of the logarithms; where nothing was
+(`"prompted_embedding/16-bit"`). The nearest size is taken, by the distance of the logarithms; where nothing was
 measured, the heuristic. Other numbers that are measured a device are kept in the same way under a name with a dot, such
 as the path of a product:
-``config_for("matmul_4bit.path/16-bit", (tokens, rows, columns), device, {"PATH": 1})["PATH"]``.
+`config_for("matmul_4bit.path/16-bit", (tokens, rows, columns), device, {"PATH": 1})["PATH"]`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class AotCase(NamedTuple):
     """One kernel as it is compiled ahead of time, without a GPU.
 
     Attributes:
-        name: of the case, unique. fn: the ``@triton.jit`` function.
-        signature: type of every run-time argument by name, as ``triton.compiler.ASTSource`` takes it, constants
-            included as ``"constexpr"``. constexprs: value of every constant by name.
+        name: of the case, unique. fn: the `@triton.jit` function.
+        signature: type of every run-time argument by name, as `triton.compiler.ASTSource` takes it, constants
+            included as `"constexpr"`. constexprs: value of every constant by name.
         enable_fp_fusion: as the launcher gives it to Triton; False rounds a product before it is added to.
         weights: quantised weights that a program decodes where its code is run through once; 0: it has none.
-        all_registers: whether the launcher adds :func:`all_registers`.
+        all_registers: whether the launcher adds `all_registers`.
     """
 
     name: str
@@ -68,18 +68,18 @@ class Tunable:
     """One kernel at one size, as the tuner measures it and as its shipped configurations are compiled ahead of time.
 
     Attributes:
-        kernel, size: as the launcher gives them to :func:`config_for`; together unique.
+        kernel, size: as the launcher gives them to `config_for`; together unique.
         default: the heuristic's configuration, which is measured first and kept unless another is faster.
-        candidates: configurations to try; each replaces the values of ``default`` that it names. See :func:`grid`.
-        operator: the launcher. It has to take its configuration through :func:`config_for`, under a cache made with
-            :func:`cached_choice` if any. The whole operator is timed, also where the kernel is one of several in it.
-        inputs: ``inputs(device, seed)`` makes one set of arguments for ``operator``, of realistic content.
-        reference: the right result for the same arguments, a tensor or several; in float64 wherever ``operator``
-            rounds (see :func:`in_float64`).
-        aot: ``aot(config)`` is the kernel at this size in that configuration.
+        candidates: configurations to try; each replaces the values of `default` that it names. See `grid`.
+        operator: the launcher. It has to take its configuration through `config_for`, under a cache made with
+            `cached_choice` if any. The whole operator is timed, also where the kernel is one of several in it.
+        inputs: `inputs(device, seed)` makes one set of arguments for `operator`, of realistic content.
+        reference: the right result for the same arguments, a tensor or several; in float64 wherever `operator`
+            rounds (see `in_float64`).
+        aot: `aot(config)` is the kernel at this size in that configuration.
         tolerance: largest error allowed, in units of the largest magnitude of a result; None: 1e-5 for a result in
             float32, one unit in the last place for 16 bits; 0: every bit equal.
-        variants: as ``inputs``, of other kinds that the same configuration serves: the winner has to be right for them
+        variants: as `inputs`, of other kinds that the same configuration serves: the winner has to be right for them
             and not to spill, too.
     """
 
@@ -96,12 +96,12 @@ class Tunable:
 
 
 def grid(**values: Sequence[int]) -> list[Config]:
-    """Every combination of the values: ``grid(BLOCK=(16, 32), num_warps=(4, 8))`` are four configurations."""
+    """Every combination of the values: `grid(BLOCK=(16, 32), num_warps=(4, 8))` are four configurations."""
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
 def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with its floating-point tensor arguments in float64."""
+    """`function` with its floating-point tensor arguments in float64."""
 
     @functools.wraps(function)
     def wide(*args: Any) -> Any:
@@ -121,7 +121,7 @@ _choices: list[Any] = []  # caches that hold configurations
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Launches ``kernel``; nothing is launched for an empty grid."""
+    """Launches `kernel`; nothing is launched for an empty grid."""
     if not all(grid):
         return
     _State.launches += 1
@@ -131,13 +131,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def launches() -> int:
-    """Number of kernels launched through :func:`launch` so far in this process."""
+    """Number of kernels launched through `launch` so far in this process."""
     return _State.launches
 
 
 @contextlib.contextmanager
 def compiled_kernels() -> Iterator[list[Any]]:
-    """Collects what :func:`launch` runs: Triton's compiled kernels; None for each under the interpreter."""
+    """Collects what `launch` runs: Triton's compiled kernels; None for each under the interpreter."""
     _State.compiled = []
     try:
         yield _State.compiled
@@ -146,16 +146,16 @@ def compiled_kernels() -> Iterator[list[Any]]:
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Enters the device that ``tensor`` lies on: Triton launches on the current one."""
+    """Enters the device that `tensor` lies on: Triton launches on the current one."""
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
 def config_for(kernel: str, size: int | Size, device: torch.device, default: Config) -> Config:
-    """Meta-parameters of ``kernel`` at ``size``: the nearest measured ones of this device, else ``default``.
+    """Meta-parameters of `kernel` at `size`: the nearest measured ones of this device, else `default`.
 
-    What the measured ones leave out is taken from ``default``.
+    What the measured ones leave out is taken from `default`.
     """
     if (tried := _State.tried.get(kernel)) is not None:
         return {**default, **tried}
@@ -170,7 +170,7 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
 
 
 def cached_choice(function: _Function) -> _Function:
-    """``functools.lru_cache`` for functions whose result depends on :func:`config_for`: emptied by :func:`trying`."""
+    """`functools.lru_cache` for functions whose result depends on `config_for`: emptied by `trying`."""
     cached = functools.lru_cache(maxsize=512)(function)
     _choices.append(cached)
     return cached  # type: ignore[return-value]
@@ -178,7 +178,7 @@ def cached_choice(function: _Function) -> _Function:
 
 @contextlib.contextmanager
 def trying(kernel: str, config: Config) -> Iterator[None]:
-    """Within, ``kernel`` takes ``config`` (its defaults where it names nothing) at every size, on every device."""
+    """Within, `kernel` takes `config` (its defaults where it names nothing) at every size, on every device."""
     _State.tried[kernel] = config
     _forget_choices()
     try:
@@ -190,7 +190,7 @@ def trying(kernel: str, config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adopting(kernel: str, size: Size, config: Config) -> Iterator[None]:
-    """Within, ``config`` counts as measured for ``kernel`` at ``size``, before what the device's file says."""
+    """Within, `config` counts as measured for `kernel` at `size`, before what the device's file says."""
     _State.adopted.setdefault(kernel, {})[size] = config
     _forget_choices()
     try:
@@ -201,12 +201,12 @@ def adopting(kernel: str, size: Size, config: Config) -> Iterator[None]:
 
 
 def padded(size: int) -> int:
-    """The power of two from 16 up that holds ``size``: the least that a matrix product takes."""
+    """The power of two from 16 up that holds `size`: the least that a matrix product takes."""
     return max(16, 1 << max(size - 1, 0).bit_length())
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:
-    """``input_precision`` of a product of float32 operands whose result is stored in ``dtype``.
+    """`input_precision` of a product of float32 operands whose result is stored in `dtype`.
 
     TF32 where the matrix units have it and the result is rounded to 16 bits anyway. Otherwise the operands in pieces of
     bfloat16, which all matrix units take: three products of two pieces, or, exact to float32, six of three. The plain
@@ -229,7 +229,7 @@ def all_registers(device: torch.device) -> Config:
 
 
 def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
-    """The configurations in ``path``, by kernel and size.
+    """The configurations in `path`, by kernel and size.
 
     Raises:
         ValueError: the file is not as this module's docstring says; the message names the place.
@@ -245,7 +245,7 @@ def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
 
 
 def config_file(device: torch.device) -> Path:
-    """Where the measured configurations of ``device`` are kept."""
+    """Where the measured configurations of `device` are kept."""
     name = torch.get_device_module(device).get_device_name(device)
     return CONFIGS / (re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") + ".json")
 

@@ -1,12 +1,12 @@
-"""Registers the operators: schema, fake and implementation, once, in the library namespace ``ept``.
+"""Registers the operators: schema, fake and implementation, once, in the library namespace `ept`.
 
-Plain ``Library.define`` / ``impl`` is the cheapest registration per call; ``triton_op`` and ``custom_op`` cost several
+Plain `Library.define` / `impl` is the cheapest registration per call; `triton_op` and `custom_op` cost several
 times more. Every operator has one implementation for every device: the plain-PyTorch reference, or the launcher of the
 Triton kernels.
 
-CUDA, ROCm and XPU devices take the kernels where triton is installed, CPUs the references. ``EPT_KERNELS=reference``
-makes every device take the reference; ``EPT_KERNELS=triton`` insists on the kernels and fails without triton.
-``TRITON_INTERPRET=1`` sends CPU tensors through the kernels, which is how they are tested. The first variable is read
+CUDA, ROCm and XPU devices take the kernels where triton is installed, CPUs the references. `EPT_KERNELS=reference`
+makes every device take the reference; `EPT_KERNELS=triton` insists on the kernels and fails without triton.
+`TRITON_INTERPRET=1` sends CPU tensors through the kernels, which is how they are tested. The first variable is read
 when this package is imported, the second at the first call.
 """
 
@@ -36,7 +36,7 @@ if _choice not in _CHOICES:
 
 
 def backend(device: torch.device | str) -> str:
-    """What runs the operators on ``device``: ``"triton"`` or ``"reference"``. float64 tensors always take the
+    """What runs the operators on `device`: `"triton"` or `"reference"`. float64 tensors always take the
     reference.
     """
     return _backend(torch.device(device).type)
@@ -62,11 +62,11 @@ def register(
     """Registers one operator and returns its callable overload.
 
     Args:
-        schema: what ``Library.define`` takes, e.g. ``"add_one(Tensor x) -> Tensor"``.
+        schema: what `Library.define` takes, e.g. `"add_one(Tensor x) -> Tensor"`.
         reference: plain PyTorch. Mixed precision is switched off around it and around the launcher, since the
             operators choose their own accumulation type.
-        fake: computes output shapes and dtypes without data, for ``torch.compile`` and meta tensors.
-        launcher: ``"folder.module"`` of this package with a function of the operator's name that launches Triton
+        fake: computes output shapes and dtypes without data, for `torch.compile` and meta tensors.
+        launcher: `"folder.module"` of this package with a function of the operator's name that launches Triton
             kernels; it is imported at the first call, so that importing the package needs no Triton.
 
     A second copy of this package in one process (an installed one and one loaded from a kernel repository) finds the
@@ -84,7 +84,7 @@ def register(
 
 
 def launcher_of(name: str) -> Callable[..., Any] | None:
-    """The launcher of the operator ``name``'s Triton kernels, imported here; None where it has no such kernels."""
+    """The launcher of the operator `name`'s Triton kernels, imported here; None where it has no such kernels."""
     module = _launchers.get(name)
     return None if module is None else getattr(importlib.import_module(f".{module}", __package__), name)
 

@@ -1,6 +1,6 @@
-"""The Triton kernels against their references: on a GPU (``make gpu``), or on CPU tensors under Triton's interpreter
-(``make test``). Which of the two is chosen when Triton is imported, so these tests run in a process of their own:
-``TRITON_INTERPRET=1 pytest tests/kernels/triton_kernels``, or with ``EPT_KERNELS=triton`` on a GPU.
+"""The Triton kernels against their references: on a GPU (`make gpu`), or on CPU tensors under Triton's interpreter
+(`make test`). Which of the two is chosen when Triton is imported, so these tests run in a process of their own:
+`TRITON_INTERPRET=1 pytest tests/kernels/triton_kernels`, or with `EPT_KERNELS=triton` on a GPU.
 """
 
 from __future__ import annotations

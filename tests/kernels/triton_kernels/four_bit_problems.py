@@ -28,7 +28,7 @@ def quantized(
 ) -> FourBitWeight:
     """A weight quantised by bitsandbytes, its nibbles then replaced by random ones, so that every level occurs.
 
-    ``shift``: bytes by which the address of the packed weight is off a whole word's.
+    `shift`: bytes by which the address of the packed weight is off a whole word's.
     """
     g = torch.Generator().manual_seed(rows * columns + block_size)
     values = torch.randn(rows, columns, generator=g)
@@ -140,7 +140,7 @@ def _watch_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _extent(x: Tensor) -> tuple[int, int]:
-    """First address of ``x`` and the one after its last."""
+    """First address of `x` and the one after its last."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 

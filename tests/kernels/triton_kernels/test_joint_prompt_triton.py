@@ -28,7 +28,7 @@ LARGE = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of a joint prompt; 0 switches a part off. ``large``: run in the blocks of ``LARGE``."""
+    """Sizes of a joint prompt; 0 switches a part off. `large`: run in the blocks of `LARGE`."""
 
     s: int = 5
     d: int = 64
@@ -153,7 +153,7 @@ def backward(problem: Problem, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def assert_close(actual: Tensor, exact: Tensor, what: str, summand: Tensor | None = None) -> None:
-    """``summand``: a large part of the sum, should it cancel with others."""
+    """`summand`: a large part of the sum, should it cancel with others."""
     assert actual.shape == exact.shape, what
     if not exact.numel():
         return

@@ -1,7 +1,7 @@
 """The Triton products with 4-bit weights against float64, with the weight exactly as it is dequantised.
 
 bitsandbytes' own tests of its products allow a mean error of 0.115 (test_matmul_4bit, it measures the quantisation)
-and mean differences between its fused and its dequantised product (test_gemv_4bit, ``THEIR_MEAN`` below). Here every
+and mean differences between its fused and its dequantised product (test_gemv_4bit, `THEIR_MEAN` below). Here every
 single result is held to the rounding of its type, plus float32's over a sum of that length; and the mean error beyond
 the rounding of the result to a tenth of theirs.
 """
@@ -43,7 +43,7 @@ FUSED, LIBRARY = "fused", "library"
 
 @dataclass(frozen=True)
 class Problem:
-    """``path``: which one is to be taken; the sizes' own, unless ``tokens`` are too many."""
+    """`path`: which one is to be taken; the sizes' own, unless `tokens` are too many."""
 
     rows: int
     columns: int
@@ -68,7 +68,7 @@ class Problem:
         return quantized(self.rows, self.columns, self.quant_type, self.block_size, self.nested, device, self.shift)
 
     def random(self, width: int, device: torch.device, seed: int = 0) -> Tensor:
-        """``[*tokens, width]``; strided: every dimension with gaps of NaN."""
+        """`[*tokens, width]`; strided: every dimension with gaps of NaN."""
         g = torch.Generator().manual_seed(seed)
         shape = (*self.tokens, width)
         x = torch.randn(shape, generator=g).to(device, self.dtype)
@@ -148,7 +148,7 @@ def exact_weight(weight: FourBitWeight, path: str, dtype: torch.dtype) -> Tensor
 
 
 def assert_close(actual: Tensor, exact: Tensor, magnitude: Tensor, summed: int, what: str) -> None:
-    """``magnitude``: of what was added up, ``summed`` products each."""
+    """`magnitude`: of what was added up, `summed` products each."""
     assert actual.shape == exact.shape, what
     tolerance = torch.finfo(F32).eps * math.sqrt(max(summed, 1)) * magnitude
     if actual.dtype != F32:

@@ -22,7 +22,7 @@ FLOAT32_TOLERANCE = 1e-5  # of the sum of the magnitudes that were added up
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of a padded batch. ``padding``: which side, or ``shuffled`` positions in no order; ``adapters``: mixed."""
+    """Sizes of a padded batch. `padding`: which side, or `shuffled` positions in no order; `adapters`: mixed."""
 
     n: int = 63
     d: int = 64
@@ -43,7 +43,7 @@ class Problem:
         return ",".join(f"{k}={str(v).removeprefix('torch.')}" for k, v in changed.items()) or "plain"
 
     def positions(self) -> Tensor:
-        """``[batch, n]``: row b has 7·b tokens of padding, as far as there are so many."""
+        """`[batch, n]`: row b has 7·b tokens of padding, as far as there are so many."""
         rows = []
         for b in range(self.batch):
             padding = 0 if self.padding == "none" else min(7 * b, self.n)
@@ -128,7 +128,7 @@ def strided(x: Tensor) -> Tensor:
 
 
 def in_float64(function, *args, magnitude: bool = False):
-    """``function`` of ``args`` in float64; of their magnitudes, which bounds the sums, on request."""
+    """`function` of `args` in float64; of their magnitudes, which bounds the sums, on request."""
     wide = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
     return function(*(x.abs() if magnitude and torch.is_tensor(x) and x.is_floating_point() else x for x in wide))
 
@@ -302,7 +302,7 @@ def test_number_of_launches(problem, forward, backward, device):
 
 
 def far_apart(x: Tensor, dim: int) -> Tensor:
-    """The same values with offsets beyond 2³¹ elements along ``dim``, in memory that is reserved but mostly untouched.
+    """The same values with offsets beyond 2³¹ elements along `dim`, in memory that is reserved but mostly untouched.
 
     It reaches as far below the first element: an offset that wraps round in 32 bits reads zeros there.
     """

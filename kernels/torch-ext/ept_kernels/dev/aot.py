@@ -5,7 +5,7 @@
 Prints a table (kernel, target, registers, spilled bytes, shared memory, instructions, and instructions a weight where
 4-bit weights are decoded) and fails on any spill, and on shared memory over the target's limit.
 
-``--every`` adds every kind of 4-bit weight and of its operands, ``--candidates`` every configuration that the tuner may
+`--every` adds every kind of 4-bit weight and of its operands, `--candidates` every configuration that the tuner may
 try. Both take long. What is wrong with a candidate is printed and is no failure: the tuner refuses such ones.
 """
 
@@ -61,7 +61,7 @@ def cases() -> list[AotCase]:
 
 
 def shipped_cases() -> list[AotCase]:
-    """Every kernel in every measured configuration that is shipped under ``configs/``.
+    """Every kernel in every measured configuration that is shipped under `configs/`.
 
     Raises:
         ValueError: a file is damaged, or names a kernel and a size that the tuner does not know.
@@ -120,7 +120,7 @@ _waiting: list[tuple[AotCase, str]] = []  # what the processes of compile_all in
 
 
 def compile_all(chosen: Iterable[tuple[AotCase, str]], jobs: int) -> list[dict[str, Any]]:
-    """:func:`compile_case` of every case and target, in order, by ``jobs`` processes forked from this one."""
+    """`compile_case` of every case and target, in order, by `jobs` processes forked from this one."""
     _waiting[:] = chosen
     if jobs == 1 or len(_waiting) < 2:
         return [compile_case(*pair) for pair in _waiting]
@@ -133,7 +133,7 @@ def _compile_waiting(index: int) -> dict[str, Any]:
 
 
 def compile_case(case: AotCase, target: str) -> dict[str, Any]:
-    """Compiles ``case`` for ``target``; returns registers, spilled bytes, shared memory (bytes) and instructions.
+    """Compiles `case` for `target`; returns registers, spilled bytes, shared memory (bytes) and instructions.
 
     Raises whatever Triton raises when the kernel does not compile.
     """

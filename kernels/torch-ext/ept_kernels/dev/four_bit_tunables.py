@@ -37,7 +37,7 @@ _PRODUCT_GRIDS = {
 
 @dataclass(frozen=True)
 class Product:
-    """One of the two products; ``before`` and ``after``: which of ``(rows, columns)`` a token has then."""
+    """One of the two products; `before` and `after`: which of `(rows, columns)` a token has then."""
 
     operator: str
     kernel: Any
@@ -71,7 +71,7 @@ PRODUCTS = (
 
 
 def tunables(reduced: bool = False) -> list[Tunable]:
-    """``reduced``: one tiny shape and two candidates each."""
+    """`reduced`: one tiny shape and two candidates each."""
     with contextlib.suppress(ImportError):  # without it there is one path less to measure
         import bitsandbytes  # noqa: F401
     shapes = ((32, 128),) if reduced else SHAPES

@@ -36,7 +36,7 @@ TOLERANCE = 1e-4
 
 
 def tunables(reduced: bool = False) -> list[Tunable]:
-    """The second launches of all problems, and the first one without maps; ``reduced``: a tiny problem, a candidate."""
+    """The second launches of all problems, and the first one without maps; `reduced`: a tiny problem, a candidate."""
     return [
         _tunable(kernel, sizes, most=1 if reduced else None)
         for sizes in (REDUCED if reduced else PROBLEMS)

@@ -92,7 +92,7 @@ REDUCED = (Problem(d=40, r=3, vocabulary=11, batch=2, n=5, s=2),)
 
 
 def tunables(reduced: bool = False) -> list[Tunable]:
-    """Five kernels a problem; ``reduced``: one tiny problem and two candidates each."""
+    """Five kernels a problem; `reduced`: one tiny problem and two candidates each."""
     problems = REDUCED if reduced else PROBLEMS
     return [_tunable(kernel, problem, most=2 if reduced else None) for problem in problems for kernel in KERNELS]
 

@@ -1,10 +1,10 @@
-"""Measures the kernels' launch configurations on the GPU at hand and writes them to ``configs/<device name>.json``.
+"""Measures the kernels' launch configurations on the GPU at hand and writes them to `configs/<device name>.json`.
 
     python -m ept_kernels.dev.tune [--kernels NAME,NAME] [--output FILE]
 
-What there is to tune the kernels' modules say with a function ``tunables(reduced: bool)``, a list of
-:class:`~ept_kernels.launch.Tunable`: kernel, size, candidate configurations, launcher, inputs, reference. ``reduced``
-asks for tiny sizes and few candidates. :func:`tunables` below calls them all; a new module adds its line there.
+What there is to tune the kernels' modules say with a function `tunables(reduced: bool)`, a list of
+`ept_kernels.launch.Tunable`: kernel, size, candidate configurations, launcher, inputs, reference. `reduced`
+asks for tiny sizes and few candidates. `tunables` below calls them all; a new module adds its line there.
 
 A candidate is refused if it does not compile or fit, if it spills registers, or if its result is not that of the
 reference, with uninitialised memory filled with NaN; a winner also if that is so for other kinds of inputs that its
@@ -13,8 +13,8 @@ together larger than the L2 cache, one after another, in a CUDA graph where ther
 the samples. The fastest is measured again in turn with the heuristic's configuration and wins if it is faster by more
 than the noise. Kernels that are no longer measured keep what an existing file says.
 
-``TRITON_INTERPRET=1 python -m ept_kernels.dev.tune --device cpu`` runs all of this on tiny sizes without a GPU, to
-check the tuner itself. Its times are the interpreter's, and its output never goes to ``configs/``.
+`TRITON_INTERPRET=1 python -m ept_kernels.dev.tune --device cpu` runs all of this on tiny sizes without a GPU, to
+check the tuner itself. Its times are the interpreter's, and its output never goes to `configs/`.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class Refused(Exception):
 
 
 def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict[str, Any]:
-    """Measures every candidate of ``tunable``.
+    """Measures every candidate of `tunable`.
 
     Returns:
-        ``kernel``, ``size``, ``config`` (the winner, complete), ``median_us`` and ``default_us`` (microseconds a call
-        of the whole operator, of the winner and of the heuristic's choice), ``tried``, and ``refused``: reasons by
+        `kernel`, `size`, `config` (the winner, complete), `median_us` and `default_us` (microseconds a call
+        of the whole operator, of the winner and of the heuristic's choice), `tried`, and `refused`: reasons by
         configuration.
 
     Raises:
@@ -118,7 +118,7 @@ def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict
 
 
 def check(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: list[Tensor]) -> None:
-    """Runs ``config`` once; raises :class:`Refused` if it fails, spills, or differs from ``expected``."""
+    """Runs `config` once; raises `Refused` if it fails, spills, or differs from `expected`."""
     from triton.runtime.errors import TritonError
 
     with launch.trying(tunable.kernel, config), launch.compiled_kernels() as compiled, _poisoned_memory():
@@ -141,7 +141,7 @@ def _check_variants(tunable: Tunable, config: Config, device: torch.device) -> N
 
 
 def write(path: Path, rows: list[dict[str, Any]], device: str, command: str) -> None:
-    """Adds the winners in ``rows`` to the file at ``path``, which holds what was measured on ``device`` before."""
+    """Adds the winners in `rows` to the file at `path`, which holds what was measured on `device` before."""
     content: dict[str, Any] = {"kernels": {}, "measurements": []}
     if path.is_file():
         launch.load_configs(path)  # a damaged file is not written over
@@ -237,7 +237,7 @@ def _poisoned_memory() -> Iterator[None]:
 
 
 def _difference(actual: Tensor, expected: Tensor, tolerance: float | None) -> str | None:
-    """What is wrong with ``actual``; None when nothing is."""
+    """What is wrong with `actual`; None when nothing is."""
     if actual.shape != expected.shape:
         return f"has shape {list(actual.shape)}, the reference has {list(expected.shape)}"
     if not actual.numel():

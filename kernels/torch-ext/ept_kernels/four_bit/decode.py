@@ -2,12 +2,12 @@
 
 A byte holds two neighbouring weights, the first in its high nibble. A nibble names one of 16 float32 levels, and a
 weight is its level times the absmax of its block, one float32 product rounded once to the wanted type. Nested absmax is
-``code[byte]·nested_absmax + offset``, product and sum rounded one after the other: launchers pass
-``enable_fp_fusion=False``, without which the two become one operation with other bits.
+`code[byte]·nested_absmax + offset`, product and sum rounded one after the other: launchers pass
+`enable_fp_fusion=False`, without which the two become one operation with other bits.
 
 The look-up decides the speed, since ten instructions a weight take as long as the memory traffic. Static counts for
-sm_90 (Triton 3.7.1) of kernels that differ in the look-up only: what one more weight costs in ``dequantize_4bit`` (in
-words, plain absmax, to bfloat16), and a weight in the loop of ``matmul_4bit`` (16 tokens of bfloat16). Nothing of this
+sm_90 (Triton 3.7.1) of kernels that differ in the look-up only: what one more weight costs in `dequantize_4bit` (in
+words, plain absmax, to bfloat16), and a weight in the loop of `matmul_4bit` (16 tokens of bfloat16). Nothing of this
 was timed:
 
                                                        dequantise   product
@@ -22,7 +22,7 @@ was timed:
     table load, offset permuted into the address, PTX      5.5        8.8    (1 load)
     table load of a byte's two levels                      4.3               (0.5 loads, each of up to 16 cache lines)
 
-Why these two, see ``docs/kernels.md``. The table is one line of 64 bytes at a multiple of 64, so that the offset of a
+Why these two, see `docs/kernels.md`. The table is one line of 64 bytes at a multiple of 64, so that the offset of a
 level can be put into the lower bits of its address, which saves the 64-bit addition.
 """
 
@@ -46,7 +46,7 @@ WEIGHTS = tl.constexpr(8)  # in a word
 
 @functools.cache
 def levels(quant_type: str, device: torch.device) -> Tensor:
-    """The 16 levels of ``quant_type`` on ``device``, float32, at an address that the kernels can put offsets into."""
+    """The 16 levels of `quant_type` on `device`, float32, at an address that the kernels can put offsets into."""
     table = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
     if table.data_ptr() % _TABLE_BYTES:
         raise RuntimeError(
@@ -57,13 +57,13 @@ def levels(quant_type: str, device: torch.device) -> Tensor:
 
 
 def is_word_aligned(packed: Tensor, elements: int) -> bool:
-    """Whether ``packed`` is whole words at a whole word's address."""
+    """Whether `packed` is whole words at a whole word's address."""
     return elements % WEIGHTS.value == 0 and packed.data_ptr() % WORD.value == 0
 
 
 @triton.jit
 def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
-    """Weight in the nibble at bit ``SHIFT`` of each unit: ``DTYPE``, shaped like ``b_unit`` and ``b_absmax``."""
+    """Weight in the nibble at bit `SHIFT` of each unit: `DTYPE`, shaped like `b_unit` and `b_absmax`."""
     offset = ((b_unit >> (SHIFT - 2)) if SHIFT > 2 else (b_unit << (2 - SHIFT))) & 60  # nibble·4 bytes
     address = levels.to(tl.int64) | offset.to(tl.int64)
     b_level = tl.load(address.to(tl.pointer_type(tl.float32)))
@@ -72,13 +72,13 @@ def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def nibble_at(b_word, SHIFT: tl.constexpr):
-    """The nibble at bit ``SHIFT`` of each word, int32."""
+    """The nibble at bit `SHIFT` of each word, int32."""
     return ((b_word >> SHIFT) & 15).to(tl.int32)
 
 
 @triton.jit
 def join_8(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
-    """``[..., 2, 2, 2]``: in order, to be reshaped to ``[..., 8]``."""
+    """`[..., 2, 2, 2]`: in order, to be reshaped to `[..., 8]`."""
     b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
     b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
     return tl.join(b_even, b_odd)
@@ -86,7 +86,7 @@ def join_8(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
 
 @triton.jit
 def split_8(b):
-    """Undoes :func:`join_8`."""
+    """Undoes `join_8`."""
     b_even, b_odd = tl.split(b)
     b_04, b_26 = tl.split(b_even)
     b_15, b_37 = tl.split(b_odd)
@@ -99,8 +99,8 @@ def split_8(b):
 
 @triton.jit
 def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
-    """Weights in each unit of ``BYTES`` bytes (1 or 4), in order, along new dimensions of 2: ``DTYPE`` ``[..., 2]`` or
-    ``[..., 2, 2, 2]``, to be reshaped to ``[..., 2·BYTES]``. ``b_absmax`` is shaped like ``b_unit``.
+    """Weights in each unit of `BYTES` bytes (1 or 4), in order, along new dimensions of 2: `DTYPE` `[..., 2]` or
+    `[..., 2, 2, 2]`, to be reshaped to `[..., 2·BYTES]`. `b_absmax` is shaped like `b_unit`.
     """
     b_unit = b_unit.to(tl.uint32)
     if BYTES == 1:
@@ -123,7 +123,7 @@ def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
 
 @triton.jit
 def levels_of_tile(levels, b_word):
-    """Levels of the weights in words ``[ROWS, WORDS]``, in order: float32 ``[ROWS, WORDS, 2, 2, 2]``."""
+    """Levels of the weights in words `[ROWS, WORDS]`, in order: float32 `[ROWS, WORDS, 2, 2, 2]`."""
     ROWS: tl.constexpr = b_word.shape[0]
     WORDS: tl.constexpr = b_word.shape[1]
     b_nibble = join_8(
@@ -144,7 +144,7 @@ def levels_of_tile(levels, b_word):
 
 @triton.jit
 def load_absmax(absmax, nested, o_block, mask, NESTED_BLOCK_SIZE: tl.constexpr):
-    """Scales of the blocks ``o_block`` (int64) in float32, shaped like it; ``nested``: absmax, code and offset."""
+    """Scales of the blocks `o_block` (int64) in float32, shaped like it; `nested`: absmax, code and offset."""
     nested_absmax, nested_code, nested_offset = nested
     if nested_absmax is None:
         b_absmax = tl.load(absmax + o_block, mask=mask, other=0.0)
@@ -169,9 +169,9 @@ def load_tile(
     BLOCK_SIZE: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
 ):
-    """One tile as it is stored: words ``[ROWS, COLUMNS / 8]`` and the scales of their blocks ``[ROWS, GROUPS]``.
+    """One tile as it is stored: words `[ROWS, COLUMNS / 8]` and the scales of their blocks `[ROWS, GROUPS]`.
 
-    What lies beyond ``rows`` and ``last`` is not read, and stands for weights of some finite value.
+    What lies beyond `rows` and `last` is not read, and stands for weights of some finite value.
     """
     GROUPS: tl.constexpr = COLUMNS // BLOCK_SIZE if BLOCK_SIZE < COLUMNS else 1
     m_n = (o_n < rows)[:, None]
@@ -187,7 +187,7 @@ def load_tile(
 
 @triton.jit
 def absmax_of_words(b_absmax, b_word):
-    """``[ROWS, GROUPS]`` repeated to the shape of ``b_word`` ``[ROWS, words]``."""
+    """`[ROWS, GROUPS]` repeated to the shape of `b_word` `[ROWS, words]`."""
     ROWS: tl.constexpr = b_word.shape[0]
     WORDS: tl.constexpr = b_word.shape[1]
     GROUPS: tl.constexpr = b_absmax.shape[1]
@@ -203,9 +203,9 @@ def aot_case(
     sizes: dict[str, int] | None = None,
     weights: int = 0,
 ) -> AotCase:
-    """``fn`` for contiguous tensors, compiled with ``options`` as it is launched with them.
+    """`fn` for contiguous tensors, compiled with `options` as it is launched with them.
 
-    ``types`` names the pointers' types beside those that all kernels here share, and what is ``None``; ``sizes`` are
+    `types` names the pointers' types beside those that all kernels here share, and what is `None`; `sizes` are
     given as constants, since at run time they are known to be divisible by 16.
     """
     shared = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32", "levels": "*fp32", "partial": "*fp32"}

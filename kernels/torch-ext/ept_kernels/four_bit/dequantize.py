@@ -42,7 +42,7 @@ def dequantize_4bit_kernel(
     UNITS: tl.constexpr,
     ITERS: tl.constexpr,
 ):
-    """``ITERS`` tiles of ``UNITS·2·BYTES`` neighbouring elements."""
+    """`ITERS` tiles of `UNITS·2·BYTES` neighbouring elements."""
     TILE: tl.constexpr = UNITS * 2 * BYTES
     first = tl.program_id(0).to(tl.int64) * (TILE * ITERS)
     left = tl.minimum(elements - first, TILE * ITERS).to(tl.int32)
@@ -79,7 +79,7 @@ def heuristic() -> Config:
 
 
 def meta(config: Config, block_size: int, nested_block_size: int, words: bool) -> dict[str, Any]:
-    """What the kernel is launched or compiled with; ``nested_block_size`` is 0 where absmax is not nested."""
+    """What the kernel is launched or compiled with; `nested_block_size` is 0 where absmax is not nested."""
     return {
         **config,
         "BLOCK_SIZE": block_size,
@@ -111,7 +111,7 @@ def dequantize_4bit(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`~ept_kernels.dequantize_4bit_reference` in one launch."""
+    """`ept_kernels.dequantize_4bit_reference` in one launch."""
     elements = rows * columns
     out = packed.new_empty(rows, columns, dtype=dtype)
     words = is_word_aligned(packed, elements)
@@ -149,7 +149,7 @@ _AOT_PROBLEMS = (
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernel with representative signatures, for :mod:`ept_kernels.dev.aot`."""
+    """The kernel with representative signatures, for `ept_kernels.dev.aot`."""
     return [aot_case(heuristic(), *problem) for problem in _AOT_PROBLEMS]
 
 

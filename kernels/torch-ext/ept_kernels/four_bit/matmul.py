@@ -1,6 +1,6 @@
-"""Triton kernel of the product with a 4-bit weight, ``x·Wᵀ + bias``; see ``four_bit_paths.py`` for when it is taken.
+"""Triton kernel of the product with a 4-bit weight, `x·Wᵀ + bias`; see `four_bit_paths.py` for when it is taken.
 
-It computes ``outᵀ = W·xᵀ``: the decoded weights are the left operand, which matrix units take from registers, and the
+It computes `outᵀ = W·xᵀ`: the decoded weights are the left operand, which matrix units take from registers, and the
 tokens are its narrow side. Columns are taken in the order of the nibbles of a word (the first weights of all words of a
 tile, then the second ones, …), in W and in x alike, so that a thread keeps what it has decoded. Weights are rounded to
 x's type, as dequantised ones are; products are added up in float32 and rounded once.
@@ -23,7 +23,7 @@ from .splits import Weight, reduce_aot_cases, run
 
 @triton.jit
 def _load_x(x, o_m, start, tokens, last, stride_x_m, stride_x_k, BLOCK_K: tl.constexpr):
-    """``x``'s rows ``o_m``, columns from ``start`` on: ``[BLOCK_M, BLOCK_K]``, zero from ``tokens`` and ``last`` on."""
+    """`x`'s rows `o_m`, columns from `start` on: `[BLOCK_M, BLOCK_K]`, zero from `tokens` and `last` on."""
     o_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
     mask = (o_m < tokens)[:, None] & (o_k < last)[None, :]
     return tl.load(x + o_m[:, None] * stride_x_m + o_k[None, :] * stride_x_k, mask=mask, other=0.0)
@@ -56,7 +56,7 @@ def matmul_4bit_kernel(
     BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """One tile of ``outᵀ`` over one split of the columns; the next tiles are loaded while one is multiplied."""
+    """One tile of `outᵀ` over one split of the columns; the next tiles are loaded while one is multiplied."""
     nested = (nested_absmax, nested_code, nested_offset)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_split = tl.program_id(1)
@@ -103,7 +103,7 @@ def matmul_4bit(
     rows: int,
     columns: int,
 ) -> Tensor:
-    """:func:`~ept_kernels.matmul_4bit_reference`: one or two launches, or one and a library's product, or
+    """`ept_kernels.matmul_4bit_reference`: one or two launches, or one and a library's product, or
     bitsandbytes' own.
     """
     parts = (packed, absmax, nested_absmax, nested_code, nested_offset)
@@ -127,7 +127,7 @@ def matmul_4bit(
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernel with every tile, and the sum over splits, for :mod:`ept_kernels.dev.aot`."""
+    """The kernel with every tile, and the sum over splits, for `ept_kernels.dev.aot`."""
     return [*four_bit_products.aot_cases("matmul_4bit", matmul_4bit_kernel), *reduce_aot_cases()]
 
 

@@ -1,8 +1,8 @@
-"""Triton kernel of the input gradient of the product with a 4-bit weight, ``grad_output·W``; the weight is frozen.
+"""Triton kernel of the input gradient of the product with a 4-bit weight, `grad_output·W`; the weight is frozen.
 
-It computes ``grad_inputᵀ = Wᵀ·grad_outputᵀ`` with the decoded weights as the left operand, as the forward does. The
+It computes `grad_inputᵀ = Wᵀ·grad_outputᵀ` with the decoded weights as the left operand, as the forward does. The
 columns of a tile come in the order of the nibbles of a word, and are put into their own order when they are stored.
-When this kernel is taken: see ``four_bit_paths.py``; how its sums over W's rows are split: ``four_bit_products.py``.
+When this kernel is taken: see `four_bit_paths.py`; how its sums over W's rows are split: `four_bit_products.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .splits import Weight, run
 
 @triton.jit
 def _load_grad(grad_output, o_m, o_n, tokens, last, stride_grad_m, stride_grad_n):
-    """``grad_output``'s rows ``o_m``, columns ``o_n``: ``[BLOCK_M, BLOCK_N]``, zero from ``tokens`` and ``last`` on."""
+    """`grad_output`'s rows `o_m`, columns `o_n`: `[BLOCK_M, BLOCK_N]`, zero from `tokens` and `last` on."""
     mask = (o_m < tokens)[:, None] & (o_n < last)[None, :]
     p_grad = grad_output + o_m[:, None] * stride_grad_m + o_n[None, :] * stride_grad_n
     return tl.load(p_grad, mask=mask, other=0.0)
@@ -55,7 +55,7 @@ def matmul_4bit_backward_kernel(
     BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """One tile of ``grad_inputᵀ`` over one split of the rows; the next tiles are loaded while one is multiplied."""
+    """One tile of `grad_inputᵀ` over one split of the rows; the next tiles are loaded while one is multiplied."""
     WORDS: tl.constexpr = BLOCK_K // WEIGHTS
     nested = (nested_absmax, nested_code, nested_offset)
     column = tl.program_id(0).to(tl.int64) * BLOCK_K
@@ -104,7 +104,7 @@ def matmul_4bit_backward(
     rows: int,
     columns: int,
 ) -> Tensor:
-    """:func:`~ept_kernels.matmul_4bit_backward_reference`: one or two launches, or one and a library's product."""
+    """`ept_kernels.matmul_4bit_backward_reference`: one or two launches, or one and a library's product."""
     parts = (packed, absmax, nested_absmax, nested_code, nested_offset)
     weight = Weight(*parts, quant_type, block_size, nested_block_size, rows, columns)
     grad, shape = grad_output.detach(), (*grad_output.shape[:-1], columns)
@@ -116,7 +116,7 @@ def matmul_4bit_backward(
 
 
 def aot_cases() -> list[AotCase]:
-    """The kernel with every tile, for :mod:`ept_kernels.dev.aot`."""
+    """The kernel with every tile, for `ept_kernels.dev.aot`."""
     return four_bit_products.aot_cases("matmul_4bit_backward", matmul_4bit_backward_kernel)
 
 

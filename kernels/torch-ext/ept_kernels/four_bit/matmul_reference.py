@@ -1,4 +1,4 @@
-"""``matmul_4bit`` and its input gradient: products with a frozen :class:`~ept_kernels.FourBitWeight` ``W``."""
+"""`matmul_4bit` and its input gradient: products with a frozen `ept_kernels.FourBitWeight` `W`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def matmul_parts(
     bias: Tensor | None,
     *sizes: Any,
 ) -> Tensor:
-    """:func:`matmul_4bit_reference` of the parts of a weight: what the operator takes."""
+    """`matmul_4bit_reference` of the parts of a weight: what the operator takes."""
     dtype = compute_dtype(x)
     W = _dequantized(packed, absmax, nested_absmax, nested_code, nested_offset, *sizes, x.dtype).to(dtype)
     out = x.to(dtype) @ W.mT
@@ -30,22 +30,22 @@ def matmul_parts(
 
 
 def matmul_backward_parts(grad_output: Tensor, *weight: Any) -> Tensor:
-    """:func:`matmul_4bit_backward_reference` of the parts of a weight: what the operator takes."""
+    """`matmul_4bit_backward_reference` of the parts of a weight: what the operator takes."""
     dtype = compute_dtype(grad_output)
     W = _dequantized(*weight, grad_output.dtype).to(dtype)
     return (grad_output.to(dtype) @ W).to(grad_output.dtype)
 
 
 def matmul_4bit_reference(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
-    """``x·Wᵀ + bias``.
+    """`x·Wᵀ + bias`.
 
     Args:
-        x: ``[..., columns]`` float32, float16, bfloat16 or float64.
-        weight: ``W``, ``[rows, columns]``; rounded to x's dtype, as a dequantised weight would be.
-        bias: ``[rows]``, any floating dtype.
+        x: `[..., columns]` float32, float16, bfloat16 or float64.
+        weight: `W`, `[rows, columns]`; rounded to x's dtype, as a dequantised weight would be.
+        bias: `[rows]`, any floating dtype.
 
     Returns:
-        ``[..., rows]`` in x's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
+        `[..., rows]` in x's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -55,19 +55,19 @@ def matmul_4bit_reference(x: Tensor, weight: FourBitWeight, bias: Tensor | None 
 
 
 def matmul_4bit(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
-    """:func:`matmul_4bit_reference` through the operator ``ept::matmul_4bit``; raises as it does."""
+    """`matmul_4bit_reference` through the operator `ept::matmul_4bit`; raises as it does."""
     check_operands(x, weight, bias)
     return _matmul_4bit(x, *weight.tensors, bias, *weight.sizes)
 
 
 def matmul_4bit_backward_reference(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
-    """``grad_output·W``, the gradient of x; the weight is frozen and gets none.
+    """`grad_output·W`, the gradient of x; the weight is frozen and gets none.
 
     Args:
-        grad_output: ``[..., rows]``, gradient of the product, in its dtype.
+        grad_output: `[..., rows]`, gradient of the product, in its dtype.
 
     Returns:
-        ``[..., columns]`` in grad_output's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
+        `[..., columns]` in grad_output's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -77,7 +77,7 @@ def matmul_4bit_backward_reference(grad_output: Tensor, weight: FourBitWeight) -
 
 
 def matmul_4bit_backward(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
-    """:func:`matmul_4bit_backward_reference` through the operator ``ept::matmul_4bit_backward``; raises as it does."""
+    """`matmul_4bit_backward_reference` through the operator `ept::matmul_4bit_backward`; raises as it does."""
     _check("grad_output", grad_output, weight.rows, weight)
     return _matmul_4bit_backward(grad_output, *weight.tensors, *weight.sizes)
 
@@ -98,7 +98,7 @@ def _check(name: str, tensor: Tensor, width: int, weight: FourBitWeight) -> None
 
 
 def check_operands(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> None:
-    """Refuses what :func:`matmul_4bit` cannot multiply, with a ValueError."""
+    """Refuses what `matmul_4bit` cannot multiply, with a ValueError."""
     _check("x", x, weight.columns, weight)
     if bias is None:
         return

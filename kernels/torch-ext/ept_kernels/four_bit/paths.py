@@ -1,17 +1,17 @@
 """Which way a product with a 4-bit weight goes: measured for each device, number of tokens, shape and direction.
 
-* ``FUSED``: the kernel here, which decodes the weight as it multiplies. For few tokens.
-* ``BITSANDBYTES``: its ``gemm_4bit``, by its own choice between a fused kernel and a dequantisation. Forward only, it
+* `FUSED`: the kernel here, which decodes the weight as it multiplies. For few tokens.
+* `BITSANDBYTES`: its `gemm_4bit`, by its own choice between a fused kernel and a dequantisation. Forward only, it
   has none of the input gradient. Where it is measured to be fastest, nothing is lost to it.
-* ``LIBRARY``: one launch that dequantises into a fresh tensor, and the library's product. For many tokens, blocks that
+* `LIBRARY`: one launch that dequantises into a fresh tensor, and the library's product. For many tokens, blocks that
   straddle rows, and weights at an odd address. A buffer kept for the weight would have to know of streams and CUDA
   graphs; PyTorch's allocator does, and hands the same memory out again.
 
 float32 tokens are never fused on a GPU: in pieces of bfloat16, as the matrix units would have to take them, neither
 they nor the weights fit into registers.
 
-The measured choice is ``{"PATH": number}`` by tokens, rows and columns, under ``matmul_4bit.path/16-bit``,
-``matmul_4bit.path/32-bit`` and ``matmul_4bit_backward.path/16-bit`` in ``configs/``.
+The measured choice is `{"PATH": number}` by tokens, rows and columns, under `matmul_4bit.path/16-bit`,
+`matmul_4bit.path/32-bit` and `matmul_4bit_backward.path/16-bit` in `configs/`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _THEIR_MOST_WEIGHTS = 2**31 - 1  # they count in 32 bits
 
 
 def path_of(operator: str, weight: Weight, tokens: int, dtype: torch.dtype) -> int:
-    """The way that ``operator`` takes for ``tokens`` of ``dtype``: the measured one where it can be gone."""
+    """The way that `operator` takes for `tokens` of `dtype`: the measured one where it can be gone."""
     packed, rows, columns = weight.packed, weight.rows, weight.columns
     if columns % weight.block_size or not is_word_aligned(packed, rows * columns) or not tokens * rows * columns:
         return LIBRARY
@@ -55,13 +55,13 @@ def path_of(operator: str, weight: Weight, tokens: int, dtype: torch.dtype) -> i
 
 
 def has_fused(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a fused kernel for tokens of ``dtype``."""
+    """Whether there is a fused kernel for tokens of `dtype`."""
     return dtype.itemsize == 2 or device.type == "cpu"
 
 
 @cached_choice
 def chosen_path(operator: str, count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The measured path for ``count`` tokens, one of :data:`COUNTS`, or :func:`heuristic_path`'s."""
+    """The measured path for `count` tokens, one of `COUNTS`, or `heuristic_path`'s."""
     default = {"PATH": heuristic_path(operator, count, dtype, device)}
     return config_for(key(f"{operator}.path", dtype), (count, rows, columns), device, default)["PATH"]
 
@@ -81,7 +81,7 @@ def has_bitsandbytes() -> bool:
 
 
 def bitsandbytes_takes(weight: Weight) -> bool:
-    """Whether bitsandbytes' product takes ``weight``, whose blocks do not straddle rows."""
+    """Whether bitsandbytes' product takes `weight`, whose blocks do not straddle rows."""
     return (
         weight.nested_block_size in (0, _THEIR_NESTED_BLOCK_SIZE)
         and weight.rows * weight.columns <= _THEIR_MOST_WEIGHTS
@@ -91,7 +91,7 @@ def bitsandbytes_takes(weight: Weight) -> bool:
 
 
 def bitsandbytes_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """``x·Wᵀ + bias`` by bitsandbytes, ``[tokens, rows]``."""
+    """`x·Wᵀ + bias` by bitsandbytes, `[tokens, rows]`."""
     product: Any = torch.ops.bitsandbytes.gemm_4bit.default
     bias = None if bias is None else bias.to(x.dtype)
     packed, shape = weight.packed.view(-1, 1), (weight.rows, weight.columns)

@@ -1,4 +1,4 @@
-"""``dequantize_4bit``: the weights of a :class:`~ept_kernels.FourBitWeight`, to the bits of bitsandbytes."""
+"""`dequantize_4bit`: the weights of a `ept_kernels.FourBitWeight`, to the bits of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def dequantize_parts(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """:func:`dequantize_4bit_reference` of the parts of a weight: what the operator takes."""
+    """`dequantize_4bit_reference` of the parts of a weight: what the operator takes."""
     levels = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=packed.device)
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[: rows * columns]  # [elements]
     if nested_absmax is not None:
@@ -38,18 +38,18 @@ def dequantize_parts(
 
 
 def dequantize_4bit_reference(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """``[rows, columns]`` in ``dtype``: level times absmax in float32, rounded once.
+    """`[rows, columns]` in `dtype`: level times absmax in float32, rounded once.
 
-    Equal to ``bitsandbytes.functional.dequantize_4bit`` bit for bit. float64 holds the float32 values.
+    Equal to `bitsandbytes.functional.dequantize_4bit` bit for bit. float64 holds the float32 values.
     """
     return dequantize_parts(*weight.tensors, *weight.sizes, _checked(dtype))
 
 
 def dequantize_4bit(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """:func:`dequantize_4bit_reference` through the operator ``ept::dequantize_4bit``.
+    """`dequantize_4bit_reference` through the operator `ept::dequantize_4bit`.
 
     Raises:
-        ValueError: ``dtype`` is none of float32, float16, bfloat16 and float64.
+        ValueError: `dtype` is none of float32, float16, bfloat16 and float64.
     """
     return _dequantize_4bit(*weight.tensors, *weight.sizes, _checked(dtype))
 

@@ -1,7 +1,7 @@
 """What the fused kernels of the two products with a 4-bit weight share: launch configurations, sums over splits.
 
 Too few tiles to fill a GPU are split along the sum; the splits' partial sums are added in a fixed order by a second
-launch. When these kernels are taken, and what else there is: see ``four_bit_paths.py``.
+launch. When these kernels are taken, and what else there is: see `four_bit_paths.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bflo
 
 
 class Weight(NamedTuple):
-    """Arguments of ``dequantize_4bit`` but for the type of its result."""
+    """Arguments of `dequantize_4bit` but for the type of its result."""
 
     packed: Tensor
     absmax: Tensor
@@ -56,12 +56,12 @@ class Weight(NamedTuple):
 
 
 def key(kernel: str, dtype: torch.dtype) -> str:
-    """Name of ``kernel`` in a file of measured configurations, for tokens of ``dtype``."""
+    """Name of `kernel` in a file of measured configurations, for tokens of `dtype`."""
     return f"{kernel}/{8 * dtype.itemsize}-bit"
 
 
 def heuristic(kernel: str, rows: int, columns: int) -> Config:
-    """Meta-parameters of ``kernel``, such as ``"matmul_4bit/16"``, where nothing was measured."""
+    """Meta-parameters of `kernel`, such as `"matmul_4bit/16"`, where nothing was measured."""
     config = dict(CONFIGS[kernel])
     results, across, summed, along = _directions(kernel, rows, columns)
     wanted = PROGRAMS // triton.cdiv(results, config[across])
@@ -71,7 +71,7 @@ def heuristic(kernel: str, rows: int, columns: int) -> Config:
 
 
 def meta(config: Config, block_size: int, nested_block_size: int, operand: torch.dtype) -> dict[str, Any]:
-    """What a product is launched or compiled with; ``nested_block_size`` is 0 where absmax is not nested."""
+    """What a product is launched or compiled with; `nested_block_size` is 0 where absmax is not nested."""
     return {
         **{name: value for name, value in config.items() if name != "SPLITS"},
         "BLOCK_SIZE": block_size,
@@ -82,7 +82,7 @@ def meta(config: Config, block_size: int, nested_block_size: int, operand: torch
 
 
 def operand_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What ``dtype`` tokens are multiplied in: under the interpreter float32, it has no 16-bit products."""
+    """What `dtype` tokens are multiplied in: under the interpreter float32, it has no 16-bit products."""
     return torch.float32 if device.type == "cpu" else dtype
 
 
@@ -99,7 +99,7 @@ class Plan(NamedTuple):
 
 
 def plan(operator: str, tokens: int, weight: Weight, dtype: torch.dtype) -> Plan:
-    """For ``tokens`` of ``dtype``: the smallest tile that holds them, or the largest there is."""
+    """For `tokens` of `dtype`: the smallest tile that holds them, or the largest there is."""
     tile = next((size for size in TILES if tokens <= size), TILES[-1])
     shape = (weight.rows, weight.columns, weight.block_size, weight.nested_block_size)
     return _plan(f"{operator}/{tile}", *shape, dtype, weight.packed.device)
@@ -126,7 +126,7 @@ def _plan(
 
 
 def needs_all_registers(kernel: str) -> bool:
-    """Whether the assembler by itself spills a few registers of ``kernel``: of the backward on sm_80 (Triton 3.6)."""
+    """Whether the assembler by itself spills a few registers of `kernel`: of the backward on sm_80 (Triton 3.6)."""
     return "backward" in kernel
 
 
@@ -149,7 +149,7 @@ def matmul_4bit_reduce_kernel(
     # Meta-parameters
     BLOCK_E: tl.constexpr,
 ):
-    """``out = Σ partial + bias``, split by split."""
+    """`out = Σ partial + bias`, split by split."""
     o_e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     m_e = o_e < elements
     b_out = tl.zeros([BLOCK_E], tl.float32)
@@ -161,9 +161,9 @@ def matmul_4bit_reduce_kernel(
 
 
 def run(kernel: Any, operator: str, tokens: Tensor, weight: Weight, results: int, bias: Tensor | None = None) -> Tensor:
-    """Launches ``kernel`` for ``tokens`` ``[M, …]``, and adds up its splits if there are several.
+    """Launches `kernel` for `tokens` `[M, …]`, and adds up its splits if there are several.
 
-    Returns ``[M, results]`` in the type of ``tokens``.
+    Returns `[M, results]` in the type of `tokens`.
     """
     M = tokens.shape[0]
     chosen = plan(operator, M, weight, tokens.dtype)
@@ -194,7 +194,7 @@ _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def aot_cases(operator: str, fn: Any) -> list[AotCase]:
-    """``fn``, the kernel of ``operator``, with every tile and representative signatures, for a weight 4096x4096."""
+    """`fn`, the kernel of `operator`, with every tile and representative signatures, for a weight 4096x4096."""
     return [
         aot_case(f"{operator}/{tile}", fn, heuristic(f"{operator}/{tile}", 4096, 4096), 4096, 4096, *problem)
         for tile in TILES
@@ -203,7 +203,7 @@ def aot_cases(operator: str, fn: Any) -> list[AotCase]:
 
 
 def every_aot_case(operator: str, fn: Any) -> list[AotCase]:
-    """``fn`` for every block size, nesting and 16-bit type, with a bias and with splits, and for any sizes and strides
+    """`fn` for every block size, nesting and 16-bit type, with a bias and with splits, and for any sizes and strides
     beside those that 16 divides.
     """
     return [

@@ -1,7 +1,7 @@
-"""``FourBitWeight``: a matrix in bitsandbytes' 4-bit format (NF4 or FP4, plain or nested), checked and never copied.
+"""`FourBitWeight`: a matrix in bitsandbytes' 4-bit format (NF4 or FP4, plain or nested), checked and never copied.
 
 A byte holds two neighbouring weights of the flattened matrix, the first in its high nibble. A nibble names one of the
-16 levels of ``quant_type``; a weight is its level times the absmax of its block of ``block_size`` neighbours. Blocks
+16 levels of `quant_type`; a weight is its level times the absmax of its block of `block_size` neighbours. Blocks
 may straddle rows, and the last one may be short. Nested absmax is itself kept in one byte a block.
 """
 
@@ -48,17 +48,17 @@ SCHEMA = (
 
 @dataclass(frozen=True, eq=False)
 class FourBitWeight:
-    """A ``[rows, columns]`` matrix of 4-bit weights. All tensors are contiguous and on one device.
+    """A `[rows, columns]` matrix of 4-bit weights. All tensors are contiguous and on one device.
 
     Attributes:
-        packed: ``[ceil(rows·columns / 2)]`` uint8.
-        absmax: ``[blocks]``: float32, or uint8 where nested; ``blocks = ceil(rows·columns / block_size)``.
-        quant_type: ``"nf4"`` or ``"fp4"``.
+        packed: `[ceil(rows·columns / 2)]` uint8.
+        absmax: `[blocks]`: float32, or uint8 where nested; `blocks = ceil(rows·columns / block_size)`.
+        quant_type: `"nf4"` or `"fp4"`.
         block_size: weights that share an absmax, a power of two from 32 to 4096.
-        nested_absmax: ``[ceil(blocks / nested_block_size)]`` float32; None: absmax is plain. With it, the absmax of a
-            block is ``nested_code[absmax]·nested_absmax[block // nested_block_size] + nested_offset``, product and sum
+        nested_absmax: `[ceil(blocks / nested_block_size)]` float32; None: absmax is plain. With it, the absmax of a
+            block is `nested_code[absmax]·nested_absmax[block // nested_block_size] + nested_offset`, product and sum
             each rounded to float32.
-        nested_code: ``[256]`` float32.
+        nested_code: `[256]` float32.
         nested_offset: one float32.
         nested_block_size: blocks that share a nested absmax; 0 where absmax is plain.
 
@@ -85,7 +85,7 @@ class FourBitWeight:
         """The weight that bitsandbytes holds, without copying it.
 
         Args:
-            source: a ``Params4bit``, or the module that has one as its ``weight``. A weight that has lost its quant
+            source: a `Params4bit`, or the module that has one as its `weight`. A weight that has lost its quant
                 state (sharding does that) takes the module's.
             check_code: compare the quant state's 16 levels with those of its type, which waits for the device.
 
@@ -204,7 +204,7 @@ def _matrix(shape: Any) -> tuple[int, int]:
 
 
 def _bytes(data: Tensor, elements: int) -> Tensor:
-    """A flat view of ``data`` as the bytes of so many weights; a last storage element may have bytes to spare."""
+    """A flat view of `data` as the bytes of so many weights; a last storage element may have bytes to spare."""
     if data.dtype not in STORAGE_DTYPES:
         raise _unexpected("the storage's dtype", data.dtype, ", ".join(map(str, STORAGE_DTYPES)))
     if not data.is_contiguous():

@@ -54,7 +54,7 @@ LARGE_RANK = 33
 
 
 def heuristic(kernel: str, d: int, a: int = 0, r: int = 0) -> Config:
-    """Meta-parameters of ``kernel`` at width ``d``, with maps of width ``a`` and rank ``r``, where nothing was
+    """Meta-parameters of `kernel` at width `d`, with maps of width `a` and rank `r`, where nothing was
     measured.
     """
     config = dict(CONFIGS[kernel])
@@ -70,12 +70,12 @@ def heuristic(kernel: str, d: int, a: int = 0, r: int = 0) -> Config:
 
 
 def key(kernel: str, a: int) -> str:
-    """Name of ``kernel`` in a file of measured configurations, with maps of width ``a``: they need smaller tiles."""
+    """Name of `kernel` in a file of measured configurations, with maps of width `a`: they need smaller tiles."""
     return f"{kernel}/maps" if a and kernel != "joint_prompt_products" else kernel
 
 
 def meta(kernel: str, config: dict[str, Config], sizes: Sizes, activation: str, input_precision: str) -> Shape:
-    """The :class:`Shape` that both launches of the operator ``kernel`` are compiled for; ``config`` by kernel."""
+    """The `Shape` that both launches of the operator `kernel` are compiled for; `config` by kernel."""
     blocks = {**config["joint_prompt_products"], **config[kernel]}
     fields: dict[str, Any] = {name: value for name, value in blocks.items() if name in Shape.__dataclass_fields__}
     on = _switched_on(sizes)
@@ -133,7 +133,7 @@ _AOT_PROBLEMS = (
 
 
 def aot_cases() -> list[AotCase]:
-    """Every kernel with representative sizes, for :mod:`ept_kernels.dev.aot`."""
+    """Every kernel with representative sizes, for `ept_kernels.dev.aot`."""
     cases = []
     for sizes, dtype in _AOT_PROBLEMS:
         for operator in ("joint_prompt", "joint_prompt_backward"):
@@ -143,9 +143,9 @@ def aot_cases() -> list[AotCase]:
 
 
 def aot_case(kernel: str, operator: str, sizes: Sizes, dtype: str, config: Config | None = None) -> AotCase:
-    """``kernel``, one of the two that ``operator`` launches, for parameters in ``dtype`` (Triton's name).
+    """`kernel`, one of the two that `operator` launches, for parameters in `dtype` (Triton's name).
 
-    Without ``config`` the heuristic's is taken, for the operator's other kernel in any case.
+    Without `config` the heuristic's is taken, for the operator's other kernel in any case.
     """
     configs = {name: heuristic(name, sizes.d, sizes.a, sizes.r) for name in ("joint_prompt_products", operator)}
     configs[kernel] = config or configs[kernel]

@@ -28,7 +28,7 @@ def joint_prompt(
     score_scale: float,
     activation: str = "gelu",
 ) -> Tensor:
-    """:func:`~ept_kernels.joint_prompt_reference` in two launches, one with neither fusion nor spaces."""
+    """`ept_kernels.joint_prompt_reference` in two launches, one with neither fusion nor spaces."""
     out = prompt.new_empty(prompt.shape)
     if not out.numel():
         return out
@@ -73,9 +73,9 @@ def joint_prompt_backward(
     score_scale: float,
     activation: str = "gelu",
 ) -> tuple[Tensor, ...]:
-    """:func:`~ept_kernels.joint_prompt_backward_reference` in two launches, one with neither fusion nor spaces.
+    """`ept_kernels.joint_prompt_backward_reference` in two launches, one with neither fusion nor spaces.
 
-    Gradients of parameters that have elements but no part in the result (``A`` without fusion) are filled with zeros.
+    Gradients of parameters that have elements but no part in the result (`A` without fusion) are filled with zeros.
     """
     parameters = (prompt, A, B, beta, W_q, W_k, D, U, G)
     sizes = _sizes_of(prompt, A, beta, W_q, D, G)

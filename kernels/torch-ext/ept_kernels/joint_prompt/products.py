@@ -1,7 +1,7 @@
 """Every inner product over d that the joint prompt needs, in one launch, and how the later launch reads them.
 
-The left rows ``[p; ∂P; B]`` are multiplied with the right rows ``[p; B; U; Dᵀ; Gᵀ; W_qᵀ; W_kᵀ]`` tile by tile. Tiles
-that nothing reads are left out; ``∂P`` and ``U`` belong to the backward. Beside them the squares of ``A·B``'s rows are
+The left rows `[p; ∂P; B]` are multiplied with the right rows `[p; B; U; Dᵀ; Gᵀ; W_qᵀ; W_kᵀ]` tile by tile. Tiles
+that nothing reads are left out; `∂P` and `U` belong to the backward. Beside them the squares of `A·B`'s rows are
 summed, whose tiles live in registers only. The width d is split into parts, which the reader adds up in order.
 
 What the forward takes, counted, without maps, m = 256:
@@ -27,22 +27,22 @@ EPS = tl.constexpr(NORM_EPS)
 
 @triton.jit
 def load_tile(x, o_i, o_j, rows, columns):
-    """Rows ``o_i`` and columns ``o_j`` of ``x`` ``[rows, columns]``, contiguous, in float32; zero beyond its edges."""
+    """Rows `o_i` and columns `o_j` of `x` `[rows, columns]`, contiguous, in float32; zero beyond its edges."""
     mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
     return tl.load(x + o_i.to(tl.int64)[:, None] * columns + o_j[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_tile(x, b_x, o_i, o_j, rows, columns):
-    """Writes a tile of ``x`` ``[rows, columns]``, contiguous, rounded to its dtype."""
+    """Writes a tile of `x` `[rows, columns]`, contiguous, rounded to its dtype."""
     mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
     tl.store(x + o_i.to(tl.int64)[:, None] * columns + o_j[None, :], b_x.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def inner(products, o_i, o_j, rows, columns, row, column, z: tl.constexpr):
-    """Inner products over all of d, the parts added up in order: ``[o_i, o_j]`` of those ``rows`` and ``columns`` of
-    the matrix that begin at ``row`` and ``column``; zero beyond them.
+    """Inner products over all of d, the parts added up in order: `[o_i, o_j]` of those `rows` and `columns` of
+    the matrix that begin at `row` and `column`; zero beyond them.
     """
     parts: tl.constexpr = z.parts
     mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
@@ -55,7 +55,7 @@ def inner(products, o_i, o_j, rows, columns, row, column, z: tl.constexpr):
 
 @triton.jit
 def inverse_rms(products, first, step, o_n, rows, scale, z: tl.constexpr):
-    """One over the root mean square of rows ``o_n`` times ``scale``; their squares' sums stand ``step`` apart."""
+    """One over the root mean square of rows `o_n` times `scale`; their squares' sums stand `step` apart."""
     parts: tl.constexpr = z.parts
     p_squares = products + first + o_n.to(tl.int64) * step
     b_sum = tl.load(p_squares, mask=o_n < rows, other=0.0)
@@ -72,14 +72,14 @@ def inverse_rms_of_p(products, o_s, z: tl.constexpr):
 
 @triton.jit
 def _store_products(products, b_sum, o_i, o_j, rows, columns, row, column, z: tl.constexpr):
-    """Writes a tile of the matrix; as :func:`inner` reads it."""
+    """Writes a tile of the matrix; as `inner` reads it."""
     mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
     tl.store(products + (row + o_i.to(tl.int64))[:, None] * z.width + (column + o_j)[None, :], b_sum, mask=mask)
 
 
 @triton.jit
 def _multiply(left, right, o_i, o_j, rows, columns, first, TRANSPOSED: tl.constexpr, z: tl.constexpr):
-    """``left[o_i]·right[o_j]`` over the part of d from ``first`` on; ``TRANSPOSED``: right is ``[d, columns]``."""
+    """`left[o_i]·right[o_j]` over the part of d from `first` on; `TRANSPOSED`: right is `[d, columns]`."""
     BLOCK_N: tl.constexpr = z.BLOCK_N
     BLOCK_K: tl.constexpr = z.BLOCK_K
     b_sum = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
@@ -96,7 +96,7 @@ def _multiply(left, right, o_i, o_j, rows, columns, first, TRANSPOSED: tl.conste
 
 @triton.jit
 def _squares_of_C(A, B, products, i_m, first, z: tl.constexpr):
-    """Sums of the squares of ``A·B``'s rows over the part of d from ``first`` on."""
+    """Sums of the squares of `A·B`'s rows over the part of d from `first` on."""
     BLOCK_M: tl.constexpr = z.BLOCK_M
     BLOCK_K: tl.constexpr = z.BLOCK_K
     RANK: tl.constexpr = z.RANK
@@ -125,7 +125,7 @@ def joint_prompt_products_kernel(
     products,  # [parts, size] float32
     z: tl.constexpr,
 ):
-    """One part of d of one tile of inner products, or of the squares of one tile of ``A·B``'s rows."""
+    """One part of d of one tile of inner products, or of the squares of one tile of `A·B`'s rows."""
     i_program = tl.program_id(0)
     i_part = i_program % z.parts
     i_tile = i_program // z.parts

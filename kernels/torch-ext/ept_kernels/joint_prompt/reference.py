@@ -1,6 +1,6 @@
-"""The joint prompt ``P = F + M``: the fusion of both knowledge sources plus the gated spaces, and its backward.
+"""The joint prompt `P = F + M`: the fusion of both knowledge sources plus the gated spaces, and its backward.
 
-In units of ρ, the root mean square of the embedding table, with ``c`` the scale of the low-rank part:
+In units of ρ, the root mean square of the embedding table, with `c` the scale of the low-rank part:
 
     P̂ = rms_normalise(p)                                     [s, d]
     q, k = P̂·W_q, rms_normalise([c·A·B; p])·W_k               [s, a], [m + s, a]
@@ -9,11 +9,11 @@ In units of ρ, the root mean square of the embedding table, with ``c`` the scal
     M = (φ(P̂·D) ⊙ softmax(P̂·G))·U                            [s, d]    K spaces of width h are K·h columns
     P = ρ·(F + M)
 
-``A·B`` is never built: scores on it are ``((q·(B·W_k)ᵀ)·Aᵀ)``, its rows' norms are ``A·(B·Bᵀ)·Aᵀ``, and what the
-attention takes from it is ``(ω·A)·B``. The form of fusion and spaces is this project's reconstruction of the method.
+`A·B` is never built: scores on it are `((q·(B·W_k)ᵀ)·Aᵀ)`, its rows' norms are `A·(B·Bᵀ)·Aᵀ`, and what the
+attention takes from it is `(ω·A)·B`. The form of fusion and spaces is this project's reconstruction of the method.
 
-Parts that are switched off are tensors with an empty dimension: ``beta`` of no elements, ``D`` with no columns,
-``W_q`` with no columns (then q and k are the normalised rows themselves), ``A`` of rank 0.
+Parts that are switched off are tensors with an empty dimension: `beta` of no elements, `D` with no columns,
+`W_q` with no columns (then q and k are the normalised rows themselves), `A` of rank 0.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ def joint_prompt_reference(
     score_scale: float,
     activation: str = "gelu",
 ) -> Tensor:
-    """The joint prompt ``P`` ``[s, d]``, in the units of the embedding table.
+    """The joint prompt `P` `[s, d]`, in the units of the embedding table.
 
     Args:
-        prompt: ``[s, d]`` the short prompt ``p``, in units of ρ.
-        A: ``[m, r]``; B: ``[r, d]``: the low-rank update; ``r = 0`` leaves it out of the fusion.
-        beta: ``[1]`` the fusion's weight, or ``[0]`` for no fusion.
-        W_q, W_k: ``[d, a]`` maps of queries and keys, or ``[d, 0]`` for none.
-        D: ``[d, K·h]``; U: ``[K·h, d]``: the spaces; ``K·h = 0`` for none.
-        G: ``[d, K]`` the gate, or ``[d, 0]`` for a single space, which needs none.
-        lowrank_scale: ``c = α/√r``. embedding_scale: ``ρ``. score_scale: ``σ``, usually ``1/√a``.
-        activation: φ, one of ``gelu`` (exact), ``relu``, ``silu``, ``tanh``, ``linear``.
+        prompt: `[s, d]` the short prompt `p`, in units of ρ.
+        A: `[m, r]`; B: `[r, d]`: the low-rank update; `r = 0` leaves it out of the fusion.
+        beta: `[1]` the fusion's weight, or `[0]` for no fusion.
+        W_q, W_k: `[d, a]` maps of queries and keys, or `[d, 0]` for none.
+        D: `[d, K·h]`; U: `[K·h, d]`: the spaces; `K·h = 0` for none.
+        G: `[d, K]` the gate, or `[d, 0]` for a single space, which needs none.
+        lowrank_scale: `c = α/√r`. embedding_scale: `ρ`. score_scale: `σ`, usually `1/√a`.
+        activation: φ, one of `gelu` (exact), `relu`, `silu`, `tanh`, `linear`.
 
     Returns:
-        ``[s, d]`` in the dtype of ``prompt``, computed in float32 (float64 for float64 inputs).
+        `[s, d]` in the dtype of `prompt`, computed in float32 (float64 for float64 inputs).
     """
     out_dtype = prompt.dtype
     p, A, B, beta, W_q, W_k, D, U, G = _in_compute_dtype(prompt, A, B, beta, W_q, W_k, D, U, G)
@@ -107,7 +107,7 @@ def joint_prompt_backward_reference(
     score_scale: float,
     activation: str = "gelu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``prompt, A, B, beta, W_q, W_k, D, U, G`` for ``grad_output`` ``[s, d]``; nothing but the inputs is
+    """Gradients of `prompt, A, B, beta, W_q, W_k, D, U, G` for `grad_output` `[s, d]`; nothing but the inputs is
     kept.
 
     Every gradient has the shape and dtype of its parameter; a part that is switched off gets an empty one.
@@ -211,7 +211,7 @@ def _fusion(
 
 
 def _attended(weights: Tensor, p: Tensor, A: Tensor, B: Tensor, c: float) -> Tensor:
-    """``Z = ω·[c·A·B; p]`` without building ``A·B``."""
+    """`Z = ω·[c·A·B; p]` without building `A·B`."""
     if not A.shape[1]:
         return weights @ p
     m = A.shape[0]
@@ -225,7 +225,7 @@ def _spaces(p_hat: Tensor, D: Tensor, G: Tensor, activation: str) -> _Spaces:
 
 
 def _per_column(gate: Tensor, D: Tensor) -> Tensor:
-    """A gate a space ``[s, K]`` as a gate a column ``[s, K·h]``."""
+    """A gate a space `[s, K]` as a gate a column `[s, K·h]`."""
     return gate.repeat_interleave(D.shape[1] // gate.shape[1], dim=1)
 
 

@@ -1,6 +1,6 @@
 """Launch choices of the prompted embedding's kernels: heuristic ones, what the tuner may try, what is compiled ahead.
 
-``ITERS``: row tiles that a program may take, one after another. ``STAGES``: depth of the software pipeline over them.
+`ITERS`: row tiles that a program may take, one after another. `STAGES`: depth of the software pipeline over them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NARROW = 1024
 
 
 def heuristic(kernel: str, d: int, r: int = 0, dtype: torch.dtype = torch.bfloat16) -> Config:
-    """Meta-parameters of ``kernel`` at width ``d``, rank ``r`` and the table's ``dtype`` where nothing was measured."""
+    """Meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` where nothing was measured."""
     config = dict(CONFIGS[kernel])
     if kernel == "prompted_embedding_backward":
         if d <= NARROW:
@@ -52,7 +52,7 @@ def heuristic(kernel: str, d: int, r: int = 0, dtype: torch.dtype = torch.bfloat
 
 
 def bounded(config: Config, d: int, r: int) -> Config:
-    """``config`` with a column tile no wider than ``d`` needs and than the registers hold of B, ``[rank, BLOCK_D]``."""
+    """`config` with a column tile no wider than `d` needs and than the registers hold of B, `[rank, BLOCK_D]`."""
     if "BLOCK_D" not in config:
         return config
     widest = padded(d)
@@ -62,7 +62,7 @@ def bounded(config: Config, d: int, r: int) -> Config:
 
 
 def meta(kernel: str, config: Config, r: int = 0, product_precision: str = "ieee") -> dict[str, Any]:
-    """What ``kernel`` is launched or compiled with: ``config``, the padded rank and the precision of the products."""
+    """What `kernel` is launched or compiled with: `config`, the padded rank and the precision of the products."""
     chosen: dict[str, Any] = {name: value for name, value in config.items() if name != "ITERS"}
     if "BLOCK_T" in config:
         chosen["RANK"] = padded(r) if r else 0
@@ -72,7 +72,7 @@ def meta(kernel: str, config: Config, r: int = 0, product_precision: str = "ieee
 
 
 def key(kernel: str, dtype: torch.dtype) -> str:
-    """Name of ``kernel`` in a file of measured configurations, for what it reads in ``dtype``."""
+    """Name of `kernel` in a file of measured configurations, for what it reads in `dtype`."""
     return f"{kernel}/{8 * dtype.itemsize}-bit"
 
 
@@ -80,7 +80,7 @@ def key(kernel: str, dtype: torch.dtype) -> str:
 def chosen(
     kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
 ) -> tuple[Config, dict[str, Any]]:
-    """Configuration and meta-parameters of ``kernel`` that reads rows in ``read`` and writes results in ``written``."""
+    """Configuration and meta-parameters of `kernel` that reads rows in `read` and writes results in `written`."""
     config = config_for(key(kernel, read), (d, padded(r)), device, heuristic(kernel, d, r, read))
     config = bounded(config, d, r)
     return config, meta(kernel, config, r, precision(written, device))
@@ -113,7 +113,7 @@ _UNIT_STRIDES = (
 
 
 def aot_cases() -> list[AotCase]:
-    """Every kernel with representative signatures, for :mod:`ept_kernels.dev.aot`."""
+    """Every kernel with representative signatures, for `ept_kernels.dev.aot`."""
     cases = [
         aot_case("prompted_embedding_token_at", "int64", {"positions": "*i64"}),
         aot_case("prompted_embedding_token_at", "int32", {"positions": "*i32"}),
@@ -130,7 +130,7 @@ def aot_cases() -> list[AotCase]:
 
 
 def pointer_types(dtype: str, mixed: bool) -> dict[str, str]:
-    """Types of the pointers that :func:`aot_case` takes, for rows in ``dtype`` (Triton's name)."""
+    """Types of the pointers that `aot_case` takes, for rows in `dtype` (Triton's name)."""
     types = dict.fromkeys(("table", "out", "grad_output"), f"*{dtype}")
     return types | {"input_ids": "*i64", "positions": "*i64", "adapter_ids": "*i64" if mixed else "None"}
 
@@ -138,10 +138,10 @@ def pointer_types(dtype: str, mixed: bool) -> dict[str, str]:
 def aot_case(
     kernel: str, label: str, types: dict[str, str], d: int = 4096, r: int = 30, config: Config | None = None
 ) -> AotCase:
-    """One kernel for contiguous inputs; ``types`` names the pointers that are not float32, and what is ``None``.
+    """One kernel for contiguous inputs; `types` names the pointers that are not float32, and what is `None`.
 
     Width and row strides are given as constants: compiled at run time, they are known to be divisible by 16. Without
-    ``config`` the heuristic's is taken.
+    `config` the heuristic's is taken.
     """
     fn = KERNELS[kernel]
     dtype = torch.float32 if types.get("table", "*fp32") == "*fp32" else torch.bfloat16

@@ -1,8 +1,8 @@
-"""Triton kernels of the prompted input ``[P; W[id] + scale·A[pos]·B]``, padded and packed: one launch.
+"""Triton kernels of the prompted input `[P; W[id] + scale·A[pos]·B]`, padded and packed: one launch.
 
-A program writes a tile of prompt rows, or a run of token tiles of one column tile: that tile of ``B`` is loaded once
+A program writes a tile of prompt rows, or a run of token tiles of one column tile: that tile of `B` is loaded once
 and serves the whole run. Everything is accumulated in float32 and rounded once. Letters and arguments as in
-``prompted_embedding.py``.
+`prompted_embedding.py`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import triton.language as tl
 
 @triton.jit
 def load_B(B, o_r, o_d, r, d, stride_B_r, stride_B_d):
-    """``B``'s rows ``o_r``, columns ``o_d`` in float32, zero beyond rank r and width d."""
+    """`B`'s rows `o_r`, columns `o_d` in float32, zero beyond rank r and width d."""
     mask = (o_r < r)[:, None] & (o_d < d)[None, :]
     return tl.load(B + o_r[:, None] * stride_B_r + o_d[None, :] * stride_B_d, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_A(A, o_m, o_r, m_m, r, stride_A_m, stride_A_r):
-    """``A``'s rows ``o_m``, columns ``o_r`` in float32, zero where ``m_m`` is false and beyond rank r."""
+    """`A`'s rows `o_m`, columns `o_r` in float32, zero where `m_m` is false and beyond rank r."""
     mask = m_m[:, None] & (o_r < r)[None, :]
     return tl.load(A + o_m[:, None] * stride_A_m + o_r[None, :] * stride_A_r, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _write_prompt_rows(prompt, out, o_s, o_out, m_s, o_d, d, stride_prompt_s, stride_prompt_d):
-    """Copies the prompt's rows ``o_s`` ``[BLOCK_T]``, columns ``o_d``, to rows ``o_out`` of the output."""
+    """Copies the prompt's rows `o_s` `[BLOCK_T]`, columns `o_d`, to rows `o_out` of the output."""
     mask = m_s[:, None] & (o_d < d)[None, :]
     b_P = tl.load(prompt + o_s[:, None] * stride_prompt_s + o_d[None, :] * stride_prompt_d, mask=mask, other=0.0)
     tl.store(out + o_out[:, None] * d + o_d[None, :], b_P.to(tl.float32).to(out.dtype.element_ty), mask=mask)
@@ -55,7 +55,7 @@ def _write_token_rows(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes ``W[id] + scale·A[pos]·B`` to one tile of the output."""
+    """Writes `W[id] + scale·A[pos]·B` to one tile of the output."""
     mask = m_t[:, None] & (o_d < d)[None, :]
     p_W = table + b_id.to(tl.int64)[:, None] * stride_table_v + o_d[None, :] * stride_table_d
     b_E = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
@@ -169,9 +169,9 @@ def prompted_embedding_kernel(
 
 @triton.jit
 def _text_of(cu_seqlens, o_n, m_n, texts, steps, stride_cu):
-    """The text each token belongs to: the last one that begins at or before it, by bisection in ``steps`` steps.
+    """The text each token belongs to: the last one that begins at or before it, by bisection in `steps` steps.
 
-    Returns ``[tokens]`` the texts and where they begin, both int64.
+    Returns `[tokens]` the texts and where they begin, both int64.
     """
     low = tl.zeros_like(o_n).to(tl.int32)
     high = low + (texts - 1)

@@ -1,7 +1,7 @@
 """Launchers of the prompted embedding's Triton kernels: one launch forward, three backward.
 
-The kernels are in ``prompted_embedding_forward.py`` and ``prompted_embedding_gradients.py``, how they are launched in
-``configs.py``.
+The kernels are in `prompted_embedding_forward.py` and `prompted_embedding_gradients.py`, how they are launched in
+`configs.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def prompted_embedding(
     scale: float,
     adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """:func:`~ept_kernels.prompted_embedding_reference` in one launch."""
+    """`ept_kernels.prompted_embedding_reference` in one launch."""
     batch, n = input_ids.shape
     s, d = prompt.shape[-2], table.shape[1]
     m, r = A.shape[-2:]
@@ -78,7 +78,7 @@ def prompted_embedding(
 def prompted_embedding_packed(
     input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    """:func:`~ept_kernels.prompted_embedding_packed_reference` in one launch."""
+    """`ept_kernels.prompted_embedding_packed_reference` in one launch."""
     texts = cu_seqlens.shape[0] - 1
     s, d = prompt.shape[0], table.shape[1]
     m, r = A.shape
@@ -123,7 +123,7 @@ def prompted_embedding_packed(
 def prompted_embedding_backward(
     grad_output: Tensor, positions: Tensor, A: Tensor, B: Tensor, scale: float, adapter_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`~ept_kernels.prompted_embedding_backward_reference` in three launches, one where there is no update."""
+    """`ept_kernels.prompted_embedding_backward_reference` in three launches, one where there is no update."""
     batch, n = positions.shape
     s, d = grad_output.shape[1] - n, grad_output.shape[2]
     m, r = A.shape[-2:]
@@ -201,7 +201,7 @@ def prompted_embedding_backward(
 
 
 def _runs(tiles: int, longest: int) -> tuple[int, int]:
-    """Splits ``tiles`` into runs of at most ``longest``, as even as possible: how many runs, tiles in each."""
+    """Splits `tiles` into runs of at most `longest`, as even as possible: how many runs, tiles in each."""
     runs = triton.cdiv(tiles, longest)
     return runs, triton.cdiv(tiles, max(runs, 1))
 

@@ -1,6 +1,6 @@
-"""The prompted input of the model, ``[P; W[id] + scale·A[pos]·B]``, in one pass, and its backward.
+"""The prompted input of the model, `[P; W[id] + scale·A[pos]·B]`, in one pass, and its backward.
 
-Letters as in the method: ``W`` the frozen embedding table, ``P`` the (joint) prompt, ``A·B`` the low-rank update of
+Letters as in the method: `W` the frozen embedding table, `P` the (joint) prompt, `A·B` the low-rank update of
     the input
 embeddings, indexed by the token's position among the real tokens of its text. Position −1 means no update.
 """
@@ -14,7 +14,7 @@ from ..library import register
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 as soon as one of ``tensors`` is float64."""
+    """float32, or float64 as soon as one of `tensors` is float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -31,18 +31,18 @@ def prompted_embedding_reference(
     """Prompt rows followed by the updated embeddings of the tokens.
 
     Args:
-        input_ids: ``[batch, n]`` integer rows of ``table``.
-        positions: ``[batch, n]`` integer rows of ``A``; −1 (any negative) leaves the token's embedding as it is.
-        table: ``[vocabulary, d]`` the frozen embeddings ``W``, any floating dtype.
-        prompt: ``[s, d]``, or ``[adapters, s, d]`` with ``adapter_ids``.
-        A: ``[m, r]``, or ``[adapters, m, r]`` with ``adapter_ids``. ``r`` may be 0.
-        B: ``[r, d]``, or ``[adapters, r, d]`` with ``adapter_ids``.
-        scale: factor of ``A·B``, in the table's units.
-        adapter_ids: ``[batch]`` integers choosing the adapter of each row; negative: no update (the caller masks the
+        input_ids: `[batch, n]` integer rows of `table`.
+        positions: `[batch, n]` integer rows of `A`; −1 (any negative) leaves the token's embedding as it is.
+        table: `[vocabulary, d]` the frozen embeddings `W`, any floating dtype.
+        prompt: `[s, d]`, or `[adapters, s, d]` with `adapter_ids`.
+        A: `[m, r]`, or `[adapters, m, r]` with `adapter_ids`. `r` may be 0.
+        B: `[r, d]`, or `[adapters, r, d]` with `adapter_ids`.
+        scale: factor of `A·B`, in the table's units.
+        adapter_ids: `[batch]` integers choosing the adapter of each row; negative: no update (the caller masks the
             prompt).
 
     Returns:
-        ``[batch, s + n, d]`` in the table's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
+        `[batch, s + n, d]` in the table's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
     """
     dtype = compute_dtype(table, prompt, A)
     tokens = table[input_ids].to(dtype)  # [batch, n, d]
@@ -63,13 +63,13 @@ def prompted_embedding_packed_reference(
     """The same for a padding-free batch: every text is preceded by the prompt's rows.
 
     Args:
-        input_ids: ``[tokens]``, the texts one after another.
-        cu_seqlens: ``[texts + 1]`` int32 or int64, where each text begins in ``input_ids``, and the end: ``0 …
-            tokens``.
-        table, prompt, A, B, scale: as for :func:`prompted_embedding_reference`; every token is updated.
+        input_ids: `[tokens]`, the texts one after another.
+        cu_seqlens: `[texts + 1]` int32 or int64, where each text begins in `input_ids`, and the end: `0 …
+            tokens`.
+        table, prompt, A, B, scale: as for `prompted_embedding_reference`; every token is updated.
 
     Returns:
-        ``[tokens + texts·s, d]`` in the table's dtype.
+        `[tokens + texts·s, d]` in the table's dtype.
     """
     dtype = compute_dtype(table, prompt, A)
     starts = cu_seqlens.to(torch.int64)
@@ -90,16 +90,16 @@ def prompted_embedding_packed_reference(
 def prompted_embedding_backward_reference(
     grad_output: Tensor, positions: Tensor, A: Tensor, B: Tensor, scale: float, adapter_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the prompt, ``A`` and ``B``; the table is frozen and gets none.
+    """Gradients of the prompt, `A` and `B`; the table is frozen and gets none.
 
     Args:
-        grad_output: ``[batch, s + n, d]``, gradient of the forward's output.
-        positions: ``[batch, n]`` as in the forward; a position occurs at most once in a row.
+        grad_output: `[batch, s + n, d]`, gradient of the forward's output.
+        positions: `[batch, n]` as in the forward; a position occurs at most once in a row.
         A, B, scale, adapter_ids: as in the forward.
 
     Returns:
-        ``grad_prompt`` ``[s, d]``, ``grad_A`` like ``A``, ``grad_B`` like ``B`` (with a leading adapter axis where
-        ``A`` has one), summed over the batch in row order, in A's dtype.
+        `grad_prompt` `[s, d]`, `grad_A` like `A`, `grad_B` like `B` (with a leading adapter axis where
+        `A` has one), summed over the batch in row order, in A's dtype.
     """
     dtype = compute_dtype(grad_output, A)
     s = grad_output.shape[1] - positions.shape[1]
@@ -126,7 +126,7 @@ def prompted_embedding_backward_reference(
 
 
 def _rows_of_A(A: Tensor, positions: Tensor, adapter_ids: Tensor | None) -> Tensor:
-    """``A[pos]`` with zeros where the position is negative: ``[batch, n, r]``."""
+    """`A[pos]` with zeros where the position is negative: `[batch, n, r]`."""
     updated = positions >= 0
     index = positions.clamp(min=0)
     if adapter_ids is None:
@@ -138,7 +138,7 @@ def _rows_of_A(A: Tensor, positions: Tensor, adapter_ids: Tensor | None) -> Tens
 
 
 def _sum_rows(rows: Tensor, adapter_ids: Tensor | None, A: Tensor) -> Tensor:
-    """Sum of ``rows`` ``[batch, …]`` over the batch, or over each adapter's part of it, in row order."""
+    """Sum of `rows` `[batch, …]` over the batch, or over each adapter's part of it, in row order."""
     if adapter_ids is None:
         return rows.sum(0)
     chosen = adapter_ids[None, :] == torch.arange(A.shape[0], device=adapter_ids.device)[:, None]  # [adapters, batch]
