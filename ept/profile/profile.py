@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def load(config: ProfileConfig, device: torch.device) -> Any:
             attn_implementation=config.attn_implementation,
             layers=config.layers,
         )
-    model = ModelConfig(**asdict(config.model))
+    model = config.model.model_copy()
     model.dtype = config.dtype  # type: ignore[assignment]
     model.attn_implementation = config.attn_implementation or model.attn_implementation
     if config.quantization is not None:
