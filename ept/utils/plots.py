@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHARACTERS_PER_INCH = 10.5  # of a title
-LEGENDS = {"below": "outside lower center", "beside": "outside right upper"}
+LEGENDS: dict[str, Any] = {"below": "outside lower center", "beside": "outside right upper"}
 
 
 @contextmanager
@@ -54,8 +54,8 @@ def plot(
         figure.suptitle(textwrap.fill(title, int(CHARACTERS_PER_INCH * width)), fontsize="medium")
     if labelled:
         figure.legend(
-            list(labelled.values()),
-            list(labelled),
+            labelled.values(),
+            labelled,
             loc=LEGENDS[legend],
             ncols=legend_columns if legend == "below" else 1,
             frameon=False,
