@@ -31,9 +31,8 @@ def render(task: Task, row: Mapping[str, Any]) -> str:
 
 def text_fields(task: Task, row: Mapping[str, Any]) -> dict[str, str]:
     """The strings of the task's text columns, preprocessed; see `render` for `row` and for what is raised."""
-    kept = row.get(FIELDS)
-    if isinstance(kept, Mapping) and set(task.columns) <= set(kept):
-        values: Mapping[str, Any] = kept
+    if is_rendered(task, row):
+        values: Mapping[str, Any] = row[FIELDS]
     else:
         for column in task.source_columns:
             if column not in row:
@@ -44,6 +43,12 @@ def text_fields(task: Task, row: Mapping[str, Any]) -> dict[str, str]:
         columns = ", ".join(f"'{column}'" for column in task.columns)
         raise ValueError(f"empty text (column {columns}): drop the row or give it text")
     return fields
+
+
+def is_rendered(task: Task, row: Mapping[str, Any]) -> bool:
+    """Tells a row of a `TaskData` split, which has `text` and the `fields` it was rendered from, from a file's."""
+    kept = row.get(FIELDS)
+    return "text" in row and isinstance(kept, Mapping) and set(task.columns) <= set(kept)
 
 
 def missing_column(task: Task, column: str, row: Mapping[str, Any]) -> str:
@@ -93,7 +98,7 @@ def examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
                 )
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
-        example = {"text": render(task, {FIELDS: fields}), "label": label, FIELDS: fields}
+        example = {"text": fill(task.template, fields), "label": label, FIELDS: fields}
         if task.group_columns:
             example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
         examples.append(example)
