@@ -52,7 +52,7 @@ def headlines(arguments: argparse.Namespace) -> tuple[ProfileConfig, list[Row]]:
         source.write_splits(rows, Path(folder), seed=0)
         config.data.data_dir = folder
         data = load_run_data(config.data, tokenizer, "CAUSAL_LM").data
-        encoded = list(encode_split(data.train, tokenizer, data.labels, "CAUSAL_LM", 64))
+        encoded = list(encode_split(data.train, tokenizer, data.labels, "CAUSAL_LM"))
     return ProfileConfig(model=config.model, methods=METHODS, batch=8, length=64), encoded
 
 
