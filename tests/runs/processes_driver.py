@@ -21,10 +21,10 @@ from torch.distributed.fsdp import fully_shard
 
 from ept.cli.main import app
 from ept.model.linear4bit import Linear4bit
-from ept.runs import train as training
 from ept.runs.predict import Scorer
 from ept.runs.processes import join
-from ept.runs.train import PromptTrainer, train
+from ept.runs.train import train
+from ept.runs.trainer import PromptTrainer
 
 RANK = int(os.environ["RANK"])
 
@@ -59,7 +59,7 @@ def break_at(step: int, error: Exception, ranks: Sequence[int]) -> None:
             raise error
         return take(self, *args, **kwargs)
 
-    training.PromptTrainer.training_step = breaking  # type: ignore[method-assign]
+    PromptTrainer.training_step = breaking  # type: ignore[method-assign]
 
 
 def sharded(folder: Path, storage: torch.dtype) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def main(folder: Path) -> None:
         train(configs["resumed"])
     except Killed:
         (folder / f"killed_{RANK}").touch()
-    training.PromptTrainer.training_step = step  # type: ignore[method-assign]
+    PromptTrainer.training_step = step  # type: ignore[method-assign]
     train(configs["resumed"], resume=True)
 
     processes = join()

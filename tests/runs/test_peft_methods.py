@@ -14,7 +14,8 @@ from ept.runs.data import load_run_data
 from ept.runs.method_table import METHODS, adapter_config
 from ept.runs.peft_models import attach
 from ept.runs.predict import evaluate
-from ept.runs.train import PromptTrainer, train
+from ept.runs.train import train
+from ept.runs.trainer import PromptTrainer
 
 NAMES = [name for name, method in METHODS.items() if method.family == "peft"]
 BUDGET = 2000

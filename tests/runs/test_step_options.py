@@ -11,10 +11,12 @@ from run_checks import assert_same_weights, gradients, kill
 from tiny_runs import FAMILIES, run_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ept.runs.callbacks import Recorder
 from ept.runs.config import load_run_config
 from ept.runs.folder import MetricsLog, RunFolder
 from ept.runs.sampling import EpochLengthGroupedSampler
-from ept.runs.train import PromptTrainer, Recorder, prepare, train
+from ept.runs.train import prepare, train
+from ept.runs.trainer import PromptTrainer
 from ept.tasks.encoding import Collator
 
 # What leaves the order of the rows alone, away from its default.
