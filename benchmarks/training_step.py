@@ -25,7 +25,8 @@ from typing import Any
 from step_records import command, write
 
 from ept.profile.batches import Row
-from ept.profile.profile import ProfileConfig, load, profile, summary
+from ept.profile.clock import summary
+from ept.profile.profile import ProfileConfig, load, profile
 from ept.runs.config import load_run_config
 from ept.runs.data import load_run_data
 from ept.runs.loading import default_device, load_tokenizer
@@ -51,7 +52,7 @@ def headlines(arguments: argparse.Namespace) -> tuple[ProfileConfig, list[Row]]:
         source.write_splits(rows, Path(folder), seed=0)
         config.data.data_dir = folder
         data = load_run_data(config.data, tokenizer, "CAUSAL_LM").data
-        encoded = list(encode_split(data.train, tokenizer, data.labels, "CAUSAL_LM", 64))
+        encoded = list(encode_split(data.train, tokenizer, data.labels, "CAUSAL_LM"))
     return ProfileConfig(model=config.model, methods=METHODS, batch=8, length=64), encoded
 
 

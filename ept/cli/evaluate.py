@@ -33,9 +33,10 @@ def evaluate(
     if json:
         print_json(result)
         return
-    from ept.runs.report import metrics_table
+    from ept.utils.tables import table
 
-    print_table(metrics_table(f"{result['task']}, {result['data']}, {result['rows']:,} rows", result["metrics"]))
+    title = f"{result['task']}, {result['data']}, {result['rows']:,} rows"
+    print_table(table(("metric", "value"), [(name, f"{v:.4f}") for name, v in result["metrics"].items()], title))
 
 
 def _evaluate(

@@ -40,15 +40,15 @@ def predict(
 
 
 def _predict(run: TrainedRun, texts: list[str], file: Path | None) -> list[dict[str, Any]]:
-    from ept.runs.data import fit_rows
     from ept.runs.predict import predict_labels
     from ept.tasks import read_rows
+    from ept.tasks.encoding import fit_rows
 
     rows = read_rows(file) if file is not None else [{"text": text} for text in texts]
     task, rows = _task_and_rows(run.task, rows, str(file or "text"))
-    inputs, _ = fit_rows(
-        rows, task, run.tokenizer, run.task_type, run.max_length, run.config.data.on_too_long, str(file or "text")
-    )
+    truncate, source = run.config.data.on_too_long == "truncate", str(file or "text")
+    fitted = fit_rows(task, rows, run.tokenizer, run.task_type, run.max_length, truncate=truncate, source=source)
+    inputs = [row.text for row in fitted]
     found = predict_labels(
         run.model,
         run.tokenizer,

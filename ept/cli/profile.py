@@ -181,7 +181,7 @@ def _rows(settings: ProfileConfig, run: RunConfig, data: Path | None, task_type:
     run.data.max_length = settings.length
     loaded = load_run_data(run.data, tokenizer, task_type).data
     chosen = loaded.train.shuffle(seed=settings.seed).select(range(min(most, len(loaded.train))))
-    return list(encode_split(chosen, tokenizer, loaded.labels, task_type, settings.length))
+    return list(encode_split(chosen, tokenizer, loaded.labels, task_type))
 
 
 def _command(context: typer.Context) -> str:

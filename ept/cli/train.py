@@ -81,7 +81,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
 
     run = prepare(config)
     data = run.run_data.data
-    encode_split(data.train, run.tokenizer, data.labels, run.task_type, run.run_data.max_length, data.task.values)
+    encode_split(data.train, run.tokenizer, data.labels, run.task_type, data.task.values)
     rows = {name: len(getattr(data, name)) for name in ("train", "validation", "test")}
     return {
         "task": data.task.name,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tasks.encoding import encode_texts
+from ..tasks.encoding import TEXT_IDS, fit_rows
 from .config import DataConfig
-from ..tasks import Task, TaskData, fit_to_length, get_task, load_task, local_task, render
+from ..tasks import Task, TaskData, get_task, load_task, local_task
 
 SPLITS = ("train", "validation", "test")
 
@@ -87,43 +86,14 @@ def fit_split(
     on_too_long: str,
     name: str,
 ) -> tuple[Any, float]:
-    """`split` with column `text` within `max_length` tokens, and the share of texts that were shortened.
+    """`split` with `text` within `max_length` tokens, these in `text_ids`, and the share of texts that were shortened.
 
     Raises:
         ValueError: a text is too long and `on_too_long` is "error"; names the row, its tokens and the limit.
     """
-    texts, shortened = fit_rows(list(split), task, tokenizer, task_type, max_length, on_too_long, name)
-    return split.remove_columns("text").add_column("text", texts), shortened / max(len(split), 1)
-
-
-def fit_rows(
-    rows: Sequence[Mapping[str, Any]],
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    task_type: str,
-    max_length: int,
-    on_too_long: str,
-    name: str,
-) -> tuple[list[str], int]:
-    """Each row's text within `max_length` tokens (start and end tokens included), and how many were shortened."""
-    texts = []
-    for index, row in enumerate(rows):
-        try:
-            texts.append(render(task, row))
-        except ValueError as error:
-            raise ValueError(f"{name} row {index}: {error}") from error
-    lengths = [len(ids) for ids in encode_texts(tokenizer, texts, task_type)]
-    too_long = [index for index, length in enumerate(lengths) if length > max_length]
-    if too_long and on_too_long == "error":
-        raise ValueError(
-            f"{name} row {too_long[0]}: the text has {lengths[too_long[0]]} tokens, the limit is "
-            f"data.max_length={max_length}: shorten it, raise data.max_length, or set data.on_too_long=truncate"
-        )
-    with_marks, bare = (
-        encode_texts(tokenizer, ["a"], task_type)[0],
-        tokenizer("a", add_special_tokens=False)["input_ids"],
+    fitted = fit_rows(
+        task, list(split), tokenizer, task_type, max_length, truncate=on_too_long == "truncate", source=name
     )
-    room = max_length - (len(with_marks) - len(bare))
-    for index in too_long:
-        texts[index], _ = fit_to_length(task, rows[index], tokenizer, room)
-    return texts, len(too_long)
+    texts, ids, is_cut = map(list, zip(*fitted)) if fitted else ([], [], [])
+    split = split.remove_columns("text").add_column("text", texts).add_column(TEXT_IDS, ids)
+    return split, sum(is_cut) / max(len(split), 1)

@@ -45,9 +45,7 @@ class PromptTrainer(Trainer):
         self.run_config, self.run, self.recorder = config, run, recorder
         data = run.run_data.data
         patience = config.training.early_stopping_patience
-        encoded = encode_split(
-            data.train, run.tokenizer, data.labels, run.task_type, run.run_data.max_length, data.task.values
-        )
+        encoded = encode_split(data.train, run.tokenizer, data.labels, run.task_type, data.task.values)
         if config.training.compile_layers and config.training.pad_to_multiple_of is not None:
             check_lengths(max(encoded["length"]), config.training.pad_to_multiple_of)
         self.progress = ProgressBar(data.task.metrics[0], shown=run.processes.main)
