@@ -73,10 +73,11 @@ def open_run(run_dir: Path, overrides: list[str]) -> TrainedRun:
     Raises:
         FileNotFoundError: the folder holds no run, or one without an adapter.
     """
+    from ept.runs.adapters import load_trained
     from ept.runs.config import load_run_config
     from ept.runs.data import max_length_of, task_of
     from ept.runs.folder import RunFolder
-    from ept.runs.loading import load_tokenizer, load_trained, task_type_of
+    from ept.runs.loading import load_tokenizer, task_type_of
 
     folder = RunFolder(run_dir)
     folder.load_config()

@@ -95,7 +95,7 @@ def load_comparison(file: Path | None, overrides: Sequence[str] = ()) -> Compari
 
 def rates_of(compare: CompareConfig, method: str, default: tuple[float, float]) -> list[tuple[float, float]]:
     """Lists the pairs of learning rates to try for a method: of the prompt, and of everything else."""
-    others_by_default = METHODS[method].two_rates
+    others_by_default = METHODS[method].has_two_rates
     prompt = _rates(compare.learning_rates, method, default[0], or_default=True)
     others = _rates(compare.low_rank_learning_rates, method, default[1], or_default=others_by_default)
     return [(first, second) for first in prompt for second in others]

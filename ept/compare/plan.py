@@ -54,7 +54,7 @@ class PlannedRun:
 
     @property
     def description(self) -> str:
-        rates = f"lr {self.rates[0]:g}" + (f"/{self.rates[1]:g}" if METHODS[self.method].two_rates else "")
+        rates = f"lr {self.rates[0]:g}" + (f"/{self.rates[1]:g}" if METHODS[self.method].has_two_rates else "")
         return " ".join(filter(None, (self.method, self.task, self.setting, rates, f"seed {self.seed}")))
 
 

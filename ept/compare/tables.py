@@ -200,7 +200,7 @@ def csv_text(records: Sequence[Record]) -> str:
                 "model": run.config.model.name_or_path,
                 "seed": run.seed,
                 "learning_rate": run.rates[0],
-                "low_rank_learning_rate": run.rates[1] if METHODS[run.method].two_rates else None,
+                "low_rank_learning_rate": run.rates[1] if METHODS[run.method].has_two_rates else None,
                 "chosen": record.chosen,
                 "status": "failed" if record.outcome.results is None else "finished",
                 "validation": found.get("best_validation"),
@@ -295,9 +295,10 @@ def _tests_table(setting: Setting) -> str:
 
 def _rates_table(settings: Sequence[Setting]) -> str:
     rows = [
-        [s.title, task, METHODS[m.method].title, f"{first:g}", f"{second:g}" if METHODS[m.method].two_rates else "-"]
+        [s.title, task, method.title, f"{first:g}", f"{second:g}" if method.has_two_rates else "-"]
         for s in settings
         for m in s.methods
+        for method in [METHODS[m.method]]
         for task, (first, second) in m.rates.items()
     ]
     return _table(["setting", "task", "method", "of the prompt", "of all else"], rows)

@@ -15,13 +15,14 @@ from transformers.integrations import TensorBoardCallback
 from ..model.compilation import compile_layers, uncompiled
 from ..utils.environment import hardware, peak_memory, versions
 from ..utils.files import write_atomically
+from .adapters import load_untrained
 from .callbacks import Recorder
 from .checkpoints import delete_surplus
 from .config import RunConfig
 from .data import RunData, load_run_data
 from .failures import check_writable, explained, writing
 from .folder import MetricsLog, RunFolder, save_adapter
-from .loading import load_tokenizer, load_untrained, task_type_of
+from .loading import load_tokenizer, task_type_of
 from .method_table import METHODS
 from .predict import evaluate
 from .processes import Processes, join

@@ -32,7 +32,6 @@ _CHECKPOINTING = next(
     for field in fields(TrainingArguments)
     if field.name in ("activation_checkpointing", "gradient_checkpointing")
 )
-_ROLES = {"prompt": "prompt", "U": "prompt", "D": "map", "G": "map", "W_q": "map", "W_k": "map"}
 
 
 class PromptTrainer(Trainer):
@@ -175,7 +174,7 @@ def parameter_groups(
     groups: dict[str, list[torch.nn.Parameter]] = {"prompt": [], "map": [], "other": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[_role(name, method)].append(parameter)
+            groups[METHODS[method].role(name)].append(parameter)
     maps = groups["map"]  # [d, …] each
     rates = {
         "prompt": learning_rate,
@@ -187,15 +186,6 @@ def parameter_groups(
         for role, parameters in groups.items()
         if parameters
     ]
-
-
-def _role(parameter: str, method: str) -> str:
-    """Which learning rate a parameter has: that of the "prompt", of a "map", or the "other" one."""
-    if METHODS[method].family == "peft":
-        return "other" if "modules_to_save" in parameter else "prompt"
-    if "prompt_encoder." not in parameter:
-        return "other"
-    return _ROLES.get(parameter.rpartition(".")[2], "other")
 
 
 def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> TrainingArguments:

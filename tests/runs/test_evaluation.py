@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny_runs import FAMILIES, OTHER
 
+from ept.runs.adapters import load_trained
 from ept.runs.config import load_run_config
-from ept.runs.loading import load_tokenizer, load_trained
+from ept.runs.loading import load_tokenizer
 from ept.runs.predict import evaluate, predict_labels
 
 TEXTS = ["review : the film was good", "bad", " ".join(OTHER), "review : dreadful", "so long and very lovely"]
