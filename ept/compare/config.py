@@ -6,13 +6,11 @@ Imports nothing heavy, so that printing or checking a configuration is instant.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..runs.config import Count, Number, RunConfig, Section, Size, load_config
+from ..runs.config import Count, Number, RunConfig, Section, Size
 from ..runs.method_table import METHODS, get_method
 
 SWEPT = {
@@ -83,24 +81,16 @@ class ComparisonConfig(RunConfig):
     compare: CompareConfig = Field(default_factory=CompareConfig)
 
 
-def load_comparison(file: Path | None, overrides: Sequence[str] = ()) -> ComparisonConfig:
-    """Read a comparison from YAML, with `dotted.key=value` overrides.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not YAML, an unknown key, method or sweep, a value of the wrong type or range.
-    """
-    return load_config(ComparisonConfig, file, overrides)
+load_comparison = ComparisonConfig.load
 
 
 def rates_of(compare: CompareConfig, method: str, default: tuple[float, float]) -> list[tuple[float, float]]:
     """Lists the pairs of learning rates to try for a method: of the prompt, and of everything else."""
-    others_by_default = METHODS[method].has_two_rates
-    prompt = _rates(compare.learning_rates, method, default[0], or_default=True)
-    others = _rates(compare.low_rank_learning_rates, method, default[1], or_default=others_by_default)
+
+    def rates(given: Rates, use_default: bool, otherwise: float) -> list[float]:
+        named = given if isinstance(given, dict) else {} if given is None else {DEFAULT: given}
+        return named.get(method) or (named.get(DEFAULT) if use_default else None) or [otherwise]
+
+    prompt = rates(compare.learning_rates, True, default[0])
+    others = rates(compare.low_rank_learning_rates, METHODS[method].has_two_rates, default[1])
     return [(first, second) for first in prompt for second in others]
-
-
-def _rates(rates: Rates, method: str, default: float, or_default: bool) -> list[float]:
-    named = rates if isinstance(rates, dict) else {} if rates is None else {DEFAULT: rates}
-    return named.get(method) or (named.get(DEFAULT) if or_default else None) or [default]

@@ -10,13 +10,16 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..utils.messages import reason, shown, shown_name
 from .method_table import check_settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 20  # levels of YAML; a run's configuration has three
@@ -213,6 +216,28 @@ class RunConfig(Section):
     output_dir: str | None = None
     seed: Annotated[Size, Field(le=MAX_SEED)] = 0
 
+    @classmethod
+    def load(cls, file: Path | None, overrides: Sequence[str] = ()) -> Self:
+        """Reads a YAML file (None: all defaults) and applies `dotted.key=value` overrides, in order.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not YAML, an unknown key (names the nearest known one), a value of the wrong type or range.
+        """
+        values = _read_yaml(file) if file is not None else {}
+        for override in overrides:
+            _apply_override(values, override)
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Checks nested mappings, as YAML gives them. Raises ValueError as `load`."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        raise ValueError(_message(cls, values, first))
+
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump()
 
@@ -221,37 +246,7 @@ class RunConfig(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-AnyRun = TypeVar("AnyRun", bound=RunConfig)
-
-
-def load_run_config(file: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run from a YAML file (None: all defaults) and apply `dotted.key=value` overrides, in order.
-
-    Raises: as `load_config`.
-    """
-    return load_config(RunConfig, file, overrides)
-
-
-def load_config(cls: type[AnyRun], file: Path | None, overrides: Sequence[str] = ()) -> AnyRun:
-    """`load_run_config` for a configuration with more sections.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not YAML, an unknown key (names the nearest known one), a value of the wrong type or range.
-    """
-    values = _read_yaml(file) if file is not None else {}
-    for override in overrides:
-        _apply_override(values, override)
-    return config_from_dict(cls, values)
-
-
-def config_from_dict(cls: type[AnyRun], values: dict[str, Any]) -> AnyRun:
-    """A configuration from nested mappings, as YAML gives them. Raises ValueError as `load_config`."""
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    raise ValueError(_message(cls, values, first))
+load_run_config = RunConfig.load
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -323,31 +318,26 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 def _message(cls: type[RunConfig], values: dict[str, Any], error: Any) -> str:
     """One line for one of pydantic's errors: the key, what it wants and what it got."""
-    if error["type"] == "value_error":  # raised by a check above, which names its keys
-        return str(error["ctx"]["error"])
-    sections: dict[Any, Any] = {
-        name: field.annotation
-        for name, field in cls.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    }
-    place = error["loc"]
-    path, key = (place[0], place[1]) if len(place) > 1 and place[0] in sections else (None, place[0])
-    section = cls if path is None else sections[path]
-    prefix = "" if path is None else f"{path}."
-    if error["type"] in ("extra_forbidden", "invalid_key"):
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "value_error":  # raised by a check above, which names its keys
+        return str(context["error"])
+    below = {name: getattr(field.annotation, "model_fields", {}) for name, field in cls.model_fields.items()}
+    key, *inside = error["loc"]
+    keys, prefix = cls.model_fields, ""
+    if inside and below.get(key):
+        keys, prefix, values, key = below[key], f"{key}.", values[key], inside[0]
+    if kind in ("extra_forbidden", "invalid_key"):
         text = shown_name(str(key))
-        elsewhere = {name: f"{part}.{name}" for part, below in sections.items() for name in below.model_fields}
-        if near := difflib.get_close_matches(text, section.model_fields, n=1, cutoff=0.5):
-            return f"unknown key {prefix}{text}: did you mean {prefix}{near[0]}?"
-        if near := difflib.get_close_matches(text, elsewhere, n=1, cutoff=0.8):
-            return f"unknown key {prefix}{text}: did you mean {elsewhere[near[0]]}?"
-        return f"unknown key {prefix}{text}: the keys here are {', '.join(section.model_fields)}"
-    if error["type"] == "model_type":
-        return f"{prefix}{key}: expected a section with keys, got {_describe(error['input'])}"
-    if error["type"] in _LIMITS:
-        return f"{prefix}{key} {_LIMITS[error['type']].format(**error['ctx'])}, got {shown(error['input'])}"
-    value = (values if path is None else values[path])[key]
-    message = f"{prefix}{key}: expected {_expected(section.model_fields[key].annotation)}, got {_describe(value)}"
+        elsewhere = {name: f"{section}.{name}" for section, names in below.items() for name in names}
+        near = [prefix + name for name in difflib.get_close_matches(text, keys, n=1, cutoff=0.5)] or [
+            elsewhere[name] for name in difflib.get_close_matches(text, elsewhere, n=1, cutoff=0.8)
+        ]
+        known = f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(keys)}"
+        return f"unknown key {prefix}{text}: {known}"
+    if kind in _LIMITS:
+        return f"{prefix}{key} {_LIMITS[kind].format(**context)}, got {shown(error['input'])}"
+    value = values[key]
+    message = f"{prefix}{key}: expected {_expected(keys[key].annotation)}, got {_describe(value)}"
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     if any(isinstance(item, bool) for item in items):
         message += " (YAML reads yes, no, on, off as true and false: put such words in quotes)"
@@ -365,6 +355,7 @@ _WORDS = {
     float: ("a number", "numbers"),
     bool: ("true or false", "flags"),
     types.NoneType: ("null", "nulls"),
+    Any: ("a value", "values"),
 }
 
 
@@ -381,7 +372,7 @@ def _expected(hint: Any, plural: bool = False) -> str:
         return f"{'lists' if plural else 'a list'} of {_expected(arguments[0], plural=True)}"
     if origin is dict:
         return f"a mapping to {_expected(arguments[1], plural=True)}"
-    return _WORDS[hint][plural]
+    return _WORDS.get(hint, ("a section with keys", "sections"))[plural]
 
 
 def _describe(value: Any) -> str:

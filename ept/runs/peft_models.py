@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from peft import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
     PeftType,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -42,7 +40,8 @@ PROMPT_SHARE = 0.4
 def attach(base: Any, config: PeftConfig, *, seed: int = 0, **_: Any) -> PeftModel:
     """`base` with a fresh adapter of PEFT's, drawn with `seed`."""
     torch.manual_seed(seed)
-    return _CLASSES[str(getattr(config.task_type, "value", config.task_type))](base, config)
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
+    return type(kind.__name__, (_LikeEPTModel, kind), {})(base, config)
 
 
 def attach_trained(base: Any, folder: Path, **_: Any) -> PeftModel:
@@ -54,44 +53,50 @@ def attach_trained(base: Any, folder: Path, **_: Any) -> PeftModel:
     return model
 
 
-# One function a method makes its configuration, within `settings.budget` where that is set. Raises ValueError where
-# nothing fits the budget.
+# The configuration of each method, within `settings.budget` where that is set; ValueError where nothing fits it.
 
 
 def prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    tokens = _fitting_tokens(method, settings, fixed=0, each=_width(base))
-    options = {"num_transformer_submodules": 1, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    return PromptTuningConfig(task_type=task_type, num_virtual_tokens=tokens, **options)
+    return PromptTuningConfig(
+        task_type=task_type,
+        num_virtual_tokens=_fitting_tokens(method, settings, fixed=0, each=_width(base)),
+        num_transformer_submodules=1,
+        prompt_tuning_init="SAMPLE_VOCAB",
+    )
 
 
 def multitask_prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    """With one task: a shared prompt times the product of a column and a row."""
     d = _width(base)
-    tokens = _fitting_tokens(method, settings, fixed=d, each=d + 1)
-    options = {"num_transformer_submodules": 1, "num_tasks": 1, "num_ranks": 1}
-    return MultitaskPromptTuningConfig(task_type=task_type, num_virtual_tokens=tokens, **options)
+    return MultitaskPromptTuningConfig(  # one task: a shared prompt times the product of a column and a row
+        task_type=task_type,
+        num_virtual_tokens=_fitting_tokens(method, settings, fixed=d, each=d + 1),
+        num_transformer_submodules=1,
+        num_tasks=1,
+        num_ranks=1,
+    )
 
 
 def p_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
     """With the widest encoder, linear layers d → h → h → d with biases, that fits the budget."""
-    d, tokens, budget, hidden = _width(base), settings.num_virtual_tokens, settings.budget, _width(base)
-    if budget is None:
-        tokens = tokens or method.usual_tokens
-    else:
-        tokens = tokens or max(1, int(PROMPT_SHARE * budget / d))
+    d, budget = _width(base), settings.budget
+    usual = method.usual_tokens if budget is None else max(1, int(PROMPT_SHARE * budget / d))
+    tokens = settings.num_virtual_tokens or usual
 
-        def count(h: int) -> int:
-            return tokens * d + (d * h + h) + (h * h + h) + (h * d + d)
+    def count(h: int) -> int:
+        return tokens * d + (d * h + h) + (h * h + h) + (h * d + d)
 
+    h = d
+    if budget is not None:
         if count(1) > budget:
             raise ValueError(
                 f"p-tuning with {tokens} virtual tokens has at least {count(1)} parameters, budget={budget}"
             )
         linear = 2 * d + 2
-        hidden = int((math.sqrt(linear**2 + 4 * (budget - tokens * d - d)) - linear) / 2)
-        hidden -= count(hidden) > budget  # the root was rounded up
-    options = {"num_transformer_submodules": 1, "encoder_hidden_size": hidden}
-    return PromptEncoderConfig(task_type=task_type, num_virtual_tokens=tokens, **options)
+        h = int((math.sqrt(linear**2 + 4 * (budget - tokens * d - d)) - linear) / 2)
+        h -= count(h) > budget  # the root was rounded up
+    return PromptEncoderConfig(
+        task_type=task_type, num_virtual_tokens=tokens, num_transformer_submodules=1, encoder_hidden_size=h
+    )
 
 
 def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
@@ -104,15 +109,16 @@ def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear) and name.split(".")[-1] in suffixes
     }
-    names, rank = list(costs), settings.r or DEFAULT_RANK
-    if settings.budget is not None:
-        rank = settings.r or max(1, settings.budget // sum(costs.values()))
-        while names and rank * sum(costs[name] for name in names) > settings.budget:
+    names, rank, budget = list(costs), settings.r or DEFAULT_RANK, settings.budget
+    if budget is not None:
+        rank = settings.r or max(1, budget // sum(costs.values()))
+        while names and rank * sum(costs[name] for name in names) > budget:
             names.pop(0)  # the layers next to the input go first
         if not names:
+            last = list(costs)[-1]
             raise ValueError(
-                f"LoRA of rank {rank} on {list(costs)[-1]} alone has {rank * list(costs.values())[-1]} parameters, "
-                f"method.budget={settings.budget}: raise the budget or lower method.r"
+                f"LoRA of rank {rank} on {last} alone has {rank * costs[last]} parameters, method.budget={budget}: "
+                "raise the budget or lower method.r"
             )
     alpha = {} if settings.alpha is None else {"lora_alpha": settings.alpha}
     return LoraConfig(task_type=task_type, r=rank, target_modules=names, **alpha)
@@ -135,11 +141,11 @@ def _fitting_tokens(method: Method, settings: MethodConfig, fixed: int, each: in
     return tokens or (budget - fixed) // each
 
 
-class _LikeEPTModel:
-    """PEFT's model for a task, called as `EPTModel` is."""
+class _LikeEPTModel(PeftModel):
+    """PEFT's model for a task, called as `EPTModel` is; put before the task's own class."""
 
-    def forward(  # type: ignore[misc]
-        self: Any,
+    def forward(
+        self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -155,66 +161,48 @@ class _LikeEPTModel:
         if not causal or labels is None or logits_to_keep == 0:
             if logits_to_keep is not None:
                 kwargs["logits_to_keep"] = logits_to_keep
-            output = super().forward(labels=labels, **kwargs)  # type: ignore[misc]
+            output = super().forward(labels=labels, **kwargs)
             if labels is not None and num_items_in_batch is not None:
                 divide_loss(output, labels, num_items_in_batch, shifted=causal)
             return output
         # PEFT extends the labels to the prompt, which fits logits at all positions only: the loss is taken here.
         keep = logits_to_keep or labels.shape[1]
-        output = super().forward(logits_to_keep=keep, **kwargs)  # type: ignore[misc]
+        output = super().forward(logits_to_keep=keep, **kwargs)
         targets = labels[:, -keep:][:, 1:].reshape(-1)
         scores = output.logits[:, :-1].float().flatten(0, 1)
         total = nn.functional.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")
         output["loss"] = total / (targets.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
         return output
 
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("text_mask", None)
-        return super().generate(*args, **self._with_task(kwargs.get("input_ids"), kwargs))  # type: ignore[misc]
+        return super().generate(*args, **self._with_task(kwargs.get("input_ids"), kwargs))
 
-    def train(self: Any, mode: bool = True) -> Any:  # type: ignore[misc]
+    def train(self, mode: bool = True) -> Any:
         """The adapter's mode; the frozen model, and with it its dropout, stays in eval mode."""
-        super().train(mode)  # type: ignore[misc]
+        super().train(mode)
         set_mode(self.get_base_model(), mode, dropout=False)
         return self
 
-    def save_pretrained(self: Any, save_directory: str, *args: Any, **kwargs: Any) -> None:  # type: ignore[misc]
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT does; of p-tuning also the encoder, in a file beside.
 
         PEFT saves the prompt that comes out of the encoder, from which neither training nor the choice of the best
         checkpoint can go on: loaded back, it would pass through the encoder once more.
         """
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        super().save_pretrained(save_directory, *args, **kwargs)
         if self.active_peft_config.peft_type == PeftType.P_TUNING:
-            state = {name: tensor.contiguous() for name, tensor in self._prompt_encoder().state_dict().items()}
-            save_file(state, Path(save_directory) / ENCODER_FILE)
+            state = self.prompt_encoder[self.active_adapter].state_dict()
+            save_file({name: t.contiguous() for name, t in state.items()}, Path(save_directory) / ENCODER_FILE)
 
-    def load_adapter(self: Any, model_id: str, *args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]
-        result = super().load_adapter(model_id, *args, **kwargs)  # type: ignore[misc]
+    def load_adapter(self, model_id: str, *args: Any, **kwargs: Any) -> Any:
+        result = super().load_adapter(model_id, *args, **kwargs)
         if self.active_peft_config.peft_type == PeftType.P_TUNING:
-            self._prompt_encoder().load_state_dict(load_file(Path(model_id) / ENCODER_FILE))
+            self.prompt_encoder[self.active_adapter].load_state_dict(load_file(Path(model_id) / ENCODER_FILE))
         return result
 
-    def _prompt_encoder(self: Any) -> Any:  # type: ignore[misc]
-        return self.prompt_encoder[self.active_adapter]
-
-    def _with_task(self: Any, input_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:  # type: ignore[misc]
+    def _with_task(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Multitask prompt tuning wants to know each row's task: there is one."""
         if self.active_peft_config.peft_type != PeftType.MULTITASK_PROMPT_TUNING or input_ids is None:
             return kwargs
         return {"task_ids": input_ids.new_zeros(input_ids.shape[0]), **kwargs}
-
-
-class _CausalLM(_LikeEPTModel, PeftModelForCausalLM):
-    pass
-
-
-class _Seq2SeqLM(_LikeEPTModel, PeftModelForSeq2SeqLM):
-    pass
-
-
-class _Classifier(_LikeEPTModel, PeftModelForSequenceClassification):
-    pass
-
-
-_CLASSES: dict[str, Any] = {"CAUSAL_LM": _CausalLM, "SEQ_2_SEQ_LM": _Seq2SeqLM, "SEQ_CLS": _Classifier}
