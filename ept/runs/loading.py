@@ -23,7 +23,7 @@ from transformers import (
 from ..config import EPTConfig
 from ..model.ept_model import EPTModel, get_ept_model
 
-from .launched import cpu_is_asked_for, local_index, several
+from .processes import is_cpu_requested, local_rank, world_size
 from .method_table import METHODS, adapter_config
 from .peft_models import attach, attach_trained
 from .config import ModelConfig, RunConfig
@@ -38,9 +38,9 @@ MODEL_CLASSES = {
 def default_device() -> torch.device:
     """The accelerator of this machine, else the CPU; of several processes' accelerators this one's, with its index."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or cpu_is_asked_for():
+    if accelerator is None or is_cpu_requested():
         return torch.device("cpu")
-    return torch.device(accelerator.type, local_index()) if several() else accelerator
+    return torch.device(accelerator.type, local_rank()) if world_size() > 1 else accelerator
 
 
 def infer_task_type(config: Any) -> str:
