@@ -36,10 +36,10 @@ def train(
     With --resume and without --config, the configuration is the one in the folder. In several processes:
     torchrun --nproc-per-node 2 -m ept train ...
     """
-    from ept.runs.launched import is_main
+    from ept.runs.processes import rank, world_size
 
     run_config = _configuration(config, set_ or [], output, resume)
-    if (print_config or dry_run) and not is_main():
+    if (print_config or dry_run) and rank() != 0:
         return
     if print_config:
         print_json(run_config.to_dict()) if json else typer.echo(run_config.to_yaml(), nl=False)
@@ -50,11 +50,14 @@ def train(
         print_json(summary) if json else _show(summary)
         return
     with quiet():
+        from torch.distributed.elastic.multiprocessing.errors import record
+
         from ept.runs.report import results_table
         from ept.runs.train import train as train_run
 
-        results = train_run(run_config, resume=resume, overwrite=overwrite)
-    if not is_main():
+        launched = record(train_run) if world_size() > 1 else train_run  # record: for the launcher's report
+        results = launched(run_config, resume=resume, overwrite=overwrite)
+    if results is None or rank() != 0:
         return
     if json:
         print_json(results)

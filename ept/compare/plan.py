@@ -16,8 +16,8 @@ from typing import Any
 
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
-from ..runs.launched import several
 from ..runs.method_table import METHODS
+from ..runs.processes import world_size
 from .config import SWEPT, ComparisonConfig, rates_of
 from .execute import Outcome, run_all
 
@@ -162,7 +162,7 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
     Raises:
         ValueError: a launcher has started more than one process.
     """
-    if several():
+    if world_size() > 1:
         raise ValueError(
             "`ept compare` is one process, and a launcher has started several: start it alone; "
             "--executor ray carries runs out side by side"

@@ -21,7 +21,7 @@ from transformers import (
 
 from ..model.base_model import infer_task_type
 from .config import ModelConfig
-from .launched import cpu_is_asked_for, local_index, several
+from .processes import is_cpu_requested, local_rank, world_size
 
 MODEL_CLASSES = {
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
@@ -33,9 +33,9 @@ MODEL_CLASSES = {
 def default_device() -> torch.device:
     """The accelerator of this machine, else the CPU; of several processes' accelerators this one's, with its index."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or cpu_is_asked_for():
+    if accelerator is None or is_cpu_requested():
         return torch.device("cpu")
-    return torch.device(accelerator.type, local_index()) if several() else accelerator
+    return torch.device(accelerator.type, local_rank()) if world_size() > 1 else accelerator
 
 
 def task_type_of(model: ModelConfig) -> str:

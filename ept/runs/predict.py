@@ -62,7 +62,7 @@ def predict_labels(
     processes = processes or Processes()
     own: dict[int, int] = {}
     with _evaluating(model):
-        for batch in _tracked(processes.share(batches), progress if processes.main else None):
+        for batch in _tracked(processes.share(batches), progress if processes.is_rank_zero else None):
             own.update(zip(batch, scorer([encoded[index] for index in batch])))
     predictions = [UNPARSABLE] * len(encoded)
     for part in processes.gather(own):
