@@ -12,7 +12,7 @@ from accelerate.data_loader import prepare_data_loader
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from ..model.compilation import check_lengths
-from ..tasks.encoding import Collator, encode_labels, encode_split
+from ..tasks.encoding import Collator, encode_split
 from .callbacks import ProgressBar, Recorder
 from .checkpoints import PREFIX, being_saved
 from .config import RunConfig
@@ -133,7 +133,7 @@ class PromptTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        scores = self.run.score(self.run_config, "validation")
+        scores = self.run.score(self.run.run_data.data.validation)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -143,15 +143,11 @@ class PromptTrainer(Trainer):
 def collator(config: RunConfig, run: PreparedRun) -> Collator:
     """Makes the batches as the configuration's options of the step say."""
     training = config.training
-    answer_tokens = 0
-    if training.pad_to_multiple_of is not None and run.task_type != "SEQ_CLS":
-        answers = encode_labels(run.tokenizer, run.run_data.data.labels, run.task_type)
-        answer_tokens = max(len(answer) for answer in answers)
     return Collator(
         run.task_type,
         int(run.tokenizer.pad_token_id),
         pad_to_multiple_of=training.pad_to_multiple_of,
-        answer_tokens=answer_tokens,
+        answer_tokens=max(map(len, run.answers), default=0) if training.pad_to_multiple_of is not None else 0,
         label_only_logits=training.label_only_logits,
     )
 
