@@ -30,7 +30,7 @@ from ept.profile.clock import summary, take_step
 from ept.profile.methods import Method, MethodSpec, make_method
 from ept.profile.shapes import build_shape
 from ept.runs.loading import default_device
-from ept.runs.sampling import EpochLengthGroupedSampler
+from ept.runs.trainer import EpochLengthGroupedSampler
 from ept.utils.environment import hardware, versions
 
 DECODER, ENCODER_DECODER = "smollm2-135m", "t5-base"

@@ -35,12 +35,12 @@ def train(
     torchrun --nproc-per-node 2 -m ept train ...
     """
     from ept.runs.config import load_run_config
-    from ept.runs.launched import is_main
+    from ept.runs.processes import rank, world_size
 
     if config is None and resume and output is not None and (output / "config.yaml").is_file():
         config = output / "config.yaml"
     run_config = load_run_config(config, overrides(set_, {"output_dir": output}))
-    if (print_config or dry_run) and not is_main():
+    if (print_config or dry_run) and rank() != 0:
         return
     if print_config:
         show_config(json, run_config)
@@ -51,11 +51,14 @@ def train(
         answer(json, summary, *_shown(summary))
         return
     with quiet():
+        from torch.distributed.elastic.multiprocessing.errors import record
+
         from ept.runs.report import results_table
         from ept.runs.train import train as train_run
 
-        results = train_run(run_config, resume=resume, overwrite=overwrite)
-    if is_main():
+        launched = record(train_run) if world_size() > 1 else train_run  # record: for the launcher's report
+        results = launched(run_config, resume=resume, overwrite=overwrite)
+    if results is not None and rank() == 0:
         answer(json, results, results_table(results), f"saved in {run_config.output_dir}")
 
 

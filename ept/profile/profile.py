@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..model.base_model import infer_task_type
 from ..runs.config import ModelConfig
 from ..runs.loading import default_device, load_base_model, task_type_of
 from ..utils.environment import hardware, versions
@@ -216,7 +217,7 @@ def load(config: ProfileConfig, device: torch.device) -> Any:
             attn_implementation=config.attn_implementation,
             layers=config.layers,
         )
-    model = ModelConfig(**asdict(config.model))
+    model = config.model.model_copy()
     model.dtype = config.dtype  # type: ignore[assignment]
     model.attn_implementation = config.attn_implementation or model.attn_implementation
     if config.quantization is not None:
@@ -263,10 +264,8 @@ def _peak_memory(method: Method, batch: dict[str, Any], device: torch.device, tr
 
 def task_type_of_base(base: Any) -> str:
     """SEQ_2_SEQ_LM or CAUSAL_LM; ValueError for a model without a language-model head."""
-    if base.config.is_encoder_decoder:
-        return "SEQ_2_SEQ_LM"
-    if base.can_generate():
-        return "CAUSAL_LM"
-    raise ValueError(
-        f"cannot profile {type(base).__name__}: take an encoder-decoder, or a decoder with a language-model head"
-    )
+    if (task_type := infer_task_type(base)) == "SEQ_CLS":
+        raise ValueError(
+            f"cannot profile {type(base).__name__}: take an encoder-decoder, or a decoder with a language-model head"
+        )
+    return task_type

@@ -10,7 +10,6 @@ import safetensors.torch
 import torch
 from transformers import TrainerCallback
 
-from ept.runs.callbacks import Recorder
 from ept.runs.config import RunConfig
 from ept.runs.folder import MetricsLog, RunFolder
 from ept.runs.train import prepare, train
@@ -52,7 +51,7 @@ def gradients(
                 torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1
             )
     folder.mkdir()
-    trainer = PromptTrainer(config, run, RunFolder(folder), Recorder(MetricsLog(folder / "metrics.jsonl")))
+    trainer = PromptTrainer(config, run, RunFolder(folder))
     trainer.add_callback(Grab())
     trainer.train()
     (loss,) = [event["loss"] for event in events(folder) if "loss" in event]

@@ -8,15 +8,16 @@ import torch
 from tiny_models import ONE_A_TASK, TASK_OF, make_batch, make_model
 from tiny_runs import run_config
 
+from ept.runs.adapters import adapter_config
 from ept.runs.config import MethodConfig
 from ept.runs.data import load_run_data
-from ept.runs.method_table import METHODS, adapter_config
+from ept.runs.method_table import METHODS
 from ept.runs.peft_models import attach
 from ept.runs.predict import open_run
 from ept.runs.train import train
 from ept.runs.trainer import PromptTrainer
 
-NAMES = [name for name, method in METHODS.items() if method.family == "peft"]
+NAMES = [name for name, method in METHODS.items() if method.built_by.startswith("peft_models:")]
 BUDGET = 2000
 
 
@@ -84,6 +85,20 @@ def test_frozen_dropout_is_off_in_training(name):
     model.train()
     torch.testing.assert_close(model(**batch).logits, model(**batch).logits)
     assert [p for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_is_on_in_training_and_changes_no_gradient(name):
+    found = []
+    for checkpointing in (False, True):
+        model = attached(name, "llama")
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable()
+        model.train()
+        assert model.get_base_model().model.layers[0].training is checkpointing
+        model(**make_batch("llama")).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*found)
 
 
 def settings(name, *more):

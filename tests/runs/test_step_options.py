@@ -11,12 +11,10 @@ from run_checks import assert_same_weights, gradients, kill
 from tiny_runs import FAMILIES, run_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ept.runs.callbacks import Recorder
 from ept.runs.config import load_run_config
-from ept.runs.folder import MetricsLog, RunFolder
-from ept.runs.sampling import EpochLengthGroupedSampler
+from ept.runs.folder import RunFolder
 from ept.runs.train import prepare, train
-from ept.runs.trainer import PromptTrainer
+from ept.runs.trainer import EpochLengthGroupedSampler, PromptTrainer
 from ept.tasks.encoding import Collator
 
 # What leaves the order of the rows alone, away from its default.
@@ -172,8 +170,7 @@ def test_a_step_waits_for_nothing(models: dict[str, Path], data: Path, tmp_path:
     config = run_config(models["llama"], data, None, "training.max_steps=2", "model.attn_implementation=eager")
     run = prepare(config)
     tmp_path.joinpath("run").mkdir()
-    folder = RunFolder(tmp_path / "run")
-    trainer = PromptTrainer(config, run, folder, Recorder(MetricsLog(folder.metrics)))
+    trainer = PromptTrainer(config, run, RunFolder(tmp_path / "run"))
     trainer.create_optimizer()
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.training_step(run.model, dict(batch), torch.tensor(8))  # looks at the labels once
