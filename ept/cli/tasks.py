@@ -19,6 +19,8 @@ app = typer.Typer(help="List the known tasks; `ept tasks show NAME` shows one.",
 def tasks(context: typer.Context, json: JsonOption = False) -> None:
     if context.invoked_subcommand is not None:
         return
+    from rich.box import SIMPLE_HEAD
+
     from ept.tasks import TASKS
     from ept.utils.tables import table
 
@@ -27,7 +29,9 @@ def tasks(context: typer.Context, json: JsonOption = False) -> None:
         (name, ", ".join(task.columns), _labels(task, digits=False), ", ".join(task.metrics))
         for name, task in TASKS.items()
     ]
-    answer(json, listed, table(("task", "text columns", "labels", "metrics"), rows, left=4))
+    shown = table(("task", "text columns", "labels", "metrics"), rows, left=4, box=SIMPLE_HEAD)
+    shown.columns[-1].min_width = len("matthews_correlation")
+    answer(json, listed, shown)
 
 
 @app.command()
@@ -36,19 +40,26 @@ def show(
     data: Annotated[
         Path | None, typer.Option("--data", "--data-dir", metavar="DIR", help="Folder of the task's rows.")
     ] = None,
-    hub: Annotated[bool, typer.Option("--hub", help="Take the rows from the hub.")] = False,
+    hub: Annotated[bool, typer.Option("--hub", help="Load the rows from the hub.")] = False,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            "--tokenizer", "--model", metavar="NAME", help="Model whose tokenizer counts: folder or hub name."
+            "--tokenizer",
+            "--model",
+            metavar="NAME",
+            help="Model whose tokenizer counts the tokens: folder or hub name.",
         ),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Most tokens of a text, in place of the task's own.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Limit of a text in tokens, in place of the task's own.")
+    ] = None,
     labels: Annotated[str, typer.Option(help="digits or words: how the examples' targets are written.")] = "digits",
     json: JsonOption = False,
 ) -> None:
-    """Show a task's template, labels and metrics; with its rows two formatted examples, the label balance and the rows
-    of each split; with a tokenizer the share of texts that are too long.
+    """Show a task: its template, labels and metrics.
+
+    With its rows: the rows of each split, the label balance and two formatted examples. With a tokenizer as well: the
+    share of texts that are too long.
     """
     from ept.tasks import get_task
 
