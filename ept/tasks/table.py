@@ -21,8 +21,7 @@ def _task(name: str, columns: str, words: tuple[str, ...], **fields: Any) -> Tas
     """Makes an entry with the usual template, `column: {column}` for each, from the hub's data set of that name."""
     suite, config = name.split("/")
     template = " ".join(f"{column}: {{{column}}}" for column in columns.split())
-    fields = {"hub": (_HUB[suite], config), **fields}
-    return Task(name, tuple(columns.split()), template, label_words=words, **fields)
+    return Task(name, template, words, **{"hub": (_HUB[suite], config), **fields})
 
 
 _ENTRIES = (
@@ -42,7 +41,6 @@ _ENTRIES = (
         "glue/stsb",
         "sentence1 sentence2",
         tuple(map(str, _SIMILARITIES)),
-        label_digits=tuple(map(str, _SIMILARITIES)),
         values=_SIMILARITIES,
         metrics=("pearson", "spearman"),
     ),

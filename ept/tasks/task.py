@@ -17,14 +17,12 @@ class Task:
     """A classification task in text-to-text form. Raises ValueError where its parts do not fit together.
 
     `label_digits[i]` and `label_words[i]` are the two ways to write class `i`. The first of `metrics` decides the best
-    checkpoint. `max_length` is the recommended limit in tokens of the rendered text.
+    checkpoint. `max_length` is the recommended limit in tokens of the rendered text. `columns` are those that the
+    template names.
     """
 
     name: str
-    columns: tuple[str, ...]
     template: str
-    label_digits: tuple[str, ...] = field(default=(), kw_only=True)
-    """By default 0, 1, ..."""
     label_words: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     hub: tuple[str, str] | None = None
@@ -47,36 +45,33 @@ class Task:
     """Rows that agree in these text columns belong together: they are never split, and `exact_match` counts them."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "label_digits", self.label_digits or tuple(map(str, range(len(self.label_words)))))
         object.__setattr__(self, "source_columns", self.source_columns or self.columns)
-        if set(template_columns(self.template)) != set(self.columns):
-            raise ValueError(
-                f"template {self.template!r} does not use exactly the columns {self.columns}: make them agree"
-            )
         if self.label_column in self.source_columns:
             raise ValueError(
                 f"template {self.template!r} shows the label column '{self.label_column}': "
                 "take it out of the template or set another label_column"
             )
-        if not len(self.label_digits) == len(self.label_words) >= 2:
-            raise ValueError(
-                f"{len(self.label_digits)} label digits and {len(self.label_words)} label words: "
-                "a task needs as many of one as of the other, and at least 2"
-            )
-        for labels in (self.label_digits, self.label_words):
-            for label, count in Counter(label.strip() for label in labels).items():
-                if count > 1 or not label:
-                    raise ValueError(f"label {label!r} occurs {count} times: labels must be distinct and not empty")
+        if self.num_labels < 2:
+            raise ValueError(f"label words: {self.num_labels}, a task needs at least 2")
+        for label, count in Counter(label.strip() for label in self.label_words).items():
+            if count > 1 or not label:
+                raise ValueError(f"label {label!r} occurs {count} times: labels must be distinct and not empty")
         if self.max_length < 1:
             raise ValueError(f"max_length={self.max_length}: give at least 1 token")
-        if self.values and len(self.values) != len(self.label_words):
-            raise ValueError(f"{len(self.values)} values for {len(self.label_words)} labels: give one for each")
         check_metrics(self.metrics, self.num_labels, is_regression=bool(self.values))
         self._classes  # raises on an ambiguous label_map  # noqa: B018
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        return template_columns(self.template)
 
     @property
     def num_labels(self) -> int:
         return len(self.label_words)
+
+    @property
+    def label_digits(self) -> tuple[str, ...]:
+        return self.label_words if self.values else tuple(map(str, range(self.num_labels)))
 
     @property
     def num_outputs(self) -> int:
@@ -188,7 +183,6 @@ def local_task(
     words = tuple(dict.fromkeys(named.values()) if is_mapping else named.values())
     return Task(
         name="local",
-        columns=template_columns(template),
         template=template,
         label_words=words,
         metrics=tuple(metrics),
