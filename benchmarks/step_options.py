@@ -26,12 +26,11 @@ from step_records import command, write
 
 from ept.model.compilation import compile_layers, uncompiled
 from ept.profile.batches import Row, make_batches, random_rows
-from ept.profile.clock import take_step
+from ept.profile.clock import summary, take_step
 from ept.profile.methods import Method, MethodSpec, make_method
-from ept.profile.profile import summary
 from ept.profile.shapes import build_shape
 from ept.runs.loading import default_device
-from ept.runs.sampling import EpochLengthGroupedSampler
+from ept.runs.trainer import EpochLengthGroupedSampler
 from ept.utils.environment import hardware, versions
 
 DECODER, ENCODER_DECODER = "smollm2-135m", "t5-base"

@@ -25,7 +25,8 @@ from typing import Any
 from step_records import command, write
 
 from ept.profile.batches import Row
-from ept.profile.profile import ProfileConfig, load, profile, summary
+from ept.profile.clock import summary
+from ept.profile.profile import ProfileConfig, load, profile
 from ept.runs.config import load_run_config
 from ept.runs.data import load_run_data
 from ept.runs.loading import default_device, load_tokenizer

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,13 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..config import EPTConfig
-from ..model.ept_model import EPTModel, get_ept_model
-
-from .launched import cpu_is_asked_for, local_index, several
-from .method_table import METHODS, adapter_config
-from .peft_models import attach, attach_trained
-from .config import ModelConfig, RunConfig
+from ..model.base_model import infer_task_type
+from .config import ModelConfig
+from .processes import is_cpu_requested, local_rank, world_size
 
 MODEL_CLASSES = {
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
@@ -38,19 +33,9 @@ MODEL_CLASSES = {
 def default_device() -> torch.device:
     """The accelerator of this machine, else the CPU; of several processes' accelerators this one's, with its index."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or cpu_is_asked_for():
+    if accelerator is None or is_cpu_requested():
         return torch.device("cpu")
-    return torch.device(accelerator.type, local_index()) if several() else accelerator
-
-
-def infer_task_type(config: Any) -> str:
-    """SEQ_2_SEQ_LM for encoder-decoders, CAUSAL_LM for decoders with a language-model head, else SEQ_CLS."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    names = getattr(config, "architectures", None) or []
-    if any("CausalLM" in name or "LMHead" in name for name in names):
-        return "CAUSAL_LM"
-    return "SEQ_CLS"
+    return torch.device(accelerator.type, local_rank()) if world_size() > 1 else accelerator
 
 
 def task_type_of(model: ModelConfig) -> str:
@@ -120,30 +105,6 @@ def load_base_model(
     if not model.load_in_4bit:
         base.to(device)
     return base.eval()
-
-
-def load_untrained(
-    config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase
-) -> PeftModel:
-    """The base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
-    base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
-    adapter = adapter_config(config.method, base, task_type, max_length, config.seed)
-    if isinstance(adapter, EPTConfig):
-        return get_ept_model(base, adapter, tokenizer=tokenizer, **_four_bit(config.model))
-    return attach(base, adapter, config.seed)
-
-
-def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
-    """The base model with the adapter saved in the folder `adapter`, ready for inference."""
-    base = load_base_model(config.model, task_type, num_labels, pad_token_id)
-    if METHODS[config.method.name].family == "peft":
-        return attach_trained(base, adapter).eval()
-    return EPTModel.from_pretrained(base, str(adapter), **_four_bit(config.model)).eval()
-
-
-def _four_bit(model: ModelConfig) -> dict[str, Any]:
-    """How the 4-bit layers of the base model are to run."""
-    return {"fast_4bit": model.fast_4bit, "dequantized_cache_bytes": model.dequantized_cache_bytes}
 
 
 def _heads(model: ModelConfig) -> list[str]:

@@ -103,7 +103,7 @@ def test_a_run_that_another_comparison_finished_meanwhile_is_taken(once, monkeyp
 KILLED = """
 import os, signal, sys
 from ept.cli.main import app
-from ept.training import PromptTrainer
+from ept.runs.train import PromptTrainer
 
 step, left = PromptTrainer.training_step, [int(sys.argv.pop(1))]
 

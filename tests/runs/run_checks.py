@@ -11,8 +11,9 @@ import torch
 from transformers import TrainerCallback
 
 from ept.runs.config import RunConfig
-from ept.runs.folder import RunFolder
-from ept.runs.train import MetricsLog, PromptTrainer, Recorder, prepare, train
+from ept.runs.folder import MetricsLog, RunFolder
+from ept.runs.train import prepare, train
+from ept.runs.trainer import PromptTrainer
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -50,7 +51,7 @@ def gradients(
                 torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1
             )
     folder.mkdir()
-    trainer = PromptTrainer(config, run, RunFolder(folder), Recorder(MetricsLog(folder / "metrics.jsonl")))
+    trainer = PromptTrainer(config, run, RunFolder(folder))
     trainer.add_callback(Grab())
     trainer.train()
     (loss,) = [event["loss"] for event in events(folder) if "loss" in event]

@@ -22,9 +22,10 @@ from ept.compare.config import ComparisonConfig
 from ept.compare.plan import compare
 from ept.runs.folder import RunFolder
 from ept.runs.loading import default_device
-from ept.runs.predict import Scorer
-from ept.runs.sampling import FILLER_LABELS, FillingCollator, SharedBatches
+from ept.runs.predict import Predictor
+from ept.runs.processes import Processes
 from ept.runs.train import train
+from ept.runs.trainer import FILLER_LABELS, FillingCollator, SharedBatches
 
 HERE = Path(__file__).resolve().parent
 # AdamW divides by the gradient's size: where that is small by cancellation, a step of full length is mostly rounding.
@@ -76,9 +77,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], row
     """The same runs in this process alone; `scored.json` has the texts that the grouped one scored."""
     folder = tmp_path_factory.mktemp("alone")
     scored: list[list[int]] = []
-    score = Scorer.__call__
+    score = Predictor.predict_batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scorer, "__call__", lambda self, inputs: scored.extend(map(list, inputs)) or score(self, inputs))
+        patch.setattr(
+            Predictor, "predict_batch", lambda self, inputs: scored.extend(map(list, inputs)) or score(self, inputs)
+        )
         train(run_config(models["llama"], rows, folder / "grouped", *settings("grouped", 1)))
     (folder / "scored.json").write_text(json.dumps(scored), encoding="utf-8")
     for name in ("resumed", "plain"):
@@ -205,7 +208,7 @@ def test_4bit_layers_sharded_among_two_processes(torchrun: Path) -> None:
 def test_an_error_in_one_process_ends_all(torchrun: Path) -> None:
     ending = json.loads((torchrun / "launcher.json").read_text(encoding="utf-8"))
     assert ending["code"] != 0
-    assert ending["errors"].count("error in process 1: it breaks here  (EPT_DEBUG=1 shows where)") == 1
+    assert ending["errors"].count("error on rank 1: it breaks here  (EPT_DEBUG=1 shows where)") == 1
     assert not (torchrun / "broken" / "results.json").exists()
     assert ending["seconds"] < 400  # gloo alone would wait for half an hour
 
@@ -226,9 +229,9 @@ def test_accelerate_launch(alone: Path, models: dict[str, Path], rows: Path, tmp
 
 def test_shares_of_batches_are_the_batches_of_one_process() -> None:
     sampler = [5, 3, 8, 1, 7, 2, 6, 0, 4]  # nine rows, in batches of four
-    shares = [list(SharedBatches(sampler, 4, index, 2)) for index in (0, 1)]
+    shares = [list(SharedBatches(sampler, 2, Processes(rank, 2))) for rank in (0, 1)]
     assert shares == [[[5, 8], [7, 6], [4]], [[3, 1], [2, 0], []]]
-    assert len(SharedBatches(sampler, 4, 1, 2)) == 3
+    assert len(SharedBatches(sampler, 2, Processes(1, 2))) == 3
 
 
 def test_a_share_without_rows_is_a_batch_that_does_not_count(models: dict[str, Path]) -> None:

@@ -12,9 +12,9 @@ from tiny_runs import FAMILIES, run_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ept.runs.config import load_run_config
-from ept.runs.folder import MetricsLog, RunFolder
-from ept.runs.sampling import EpochLengthGroupedSampler
-from ept.runs.train import PromptTrainer, Recorder, prepare, train
+from ept.runs.folder import RunFolder
+from ept.runs.train import prepare, train
+from ept.runs.trainer import EpochLengthGroupedSampler, PromptTrainer
 from ept.tasks.encoding import Collator
 
 # What leaves the order of the rows alone, away from its default.
@@ -85,10 +85,10 @@ def test_compiled_layers_are_compiled_and_evaluation_is_not(models: dict[str, Pa
 
     counter = CompileCounter()
     run = prepare(run_config(models["llama"], data, None))
-    expected = run.score(run_config(models["llama"], data, None), "test")
+    expected = run.score(run.run_data.data.test)
     run.model.compile_layers(backend=counter)
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, -100, -100, 8]])}
-    assert run.score(run_config(models["llama"], data, None), "test") == expected
+    assert run.score(run.run_data.data.test) == expected
     assert counter.frame_count == 0
     run.model.train()(**batch).loss.backward()
     assert counter.frame_count == 1  # one for both layers
@@ -170,8 +170,7 @@ def test_a_step_waits_for_nothing(models: dict[str, Path], data: Path, tmp_path:
     config = run_config(models["llama"], data, None, "training.max_steps=2", "model.attn_implementation=eager")
     run = prepare(config)
     tmp_path.joinpath("run").mkdir()
-    folder = RunFolder(tmp_path / "run")
-    trainer = PromptTrainer(config, run, folder, Recorder(MetricsLog(folder.metrics)))
+    trainer = PromptTrainer(config, run, RunFolder(tmp_path / "run"))
     trainer.create_optimizer()
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.training_step(run.model, dict(batch), torch.tensor(8))  # looks at the labels once
