@@ -73,15 +73,6 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
     return list(tokenizer(f" {label}", add_special_tokens=False)["input_ids"])
 
 
-def check_length(index: int, tokens: int, max_length: int) -> None:
-    """Refuses the text of row `index` when it has more tokens than the limit."""
-    if tokens > max_length:
-        raise ValueError(
-            f"row {index}: the text has {tokens} tokens, the limit is data.max_length={max_length}: "
-            "shorten it, set data.on_too_long=truncate, or train with a larger max_length"
-        )
-
-
 def fit_rows(
     task: Task,
     rows: Sequence[Mapping[str, Any]],
