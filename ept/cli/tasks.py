@@ -19,18 +19,16 @@ app = typer.Typer(help="List the known tasks; `ept tasks show NAME` shows one.",
 def tasks(context: typer.Context, json: JsonOption = False) -> None:
     if context.invoked_subcommand is not None:
         return
-    from rich.box import SIMPLE_HEAD
-
     from ept.tasks import TASKS
     from ept.utils.tables import table
 
     listed = {n: {"columns": t.columns, "labels": t.label_words, "metrics": t.metrics} for n, t in TASKS.items()}
     rows = [
-        (name, ", ".join(task.columns), _labels(task, digits=False), ", ".join(task.metrics))
+        (name, ", ".join(task.columns), _labels(task, digits=False), "\n".join(task.metrics))
         for name, task in TASKS.items()
     ]
-    shown = table(("task", "text columns", "labels", "metrics"), rows, left=4, box=SIMPLE_HEAD)
-    shown.columns[-1].min_width = len("matthews_correlation")
+    shown = table(("task", "text columns", "labels", "metrics"), rows, left=4, box=None)
+    shown.columns[-1].no_wrap = True
     answer(json, listed, shown)
 
 
