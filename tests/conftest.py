@@ -11,14 +11,13 @@ from ept.runs.train import train
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_data(tmp_path_factory.mktemp("data"))
+def data(tiny: Path) -> Path:
+    return tiny / "data" / "glue" / "sst2"
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {family: save_model(family, folder / family) for family in FAMILIES}
+def models(tiny: Path) -> dict[str, Path]:
+    return {family: tiny / family for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")

@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tasks.encoding import TEXT_IDS, fit_rows
-from .config import DataConfig
 from ..tasks import Task, TaskData, get_task, load_task, local_task
+from ..tasks.encoding import TEXT_IDS, FittedText, fit_rows
+from .config import DataConfig
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass
 class RunData:
-    """`data` with texts of at most `max_length` tokens; `truncation_rate` is the share of shortened texts, by split."""
+    """The splits of a run, made by `with_texts`, and the share of shortened texts in each."""
 
     data: TaskData
     max_length: int
     truncation_rate: dict[str, float]
 
 
+def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_type: str, seed: int = 0) -> RunData:
+    """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`).
+
+    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else.
+
+    Raises:
+        ValueError: as `task_of`, `load_task` and `fit_rows`.
+    """
+    task = task_of(config)
+    data = load_task(
+        task,
+        data_dir=config.data_dir,
+        train_file=config.train_file,
+        validation_file=config.validation_file,
+        test_file=config.test_file,
+        labels=config.labels,
+        max_train=config.max_train,
+        max_validation=config.max_validation,
+        max_test=config.max_test,
+        k_shot=config.k_shot,
+        shot_seed=seed,
+    )
+    max_length, truncate = max_length_of(config, task), config.on_too_long == "truncate"
+    splits, rates = {}, {}
+    for name in SPLITS:
+        split = getattr(data, name)
+        fitted = fit_rows(task, list(split), tokenizer, task_type, max_length, truncate=truncate, source=name)
+        splits[name], rates[name] = with_texts(split, fitted)
+    return RunData(replace(data, **splits), max_length, rates)
+
+
+def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
+    """Gives `split` these texts and, in column `text_ids`, their tokens; returns the share of cut texts with it."""
+    columns = {"text": [row.text for row in fitted], TEXT_IDS: [row.ids for row in fitted]}
+    split = split.remove_columns("text")
+    for name, values in columns.items():
+        split = split.add_column(name, values)
+    return split, sum(row.is_cut for row in fitted) / max(len(fitted), 1)
+
+
 def task_of(config: DataConfig) -> Task:
-    """The named task, or the local one that template and label words describe.
+    """Finds the named task, or makes the local one that template and label words describe.
 
     Raises:
         ValueError: neither is given, or there is no such task.
@@ -45,55 +86,5 @@ def task_of(config: DataConfig) -> Task:
 
 
 def max_length_of(config: DataConfig, task: Task) -> int:
+    """Returns the configured limit in tokens, else the task's own."""
     return config.max_length if config.max_length is not None else task.max_length
-
-
-def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_type: str, seed: int = 0) -> RunData:
-    """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`).
-
-    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else.
-    """
-    task = task_of(config)
-    data = load_task(
-        task,
-        data_dir=config.data_dir,
-        train_file=config.train_file,
-        validation_file=config.validation_file,
-        test_file=config.test_file,
-        labels=config.labels,
-        max_train=config.max_train,
-        max_validation=config.max_validation,
-        max_test=config.max_test,
-        k_shot=config.k_shot,
-        shot_seed=seed,
-    )
-    max_length = max_length_of(config, task)
-    rates = {}
-    for name in SPLITS:
-        fitted, rates[name] = fit_split(
-            getattr(data, name), task, tokenizer, task_type, max_length, config.on_too_long, name
-        )
-        setattr(data, name, fitted)
-    return RunData(data, max_length, rates)
-
-
-def fit_split(
-    split: Any,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    task_type: str,
-    max_length: int,
-    on_too_long: str,
-    name: str,
-) -> tuple[Any, float]:
-    """`split` with `text` within `max_length` tokens, these in `text_ids`, and the share of texts that were shortened.
-
-    Raises:
-        ValueError: a text is too long and `on_too_long` is "error"; names the row, its tokens and the limit.
-    """
-    fitted = fit_rows(
-        task, list(split), tokenizer, task_type, max_length, truncate=on_too_long == "truncate", source=name
-    )
-    texts, ids, is_cut = map(list, zip(*fitted)) if fitted else ([], [], [])
-    split = split.remove_columns("text").add_column("text", texts).add_column(TEXT_IDS, ids)
-    return split, sum(is_cut) / max(len(split), 1)

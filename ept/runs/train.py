@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from ..model.compilation import compile_layers, uncompiled
+from ..model.compilation import compile_layers
 from ..utils.environment import hardware, peak_memory, versions
 from ..utils.files import write_atomically
 from .adapters import load_untrained
@@ -22,41 +22,18 @@ from .failures import check_writable, with_advice, writing
 from .folder import PREFIX, MetricsLog, RunFolder, is_over, save_adapter
 from .loading import load_tokenizer, task_type_of
 from .method_table import METHODS
-from .predict import evaluate
+from .predict import Predictor
 from .processes import Processes, join
 from .report import learning_curve
 from .stop import StopSignals
 from .trainer import PromptTrainer
 
 
-@dataclass
-class PreparedRun:
-    """The parts of a run that are ready before its first step."""
+@dataclass(kw_only=True)
+class PreparedRun(Predictor):
+    """A predictor with a fresh adapter, and the data to train and score it on."""
 
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    task_type: str
     run_data: RunData
-    processes: Processes = field(default_factory=Processes)
-
-    def score(self, config: RunConfig, split: str, progress: str | None = None) -> dict[str, float]:
-        """Returns the task's metrics on a split, with the model as it is now."""
-        data = self.run_data.data
-        with uncompiled():  # evaluation has shapes of its own, each of which would be compiled
-            return evaluate(
-                self.model,
-                self.tokenizer,
-                getattr(data, split),
-                data.labels,
-                data.task.metrics,
-                self.task_type,
-                self.run_data.max_length,
-                config.training.eval_batch_size,
-                scoring=config.training.scoring,
-                progress=progress,
-                values=data.task.values,
-                processes=self.processes,
-            )
 
 
 def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRun:
@@ -68,7 +45,15 @@ def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRu
     model = load_untrained(config, task_type, run_data.data.task.num_outputs, run_data.max_length, tokenizer)
     if config.training.compile_layers:
         compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)
-    return PreparedRun(model, tokenizer, task_type, run_data, processes or Processes())
+    return PreparedRun(
+        config=config,
+        task=run_data.data.task,
+        task_type=task_type,
+        tokenizer=tokenizer,
+        model=model,
+        processes=processes or Processes(),
+        run_data=run_data,
+    )
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -133,7 +118,7 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         memory, memory_kind = peak_memory()
         processes.from_rank_zero(lambda: save_adapter(run.model, folder.adapter))
-    after = run.score(config, "test", progress="scoring the trained adapter")
+    after = run.score(run.run_data.data.test, progress="scoring the trained adapter")
 
     data, metric, rows = run.run_data.data, run.run_data.data.task.metrics[0], config.training.batch_size
     results = {
@@ -187,7 +172,7 @@ def _score_before(log: MetricsLog, run: PreparedRun, config: RunConfig) -> dict[
     logged = run.processes.from_rank_zero(lambda: [event["before"] for event in log.read() if "before" in event])
     if logged:
         return logged[0]
-    before = run.score(config, "test", progress="scoring the untrained adapter")
+    before = run.score(run.run_data.data.test, progress="scoring the untrained adapter")
     log.append({"step": 0, "before": before})
     return before
 

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..model.compilation import check_lengths
-from ..tasks.encoding import Collator, encode_labels, encode_split
+from ..tasks.encoding import Collator, encode_split
 from .callbacks import ProgressBar, Recorder, WholeCheckpoints, locate_best
 from .config import RunConfig
 from .folder import MetricsLog, RunFolder
@@ -128,7 +128,7 @@ class PromptTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        scores = self.run.score(self.run_config, "validation")
+        scores = self.run.score(self.run.run_data.data.validation)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -200,15 +200,11 @@ class FillingCollator:
 def collator(config: RunConfig, run: PreparedRun) -> Collator:
     """Makes the batches as the configuration's options of the step say."""
     training = config.training
-    answer_tokens = 0
-    if training.pad_to_multiple_of is not None and run.task_type != "SEQ_CLS":
-        answers = encode_labels(run.tokenizer, run.run_data.data.labels, run.task_type)
-        answer_tokens = max(len(answer) for answer in answers)
     return Collator(
         run.task_type,
         int(run.tokenizer.pad_token_id),
         pad_to_multiple_of=training.pad_to_multiple_of,
-        answer_tokens=answer_tokens,
+        answer_tokens=max(map(len, run.answers), default=0) if training.pad_to_multiple_of is not None else 0,
         label_only_logits=training.label_only_logits,
     )
 

@@ -6,18 +6,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Rows = Iterable[Sequence[str]]
 
 
 def table(header: Sequence[str], rows: Rows, title: str | None = None, left: int = 1, **style: Any) -> Table:
-    """Builds a table for the terminal: the first `left` columns are aligned to the left, all others to the right."""
-    built = Table(title=title, **style)
+    """Builds a table for the terminal: the first `left` columns are aligned to the left, all others to the right.
+
+    The first column is never broken; where the terminal is narrow other cells are, and none is cut off. Square brackets
+    in cells and title are printed as they are, not read as rich's markup.
+    """
+    built = Table(title=escape(title) if title is not None else None, **style)
     for place, column in enumerate(header):
-        built.add_column(column, justify="left" if place < left else "right")
+        justify: Any = "left" if place < left else "right"
+        built.add_column(column, justify=justify, overflow="fold", no_wrap=place == 0)
     for row in rows:
-        built.add_row(*row)
+        built.add_row(*map(escape, row))
     return built
 
 

@@ -85,10 +85,10 @@ def test_compiled_layers_are_compiled_and_evaluation_is_not(models: dict[str, Pa
 
     counter = CompileCounter()
     run = prepare(run_config(models["llama"], data, None))
-    expected = run.score(run_config(models["llama"], data, None), "test")
+    expected = run.score(run.run_data.data.test)
     run.model.compile_layers(backend=counter)
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, -100, -100, 8]])}
-    assert run.score(run_config(models["llama"], data, None), "test") == expected
+    assert run.score(run.run_data.data.test) == expected
     assert counter.frame_count == 0
     run.model.train()(**batch).loss.backward()
     assert counter.frame_count == 1  # one for both layers

@@ -36,6 +36,7 @@ def test_terminal() -> None:
     assert shown[0].strip() == "a title"
     assert any(line.split() == ["│", "a|b", "│", "1", "│"] for line in shown)
     assert any("prompt tuning" in line and "method" not in line for line in printed(properties(ROWS)))
+    assert any("[bold]" in line for line in printed(properties([("[bold]", "")])))
 
 
 @pytest.mark.parametrize("panels, columns, legend", [(1, 1, "below"), (2, 1, "beside"), (5, 2, "below")])
