@@ -37,19 +37,34 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         torch.testing.assert_close(actual[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
+@pytest.fixture(scope="module")
+def plain(
+    models: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[dict[str, torch.Tensor], float]]:
+    """Gradients and loss of each family's first step with the default options."""
+    folder = tmp_path_factory.mktemp("plain")
+    return {
+        family: gradients(run_config(models[family], data, None, *ONE_STEP), folder / family) for family in FAMILIES
+    }
+
+
 @pytest.mark.parametrize("option, family", [
     *((option, family) for option in OPTIONS for family in FAMILIES if option != "compiled"),
     *(pytest.param("compiled", family, marks=pytest.mark.slow) for family in FAMILIES),
 ])  # fmt: skip
 def test_gradients_and_accumulation_stay_the_same(
-    models: dict[str, Path], data: Path, tmp_path: Path, option: str, family: str
+    plain: Any, models: dict[str, Path], data: Path, tmp_path: Path, option: str, family: str
 ) -> None:
-    plain, plain_loss = gradients(run_config(models[family], data, None, *ONE_STEP), tmp_path / "plain")
+    """With a batch whole and in parts. Compiling is slow, and each shape is compiled: only one family takes both."""
     for name, batch_size, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
+        if (option, name) == ("compiled", "whole") and family != "llama":
+            continue
         config = run_config(models[family], data, None, *ONE_STEP, *OPTIONS[option])
+        if option == "compiled":
+            config.training.pad_to_multiple_of = 16
         found, loss = gradients(config, tmp_path / name, batch_size, accumulation)
-        assert_close(found, plain)
-        assert loss == pytest.approx(plain_loss, rel=1e-5)
+        assert_close(found, plain[family][0])
+        assert loss == pytest.approx(plain[family][1], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
