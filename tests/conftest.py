@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, models: dict[str,
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, data: Path, models: dict[str, Path]) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models `llama`, `t5`, `bert` and the rows of `data/glue/sst2`."""
     folder = tmp_path_factory.mktemp("tiny")
-    for family, model in models.items():
-        (folder / family).symlink_to(model)
-    (folder / "data" / "glue").mkdir(parents=True)
-    (folder / "data" / "glue" / "sst2").symlink_to(data)
+    for family in FAMILIES:
+        save_model(family, folder / family)
+    save_data(folder / "data" / "glue" / "sst2")
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Leaves out the drawing of learning curves, which takes a third of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ept.runs.train.learning_curve", lambda *arguments, **options: None)
+        yield

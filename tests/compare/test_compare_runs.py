@@ -20,6 +20,7 @@ from ept.runs import train as training
 from ept.runs.train import PromptTrainer
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("no_curves")
 PARTS = ["ept", "ept-no-fusion", "ept-no-spaces", "ept-uniform-gate", "ept-fixed-beta", "ept-raw-scale"]
 
 
@@ -58,8 +59,8 @@ def found(records):
     ]
 
 
-@pytest.fixture(scope="session")
-def once(tiny, tmp_path_factory):
+@pytest.fixture(scope="module")
+def once(no_curves, tiny, tmp_path_factory):
     """A finished comparison: its folder, records and report."""
     folder = tmp_path_factory.mktemp("comparison")
     return folder, *carry_out(tiny, folder)
