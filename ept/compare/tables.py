@@ -35,10 +35,9 @@ class Interval:
     half_width: float | None
     n: int
 
-    def text(self, digits: int = 1) -> str:
+    def text(self) -> str:
         """Formats it in percent, as papers print scores."""
-        half = "" if self.half_width is None else f" ± {100 * self.half_width:.{digits}f}"
-        return f"{100 * self.mean:.{digits}f}{half}"
+        return f"{100 * self.mean:.1f}" + ("" if self.half_width is None else f" ± {100 * self.half_width:.1f}")
 
 
 def interval(values: Sequence[float]) -> Interval:
