@@ -1,5 +1,5 @@
-"""The program of each process that test_processes.py starts with `torchrun`: two whole runs, a sharded 4-bit model, and a
-run in which rank 1 breaks.
+"""The program of each process that test_processes.py starts with `torchrun`: two whole runs, a sharded 4-bit model, and
+a run in which rank 1 breaks.
 """
 
 from __future__ import annotations
