@@ -12,7 +12,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PEFT_TYPE, EPTConfig
+from ..utils.files import write_atomically
 from ..utils.messages import listed, reason, shown, shown_name
 
 CONFIG_NAME = "adapter_config.json"
@@ -139,26 +140,13 @@ def write_adapter(folder: str | os.PathLike[str], config: EPTConfig, state: dict
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_whole(folder / WEIGHTS_NAME, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
+    write_atomically(folder / WEIGHTS_NAME, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
     card = _model_card(config, sum(t.numel() for name, t in state.items() if name != SCALE_NAME))
     if not (folder / "README.md").exists():
-        write_whole(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
+        write_atomically(folder / "README.md", card)
     values = {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items()}
     text = json.dumps({**values, "inference_mode": True}, indent=2, sort_keys=True)
-    write_whole(folder / CONFIG_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls `write` with the name of a file beside `path` and moves that into place: `path` is never half
-    written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a link of that name must not be written through
-        write(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(folder / CONFIG_NAME, text)
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..prompt import EPTLayer
+from ..utils.files import write_atomically
 from ..version import __version__
-from .adapter_files import read_config, read_weights, weight_shapes, write_whole
+from .adapter_files import read_config, read_weights, weight_shapes
 
 TENSORS_NAME = "folded.safetensors"
 INFO_NAME = "folded.json"
@@ -116,8 +117,8 @@ def write_folded(adapter: FoldedAdapter, folder: str | os.PathLike[str]) -> list
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors().items()}
     text = json.dumps(adapter.info(), indent=2) + "\n"
-    write_whole(folder / TENSORS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_whole(folder / INFO_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_atomically(folder / TENSORS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_atomically(folder / INFO_NAME, text)
     return [folder / TENSORS_NAME, folder / INFO_NAME]
 
 
@@ -125,5 +126,5 @@ def write_embeds(embeds: Sequence[Tensor], folder: str | os.PathLike[str]) -> Pa
     """Writes the embeddings of each text as `text.000000`, `text.000001`, … into `prompt_embeds.safetensors`."""
     path = Path(folder) / EMBEDS_NAME
     named = {f"text.{number:06}": tensor.contiguous() for number, tensor in enumerate(embeds)}
-    write_whole(path, lambda temporary: save_file(named, temporary, metadata={"format": "pt"}))
+    write_atomically(path, lambda temporary: save_file(named, temporary, metadata={"format": "pt"}))
     return path

@@ -41,15 +41,12 @@ def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        checkpoint = folder.last_checkpoint()
-        left = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
-        resume = "; --resume continues from there" if checkpoint else ""
         if isinstance(error, FloatingPointError):  # which would come again
-            raise FloatingPointError(f"{error}. {left}") from error
+            raise FloatingPointError(f"{error}. {_last_good(folder)[0]}") from error
         if _is_out_of_memory(error):
-            raise MemoryError(f"{_memory_advice(config)}. {left}{resume}") from error
+            raise MemoryError(f"{_memory_advice(config)}. {''.join(_last_good(folder))}") from error
         if isinstance(error, OSError) and (advice := _disk_advice(error, folder)):
-            raise OSError(f"{advice}. {left}{resume}") from error
+            raise OSError(f"{advice}. {''.join(_last_good(folder))}") from error
         raise
 
 
@@ -135,6 +132,14 @@ def _disk_advice(error: OSError, folder: RunFolder) -> str | None:
     if error.errno in _REFUSED and (place == folder.path or folder.path in place.parents):
         return _refused(place, str(error.strerror))
     return None
+
+
+def _last_good(folder: RunFolder) -> tuple[str, str]:
+    """Says which checkpoint is left, and how to go on from it."""
+    checkpoint = folder.last_checkpoint()
+    if checkpoint is None:
+        return "There is no checkpoint yet", ""
+    return f"The last good checkpoint is {checkpoint}", "; --resume continues from there"
 
 
 def _refused(place: Path, why: str) -> str:

@@ -92,7 +92,7 @@ class RunFolder:
             for file in (self.curve, self.metrics, self.config):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.config, self.metrics, self.results):
+        for file in (self.config, self.metrics, self.results, self.curve):
             for half in self.path.glob(f".{file.name}.*.tmp"):  # of a run that was killed
                 half.unlink()
         write_atomically(self.config, config.to_yaml())

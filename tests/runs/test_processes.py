@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ept.runs.loading import default_device
 from ept.runs.predict import Predictor
 from ept.runs.processes import Processes
 from ept.runs.train import train
-from ept.runs.trainer import FILLER_LABELS, FillingCollator, SharedBatches
+from ept.runs.trainer import FILLER_LABELS, SharedBatches, collate_share
 
 HERE = Path(__file__).resolve().parent
 # AdamW divides by the gradient's size: where that is small by cancellation, a step of full length is mostly rounding.
@@ -57,7 +58,7 @@ def settings(name: str, processes: int) -> list[str]:
 
 
 def run_launcher(*words: str, expected: int | None) -> tuple[subprocess.CompletedProcess[str], float]:
-    paths = os.pathsep.join(map(str, (HERE, *(path for path in sys.path if path))))
+    paths = os.pathsep.join(map(str, (HERE, HERE.parent / "model", *(path for path in sys.path if path))))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "EPT_DEBUG": ""}
     start = time.monotonic()
     done = subprocess.run(
@@ -185,7 +186,7 @@ def test_another_number_of_processes_cannot_resume(
         config = run_config(models["t5"], rows, run, *settings("resumed", 2))
         with pytest.raises(ValueError, match="checkpoint-10 is of a run in 2 processes, this one has 1: start 2"):
             RunFolder(torchrun / "resumed").check(config, resume=True, overwrite=False)
-        RunFolder(torchrun / "resumed").check(config, resume=True, overwrite=False, processes=2)
+        RunFolder(torchrun / "resumed").check(config, resume=True, overwrite=False, world_size=2)
     finally:
         (torchrun / "resumed" / "kept.json").rename(torchrun / "resumed" / "results.json")
 
@@ -209,6 +210,7 @@ def test_an_error_in_one_process_ends_all(torchrun: Path) -> None:
     ending = json.loads((torchrun / "launcher.json").read_text(encoding="utf-8"))
     assert ending["code"] != 0
     assert ending["errors"].count("error on rank 1: it breaks here  (EPT_DEBUG=1 shows where)") == 1
+    assert "ValueError: it breaks here" in ending["errors"].partition("Root Cause")[2]  # the launcher's report
     assert not (torchrun / "broken" / "results.json").exists()
     assert ending["seconds"] < 400  # gloo alone would wait for half an hour
 
@@ -227,6 +229,34 @@ def test_accelerate_launch(alone: Path, models: dict[str, Path], rows: Path, tmp
     assert_same_run(alone / "plain", tmp_path / "run")
 
 
+@dataclass(frozen=True)
+class OneOfTwo(Processes):
+    """Rank 0 or 1 of two, the other of which has or has not failed."""
+
+    world_size: int = 2
+    other_failed: bool = False
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other_failed] if self.rank == 0 else [self.other_failed, value]
+
+
+@pytest.mark.parametrize("rank, fails, other_failed, expected", [
+    (0, True, False, ValueError), (0, True, True, ValueError), (0, False, True, SystemExit),
+    (1, True, False, ValueError), (1, True, True, SystemExit), (1, False, True, SystemExit),
+])  # fmt: skip
+def test_the_first_rank_that_fails_reports_and_the_others_exit(
+    rank: int, fails: bool, other_failed: bool, expected: type[BaseException]
+) -> None:
+    def make() -> int:
+        if fails:
+            raise ValueError
+        return 3
+
+    with pytest.raises(expected):
+        OneOfTwo(rank, other_failed=other_failed).together(make)
+    assert Processes().together(lambda: 3) == OneOfTwo(rank).together(lambda: 3) == 3
+
+
 def test_shares_of_batches_are_the_batches_of_one_process() -> None:
     sampler = [5, 3, 8, 1, 7, 2, 6, 0, 4]  # nine rows, in batches of four
     shares = [list(SharedBatches(sampler, 2, Processes(rank, 2))) for rank in (0, 1)]
@@ -238,9 +268,9 @@ def test_a_share_without_rows_is_a_batch_that_does_not_count(models: dict[str, P
     def collate(rows: Any) -> dict[str, Any]:
         return {"input_ids": torch.tensor([row["ids"] for row in rows]), "labels": torch.tensor([r["l"] for r in rows])}
 
-    collator = FillingCollator(collate, {"ids": [1, 2], "l": 3})
-    assert FILLER_LABELS not in collator([{"ids": [4, 5], "l": 6}])
-    batch = collator([])
+    filler = {"ids": [1, 2], "l": 3}
+    assert FILLER_LABELS not in collate_share(collate, filler, [{"ids": [4, 5], "l": 6}])
+    batch = collate_share(collate, filler, [])
     assert batch["labels"].tolist() == [-100]
     assert batch[FILLER_LABELS].tolist() == [3]
     assert batch["input_ids"].tolist() == [[1, 2]]
