@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_model(family, folder / family)
     save_data(folder / "data" / "glue" / "sst2")
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Leaves out the drawing of learning curves, which takes a third of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ept.runs.train.learning_curve", lambda *arguments, **options: None)
+        yield
