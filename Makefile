@@ -6,7 +6,6 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
 GPU_ARGS ?=
-BUNDLE_ARGS ?= --help
 BENCH_OUTPUT ?= benchmarks/results/cpu
 TUNE_ARGS ?=
 TRITON_PATH ?=
@@ -20,7 +19,7 @@ RAY := ray==2.60.0
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test aot lint format ray bench gpu bundle wheel clean tune local-kernel lowest fuzz nightly suite-against
+.PHONY: help install demo test aot lint format ray bench gpu wheel clean tune local-kernel lowest fuzz nightly suite-against
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -110,9 +109,6 @@ bench: $(VENV)/.demo ## a CPU record in under 5 minutes: operators, training ste
 
 gpu: $(if $(VENV),$(VENV)/.demo) ## the report of one GPU in under 8 minutes; `make gpu VENV=` takes the python on the PATH
 	$(if $(VENV),$(VENV)/bin/python,python3) benchmarks/gpu_report.py $(GPU_ARGS)
-
-bundle: $(VENV)/.installed ## wheels for a GPU host without a network: BUNDLE_ARGS="--python 3.12 --cuda 130 --limit 512 --output DIR"
-	$(VENV)/bin/python tools/offline_bundle.py $(BUNDLE_ARGS)
 
 wheel: $(VENV)/.installed ## dist/*.whl
 	$(VENV)/bin/python -m build --wheel --outdir dist
