@@ -1,6 +1,6 @@
 """pytest-benchmark suites, one a kernel: `pytest benchmarks` (`-k name` to choose).
 
-All versions of a case are measured together, in turn, by `benchmarks.measure`: device time, bytes, fraction of the
+All versions of a case are measured together, in turn, by `benchmarks.operators`: device time, bytes, fraction of the
 ceiling. Each then runs once more under pytest-benchmark, whose own table shows what a call costs with the host's work;
 our numbers go into its `extra_info` and into the table at the end.
 """
@@ -57,16 +57,16 @@ class Session:
 
     def measured(self, case: Case, provider: str) -> tuple[dict[str, Any], Callable[[int], Any] | None]:
         """The row of one version, and its call; all versions of a case are measured at the first one asked for."""
-        from benchmarks import ceilings, common, measure, run_kernels
+        from benchmarks import ceilings, operators, record, run_kernels
 
         if self._ceilings is None:
             self._ceilings, _ = ceilings.measure(self.table, self.device)
         if case.id != self._case:
             self._problem = None  # frees the last case's inputs before the next one's are made
-            self._problem = measure.build(case, self.device, compile_allowed=self.table != "reduced")
+            self._problem = operators.build(case, self.device, compile_allowed=self.table != "reduced")
             self._case, seconds = case.id, run_kernels.CASE_SECONDS[self.table]
-            rows = measure.measure_problem(case, self._problem, self.device, seconds, self._ceilings)
-            about = common.measured_with(self.device, self.table == "reduced")
+            rows = operators.measure_problem(case, self._problem, self.device, seconds, self._ceilings)
+            about = record.measured_with(self.device, self.table == "reduced")
             self._current = {row["provider"]: {**row, **about} for row in rows}
             self.rows += self._current.values()
         return self._current[provider], self._problem and self._problem.calls.get(provider)

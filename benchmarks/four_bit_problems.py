@@ -15,7 +15,7 @@ from torch import Tensor
 import ept_kernels
 
 from . import counts
-from .problem import Problem, add_peer, input_sets, normal, problem_of
+from .problems import Problem, add_peer, input_sets, normal, problem_of
 from .shapes import BITSANDBYTES, DENSE, Case
 from .timing import Call
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from . import json_records
-from .common import RECORD_NAME, RESULTS, ROOT, Record
 from .json_records import BARE_TITLE, OVERHEAD
 from .plots import drawable
+from .record import RECORD_NAME, RESULTS, ROOT, Record
 from .run_steps import overhead_row
 from .tables import goal_table, markdown, operations, option_table, peer_table, reasons, seconds, step_table
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import ept_kernels
 
 from . import counts
-from .problem import Problem, add_peer, input_sets, last_level_cache, normal, problem_of
+from .problems import Problem, add_peer, input_sets, last_level_cache, normal, problem_of
 from .shapes import PEFT, Case
 from .timing import Call
 

@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 
-from .common import Record, command_line, measured_with, open_record, table_of
+from .record import Record, command_line, measured_with, open_record, table_of
 from .shapes import TABLES, Case
 
 CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # timing of one version of one case
@@ -29,7 +29,7 @@ def run(record: Record, device: str, table: str, seconds: float) -> int:
     import torch
 
     from . import ceilings
-    from .measure import measure_case
+    from .operators import measure_case
 
     start = time.monotonic()
     left = [case for case in TABLES[table]() if not record.finished(unit_name(case))]

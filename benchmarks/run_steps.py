@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .common import ROOT, Record, command_line, measured_with, open_record, table_of
 from .goals import BARE_STEP, EPT_METHOD, LLAMA_STEP, T5_STEP
+from .record import ROOT, Record, command_line, measured_with, open_record, table_of
 
 Row = dict[str, Any]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import performance_page, shapes
-from benchmarks.common import RECORD_NAME, Record
+from benchmarks.record import RECORD_NAME, Record
 from benchmarks.tables import markdown, seconds
 from ept.profile.clock import PHASES
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import common
-from benchmarks.common import ATTEMPTS, Record
+from benchmarks import record
+from benchmarks.record import ATTEMPTS, Record
 
 HEADER = {
     "line": "header",
@@ -97,23 +97,23 @@ def test_a_missing_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"sees no CUDA device.*--device cpu"):
-        common.check_device("cuda")
+        record.check_device("cuda")
 
 
 def test_the_fingerprint_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ept").mkdir()
     file = tmp_path / "ept" / "a.py"
-    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
     found = []
     for text in ("x = 1", "x = 2", "x = 1"):
         file.write_text(text)
-        found.append(common.source_fingerprint())
+        found.append(record.source_fingerprint())
     assert found[0] == found[2] != found[1]
 
 
 def test_the_table_of_cases_follows_device_and_size() -> None:
     def table(**options: Any) -> str:
-        return common.table_of(argparse.Namespace(**options))
+        return record.table_of(argparse.Namespace(**options))
 
     assert table(device="cuda", reduced=False) == "gpu"
     assert table(device="cpu", reduced=False) == "cpu"

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import common, gpu_report, shapes
-from benchmarks.common import Record
+from benchmarks import gpu_report, record, shapes
 from benchmarks.gpu_report import SuiteRun
+from benchmarks.record import Record
 
 SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
 
@@ -21,13 +21,13 @@ SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
 @pytest.fixture(autouse=True)
 def fixed_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records of these tests are continued even where a source file is saved while they run."""
-    monkeypatch.setattr(common, "source_fingerprint", lambda: "fixed")
+    monkeypatch.setattr(record, "source_fingerprint", lambda: "fixed")
 
 
 STARTED = """
 import sys
-from benchmarks import common, gpu_report
-common.source_fingerprint = lambda: "fixed"
+from benchmarks import record, gpu_report
+record.source_fingerprint = lambda: "fixed"
 sys.argv = {arguments!r}
 gpu_report.main()
 """
@@ -44,7 +44,7 @@ def test_report_end_to_end_killed_and_continued(
 ) -> None:
     output = tmp_path / "report.jsonl"
     command = ["gpu_report.py", "--device", "cpu", "--reduced", "--output", str(output), "--scale", "4"]
-    with subprocess.Popen([sys.executable, "-c", STARTED.format(arguments=command)], cwd=common.ROOT) as process:
+    with subprocess.Popen([sys.executable, "-c", STARTED.format(arguments=command)], cwd=record.ROOT) as process:
         while begun_kernels(output) < 2:
             assert process.poll() is None, "the report ended before its second kernel"
             time.sleep(0.02)
@@ -61,8 +61,8 @@ def test_report_end_to_end_killed_and_continued(
     printed = capfd.readouterr().out
     assert code == 0, printed
     assert output.read_text().startswith(first), "what was measured is kept"
-    record = Record(output)
-    results = record.results()
+    written = Record(output)
+    results = written.results()
     assert {row["section"] for row in results} == SECTIONS
     assert all(row["reduced"] and row["device"] == "cpu" and row["versions"]["torch"] for row in results)
     for case in shapes.reduced_cases():
@@ -73,7 +73,7 @@ def test_report_end_to_end_killed_and_continued(
                 assert min(row["bytes"], row["median"], row["p20"], row["bytes_per_second"]) > 0, row
             else:
                 assert row["reason"], row
-    finished = [line["unit"] for line in record.lines() if line["line"] == "end" and "kernels/" in line["unit"]]
+    finished = [line["unit"] for line in written.lines() if line["line"] == "end" and "kernels/" in line["unit"]]
     assert len(finished) == len(set(finished)), "what was measured is not measured again"
     assert "REDUCED" in printed
     goals = [line for line in printed.splitlines() if line.startswith("|") and ("≥" in line or "≤" in line)]
@@ -98,7 +98,7 @@ def test_all_sections_end_in_time_even_where_nothing_does(tmp_path: Path, monkey
 def test_full_size_on_a_cpu_and_a_reduced_record_among_the_real_ones_are_refused(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu"]
     for more in ([], ["--reduced"]):
-        done = subprocess.run([*command, *more], cwd=common.ROOT, capture_output=True, text=True)
+        done = subprocess.run([*command, *more], cwd=record.ROOT, capture_output=True, text=True)
         assert done.returncode == 2
         assert ("--reduced needs --output" if more else "goes with --reduced") in done.stderr
 
@@ -143,4 +143,4 @@ def test_every_command_line_names_a_file_that_exists() -> None:
         for run in runs:
             for argument in run.arguments:
                 if argument.startswith("tests/"):
-                    assert (common.ROOT / argument).exists(), argument
+                    assert (record.ROOT / argument).exists(), argument

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import ceilings, counts, measure, shapes
-from benchmarks.problem import Problem
+from benchmarks import ceilings, counts, operators, shapes
+from benchmarks.problems import Problem
 from benchmarks.timing import peak_bytes, time_in_turn
 
 CEILINGS = ceilings.Ceilings(1e9, {"float32": 1e9})
@@ -72,7 +72,7 @@ WRONG = {
 def test_a_wrong_version_is_failed_with_the_reason_and_not_timed(name: str) -> None:
     ours, reason = WRONG[name]
     case = replace(TINY, providers=("ours",))
-    (row,) = measure.measure_problem(case, problem(ours), "cpu", 0.001, CEILINGS)
+    (row,) = operators.measure_problem(case, problem(ours), "cpu", 0.001, CEILINGS)
     assert row["status"] == "failed"
     assert row["reason"].startswith(reason)
     assert "median" not in row
@@ -86,7 +86,7 @@ def test_a_right_version_is_held_against_the_ceiling() -> None:
     case = replace(TINY, providers=("ours", "torch.compile"))
     made = problem(ours)
     made.skipped["torch.compile"] = "no compiler"
-    row, skipped = measure.measure_problem(case, made, "cpu", 0.001, CEILINGS)
+    row, skipped = operators.measure_problem(case, made, "cpu", 0.001, CEILINGS)
     assert row["status"] == "ok"
     assert row["bytes_per_second"] == 100 / row["median"]
     assert row["fraction_of_ceiling"] == pytest.approx(100 / 1e9 / row["median"])
@@ -98,7 +98,7 @@ def test_a_right_version_is_held_against_the_ceiling() -> None:
 
 def test_an_operator_that_does_not_exist_is_skipped_by_name() -> None:
     case = replace(TINY, kernel="no_such_operator")
-    rows = measure.measure_case(case, "cpu", 0.001, CEILINGS)
+    rows = operators.measure_case(case, "cpu", 0.001, CEILINGS)
     assert len(rows) == len(case.providers)
     assert {row["reason"] for row in rows} == {"this version of ept_kernels has no no_such_operator"}
 

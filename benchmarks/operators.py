@@ -12,7 +12,7 @@ from ept_kernels import launch
 
 from . import four_bit_problems, prompt_problems
 from .ceilings import Ceilings
-from .problem import Problem
+from .problems import Problem
 from .shapes import COMPILED, OURS, OURS_AGAIN, Case
 from .timing import Call, device_launches, peak_bytes, time_in_turn
 
