@@ -102,9 +102,8 @@ format: $(VENV)/.installed ## let ruff format and fix
 	$(VENV)/bin/python -m ruff check --fix .
 
 bench: $(VENV)/.demo ## a CPU record in under 5 minutes: operators, training steps, EPT beside the bare frozen model
-	$(VENV)/bin/python -m benchmarks.run_kernels --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 120
-	$(VENV)/bin/python -m benchmarks.run_steps --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 30
-	$(VENV)/bin/python benchmarks/step_overhead.py --pairs 10 --output $(BENCH_OUTPUT)/step_overhead.json
+	$(VENV)/bin/python -m benchmarks.run kernels --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 120
+	$(VENV)/bin/python -m benchmarks.run steps --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 120
 	$(VENV)/bin/python -m benchmarks.performance_page --results $(dir $(BENCH_OUTPUT))
 
 gpu: $(if $(VENV),$(VENV)/.demo) ## the report of one GPU in under 8 minutes; `make gpu VENV=` takes the python on the PATH

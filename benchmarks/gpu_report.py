@@ -22,9 +22,8 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels/torch-ext"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +32,9 @@ from benchmarks.record import (
     RECORD_NAME,
     ROOT,
     Record,
+    Row,
     check_device,
+    command_line,
     device_folder,
     device_name,
     header,
@@ -41,8 +42,6 @@ from benchmarks.record import (
 )
 from benchmarks.shapes import TABLES
 from benchmarks.tables import goal_table, markdown, option_table, reasons, step_table
-
-Row = dict[str, Any]
 
 CHECKS = ("tests", "sanitizer")
 
@@ -54,21 +53,19 @@ PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal a process gets when its pare
 RESTARTS = 20  # of a section whose process died, which every unit survives twice
 
 
-@dataclass(frozen=True)
-class SuiteRun:
-    """One pytest run: `arguments` and environment variables."""
+class SuiteRun(NamedTuple):
+    """One pytest run."""
 
     unit: str
     arguments: tuple[str, ...]
-    environment: tuple[tuple[str, str], ...] = ()
 
 
 TESTS = {
-    "gpu": (
-        SuiteRun("tests/kernels on the GPU", ("tests/kernels/triton_kernels",), (("EPT_KERNELS", "triton"),)),
-        SuiteRun("tests/marked gpu", ("-m", "gpu"), (("EPT_KERNELS", "triton"),)),
+    "cuda": (
+        SuiteRun("tests/kernels on the GPU", ("tests/kernels/triton_kernels",)),
+        SuiteRun("tests/marked gpu", ("-m", "gpu")),
     ),
-    "reduced": (SuiteRun("tests/reduced", ("tests/benchmarks/test_bench_counts.py",)),),
+    "cpu": (SuiteRun("tests/reduced", ("tests/benchmarks/test_bench_counts.py",)),),
 }
 
 
@@ -77,7 +74,7 @@ class Report:
 
     def __init__(self, device: str, reduced: bool, output: Path, scale: float = 1.0) -> None:
         self.device, self.reduced, self.scale = device, reduced, scale
-        command = "python benchmarks/gpu_report.py" + (" --device cpu --reduced" if reduced else "")
+        command = command_line("benchmarks/gpu_report.py", sys.argv[1:])
         self.record = Record.resume(output, header(command, device, reduced))
         self.about = measured_with(device, reduced)
         self.end = time.monotonic() + TOTAL * scale
@@ -92,12 +89,12 @@ class Report:
         """Every kernel against its reference on this device."""
         deadline = time.monotonic() + BUDGETS["tests"] * self.scale
         timed_out = {row["case"] for row in self.record.results() if row.get("timed_out")}
-        for run in TESTS["reduced" if self.reduced else "gpu"]:
+        for run in TESTS[self.device]:
             if self.record.finished(run.unit) and run.unit not in timed_out:
                 continue
-            with self.record.unit(run.unit) as unit:
-                row = _pytest(run, max(10.0 * self.scale, deadline - time.monotonic()))
-                unit.add({"section": "tests", "case": run.unit, **row, **self.about})
+            with self.record.unit(run.unit) as add:
+                row = _pytest(run, self.device, max(10.0 * self.scale, deadline - time.monotonic()))
+                add({"section": "tests", "case": run.unit, **row, **self.about})
             print(f"{row['status']:8} {run.unit}: {row.get('summary', row['reason'])}", flush=True)
 
     def worker(self, section: str) -> None:
@@ -107,12 +104,12 @@ class Report:
             seconds = deadline - time.monotonic()
             if seconds <= 0:
                 return
-            most = min(seconds + GRACE, self.end - time.monotonic())
-            command = [f"benchmarks.run_{section}", "--device", self.device, "--output", str(self.record.path)]
+            limit = min(seconds + GRACE, self.end - time.monotonic())
+            command = ["benchmarks.run", section, "--device", self.device, "--output", str(self.record.path)]
             command += ["--as-is", "--seconds", f"{seconds:.0f}", *(["--reduced"] if self.reduced else [])]
-            code, _ = _call([sys.executable, "-m", *command], _environment(), most, capture=False)
+            code, _ = _call([sys.executable, "-m", *command], _environment(), limit, capture=False)
             if code is None:
-                print(f"{section}: stopped after {most:.0f} s, in the middle of its last unit", flush=True)
+                print(f"{section}: stopped after {limit:.0f} s, in the middle of its last unit", flush=True)
             if not code:
                 return
             print(f"{section}: the process ended with code {code}; going on without what it was at", flush=True)
@@ -122,9 +119,9 @@ class Report:
         name = "sanitizer/dequantize_4bit"
         if self.record.finished(name):
             return
-        with self.record.unit(name) as unit:
+        with self.record.unit(name) as add:
             row = self._sanitize()
-            unit.add({"section": "sanitizer", "case": name, **row, **self.about})
+            add({"section": "sanitizer", "case": name, **row, **self.about})
         print(f"{row['status']:8} {name}: {row['reason'] or row['tool']}", flush=True)
 
     def _sanitize(self) -> Row:
@@ -135,19 +132,20 @@ class Report:
             return {"status": "skipped", "reason": "compute-sanitizer is not on the PATH"}
         command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable]
         # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
-        environment = _environment({"EPT_KERNELS": "triton", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        environment = _environment(EPT_KERNELS="triton", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         return {
             "tool": "compute-sanitizer memcheck",
             **_run([*command, "-m", "benchmarks.sanitized"], environment, BUDGETS["sanitizer"] * self.scale),
         }
 
 
-def _pytest(run: SuiteRun, seconds: float) -> Row:
+def _pytest(run: SuiteRun, device: str, seconds: float) -> Row:
+    environment = _environment(**({"EPT_KERNELS": "triton"} if device == "cuda" else {}))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", *options, *run.arguments]
-        row = _run(command, _environment(dict(run.environment)), seconds)
+        row = _run(command, environment, seconds)
         if report.exists():
             row.update(_junit_counts(report))
     return row
@@ -162,7 +160,7 @@ def _junit_counts(report: Path) -> Row:
 
 
 def _run(command: Sequence[str], environment: dict[str, str], seconds: float) -> Row:
-    """`status` and `reason` of a command that should end with code 0 in time, and its last lines if it did not."""
+    """Return `status` and `reason` of a command that should end with code 0 in time; its last lines if it did not."""
     began = time.monotonic()
     code, output = _call(command, environment, seconds, capture=True)
     took = time.monotonic() - began
@@ -175,8 +173,8 @@ def _run(command: Sequence[str], environment: dict[str, str], seconds: float) ->
 
 
 def _call(command: Sequence[str], environment: dict[str, str], seconds: float, capture: bool) -> tuple[int | None, str]:
-    """Exit code and output of a command; None where it took longer than `seconds`: then it and all that it started
-    are ended.
+    """Return exit code and output of a command; None where it took longer than `seconds`: then it and all that it
+    started are ended.
     """
     pipe = subprocess.PIPE if capture else None
     process = subprocess.Popen(
@@ -202,7 +200,7 @@ def _call(command: Sequence[str], environment: dict[str, str], seconds: float, c
 
 
 def _end_with_parent() -> None:
-    """In a child of a report: ends it where the report is killed, so that two runs never write to one record. Linux."""
+    """Ends a child where its report is killed, so that two runs never write to one record (on Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -211,30 +209,27 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+def _environment(**extra: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels/torch-ext"), os.environ.get("PYTHONPATH"))))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **offline, **(extra or {})}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **offline, **extra}
 
 
 def _summary(results: list[Row], reduced: bool) -> list[str]:
-    """What the report ends with: checks, steps, what is missing, goals. The kernels' table is long: see the page."""
+    """Return the end of the report: checks, steps, what is missing, goals. The kernels' table is long: see the page."""
     checks = [[r["case"], r["status"], r.get("summary", r["reason"])] for r in results if r["section"] in CHECKS]
+    planned = len(TABLES["reduced" if reduced else "gpu"]())
     done = [row for row in results if row["section"] == "kernels"]
     missing = [f"* {line}" for line in reasons(results)]
     return [
         "REDUCED: tiny sizes, no figure below means anything" if reduced else "",
         markdown(["check", "status", "result"], checks),
-        f"kernels: {len({row['case'] for row in done})} of {_planned(reduced)} cases measured",
+        f"kernels: {len({row['case'] for row in done})} of {planned} cases measured",
         step_table(results),
         option_table(results),
         "\n".join(missing),
         goal_table(results),
     ]
-
-
-def _planned(reduced: bool) -> int:
-    return len(TABLES["reduced" if reduced else "gpu"]())
 
 
 def main() -> int:

@@ -8,10 +8,9 @@ from typing import Any
 
 from ept.profile.report import PHASE_COLOURS
 
-from .shapes import BITSANDBYTES, DENSE, OURS, OURS_AGAIN
+from .record import Row
+from .shapes import BITSANDBYTES, DENSE, OURS, OURS_AGAIN, PRODUCTS
 from .tables import by_case
-
-Row = dict[str, Any]
 
 COLOURS = {
     OURS: "#1f77b4",
@@ -29,7 +28,6 @@ METHOD_TITLES = {
     "peft-pt again": "PEFT, again",
 }
 BANDWIDTH_KERNELS = ("prompted_embedding", "prompted_embedding_backward", "dequantize_4bit")
-PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
 
 
 def drawable(results: list[Row]) -> dict[str, Callable[[list[Row], Path], None]]:

@@ -1,20 +1,19 @@
-"""What every benchmark shares: where a record goes, how it is written, and what it was measured with.
+"""A record of measurements: one file of JSON lines that survives an interruption at any moment.
 
-A record is one file of JSON lines. It begins with a header (command, device, versions, a fingerprint of the sources);
-then every unit of work writes a `begin` line, its results, and an `end` line, each forced to the disk as it is
-written. A unit without its `end` was interrupted: its results do not count, and it is measured again. A unit that was
-begun `ATTEMPTS` times without an end is given up, and its failure is a result like any other.
+It begins with a header (command, device, versions, a fingerprint of the sources); then every unit of work writes a
+`begin` line, its results, and an `end` line, each forced to the disk as it is written. A unit without its `end` was
+interrupted: its results do not count, and it is measured again.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,21 +24,23 @@ from ept.utils.environment import hardware, versions
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD_NAME = "report.jsonl"
-ATTEMPTS = 2
+MAX_ATTEMPTS = 2  # to measure a unit whose process dies; then that is its result
 
 # The libraries whose version every row carries.
 ROW_VERSIONS = ("python", "ept", "torch", "triton", "transformers", "bitsandbytes", "peft")
 
+Row = dict[str, Any]
+
 
 def device_name(device: str) -> str:
-    """`cpu`, or the GPU's own name."""
+    """Return `cpu`, or the GPU's own name."""
     import torch
 
     return "cpu" if device == "cpu" else torch.cuda.get_device_name()
 
 
 def device_folder(name: str) -> Path:
-    """Where the records of a device are kept: `benchmarks/results/<device>`."""
+    """Return the folder of a device's records: `benchmarks/results/<device>`."""
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -54,43 +55,21 @@ def check_device(device: str) -> None:
         )
 
 
-def command_line(parser: argparse.ArgumentParser, seconds: float) -> None:
-    """The options that every measuring command has."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--reduced", action="store_true", help="tiny sizes, to test the code: the figures mean nothing")
-    parser.add_argument("--output", type=Path, required=True, help="the record, JSON lines; continued if it is there")
-    parser.add_argument("--as-is", action="store_true", help="append to the record whatever it was measured with")
-    parser.add_argument(
-        "--seconds", type=float, default=seconds, help=f"begin nothing new after so many (default {seconds:g})"
-    )
-
-
-def table_of(arguments: argparse.Namespace) -> str:
-    """Which table of cases those options mean: `gpu`, `cpu` or `reduced`."""
-    return "reduced" if arguments.reduced else {"cpu": "cpu", "cuda": "gpu"}[arguments.device]
-
-
-def open_record(arguments: argparse.Namespace, module: str) -> Record:
-    """The record that `command_line`'s options name, begun or continued. To be called before `ept_kernels` is
-    imported: the kernels have to be asked for on a GPU, and the choice is read then. `--as-is` is for the report,
-    which has made or checked the record itself.
-    """
-    if arguments.device == "cuda":
-        os.environ.setdefault("EPT_KERNELS", "triton")
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that nothing chooses a GPU by itself
-    check_device(arguments.device)
-    output = arguments.output.resolve()
-    shown = output.relative_to(ROOT) if output.is_relative_to(ROOT) else Path(output.name)
-    if arguments.as_is:
-        return Record(output)
-    command = f"python -m {module} --device {arguments.device} --output {shown}"
-    return Record.resume(output, header(command, arguments.device, arguments.reduced))
+def command_line(program: str, arguments: Sequence[str]) -> str:
+    """Return the command that gives a record again. Paths are relative to the repository; of others only the name."""
+    shown = []
+    for argument in arguments:
+        path = Path(argument)
+        if os.sep in argument:
+            path = path.resolve()
+            argument = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+        shown.append(argument)
+    return f"python {program} {shlex.join(shown)}".rstrip()
 
 
 @functools.cache
-def measured_with(device: str, reduced: bool) -> dict[str, Any]:
-    """What every row carries: device, versions, and whether sizes were reduced (then no figure means anything)."""
+def measured_with(device: str, reduced: bool) -> Row:
+    """Return the fields of every row: device, versions, and whether sizes were reduced (no figure means anything)."""
     found = versions()
     return {
         "device": device_name(device),
@@ -100,8 +79,8 @@ def measured_with(device: str, reduced: bool) -> dict[str, Any]:
     }
 
 
-def header(command: str, device: str, reduced: bool) -> dict[str, Any]:
-    """The first line of a record."""
+def header(command: str, device: str, reduced: bool) -> Row:
+    """Return the first line of a record."""
     return {
         "line": "header",
         "command": command,
@@ -113,7 +92,7 @@ def header(command: str, device: str, reduced: bool) -> dict[str, Any]:
 
 
 def source_fingerprint() -> str:
-    """Twelve hexadecimal digits over the Python files a measurement depends on."""
+    """Return twelve hexadecimal digits over the Python files a measurement depends on."""
     digest = hashlib.sha256()
     for folder in ("benchmarks", "ept", "kernels/torch-ext"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -132,9 +111,9 @@ class Record:
         self._cut_off_last_line()
 
     @classmethod
-    def resume(cls, path: Path, header: dict[str, Any]) -> Record:
-        """The record at `path` if it was measured with the same sources, versions, device and sizes; a new one
-        otherwise, the old one staying beside it as `previous-<name>`.
+    def resume(cls, path: Path, header: Row) -> Record:
+        """Continue the record at `path` if it was measured with the same sources, versions, device and sizes; begin a
+        new one otherwise, the old one staying beside it as `previous-<name>`.
         """
         record = cls(path)
         same = ("sources", "device", "device_type", "reduced", "versions")
@@ -148,13 +127,13 @@ class Record:
             record.append(header)
         return record
 
-    def append(self, line: dict[str, Any]) -> None:
+    def append(self, line: Row) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[Row]:
         if not self.path.exists():
             return []
         found = []
@@ -167,14 +146,14 @@ class Record:
                 ) from error
         return found
 
-    def header(self) -> dict[str, Any] | None:
+    def header(self) -> Row | None:
         lines = self.lines()
         return lines[0] if lines and lines[0].get("line") == "header" else None
 
-    def results(self) -> list[dict[str, Any]]:
-        """The results of every finished unit; of a unit that was measured again, the last ones."""
-        open_units: dict[str, list[dict[str, Any]]] = {}
-        finished: dict[str, list[dict[str, Any]]] = {}
+    def results(self) -> list[Row]:
+        """Return the results of every finished unit; of a unit that was measured again, the last ones."""
+        open_units: dict[str, list[Row]] = {}
+        finished: dict[str, list[Row]] = {}
         for line in self.lines():
             if line["line"] == "begin":
                 open_units[line["unit"]] = []
@@ -188,22 +167,23 @@ class Record:
         return any(line["line"] == "end" and line["unit"] == unit for line in self.lines())
 
     def attempts(self, unit: str) -> int:
-        """How often `unit` was begun."""
+        """Count how often `unit` was begun."""
         return sum(line["line"] == "begin" and line["unit"] == unit for line in self.lines())
 
     @contextmanager
-    def unit(self, name: str) -> Iterator[Unit]:
-        """Writes `begin`, whatever the body adds, and `end` (not when the body raises)."""
+    def unit(self, name: str) -> Iterator[Callable[[Row], None]]:
+        """Writes `begin`, the results that the body adds, and `end` (not when the body raises)."""
         self.append({"line": "begin", "unit": name})
-        yield Unit(self, name)
+        yield lambda result: self.append({"line": "result", "unit": name, **result})
         self.append({"line": "end", "unit": name})
 
-    def give_up(self, name: str, result: dict[str, Any]) -> bool:
-        """True, with a failed `result` written, where `name` was begun `ATTEMPTS` times and never ended."""
-        if self.attempts(name) < ATTEMPTS:
+    def give_up(self, name: str, result: Row) -> bool:
+        """Returns True, with a failed `result` written, where `name` was begun `MAX_ATTEMPTS` times and never ended."""
+        if self.attempts(name) < MAX_ATTEMPTS:
             return False
-        with self.unit(name) as unit:
-            unit.add({**result, "status": "failed", "reason": f"the process ended {ATTEMPTS} times while measuring it"})
+        reason = f"the process ended {MAX_ATTEMPTS} times while measuring it"
+        with self.unit(name) as add:
+            add({**result, "status": "failed", "reason": reason})
         return True
 
     def _cut_off_last_line(self) -> None:
@@ -212,13 +192,3 @@ class Record:
             whole = content.rfind(b"\n") + 1
             if whole < len(content):
                 self.path.write_bytes(content[:whole])
-
-
-class Unit:
-    """An open unit of a `Record`."""
-
-    def __init__(self, record: Record, name: str) -> None:
-        self._record, self._name = record, name
-
-    def add(self, result: dict[str, Any]) -> None:
-        self._record.append({"line": "result", "unit": self._name, **result})

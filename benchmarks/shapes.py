@@ -7,7 +7,6 @@ mean nothing).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +33,7 @@ OURS, OURS_AGAIN, EAGER, COMPILED = "ours", "ours again", "reference", "torch.co
 BITSANDBYTES, PEFT, DENSE = "bitsandbytes", "PEFT", "unquantised"
 PROMPT_PROVIDERS = (OURS, OURS_AGAIN, EAGER)
 FOUR_BIT_PROVIDERS = (OURS, OURS_AGAIN, BITSANDBYTES)
+PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def products(model: str, rows: int, columns: int, tokens: tuple[int, ...], dtype
         Case(
             kernel, model, {"m": m, "rows": rows, "columns": columns}, dtype, (*FOUR_BIT_PROVIDERS, DENSE), "nf4 nested"
         )
-        for kernel in ("matmul_4bit", "matmul_4bit_backward")
+        for kernel in PRODUCTS
         for m in tokens
     ]
 
@@ -198,11 +198,6 @@ def reduced_cases() -> list[Case]:
 
 
 TABLES = {"gpu": gpu_cases, "cpu": cpu_cases, "reduced": reduced_cases}
-
-
-def copies(touched: int, cache: int, most: int) -> int:
-    """Input sets to rotate among, together twice the last-level cache: at least 2, at most `most`."""
-    return max(2, min(most, math.ceil(2 * cache / max(touched, 1))))
 
 
 def _distinct(cases: list[Case]) -> list[Case]:

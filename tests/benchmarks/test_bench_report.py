@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import gpu_report, record, shapes
 from benchmarks.gpu_report import SuiteRun
-from benchmarks.record import Record
+from benchmarks.record import ROOT, Record
 
 SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
 
@@ -26,7 +26,7 @@ def fixed_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 
 STARTED = """
 import sys
-from benchmarks import record, gpu_report
+from benchmarks import gpu_report, record
 record.source_fingerprint = lambda: "fixed"
 sys.argv = {arguments!r}
 gpu_report.main()
@@ -44,7 +44,7 @@ def test_report_end_to_end_killed_and_continued(
 ) -> None:
     output = tmp_path / "report.jsonl"
     command = ["gpu_report.py", "--device", "cpu", "--reduced", "--output", str(output), "--scale", "4"]
-    with subprocess.Popen([sys.executable, "-c", STARTED.format(arguments=command)], cwd=record.ROOT) as process:
+    with subprocess.Popen([sys.executable, "-c", STARTED.format(arguments=command)], cwd=ROOT) as process:
         while begun_kernels(output) < 2:
             assert process.poll() is None, "the report ended before its second kernel"
             time.sleep(0.02)
@@ -98,7 +98,7 @@ def test_all_sections_end_in_time_even_where_nothing_does(tmp_path: Path, monkey
 def test_full_size_on_a_cpu_and_a_reduced_record_among_the_real_ones_are_refused(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu"]
     for more in ([], ["--reduced"]):
-        done = subprocess.run([*command, *more], cwd=record.ROOT, capture_output=True, text=True)
+        done = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2
         assert ("--reduced needs --output" if more else "goes with --reduced") in done.stderr
 
@@ -123,7 +123,7 @@ def test_pytest_results_are_counted(tmp_path: Path) -> None:
     file.write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
     )
-    row = gpu_report._pytest(SuiteRun("three", (str(file),)), seconds=60)
+    row = gpu_report._pytest(SuiteRun("three", (str(file),)), "cpu", seconds=60)
     assert row["status"] == "failed"
     assert row["summary"] == "1 passed, 1 failed, 1 skipped"
 
@@ -131,7 +131,7 @@ def test_pytest_results_are_counted(tmp_path: Path) -> None:
 def test_tests_that_were_cut_off_by_the_clock_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = gpu_report.Report("cpu", True, tmp_path / "r.jsonl")
     answers = [{"status": "failed", "reason": "late", "timed_out": True}, {"status": "ok", "reason": ""}]
-    monkeypatch.setattr(gpu_report, "_pytest", lambda run, seconds: answers.pop(0))
+    monkeypatch.setattr(gpu_report, "_pytest", lambda run, device, seconds: answers.pop(0))
     for expected in ("failed", "ok", "ok"):
         made.tests()
         assert [row["status"] for row in made.record.results()] == [expected]
@@ -143,4 +143,4 @@ def test_every_command_line_names_a_file_that_exists() -> None:
         for run in runs:
             for argument in run.arguments:
                 if argument.startswith("tests/"):
-                    assert (record.ROOT / argument).exists(), argument
+                    assert (ROOT / argument).exists(), argument
