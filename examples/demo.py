@@ -36,9 +36,7 @@ console = Console()
 def main() -> None:
     arguments = parse_arguments()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # no 4-bit weights here: its missing kernels do not matter
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no 4-bit weights here: it may lack kernels
     started = time.perf_counter()
     model_file = package_file(MODEL_PACKAGE, MODEL_FILE)
     data_file = package_file(DATA_PACKAGE, DATA_FILE)
@@ -74,12 +72,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder of the run, written anew each time"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the split, the initialisation and the order of the data"
-    )
+    output = Path("runs/demo")
+    parser.add_argument("--output", type=Path, default=output, help="folder of the run, written anew each time")
+    parser.add_argument("--seed", type=int, default=0, help="draws the split, the initialisation and the order of rows")
     return parser.parse_args()
 
 
@@ -97,15 +92,15 @@ def run_config(arguments: argparse.Namespace, model_file: Path, data: Path) -> R
 
 
 def device_name() -> str:
-    """The device that training will use, in words."""
+    """Names the device that training will use."""
     import torch
 
     from ept.runs.loading import default_device
 
     device = default_device()
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"
-    )
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({torch.get_num_threads()} threads)"
 
 
 def show_score(results: dict[str, Any]) -> None:
@@ -119,15 +114,14 @@ def show_score(results: dict[str, Any]) -> None:
 
 def show_examples(folder: Path) -> None:
     """Loads the adapter back from disk and lets it judge the first held-out headlines."""
-    from ept.cli.common import open_run, quiet
-    from ept.runs.predict import predict_labels
-    from ept.tasks import fit_to_length, read_rows
+    from ept.cli.common import quiet
+    from ept.runs.predict import open_run
+    from ept.tasks import read_rows
 
     with quiet():
-        run = open_run(folder, [])
+        run = open_run(folder)
     rows = read_rows(folder / "data" / "test.jsonl")[:EXAMPLES]
-    texts = [fit_to_length(run.task, row, run.tokenizer, run.max_length)[0] for row in rows]
-    predictions = predict_labels(run.model, run.tokenizer, texts, run.labels, run.task_type, run.max_length, EXAMPLES)
+    predictions = run.predict([row.ids for row in run.fit(rows, "test")])
     table = Table(title="Held-out headlines, judged by the adapter loaded back from disk", show_lines=True)
     table.add_column("headline")
     table.add_column("sarcastic?", justify="center")

@@ -19,7 +19,7 @@ FILE = "published_t5_base.csv"
 
 def published_rows() -> list[dict[str, str]]:
     """One row a method: `method`, `parameters`, `source` and a score in percent for each task, empty for none."""
-    text = files("ept").joinpath(FILE).read_text(encoding="utf-8")
+    text = files("ept.compare").joinpath(FILE).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
 

@@ -1,19 +1,10 @@
-"""One training step, timed as a whole and in phases, without a wait for the device inside it.
-
-The phases follow one another without gaps, so that they add up to the step:
-
-    embedding         from the call to the base model, but for the prompt: modes, positions, look-up, low-rank update
-    joint prompt      making the prompt (EPT: fusion and spaces; PEFT: repeating the prompt for every row)
-    base forward      the frozen model and the loss
-    base backward     from the loss to the gradient of the input embeddings
-    prompt backward   from there to the gradients of the prompt's parameters
-    optimizer         letting the graph go, clipping, AdamW, clearing the gradients
-"""
+"""The clock of a profile: one training step, timed as a whole and in phases."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +13,15 @@ import torch
 
 from .methods import Method
 
-PHASES = ("embedding", "joint prompt", "base forward", "base backward", "prompt backward", "optimizer")
+# The phases follow one another without gaps, so that they add up to the step.
+PHASES = (
+    "embedding",  # from the call to the base model, but for the prompt: modes, positions, look-up, low-rank update
+    "joint prompt",  # making the prompt (EPT: fusion and spaces; PEFT: repeating the prompt for every row)
+    "base forward",  # the frozen model and the loss
+    "base backward",  # from the loss to the gradient of the input embeddings
+    "prompt backward",  # from there to the gradients of the prompt's parameters
+    "optimizer",  # freeing the graph, clipping, AdamW, clearing the gradients
+)
 
 
 @dataclass(frozen=True)
@@ -33,46 +32,26 @@ class StepTime:
     phases: dict[str, float]
 
 
-class PhaseClock:
-    """Attributes the time since the last mark to the phase that has just ended: the processor's, or a GPU's events."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
-
-    def mark(self, phase: str) -> None:
-        self.marks.append((phase, self._now()))
-
-    def phases(self) -> dict[str, float]:
-        """Milliseconds by phase; a GPU must have been waited for."""
-        times = dict.fromkeys(PHASES, 0.0)
-        for (_, before), (phase, now) in zip(self.marks, self.marks[1:]):
-            times[phase] += before.elapsed_time(now) if self.on_gpu else 1e3 * (now - before)
-        return times
-
-    def _now(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Returns the median and the 20 % and 80 % quantiles, interpolated linearly."""
+    quintiles = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": quintiles[0], "p80": quintiles[3]}
 
 
 def time_step(method: Method, base: Any, batch: dict[str, Any], device: torch.device) -> StepTime:
     """Takes one training step and times it; on a GPU the clock runs until the device has finished."""
     clock = PhaseClock(device)
-    with _marking(method, base, clock):
+    with _marked(method, base, clock):
         _synchronize(device)
         start = time.perf_counter()
-        take_step(method, batch, clock)
+        take_step(method, batch, clock.mark)
         _synchronize(device)
         elapsed = 1e3 * (time.perf_counter() - start)
     return StepTime(elapsed, clock.phases())
 
 
-def take_step(method: Method, batch: dict[str, Any], clock: PhaseClock | None = None) -> None:
-    """Forward, backward and update."""
-    mark = clock.mark if clock is not None else _no_mark
+def take_step(method: Method, batch: dict[str, Any], mark: Callable[[str], None] = lambda phase: None) -> None:
+    """Runs forward, backward and update, and calls `mark` at the end of each phase that ends between them."""
     mark("start")
     loss = method.loss(batch)
     mark("base forward")
@@ -83,9 +62,33 @@ def take_step(method: Method, batch: dict[str, Any], clock: PhaseClock | None = 
     mark("optimizer")
 
 
+class PhaseClock:
+    """A clock that gives the time since the last mark to the phase that has just ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, phase: str) -> None:
+        """Ends a phase here; on a GPU with an event, so that nothing waits for the device within a step."""
+        if self.on_gpu:
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((phase, now))
+
+    def phases(self) -> dict[str, float]:
+        """Returns the milliseconds of each phase; a GPU must have finished."""
+        times = dict.fromkeys(PHASES, 0.0)
+        for (_, before), (phase, now) in zip(self.marks, self.marks[1:]):
+            times[phase] += before.elapsed_time(now) if self.on_gpu else 1e3 * (now - before)
+        return times
+
+
 @contextmanager
-def _marking(method: Method, base: Any, clock: PhaseClock) -> Iterator[None]:
-    """Sets the marks that lie inside the model, and takes them away again."""
+def _marked(method: Method, base: Any, clock: PhaseClock) -> Iterator[None]:
+    """Sets the marks that lie inside the model, and removes them at the end."""
     owner, name = method.prompt_of
     make_prompt = getattr(owner, name)
 
@@ -111,7 +114,3 @@ def _marking(method: Method, base: Any, clock: PhaseClock) -> Iterator[None]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _no_mark(phase: str) -> None:
-    pass

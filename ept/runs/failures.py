@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .checkpoints import last_whole
 from ..utils.messages import reason
+from .checkpoints import last_whole
 from .config import RunConfig
 from .folder import RunFolder
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from .checkpoints import last_whole
 from ..utils.files import sync, sync_folder, sync_tree, write_atomically
+from .checkpoints import last_whole
 from .config import RunConfig, load_run_config
 
 # What a resumed run may set otherwise: it changes memory and disk, not what is trained.

@@ -12,9 +12,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from .processes import Processes
-from .launched import is_main, mark_told, several, started_alike
 from .folder import RunFolder
+from .launched import is_main, mark_told, several, started_alike
+from .processes import Processes
 
 _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _ALONE = Processes()

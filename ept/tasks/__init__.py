@@ -6,11 +6,10 @@ from difflib import SequenceMatcher
 
 from .files import read_rows
 from .metrics import METRICS, UNPARSABLE, compute_metrics
+from .rows import GROUP, fit_to_length, render
 from .splits import load_split, load_task
-from .super_glue import SUPER_GLUE
-from .table import GLUE
+from .table import GLUE, SUPER_GLUE
 from .task import Task, TaskData, local_task, nearest_value
-from .template import GROUP, fit_to_length, render
 
 TASKS: dict[str, Task] = {task.name: task for task in (*GLUE, *SUPER_GLUE)}
 

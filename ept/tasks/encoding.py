@@ -6,15 +6,28 @@ the target only. SEQ_CLS: text padded on the right, one class index.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .rows import fit_to_length, is_rendered, render
+from .task import Task
+
 IGNORE = -100
+TEXT_IDS = "text_ids"
+"""The column of a data set within the length limit that holds the tokens of each row's `text`."""
+
+
+class FittedText(NamedTuple):
+    """A row's text within the length limit, its tokens, and whether it was cut for that."""
+
+    text: str
+    ids: list[int]
+    is_cut: bool
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_type: str) -> list[list[int]]:
@@ -70,26 +83,61 @@ def check_length(index: int, tokens: int, max_length: int) -> None:
         )
 
 
+def fit_rows(
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    task_type: str,
+    max_length: int,
+    *,
+    truncate: bool,
+    source: str,
+) -> list[FittedText]:
+    """Renders and tokenises each row, once unless it is too long: `max_length` counts start and end tokens.
+
+    `rows` are as they lie in a data file, or those of a `TaskData` split, whose `text` is rendered already.
+
+    Raises:
+        ValueError: a row has no text, or is too long and not to be truncated; names `source`, the row (counted from 0),
+            its tokens and the limit.
+    """
+    texts = []
+    for index, row in enumerate(rows):
+        try:
+            texts.append(row["text"] if is_rendered(task, row) else render(task, row))
+        except ValueError as error:
+            raise ValueError(f"{source} row {index}: {error}") from error
+    fitted = [FittedText(text, ids, False) for text, ids in zip(texts, encode_texts(tokenizer, texts, task_type))]
+    too_long = [index for index, (_, ids, _) in enumerate(fitted) if len(ids) > max_length]
+    if too_long and not truncate:
+        raise ValueError(
+            f"{source} row {too_long[0]}: the text has {len(fitted[too_long[0]].ids)} tokens, the limit is "
+            f"data.max_length={max_length}: shorten it, raise data.max_length, or set data.on_too_long=truncate"
+        )
+    if too_long:
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        room = max_length - (len(encode_texts(tokenizer, ["a"], task_type)[0]) - len(bare))
+        cut = [fit_to_length(task, rows[index], tokenizer, room)[0] for index in too_long]
+        for index, text, ids in zip(too_long, cut, encode_texts(tokenizer, cut, task_type)):
+            fitted[index] = FittedText(text, ids, True)
+    return fitted
+
+
 def encode_split(
     split: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     task_type: str,
-    max_length: int,
     values: Sequence[float] = (),
 ) -> datasets.Dataset:
-    """Columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length`, from columns `text` and `label`.
+    """Columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length`, from columns `text_ids` and `label`.
 
     For CAUSAL_LM `input_ids` ends with the target, and `labels` holds the target alone. For SEQ_CLS and a regression
     `labels` is the number among `values` that the class stands for.
-
-    Raises:
-        ValueError: a text has more than `max_length` tokens.
     """
     answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
     rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for index, (ids, label) in enumerate(zip(encode_texts(tokenizer, split["text"], task_type), split["label"])):
-        check_length(index, len(ids), max_length)
+    for ids, label in zip(split[TEXT_IDS], split["label"]):
         if task_type == "CAUSAL_LM":
             ids = ids + answers[label]
         rows["input_ids"].append(ids)

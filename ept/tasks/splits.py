@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .files import READERS, File, Row, read_rows
+from .rows import GROUP, dataset, examples, text_key
 from .task import Task, TaskData
-from .template import FIELDS, GROUP, missing_column, render, text_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +68,7 @@ def load_task(
     if "test" in raw and _hidden(task, raw["test"][1]):
         logger.info("%s: the labels are hidden, the test split is made from the others", raw["test"][0])
         del raw["test"]
-    splits = {split: _examples(task, rows, source) for split, (source, rows) in raw.items()}
+    splits = {split: examples(task, rows, source) for split, (source, rows) in raw.items()}
     splits = _without_overlap(_three_splits(task, splits, seed))
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
@@ -77,13 +77,13 @@ def load_task(
     if k_shot is not None:
         splits["train"] = few_shot(task, splits["train"], k_shot, shot_seed)
     return TaskData(
-        task=task, labels=target_strings, **{split: _dataset(rows, target_strings) for split, rows in splits.items()}
+        task=task, labels=target_strings, **{split: dataset(rows, target_strings) for split, rows in splits.items()}
     )
 
 
 def load_split(task: Task, path: File, *, labels: Literal["digits", "words"] = "digits") -> Dataset:
     """One labelled file as a data set with the columns of a `TaskData` split, in its order. Raises as `load_task`."""
-    return _dataset(_examples(task, read_rows(path), str(path)), task.labels(labels))
+    return dataset(examples(task, read_rows(path), str(path)), task.labels(labels))
 
 
 def _raw_splits(
@@ -150,31 +150,6 @@ def _hidden(task: Task, rows: Sequence[Row]) -> bool:
     """Whether every label is missing, or -1 without that being one of the task's labels."""
     labels = [row[task.label_column] for row in rows if task.label_column in row]
     return bool(labels) and all(str(v) in ("None", "", "-1", "-1.0") and task.label_class(v) is None for v in labels)
-
-
-def _examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
-    """The rows as `{text, label, fields}`; raises ValueError with the source and the row (counted from 1)."""
-    examples: list[Row] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            if task.label_column not in row:
-                raise ValueError(missing_column(task, task.label_column, row))
-            fields = text_fields(task, row)
-            label = task.label_class(row[task.label_column])
-            if label is None:
-                raise ValueError(
-                    f"label {row[task.label_column]!r} (column '{task.label_column}') is outside the set: "
-                    f"allowed are {task.allowed_labels}"
-                )
-        except ValueError as error:
-            raise ValueError(f"{source}, row {number}: {error}") from error
-        example = {"text": render(task, {FIELDS: fields}), "label": label, FIELDS: fields}
-        if task.group_columns:
-            example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
-        examples.append(example)
-    if not examples:
-        raise ValueError(f"{source} is empty: it needs at least 1 row")
-    return examples
 
 
 def _three_splits(task: Task, splits: Mapping[str, list[Row]], seed: int) -> dict[str, list[Row]]:
@@ -250,11 +225,6 @@ def _all_filled(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return splits
 
 
-def text_key(text: str) -> str:
-    """What two texts have in common when they count as the same one: all but case and white space."""
-    return " ".join(text.casefold().split())
-
-
 def _permutation(size: int, seed: int) -> list[int]:
     import torch
 
@@ -313,14 +283,3 @@ def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
 
 def _at(rows: Sequence[Row], positions: Sequence[int]) -> list[Row]:
     return [rows[i] for i in positions]
-
-
-def _dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
-    from datasets import Dataset
-
-    rows = [{**row, "target": labels[row["label"]]} for row in examples]
-    if rows and GROUP in rows[0]:
-        numbers: dict[str, int] = {}
-        for row in rows:
-            row[GROUP] = numbers.setdefault(row[GROUP], len(numbers))
-    return Dataset.from_list(rows)

@@ -10,9 +10,11 @@ import safetensors.torch
 import torch
 from transformers import TrainerCallback
 
+from ept.runs.callbacks import Recorder
 from ept.runs.config import RunConfig
-from ept.runs.folder import RunFolder
-from ept.runs.train import MetricsLog, PromptTrainer, Recorder, prepare, train
+from ept.runs.folder import MetricsLog, RunFolder
+from ept.runs.train import prepare, train
+from ept.runs.trainer import PromptTrainer
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

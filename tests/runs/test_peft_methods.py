@@ -8,13 +8,13 @@ import torch
 from tiny_models import ONE_A_TASK, TASK_OF, make_batch, make_model
 from tiny_runs import run_config
 
-from ept.cli.common import open_run
 from ept.runs.config import MethodConfig
 from ept.runs.data import load_run_data
 from ept.runs.method_table import METHODS, adapter_config
 from ept.runs.peft_models import attach
-from ept.runs.predict import evaluate
-from ept.runs.train import PromptTrainer, train
+from ept.runs.predict import open_run
+from ept.runs.train import train
+from ept.runs.trainer import PromptTrainer
 
 NAMES = [name for name, method in METHODS.items() if method.family == "peft"]
 BUDGET = 2000
@@ -93,8 +93,7 @@ def settings(name, *more):
 
 
 def score(run):
-    data = load_run_data(run.config.data, run.tokenizer, run.task_type).data
-    return evaluate(run.model, run.tokenizer, data.test, run.labels, ["accuracy"], run.task_type, 16, 32)["accuracy"]
+    return run.score(load_run_data(run.config.data, run.tokenizer, run.task_type).data.test)["accuracy"]
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
@@ -103,7 +102,7 @@ def test_a_run_loads_back_to_its_score(name, family, tiny, tmp_path):
     config = run_config(tiny / family, tiny / "data/glue/sst2", tmp_path / "run", *settings(name))
     config.training.max_steps = 20
     results = train(config)
-    assert score(open_run(tmp_path / "run", [])) == results["score"]
+    assert score(open_run(tmp_path / "run")) == results["score"]
     assert results["config"]["method"]["name"] == name
 
 

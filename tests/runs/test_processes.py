@@ -22,7 +22,7 @@ from ept.compare.config import ComparisonConfig
 from ept.compare.plan import compare
 from ept.runs.folder import RunFolder
 from ept.runs.loading import default_device
-from ept.runs.predict import Scorer
+from ept.runs.predict import Predictor
 from ept.runs.sampling import FILLER_LABELS, FillingCollator, SharedBatches
 from ept.runs.train import train
 
@@ -76,9 +76,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], row
     """The same runs in this process alone; `scored.json` has the texts that the grouped one scored."""
     folder = tmp_path_factory.mktemp("alone")
     scored: list[list[int]] = []
-    score = Scorer.__call__
+    score = Predictor.predict_batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scorer, "__call__", lambda self, inputs: scored.extend(map(list, inputs)) or score(self, inputs))
+        patch.setattr(
+            Predictor, "predict_batch", lambda self, inputs: scored.extend(map(list, inputs)) or score(self, inputs)
+        )
         train(run_config(models["llama"], rows, folder / "grouped", *settings("grouped", 1)))
     (folder / "scored.json").write_text(json.dumps(scored), encoding="utf-8")
     for name in ("resumed", "plain"):

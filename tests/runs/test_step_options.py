@@ -11,10 +11,12 @@ from run_checks import assert_same_weights, gradients, kill
 from tiny_runs import FAMILIES, run_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ept.runs.callbacks import Recorder
 from ept.runs.config import load_run_config
 from ept.runs.folder import MetricsLog, RunFolder
 from ept.runs.sampling import EpochLengthGroupedSampler
-from ept.runs.train import PromptTrainer, Recorder, prepare, train
+from ept.runs.train import prepare, train
+from ept.runs.trainer import PromptTrainer
 from ept.tasks.encoding import Collator
 
 # What leaves the order of the rows alone, away from its default.
@@ -85,10 +87,10 @@ def test_compiled_layers_are_compiled_and_evaluation_is_not(models: dict[str, Pa
 
     counter = CompileCounter()
     run = prepare(run_config(models["llama"], data, None))
-    expected = run.score(run_config(models["llama"], data, None), "test")
+    expected = run.score(run.run_data.data.test)
     run.model.compile_layers(backend=counter)
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "labels": torch.tensor([[-100, -100, -100, 8]])}
-    assert run.score(run_config(models["llama"], data, None), "test") == expected
+    assert run.score(run.run_data.data.test) == expected
     assert counter.frame_count == 0
     run.model.train()(**batch).loss.backward()
     assert counter.frame_count == 1  # one for both layers

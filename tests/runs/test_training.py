@@ -15,7 +15,8 @@ from tiny_runs import FAMILIES, run_config, save_model
 from ept.runs import train as training
 from ept.runs.config import load_run_config
 from ept.runs.folder import RunFolder
-from ept.runs.train import PromptTrainer, parameter_groups, prepare, train
+from ept.runs.train import prepare, train
+from ept.runs.trainer import PromptTrainer, parameter_groups
 
 RESULT_KEYS = {
     "method", "model", "task", "metric", "score", "score_before", "majority", "seed", "steps", "best_step",
@@ -207,7 +208,7 @@ def test_infinite_loss_is_an_error(
     def broken(self: PromptTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.tensor(float("nan"))
 
-    monkeypatch.setattr(training.PromptTrainer, "training_step", broken)
+    monkeypatch.setattr(PromptTrainer, "training_step", broken)
     config = run_config(models["bert"], data, tmp_path / "run")
     with pytest.raises(
         FloatingPointError, match=r"the loss became nan by step 5: lower training\.learning_rate \(0\.05\)"

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ept.tasks import TASKS, get_task, load_task
-from ept.tasks.encoding import Collator, encode_split
+from ept.tasks.encoding import Collator, encode_split, fit_rows
 
 WSC = {"text": "Mark told Pete a lie about himself.", "span1_index": 0, "span1_text": "Mark", "span2_index": 6}
 # task: two rows as the hub has them (besides idx), the first one's text and target
@@ -155,7 +155,9 @@ def characters():
 def test_encodes_for_every_kind_of_model(name, task_type, labels, tmp_path):
     task, tokenizer = get_task(name), characters()
     data = load_task(task, data_dir=write_folder(tmp_path, name), labels=labels)
-    encoded = encode_split(data.train, tokenizer, data.labels, task_type, 400, task.values)
+    fitted = fit_rows(task, list(data.train), tokenizer, task_type, 400, truncate=False, source="train")
+    train = data.train.add_column("text_ids", [row.ids for row in fitted])
+    encoded = encode_split(train, tokenizer, data.labels, task_type, task.values)
     batch = Collator(task_type, 0)([encoded[i] for i in range(len(encoded))])
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     if task_type == "SEQ_CLS":

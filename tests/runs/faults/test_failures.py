@@ -20,12 +20,12 @@ from run_checks import events
 from safetensors import SafetensorError
 from same_run import WEIGHTS_AND_STATES, assert_same_run, content
 
-from ept.runs import train as training
 from ept.runs.checkpoints import checkpoint_folders, is_whole, last_whole
 from ept.runs.config import RunConfig, load_run_config
 from ept.runs.failures import check_writable, explained, writing
 from ept.runs.folder import RunFolder
-from ept.runs.train import PromptTrainer, train
+from ept.runs.train import train
+from ept.runs.trainer import PromptTrainer
 
 
 def one_line(said: str) -> str:
@@ -190,7 +190,7 @@ def fail_at(step: int, patch: pytest.MonkeyPatch, what: Any) -> None:
             what(self)
         return loss
 
-    patch.setattr(training.PromptTrainer, "training_step", failing)
+    patch.setattr(PromptTrainer, "training_step", failing)
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(forks: Forks, whole: Whole, tmp_path: Path) -> None:
