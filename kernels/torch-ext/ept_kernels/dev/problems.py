@@ -7,6 +7,7 @@ Letters as in the method; a size of 0 switches its part off.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..four_bit.reference import dequantize_parts
-from ..four_bit.weight import FourBitWeight
+from ..four_bit.weight import BLOCK_SIZES, FourBitWeight
 from ..library import reference_of
 
 # Largest error of a result, in units of its largest magnitude: one unit in the last place of 16 bits.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 NESTED_BLOCK_SIZE = 256
+PRODUCT_DTYPES = (torch.bfloat16, torch.float16)  # that a 4-bit weight is multiplied with by a kernel of ours
 
 Device = torch.device | str
 _P = TypeVar("_P", bound="Problem")
@@ -44,6 +46,11 @@ class Problem(ABC):
     def backward(self: _P) -> _P:
         """The problem of the gradients of this one's operator."""
         return replace(self, operator=f"{self.operator}_backward")
+
+    @property
+    def small(self: _P) -> _P:
+        """The same kernels on little data: fewer texts, since nothing is compiled for their number."""
+        return self
 
     @abstractmethod
     def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
@@ -85,6 +92,16 @@ class PromptedEmbedding(Problem):
     vocabulary: int = 37
     scale: float = 1.7
     operator: str = field(default="prompted_embedding", kw_only=True)
+
+    @property
+    def packed(self) -> PackedEmbedding:
+        """As many texts of that length without padding."""
+        sizes = {name: getattr(self, name) for name in ("s", "d", "r", "dtype", "ids", "vocabulary", "scale")}
+        return PackedEmbedding((self.n,) * self.batch, **sizes)
+
+    @property
+    def small(self) -> PromptedEmbedding:
+        return replace(self, n=min(self.n, 32), batch=min(self.batch, 2), vocabulary=min(self.vocabulary, 64))
 
     def inputs(self, device: Device = "cpu", seed: int = 0, table: Tensor | None = None) -> tuple[Any, ...]:
         """Arguments; `table` in place of a new one, should many sets of inputs share a large one."""
@@ -131,6 +148,10 @@ class PackedEmbedding(Problem):
     vocabulary: int = 37
     scale: float = 1.7
     operator: str = field(default="prompted_embedding_packed", kw_only=True)
+
+    @property
+    def small(self) -> PackedEmbedding:
+        return replace(self, lengths=self.lengths[:2], vocabulary=min(self.vocabulary, 64))
 
     def inputs(self, device: Device = "cpu", seed: int = 0, table: Tensor | None = None) -> tuple[Any, ...]:
         g = torch.Generator(device).manual_seed(seed)
@@ -269,6 +290,14 @@ class FourBit(Problem):
         return 0.0 if self.operator == "dequantize_4bit" else super().tolerance(dtype)
 
 
+# Training batches without padding, joint prompts and frozen weights (rows, columns) of known models.
+T5_BASE = PromptedEmbedding(256, 768, 40, 256, 30, 32, "none", torch.bfloat16, vocabulary=32128)
+LLAMA_7B = PromptedEmbedding(512, 4096, 40, 512, 60, 32, "none", torch.bfloat16, vocabulary=32000)
+T5_BASE_JOINT = JointPrompt(s=40, d=768, m=256, r=30)
+LLAMA_7B_JOINT = JointPrompt(s=100, d=4096, m=512, r=60, K=8, h=4)
+WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336), (768, 768), (3072, 768))
+
+
 def opcheck_problems() -> list[Problem]:
     """Every operator in every form of its arguments, at sizes that take no time."""
     embedding = PromptedEmbedding(n=5, d=8, s=2, m=6, r=2)
@@ -283,6 +312,58 @@ def opcheck_problems() -> list[Problem]:
         *(replace(product, nested=nested, bias=bias) for nested in (False, True) for bias in (torch.float32, None)),
         *(replace(product, nested=nested, operator="matmul_4bit_backward") for nested in (False, True)),
     ]
+
+
+def compiled_problems() -> list[Problem]:
+    """Every kernel in each form that a compiler makes something else of, at sizes of known models."""
+    bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    embeddings = [
+        T5_BASE,
+        LLAMA_7B,
+        replace(LLAMA_7B, r=30, adapters=2),
+        replace(LLAMA_7B, r=0, dtype=f16),
+        replace(T5_BASE, dtype=f32, adapters=2, ids=torch.int32),
+        replace(LLAMA_7B, dtype=f32),
+    ]
+    joints = [
+        *(replace(problem, a=a) for problem in (T5_BASE_JOINT, LLAMA_7B_JOINT) for a in (0, 16)),
+        replace(T5_BASE_JOINT, dtype=bf16),
+        replace(LLAMA_7B_JOINT, fusion=False, m=0, r=0, dtype=f16),
+    ]
+    # dtype, block size, nested, shift
+    kinds = [(bf16, 64, False, 0), (bf16, 64, True, 0), (bf16, 4096, True, 0), (bf16, 64, True, 1)]
+    kinds += [(f16, 64, True, 0), (f32, 32, True, 0), (f32, 64, False, 1), (f64, 64, True, 0)]
+    products = [
+        FourBit(4096, 4096, dtype=bf16, nested=False),
+        FourBit(256, 256, dtype=bf16, bias=bf16),  # not split
+        FourBit(4096, 4096, block_size=4096, dtype=bf16),
+        FourBit(4096, 4096, block_size=32),
+    ]
+    products = [replace(problem, tokens=(tokens,)) for problem in products for tokens in (16, 32)]
+    return [
+        *(x for problem in [*embeddings, *joints, *products] for x in (problem.small, problem.small.backward)),
+        *(problem.packed.small for problem in embeddings if not problem.adapters),
+        *(
+            FourBit(4096, 4096, (), "nf4", size, nested, dtype, shift=shift, operator="dequantize_4bit")
+            for dtype, size, nested, shift in kinds
+        ),
+    ]
+
+
+def every_four_bit_problem() -> list[FourBit]:
+    """The 4-bit operators for every type, block size, nesting and address there is, and for tokens with and without a
+    bias, in odd numbers of rows and with strides that 16 does not divide.
+    """
+    found = []
+    for size, nested in itertools.product(BLOCK_SIZES, (False, True)):
+        weight = FourBit(4096, 4096, block_size=size, nested=nested)
+        for dtype, shift in itertools.product((*PRODUCT_DTYPES, torch.float32, torch.float64), (0, 1)):
+            found.append(replace(weight, tokens=(), dtype=dtype, shift=shift, operator="dequantize_4bit"))
+        for dtype, tokens, bias, odd in itertools.product(PRODUCT_DTYPES, (16, 32), (False, True), (False, True)):
+            problem = replace(weight, tokens=(tokens,), dtype=dtype, bias=dtype if bias else None)
+            problem = replace(problem, rows=4095, strided=True) if odd else problem
+            found += [problem, problem.backward]
+    return found
 
 
 def normal(g: torch.Generator, *shape: int) -> Tensor:
