@@ -12,22 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from ept.profile.report import draw_phases, draw_sweep
+from ept.profile.clock import PHASES
+from ept.profile.report import draw_phases, draw_sweep, title
 
 from .goals import BARE_STEP, EPT_METHOD
 from .plots import draw_steps
 from .record import Row
-from .tables import (
-    BARE_TITLE,
-    OPTIONS_TITLE,
-    VS_PEFT_TITLE,
-    bare_text,
-    is_swept,
-    markdown,
-    options_text,
-    profile_text,
-    vs_peft_text,
-)
+from .tables import BARE_TITLE, OPTIONS_TITLE, bare_text, markdown, mebibytes, options_text, spread
 
 OVERHEAD = "step_overhead.json"
 
@@ -123,18 +114,12 @@ def profile_row(method: Row, record: Row) -> Row:
     }
 
 
-def vs_peft_rows(cases: list[Row]) -> list[Row]:
-    """Makes rows of `ept profile` records of EPT and PEFT's prompt tuning, each with its `case` and `ept_over_peft`."""
+def step_rows(record: Row) -> list[Row]:
+    """Makes rows of an earlier record of EPT's step against PEFT's, which `draw_steps` draws."""
+    cases = [(case, f"{case['case']}, padded to {case['data']['padding']}") for case in record["cases"]]
     return [
-        {
-            **profile_row(method, case),
-            "section": "steps",
-            "status": "ok",
-            "case": f"{case['case']}, padded to {case['data']['padding']}",
-            "data": case["data"],
-            "ept_over_peft": case["ept_over_peft"],
-        }
-        for case in cases
+        {**profile_row(method, case), "section": "steps", "status": "ok", "case": name}
+        for case, name in cases
         for method in case["methods"]
     ]
 
@@ -183,26 +168,74 @@ def _seconds(spread: Row) -> Row:
     return {name: 1e-3 * spread[name] for name in ("median", "p20", "p80")}
 
 
+def _vs_peft_text(record: Row) -> str:
+    """Shows EPT's step against PEFT's, a line a case and padding."""
+    lines, about = [], {}
+    for case in record["cases"]:
+        by_name = {method["method"]: method for method in case["methods"]}
+        ept, peft, data = by_name["ept"], by_name["peft-pt"], case["data"]
+        text_tokens = f"{data['text_tokens_a_batch']:.0f} of {data['padded_tokens_a_batch']:.0f}"
+        times = [spread(method["step_ms"], 0) for method in (ept, peft)]
+        over, memory = spread(case["ept_over_peft"], 3, " ×"), ept["peak_memory_bytes"] / peft["peak_memory_bytes"]
+        lines.append([case["case"], data["padding"], text_tokens, *times, over, f"{memory:.2f} ×"])
+        about[case["case"]] = (
+            f"* {case['case']}: {case['model']['class']}, {case['model']['dtype']}, {case['batch']} rows of at most "
+            f"{case['length']} tokens, {case['steps']} steps of each method and policy\n"
+        )
+    head = ["case", "padded to", "text tokens of a batch", "EPT, ms", "PEFT, ms", "EPT over PEFT", "memory"]
+    return (
+        "EPT (40 tokens, rank 30) and PEFT's prompt tuning (100 tokens) take their steps in turn, on the same batches\n"
+        "with the same logits; the ratio is taken turn by turn: below 1 EPT is faster. Median (20 to 80 %). Memory:\n"
+        f"{record['cases'][0]['peak_memory_kind']}, EPT's over PEFT's.\n\n{markdown(head, lines)}\n\n"
+        + "".join(about.values())
+    )
+
+
 def _vs_peft_plots(record: Row) -> list[Plot]:
     caption = "Time of a training step of EPT and of PEFT's prompt tuning, and where it goes."
-    return [Plot("vs-peft", caption, lambda record, path: draw_steps(vs_peft_rows(record["cases"]), path))]
+    return [Plot("vs-peft", caption, lambda record, path: draw_steps(step_rows(record), path))]
+
+
+def _profile_text(record: Row) -> str:
+    """Shows a record of `ept profile`: its steps and, of one prompt length, where their time goes."""
+    head = ["method", "parameters", "step, ms", "text tokens/s", "peak memory", f"as fast as {record['reference']}"]
+    lines = [
+        [
+            method["label"],
+            f"{method['trainable_parameters']:,}",
+            spread(method["step_ms"], 0 if method["step_ms"]["median"] >= 100 else 2),
+            f"{method['tokens_per_second']:,.0f}",
+            mebibytes(method["peak_memory_bytes"]),
+            spread(method["speedup"], 2, " ×"),
+        ]
+        for method in record["methods"]
+    ]
+    steps = f"{title(record)}. Median (20 to 80 %) of {record['steps']} steps.\n\n{markdown(head, lines)}\n"
+    if _is_swept(record):
+        return steps
+    phases = [
+        [m["label"], *(f"{m['phases_ms'][phase]:.2f}" for phase in PHASES), f"{m['phases_over_step']:.3f}"]
+        for m in record["methods"]
+    ]
+    table = markdown(["method", *PHASES, "sum / step"], phases)
+    return f"{steps}\nWhere a step's time goes, in milliseconds:\n\n{table}\n"
+
+
+def _is_swept(record: Row) -> bool:
+    """Tells whether a method was measured at more than one prompt length."""
+    return len({method["method"] for method in record["methods"]}) < len(record["methods"])
 
 
 def _profile_plots(record: Row) -> list[Plot]:
-    if is_swept(record):
+    if _is_swept(record):
         return [Plot("length", "Time of a training step over the prompt's length.", draw_sweep)]
     return [Plot("phases", "Time of a training step by method, and where it goes.", draw_phases)]
 
 
 KINDS = (
     Kind(OVERHEAD, BARE_TITLE, lambda record: bare_text([overhead_row(record)])),
-    Kind(
-        "training_step.json",
-        VS_PEFT_TITLE,
-        lambda record: vs_peft_text(vs_peft_rows(record["cases"])),
-        _vs_peft_plots,
-    ),
-    Kind("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", profile_text, _profile_plots),
-    Kind("profile*.json", "`ept profile`: where a step's time goes", profile_text, _profile_plots),
+    Kind("training_step.json", "EPT's step against PEFT's prompt tuning", _vs_peft_text, _vs_peft_plots),
+    Kind("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile_text, _profile_plots),
+    Kind("profile*.json", "`ept profile`: where a step's time goes", _profile_text, _profile_plots),
     Kind("step_options.json", OPTIONS_TITLE, lambda record: options_text(option_rows(record))),
 )

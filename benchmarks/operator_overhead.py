@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ept_kernels
 from ept.runs.loading import default_device
-from ept_kernels import library
+from ept_kernels import launch, library
 from ept_kernels.dev.problems import JointPrompt, Problem, PromptedEmbedding
 
 from .record import Row
@@ -54,27 +54,10 @@ def _ways(problem: Problem, device: torch.device) -> dict[str, Call]:
     operator = getattr(ept_kernels, name)
     ways: dict[str, Call] = {"operator": lambda _: operator(*args), "implementation": lambda _: implementation(*args)}
     if launcher is not None and device.type != "cpu":
-        launched = recorded_launches(launcher, args)
-        ways["launch"] = lambda _: [kernel[grid](*given, **meta) for kernel, grid, given, meta in launched]
+        with launch.recording(launch.architecture(device)) as launched:
+            launcher(*args)
+        ways["launch"] = lambda _: [one.kernel[one.grid](*one.args, **one.meta) for one in launched]
     return ways
-
-
-def recorded_launches(launcher: Callable[..., Any], args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Return kernel, grid, arguments and meta-parameters of every launch of one call."""
-    found: list[tuple[Any, ...]] = []
-    namespace = launcher.__globals__  # type: ignore[attr-defined]
-    original = namespace["launch"]
-
-    def record(kernel: Any, grid: tuple[int, ...], *given: Any, **meta: Any) -> None:
-        found.append((kernel, grid, given, meta))
-        original(kernel, grid, *given, **meta)
-
-    namespace["launch"] = record
-    try:
-        launcher(*args)
-    finally:
-        namespace["launch"] = original
-    return found
 
 
 @functools.cache  # an operator is registered once

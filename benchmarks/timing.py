@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
 
 import torch
+
+from ept.profile.clock import summary
 
 Call = Callable[[int], Any]  # takes the number of an input set
 
@@ -44,12 +46,6 @@ class Timing:
         """Return the fields of a record's row."""
         about = {"call": self.call, "samples": len(self.samples), "host_bound": self.host_bound, "clock": self.clock}
         return {**summary(self.samples), **about}
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Return median, 20 % and 80 % quantile."""
-    quintiles = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "p20": quintiles[0], "p80": quintiles[3]}
 
 
 def ratio(over: Timing, under: Timing) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from benchmarks import plots, shapes
-from benchmarks.json_records import vs_peft_rows
+from benchmarks.json_records import step_rows
 from ept.profile.clock import PHASES
 from ept.profile.report import draw_phases, draw_sweep
 
@@ -70,11 +70,7 @@ def profiled(methods: list[dict[str, Any]], padding: str = "max_length") -> dict
 
 FOUR = [method("pt", 100, 12345.6), method("dept", 60, 9000.0), method("ept", 40, 7000.0), method("peft-pt", 100, 13e3)]
 MANY = [method(m["method"], n, 100.0 + n) for m in FOUR for n in (10, 20, 40, 60, 100)]
-CASES = [
-    {**profiled(FOUR, padding), "case": case, "ept_over_peft": {}}
-    for case in ("smollm2-headlines", "t5")
-    for padding in ("a", "b")
-]
+CASES = [{**profiled(FOUR, padding), "case": case} for case in ("smollm2-headlines", "t5") for padding in ("a", "b")]
 
 
 @pytest.fixture
@@ -89,7 +85,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 DRAW = {
     "bandwidth": lambda path: plots.draw_bandwidth(kernel_rows(), path),
     "speedup": lambda path: plots.draw_speedup(kernel_rows(), path),
-    "steps": lambda path: plots.draw_steps(vs_peft_rows(CASES), path),
+    "steps": lambda path: plots.draw_steps(step_rows({"cases": CASES}), path),
     "phases": lambda path: draw_phases(profiled(FOUR), path),
     "phases of many": lambda path: draw_phases(profiled(MANY), path),
     "sweep": lambda path: draw_sweep(profiled(MANY), path),

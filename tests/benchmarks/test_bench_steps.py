@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import run, steps
 from benchmarks.record import Record
-from benchmarks.tables import options_text, step_table, vs_peft_text
+from benchmarks.tables import options_text, step_table
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,11 @@ def test_a_unit_that_does_not_exist_is_refused_with_the_names(
     assert not list(tmp_path.iterdir())
 
 
-def test_ept_and_peft_are_compared_under_both_paddings() -> None:
-    rows = list(steps.vs_peft(shape="t5-small", layers=1, batch=1, length=8, steps=2, warmup=1))
-    assert [row["provider"] for row in rows] == ["peft-pt", "ept"] * 2
-    text = vs_peft_text(rows)
-    assert all(f" {padding} |" in text for padding in ("longest", "max_length"))
+def test_a_method_measured_twice_is_named_so_the_second_time() -> None:
+    size = {"shape": "t5-small", "layers": 1, "batch": 1, "length": 8, "steps": 2, "warmup": 1, "padding": "longest"}
+    rows = list(steps.profiled(groups=(("peft-pt",), ("ept",), ("peft-pt",)), **size))
+    assert [row["provider"] for row in rows] == ["peft-pt", "ept", "peft-pt again"]
+    assert all(row["median"] > 0 and row["phases"] for row in rows)
 
 
 def test_options_without_a_device_have_their_reason() -> None:
