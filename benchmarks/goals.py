@@ -58,13 +58,13 @@ class Goal:
 
     @property
     def threshold(self) -> str:
-        """Show the limit as a table does."""
+        """Shows the limit as a table does."""
         if self.unit == "yes":
             return "yes"
         return f"≥ {self.show(self.at_least)}" if self.at_least is not None else f"≤ {self.show(self.at_most)}"
 
     def show(self, value: float | None) -> str:
-        """Show the number with its unit."""
+        """Shows the number with its unit."""
         if value is None:
             return "–"
         if self.unit == "yes":
@@ -126,84 +126,61 @@ SCORES = "scores"
 PEFT_PT, EPT_METHOD, DEPT_METHOD, PT_METHOD = "peft-pt", "ept", "dept", "pt"
 
 FORWARD, BACKWARD, JOINT = _ids(shapes.GOAL_FORWARD), _ids(shapes.GOAL_BACKWARD), _ids(*shapes.GOAL_JOINT)
+EQUAL_BITS: Row = {"field": f"bit_equal_to_{BITSANDBYTES}", "at_least": 1, "unit": "yes"}
 DEQUANTIZE, DEQUANTIZE_LARGE = _ids(shapes.GOAL_DEQUANTIZE), _ids(shapes.GOAL_DEQUANTIZE_LARGE)
-FORWARD_TEXT = "prompted_embedding, 32×512×4096 bf16"
-JOINT_TEXT = "joint_prompt, forward and backward"
-LARGE_TEXT = "dequantize_4bit, nested NF4, 14336×4096"
-BANDWIDTH = "fraction_of_bandwidth"
-PEFT_TEXT = "PEFT prompt tuning + bitsandbytes"
-BARE_TEXT = "the bare frozen model on as many positions"
 
 
 def _faster(what: str, peer: str, cases: tuple[str, ...], at_least: float) -> Goal:
-    """Make a goal of the time of `peer` over ours, both medians of the same run."""
+    """Makes a goal of the time of `peer` over ours, both medians of the same run."""
     return Goal(what, peer, cases, "median", of=peer, over=OURS, at_least=at_least)
 
 
+def _bandwidth(what: str, cases: tuple[str, ...], at_least: float) -> Goal:
+    return Goal(what, "copy bandwidth", cases, "fraction_of_bandwidth", at_least=at_least, unit="%")
+
+
+def _ept_step(what: str, against: str, case: str, at_most: float, field: str = "median") -> Goal:
+    return Goal(what, against, (case,), field, of=EPT_METHOD, over=PEFT_PT, at_most=at_most)
+
+
+def _bare(device: str, device_type: str) -> Goal:
+    against = "the bare frozen model on as many positions"
+    goal: Row = {"field": "ratio_to_bare", "of": EPT_METHOD, "at_most": 1.03, "device_type": device_type}
+    return Goal(f"EPT's step, {device}", against, (BARE_STEP,), **goal)
+
+
+def _score(ours: str, theirs: str) -> Goal:
+    goal: Row = {"field": "score", "of": ours, "over": theirs, "at_least": 1.0, "device_type": "any"}
+    return Goal(f"mean score at one budget, {ours}", theirs, (SCORES,), **goal)
+
+
 GOALS: tuple[Goal, ...] = (
-    Goal(FORWARD_TEXT, "copy bandwidth", FORWARD, BANDWIDTH, at_least=0.90, unit="%"),
-    _faster(FORWARD_TEXT, COMPILED, FORWARD, 1.3),
-    _faster(FORWARD_TEXT, EAGER, FORWARD, 2.5),
-    Goal("its backward", "copy bandwidth", BACKWARD, BANDWIDTH, at_least=0.85, unit="%"),
+    _bandwidth("prompted_embedding, 32×512×4096 bf16", FORWARD, 0.90),
+    _faster("prompted_embedding, 32×512×4096 bf16", COMPILED, FORWARD, 1.3),
+    _faster("prompted_embedding, 32×512×4096 bf16", EAGER, FORWARD, 2.5),
+    _bandwidth("its backward", BACKWARD, 0.85),
     _faster("its backward", COMPILED, BACKWARD, 1.5),
     _faster("its backward", EAGER, BACKWARD, 3.0),
     Goal("its backward, equal bits on two runs", "itself", BACKWARD, "repeats_bit_equal", at_least=1, unit="yes"),
-    _faster(f"{JOINT_TEXT}, d 768 and 4096", COMPILED, JOINT, 2.0),
-    _faster(f"{JOINT_TEXT}, d 768 and 4096", EAGER, JOINT, 6.0),
-    Goal(JOINT_TEXT, "launches", JOINT, "launches", at_most=6, unit="launches"),
+    _faster("joint_prompt, forward and backward, d 768 and 4096", COMPILED, JOINT, 2.0),
+    _faster("joint_prompt, forward and backward, d 768 and 4096", EAGER, JOINT, 6.0),
+    Goal("joint_prompt, forward and backward", "launches", JOINT, "launches", at_most=6, unit="launches"),
     _faster("dequantize_4bit, nested NF4, 4096×4096", BITSANDBYTES, DEQUANTIZE, 1.5),
-    Goal(LARGE_TEXT, "copy bandwidth", DEQUANTIZE_LARGE, BANDWIDTH, at_least=0.90, unit="%"),
-    _faster(LARGE_TEXT, BITSANDBYTES, DEQUANTIZE_LARGE, 1.25),
-    Goal(
-        "dequantize_4bit, equal bits",
-        BITSANDBYTES,
-        DEQUANTIZE + DEQUANTIZE_LARGE,
-        f"bit_equal_to_{BITSANDBYTES}",
-        at_least=1,
-        unit="yes",
+    _bandwidth("dequantize_4bit, nested NF4, 14336×4096", DEQUANTIZE_LARGE, 0.90),
+    _faster("dequantize_4bit, nested NF4, 14336×4096", BITSANDBYTES, DEQUANTIZE_LARGE, 1.25),
+    Goal("dequantize_4bit, equal bits", BITSANDBYTES, DEQUANTIZE + DEQUANTIZE_LARGE, **EQUAL_BITS),
+    _faster("matmul_4bit, M 16 to 64", BITSANDBYTES, _products("matmul_4bit", 16, 64), 2.0),
+    _faster("matmul_4bit, M 1 to 8192", BITSANDBYTES, _products("matmul_4bit", 1, 8192), 0.98),
+    _faster("matmul_4bit_backward, M 1 to 64", BITSANDBYTES, _products("matmul_4bit_backward", 1, 64), 2.0),
+    _faster("matmul_4bit_backward, M 1 to 512", BITSANDBYTES, _products("matmul_4bit_backward", 1, 512), 1.1),
+    _faster("matmul_4bit_backward, M 1 to 8192", BITSANDBYTES, _products("matmul_4bit_backward", 1, 8192), 0.98),
+    _ept_step("training step, T5-base shape, 32×256, bf16: EPT", "PEFT prompt tuning, 100 tokens", T5_STEP, 0.60),
+    _ept_step(
+        "training step, Llama-2-7B shape, NF4, 8×256: EPT", "PEFT prompt tuning + bitsandbytes", LLAMA_STEP, 0.70
     ),
-    *(
-        _faster(f"{kernel}, M {low} to {high}", BITSANDBYTES, _products(kernel, low, high), at_least)
-        for kernel, low, high, at_least in (
-            ("matmul_4bit", 16, 64, 2.0),
-            ("matmul_4bit", 1, 8192, 0.98),
-            ("matmul_4bit_backward", 1, 64, 2.0),
-            ("matmul_4bit_backward", 1, 512, 1.1),
-            ("matmul_4bit_backward", 1, 8192, 0.98),
-        )
-    ),
-    Goal(
-        "training step, T5-base shape, 32×256, bf16: EPT",
-        "PEFT prompt tuning, 100 tokens",
-        (T5_STEP,),
-        "median",
-        of=EPT_METHOD,
-        over=PEFT_PT,
-        at_most=0.60,
-    ),
-    Goal(
-        "training step, Llama-2-7B shape, NF4, 8×256: EPT",
-        PEFT_TEXT,
-        (LLAMA_STEP,),
-        "median",
-        of=EPT_METHOD,
-        over=PEFT_PT,
-        at_most=0.70,
-    ),
-    Goal("its peak memory", PEFT_TEXT, (LLAMA_STEP,), "peak_bytes", of=EPT_METHOD, over=PEFT_PT, at_most=0.80),
-    Goal("EPT's step, GPU", BARE_TEXT, (BARE_STEP,), "ratio_to_bare", of=EPT_METHOD, at_most=1.03),
-    Goal("EPT's step, CPU", BARE_TEXT, (BARE_STEP,), "ratio_to_bare", of=EPT_METHOD, at_most=1.03, device_type="cpu"),
-    *(
-        Goal(
-            f"mean score at one budget, {ours}",
-            theirs,
-            (SCORES,),
-            "score",
-            of=ours,
-            over=theirs,
-            at_least=1.0,
-            device_type="any",
-        )
-        for ours, theirs in ((EPT_METHOD, DEPT_METHOD), (DEPT_METHOD, PT_METHOD))
-    ),
+    _ept_step("its peak memory", "PEFT prompt tuning + bitsandbytes", LLAMA_STEP, 0.80, "peak_bytes"),
+    _bare("GPU", "cuda"),
+    _bare("CPU", "cpu"),
+    _score(EPT_METHOD, DEPT_METHOD),
+    _score(DEPT_METHOD, PT_METHOD),
 )

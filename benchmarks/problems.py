@@ -5,9 +5,10 @@ The inputs are those of `ept_kernels.dev.problems`; the libraries we are compare
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,83 +68,73 @@ def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared |
 
 def _embedding(case: Case, device: str) -> Prepared:
     """Prepares the prompted embedding: padded, packed, or its backward."""
-    size, dtype = case.size, getattr(torch, case.dtype)
-    batch, n, d, vocabulary, s, r = (size[k] for k in ("batch", "length", "width", "vocabulary", "prompt", "rank"))
-    padded = PromptedEmbedding(batch=batch, n=n, m=n, d=d, s=s, r=r, dtype=dtype, vocabulary=vocabulary, padding="none")
+    dtype = getattr(torch, case.dtype)
+    batch, n, d, vocabulary, s, r = case.size.values()
+    problem: Any = PromptedEmbedding(n, d, s, n, r, batch, "none", dtype, vocabulary=vocabulary)
     if case.kernel == "prompted_embedding_backward":
+        problem = problem.backward
         counted = counts.prompted_embedding_backward(batch, n, d, s, r, n, dtype.itemsize)
-        arguments = input_sets(lambda seed: padded.backward.inputs(device, seed), counted, device)
-        prepared = _prepared(case, arguments, counted)
-        if PEFT in case.providers:
-            _add_peer(prepared, PEFT, lambda: peers.peft_embedding_backward(arguments, s))
-        return prepared
-
-    # One table for all sets where it is larger than the cache, since their ids differ.
-    table = None
-    if vocabulary * d * dtype.itemsize >= 2 * last_level_cache(device):
-        table = torch.randn(vocabulary, d, device=device, dtype=dtype)
-    problem: PromptedEmbedding | PackedEmbedding = padded
-    tokens = batch * n
-    if case.kernel == "prompted_embedding_packed":
-        lengths = torch.linspace(max(1, n // 4), n, batch).round().long().tolist()
-        problem = PackedEmbedding(tuple(lengths), s=s, d=d, r=r, dtype=dtype, vocabulary=vocabulary)
-        tokens = sum(lengths)
-    distinct = problem.inputs(device, 0, table)[0].unique().numel()
-    if case.kernel == "prompted_embedding_packed":
-        counted = counts.prompted_embedding_packed(batch, tokens, n, d, s, r, n, distinct, dtype.itemsize)
+        arguments = input_sets(lambda seed: problem.inputs(device, seed), counted, device)
+        peer = functools.partial(peers.peft_embedding_backward, arguments, s)
     else:
-        counted = counts.prompted_embedding(batch, n, d, s, r, n, distinct, dtype.itemsize)
-    arguments = input_sets(lambda seed: problem.inputs(device, seed, table), counted, device)
+        # One table for all sets where it is larger than the cache, since their ids differ.
+        shared = vocabulary * d * dtype.itemsize >= 2 * last_level_cache(device)
+        table = torch.randn(vocabulary, d, device=device, dtype=dtype) if shared else None
+        if case.kernel == "prompted_embedding_packed":
+            lengths = torch.linspace(max(1, n // 4), n, batch).round().long().tolist()
+            problem = PackedEmbedding(tuple(lengths), s, d, r, dtype, vocabulary=vocabulary)
+        ids = problem.inputs(device, 0, table)[0]
+        distinct = ids.unique().numel()
+        if case.kernel == "prompted_embedding_packed":
+            counted = counts.prompted_embedding_packed(batch, ids.numel(), n, d, s, r, n, distinct, dtype.itemsize)
+        else:
+            counted = counts.prompted_embedding(batch, n, d, s, r, n, distinct, dtype.itemsize)
+        arguments = input_sets(lambda seed: problem.inputs(device, seed, table), counted, device)
+        peer = functools.partial(peers.peft_embedding, arguments)
     prepared = _prepared(case, arguments, counted)
     if PEFT in case.providers:
-        _add_peer(prepared, PEFT, lambda: peers.peft_embedding(arguments))
+        _add_peer(prepared, PEFT, peer)
     return prepared
 
 
 def _joint_prompt(case: Case, device: str) -> Prepared:
     """Prepares the joint prompt, forward and backward together."""
-    names = ("prompt", "width", "rank", "positions", "spaces", "space_width")
-    s, d, r, m, K, h = (case.size[k] for k in names)
-    problem = JointPrompt(s=s, d=d, r=r, m=m, K=K, h=h)
+    s, d, r, K, h, m = case.size.values()
+    problem = JointPrompt(s, d, m, r, K, h)
     counted = counts.joint_prompt(s, m, r, d, K * h, K)
+    options = problem.options()
     arguments = input_sets(
-        lambda seed: (problem.grad_output(device, seed), problem.parameters(device, seed), problem.options()),
-        counted,
-        device,
+        lambda seed: (problem.grad_output(device, seed), *problem.parameters(device, seed)), counted, device
     )
 
     def both(forward: Callable[..., Tensor], backward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda grad, x, options: (forward(*x, *options), *backward(grad, *x, *options))
+        return lambda grad, *x: (forward(*x, *options), *backward(grad, *x, *options))
 
-    def compiled_forward(grad: Tensor, parameters: list[Tensor], options: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        x = [parameter.detach().requires_grad_() for parameter in parameters]
-        out = compiled(*x, *options)
-        return out.detach(), *torch.autograd.grad(out, x, grad, allow_unused=True, materialize_grads=True)
-
-    prepared = _prepared(
-        case,
-        arguments,
-        counted,
-        ours=both(ept_kernels.joint_prompt, ept_kernels.joint_prompt_backward),
-        reference=both(ept_kernels.joint_prompt_reference, ept_kernels.joint_prompt_backward_reference),
-    )
+    ours = both(ept_kernels.joint_prompt, ept_kernels.joint_prompt_backward)
+    reference = both(ept_kernels.joint_prompt_reference, ept_kernels.joint_prompt_backward_reference)
+    prepared = _prepared(case, arguments, counted, ours, reference)
     if COMPILED in case.providers:
-        # Of the forward alone: its backward is compiled with it.
+        # The forward is compiled, and by autograd its backward with it.
         compiled = torch.compile(ept_kernels.joint_prompt_reference, fullgraph=True, dynamic=False)
-        prepared.calls[COMPILED] = lambda i: compiled_forward(*arguments[i])
+
+        def call(i: int) -> tuple[Tensor, ...]:
+            grad, *parameters = arguments[i]
+            x = [parameter.detach().requires_grad_() for parameter in parameters]
+            out = compiled(*x, *options)
+            return out.detach(), *torch.autograd.grad(out, x, grad, allow_unused=True, materialize_grads=True)
+
+        prepared.calls[COMPILED] = call
     return prepared
 
 
 def _four_bit(case: Case, device: str) -> Prepared:
     """Prepares the dequantisation or a product; every version gets the same bytes."""
-    rows, columns, dtype = case.size["rows"], case.size["columns"], getattr(torch, case.dtype)
+    *tokens, rows, columns = case.size.values()
+    dtype = getattr(torch, case.dtype)
     quant_type, _, nested = case.scheme.partition(" ")
-    problem = FourBit(
-        rows, columns, quant_type=quant_type, nested=bool(nested), dtype=dtype, tokens=(case.size.get("m", 1),)
-    )
-    block_size = problem.block_size
+    problem = FourBit(rows, columns, tuple(tokens), quant_type, nested=bool(nested), dtype=dtype)
     if case.kernel == "dequantize_4bit":
-        counted = counts.dequantize_4bit(rows, columns, block_size, bool(nested), dtype.itemsize)
+        counted = counts.dequantize_4bit(rows, columns, problem.block_size, bool(nested), dtype.itemsize)
         arguments = input_sets(lambda seed: (problem.weight(device, seed), dtype), counted, device)
         prepared = _prepared(case, arguments, counted)
         prepared.must_equal = BITSANDBYTES
@@ -151,7 +142,7 @@ def _four_bit(case: Case, device: str) -> Prepared:
         return prepared
 
     backward = case.kernel == "matmul_4bit_backward"
-    counted = counts.matmul_4bit(case.size["m"], rows, columns, block_size, bool(nested), dtype.itemsize)
+    counted = counts.matmul_4bit(*tokens, rows, columns, problem.block_size, bool(nested), dtype.itemsize)
     width = rows if backward else columns
     arguments = input_sets(
         lambda seed: (problem.random(width, device, seed), problem.weight(device, seed)), counted, device
@@ -165,11 +156,7 @@ def _four_bit(case: Case, device: str) -> Prepared:
 
 
 def _prepared(
-    case: Case,
-    arguments: Arguments,
-    counted: counts.Counts,
-    ours: Callable[..., Any] | None = None,
-    reference: Callable[..., Any] | None = None,
+    case: Case, arguments: Arguments, counted: counts.Counts, ours: Any = None, reference: Any = None
 ) -> Prepared:
     """Prepares our operator and our reference, plain and compiled, all called with `arguments[i]`."""
     ours = ours or getattr(ept_kernels, case.kernel)
@@ -184,11 +171,11 @@ def _prepared(
         compiled = torch.compile(reference, fullgraph=True, dynamic=False)
         calls[COMPILED] = lambda i: compiled(*arguments[i])
     return Prepared(
-        calls={name: call for name, call in calls.items() if name in case.providers},
-        sets=len(arguments),
-        counted=counted,
-        reference=lambda: reference(*arguments[0]),
-        tolerance=TOLERANCES[getattr(torch, case.dtype)],
+        {name: call for name, call in calls.items() if name in case.providers},
+        len(arguments),
+        counted,
+        lambda: reference(*arguments[0]),
+        TOLERANCES[getattr(torch, case.dtype)],
     )
 
 
@@ -207,7 +194,8 @@ def _add_peer(prepared: Prepared, provider: str, make: Callable[[], Call]) -> No
 def input_sets(inputs: Callable[[int], tuple[Any, ...]], counted: counts.Counts, device: str) -> list[tuple[Any, ...]]:
     """Makes sets of inputs, by seed, that together are larger than the cache and no larger than `MAX_BYTES`."""
     first = inputs(0)
-    held = sum(x.nbytes for x in _tensors(first))
+    parts = [part for x in first for part in (x.tensors if isinstance(x, ept_kernels.FourBitWeight) else [x])]
+    held = sum(part.nbytes for part in parts if isinstance(part, Tensor))
     number = copies(counted.bytes, last_level_cache(device), min(MAX_SETS, max(2, MAX_BYTES // max(held, 1))))
     return [first, *map(inputs, range(1, number))]
 
@@ -220,13 +208,3 @@ def copies(touched: int, cache: int, maximum: int) -> int:
 def last_level_cache(device: str) -> int:
     """Return the bytes of the device's last-level cache."""
     return torch.cuda.get_device_properties().L2_cache_size if device == "cuda" else CPU_CACHE
-
-
-def _tensors(nested: Any) -> Iterator[Tensor]:
-    if isinstance(nested, Tensor):
-        yield nested
-    elif isinstance(nested, ept_kernels.FourBitWeight):
-        yield from _tensors(nested.tensors)
-    elif isinstance(nested, (tuple, list)):
-        for part in nested:
-            yield from _tensors(part)

@@ -297,26 +297,10 @@ def _taking(method: Method, batches: list[dict[str, Any]]) -> Call:
     return take
 
 
-def _batches(
-    rows: list[Any],
-    batch: int,
-    task_type: str,
-    device: torch.device,
-    padding: str = "longest",
-    width: int = 1,
-    all_logits: bool = False,
-) -> list[dict[str, Any]]:
-    return make_batches(
-        rows,
-        batch=batch,
-        count=len(rows) // batch,
-        task_type=task_type,
-        pad_token_id=0,
-        padding=padding,
-        width=width,
-        all_logits=all_logits,
-        device=device,
-    )
+def _batches(rows: list[Any], batch: int, task_type: str, device: torch.device, **how: Any) -> list[dict[str, Any]]:
+    how = {"padding": "longest", "width": 1, "all_logits": False, **how}
+    count = len(rows) // batch
+    return make_batches(rows, batch=batch, count=count, task_type=task_type, pad_token_id=0, device=device, **how)
 
 
 def _updates(shapes: list[torch.Size], fused: bool, device: torch.device) -> Call:
