@@ -164,11 +164,15 @@ class Record:
         return [result for results in finished.values() for result in results]
 
     def finished(self, unit: str) -> bool:
-        return any(line["line"] == "end" and line["unit"] == unit for line in self.lines())
+        """Tells whether `unit` has ended, and not because its time was up."""
+        lines = [line for line in self.lines() if line.get("unit") == unit]
+        ended = [index for index, line in enumerate(lines) if line["line"] == "end"]
+        return bool(ended) and not any(line.get("timed_out") for line in lines[: ended[-1]][-1:])
 
     def attempts(self, unit: str) -> int:
-        """Count how often `unit` was begun."""
-        return sum(line["line"] == "begin" and line["unit"] == unit for line in self.lines())
+        """Counts how often `unit` was begun and did not end."""
+        lines = [line["line"] for line in self.lines() if line.get("unit") == unit]
+        return lines.count("begin") - lines.count("end")
 
     @contextmanager
     def unit(self, name: str) -> Iterator[Callable[[Row], None]]:

@@ -1,4 +1,4 @@
-"""Measures operators or training steps, and appends every result to a record as it is made.
+"""Measures operators or training steps, or checks the device, and appends every result to a record as it is made.
 
     python -m benchmarks.run kernels --device cpu --output FILE.jsonl                 operators against their peers
     python -m benchmarks.run steps --device cuda --output FILE.jsonl --seconds 100    as many steps as fit
@@ -19,7 +19,7 @@ from .record import Record, check_device, command_line, header, measured_with
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=("kernels", "steps"))
+    parser.add_argument("suite", choices=("checks", "kernels", "steps"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--reduced", action="store_true", help="tiny sizes, to test the code: the figures mean nothing")
     parser.add_argument("--output", type=Path, required=True, help="the record, JSON lines; continued if it is there")
@@ -34,7 +34,9 @@ def main() -> None:
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that nothing chooses a GPU by itself
     check_device(arguments.device)
-    if arguments.suite == "kernels":
+    if arguments.suite == "checks":
+        from .checks import works_of
+    elif arguments.suite == "kernels":
         from .operators import works_of
     else:
         from .steps import works_of

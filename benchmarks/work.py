@@ -50,6 +50,8 @@ def run(record: Record, works: Iterable[Work], about: Row, seconds: float) -> in
             try:
                 for row in work.rows():
                     add({**described, **row})
+                    if "summary" in row:
+                        print(f"{row['status']}: {row['summary']}", flush=True)
             except Exception as error:  # what cannot run is a result; the next one is still measured
                 if torch.cuda.is_initialized():
                     torch.cuda.synchronize()  # raises where the device's context is broken: then this process must end

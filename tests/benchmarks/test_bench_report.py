@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import gpu_report, record, shapes
-from benchmarks.gpu_report import SuiteRun
+from benchmarks import checks, gpu_report, record, shapes
 from benchmarks.record import ROOT, Record
+from benchmarks.work import Work, run
 
 SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
 
@@ -84,13 +84,13 @@ def test_report_end_to_end_killed_and_continued(
 def test_all_sections_end_in_time_even_where_nothing_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
-    def outlast(command: list[str], environment: dict[str, str], seconds: float, capture: bool) -> tuple[None, str]:
+    def outlast(command: list[str], environment: dict[str, str], seconds: float) -> tuple[None, str]:
         now[0] += seconds
         return None, ""
 
     monkeypatch.setattr(gpu_report, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(gpu_report, "_call", outlast)
-    gpu_report.Report("cpu", False, tmp_path / "r.jsonl").run()
+    monkeypatch.setattr(gpu_report, "call", outlast)
+    gpu_report.measure(Record(tmp_path / "r.jsonl"), "cpu", False)
     assert sum(gpu_report.BUDGETS.values()) <= now[0] <= gpu_report.TOTAL
     assert gpu_report.TOTAL <= 8 * 60 - 15
 
@@ -107,14 +107,14 @@ def test_a_command_that_outlasts_its_time_is_ended_with_all_that_it_started(tmp_
     marker = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(marker)!r}).touch()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    row = gpu_report._run([sys.executable, "-c", parent], dict(os.environ), seconds=0.7)
+    row = checks.run_command([sys.executable, "-c", parent], dict(os.environ), seconds=0.7)
     assert (row["status"], row["timed_out"]) == ("failed", True)
     time.sleep(2.0)
     assert not marker.exists()
 
 
 def test_a_failed_command_leaves_its_last_lines() -> None:
-    row = gpu_report._run([sys.executable, "-c", "print('why'); raise SystemExit(3)"], dict(os.environ), seconds=30)
+    row = checks.run_command([sys.executable, "-c", "print('why'); raise SystemExit(3)"], dict(os.environ), seconds=30)
     assert (row["status"], row["reason"], row["output"]) == ("failed", "ended with code 3", "why")
 
 
@@ -123,24 +123,29 @@ def test_pytest_results_are_counted(tmp_path: Path) -> None:
     file.write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
     )
-    row = gpu_report._pytest(SuiteRun("three", (str(file),)), "cpu", seconds=60)
+    row = next(checks.run_tests((str(file),), "cpu", time.monotonic() + 60))
     assert row["status"] == "failed"
     assert row["summary"] == "1 passed, 1 failed, 1 skipped"
 
 
-def test_tests_that_were_cut_off_by_the_clock_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = gpu_report.Report("cpu", True, tmp_path / "r.jsonl")
+def test_what_the_clock_cut_off_is_run_again(tmp_path: Path) -> None:
+    written = Record(tmp_path / "r.jsonl")
     answers = [{"status": "failed", "reason": "late", "timed_out": True}, {"status": "ok", "reason": ""}]
-    monkeypatch.setattr(gpu_report, "_pytest", lambda run, device, seconds: answers.pop(0))
+    tests = Work("tests/a", lambda: [answers.pop(0)], {"section": "tests", "case": "tests/a"})
     for expected in ("failed", "ok", "ok"):
-        made.tests()
-        assert [row["status"] for row in made.record.results()] == [expected]
+        run(written, [tests], {}, seconds=60)
+        assert [row["status"] for row in written.results()] == [expected]
     assert not answers
 
 
 def test_every_command_line_names_a_file_that_exists() -> None:
-    for runs in gpu_report.TESTS.values():
-        for run in runs:
-            for argument in run.arguments:
+    for units in checks.TESTS.values():
+        for arguments in units.values():
+            for argument in arguments:
                 if argument.startswith("tests/"):
                     assert (ROOT / argument).exists(), argument
+
+
+def test_what_the_memory_checker_watches_equals_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    checks.main()
+    assert "72 dequantisations equal the reference" in capsys.readouterr().out
