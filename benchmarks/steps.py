@@ -45,8 +45,8 @@ def works_of(table: str, device: str) -> list[Work]:
         adapters = {"layers": 1, "adapters": (1, 3), "rows": 7, "batch": 4, "rounds": 2}
         return [
             _step(T5_STEP, profiled, shape="t5-small", **tiny, steps=2, warmup=1),
-            _step(BARE_STEP, bare, random=True, **tiny, pairs=2),
-            _step("steps/options", options, **tiny, pairs=2, only=("label-only logits",)),
+            _step(BARE_STEP, bare, on_request=True, random=True, **tiny, pairs=2),
+            _step("steps/options", options, on_request=True, **tiny, pairs=2, only=("label-only logits", "SDPA")),
             _step("steps/adapters", mixed_adapters.measure, on_request=True, **adapters),
             _step("steps/operators", operator_overhead.measure, on_request=True, rounds=2),
         ]

@@ -9,15 +9,26 @@ import pytest
 
 from benchmarks import run, steps
 from benchmarks.record import Record
-from benchmarks.tables import options_text, step_table
+from benchmarks.tables import bare_text, options_text, step_table
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """What the two units that the report leaves out give at sizes that mean nothing."""
+    """Returns the units on request, at sizes that mean nothing."""
     output = tmp_path_factory.mktemp("steps") / "record.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        command = ["run", "steps", "--reduced", "--output", str(output), "--only", "adapters", "operators"]
+        command = [
+            "run",
+            "steps",
+            "--reduced",
+            "--output",
+            str(output),
+            "--only",
+            "bare",
+            "options",
+            "adapters",
+            "operators",
+        ]
         patch.setattr(sys, "argv", command)
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         run.main()
@@ -47,8 +58,9 @@ def test_what_a_call_costs_beside_what_it_runs(record: Record) -> None:
 def test_a_record_holds_no_path_and_every_unit_once(record: Record) -> None:
     header = record.header()
     assert header is not None
-    assert header["command"].endswith("--output record.jsonl --only adapters operators")
-    assert [line["unit"] for line in record.lines() if line["line"] == "end"] == ["steps/adapters", "steps/operators"]
+    assert header["command"].endswith("--output record.jsonl --only bare options adapters operators")
+    ended = [line["unit"] for line in record.lines() if line["line"] == "end"]
+    assert ended == [f"steps/{name}" for name in ("bare", "options", "adapters", "operators")]
 
 
 def test_a_unit_that_does_not_exist_is_refused_with_the_names(
@@ -58,7 +70,7 @@ def test_a_unit_that_does_not_exist_is_refused_with_the_names(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(SystemExit):
         run.main()
-    assert "--only nonsense: choose from steps/t5-base, steps/bare" in capsys.readouterr().err
+    assert "--only nonsense: choose from steps/t5-base, steps/bare, steps/options" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -69,9 +81,10 @@ def test_a_method_measured_twice_is_named_so_the_second_time() -> None:
     assert all(row["median"] > 0 and row["phases"] for row in rows)
 
 
-def test_options_without_a_device_have_their_reason() -> None:
-    rows = list(steps.options(batch=1, length=8, pairs=2, layers=1))
-    assert all(row["gain"]["median"] > 0 for row in rows if "gain" in row)
-    text = options_text(rows)
-    assert "| SDPA " in text
-    assert "Without a figure: no waits in the loop: there is no device to wait for." in text
+def test_options_and_the_bare_step_have_their_texts(record: Record) -> None:
+    options = [row for row in record.results() if row["unit"] == "steps/options"]
+    assert [row["provider"] for row in options] == ["label-only logits", "SDPA"]
+    assert "2 pairs; ept, 40 virtual tokens, float32,\n1 rows of at most 8 tokens" in options_text(options)
+    (bare,) = (row for row in record.results() if row["unit"] == "steps/bare")
+    assert bare["ratio_p20"] <= bare["ratio_to_bare"] <= bare["ratio_p80"]
+    assert "batch 1, 8 text tokens, 48 positions" in bare_text([bare])
