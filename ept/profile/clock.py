@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .methods import Method
+if TYPE_CHECKING:
+    from .methods import Method
 
 # The phases follow one another without gaps, so that they add up to the step.
 PHASES = (
