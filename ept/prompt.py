@@ -19,8 +19,15 @@ from torch import Tensor, nn
 
 from . import functional
 from .config import EPTConfig
-
-_ROWS_AT_ONCE = 1 << 14  # rows of the table looked at together when its root mean square is taken
+from .embedding import (
+    _device_of,
+    _rows,
+    embedding_rms,
+    embedding_width,
+    lookup,
+    position_ids_of,
+    text_positions,
+)
 
 
 class EPTLayer(BasePromptEncoder):
@@ -275,120 +282,3 @@ class EPTLayer(BasePromptEncoder):
             if parameter is not None:
                 parameter.copy_(state_dict[name])
         self.set_extra_state(state_dict["embedding_scale"])
-
-
-def lookup(
-    embedding: nn.Module,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    attention_mask: Tensor | None,
-    width: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and the table they are rows of, and the attention mask, checked.
-
-    A plain look-up gives the ids and the module's weight. A module that does more (Gemma scales inside, offloaded or
-    4-bit weights, forward hooks) is called, and its output, or the given `inputs_embeds`, becomes the table.
-
-    Returns:
-        ids `[batch, n]`, table `[rows, d]`, attention mask `[batch, n]`.
-    """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
-    given = input_ids if input_ids is not None else inputs_embeds
-    assert given is not None
-    if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
-        raise ValueError(
-            f"input_ids must be integers of shape [batch, length], got {input_ids.dtype} {list(input_ids.shape)}"
-        )
-    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width):
-        raise ValueError(f"inputs_embeds must have shape [batch, length, {width}], got {list(inputs_embeds.shape)}")
-    batch, n = given.shape[:2]
-    if attention_mask is None:
-        attention_mask = torch.ones(batch, n, dtype=torch.int64, device=given.device)
-    elif attention_mask.shape != (batch, n):
-        raise ValueError(
-            f"attention_mask must have the shape of the input, [{batch}, {n}], got {list(attention_mask.shape)}; "
-            "masks of more dimensions cannot be extended by the prompt"
-        )
-    if inputs_embeds is None and input_ids is not None:
-        if is_plain_lookup(embedding):
-            return input_ids, _weight(embedding), attention_mask
-        inputs_embeds = embedding(input_ids)
-    assert inputs_embeds is not None
-    rows = inputs_embeds.reshape(batch * n, width)
-    return torch.arange(batch * n, device=rows.device).view(batch, n), rows, attention_mask.to(rows.device)
-
-
-def is_plain_lookup(embedding: nn.Module) -> bool:
-    """Whether calling `embedding` is no more than taking rows of its weight."""
-    return (
-        type(embedding) is nn.Embedding
-        and embedding.max_norm is None
-        and not embedding.weight.is_meta
-        and "forward" not in embedding.__dict__
-        and not embedding._forward_hooks
-        and not embedding._forward_pre_hooks
-    )
-
-
-def text_positions(attention_mask: Tensor, text_mask: Tensor | None = None) -> Tensor:
-    """Index of every input-text token among those of its row, −1 elsewhere: `[batch, n]` int64."""
-    updated = attention_mask.bool()
-    if text_mask is not None:
-        if text_mask.shape != attention_mask.shape:
-            raise ValueError(f"text_mask must have shape {list(attention_mask.shape)}, got {list(text_mask.shape)}")
-        updated = updated & text_mask.bool()
-    return (updated.cumsum(1) - 1).masked_fill(~updated, -1)
-
-
-def position_ids_of(attention_mask: Tensor) -> Tensor:
-    """Position of every real token counted from 0; padding before the first one has 0: `[batch, length]` int64."""
-    return (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
-
-
-@torch.no_grad()
-def embedding_rms(embedding: nn.Module) -> float:
-    """Root mean square ρ of the vectors that `embedding` gives for its whole vocabulary.
-
-    Raises:
-        ValueError: the embeddings are all zero or not finite, which no unit can be taken from.
-    """
-    rows, device = _rows(embedding), _device_of(embedding)
-    total, count = 0.0, 0
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        vectors = embedding(torch.arange(start, min(start + _ROWS_AT_ONCE, rows), device=device))
-        total += float(torch.linalg.vector_norm(vectors.float(), dtype=torch.float64)) ** 2
-        count += vectors.numel()
-    rms = math.sqrt(total / count)
-    if not math.isfinite(rms) or rms == 0:
-        raise ValueError(
-            f"the root mean square of the input embeddings is {rms}: load the model's weights first, or set "
-            "embedding_scale to a number"
-        )
-    return rms
-
-
-def embedding_width(embedding: nn.Module) -> int:
-    """Size d of the vectors that `embedding` gives."""
-    width = getattr(embedding, "embedding_dim", None)
-    return int(width if width is not None else _weight(embedding).shape[1])
-
-
-def _weight(embedding: nn.Module) -> Tensor:
-    weight = embedding.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _rows(embedding: nn.Module) -> int:
-    rows = getattr(embedding, "num_embeddings", None)
-    return int(rows if rows is not None else _weight(embedding).shape[0])
-
-
-def _device_of(embedding: nn.Module) -> torch.device:
-    """Where ids for `embedding` belong; offloaded weights are brought from the meta device at each call."""
-    hook = getattr(embedding, "_hf_hook", None)
-    if (device := getattr(hook, "execution_device", None)) is not None:
-        return torch.device(device)
-    weight = _weight(embedding)
-    return torch.device("cpu") if weight.is_meta else weight.device

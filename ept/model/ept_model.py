@@ -18,7 +18,8 @@ from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from ..config import PEFT_TYPE, EPTConfig
-from ..prompt import EPTLayer, embedding_width, lookup
+from ..embedding import embedding_width, lookup
+from ..prompt import EPTLayer
 from ..utils.messages import shown
 from .adapter_files import read_config, read_weights, write_adapter
 from .adapter_lock import AdapterLock, a_call, a_change

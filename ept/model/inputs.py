@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..prompt import position_ids_of
+from ..embedding import position_ids_of
 from .base_model import BaseModelFacts
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..prompt import EPTLayer, text_positions
+from ..embedding import text_positions
+from ..prompt import EPTLayer
 
 _names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
 
@@ -33,7 +34,7 @@ def embed_mixed(
 
     Args:
         layers: the loaded adapters. names: one a row, or `"__base__"` for none.
-        ids, table, attention_mask: as `ept.prompt.lookup` gives them. text_mask: as in `EPTLayer.forward`.
+        ids, table, attention_mask: as `ept.embedding.lookup` gives them. text_mask: as in `EPTLayer.forward`.
 
     Returns:
         embeddings `[batch, s + n, d]` with `s` the longest prompt, attention mask `[batch, s + n]`.

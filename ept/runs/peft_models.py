@@ -27,9 +27,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..embedding import embedding_width
 from ..model.base_model import input_embedding
 from ..model.inputs import divide_loss
-from ..prompt import embedding_width
 from .config import MethodConfig
 
 ENCODER_FILE = "prompt_encoder.safetensors"
