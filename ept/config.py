@@ -216,7 +216,7 @@ class EPTConfig(PromptLearningConfig):
         return self.fusion_score_scale if self.fusion_score_scale is not None else 1 / math.sqrt(self.fusion_dim or d)
 
 
-# So that `PeftConfig.from_pretrained` recognises saved adapters: PEFT's enumeration of types is closed, its mapping not.
+# So that `PeftConfig.from_pretrained` knows saved adapters; PEFT's enumeration of types is closed, its mapping not.
 if (known := PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)) is not None and known.__module__ != __name__:
     warnings.warn(f"replacing another registration of the adapter type {PEFT_TYPE}: {known}", stacklevel=2)
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = EPTConfig

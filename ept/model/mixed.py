@@ -64,8 +64,8 @@ def embed_mixed(
         return table[ids], attention_mask
     prompts = torch.stack([_pad_front(layer.joint_prompt().to(device), s) for layer in chosen])  # [adapters, s, d]
     # Scales differ from adapter to adapter, so they go into A; rank is padded with zeros.
-    A = torch.stack([_pad(layer.update_scale() * layer.part("A", (0, 0)).to(device), m, r) for layer in chosen])
-    B = torch.stack([_pad(layer.part("B", (0, d)).to(device), r, d) for layer in chosen])
+    A = torch.stack([_pad(layer.update_scale() * layer.part("A")[:m].to(device), m, r) for layer in chosen])
+    B = torch.stack([_pad(layer.part("B").to(device), r, d) for layer in chosen])
     number = {name: i for i, name in enumerate(used)}
     adapter_ids = torch.tensor([number.get(name, -1) for name in names], device=device)
     embeds = functional.prompted_embedding(ids, positions, table, prompts, A, B, 1.0, adapter_ids)
