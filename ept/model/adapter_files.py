@@ -23,7 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PEFT_TYPE, EPTConfig
+from ..embedding import embedding_width
 from ..utils.messages import listed, reason, shown, shown_name
+from .base_model import head_shapes, infer_task_type, input_embedding, trained_heads
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -40,6 +42,7 @@ _PEFT_FIELDS: dict[str, tuple[type, ...]] = {
     "inference_mode": (bool,),
     "auto_mapping": (dict, type(None)),
 }
+_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 _DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -134,6 +137,21 @@ def read_weights(folder: str | os.PathLike[str], expected: dict[str, tuple[int, 
     return state
 
 
+def read_fitting(
+    config: EPTConfig, model: Any, is_trainable: bool, model_id: str | os.PathLike[str], hub: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The weights of an adapter that fits `model`. Nothing is made of it before its files are known to be whole: a
+    configuration may claim sizes that its weights do not have.
+    """
+    _check_fits(config, model, is_trainable)
+    task_type = config.task_type or infer_task_type(model)
+    heads = config.modules_to_save
+    if heads is None:
+        heads = trained_heads(model) if task_type == "SEQ_CLS" else []
+    expected = {**config.parameter_shapes(_width(model)), **head_shapes(model, heads)}
+    return read_weights(model_id, expected, **hub)
+
+
 def write_adapter(folder: str | os.PathLike[str], config: EPTConfig, state: dict[str, Tensor]) -> None:
     """Writes one adapter into `folder`; each file appears whole or not at all, the configuration last."""
     folder = Path(folder)
@@ -148,6 +166,10 @@ def write_adapter(folder: str | os.PathLike[str], config: EPTConfig, state: dict
     write_whole(folder / CONFIG_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+
+
 def write_whole(path: Path, write: Callable[[str], Any]) -> None:
     """Calls `write` with the name of a file beside `path` and moves that into place: `path` is never half
     written.
@@ -159,6 +181,30 @@ def write_whole(path: Path, write: Callable[[str], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _width(model: Any) -> int:
+    return embedding_width(input_embedding(model))
+
+
+def _check_fits(config: EPTConfig, model: Any, is_trainable: bool) -> None:
+    width = _width(model)
+    ours, theirs = getattr(model, "name_or_path", None), config.base_model_name_or_path
+    if config.token_dim is not None and config.token_dim != width:
+        raise ValueError(
+            f"the adapter was made for embeddings of width {shown(config.token_dim)} ({shown(theirs or 'unnamed')}), "
+            f"{ours or type(model).__name__} has {width}: load it with its own base model"
+        )
+    if config.folded and is_trainable:
+        raise ValueError(
+            "the adapter is folded into its inference form and cannot be trained: load the one it was folded from"
+        )
+    if ours and theirs and str(ours) != str(theirs):
+        warnings.warn(
+            f"the adapter was made for {shown(theirs)}, this base model is {ours!r}; results are those of the adapter "
+            "only if the weights are the same",
+            stacklevel=3,
+        )
 
 
 @contextmanager

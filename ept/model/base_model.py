@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -162,6 +163,19 @@ def freeze(model: nn.Module) -> None:
             "bfloat16; load it afresh for exact results",
             stacklevel=2,
         )
+
+
+def swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -> None:
+    if dequantized_cache_bytes and not fast_4bit:
+        raise ValueError(
+            f"dequantized_cache_bytes={dequantized_cache_bytes} is for the layers of fast_4bit=True: leave one out"
+        )
+    if fast_4bit and "bitsandbytes" in sys.modules:  # otherwise no layer is of it
+        from .linear4bit import Linear4bit, swap_linear4bit
+
+        # A model that was swapped by hand keeps its options.
+        if dequantized_cache_bytes or not any(isinstance(module, Linear4bit) for module in model.modules()):
+            swap_linear4bit(model, dequantized_cache_bytes=dequantized_cache_bytes)
 
 
 def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +17,11 @@ from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from ..config import PEFT_TYPE, EPTConfig
-from ..embedding import embedding_width, lookup
+from ..embedding import lookup
 from ..prompt import EPTLayer
-from ..utils.messages import shown
-from .adapter_files import read_config, read_weights, write_adapter
+from .adapter_files import hub_arguments, read_config, read_fitting, read_weights, write_adapter
 from .adapter_lock import AdapterLock, a_call, a_change
-from .base_model import examine, freeze, head_shapes, infer_task_type, input_embedding, set_mode, trained_heads
+from .base_model import examine, freeze, infer_task_type, input_embedding, set_mode, swap_4bit, trained_heads
 from .compilation import compile_layers
 from .inputs import (
     after_cache,
@@ -43,8 +41,6 @@ from .prompt_cache import PromptCache, check_cacheable, rows_per_text
 
 # PEFT finds the code that names an adapter's state by the adapter's type.
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
-
-_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 
 
 def get_ept_model(
@@ -111,7 +107,7 @@ class EPTModel(PeftModel):
         peft_config.task_type = peft_config.task_type or infer_task_type(model)
         self._facts = examine(model, str(peft_config.task_type))
         freeze(model)
-        _swap_4bit(model, fast_4bit, dequantized_cache_bytes)
+        swap_4bit(model, fast_4bit, dequantized_cache_bytes)
         super().__init__(model, peft_config, adapter_name, **kwargs)
         if peft_config.inference_mode:
             self._require_gradients(adapter_name, False)
@@ -436,10 +432,10 @@ class EPTModel(PeftModel):
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
-        hub = _hub_arguments(kwargs)
+        hub = hub_arguments(kwargs)
         config = copy.deepcopy(config) if config is not None else read_config(model_id, **hub)
         config.inference_mode = not is_trainable
-        state = _read_fitting(config, model, is_trainable, model_id, hub)
+        state = read_fitting(config, model, is_trainable, model_id, hub)
         wrapped = cls(
             model,
             config,
@@ -467,12 +463,12 @@ class EPTModel(PeftModel):
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
-        hub = _hub_arguments(kwargs)
+        hub = hub_arguments(kwargs)
         added = adapter_name not in self.peft_config
         if added:
             config = read_config(model_id, **hub)
             config.inference_mode = not is_trainable
-            state = _read_fitting(config, self.base_model, is_trainable, model_id, hub)
+            state = read_fitting(config, self.base_model, is_trainable, model_id, hub)
             self._initialise_adapters = False
             try:
                 self.add_adapter(adapter_name, config)
@@ -588,59 +584,3 @@ class EPTModel(PeftModel):
             for module in self.base_model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module.modules_to_save:
                     module.modules_to_save[adapter_name].requires_grad_(required)
-
-
-def _swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -> None:
-    if dequantized_cache_bytes and not fast_4bit:
-        raise ValueError(
-            f"dequantized_cache_bytes={dequantized_cache_bytes} is for the layers of fast_4bit=True: leave one out"
-        )
-    if fast_4bit and "bitsandbytes" in sys.modules:  # otherwise no layer is of it
-        from .linear4bit import Linear4bit, swap_linear4bit
-
-        # A model that was swapped by hand keeps its options.
-        if dequantized_cache_bytes or not any(isinstance(module, Linear4bit) for module in model.modules()):
-            swap_linear4bit(model, dequantized_cache_bytes=dequantized_cache_bytes)
-
-
-def _width(model: Any) -> int:
-    return embedding_width(input_embedding(model))
-
-
-def _check_fits(config: EPTConfig, model: Any, is_trainable: bool) -> None:
-    width = _width(model)
-    ours, theirs = getattr(model, "name_or_path", None), config.base_model_name_or_path
-    if config.token_dim is not None and config.token_dim != width:
-        raise ValueError(
-            f"the adapter was made for embeddings of width {shown(config.token_dim)} ({shown(theirs or 'unnamed')}), "
-            f"{ours or type(model).__name__} has {width}: load it with its own base model"
-        )
-    if config.folded and is_trainable:
-        raise ValueError(
-            "the adapter is folded into its inference form and cannot be trained: load the one it was folded from"
-        )
-    if ours and theirs and str(ours) != str(theirs):
-        warnings.warn(
-            f"the adapter was made for {shown(theirs)}, this base model is {ours!r}; results are those of the adapter "
-            "only if the weights are the same",
-            stacklevel=3,
-        )
-
-
-def _read_fitting(
-    config: EPTConfig, model: Any, is_trainable: bool, model_id: str | os.PathLike[str], hub: dict[str, Any]
-) -> dict[str, Tensor]:
-    """The weights of an adapter that fits `model`. Nothing is made of it before its files are known to be whole: a
-    configuration may claim sizes that its weights do not have.
-    """
-    _check_fits(config, model, is_trainable)
-    task_type = config.task_type or infer_task_type(model)
-    heads = config.modules_to_save
-    if heads is None:
-        heads = trained_heads(model) if task_type == "SEQ_CLS" else []
-    expected = {**config.parameter_shapes(_width(model)), **head_shapes(model, heads)}
-    return read_weights(model_id, expected, **hub)
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
