@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,11 @@ def trained_heads(model: Any) -> list[str]:
     if not heads:
         raise ValueError(f"found no classification head in {type(model).__name__}: name it in modules_to_save")
     return heads
+
+
+def wrapped_heads(model: nn.Module) -> Iterator[Any]:
+    """Yields PEFT's wrappers of trained modules in `model`: each holds the original and one copy an adapter."""
+    return (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
 
 
 def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
