@@ -105,7 +105,7 @@ def show(
 def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: int, labels: str) -> dict[str, Any]:
     """Loads the task's rows and describes them; counts tokens where a tokenizer is named."""
     from ept.runs.config import DataConfig, ModelConfig
-    from ept.runs.data import SPLITS, load_run_data
+    from ept.runs.data import describe, load_run_data
     from ept.runs.loading import load_tokenizer, task_type_of
     from ept.tasks import load_task
 
@@ -118,18 +118,7 @@ def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: i
         config = DataConfig(task=task.name, data_dir=where, labels=labels, max_length=limit)  # type: ignore[arg-type]
         run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
         data, found["truncation_rate"] = run_data.data, run_data.truncation_rate
-    classes = list(data.train["label"])
-    other = next((i for i, label in enumerate(classes) if label != classes[0]), 1)  # of another label, if there is one
-    return {
-        **found,
-        "rows": {split: len(getattr(data, split)) for split in SPLITS},
-        "label_balance": data.balance(),
-        "majority": data.majority(),
-        "examples": [
-            {"text": row["text"], "target": row["target"]}
-            for row in data.train.select([i for i in (0, other) if i < len(classes)])
-        ],
-    }
+    return {**found, **describe(data)}
 
 
 def _labels(task: Task, digits: bool = True) -> str:

@@ -126,14 +126,12 @@ def encode_split(
     `labels` is the number among `values` that the class stands for.
     """
     answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
-    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for ids, label in zip(split[TEXT_IDS], split["label"]):
-        if task_type == "CAUSAL_LM":
-            ids = ids + answers[label]
-        rows["input_ids"].append(ids)
-        rows["labels"].append(answers[label] if answers else values[label] if values else label)
-        rows["length"].append(len(ids))
-    return datasets.Dataset.from_dict(rows)
+    targets: Sequence[Any] = answers or values or range(len(labels))
+    inputs = list(split[TEXT_IDS])
+    if task_type == "CAUSAL_LM":
+        inputs = [ids + answers[label] for ids, label in zip(inputs, split["label"])]
+    columns = {"input_ids": inputs, "labels": [targets[label] for label in split["label"]]}
+    return datasets.Dataset.from_dict({**columns, "length": list(map(len, inputs))})
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, multiple: int = 1) -> torch.Tensor:

@@ -32,12 +32,9 @@ def render(task: Task, row: Mapping[str, Any]) -> str:
 def text_fields(task: Task, row: Mapping[str, Any]) -> dict[str, str]:
     """Gives the strings of the task's text columns, preprocessed; takes and raises what `render` does."""
     if is_rendered(task, row):
-        values: Mapping[str, Any] = row[FIELDS]
-    else:
-        for column in task.source_columns:
-            if column not in row:
-                raise ValueError(missing_column(task, column, row))
-        values = row if task.preprocess is None else task.preprocess(row)
+        return {column: row[FIELDS][column] for column in task.columns}
+    _check_columns(task, task.source_columns, row)
+    values = row if task.preprocess is None else task.preprocess(row)
     fields = {column: _as_text(column, values[column]) for column in task.columns}
     if not any(value.strip() for value in fields.values()):
         columns = ", ".join(f"'{column}'" for column in task.columns)
@@ -51,15 +48,17 @@ def is_rendered(task: Task, row: Mapping[str, Any]) -> bool:
     return "text" in row and isinstance(kept, Mapping) and set(task.columns) <= set(kept)
 
 
-def missing_column(task: Task, column: str, row: Mapping[str, Any]) -> str:
-    """Words the message for a column that is not there; it lists the columns that are."""
-    found = ", ".join(f"'{name}'" for name in row if name is not None) or "none"
-    message = f"no column '{column}'; columns found: {found}"
-    if column in task.columns:
-        return f"{message}. The template {task.template!r} names it: rename the column or change the template"
-    if column == task.label_column:
-        return f"{message}. Task {task.name} reads its labels there: rename the column or set label_column"
-    return f"{message}. Task {task.name} needs it: rename the column"
+def _check_columns(task: Task, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Raises ValueError for a column that is not there, with those that are."""
+    for column in columns:
+        if column not in row:
+            remedy = f"Task {task.name} needs it: rename the column"
+            if column in task.columns:
+                remedy = f"The template {task.template!r} names it: rename the column or change the template"
+            elif column == task.label_column:
+                remedy = f"Task {task.name} reads its labels there: rename the column or set label_column"
+            found = ", ".join(f"'{name}'" for name in row) or "none"
+            raise ValueError(f"no column '{column}'; columns found: {found}. {remedy}")
 
 
 def _as_text(column: str, value: Any) -> str:
@@ -85,8 +84,7 @@ def examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
     found: list[Row] = []
     for number, row in enumerate(rows, start=1):
         try:
-            if task.label_column not in row:
-                raise ValueError(missing_column(task, task.label_column, row))
+            _check_columns(task, [task.label_column], row)
             fields = text_fields(task, row)
             label = task.label_class(row[task.label_column])
             if label is None:
@@ -100,8 +98,6 @@ def examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
         if task.group_columns:
             example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
         found.append(example)
-    if not found:
-        raise ValueError(f"{source} is empty: it needs at least 1 row")
     return found
 
 

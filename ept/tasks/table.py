@@ -12,63 +12,51 @@ from .rows import mark_spans, strip_markup
 from .task import Task
 
 _HUB = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}
-_ENTAILMENT = ("entailment", "not_entailment")
-_FALSE_TRUE = ("False", "True")
-_SIMILARITIES = tuple(i / 5 for i in range(26))  # 0.0, 0.2, .. 5.0: STS-B's scores as T5 rounds them
+_SCORES = tuple(i / 5 for i in range(26))  # 0.0, 0.2, .. 5.0: STS-B's, as T5 rounds them
+_WSC_COLUMNS = ("text", "span1_index", "span1_text", "span2_index", "span2_text")
+_MNLI_SPLITS = ("train", "validation_mismatched", "validation_matched")
 
 
-def _task(name: str, columns: str, words: tuple[str, ...], **fields: Any) -> Task:
-    """Makes an entry with the usual template, `column: {column}` for each, from the hub's data set of that name."""
+def _task(name: str, columns: str, words: str, metrics: str = "accuracy", **fields: Any) -> Task:
+    """Makes an entry with the usual template, `column: {column}` for each, from the hub's data set of that name.
+
+    `columns`, `words` and `metrics` are separated by spaces.
+    """
     suite, config = name.split("/")
     template = " ".join(f"{column}: {{{column}}}" for column in columns.split())
-    return Task(name, template, words, **{"hub": (_HUB[suite], config), **fields})
+    fields = {"hub": (_HUB[suite], config), **fields}
+    return Task(name, template, tuple(words.split()), tuple(metrics.split()), **fields)
 
 
 _ENTRIES = (
-    _task("glue/cola", "sentence", ("unacceptable", "acceptable"), metrics=("matthews_correlation",)),
-    _task(
-        "glue/mnli",
-        "premise hypothesis",
-        ("entailment", "neutral", "contradiction"),
-        split_names=("train", "validation_mismatched", "validation_matched"),
-    ),
-    _task("glue/mrpc", "sentence1 sentence2", ("not_equivalent", "equivalent"), metrics=("accuracy", "f1")),
-    _task("glue/qnli", "question sentence", _ENTAILMENT),
-    _task("glue/qqp", "question1 question2", ("not_duplicate", "duplicate"), metrics=("accuracy", "f1")),
-    _task("glue/rte", "sentence1 sentence2", _ENTAILMENT),
-    _task("glue/sst2", "sentence", ("negative", "positive")),
-    _task(
-        "glue/stsb",
-        "sentence1 sentence2",
-        tuple(map(str, _SIMILARITIES)),
-        values=_SIMILARITIES,
-        metrics=("pearson", "spearman"),
-    ),
-    _task("super_glue/boolq", "question passage", _FALSE_TRUE),
-    _task(
-        "super_glue/cb",
-        "premise hypothesis",
-        ("entailment", "contradiction", "neutral"),
-        metrics=("f1_macro", "accuracy"),
-    ),
+    _task("glue/cola", "sentence", "unacceptable acceptable", "matthews_correlation"),
+    _task("glue/mnli", "premise hypothesis", "entailment neutral contradiction", split_names=_MNLI_SPLITS),
+    _task("glue/mrpc", "sentence1 sentence2", "not_equivalent equivalent", "accuracy f1"),
+    _task("glue/qnli", "question sentence", "entailment not_entailment"),
+    _task("glue/qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
+    _task("glue/rte", "sentence1 sentence2", "entailment not_entailment"),
+    _task("glue/sst2", "sentence", "negative positive"),
+    _task("glue/stsb", "sentence1 sentence2", " ".join(map(str, _SCORES)), "pearson spearman", values=_SCORES),
+    _task("super_glue/boolq", "question passage", "False True"),
+    _task("super_glue/cb", "premise hypothesis", "entailment contradiction neutral", "f1_macro accuracy"),
     _task(
         "super_glue/multirc",
         "question answer paragraph",
-        _FALSE_TRUE,
-        metrics=("f1", "exact_match", "accuracy"),  # F1 over all answers; exact match over the questions
+        "False True",
+        "f1 exact_match accuracy",  # F1 over all answers; exact match over the questions
         group_columns=("paragraph", "question"),
         max_length=348,
         split_rule="halve",  # the papers' choice, although its train split is large
         preprocess=strip_markup,
     ),
-    _task("super_glue/wic", "sentence1 sentence2 word", _FALSE_TRUE),
+    _task("super_glue/wic", "sentence1 sentence2 word", "False True"),
     _task(
         "super_glue/wsc",
         "text",
-        _FALSE_TRUE,
+        "False True",
         hub=("aps/super_glue", "wsc.fixed"),
         preprocess=mark_spans,
-        source_columns=("text", "span1_index", "span1_text", "span2_index", "span2_text"),
+        source_columns=_WSC_COLUMNS,
     ),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ENTRIES}
@@ -79,10 +67,9 @@ def get_task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
 
-    def likeness(
-        known: str,
-    ) -> float:  # the part behind the slash counts too: 'sst' is nearer to 'glue/sst2' than 'rte'
-        return max(SequenceMatcher(None, name.lower(), other).ratio() for other in (known, known.split("/")[1]))
+    def likeness(known: str) -> float:
+        short = known.split("/")[1]  # counts too: 'sst' is nearer to 'glue/sst2' than to 'glue/rte'
+        return max(SequenceMatcher(None, name.lower(), other).ratio() for other in (known, short))
 
     raise ValueError(
         f"unknown task '{name}': did you mean '{max(TASKS, key=likeness)}'? "

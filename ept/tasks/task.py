@@ -52,7 +52,7 @@ class Task:
                 "take it out of the template or set another label_column"
             )
         if self.num_labels < 2:
-            raise ValueError(f"label words: {self.num_labels}, a task needs at least 2")
+            raise ValueError(f"a task needs at least 2 label words, this one has {self.num_labels}")
         for label, count in Counter(label.strip() for label in self.label_words).items():
             if count > 1 or not label:
                 raise ValueError(f"label {label!r} occurs {count} times: labels must be distinct and not empty")
