@@ -47,7 +47,7 @@ def train(
         return
     if dry_run:
         with quiet():
-            summary = describe(run_config)
+            summary = _describe(run_config)
         answer(json, summary, *_shown(summary))
         return
     with quiet():
@@ -62,26 +62,20 @@ def train(
         answer(json, results, results_table(results), f"saved in {run_config.output_dir}")
 
 
-def describe(config: RunConfig) -> dict[str, Any]:
+def _describe(config: RunConfig) -> dict[str, Any]:
     """Describes what a run would train, and on what; loads tokenizer, data and model, writes nothing."""
+    from ept.runs.data import describe
     from ept.runs.train import prepare
 
     run = prepare(config)
-    data = run.run_data.data
-    rows = {name: len(getattr(data, name)) for name in ("train", "validation", "test")}
     return {
-        "task": data.task.name,
+        "task": run.task.name,
         "task_type": run.task_type,
-        "metric": data.task.metrics[0],
-        "rows": rows,
-        "labels": list(data.labels),
-        "label_balance": data.balance(),
-        "majority": data.majority(),
+        "metric": run.task.metrics[0],
+        **describe(run.run_data.data),
+        "labels": list(run.labels),
         "max_length": run.max_length,
         "truncation_rate": run.run_data.truncation_rate,
-        "examples": [
-            {"text": row["text"], "target": row["target"]} for row in data.train.select(range(min(2, rows["train"])))
-        ],
         "method": config.method.name,
         "model": config.model.name_or_path,
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],

@@ -20,7 +20,7 @@ ERROR_FILE = "error.txt"
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run: its `results.json`, or the error that ended it."""
+    """The end of a run: the content of its `results.json`, or the error that ended it."""
 
     folder: Path
     results: dict[str, Any] | None
@@ -28,12 +28,12 @@ class Outcome:
 
     @classmethod
     def of(cls, folder: Path) -> Outcome:
-        """The outcome of a finished run."""
+        """Reads the outcome of a finished run."""
         return cls(folder, json.loads(RunFolder(folder).results.read_text(encoding="utf-8")))
 
     @classmethod
     def failed(cls, folder: Path, error: BaseException) -> Outcome:
-        """The outcome of a run that `error` ended, of which the first line is kept."""
+        """Makes the outcome of a run that `error` ended, of which the first line is kept."""
         first = str(error).strip().partition("\n")[0]
         return cls(folder, None, ": ".join(filter(None, (type(error).__name__, first))))
 
@@ -47,7 +47,7 @@ class Outcome:
 
 
 def run_all(jobs: Sequence[dict[str, Any]], executor: str, cpus_per_run: int = 1) -> Iterator[Outcome]:
-    """The outcome of each run (a `RunConfig` as a dictionary), as they come in.
+    """Yields the outcome of each run (a `RunConfig` as a dictionary), as they come in.
 
     Raises:
         ValueError: Ray is asked for and not installed.
@@ -88,7 +88,7 @@ def execute(job: dict[str, Any]) -> Outcome:
 
 
 def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[Outcome]:
-    """Each run in a process of its own, with a GPU of its own where there are any.
+    """Starts each run in a process of its own, with a GPU of its own where there are any.
 
     Joins the cluster that RAY_ADDRESS names, else starts one on this machine; the output folder must be the same for
     all machines.

@@ -66,7 +66,7 @@ class Record:
 
 
 def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[PlannedRun]:
-    """All runs of the comparison for `seeds` (None: those that the learning rates are searched with), in order.
+    """Lists all runs of the comparison for `seeds` (None: those that the learning rates are searched with), in order.
 
     A sweep leaves out the methods that have no such part (`r` of prompt tuning).
 
@@ -134,7 +134,7 @@ def _run_config(
 
 
 def _data_dir(config: ComparisonConfig, task: str) -> str | None:
-    """The task's folder inside `data.data_dir`, by its name; with a single task that folder itself will do.
+    """Finds the task's folder inside `data.data_dir`, by its name; with a single task that folder itself will do.
 
     Raises:
         ValueError: there is none.
@@ -157,7 +157,7 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
     A run that fails is recorded as such and does not stop the others; it is tried again next time.
 
     Args:
-        report: is told, in a line each, what has been done.
+        report: called with a line about each run that is done.
 
     Raises:
         ValueError: a launcher has started more than one process.
@@ -197,7 +197,7 @@ def _carry_out(
 
 
 def best_rates(runs: list[PlannedRun], outcomes: dict[Path, Outcome]) -> dict[Group, tuple[float, float]]:
-    """For each group the learning rates with the best mean score on validation; of equals the first.
+    """Chooses for each group the learning rates with the best mean score on validation; of equals the first.
 
     Rates that failed with a seed are passed over, unless all did.
     """

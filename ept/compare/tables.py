@@ -35,14 +35,13 @@ class Interval:
     half_width: float | None
     n: int
 
-    def text(self, digits: int = 1) -> str:
-        """In percent, as papers print scores."""
-        half = "" if self.half_width is None else f" ± {100 * self.half_width:.{digits}f}"
-        return f"{100 * self.mean:.{digits}f}{half}"
+    def text(self) -> str:
+        """Formats it in percent, as papers print scores."""
+        return f"{100 * self.mean:.1f}" + ("" if self.half_width is None else f" ± {100 * self.half_width:.1f}")
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Raises statistics.StatisticsError for no values."""
+    """Computes mean and interval. Raises statistics.StatisticsError for no values."""
     from scipy.stats import t
 
     mean, n = statistics.fmean(values), len(values)
@@ -66,7 +65,7 @@ class PairedTest:
 
 
 def paired_test(first: str, one: Scores, second: str, other: Scores) -> PairedTest | None:
-    """The difference `one` − `other` over their common pairs; None where they have none."""
+    """Tests the difference `one` − `other` over their common pairs; None where they have none."""
     from scipy.stats import ttest_rel
 
     common = sorted(set(one) & set(other))
@@ -117,7 +116,7 @@ class Setting:
 
 
 def summarise(records: Sequence[Record]) -> list[Setting]:
-    """One entry for each point of the comparison, in the order of the runs; failed runs do not take part."""
+    """Makes an entry for each point of the comparison, in the order of the runs; failed runs do not take part."""
     settings = []
     for (sweep, value), group in _grouped(records, lambda record: (record.run.sweep, record.run.value)):
         tasks = list(dict.fromkeys(record.run.task for record in group))
@@ -179,7 +178,7 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
 
 
 def csv_text(records: Sequence[Record]) -> str:
-    """One line a run; scores as fractions, times in milliseconds and seconds, memory in bytes."""
+    """Writes a line for each run; scores as fractions, times in milliseconds and seconds, memory in bytes."""
     columns = (
         "sweep", "value", "task", "method", "model", "seed", "learning_rate", "low_rank_learning_rate", "chosen",
         "status", "metric", "validation", "score", "majority", "trainable_parameters", "step_time_ms",
@@ -208,7 +207,7 @@ def csv_text(records: Sequence[Record]) -> str:
 
 
 def markdown(records: Sequence[Record], settings: Sequence[Setting], command: str) -> str:
-    """The whole comparison as one page."""
+    """Writes the whole comparison as one page."""
     parts = ["# Comparison", f"```sh\n{command}\n```", _about(records)]
     for setting in settings:
         parts += [f"## {setting.title}", setting.rows and f"Rows: {setting.rows}.", table(*scores_table(setting))]
@@ -255,7 +254,7 @@ def _about(records: Sequence[Record]) -> str:
 
 
 def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a setting's table: scores in percent, with their intervals."""
+    """Returns header and rows of a setting's table: scores in percent, with their intervals."""
 
     def cell(found: Interval | None) -> str:
         if found is None:
@@ -279,7 +278,7 @@ def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
 
 
 def as_json(records: Sequence[Record], settings: Sequence[Setting]) -> dict[str, Any]:
-    """The same for machines; scores as fractions."""
+    """Returns the same for machines; scores as fractions."""
 
     def summary(m: MethodSummary) -> dict[str, Any]:
         scores = [{"task": task, "seed": seed, "score": score} for (task, seed), score in m.scores.items()]

@@ -37,7 +37,7 @@ class MethodSpec:
 
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
-        """From `name` or `name:num_virtual_tokens`.
+        """Reads `name` or `name:num_virtual_tokens`.
 
         Raises:
             ValueError: there is no such method, or the length is no positive whole number.
@@ -56,7 +56,7 @@ class Method:
 
     Attributes:
         prompt_of: object and name of the function that makes the prompt.
-        fast_4bit: with 4-bit weights, whether its steps run on this project's layers or bitsandbytes'; else None.
+        fast_4bit: with 4-bit weights, True where its steps run on this project's layers and False on bitsandbytes'.
     """
 
     spec: MethodSpec
@@ -75,12 +75,12 @@ class Method:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def enter(self, base: Any) -> None:
-        """Before its steps: the 4-bit layers of the shared model become the method's, in place."""
+        """Turns the 4-bit layers of the shared model into the method's, in place, before its steps."""
         if self.fast_4bit is not None:
             swap_linear4bit(base) if self.fast_4bit else restore_linear4bit(base)
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """The loss of a batch of `make_batches`, with a graph behind it."""
+        """Computes the loss of a batch of `make_batches`, with a graph behind it."""
         self.model.train()  # as Trainer does at every step
         return self.model(**batch, use_cache=False).loss
 
@@ -92,12 +92,12 @@ class Method:
 
 
 def make_method(spec: MethodSpec, base: Any, task_type: str, max_length: int, fast_4bit: bool | None = None) -> Method:
-    """The method on `base`, which it leaves as it is.
+    """Puts a method on `base`, which it leaves as it is.
 
     Args:
         task_type: SEQ_2_SEQ_LM or CAUSAL_LM.
         max_length: most text tokens of a row.
-        fast_4bit: of a base model in 4 bits: whether this project's methods run on its own layers (PEFT's runs on
+        fast_4bit: with a base model in 4 bits, run this project's methods on its own layers (PEFT's runs on
             bitsandbytes'). None: the base model is not in 4 bits.
     """
     method = _METHODS[spec.name]

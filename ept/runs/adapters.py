@@ -19,7 +19,7 @@ from .method_table import METHODS, Method, get_method
 def load_untrained(
     config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> PeftModel:
-    """The base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
+    """Loads the base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
     base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
     adapter = adapter_config(config.method, base, task_type, max_length, config.seed)
     method = METHODS[config.method.name]
@@ -27,14 +27,14 @@ def load_untrained(
 
 
 def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
-    """The base model with the adapter saved in the folder `adapter`, ready for inference."""
+    """Loads the base model with the adapter saved in the folder `adapter`, ready for inference."""
     base = load_base_model(config.model, task_type, num_labels, pad_token_id)
     module = _module(METHODS[config.method.name])
     return module.attach_trained(base, adapter, **_four_bit(config.model)).eval()
 
 
 def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length: int, seed: int) -> PeftConfig:
-    """The adapter's configuration, an `EPTConfig` or one of PEFT's, for the frozen model `base`.
+    """Makes the adapter's configuration, an `EPTConfig` or one of PEFT's, for the frozen model `base`.
 
     With `settings.budget` the sizes that are not set are chosen so that the trainable parameters (heads apart) come as
     near to it as they can without exceeding it.
@@ -48,7 +48,7 @@ def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length
 
 
 def attach_fresh(method: Method, base: Any, adapter: PeftConfig, **options: Any) -> PeftModel:
-    """`base` with a fresh adapter. `options`: as `attach` takes them; a method ignores those it has no use for."""
+    """Puts a fresh adapter on `base`. `options`: those of `attach`; a method ignores what it has no use for."""
     return _module(method).attach(base, adapter, **options)
 
 
@@ -57,12 +57,12 @@ def _module(method: Method) -> Any:
 
 
 def _four_bit(model: ModelConfig) -> dict[str, Any]:
-    """How the 4-bit layers of the base model are to run."""
+    """Says how the 4-bit layers of the base model are to run."""
     return {"fast_4bit": model.fast_4bit, "dequantized_cache_bytes": model.dequantized_cache_bytes}
 
 
 def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, max_length: int, seed: int) -> EPTConfig:
-    """The configuration of EPT, DePT or prompt tuning, or of EPT without a part."""
+    """Configures EPT, DePT or prompt tuning, or EPT without a part."""
     family = method.name.partition("-")[0]  # an ablation is named `ept-...`
     fields = {"task_type": task_type, "seed": seed, **settings.fields_given(), **method.fixed}
     if settings.budget is not None:
@@ -72,10 +72,10 @@ def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, ma
 
 
 def attach(base: Any, config: EPTConfig, *, seed: int = 0, **options: Any) -> EPTModel:
-    """`base` with a fresh adapter of ours, drawn with `config.seed`; `options`: those of `get_ept_model`."""
+    """Puts a fresh adapter of ours on `base`, drawn with `config.seed`; `options`: those of `get_ept_model`."""
     return get_ept_model(base, config, **options)
 
 
 def attach_trained(base: Any, folder: Path, **options: Any) -> EPTModel:
-    """`base` with the adapter of ours that a run saved in `folder`; `options`: those of `get_ept_model`."""
+    """Puts the adapter of ours that a run saved in `folder` on `base`; `options`: those of `get_ept_model`."""
     return EPTModel.from_pretrained(base, str(folder), **options)

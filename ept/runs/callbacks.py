@@ -91,37 +91,35 @@ class ProgressBar(TrainerCallback):
     def __init__(self, metric: str, shown: bool = True) -> None:
         self.metric = metric
         self.console = Console(stderr=True, quiet=not shown)
+        self.live = shown and self.console.is_terminal
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
+        self.task = self.bar.add_task("training")
         self.loss = self.score = ""
-        self.bar: Progress | None = None
 
     def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self.bar is not None:
+        if self.live:
             self.bar.stop()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.console.is_terminal or self.console.quiet:
-            return
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
-        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
-        self.bar.start()
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        if self.live:
+            self.bar.start()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=state.global_step)
+        self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.4f}"
-        if f"eval_{self.metric}" in logs:
-            self.score = f"{self.metric} {logs[f'eval_{self.metric}']:.3f}"
-            if self.bar is None:
+        if (score := logs.get(f"eval_{self.metric}")) is not None:
+            self.score = f"{self.metric} {score:.3f}"
+            if not self.live:
                 self.console.print(f"step {state.global_step}/{state.max_steps}  {self.loss}  {self.score}")
-        if self.bar is not None:
-            self.bar.update(self.task, description=f"training  {self.loss}  {self.score}")
+        self.bar.update(self.task, description=f"training  {self.loss}  {self.score}")
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -135,7 +135,7 @@ class MethodConfig(Section):
     base_dropout: bool | None = None
 
     def fields_given(self) -> dict[str, Any]:
-        """The `EPTConfig` fields that the run sets."""
+        """Returns the `EPTConfig` fields that the run sets."""
         return self.model_dump(exclude={"name", "budget"}, exclude_none=True)
 
     @model_validator(mode="after")
@@ -242,7 +242,7 @@ class RunConfig(Section):
         return self.model_dump()
 
     def to_yaml(self) -> str:
-        """YAML that `load_run_config` reads back to an equal configuration."""
+        """Writes YAML that `load_run_config` reads back to an equal configuration."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
@@ -317,7 +317,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _message(cls: type[RunConfig], values: dict[str, Any], error: Any) -> str:
-    """One line for one of pydantic's errors: the key, what it wants and what it got."""
+    """Says in a line which key one of pydantic's errors is about, what it wants and what it got."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "value_error":  # raised by a check above, which names its keys
         return str(context["error"])

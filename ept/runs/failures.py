@@ -31,7 +31,7 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 @contextmanager
 def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
-    """Adds to an error that the machine is to blame for what to do about it, and which checkpoint is left.
+    """Adds to errors of the machine's what to do about them, and which checkpoint is left.
 
     Raises:
         MemoryError: there was no memory left.
@@ -41,21 +41,18 @@ def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        checkpoint = folder.last_checkpoint()
-        left = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
-        resume = "; --resume continues from there" if checkpoint else ""
         if isinstance(error, FloatingPointError):  # which would come again
-            raise FloatingPointError(f"{error}. {left}") from error
+            raise FloatingPointError(f"{error}. {_last_good(folder)[0]}") from error
         if _is_out_of_memory(error):
-            raise MemoryError(f"{_memory_advice(config)}. {left}{resume}") from error
+            raise MemoryError(f"{_memory_advice(config)}. {''.join(_last_good(folder))}") from error
         if isinstance(error, OSError) and (advice := _disk_advice(error, folder)):
-            raise OSError(f"{advice}. {left}{resume}") from error
+            raise OSError(f"{advice}. {''.join(_last_good(folder))}") from error
         raise
 
 
 @contextmanager
 def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
-    """Turns what PyTorch and safetensors raise when rank 0 cannot write a checkpoint or the adapter into OSError.
+    """Turns the errors of PyTorch and safetensors on rank 0, when a file cannot be written, into OSError.
 
     A checkpoint that is not whole is deleted: the disk may be full, and it is of no use.
     """
@@ -135,6 +132,14 @@ def _disk_advice(error: OSError, folder: RunFolder) -> str | None:
     if error.errno in _REFUSED and (place == folder.path or folder.path in place.parents):
         return _refused(place, str(error.strerror))
     return None
+
+
+def _last_good(folder: RunFolder) -> tuple[str, str]:
+    """Says which checkpoint is left, and how to go on from it."""
+    checkpoint = folder.last_checkpoint()
+    if checkpoint is None:
+        return "There is no checkpoint yet", ""
+    return f"The last good checkpoint is {checkpoint}", "; --resume continues from there"
 
 
 def _refused(place: Path, why: str) -> str:

@@ -31,7 +31,7 @@ MODEL_CLASSES = {
 
 
 def default_device() -> torch.device:
-    """The accelerator of this machine, else the CPU; of several processes' accelerators this one's, with its index."""
+    """Returns this machine's accelerator, on each of several ranks its own one, or the CPU where there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or is_cpu_requested():
         return torch.device("cpu")
@@ -39,7 +39,7 @@ def default_device() -> torch.device:
 
 
 def task_type_of(model: ModelConfig) -> str:
-    """The task type that the configuration names, else the one that the model's own configuration implies.
+    """Returns the task type that the configuration names, else the one that the model's own configuration implies.
 
     Raises:
         ValueError: there is no such model.
@@ -52,7 +52,7 @@ def task_type_of(model: ModelConfig) -> str:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token (the end token where the model has none).
+    """Loads the tokenizer, with a padding token (the end token where the model has none).
 
     Raises:
         ValueError: it cannot be loaded, or has neither a padding nor an end token.
@@ -72,7 +72,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def load_base_model(
     model: ModelConfig, task_type: str, num_labels: int, pad_token_id: int, device: torch.device | None = None
 ) -> PreTrainedModel:
-    """The base model in eval mode on `device` (None: the accelerator, else the CPU).
+    """Loads the base model in eval mode on `device` (None: the accelerator, else the CPU).
 
     A GGUF file is unpacked into a plain float model of the same class; `load_in_4bit` quantises through bitsandbytes.
 
@@ -108,7 +108,7 @@ def load_base_model(
 
 
 def _heads(model: ModelConfig) -> list[str]:
-    """Names of a classifier's heads: they are trained, and so must not be quantised."""
+    """Names a classifier's heads: they are trained, and so must not be quantised."""
     config = _from_pretrained(AutoConfig, model, model.name_or_path)
     with torch.device("meta"):
         skeleton = AutoModelForSequenceClassification.from_config(config)
@@ -116,7 +116,7 @@ def _heads(model: ModelConfig) -> list[str]:
 
 
 def _from_pretrained(cls: Any, model: ModelConfig, name: str | None, **options: Any) -> Any:
-    """`cls.from_pretrained` with one clear error; never with trust_remote_code."""
+    """Calls `cls.from_pretrained`, with one clear error and never with trust_remote_code."""
     if name is None:
         raise ValueError("model.name_or_path is not set: give a model folder or hub name")
     if model.gguf_file is not None:
@@ -133,7 +133,7 @@ def _from_pretrained(cls: Any, model: ModelConfig, name: str | None, **options: 
 
 
 def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The same model without the mark "quantized", which transformers leaves on models unpacked from GGUF."""
+    """Takes the mark "quantized" away, which transformers leaves on models unpacked from GGUF."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def get_method(name: str) -> Method:
-    """The method of that name. Raises ValueError for an unknown one, with the nearest known name."""
+    """Finds the method of that name. Raises ValueError for an unknown one, with the nearest known name."""
     if name not in METHODS:
         near = difflib.get_close_matches(name[:40], METHODS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown method {shown(name)}: did you mean {near!r}? Known: {', '.join(METHODS)}")

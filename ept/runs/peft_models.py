@@ -25,9 +25,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..embedding import embedding_width
 from ..model.base_model import input_embedding, set_mode
 from ..model.inputs import divide_loss
-from ..prompt import embedding_width
 from .config import MethodConfig
 from .method_table import Method
 
@@ -38,14 +38,14 @@ PROMPT_SHARE = 0.4
 
 
 def attach(base: Any, config: PeftConfig, *, seed: int = 0, **_: Any) -> PeftModel:
-    """`base` with a fresh adapter of PEFT's, drawn with `seed`."""
+    """Puts a fresh adapter of PEFT's on `base`, drawn with `seed`."""
     torch.manual_seed(seed)
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     return type(kind.__name__, (_LikeEPTModel, kind), {})(base, config)
 
 
 def attach_trained(base: Any, folder: Path, **_: Any) -> PeftModel:
-    """`base` with the adapter that a run saved in `folder`."""
+    """Puts the adapter of PEFT's that a run saved in `folder` on `base`."""
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False  # PEFT would leave p-tuning's encoder out
     model = attach(base, config)
@@ -77,7 +77,7 @@ def multitask_prompt_tuning(method: Method, settings: MethodConfig, base: Any, t
 
 
 def p_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    """With the widest encoder, linear layers d → h → h → d with biases, that fits the budget."""
+    """Takes the widest encoder, linear layers d → h → h → d with biases, that fits the budget."""
     d, budget = _width(base), settings.budget
     usual = method.usual_tokens if budget is None else max(1, int(PROMPT_SHARE * budget / d))
     tokens = settings.num_virtual_tokens or usual
@@ -100,7 +100,7 @@ def p_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, 
 
 
 def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    """On PEFT's default modules of the architecture; of rank 1 on the last ones where the budget has no more."""
+    """Takes PEFT's default modules of the architecture; at rank 1 the last ones only, where the budget has no more."""
     suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base.config.model_type)
     if suffixes is None:
         raise ValueError(f"PEFT has no default LoRA modules for {base.config.model_type}: leave lora out")
@@ -129,7 +129,7 @@ def _width(base: Any) -> int:
 
 
 def _fitting_tokens(method: Method, settings: MethodConfig, fixed: int, each: int) -> int:
-    """Virtual tokens: those asked for, checked against the budget, or as many as fit it."""
+    """Returns the number of virtual tokens: the one asked for, if it fits the budget, or as many as fit."""
     tokens, budget = settings.num_virtual_tokens, settings.budget
     if budget is None:
         return tokens or method.usual_tokens
@@ -155,7 +155,7 @@ class _LikeEPTModel(PeftModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`text_mask` is EPT's alone and ignored; the other arguments are those of `EPTModel.forward`."""
+        """Takes the arguments of `EPTModel.forward`; `text_mask` is EPT's alone and ignored."""
         kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, **self._with_task(input_ids, kwargs)}
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
         if not causal or labels is None or logits_to_keep == 0:
@@ -179,13 +179,13 @@ class _LikeEPTModel(PeftModel):
         return super().generate(*args, **self._with_task(kwargs.get("input_ids"), kwargs))
 
     def train(self, mode: bool = True) -> Any:
-        """The adapter's mode; the frozen model, and with it its dropout, stays in eval mode."""
+        """Sets the adapter's mode; the frozen model, and with it its dropout, stays in eval mode."""
         super().train(mode)
         set_mode(self.get_base_model(), mode, dropout=False)
         return self
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT does; of p-tuning also the encoder, in a file beside.
+        """Saves as PEFT does; of p-tuning also the encoder, in a file beside.
 
         PEFT saves the prompt that comes out of the encoder, from which neither training nor the choice of the best
         checkpoint can go on: loaded back, it would pass through the encoder once more.
@@ -202,7 +202,7 @@ class _LikeEPTModel(PeftModel):
         return result
 
     def _with_task(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Multitask prompt tuning wants to know each row's task: there is one."""
+        """Tells multitask prompt tuning each row's task: there is one."""
         if self.active_peft_config.peft_type != PeftType.MULTITASK_PROMPT_TUNING or input_ids is None:
             return kwargs
         return {"task_ids": input_ids.new_zeros(input_ids.shape[0]), **kwargs}

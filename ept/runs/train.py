@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 
 from ..model.compilation import compile_layers
@@ -96,16 +96,17 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         folder.check(config, resume, overwrite, processes.world_size)
 
     processes.from_rank_zero(check)
-    run = processes.together(lambda: prepare(config, processes))
-    trainer = processes.together(lambda: PromptTrainer(config, run, folder))
+    trainer = processes.together(lambda: PromptTrainer(config, prepare(config, processes), folder))
     trainer.add_callback(signals)
-    recorder, log = trainer.recorder, trainer.recorder.log
+    run, recorder, log = trainer.run, trainer.recorder, trainer.recorder.log
 
     checkpoint = processes.from_rank_zero(lambda: folder.begin(config, resume))
     log.keep_until(int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else 0)
     before = _score_before(log, run, config)
     if config.training.tensorboard and processes.is_rank_zero:
-        trainer.add_callback(_tensorboard(folder))
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder.tensorboard))))
     recorder.seconds_before = max((event.get("seconds", 0.0) for event in log.read()), default=0.0)
 
     if torch.cuda.is_available():
@@ -175,9 +176,3 @@ def _score_before(log: MetricsLog, run: PreparedRun, config: RunConfig) -> dict[
     before = run.score(run.run_data.data.test, progress="scoring the untrained adapter")
     log.append({"step": 0, "before": before})
     return before
-
-
-def _tensorboard(folder: RunFolder) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder.tensorboard)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,18 +52,25 @@ class PromptTrainer(Trainer):
     def __init__(self, config: RunConfig, run: PreparedRun, folder: RunFolder) -> None:
         self.run_config, self.run, self.folder = config, run, folder
         self.recorder = Recorder(config, MetricsLog(folder.metrics, writes=run.processes.is_rank_zero))
-        data = run.run_data.data
-        patience = config.training.early_stopping_patience
+        data, training = run.run_data.data, config.training
+        patience, multiple = training.early_stopping_patience, training.pad_to_multiple_of
         encoded = encode_split(data.train, run.tokenizer, data.labels, run.task_type, data.task.values)
-        if config.training.compile_layers and config.training.pad_to_multiple_of is not None:
-            check_lengths(max(encoded["length"]), config.training.pad_to_multiple_of)
+        if training.compile_layers and multiple is not None:
+            check_lengths(max(encoded["length"]), multiple)
+        collator = Collator(
+            run.task_type,
+            int(run.tokenizer.pad_token_id),
+            pad_to_multiple_of=multiple,
+            answer_tokens=max(map(len, run.answers), default=0) if multiple is not None else 0,
+            label_only_logits=training.label_only_logits,
+        )
         self.progress = ProgressBar(data.task.metrics[0], shown=run.processes.is_rank_zero)
         super().__init__(
             model=run.model,
             args=training_arguments(config, folder, metric=data.task.metrics[0]),
             train_dataset=encoded,
             eval_dataset=data.validation,
-            data_collator=collator(config, run),
+            data_collator=collator,
             callbacks=[
                 self.recorder,
                 self.progress,
@@ -88,7 +96,7 @@ class PromptTrainer(Trainer):
         loader = torch.utils.data.DataLoader(
             rows,
             batch_sampler=SharedBatches(self._get_train_sampler(), self.args.train_batch_size, self.run.processes),
-            collate_fn=FillingCollator(self.data_collator, rows[0]),
+            collate_fn=partial(collate_share, self.data_collator, rows[0]),
             pin_memory=self.args.dataloader_pin_memory,
         )
         return prepare_data_loader(  # as for one process: the batches are shares already
@@ -111,10 +119,7 @@ class PromptTrainer(Trainer):
         """Loads what a training that was over at `checkpoint` ends with: the best weights, and the state."""
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         locate_best(self.state, self.folder)
-        if self.state.best_model_checkpoint is None:
-            self._load_from_checkpoint(str(checkpoint))
-        else:
-            self._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint or str(checkpoint))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -150,7 +155,7 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader."""
+        """Takes the number of the epoch from the data loader."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -159,9 +164,9 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
 
 class SharedBatches(BatchSampler):
-    """One rank's share of each batch of all ranks, whose batches are those of one process with as large a batch.
+    """A rank's share of each batch, where the batches are those of one process with as large a batch size.
 
-    (accelerate deals whole batches out in turn, and completes the last round of an epoch with rows of its beginning.)
+    accelerate deals whole batches out in turn, and completes the last round of an epoch with rows of its beginning.
     A last batch of fewer rows than ranks leaves some without any: their share is an empty list.
 
     Args:
@@ -180,33 +185,15 @@ class SharedBatches(BatchSampler):
         return len(self.batch_sampler)
 
 
-@dataclass
-class FillingCollator:
-    """`collate`, and for an empty share a batch of the row `filler` that does not count.
+def collate_share(collate: Callable[[Any], dict[str, Any]], filler: dict[str, Any], rows: Any) -> dict[str, Any]:
+    """Collates a rank's share of a batch; an empty share becomes a batch of the row `filler` that does not count.
 
     Its labels are all -100; the true ones, with which the model is called all the same, are beside them.
     """
-
-    collate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-    filler: dict[str, Any]
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if rows:
-            return self.collate(rows)
-        batch = self.collate([self.filler])
-        return {**batch, "labels": torch.full_like(batch["labels"], -100), FILLER_LABELS: batch["labels"]}
-
-
-def collator(config: RunConfig, run: PreparedRun) -> Collator:
-    """Makes the batches as the configuration's options of the step say."""
-    training = config.training
-    return Collator(
-        run.task_type,
-        int(run.tokenizer.pad_token_id),
-        pad_to_multiple_of=training.pad_to_multiple_of,
-        answer_tokens=max(map(len, run.answers), default=0) if training.pad_to_multiple_of is not None else 0,
-        label_only_logits=training.label_only_logits,
-    )
+    if rows:
+        return collate(rows)
+    batch = collate([filler])
+    return {**batch, "labels": torch.full_like(batch["labels"], -100), FILLER_LABELS: batch["labels"]}
 
 
 def parameter_groups(
@@ -216,7 +203,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     method: str = "ept",
 ) -> list[dict[str, Any]]:
-    """Groups of the optimizer, each at the rate that fits what a step of Adam does to the embeddings.
+    """Makes the groups of the optimizer, each at the rate that fits what a step of Adam does to the embeddings.
 
     * `prompt` and `U`, whose entries stand in the units of the prompt: `learning_rate`;
     * the maps `D`, `G`, `W_q`, `W_k`: `low_rank_learning_rate`/√d. A step changes each of a column's d entries by about

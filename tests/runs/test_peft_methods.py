@@ -19,6 +19,7 @@ from ept.runs.trainer import PromptTrainer
 
 NAMES = [name for name, method in METHODS.items() if method.built_by.startswith("peft_models:")]
 BUDGET = 2000
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def attached(name, family, **settings):
