@@ -152,6 +152,11 @@ def adopting(kernel: str, size: Size, config: Config) -> Iterator[None]:
         _forget_choices()
 
 
+def key(kernel: str, dtype: torch.dtype) -> str:
+    """Names `kernel` in a file of measured configurations, for what it reads in `dtype`."""
+    return f"{kernel}/{8 * dtype.itemsize}-bit"
+
+
 def padded(size: int) -> int:
     """The power of two from 16 up that holds `size`: the least that a matrix product takes."""
     return max(16, 1 << max(size - 1, 0).bit_length())

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, all_registers, architecture, cached_choice, config_for, launch, on_device
+from ..launch import Config, all_registers, architecture, cached_choice, config_for, key, launch, on_device
 from .decode import levels
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
@@ -50,11 +50,6 @@ class Weight(NamedTuple):
     def pointers(self) -> tuple[Tensor | None, ...]:
         """What every kernel takes first."""
         return (*self[:5], levels(self.quant_type, self.packed.device))
-
-
-def key(kernel: str, dtype: torch.dtype) -> str:
-    """Name of `kernel` in a file of measured configurations, for tokens of `dtype`."""
-    return f"{kernel}/{8 * dtype.itemsize}-bit"
 
 
 def heuristic(kernel: str, rows: int, columns: int) -> Config:
