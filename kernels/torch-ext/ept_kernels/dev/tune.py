@@ -437,7 +437,7 @@ def main(arguments: list[str] | None = None) -> None:
             row = tune(tunable, device, options.samples)
         rows.append(row)
         # Later ones are measured with what has won: a path of a product with the kernels that it will have.
-        winners.enter_context(launch.adopting(tunable.kernel, tunable.size, row["config"]))
+        winners.enter_context(launch.trying(tunable.kernel, row["config"], tunable.size))
         print(
             f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
             f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",

@@ -1,6 +1,6 @@
-"""What the gated spaces add to the joint prompt's gradients: to those of `p`, `D`, `U` and `G`, a tile each.
+"""The gated spaces' part of the joint prompt's gradients: of those of `p`, `D`, `U` and `G`, a tile each.
 
-Helpers of the backward kernel; letters as in `joint_prompt_gradients.py`.
+Helpers of the backward kernel; letters as in `backward.py`.
 """
 
 from __future__ import annotations

@@ -3,16 +3,6 @@
 The left rows `[p; ∂P; B]` are multiplied with the right rows `[p; B; U; Dᵀ; Gᵀ; W_qᵀ; W_kᵀ]` tile by tile. Tiles
 that nothing reads are left out; `∂P` and `U` belong to the backward. Beside them the squares of `A·B`'s rows are
 summed, whose tiles live in registers only. The width d is split into parts, which the reader adds up in order.
-
-What the forward takes, counted, without maps, m = 256:
-
-| | bytes read | inner products | squares of C | all rows' softmax | expansion to d |
-|---|---|---|---|---|---|
-| s = 40, d = 768, r = 30, K = 4, K·h = 8 | 0.3 MB | 5 MFLOP | 12 MFLOP | 1.2 MFLOP | 5 MFLOP |
-| s = 100, d = 4096, r = 60, K = 8, K·h = 32 | 3.9 MB | 164 MFLOP | 126 MFLOP | 6 MFLOP | 157 MFLOP |
-
-The softmax is rebuilt once a column tile of d: forward by each program for its own rows, backward by most programs for
-all rows, with the gradient's product beside it. There it is the larger part of the work, which two launches cost.
 """
 
 from __future__ import annotations

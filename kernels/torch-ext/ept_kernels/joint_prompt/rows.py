@@ -1,7 +1,7 @@
-"""What lies between the two products of the joint prompt: scores, softmaxes, gates and activations of a tile of rows.
+"""Scores, softmaxes, gates and activations of a tile of rows: the joint prompt between its two products.
 
 Helpers of the kernels. They read the inner products and rebuild the little that a program needs in registers; nothing
-is kept in memory between them. Letters as in `joint_prompt.py`; `z` is the `Shape`. Rows beyond the last
+is kept in memory between them. Letters as in `reference.py`; `z` is the `Shape`. Rows beyond the last
 are zero on both sides of every product, columns beyond the last have the score −∞.
 """
 
