@@ -43,7 +43,7 @@ def joint_prompt(
     score_scale: float,
     activation: str = "gelu",
 ) -> Tensor:
-    """`ept_kernels.joint_prompt_reference` in two launches, one with neither fusion nor spaces."""
+    """Computes `ept_kernels.joint_prompt_reference` in two launches, one with neither fusion nor spaces."""
     out = prompt.new_empty(prompt.shape)
     if not out.numel():
         return out
@@ -73,7 +73,7 @@ def joint_prompt_backward(
     score_scale: float,
     activation: str = "gelu",
 ) -> tuple[Tensor, ...]:
-    """`ept_kernels.joint_prompt_backward_reference` in two launches, one with neither fusion nor spaces.
+    """Computes `ept_kernels.joint_prompt_backward_reference` in two launches, one with neither fusion nor spaces.
 
     Gradients of parameters that have elements but no part in the result (`A` without fusion) are filled with zeros.
     """

@@ -41,7 +41,7 @@ def prompted_embedding(
     scale: float,
     adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """`ept_kernels.prompted_embedding_reference` in one launch."""
+    """Computes `ept_kernels.prompted_embedding_reference` in one launch."""
     batch, n = input_ids.shape
     s, d = prompt.shape[-2], table.shape[1]
     m, r = A.shape[-2:]
@@ -61,7 +61,7 @@ def prompted_embedding(
 def prompted_embedding_packed(
     input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    """`ept_kernels.prompted_embedding_packed_reference` in one launch."""
+    """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
     texts, tokens = cu_seqlens.shape[0] - 1, input_ids.shape[0]
     s, d = prompt.shape[0], table.shape[1]
     m, r = A.shape
@@ -81,7 +81,7 @@ def prompted_embedding_packed(
 def prompted_embedding_backward(
     grad_output: Tensor, positions: Tensor, A: Tensor, B: Tensor, scale: float, adapter_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ept_kernels.prompted_embedding_backward_reference` in three launches, one where there is no update."""
+    """Computes `ept_kernels.prompted_embedding_backward_reference` in three launches, one where there is no update."""
     batch, n = positions.shape
     s, d = grad_output.shape[1] - n, grad_output.shape[2]
     m, r = A.shape[-2:]
