@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, cached_choice, config_for, launch, on_device, padded, precision
+from ..launch import Config, all_registers, cached_choice, config_for, launch, on_device, padded, precision
 from .expand import joint_prompt_backward_kernel, joint_prompt_kernel
 from .products import UNIT, joint_prompt_products_kernel, joint_prompt_sum_kernel
 from .rows import STATS, joint_prompt_rows_kernel
@@ -29,7 +29,6 @@ CONFIGS: dict[str, Config] = {
     "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
     "joint_prompt_backward": {"BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
 }
-
 
 
 def joint_prompt(
@@ -143,9 +142,7 @@ class _Sizes(NamedTuple):
     backward: bool
 
     @classmethod
-    def of(
-        cls, prompt: Tensor, A: Tensor, beta: Tensor, W_q: Tensor, D: Tensor, G: Tensor, backward: bool
-    ) -> _Sizes:
+    def of(cls, prompt: Tensor, A: Tensor, beta: Tensor, W_q: Tensor, D: Tensor, G: Tensor, backward: bool) -> _Sizes:
         (s, d), (m, r), fusion, columns = prompt.shape, A.shape, beta.numel() > 0, D.shape[1]
         if not (fusion and m and r):
             m = r = 0
@@ -247,7 +244,7 @@ def _up(size: int) -> int:
 @cached_choice
 def _chosen(kernel: str, d: int, device: torch.device) -> dict[str, Any]:
     config = config_for(kernel, (d,), device, CONFIGS[kernel])
-    return {**config, "PRECISION": precision(torch.float32, device)}
+    return {**config, "PRECISION": precision(torch.float32, device), **all_registers(device)}
 
 
 def _options(kernel: str, d: int, device: torch.device) -> dict[str, Any]:

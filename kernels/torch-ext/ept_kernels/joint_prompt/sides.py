@@ -86,9 +86,7 @@ def joint_prompt_sides_kernel(
         b_total = tl.zeros([TILE], tl.float32)
         for first in range(0, s, BLOCK_S):
             o_i = first + tl.arange(0, BLOCK_S)
-            b_delta, _, b_S = score_gradients(
-                scores, slopes, stats, o_i, o_m, m_m, s, score_width, score_scale, b_beta
-            )
+            b_delta, _, b_S = score_gradients(scores, slopes, stats, o_i, o_m, m_m, s, score_width, score_scale, b_beta)
             b_total += tl.sum(b_delta * b_S, 0)
         # what reaches the mean square of C's row, times what that is of A: grad_A has w·A·(B·Bᵀ)
         b_w_A = -(lowrank_scale * lowrank_scale / d) * b_n_C * b_n_C * b_total
