@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import ept_kernels
 from ept import functional
@@ -195,6 +198,17 @@ def test_autocast_does_not_reach_into_the_operators():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = joint_prompt(*inputs)
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("mode", [partial(FlopCounterMode, display=False), torch.inference_mode])
+def test_the_backward_works_where_autograd_is_shut_out(mode):
+    """The reference makes use of it."""
+    problem = joint(dtype=torch.float32).backward
+    inputs = problem.inputs()
+    expected = ept_kernels.joint_prompt_backward(*inputs)
+    with mode():
+        counted = ept_kernels.joint_prompt_backward(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(counted, expected, strict=True))
 
 
 def test_second_derivative_is_refused():

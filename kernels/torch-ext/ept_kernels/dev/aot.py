@@ -87,10 +87,10 @@ def record(problem: Problem, architecture: str, configs: dict[str, Config] | Non
         launcher(*inputs)
     found = []
     for kernel, grid, args, meta in launched:
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        of = "" if name == problem.operator else f" of {problem.operator}"
         types = tuple(x.dtype if isinstance(x, torch.Tensor) else x for x in args)
-        found.append(
-            Case(f"{kernel.fn.__name__.removesuffix('_kernel')} of {problem.name}{note}", kernel, grid, types, meta)
-        )
+        found.append(Case(f"{name}{of} {problem.sizes}{note}", kernel, grid, types, meta))
     return found
 
 

@@ -36,11 +36,15 @@ class Problem(ABC):
     operator: str = field(default="", kw_only=True)
 
     @property
-    def name(self) -> str:
-        """The operator and what differs from the defaults."""
+    def sizes(self) -> str:
+        """What differs from the defaults."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        changed = ",".join(f"{name}={value}" for name, value in values.items() if name != "operator")
-        return f"{self.operator} {changed.replace('torch.', '')}".strip()
+        changed = (f"{name}={value}" for name, value in values.items() if name not in ("operator", "vocabulary"))
+        return ",".join(changed).replace("torch.", "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} {self.sizes}".strip()
 
     @property
     def backward(self: _P) -> _P:

@@ -38,7 +38,7 @@ from ..four_bit import dequantize, paths, splits
 from ..joint_prompt import launchers as joint_prompt
 from ..launch import Config, Size, padded
 from ..library import launcher_of
-from ..prompted_embedding import configs as prompted_embedding
+from ..prompted_embedding import launchers as prompted_embedding
 from .problems import (
     LLAMA_7B,
     LLAMA_7B_JOINT,

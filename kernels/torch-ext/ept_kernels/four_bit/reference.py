@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..library import register
+from ..library import compute_dtype, register
 from .weight import LEVELS, SCHEMA, FourBitWeight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -70,4 +72,126 @@ _dequantize_4bit = register(
     dequantize_parts,
     _fake,
     launcher="four_bit.dequantize",
+)
+
+
+def matmul_parts(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_code: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    *sizes: Any,
+) -> Tensor:
+    """`matmul_4bit_reference` of the parts of a weight: what the operator takes."""
+    dtype = compute_dtype(x)
+    W = _dequantized(packed, absmax, nested_absmax, nested_code, nested_offset, *sizes, x.dtype).to(dtype)
+    out = x.to(dtype) @ W.mT
+    return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
+
+
+def matmul_backward_parts(grad_output: Tensor, *weight: Any) -> Tensor:
+    """`matmul_4bit_backward_reference` of the parts of a weight: what the operator takes."""
+    dtype = compute_dtype(grad_output)
+    W = _dequantized(*weight, grad_output.dtype).to(dtype)
+    return (grad_output.to(dtype) @ W).to(grad_output.dtype)
+
+
+def matmul_4bit_reference(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
+    """`x·Wᵀ + bias`.
+
+    Args:
+        x: `[..., columns]` float32, float16, bfloat16 or float64.
+        weight: `W`, `[rows, columns]`; rounded to x's dtype, as a dequantised weight would be.
+        bias: `[rows]`, any floating dtype.
+
+    Returns:
+        `[..., rows]` in x's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    check_operands(x, weight, bias)
+    return matmul_parts(x, *weight.tensors, bias, *weight.sizes)
+
+
+def matmul_4bit(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
+    """`matmul_4bit_reference` through the operator `ept::matmul_4bit`; raises as it does."""
+    check_operands(x, weight, bias)
+    return _matmul_4bit(x, *weight.tensors, bias, *weight.sizes)
+
+
+def matmul_4bit_backward_reference(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
+    """`grad_output·W`, the gradient of x; the weight is frozen and gets none.
+
+    Args:
+        grad_output: `[..., rows]`, gradient of the product, in its dtype.
+
+    Returns:
+        `[..., columns]` in grad_output's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check("grad_output", grad_output, weight.rows, weight)
+    return matmul_backward_parts(grad_output, *weight.tensors, *weight.sizes)
+
+
+def matmul_4bit_backward(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
+    """`matmul_4bit_backward_reference` through the operator `ept::matmul_4bit_backward`; raises as it does."""
+    _check("grad_output", grad_output, weight.rows, weight)
+    return _matmul_4bit_backward(grad_output, *weight.tensors, *weight.sizes)
+
+
+def _dequantized(*arguments: Any) -> Tensor:
+    return dequantize_parts(*arguments)
+
+
+def _check(name: str, tensor: Tensor, width: int, weight: FourBitWeight) -> None:
+    if tensor.dim() == 0 or tensor.shape[-1] != width:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, the 4-bit weight [{weight.rows}, {weight.columns}] needs "
+            f"[..., {width}]"
+        )
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype}: use one of {', '.join(map(str, DTYPES))}")
+    _check_device(name, tensor, weight)
+
+
+def check_operands(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> None:
+    """Refuses what `matmul_4bit` cannot multiply, with a ValueError."""
+    _check("x", x, weight.columns, weight)
+    if bias is None:
+        return
+    if tuple(bias.shape) != (weight.rows,) or not bias.is_floating_point():
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, the 4-bit weight needs ({weight.rows},) floats")
+    _check_device("bias", bias, weight)
+
+
+def _check_device(name: str, tensor: Tensor, weight: FourBitWeight) -> None:
+    if tensor.device != weight.packed.device:
+        raise ValueError(f"{name} is on {tensor.device}, the 4-bit weight on {weight.packed.device}: move one of them")
+
+
+def _matmul_fake(x, *weight):
+    return x.new_empty(*x.shape[:-1], weight[-2])
+
+
+def _matmul_backward_fake(grad_output, *weight):
+    return grad_output.new_empty(*grad_output.shape[:-1], weight[-1])
+
+
+_matmul_4bit = register(
+    f"matmul_4bit(Tensor x, {SCHEMA.format('Tensor? bias,')}) -> Tensor",
+    matmul_parts,
+    _matmul_fake,
+    launcher="four_bit.matmul",
+)
+_matmul_4bit_backward = register(
+    f"matmul_4bit_backward(Tensor grad_output, {SCHEMA.format('')}) -> Tensor",
+    matmul_backward_parts,
+    _matmul_backward_fake,
+    launcher="four_bit.matmul_backward",
 )

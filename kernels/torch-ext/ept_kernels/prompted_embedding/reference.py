@@ -1,7 +1,6 @@
 """The prompted input of the model, `[P; W[id] + scale·A[pos]·B]`, in one pass, and its backward.
 
-Letters as in the method: `W` the frozen embedding table, `P` the (joint) prompt, `A·B` the low-rank update of
-    the input
+Letters as in the method: `W` the frozen embedding table, `P` the (joint) prompt, `A·B` the low-rank update of the input
 embeddings, indexed by the token's position among the real tokens of its text. Position −1 means no update.
 """
 
@@ -10,12 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import register
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 as soon as one of `tensors` is float64."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+from ..library import compute_dtype, register
 
 
 def prompted_embedding_reference(
@@ -64,8 +58,7 @@ def prompted_embedding_packed_reference(
 
     Args:
         input_ids: `[tokens]`, the texts one after another.
-        cu_seqlens: `[texts + 1]` int32 or int64, where each text begins in `input_ids`, and the end: `0 …
-            tokens`.
+        cu_seqlens: `[texts + 1]` int32 or int64, where each text begins in `input_ids`, and the end: `0 … tokens`.
         table, prompt, A, B, scale: as for `prompted_embedding_reference`; every token is updated.
 
     Returns:
