@@ -67,27 +67,10 @@ def _write_token_rows(
 
 
 @triton.jit
-def _write_tokens(
-    input_ids,  # [n] of one batch row
-    table,
-    out,  # [n, d] of one batch row, after its prompt
-    b_C,  # [BLOCK, BLOCK_D], or zero: the update of each token
-    o_n,  # [BLOCK] tokens
-    m_n,  # [BLOCK] which of them there are
-    o_d,  # [BLOCK_D]
-    d,
-    vocabulary,
-    stride_table_v,
-    stride_table_d,
-):
-    """Writes `W[id] + C` for some tokens of one batch row; an id outside the table reads nothing and gives NaN."""
+def _row_of(input_ids, o_n, m_n, vocabulary):
+    """Rows of the table that the tokens `o_n` of one text are, and which of them are to be read."""
     b_id = tl.load(input_ids + o_n, mask=m_n, other=0).to(tl.int64)
-    is_row = (b_id >= 0) & (b_id < vocabulary)
-    m_d = (o_d < d)[None, :]
-    p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
-    b_W = tl.load(p_W, mask=(m_n & is_row)[:, None] & m_d, other=float("nan")).to(tl.float32)
-    p_out = out + o_n[:, None] * d + o_d[None, :]
-    tl.store(p_out, (b_W + b_C).to(out.dtype.element_ty), mask=m_n[:, None] & m_d)
+    return b_id, m_n & (b_id >= 0) & (b_id < vocabulary)
 
 
 @triton.jit(do_not_specialize=["batch", "n", "s", "m", "r", "rows", "runs", "vocabulary", "adapters"])
@@ -107,7 +90,7 @@ def prompted_embedding_kernel(
     n,
     s,
     d,
-    m,
+    m,  # 0 without an update
     r,
     rows,  # batch rows that a program writes, one after another; 1 with adapters
     runs,  # how many such runs of rows there are
@@ -118,7 +101,6 @@ def prompted_embedding_kernel(
     # Meta-parameters
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
     RANK: tl.constexpr,  # r padded to a power of two from 16 up; 0: no update
     PRECISION: tl.constexpr,
 ):
@@ -126,7 +108,7 @@ def prompted_embedding_kernel(
 
     The first programs own positions: a tile of `C = scale·A·B` is made once and added to the tokens that stand there,
     batch row by batch row. The next ones own rows of the prompt. The last ones look for tokens without an update, and
-    write them, all of their columns.
+    write them, all of their columns. An id outside the table reads nothing and gives NaN.
     """
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
@@ -135,8 +117,10 @@ def prompted_embedding_kernel(
     width = tl.cast(s + n, tl.int64) * d
     if i_program < owned:
         o_d = (i_program % columns).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_d = (o_d < d)[None, :]
         i_tile = (i_program // columns) % (tiles_m + tiles_s)
         first = i_program // columns // (tiles_m + tiles_s) * rows
+        last = tl.minimum(first + rows, batch)
         updated = m  # rows of A that count
         if adapter_ids is not None:
             i_a = tl.load(adapter_ids + first).to(tl.int64)
@@ -152,27 +136,23 @@ def prompted_embedding_kernel(
                 o_r = tl.arange(0, RANK).to(tl.int64)
                 b_A = load_A(A, o_m.to(tl.int64), o_r, o_m < updated, r, r, 1)  # [BLOCK_T, RANK]
                 b_C = scale * tl.dot(b_A, load_B(B, o_r, o_d, r, d, d, 1), input_precision=PRECISION)
-            for i in tl.range(first, tl.minimum(first + rows, batch), num_stages=STAGES):
-                i_b = tl.cast(i, tl.int64)
-                b_token = tl.load(token_at + i_b * m + o_m, mask=o_m < m, other=-1).to(tl.int64)
-                _write_tokens(
-                    input_ids + i_b * n,
-                    table,
-                    out + i_b * width + s * d,
-                    b_C,
-                    b_token,
-                    b_token >= 0,
-                    o_d,
-                    d,
-                    vocabulary,
-                    stride_table_v,
-                    stride_table_d,
-                )
+            i_b = first.to(tl.int64)
+            o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & (first < last), other=-1).to(tl.int64)
+            b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
+            for i in range(first, last):
+                p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
+                b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
+                p_out = out + tl.cast(i, tl.int64) * width + (s + o_n)[:, None] * d + o_d[None, :]
+                m_out = (o_n >= 0)[:, None] & m_d
+                # The next row's look-up, two loads in a row, runs while this one's embeddings are on their way.
+                i_b = tl.cast(i + 1, tl.int64)
+                o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & (i + 1 < last), other=-1).to(tl.int64)
+                b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
+                tl.store(p_out, (b_W + b_C).to(out.dtype.element_ty), mask=m_out)
         else:
             o_s = ((i_tile - tiles_m) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-            for i in range(first, tl.minimum(first + rows, batch)):
-                p_out = out + tl.cast(i, tl.int64) * width
-                _write_prompt_rows(prompt, p_out, o_s, o_s, o_s < s, o_d, d, d, 1)
+            for i in range(first, last):
+                _write_prompt_rows(prompt, out + tl.cast(i, tl.int64) * width, o_s, o_s, o_s < s, o_d, d, d, 1)
     else:
         i_loose = i_program - owned
         i_b = (i_loose // tl.cdiv(n, BLOCK_T)).to(tl.int64)
@@ -181,24 +161,17 @@ def prompted_embedding_kernel(
         is_owned = (b_position >= 0) & (b_position < m)
         b_owner = tl.load(token_at + i_b * m + b_position, mask=(o_n < n) & is_owned, other=-1)
         m_n = (o_n < n) & (b_owner != o_n)
-        # Of two tokens at one position, which no text has, the first is nobody's: no result is better than a wrong one.
-        b_C = tl.where(is_owned, float("nan"), 0.0)[:, None] + tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         if tl.max(m_n.to(tl.int32), axis=0) > 0:
+            b_id, is_read = _row_of(input_ids + i_b * n, o_n, m_n, vocabulary)
+            # Of two tokens at one position, which no text has, the first is nobody's: NaN rather than a wrong result.
+            is_read = is_read & ~is_owned
             for start in range(0, d, BLOCK_D):
                 o_d = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_D)
-                _write_tokens(
-                    input_ids + i_b * n,
-                    table,
-                    out + i_b * width + s * d,
-                    b_C,
-                    o_n,
-                    m_n,
-                    o_d,
-                    d,
-                    vocabulary,
-                    stride_table_v,
-                    stride_table_d,
-                )
+                m_d = (o_d < d)[None, :]
+                p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
+                b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
+                p_out = out + i_b * width + (s + o_n)[:, None] * d + o_d[None, :]
+                tl.store(p_out, b_W.to(out.dtype.element_ty), mask=m_n[:, None] & m_d)
 
 
 @triton.jit

@@ -1,6 +1,7 @@
-"""Launchers of the prompted embedding's Triton kernels: one launch forward, three backward.
+"""Launchers of the prompted embedding's Triton kernels: two launches forward, three backward, of which one is the same.
 
-`ITERS`: row tiles that a program may take, one after another. `STAGES`: depth of the software pipeline over them.
+`PROGRAMS`: how many programs are wanted, which decides how many batch rows one of them takes. Of packed texts, `ITERS`:
+row tiles that a program may take, one after another. `STAGES`: depth of the software pipeline over them.
 """
 
 from __future__ import annotations
@@ -15,23 +16,39 @@ from ..launch import Config, cached_choice, config_for, launch, on_device, padde
 from .backward import (
     prompted_embedding_backward_kernel,
     prompted_embedding_reduce_kernel,
-    prompted_embedding_token_at_kernel,
+    token_at_kernel,
 )
 from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
-_FORWARD = {"BLOCK_T": 32, "BLOCK_D": 128, "ITERS": 4, "STAGES": 3, "num_warps": 4, "num_stages": 3}
 _BACKWARD = {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_R": 16, "STAGES": 4, "num_warps": 4, "num_stages": 3}
 
 # Meta-parameters by kernel, used where nothing was measured.
 CONFIGS: dict[str, Config] = {
-    "prompted_embedding": _FORWARD,
-    "prompted_embedding_packed": _FORWARD,
-    "prompted_embedding_token_at": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1},
+    "prompted_embedding": {"BLOCK_T": 16, "BLOCK_D": 256, "PROGRAMS": 512, "num_warps": 8, "num_stages": 1},
+    "prompted_embedding_packed": {
+        "BLOCK_T": 16,
+        "BLOCK_D": 256,
+        "ITERS": 4,
+        "STAGES": 1,
+        "num_warps": 8,
+        "num_stages": 1,
+    },
     "prompted_embedding_backward": _BACKWARD,
     "prompted_embedding_reduce": {"BLOCK_E": 256, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2},
 }
+TOKEN_AT = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}  # too small to be worth measuring
 # Up to this width the backward takes smaller tiles: otherwise there are too few of them to fill a GPU.
 NARROW = 1024
+
+
+def token_at(positions: Tensor, m: int) -> Tensor:
+    """`ept_kernels.token_at_reference` in one launch."""
+    batch, n = positions.shape
+    found = positions.new_empty(batch, m, dtype=torch.int32)
+    grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * batch,)
+    with on_device(positions):
+        launch(token_at_kernel, grid, positions.contiguous(), found, n, m, **TOKEN_AT)
+    return found
 
 
 def prompted_embedding(
@@ -43,47 +60,35 @@ def prompted_embedding(
     B: Tensor,
     scale: float,
     adapter_ids: Tensor | None = None,
+    found: Tensor | None = None,
 ) -> Tensor:
-    """`ept_kernels.prompted_embedding_reference` in one launch."""
+    """`ept_kernels.prompted_embedding_reference` in two launches, one where `token_at` is given or not needed."""
     batch, n = input_ids.shape
     s, d = prompt.shape[-2], table.shape[1]
-    m, r = A.shape[-2:]
+    m, r = A.shape[-2:] if A.numel() and n else (0, 0)
+    positions = positions.contiguous()
+    if found is None:
+        found = token_at(positions, m) if m else positions.new_empty(0, dtype=torch.int32)
     out = table.new_empty(batch, s + n, d)
     config, options = chosen("prompted_embedding", d, r, table.dtype, table.dtype, table.device)
-    runs, tiles = _runs(triton.cdiv(n, config["BLOCK_T"]), config["ITERS"])
-    groups = triton.cdiv(s, config["BLOCK_T"]) + runs
-    grid = (triton.cdiv(d, config["BLOCK_D"]) * groups * batch,)
+    tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
+    runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if adapter_ids is None else batch
+    rows = triton.cdiv(batch, max(runs, 1))
+    runs = triton.cdiv(batch, max(rows, 1))
     with on_device(table):
         launch(
             prompted_embedding_kernel,
-            grid,
-            input_ids,
+            (tiles * runs + batch * triton.cdiv(n, config["BLOCK_T"]),),
+            input_ids.contiguous(),
             positions,
+            found,
             table,
-            prompt,
-            A,
-            B,
-            adapter_ids,
+            *(x.contiguous() for x in (prompt, A, B)),
+            None if adapter_ids is None else adapter_ids.contiguous(),
             out,
             float(scale),
-            n,
-            s,
-            d,
-            m,
-            r,
-            A.shape[0],
-            groups,
-            tiles,
-            *input_ids.stride(),
-            *positions.stride(),
+            *(batch, n, s, d, m, r, rows, runs, table.shape[0], A.shape[0]),
             *table.stride(),
-            _adapter_stride(prompt, adapter_ids),
-            *prompt.stride()[-2:],
-            _adapter_stride(A, adapter_ids),
-            *A.stride()[-2:],
-            _adapter_stride(B, adapter_ids),
-            *B.stride()[-2:],
-            0 if adapter_ids is None else adapter_ids.stride(0),
             **options,
         )
     return out
@@ -135,63 +140,44 @@ def prompted_embedding_packed(
 
 
 def prompted_embedding_backward(
-    grad_output: Tensor, positions: Tensor, A: Tensor, B: Tensor, scale: float, adapter_ids: Tensor | None = None
+    grad_output: Tensor,
+    positions: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    adapter_ids: Tensor | None = None,
+    found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ept_kernels.prompted_embedding_backward_reference` in three launches, one where there is no update."""
+    """`ept_kernels.prompted_embedding_backward_reference` in three launches, two where `token_at` is given, one where
+    there is no update.
+    """
     batch, n = positions.shape
     s, d = grad_output.shape[1] - n, grad_output.shape[2]
-    m, r = A.shape[-2:]
+    m, r = A.shape[-2:] if A.numel() and n else (A.shape[-2], 0)
     adapters = 1 if adapter_ids is None else A.shape[0]
     grad_prompt = A.new_empty(*A.shape[:-2], s, d)
-    if r == 0 or m == 0 or n == 0:
-        r = 0
-        grad_A, grad_B = A.new_zeros(A.shape), A.new_zeros(B.shape)
-    else:
-        grad_A, grad_B = A.new_empty(A.shape), A.new_empty(B.shape)
+    grad_A, grad_B = ((x.new_empty if r else x.new_zeros)(x.shape, dtype=A.dtype) for x in (A, B))
+    if found is None:
+        found = token_at(positions, m) if r else positions.new_empty(0, dtype=torch.int32)
 
     shape_and_types = (d, r, grad_output.dtype, A.dtype, grad_output.device)
     config, options = chosen("prompted_embedding_backward", *shape_and_types)
     columns = triton.cdiv(d, config["BLOCK_D"])
-    prompt_tiles = triton.cdiv(s, config["BLOCK_M"])
     position_tiles = triton.cdiv(m, config["BLOCK_M"]) if r else 0
-    token_at = A.new_empty((batch, m) if r else (0, 0), dtype=torch.int32)
     partial_A = A.new_empty((adapters, columns, m, r), dtype=torch.float32)
     partial_B = A.new_empty((adapters, position_tiles, r, d), dtype=torch.float32)
     with on_device(grad_output):
-        if r:
-            inverse, inverse_options = chosen("prompted_embedding_token_at", *shape_and_types)
-            launch(
-                prompted_embedding_token_at_kernel,
-                (triton.cdiv(m, inverse["BLOCK_M"]) * batch,),
-                positions,
-                token_at,
-                n,
-                m,
-                *positions.stride(),
-                **inverse_options,
-            )
         launch(
             prompted_embedding_backward_kernel,
-            (columns * (prompt_tiles + position_tiles), adapters),
+            (columns * (triton.cdiv(s, config["BLOCK_M"]) + position_tiles), adapters),
             grad_output,
-            token_at,
-            A,
-            B,
-            adapter_ids,
-            grad_prompt,
-            partial_A,
-            partial_B,
-            batch,
-            s,
-            d,
-            m,
-            r,
+            found,
+            A.contiguous(),
+            B.contiguous(),
+            None if adapter_ids is None else adapter_ids.contiguous(),
+            *(grad_prompt, partial_A, partial_B),
+            *(batch, s, d, m, r),
             *grad_output.stride(),
-            _adapter_stride(A, adapter_ids),
-            *A.stride()[-2:],
-            _adapter_stride(B, adapter_ids),
-            *B.stride()[-2:],
-            0 if adapter_ids is None else adapter_ids.stride(0),
             **options,
         )
         if r:
@@ -200,15 +186,8 @@ def prompted_embedding_backward(
             launch(
                 prompted_embedding_reduce_kernel,
                 (tiles, adapters),
-                partial_A,
-                partial_B,
-                grad_A,
-                grad_B,
-                float(scale),
-                columns,
-                position_tiles,
-                m * r,
-                r * d,
+                *(partial_A, partial_B, grad_A, grad_B, float(scale)),
+                *(columns, position_tiles, m * r, r * d),
                 **reduce_options,
             )
     return grad_prompt, grad_A, grad_B
@@ -220,10 +199,6 @@ def _runs(tiles: int, longest: int) -> tuple[int, int]:
     return runs, triton.cdiv(tiles, max(runs, 1))
 
 
-def _adapter_stride(x: Tensor, adapter_ids: Tensor | None) -> int:
-    return 0 if adapter_ids is None else x.stride(0)
-
-
 def heuristic(kernel: str, d: int, r: int = 0, dtype: torch.dtype = torch.bfloat16) -> Config:
     """Meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` where nothing was measured."""
     config = dict(CONFIGS[kernel])
@@ -231,7 +206,7 @@ def heuristic(kernel: str, d: int, r: int = 0, dtype: torch.dtype = torch.bfloat
         if d <= NARROW:
             config.update(BLOCK_M=32, BLOCK_D=32)
     elif "BLOCK_T" in config and dtype.itemsize > 2:
-        config["BLOCK_T"] = max(16, config["BLOCK_T"] // 2)  # of a float32 table's rows half as many fill a tile
+        config["BLOCK_D"] //= 2  # of a float32 table's rows half as many columns fill a tile
     return bounded(config, d, r)
 
 
@@ -247,7 +222,7 @@ def bounded(config: Config, d: int, r: int) -> Config:
 
 def meta(kernel: str, config: Config, r: int = 0, product_precision: str = "ieee") -> dict[str, Any]:
     """What `kernel` is launched or compiled with: `config`, the padded rank and the precision of the products."""
-    chosen: dict[str, Any] = {name: value for name, value in config.items() if name != "ITERS"}
+    chosen: dict[str, Any] = {name: value for name, value in config.items() if name not in ("ITERS", "PROGRAMS")}
     if "BLOCK_T" in config:
         chosen["RANK"] = padded(r) if r else 0
     if "BLOCK_D" in config:
