@@ -201,7 +201,7 @@ def test_any_launch_configuration_is_right(change, device):
     with contextlib.ExitStack() as stack:
         for kernel, default in kernels.CONFIGS.items():
             named = {name: value for name, value in change.items() if name in default}
-            stack.enter_context(launch.trying(kernels.key(kernel, torch.float32), named))
+            stack.enter_context(launch.trying(launch.key(kernel, torch.float32), named))
         test_forward_equals_the_reference(PromptedEmbedding(d=100, n=90, s=3, r=30, m=80, batch=2), device)
         test_backward_equals_the_reference(
             PromptedEmbedding(d=100, n=90, s=3, r=30, m=80, batch=2, padding="shuffled"), device

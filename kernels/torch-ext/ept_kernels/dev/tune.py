@@ -116,7 +116,7 @@ def _prompted_embedding(reduced: bool) -> Iterator[Tunable]:
             default = prompted_embedding.heuristic(kernel, p.d, p.r, p.dtype)
             complete = [{**default, **candidate} for candidate in candidates]
             yield Tunable(
-                kernel=prompted_embedding.key(kernel, p.dtype),
+                kernel=launch.key(kernel, p.dtype),
                 size=(p.d, padded(p.r)),
                 default=default,
                 candidates=[c for c in complete if prompted_embedding.bounded(c, p.d, p.r) == c],
@@ -166,7 +166,7 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
         p = replace(p, tokens=(), operator="dequantize_4bit")
         odd = replace(p, rows=p.rows - 1, columns=p.columns - 1)  # no whole words
         yield Tunable(
-            kernel=splits.key("dequantize_4bit", dtype),
+            kernel=launch.key("dequantize_4bit", dtype),
             size=(p.rows * p.columns,),
             default=dequantize.heuristic(device),
             candidates=_DEQUANTIZE_GRID,
@@ -177,13 +177,13 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
         for tile in splits.TILES:
             p = replace(p, tokens=(tile,), operator=operator)
             yield Tunable(
-                kernel=splits.key(f"{operator}/{tile}", dtype),
+                kernel=launch.key(f"{operator}/{tile}", dtype),
                 size=(p.rows, p.columns),
                 default=splits.heuristic(f"{operator}/{tile}", p.rows, p.columns),
                 candidates=candidates,
                 problem=p,
                 variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
-                held={splits.key(f"{operator}.path", dtype): {"PATH": paths.FUSED}},
+                held={launch.key(f"{operator}.path", dtype): {"PATH": paths.FUSED}},
             )
     for p, operator in itertools.product(weights, _PRODUCT_GRIDS):
         # Below 8 tokens, bitsandbytes' forward changes its path, and nothing else does.
@@ -202,7 +202,7 @@ def _path(p: FourBit, device: torch.device) -> Tunable:
     if p.operator == "matmul_4bit" and paths.has_bitsandbytes():
         there.append(paths.BITSANDBYTES)
     return Tunable(
-        kernel=splits.key(f"{p.operator}.path", p.dtype),
+        kernel=launch.key(f"{p.operator}.path", p.dtype),
         size=(*p.tokens, p.rows, p.columns),
         default={"PATH": paths.heuristic_path(p.operator, p.tokens[0], p.dtype, device)},
         candidates=[{"PATH": path} for path in there],
@@ -435,7 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
             row = tune(tunable, device, options.samples)
         rows.append(row)
         # Later ones are measured with what has won: a path of a product with the kernels that it will have.
-        winners.enter_context(launch.adopting(tunable.kernel, tunable.size, row["config"]))
+        winners.enter_context(launch.trying(tunable.kernel, row["config"], tunable.size))
         print(
             f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
             f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",

@@ -1,29 +1,12 @@
-"""What the kernels over 4-bit weights share: the levels, how nibbles are looked up, the scales (absmax) of the blocks.
+"""Decoding of 4-bit weights for all kernels over them: levels, how nibbles are looked up, scales (absmax) of blocks.
 
 A byte holds two neighbouring weights, the first in its high nibble. A nibble names one of 16 float32 levels, and a
 weight is its level times the absmax of its block, one float32 product rounded once to the wanted type. Nested absmax is
 `code[byte]·nested_absmax + offset`, product and sum rounded one after the other: launchers pass
 `enable_fp_fusion=False`, without which the two become one operation with other bits.
 
-The look-up decides the speed, since ten instructions a weight take as long as the memory traffic. Static counts for
-sm_90 (Triton 3.7.1) of kernels that differ in the look-up only: what one more weight costs in `dequantize_4bit` (in
-words, plain absmax, to bfloat16), and a weight in the loop of `matmul_4bit` (16 tokens of bfloat16). Nothing of this
-was timed:
-
-                                                       dequantise   product
-    table load, address put together with one `or`         6.0        9.4    (1 load): taken where tiles are written
-    table load, pointer plus index                         7.0       10.1    (1 load)
-    tl.gather, one a tile                                  6.0        7.7    (1 load of shared memory): in products
-    tl.gather, one a nibble of the words                   8.5        8.1    (as before, and eight times the barriers)
-    fifteen nested selects                                16.0       18.8
-    FP4 put together from exponent, mantissa and sign     12.3               (gives nibble 8 a negative zero)
-    NF4 as a polynomial of degree 15                      20.3               (not exact)
-    byte permutes, inline PTX                             10.8        8.1    (in products to bfloat16, rounded thrice)
-    table load, offset permuted into the address, PTX      5.5        8.8    (1 load)
-    table load of a byte's two levels                      4.3               (0.5 loads, each of up to 16 cache lines)
-
-Why these two, see `docs/kernels.md`. The table is one line of 64 bytes at a multiple of 64, so that the offset of a
-level can be put into the lower bits of its address, which saves the 64-bit addition.
+The look-up of the level decides the speed, since ten instructions a weight take as long as the memory traffic: tiles
+that are only written load it from a table, products gather it. `docs/kernels.md` counts the other ways and says why.
 """
 
 from __future__ import annotations
@@ -37,14 +20,14 @@ from torch import Tensor
 
 from .weight import LEVELS
 
-_TABLE_BYTES = 64
+_TABLE_BYTES = 64  # at a multiple of that, so that an offset is put into an address without a 64-bit addition
 WORD = tl.constexpr(4)  # bytes that the fast paths load at once
 WEIGHTS = tl.constexpr(8)  # in a word
 
 
 @functools.cache
 def levels(quant_type: str, device: torch.device) -> Tensor:
-    """The 16 levels of `quant_type` on `device`, float32, at an address that the kernels can put offsets into."""
+    """Puts the 16 levels of `quant_type` on `device`, float32, at an address that the kernels can put offsets into."""
     table = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
     if table.data_ptr() % _TABLE_BYTES:
         raise RuntimeError(
@@ -55,7 +38,7 @@ def levels(quant_type: str, device: torch.device) -> Tensor:
 
 
 def is_word_aligned(packed: Tensor, elements: int) -> bool:
-    """Whether `packed` is whole words at a whole word's address."""
+    """Checks that `packed` is whole words at a whole word's address."""
     return elements % WEIGHTS.value == 0 and packed.data_ptr() % WORD.value == 0
 
 

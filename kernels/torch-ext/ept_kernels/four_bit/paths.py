@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import architecture, cached_choice, config_for
+from ..launch import architecture, cached_choice, config_for, key
 from .decode import is_word_aligned
-from .splits import Weight, key
+from .splits import Weight
 
 LIBRARY, FUSED, BITSANDBYTES = 0, 1, 2
 

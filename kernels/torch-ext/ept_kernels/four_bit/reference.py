@@ -1,4 +1,4 @@
-"""`dequantize_4bit`: the weights of a `ept_kernels.FourBitWeight`, to the bits of bitsandbytes."""
+"""Operators of a frozen `ept_kernels.FourBitWeight` `W`: its weights to the bits of bitsandbytes, and two products."""
 
 from __future__ import annotations
 
@@ -56,47 +56,17 @@ def dequantize_4bit(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
     return _dequantize_4bit(*weight.tensors, *weight.sizes, _checked(dtype))
 
 
-def _checked(dtype: torch.dtype) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise ValueError(f"cannot dequantise to {dtype}: use one of {', '.join(map(str, DTYPES))}")
-    return dtype
-
-
-def _fake(packed, *others):
-    rows, columns, dtype = others[-3:]
-    return packed.new_empty(rows, columns, dtype=dtype)
-
-
-_dequantize_4bit = register(
-    f"dequantize_4bit({SCHEMA.format('')}, ScalarType dtype) -> Tensor",
-    dequantize_parts,
-    _fake,
-    launcher="four_bit.dequantize",
-)
-
-
-def matmul_parts(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    bias: Tensor | None,
-    *sizes: Any,
-) -> Tensor:
-    """`matmul_4bit_reference` of the parts of a weight: what the operator takes."""
-    dtype = compute_dtype(x)
-    W = _dequantized(packed, absmax, nested_absmax, nested_code, nested_offset, *sizes, x.dtype).to(dtype)
-    out = x.to(dtype) @ W.mT
+def matmul_parts(x: Tensor, *arguments: Any) -> Tensor:
+    """`matmul_4bit_reference` of a weight's tensors, the bias and the weight's sizes: what the operator takes."""
+    dtype, weight, bias = compute_dtype(x), (*arguments[:5], *arguments[6:], x.dtype), arguments[5]
+    out = x.to(dtype) @ dequantize_parts(*weight).to(dtype).mT
     return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
 
 
-def matmul_backward_parts(grad_output: Tensor, *weight: Any) -> Tensor:
+def matmul_backward_parts(grad_output: Tensor, *arguments: Any) -> Tensor:
     """`matmul_4bit_backward_reference` of the parts of a weight: what the operator takes."""
-    dtype = compute_dtype(grad_output)
-    W = _dequantized(*weight, grad_output.dtype).to(dtype)
-    return (grad_output.to(dtype) @ W).to(grad_output.dtype)
+    dtype, weight = compute_dtype(grad_output), (*arguments, grad_output.dtype)
+    return (grad_output.to(dtype) @ dequantize_parts(*weight).to(dtype)).to(grad_output.dtype)
 
 
 def matmul_4bit_reference(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
@@ -145,8 +115,14 @@ def matmul_4bit_backward(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
     return _matmul_4bit_backward(grad_output, *weight.tensors, *weight.sizes)
 
 
-def _dequantized(*arguments: Any) -> Tensor:
-    return dequantize_parts(*arguments)
+def check_operands(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> None:
+    """Refuses what `matmul_4bit` cannot multiply, with a ValueError."""
+    _check("x", x, weight.columns, weight)
+    if bias is None:
+        return
+    if tuple(bias.shape) != (weight.rows,) or not bias.is_floating_point():
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, the 4-bit weight needs ({weight.rows},) floats")
+    _check_device("bias", bias, weight)
 
 
 def _check(name: str, tensor: Tensor, width: int, weight: FourBitWeight) -> None:
@@ -160,19 +136,20 @@ def _check(name: str, tensor: Tensor, width: int, weight: FourBitWeight) -> None
     _check_device(name, tensor, weight)
 
 
-def check_operands(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> None:
-    """Refuses what `matmul_4bit` cannot multiply, with a ValueError."""
-    _check("x", x, weight.columns, weight)
-    if bias is None:
-        return
-    if tuple(bias.shape) != (weight.rows,) or not bias.is_floating_point():
-        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, the 4-bit weight needs ({weight.rows},) floats")
-    _check_device("bias", bias, weight)
-
-
 def _check_device(name: str, tensor: Tensor, weight: FourBitWeight) -> None:
     if tensor.device != weight.packed.device:
         raise ValueError(f"{name} is on {tensor.device}, the 4-bit weight on {weight.packed.device}: move one of them")
+
+
+def _checked(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise ValueError(f"cannot dequantise to {dtype}: use one of {', '.join(map(str, DTYPES))}")
+    return dtype
+
+
+def _fake(packed, *others):
+    rows, columns, dtype = others[-3:]
+    return packed.new_empty(rows, columns, dtype=dtype)
 
 
 def _matmul_fake(x, *weight):
@@ -183,15 +160,15 @@ def _matmul_backward_fake(grad_output, *weight):
     return grad_output.new_empty(*grad_output.shape[:-1], weight[-1])
 
 
+_dequantize_4bit = register(
+    f"dequantize_4bit({SCHEMA.format('')}, ScalarType dtype) -> Tensor", dequantize_parts, _fake, "four_bit.dequantize"
+)
 _matmul_4bit = register(
-    f"matmul_4bit(Tensor x, {SCHEMA.format('Tensor? bias,')}) -> Tensor",
-    matmul_parts,
-    _matmul_fake,
-    launcher="four_bit.matmul",
+    f"matmul_4bit(Tensor x, {SCHEMA.format('Tensor? bias,')}) -> Tensor", matmul_parts, _matmul_fake, "four_bit.matmul"
 )
 _matmul_4bit_backward = register(
     f"matmul_4bit_backward(Tensor grad_output, {SCHEMA.format('')}) -> Tensor",
     matmul_backward_parts,
     _matmul_backward_fake,
-    launcher="four_bit.matmul_backward",
+    "four_bit.matmul_backward",
 )

@@ -133,15 +133,12 @@ def joint_prompt_backward_reference(
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, parameters))  # type: ignore[return-value]
 
 
-def _fake(prompt, A, B, beta, W_q, W_k, D, U, G, lowrank_scale, embedding_scale, score_scale, activation="gelu"):
+def _fake(prompt, *others):
     return torch.empty_like(prompt, memory_format=torch.contiguous_format)
 
 
-def _backward_fake(
-    grad_output, prompt, A, B, beta, W_q, W_k, D, U, G, lowrank_scale, embedding_scale, score_scale, activation="gelu"
-):
-    parameters = (prompt, A, B, beta, W_q, W_k, D, U, G)
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in parameters)
+def _backward_fake(grad_output, *inputs):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:9])
 
 
 _PARAMETERS = (
@@ -149,11 +146,11 @@ _PARAMETERS = (
     'float lowrank_scale, float embedding_scale, float score_scale, str activation="gelu"'
 )
 joint_prompt = register(
-    f"joint_prompt({_PARAMETERS}) -> Tensor", joint_prompt_reference, _fake, launcher="joint_prompt.launchers"
+    f"joint_prompt({_PARAMETERS}) -> Tensor", joint_prompt_reference, _fake, "joint_prompt.launchers"
 )
 joint_prompt_backward = register(
     f"joint_prompt_backward(Tensor grad_output, {_PARAMETERS}) -> ({', '.join(['Tensor'] * 9)})",
     joint_prompt_backward_reference,
     _backward_fake,
-    launcher="joint_prompt.launchers",
+    "joint_prompt.launchers",
 )

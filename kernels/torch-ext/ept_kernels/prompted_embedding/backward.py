@@ -6,7 +6,7 @@
    multiplied into partial sums of `grad_A = R·Bᵀ` (over column tiles) and `grad_B = Aᵀ·R` (over position tiles);
 3. the partial sums are added up and scaled.
 
-Everything is accumulated in float32 and rounded once. Letters and arguments as in `prompted_embedding.py`.
+Everything is accumulated in float32 and rounded once. Letters and arguments as in `reference.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A program writes a tile of prompt rows, or a run of token tiles of one column tile: that tile of `B` is loaded once
 and serves the whole run. Everything is accumulated in float32 and rounded once. Letters and arguments as in
-`prompted_embedding.py`.
+`reference.py`.
 """
 
 from __future__ import annotations

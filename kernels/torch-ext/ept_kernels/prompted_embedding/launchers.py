@@ -1,7 +1,6 @@
-"""Launchers of the prompted embedding's Triton kernels: two launches forward, three backward, of which one is the same.
+"""Launchers of the prompted embedding's Triton kernels, and their choices.
 
-`PROGRAMS`: how many programs are wanted, which decides how many batch rows one of them takes. Of packed texts, `ITERS`:
-row tiles that a program may take, one after another. `STAGES`: depth of the software pipeline over them.
+Two launches forward, three backward; the first is the same.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, cached_choice, config_for, launch, on_device, padded, precision
+from ..launch import Config, cached_choice, config_for, key, launch, on_device, padded, precision
 from .backward import (
     prompted_embedding_backward_kernel,
     prompted_embedding_reduce_kernel,
@@ -22,7 +21,9 @@ from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
 _BACKWARD = {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_R": 16, "STAGES": 4, "num_warps": 4, "num_stages": 3}
 
-# Meta-parameters by kernel, used where nothing was measured.
+# Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs are wanted, which decides how
+# many batch rows one takes. ITERS: row tiles that a program may take, one after another. STAGES: depth of the software
+# pipeline over them.
 CONFIGS: dict[str, Config] = {
     "prompted_embedding": {"BLOCK_T": 16, "BLOCK_D": 256, "PROGRAMS": 512, "num_warps": 8, "num_stages": 1},
     "prompted_embedding_packed": {
@@ -70,7 +71,7 @@ def prompted_embedding(
     if found is None:
         found = token_at(positions, m) if m else positions.new_empty(0, dtype=torch.int32)
     out = table.new_empty(batch, s + n, d)
-    config, options = chosen("prompted_embedding", d, r, table.dtype, table.dtype, table.device)
+    config, options = _chosen("prompted_embedding", d, r, table.dtype, table.dtype, table.device)
     tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
     runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if adapter_ids is None else batch
     rows = triton.cdiv(batch, max(runs, 1))
@@ -98,44 +99,19 @@ def prompted_embedding_packed(
     input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
     """`ept_kernels.prompted_embedding_packed_reference` in one launch."""
-    texts = cu_seqlens.shape[0] - 1
+    texts, tokens = cu_seqlens.shape[0] - 1, input_ids.shape[0]
     s, d = prompt.shape[0], table.shape[1]
     m, r = A.shape
-    tokens = input_ids.shape[0]
     out = table.new_empty(tokens + texts * s, d)
-    config, options = chosen("prompted_embedding_packed", d, r, table.dtype, table.dtype, table.device)
+    config, options = _chosen("prompted_embedding_packed", d, r, table.dtype, table.dtype, table.device)
     runs, tiles = _runs(triton.cdiv(tokens, config["BLOCK_T"]), config["ITERS"])
     prompt_tiles = triton.cdiv(texts * s, config["BLOCK_T"])
     grid = (triton.cdiv(d, config["BLOCK_D"]) * (prompt_tiles + runs),)
+    tensors = (input_ids, cu_seqlens, table, prompt, A, B)
+    shape = (tokens, texts, s, d, m, r, prompt_tiles, tiles, texts.bit_length())
+    strides = (stride for x in tensors for stride in x.stride())
     with on_device(table):
-        launch(
-            prompted_embedding_packed_kernel,
-            grid,
-            input_ids,
-            cu_seqlens,
-            table,
-            prompt,
-            A,
-            B,
-            out,
-            float(scale),
-            tokens,
-            texts,
-            s,
-            d,
-            m,
-            r,
-            prompt_tiles,
-            tiles,
-            texts.bit_length(),
-            *input_ids.stride(),
-            *cu_seqlens.stride(),
-            *table.stride(),
-            *prompt.stride(),
-            *A.stride(),
-            *B.stride(),
-            **options,
-        )
+        launch(prompted_embedding_packed_kernel, grid, *tensors, out, float(scale), *shape, *strides, **options)
     return out
 
 
@@ -161,7 +137,7 @@ def prompted_embedding_backward(
         found = token_at(positions, m) if r else positions.new_empty(0, dtype=torch.int32)
 
     shape_and_types = (d, r, grad_output.dtype, A.dtype, grad_output.device)
-    config, options = chosen("prompted_embedding_backward", *shape_and_types)
+    config, options = _chosen("prompted_embedding_backward", *shape_and_types)
     columns = triton.cdiv(d, config["BLOCK_D"])
     position_tiles = triton.cdiv(m, config["BLOCK_M"]) if r else 0
     partial_A = A.new_empty((adapters, columns, m, r), dtype=torch.float32)
@@ -181,7 +157,7 @@ def prompted_embedding_backward(
             **options,
         )
         if r:
-            reduce, reduce_options = chosen("prompted_embedding_reduce", *shape_and_types)
+            reduce, reduce_options = _chosen("prompted_embedding_reduce", *shape_and_types)
             tiles = triton.cdiv(m * r, reduce["BLOCK_E"]) + triton.cdiv(r * d, reduce["BLOCK_E"])
             launch(
                 prompted_embedding_reduce_kernel,
@@ -199,47 +175,36 @@ def _runs(tiles: int, longest: int) -> tuple[int, int]:
     return runs, triton.cdiv(tiles, max(runs, 1))
 
 
+@cached_choice
+def _chosen(
+    kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
+) -> tuple[Config, dict[str, Any]]:
+    """Chooses the configuration and meta-parameters of `kernel` that reads rows in `read` and writes in `written`."""
+    config = config_for(key(kernel, read), (d, padded(r)), device, heuristic(kernel, d, r, read))
+    config = bounded(config, d, r)
+    options: dict[str, Any] = {name: value for name, value in config.items() if name not in ("ITERS", "PROGRAMS")}
+    if "BLOCK_T" in config:
+        options["RANK"] = padded(r) if r else 0
+    if "BLOCK_D" in config:
+        options["PRECISION"] = precision(written, device)
+    return config, options
+
+
 def heuristic(kernel: str, d: int, r: int = 0, dtype: torch.dtype = torch.bfloat16) -> Config:
-    """Meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` where nothing was measured."""
+    """Chooses meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` where nothing was measured."""
     config = dict(CONFIGS[kernel])
-    if kernel == "prompted_embedding_backward":
-        if d <= NARROW:
-            config.update(BLOCK_M=32, BLOCK_D=32)
+    if kernel == "prompted_embedding_backward" and d <= NARROW:
+        config.update(BLOCK_M=32, BLOCK_D=32)
     elif "BLOCK_T" in config and dtype.itemsize > 2:
         config["BLOCK_D"] //= 2  # of a float32 table's rows half as many columns fill a tile
     return bounded(config, d, r)
 
 
 def bounded(config: Config, d: int, r: int) -> Config:
-    """`config` with a column tile no wider than `d` needs and than the registers hold of B, `[rank, BLOCK_D]`."""
+    """Narrows the column tile to what `d` needs and to what the registers hold of B, `[rank, BLOCK_D]`."""
     if "BLOCK_D" not in config:
         return config
     widest = padded(d)
     if "BLOCK_T" in config:  # the forward holds B's tile throughout
         widest = min(widest, max(16, 1024 * config["num_warps"] // padded(r)))
     return {**config, "BLOCK_D": min(config["BLOCK_D"], widest)}
-
-
-def meta(kernel: str, config: Config, r: int = 0, product_precision: str = "ieee") -> dict[str, Any]:
-    """What `kernel` is launched or compiled with: `config`, the padded rank and the precision of the products."""
-    chosen: dict[str, Any] = {name: value for name, value in config.items() if name not in ("ITERS", "PROGRAMS")}
-    if "BLOCK_T" in config:
-        chosen["RANK"] = padded(r) if r else 0
-    if "BLOCK_D" in config:
-        chosen["PRECISION"] = product_precision
-    return chosen
-
-
-def key(kernel: str, dtype: torch.dtype) -> str:
-    """Name of `kernel` in a file of measured configurations, for what it reads in `dtype`."""
-    return f"{kernel}/{8 * dtype.itemsize}-bit"
-
-
-@cached_choice
-def chosen(
-    kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
-) -> tuple[Config, dict[str, Any]]:
-    """Configuration and meta-parameters of `kernel` that reads rows in `read` and writes results in `written`."""
-    config = config_for(key(kernel, read), (d, padded(r)), device, heuristic(kernel, d, r, read))
-    config = bounded(config, d, r)
-    return config, meta(kernel, config, r, precision(written, device))
