@@ -191,7 +191,7 @@ def joint_prompt_sum_kernel(
         if (row < up(s)) & (column == row):
             b_square = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_sum, 0.0), 1)
             tl.store(inverse_rms + row + o_i, tl.rsqrt(b_square / d + EPS))
-        if MAPS:
+        if MAPS:  # noqa: SIM102 - one is a constant, the other is not
             if (row < up(s)) & (column < column_of_W_q(s, r)):
                 b_sum = tl.zeros([TILE, TILE], tl.float32)
                 for j in range(0, a, TILE):

@@ -228,7 +228,7 @@ def joint_prompt_rows_kernel(
                 store_tile(sides, b_grad_before, o_s, side_of_D(columns) + o_c, side_width)
                 b_along += tl.sum(b_grad_before * b_before, 1)
                 b_grad_gates += dot(b_grad * b_hidden, b_space, PRECISION)
-        if BACKWARD:
+        if BACKWARD:  # noqa: SIM102 - one is a constant, the other is not
             if K > 0:
                 b_grad_x = b_gates * (b_grad_gates - tl.sum(b_gates * b_grad_gates, 1)[:, None])
                 p_grad = sides + o_s.to(tl.int64)[:, None] * side_width + side_of_G(columns) + o_k[None, :]
