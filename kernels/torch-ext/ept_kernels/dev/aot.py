@@ -59,8 +59,8 @@ class Case(NamedTuple):
 
     @property
     def form(self) -> Any:
-        """What Triton compiles for: types, constants, and of integers whether they are 1 or divisible by 16, unless the
-        kernel asks not to be specialised for them.
+        """Tells apart what Triton compiles for: types, constants, and of integers whether they are 1 or divisible by 16,
+        unless the kernel asks not to be specialised for them.
         """
         args = [
             type(x)
@@ -95,7 +95,7 @@ def record(problem: Problem, architecture: str, configs: dict[str, Config] | Non
 
 
 def cases(architecture: str, every: bool = False) -> list[Case]:
-    """Every kernel as the launchers launch it in the heuristics' configurations, each form once."""
+    """Lists every kernel as the launchers launch it in the heuristics' configurations, each form once."""
     found = [case for problem in compiled_problems() for case in record(problem, architecture)]
     for problem in every_four_bit_problem() if every else ():
         # With a bias the sum is not split: then the kernel itself adds it, and writes the result.
@@ -105,7 +105,7 @@ def cases(architecture: str, every: bool = False) -> list[Case]:
 
 
 def shipped_cases(architecture: str) -> list[Case]:
-    """Every kernel in every measured configuration that is shipped under `configs/`.
+    """Lists every kernel in every measured configuration that is shipped under `configs/`.
 
     Raises:
         ValueError: a file is damaged, or names a kernel and a size that the tuner does not know.
@@ -126,7 +126,7 @@ def shipped_cases(architecture: str) -> list[Case]:
 
 
 def candidate_cases(architecture: str) -> list[Case]:
-    """Every kernel in every configuration that the tuner may try, each form once."""
+    """Lists every kernel in every configuration that the tuner may try, each form once."""
     found = []
     for tunable in tunables():
         if "." not in tunable.kernel:  # a kernel, not a measured number
@@ -207,7 +207,7 @@ def _decoded_weights(meta: dict[str, Any]) -> int:
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled case; empty when nothing is."""
+    """Lists what is wrong with a compiled case."""
     found = []
     if row["spilled_bytes"]:
         found.append(f"{row['kernel']} spills {row['spilled_bytes']} bytes on {row['target']}")

@@ -99,7 +99,9 @@ def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list
 
 # Kernels of the prompted embedding, by whether the forward or the backward is timed.
 _EMBEDDING_GRIDS = {
-    "prompted_embedding": grid(BLOCK_T=(16, 32), BLOCK_D=(128, 256, 512), PROGRAMS=(256, 512, 1024), num_warps=(4, 8)),
+    "prompted_embedding": grid(
+        BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256, 512), PROGRAMS=(256, 512, 1024), num_warps=(4, 8)
+    ),
     "prompted_embedding_packed": grid(BLOCK_T=(16, 32), BLOCK_D=(128, 256), ITERS=(1, 4), num_warps=(4, 8)),
     "prompted_embedding_backward": grid(
         BLOCK_M=(32, 64, 128), BLOCK_D=(32, 64, 128), STAGES=(2, 4, 6), num_warps=(4, 8)
@@ -158,7 +160,7 @@ _VARIANTS = ({"block_size": 32}, {"nested": False}, {"nested": False, "block_siz
 
 
 def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
-    """The kernels, then the path of a product of so many tokens: paths are measured with the kernels that have won."""
+    """Lists the kernels, then the paths of a product: these are measured with the kernels that have won."""
     # Under the interpreter, which the reduced ones are for, bfloat16 is truncated.
     dtype = torch.float16 if reduced else torch.bfloat16
     weights = [FourBit(*shape, dtype=dtype) for shape in ([(32, 128)] if reduced else WEIGHTS)]
@@ -337,7 +339,7 @@ def _sets(problem: Problem, device: torch.device) -> list[tuple[Any, ...]]:
 
 
 def _timer(device: torch.device) -> Timer:
-    """Microseconds of one call, for every sample over all calls."""
+    """Chooses a clock: microseconds of one call, for every sample over all calls."""
     return _wall_clock if device.type == "cpu" else _device_events
 
 

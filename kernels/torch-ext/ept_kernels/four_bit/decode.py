@@ -44,7 +44,7 @@ def is_word_aligned(packed: Tensor, elements: int) -> bool:
 
 @triton.jit
 def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
-    """Weight in the nibble at bit `SHIFT` of each unit: `DTYPE`, shaped like `b_unit` and `b_absmax`."""
+    """Decodes the weight in the nibble at bit `SHIFT` of each unit: `DTYPE`, shaped like `b_unit` and `b_absmax`."""
     offset = ((b_unit >> (SHIFT - 2)) if SHIFT > 2 else (b_unit << (2 - SHIFT))) & 60  # nibble·4 bytes
     address = levels.to(tl.int64) | offset.to(tl.int64)
     b_level = tl.load(address.to(tl.pointer_type(tl.float32)))
@@ -53,13 +53,13 @@ def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def nibble_at(b_word, SHIFT: tl.constexpr):
-    """The nibble at bit `SHIFT` of each word, int32."""
+    """Extracts the nibble at bit `SHIFT` of each word, int32."""
     return ((b_word >> SHIFT) & 15).to(tl.int32)
 
 
 @triton.jit
 def join_8(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
-    """`[..., 2, 2, 2]`: in order, to be reshaped to `[..., 8]`."""
+    """Joins eight to `[..., 2, 2, 2]`: in order, to be reshaped to `[..., 8]`."""
     b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
     b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
     return tl.join(b_even, b_odd)
@@ -80,8 +80,8 @@ def split_8(b):
 
 @triton.jit
 def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
-    """Weights in each unit of `BYTES` bytes (1 or 4), in order, along new dimensions of 2: `DTYPE` `[..., 2]` or
-    `[..., 2, 2, 2]`, to be reshaped to `[..., 2·BYTES]`. `b_absmax` is shaped like `b_unit`.
+    """Decodes the weights in each unit of `BYTES` bytes (1 or 4), in order, along new dimensions of 2: `DTYPE`
+    `[..., 2]` or `[..., 2, 2, 2]`, to be reshaped to `[..., 2·BYTES]`. `b_absmax` is shaped like `b_unit`.
     """
     b_unit = b_unit.to(tl.uint32)
     if BYTES == 1:
@@ -104,7 +104,7 @@ def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
 
 @triton.jit
 def levels_of_tile(levels, b_word):
-    """Levels of the weights in words `[ROWS, WORDS]`, in order: float32 `[ROWS, WORDS, 2, 2, 2]`."""
+    """Looks up the levels of the weights in words `[ROWS, WORDS]`, in order: float32 `[ROWS, WORDS, 2, 2, 2]`."""
     ROWS: tl.constexpr = b_word.shape[0]
     WORDS: tl.constexpr = b_word.shape[1]
     b_nibble = join_8(
@@ -125,7 +125,7 @@ def levels_of_tile(levels, b_word):
 
 @triton.jit
 def load_absmax(absmax, nested, o_block, mask, NESTED_BLOCK_SIZE: tl.constexpr):
-    """Scales of the blocks `o_block` (int64) in float32, shaped like it; `nested`: absmax, code and offset."""
+    """Loads the scales of blocks `o_block` (int64) in float32, shaped like it; `nested`: absmax, code and offset."""
     nested_absmax, nested_code, nested_offset = nested
     if nested_absmax is None:
         b_absmax = tl.load(absmax + o_block, mask=mask, other=0.0)
@@ -150,7 +150,7 @@ def load_tile(
     BLOCK_SIZE: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
 ):
-    """One tile as it is stored: words `[ROWS, COLUMNS / 8]` and the scales of their blocks `[ROWS, GROUPS]`.
+    """Loads one tile as it is stored: words `[ROWS, COLUMNS / 8]` and the scales of their blocks `[ROWS, GROUPS]`.
 
     What lies beyond `rows` and `last` is not read, and stands for weights of some finite value.
     """
@@ -168,7 +168,7 @@ def load_tile(
 
 @triton.jit
 def absmax_of_words(b_absmax, b_word):
-    """`[ROWS, GROUPS]` repeated to the shape of `b_word` `[ROWS, words]`."""
+    """Repeats `[ROWS, GROUPS]` to the shape of `b_word` `[ROWS, words]`."""
     ROWS: tl.constexpr = b_word.shape[0]
     WORDS: tl.constexpr = b_word.shape[1]
     GROUPS: tl.constexpr = b_absmax.shape[1]

@@ -39,7 +39,7 @@ def dequantize_4bit_kernel(
     UNITS: tl.constexpr,
     ITERS: tl.constexpr,
 ):
-    """`ITERS` tiles of `UNITS·2·BYTES` neighbouring elements."""
+    """Dequantises `ITERS` tiles of `UNITS·2·BYTES` neighbouring elements."""
     TILE: tl.constexpr = UNITS * 2 * BYTES
     first = tl.program_id(0).to(tl.int64) * (TILE * ITERS)
     left = tl.minimum(elements - first, TILE * ITERS).to(tl.int32)
@@ -104,7 +104,7 @@ def dequantize_4bit(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`ept_kernels.dequantize_4bit_reference` in one launch."""
+    """Computes `ept_kernels.dequantize_4bit_reference` in one launch."""
     elements = rows * columns
     out = packed.new_empty(rows, columns, dtype=dtype)
     words = is_word_aligned(packed, elements)

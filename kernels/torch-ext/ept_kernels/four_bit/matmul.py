@@ -23,7 +23,7 @@ from .splits import Weight, run
 
 @triton.jit
 def _load_x(x, o_m, start, tokens, last, stride_x_m, stride_x_k, BLOCK_K: tl.constexpr):
-    """`x`'s rows `o_m`, columns from `start` on: `[BLOCK_M, BLOCK_K]`, zero from `tokens` and `last` on."""
+    """Loads `x`'s rows `o_m`, columns from `start` on: `[BLOCK_M, BLOCK_K]`, zero from `tokens` and `last` on."""
     o_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
     mask = (o_m < tokens)[:, None] & (o_k < last)[None, :]
     return tl.load(x + o_m[:, None] * stride_x_m + o_k[None, :] * stride_x_k, mask=mask, other=0.0)
@@ -56,7 +56,7 @@ def matmul_4bit_kernel(
     BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """One tile of `outᵀ` over one split of the columns; the next tiles are loaded while one is multiplied."""
+    """Computes one tile of `outᵀ` over one split of the columns; the next tiles are loaded while one is multiplied."""
     nested = (nested_absmax, nested_code, nested_offset)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_split = tl.program_id(1)
@@ -90,8 +90,8 @@ def matmul_4bit_kernel(
 
 
 def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
-    """`ept_kernels.matmul_4bit_reference` of a weight's tensors, the bias and the weight's sizes: one or two launches,
-    or one and a library's product, or bitsandbytes' own.
+    """Computes `ept_kernels.matmul_4bit_reference` of a weight's tensors, the bias and the weight's sizes: in one or
+    two launches, or in one and a library's product, or by bitsandbytes.
     """
     weight, bias = Weight(*arguments[:5], *arguments[6:]), arguments[5]
     x, shape = x.detach(), (*x.shape[:-1], weight.rows)

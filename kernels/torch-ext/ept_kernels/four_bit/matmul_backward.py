@@ -22,7 +22,7 @@ from .splits import Weight, run
 
 @triton.jit
 def _load_grad(grad_output, o_m, o_n, tokens, last, stride_grad_m, stride_grad_n):
-    """`grad_output`'s rows `o_m`, columns `o_n`: `[BLOCK_M, BLOCK_N]`, zero from `tokens` and `last` on."""
+    """Loads `grad_output`'s rows `o_m`, columns `o_n`: `[BLOCK_M, BLOCK_N]`, zero from `tokens` and `last` on."""
     mask = (o_m < tokens)[:, None] & (o_n < last)[None, :]
     p_grad = grad_output + o_m[:, None] * stride_grad_m + o_n[None, :] * stride_grad_n
     return tl.load(p_grad, mask=mask, other=0.0)
@@ -55,7 +55,7 @@ def matmul_4bit_backward_kernel(
     BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """One tile of `grad_inputᵀ` over one split of the rows; the next tiles are loaded while one is multiplied."""
+    """Computes a tile of `grad_inputᵀ` over a split of the rows; the next tiles are loaded while one is multiplied."""
     WORDS: tl.constexpr = BLOCK_K // WEIGHTS
     nested = (nested_absmax, nested_code, nested_offset)
     column = tl.program_id(0).to(tl.int64) * BLOCK_K
@@ -92,8 +92,8 @@ def matmul_4bit_backward_kernel(
 
 
 def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
-    """`ept_kernels.matmul_4bit_backward_reference` of a weight's tensors and sizes: one or two launches, or one and a
-    library's product.
+    """Computes `ept_kernels.matmul_4bit_backward_reference` of a weight's tensors and sizes: in one or two launches, or
+    in one and a library's product.
     """
     weight = Weight(*arguments)
     grad, shape = grad_output.detach(), (*grad_output.shape[:-1], weight.columns)

@@ -26,7 +26,7 @@ def dequantize_parts(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`dequantize_4bit_reference` of the parts of a weight: what the operator takes."""
+    """Computes `dequantize_4bit_reference` of the parts of a weight, which the operator takes."""
     levels = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=packed.device)
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[: rows * columns]  # [elements]
     if nested_absmax is not None:
@@ -40,7 +40,7 @@ def dequantize_parts(
 
 
 def dequantize_4bit_reference(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """`[rows, columns]` in `dtype`: level times absmax in float32, rounded once.
+    """Dequantises to `[rows, columns]` in `dtype`: level times absmax in float32, rounded once.
 
     Equal to `bitsandbytes.functional.dequantize_4bit` bit for bit. float64 holds the float32 values.
     """
@@ -48,7 +48,7 @@ def dequantize_4bit_reference(weight: FourBitWeight, dtype: torch.dtype) -> Tens
 
 
 def dequantize_4bit(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """`dequantize_4bit_reference` through the operator `ept::dequantize_4bit`.
+    """Computes `dequantize_4bit_reference` through the operator `ept::dequantize_4bit`.
 
     Raises:
         ValueError: `dtype` is none of float32, float16, bfloat16 and float64.
@@ -57,20 +57,20 @@ def dequantize_4bit(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
 
 
 def matmul_parts(x: Tensor, *arguments: Any) -> Tensor:
-    """`matmul_4bit_reference` of a weight's tensors, the bias and the weight's sizes: what the operator takes."""
+    """Computes `matmul_4bit_reference` of a weight's tensors, the bias and its sizes, which the operator takes."""
     dtype, weight, bias = compute_dtype(x), (*arguments[:5], *arguments[6:], x.dtype), arguments[5]
     out = x.to(dtype) @ dequantize_parts(*weight).to(dtype).mT
     return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
 
 
 def matmul_backward_parts(grad_output: Tensor, *arguments: Any) -> Tensor:
-    """`matmul_4bit_backward_reference` of the parts of a weight: what the operator takes."""
+    """Computes `matmul_4bit_backward_reference` of the parts of a weight, which the operator takes."""
     dtype, weight = compute_dtype(grad_output), (*arguments, grad_output.dtype)
     return (grad_output.to(dtype) @ dequantize_parts(*weight).to(dtype)).to(grad_output.dtype)
 
 
 def matmul_4bit_reference(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
-    """`x·Wᵀ + bias`.
+    """Computes `x·Wᵀ + bias`.
 
     Args:
         x: `[..., columns]` float32, float16, bfloat16 or float64.
@@ -88,13 +88,13 @@ def matmul_4bit_reference(x: Tensor, weight: FourBitWeight, bias: Tensor | None 
 
 
 def matmul_4bit(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
-    """`matmul_4bit_reference` through the operator `ept::matmul_4bit`; raises as it does."""
+    """Computes `matmul_4bit_reference` through the operator `ept::matmul_4bit`; raises as it does."""
     check_operands(x, weight, bias)
     return _matmul_4bit(x, *weight.tensors, bias, *weight.sizes)
 
 
 def matmul_4bit_backward_reference(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
-    """`grad_output·W`, the gradient of x; the weight is frozen and gets none.
+    """Computes `grad_output·W`, the gradient of x; the weight is frozen and gets none.
 
     Args:
         grad_output: `[..., rows]`, gradient of the product, in its dtype.
@@ -110,7 +110,7 @@ def matmul_4bit_backward_reference(grad_output: Tensor, weight: FourBitWeight) -
 
 
 def matmul_4bit_backward(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
-    """`matmul_4bit_backward_reference` through the operator `ept::matmul_4bit_backward`; raises as it does."""
+    """Computes `matmul_4bit_backward_reference` through the operator `ept::matmul_4bit_backward`; raises alike."""
     _check("grad_output", grad_output, weight.rows, weight)
     return _matmul_4bit_backward(grad_output, *weight.tensors, *weight.sizes)
 

@@ -131,7 +131,7 @@ def matmul_4bit_reduce_kernel(
     # Meta-parameters
     BLOCK_E: tl.constexpr,
 ):
-    """`out = Σ partial + bias`, split by split."""
+    """Computes `out = Σ partial + bias`, split by split."""
     o_e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     m_e = o_e < elements
     b_out = tl.zeros([BLOCK_E], tl.float32)

@@ -71,7 +71,7 @@ def joint_prompt_kernel(
     FUSION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of the joint prompt."""
+    """Writes one tile of the joint prompt."""
     o_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_sum = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
@@ -98,7 +98,7 @@ def joint_prompt_kernel(
 
 @triton.jit
 def _of_sides(sides, stats, column, o_i, x, o_d, s, d, width, NORMALISED: tl.constexpr, PRECISION: tl.constexpr):
-    """`sides[:, column + o_i]ᵀ` times the rows of `x` `[s, d]`, normalised as those of p if so asked."""
+    """Multiplies `sides[:, column + o_i]ᵀ` with the rows of `x` `[s, d]`, normalised as those of p if so asked."""
     b_sum = tl.zeros([TILE, o_d.shape[0]], tl.float32)
     for first in range(0, s, TILE):
         o_s = first + tl.arange(0, TILE)
@@ -163,7 +163,7 @@ def joint_prompt_backward_kernel(
     MAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one gradient: first the rows of p, then those of B, the columns of W_q, W_k, D, G, the rows of U."""
+    """Writes one tile of one gradient: first rows of p, then those of B, columns of W_q, W_k, D, G, rows of U."""
     i = tl.program_id(1) * TILE
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     o_t = tl.arange(0, TILE)

@@ -46,7 +46,7 @@ def joint_prompt(
     score_scale: float,
     activation: str = "gelu",
 ) -> Tensor:
-    """`ept_kernels.joint_prompt_reference` in four launches; with neither fusion nor spaces in none of ours."""
+    """Computes `ept_kernels.joint_prompt_reference` in four launches; with neither fusion nor spaces in none of ours."""
     z = _Sizes.of(prompt, A, beta, W_q, D, G, backward=False)
     if not prompt.numel() or not (z.fusion or z.columns):
         return (embedding_scale * prompt.to(torch.promote_types(prompt.dtype, torch.float32))).to(prompt.dtype)
@@ -85,7 +85,7 @@ def joint_prompt_backward(
     score_scale: float,
     activation: str = "gelu",
 ) -> tuple[Tensor, ...]:
-    """`ept_kernels.joint_prompt_backward_reference` in five launches, four without fusion.
+    """Computes `ept_kernels.joint_prompt_backward_reference` in five launches, four without fusion.
 
     Gradients of parameters that have elements but no part in the result (`A` without fusion) are filled with zeros.
     """
@@ -248,7 +248,7 @@ def _chosen(kernel: str, d: int, device: torch.device) -> dict[str, Any]:
 
 
 def _options(kernel: str, d: int, device: torch.device) -> dict[str, Any]:
-    """Meta-parameters of `kernel`, a new dictionary each time."""
+    """Returns the meta-parameters of `kernel`, in a new dictionary each time."""
     return dict(_chosen(kernel, d, device))
 
 

@@ -20,26 +20,26 @@ TILE = tl.constexpr(UNIT)
 
 @triton.jit
 def up(size):
-    """`size` padded to whole tiles."""
+    """Pads `size` to whole tiles."""
     return tl.cdiv(size, TILE) * TILE
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """The product of two float32 tiles, accumulated in float32."""
+    """Multiplies two float32 tiles, accumulated in float32."""
     return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
 def load_rows(x, o_i, o_d, rows, d):
-    """Rows `o_i`, columns `o_d` of `x` `[rows, d]` in float32, zero beyond its edges."""
+    """Loads rows `o_i`, columns `o_d` of `x` `[rows, d]` in float32, zero beyond its edges."""
     mask = (o_i < rows)[:, None] & (o_d < d)[None, :]
     return tl.load(x + o_i.to(tl.int64)[:, None] * d + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_columns(x, o_i, o_d, columns, d):
-    """As `load_rows` of the transpose of `x` `[d, columns]`: `[o_i, o_d]`, read along the columns."""
+    """Loads `[o_i, o_d]` of the transpose of `x` `[d, columns]`, as `load_rows` would, reading along the columns."""
     mask = (o_d < d)[:, None] & (o_i < columns)[None, :]
     b_x = tl.load(x + o_d.to(tl.int64)[:, None] * columns + o_i[None, :], mask=mask, other=0.0)
     return tl.trans(b_x.to(tl.float32))
@@ -47,7 +47,7 @@ def load_columns(x, o_i, o_d, columns, d):
 
 @triton.jit
 def column_of_B(s):
-    """Where the columns of `B` begin in the matrix of inner products, and its rows; those of `p` begin at 0."""
+    """Counts where the columns of `B`, and its rows, begin in the matrix of inner products; those of `p` begin at 0."""
     return up(s)
 
 
@@ -109,7 +109,7 @@ def joint_prompt_products_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of one part of the inner products."""
+    """Computes one tile of one part of the inner products."""
     row, column = tl.program_id(1) * TILE, tl.program_id(0) * TILE
     i_part = tl.program_id(2)
     width = tl.num_programs(0) * TILE
@@ -152,7 +152,7 @@ def joint_prompt_products_kernel(
 
 @triton.jit
 def _add_parts(partial, row, column, parts, rows, width):
-    """The tile at `row`, `column`, its parts added up in order."""
+    """Loads the tile at `row`, `column`, its parts added up in order."""
     o_row = row.to(tl.int64) + tl.arange(0, TILE)
     p_part = partial + o_row[:, None] * width + column + tl.arange(0, TILE)[None, :]
     b_sum = tl.load(p_part)

@@ -54,7 +54,7 @@ def joint_prompt_reference(
     score_scale: float,
     activation: str = "gelu",
 ) -> Tensor:
-    """The joint prompt `P` `[s, d]`, in the units of the embedding table.
+    """Computes the joint prompt `P` `[s, d]`, in the units of the embedding table.
 
     Args:
         prompt: `[s, d]` the short prompt `p`, in units of ρ.

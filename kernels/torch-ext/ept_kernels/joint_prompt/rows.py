@@ -30,7 +30,7 @@ STATS = 5
 
 @triton.jit
 def load_tile(x, o_i, o_j, width):
-    """Rows `o_i`, columns `o_j` of a padded float32 matrix that is `width` wide: nothing needs a mask."""
+    """Loads rows `o_i`, columns `o_j` of a padded float32 matrix that is `width` wide: nothing needs a mask."""
     return tl.load(x + o_i.to(tl.int64)[:, None] * width + o_j[None, :])
 
 
@@ -74,7 +74,7 @@ def side_of_W_k(columns, K, r, a):
 
 @triton.jit
 def tanh(x):
-    """By a sigmoid, and near 0, where that would cancel, by its power series."""
+    """Computes tanh by a sigmoid, and near 0, where that would cancel, by its power series."""
     y = x * x
     series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
     return tl.where(y < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
@@ -82,7 +82,7 @@ def tanh(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """φ(x)."""
+    """Computes φ(x)."""
     if ACTIVATION == "relu":
         x = tl.maximum(x, 0.0)
     elif ACTIVATION == "silu":
@@ -98,7 +98,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def slope(x, ACTIVATION: tl.constexpr):
-    """φ'(x)."""
+    """Computes φ'(x)."""
     if ACTIVATION == "relu":
         x = tl.where(x > 0, 1.0, 0.0)
     elif ACTIVATION == "silu":
@@ -152,7 +152,7 @@ def joint_prompt_rows_kernel(
     BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of the prompt's rows, all of their scores and spaces."""
+    """Computes all scores and spaces of a tile of the prompt's rows."""
     o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     o_g = column_of_W_q(s, r) + o_s  # rows of g
     o_t = tl.arange(0, TILE)

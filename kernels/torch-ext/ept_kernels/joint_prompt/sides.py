@@ -27,7 +27,7 @@ from .rows import (
 
 @triton.jit
 def weights(scores, stats, o_i, o_j, is_column, s, width, score_scale):
-    """The softmax's weights `[o_i, o_j]`, 0 where `is_column` is false, and the scores before their scale."""
+    """Computes the softmax's weights `[o_i, o_j]`, 0 where `is_column` is false, and the scores before their scale."""
     b_S = load_tile(scores, o_i, o_j, width)
     b_x = score_scale * b_S - tl.load(stats + MAX * up(s) + o_i)[:, None]
     b_w = tl.exp(b_x) * tl.load(stats + INVERSE_SUM * up(s) + o_i)[:, None]
@@ -36,7 +36,7 @@ def weights(scores, stats, o_i, o_j, is_column, s, width, score_scale):
 
 @triton.jit
 def score_gradients(scores, slopes, stats, o_i, o_j, is_column, s, width, score_scale, beta):
-    """`δ` of the scores before their scale, with the weights and the scores: `[o_i, o_j]` each."""
+    """Computes `δ` of the scores before their scale, with the weights and the scores: `[o_i, o_j]` each."""
     b_w, b_S = weights(scores, stats, o_i, o_j, is_column, s, width, score_scale)
     b_e = load_tile(slopes, o_i, o_j, width) - tl.load(stats + MEAN_SLOPE * up(s) + o_i)[:, None]
     return tl.where(is_column[None, :], beta * score_scale * b_w * b_e, 0.0), b_w, b_S
@@ -73,7 +73,7 @@ def joint_prompt_sides_kernel(
     MAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of `A`'s rows, or of the prompt's."""
+    """Sums what belongs to a tile of `A`'s rows, or of the prompt's."""
     i = tl.program_id(0)
     b_beta = tl.load(beta).to(tl.float32)
     score_width = up(m) + up(s)

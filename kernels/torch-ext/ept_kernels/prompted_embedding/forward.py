@@ -13,14 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def load_B(B, o_r, o_d, r, d, stride_B_r, stride_B_d):
-    """`B`'s rows `o_r`, columns `o_d` in float32, zero beyond rank r and width d."""
+    """Loads `B`'s rows `o_r`, columns `o_d` in float32, zero beyond rank r and width d."""
     mask = (o_r < r)[:, None] & (o_d < d)[None, :]
     return tl.load(B + o_r[:, None] * stride_B_r + o_d[None, :] * stride_B_d, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_A(A, o_m, o_r, m_m, r, stride_A_m, stride_A_r):
-    """`A`'s rows `o_m`, columns `o_r` in float32, zero where `m_m` is false and beyond rank r."""
+    """Loads `A`'s rows `o_m`, columns `o_r` in float32, zero where `m_m` is false and beyond rank r."""
     mask = m_m[:, None] & (o_r < r)[None, :]
     return tl.load(A + o_m[:, None] * stride_A_m + o_r[None, :] * stride_A_r, mask=mask, other=0.0).to(tl.float32)
 
@@ -68,7 +68,7 @@ def _write_token_rows(
 
 @triton.jit
 def _row_of(input_ids, o_n, m_n, vocabulary):
-    """Rows of the table that the tokens `o_n` of one text are, and which of them are to be read."""
+    """Loads which rows of the table the tokens `o_n` of one text are, and tells which of them are to be read."""
     b_id = tl.load(input_ids + o_n, mask=m_n, other=0).to(tl.int64)
     return b_id, m_n & (b_id >= 0) & (b_id < vocabulary)
 
@@ -104,7 +104,7 @@ def prompted_embedding_kernel(
     RANK: tl.constexpr,  # r padded to a power of two from 16 up; 0: no update
     PRECISION: tl.constexpr,
 ):
-    """One column tile of some positions, or of some rows of the prompt, in a run of batch rows; or some tokens.
+    """Writes one column tile of some positions, or of some rows of the prompt, in a run of batch rows; or some tokens.
 
     The first programs own positions: a tile of `C = scale·A·B` is made once and added to the tokens that stand there,
     batch row by batch row. The next ones own rows of the prompt. The last ones look for tokens without an update, and
@@ -176,7 +176,7 @@ def prompted_embedding_kernel(
 
 @triton.jit
 def _text_of(cu_seqlens, o_n, m_n, texts, steps, stride_cu):
-    """The text each token belongs to: the last one that begins at or before it, by bisection in `steps` steps.
+    """Finds the text each token belongs to: the last one that begins at or before it, by bisection in `steps` steps.
 
     Returns `[tokens]` the texts and where they begin, both int64.
     """
@@ -229,7 +229,7 @@ def prompted_embedding_packed_kernel(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same over all texts: a tile holds prompt rows of several texts, or tokens of several texts."""
+    """Does the same over all texts: a tile holds prompt rows of several texts, or tokens of several texts."""
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
     i_d = i_program % columns

@@ -43,7 +43,7 @@ NARROW = 1024
 
 
 def token_at(positions: Tensor, m: int) -> Tensor:
-    """`ept_kernels.token_at_reference` in one launch."""
+    """Computes `ept_kernels.token_at_reference` in one launch."""
     batch, n = positions.shape
     found = positions.new_empty(batch, m, dtype=torch.int32)
     grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * batch,)
@@ -63,7 +63,7 @@ def prompted_embedding(
     adapter_ids: Tensor | None = None,
     found: Tensor | None = None,
 ) -> Tensor:
-    """`ept_kernels.prompted_embedding_reference` in two launches, one where `token_at` is given or not needed."""
+    """Computes `ept_kernels.prompted_embedding_reference` in two launches, one where `token_at` is given or not needed."""
     batch, n = input_ids.shape
     s, d = prompt.shape[-2], table.shape[1]
     m, r = A.shape[-2:] if A.numel() and n else (0, 0)
@@ -98,7 +98,7 @@ def prompted_embedding(
 def prompted_embedding_packed(
     input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    """`ept_kernels.prompted_embedding_packed_reference` in one launch."""
+    """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
     texts, tokens = cu_seqlens.shape[0] - 1, input_ids.shape[0]
     s, d = prompt.shape[0], table.shape[1]
     m, r = A.shape
@@ -124,7 +124,7 @@ def prompted_embedding_backward(
     adapter_ids: Tensor | None = None,
     found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ept_kernels.prompted_embedding_backward_reference` in three launches, two where `token_at` is given, one where
+    """Computes `ept_kernels.prompted_embedding_backward_reference` in three launches, two where `token_at` is given, one where
     there is no update.
     """
     batch, n = positions.shape

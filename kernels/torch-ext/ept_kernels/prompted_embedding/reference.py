@@ -23,7 +23,7 @@ def prompted_embedding_reference(
     adapter_ids: Tensor | None = None,
     token_at: Tensor | None = None,
 ) -> Tensor:
-    """Prompt rows followed by the updated embeddings of the tokens.
+    """Computes prompt rows followed by the updated embeddings of the tokens.
 
     Args:
         input_ids: `[batch, n]` integer rows of `table`.
@@ -56,7 +56,7 @@ def prompted_embedding_reference(
 def prompted_embedding_packed_reference(
     input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    """The same for a padding-free batch: every text is preceded by the prompt's rows.
+    """Computes the same for a padding-free batch: every text is preceded by the prompt's rows.
 
     Args:
         input_ids: `[tokens]`, the texts one after another.
@@ -95,7 +95,8 @@ def token_at_reference(positions: Tensor, m: int) -> Tensor:
     batch, n = positions.shape
     index = torch.arange(n, dtype=torch.int32, device=positions.device).expand(batch, n)
     slot = torch.where((positions >= 0) & (positions < m), positions, m).to(torch.int64)  # m: a spare one
-    return torch.full((batch, m + 1), -1, dtype=torch.int32, device=positions.device).scatter(1, slot, index)[:, :m]
+    found = torch.full((batch, m + 1), -1, dtype=torch.int32, device=positions.device).scatter(1, slot, index)
+    return found[:, :m].contiguous()
 
 
 def prompted_embedding_backward_reference(
@@ -107,7 +108,7 @@ def prompted_embedding_backward_reference(
     adapter_ids: Tensor | None = None,
     token_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the prompt, `A` and `B`; the table is frozen and gets none.
+    """Computes gradients of the prompt, `A` and `B`; the table is frozen and gets none.
 
     Args:
         grad_output: `[batch, s + n, d]`, gradient of the forward's output.
@@ -137,7 +138,7 @@ def prompted_embedding_backward_reference(
 
 
 def _rows_of_A(A: Tensor, positions: Tensor, adapter_ids: Tensor | None) -> Tensor:
-    """`A[pos]` with zeros where the position is negative: `[batch, n, r]`."""
+    """Computes `A[pos]` with zeros where the position is negative: `[batch, n, r]`."""
     updated = positions >= 0
     index = positions.clamp(min=0)
     if adapter_ids is None:
@@ -149,7 +150,7 @@ def _rows_of_A(A: Tensor, positions: Tensor, adapter_ids: Tensor | None) -> Tens
 
 
 def _sum_rows(rows: Tensor, adapter_ids: Tensor | None, A: Tensor) -> Tensor:
-    """Sum of `rows` `[batch, …]` over the batch, or over each adapter's part of it, in row order."""
+    """Sums `rows` `[batch, …]` over the batch, or over each adapter's part of it, in row order."""
     if adapter_ids is None:
         return rows.sum(0)
     chosen = adapter_ids[None, :] == torch.arange(A.shape[0], device=adapter_ids.device)[:, None]  # [adapters, batch]
