@@ -59,8 +59,8 @@ class Case(NamedTuple):
 
     @property
     def form(self) -> Any:
-        """Tells apart what Triton compiles for: types, constants, and of integers whether they are 1 or divisible by 16,
-        unless the kernel asks not to be specialised for them.
+        """Tells apart what Triton compiles for: types, constants, and of integers whether they are 1 or divisible by
+        16, unless the kernel asks not to be specialised for them.
         """
         args = [
             type(x)

@@ -102,7 +102,7 @@ _EMBEDDING_GRIDS = {
     "prompted_embedding": grid(
         BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256, 512), PROGRAMS=(256, 512, 1024), num_warps=(4, 8)
     ),
-    "prompted_embedding_packed": grid(BLOCK_T=(16, 32), BLOCK_D=(128, 256), ITERS=(1, 4), num_warps=(4, 8)),
+    "prompted_embedding_packed": grid(BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256), ITERS=(1, 4), num_warps=(4, 8)),
     "prompted_embedding_backward": grid(
         BLOCK_M=(32, 64, 128), BLOCK_D=(32, 64, 128), STAGES=(2, 4, 6), num_warps=(4, 8)
     ),

@@ -46,10 +46,10 @@ def joint_prompt(
     score_scale: float,
     activation: str = "gelu",
 ) -> Tensor:
-    """Computes `ept_kernels.joint_prompt_reference` in four launches; with neither fusion nor spaces in none of ours."""
+    """Computes `ept_kernels.joint_prompt_reference` in four launches, in none without fusion and spaces."""
     z = _Sizes.of(prompt, A, beta, W_q, D, G, backward=False)
     if not prompt.numel() or not (z.fusion or z.columns):
-        return (embedding_scale * prompt.to(torch.promote_types(prompt.dtype, torch.float32))).to(prompt.dtype)
+        return embedding_scale * prompt
     out = prompt.new_empty(prompt.shape)
     prompt, A, B, beta, W_q, W_k, D, U, G = _plain(prompt, A, B, beta, W_q, W_k, D, U, G)
     scales = (float(lowrank_scale), float(embedding_scale), float(score_scale))

@@ -63,7 +63,7 @@ def prompted_embedding(
     adapter_ids: Tensor | None = None,
     found: Tensor | None = None,
 ) -> Tensor:
-    """Computes `ept_kernels.prompted_embedding_reference` in two launches, one where `token_at` is given or not needed."""
+    """Computes `ept_kernels.prompted_embedding_reference` in two launches, one with `token_at` or without an update."""
     batch, n = input_ids.shape
     s, d = prompt.shape[-2], table.shape[1]
     m, r = A.shape[-2:] if A.numel() and n else (0, 0)
@@ -124,8 +124,9 @@ def prompted_embedding_backward(
     adapter_ids: Tensor | None = None,
     found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `ept_kernels.prompted_embedding_backward_reference` in three launches, two where `token_at` is given, one where
-    there is no update.
+    """Computes `ept_kernels.prompted_embedding_backward_reference` in three launches.
+
+    In two where `token_at` is given, in one where there is no update.
     """
     batch, n = positions.shape
     s, d = grad_output.shape[1] - n, grad_output.shape[2]
