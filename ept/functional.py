@@ -30,16 +30,18 @@ class _PromptedEmbedding(torch.autograd.Function):
         adapter_ids: Tensor | None,
     ) -> Tensor:
         needs_table = ctx.needs_input_grad[2]
-        ctx.save_for_backward(positions, A, B, adapter_ids, input_ids if needs_table else None)
+        # Both directions need it, so it is made once.
+        token_at = ept_kernels.token_at(positions, A.shape[-2]) if any(ctx.needs_input_grad[4:6]) else None
+        ctx.save_for_backward(positions, A, B, adapter_ids, token_at, input_ids if needs_table else None)
         ctx.scale, ctx.table_shape, ctx.prompt_dtype = scale, table.shape, prompt.dtype
-        return ept_kernels.prompted_embedding(input_ids, positions, table, prompt, A, B, scale, adapter_ids)
+        return ept_kernels.prompted_embedding(input_ids, positions, table, prompt, A, B, scale, adapter_ids, token_at)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        positions, A, B, adapter_ids, input_ids = ctx.saved_tensors
+        positions, A, B, adapter_ids, token_at, input_ids = ctx.saved_tensors
         grad_prompt, grad_A, grad_B = ept_kernels.prompted_embedding_backward(
-            grad_output, positions, A, B, ctx.scale, adapter_ids
+            grad_output, positions, A, B, ctx.scale, adapter_ids, token_at
         )
         grad_table = None
         if input_ids is not None:

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ept_kernels import launch
 from ept_kernels.dev import aot, tune
-from ept_kernels.dev.problems import every_four_bit_problem
+from ept_kernels.dev.problems import JointPrompt, every_four_bit_problem
 
 FINE = {"kernel": "k", "target": "sm_80", "spilled_bytes": 0, "shared_bytes": 100, "shared_limit": 100}
 
@@ -60,6 +60,18 @@ def test_the_command_fails_on_a_problem(row, failed, monkeypatch, capsys):
         aot.main()
     assert bool(stopped.value.code) is failed
     assert f"{int(failed)} problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"s": 100}, {"m": 63}, {"r": 60}, {"s": 1, "m": 1, "r": 1}, {"K": 7}], ids=str)
+def test_a_compiled_joint_prompt_serves_all_lengths_and_ranks(change):
+    """What is compiled depends on neither s, m nor r, nor on how many gates there are up to 32."""
+
+    def forms(problem):
+        return {case.form for p in (problem, problem.backward) for case in aot.record(p, "cuda")}
+
+    problem = JointPrompt(s=40, m=256, r=30)
+    assert len(forms(problem)) == 7  # six kernels, of which that of the rows differs in the backward
+    assert forms(replace(problem, **change)) == forms(problem)
 
 
 @pytest.mark.parametrize("architecture", ["cuda", "gfx942"])

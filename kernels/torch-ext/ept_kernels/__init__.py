@@ -28,6 +28,8 @@ from .prompted_embedding.reference import (
     prompted_embedding_packed,
     prompted_embedding_packed_reference,
     prompted_embedding_reference,
+    token_at,
+    token_at_reference,
 )
 
 __all__ = [
@@ -49,4 +51,6 @@ __all__ = [
     "prompted_embedding_packed",
     "prompted_embedding_packed_reference",
     "prompted_embedding_reference",
+    "token_at",
+    "token_at_reference",
 ]

@@ -15,6 +15,7 @@ from ept_kernels.dev.problems import PackedEmbedding as Packed
 from ept_kernels.dev.problems import Problem, PromptedEmbedding, as_tuple, in_float64
 from ept_kernels.library import reference_of
 from ept_kernels.prompted_embedding import launchers as kernels
+from ept_kernels.prompted_embedding.reference import token_at_reference
 
 FLOAT32_TOLERANCE = 1e-5  # of the sum of the magnitudes that were added up
 
@@ -123,6 +124,37 @@ def test_no_update_and_a_negative_adapter_leave_the_tables_bits(device):
     assert torch.equal(out[:, 2:], table[ids])
 
 
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=str)
+def test_ids_outside_the_table_give_nan_and_read_nothing(ids, device):
+    """A label left in, an id beyond the table, the largest and the smallest there are: with an update and without."""
+    outside = [-100, -1, 37, torch.iinfo(ids).max, torch.iinfo(ids).min]
+    inputs = list(PromptedEmbedding(n=12, ids=ids).inputs(device))
+    right = kernels.prompted_embedding(*inputs)
+    inputs[0] = inputs[0].clone()
+    inputs[0][0, :5] = torch.tensor(outside, dtype=ids)
+    inputs[0][2, -5:] = torch.tensor(outside, dtype=ids)
+    assert (inputs[1][0, :5] >= 0).all()
+    inputs[1] = inputs[1].clone()
+    inputs[1][2, -5:] = -1
+    right[0, 5:10], right[2, -5:] = float("nan"), float("nan")
+    torch.testing.assert_close(kernels.prompted_embedding(*inputs), right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_of_two_tokens_at_one_position_one_is_nan(device):
+    inputs = list(PromptedEmbedding(batch=1, n=4, m=4, padding="none").inputs(device))
+    inputs[1] = torch.tensor([[0, 2, 2, 3]], device=device)
+    out = kernels.prompted_embedding(*inputs)
+    assert out[0, 6].isnan().all()
+    assert torch.isfinite(out[0, [*range(6), 7, 8]]).all()
+
+
+@by_name
+def test_token_at_equals_the_reference(problem, device):
+    positions = problem.inputs(device)[1]
+    for m in (problem.m, 5):  # also where texts are longer
+        assert torch.equal(kernels.token_at(positions, m), token_at_reference(positions, m))
+
+
 def test_backward_does_not_read_rows_without_an_update(device):
     problem = PromptedEmbedding(adapters=2, batch=3, s=2, padding="left")
     grad, positions, A, B, scale, adapter_ids = problem.backward.inputs(device)
@@ -158,9 +190,9 @@ def test_two_runs_give_equal_bits(adapters, device):
 @pytest.mark.parametrize(
     "change",
     [
-        {"BLOCK_T": 16, "BLOCK_M": 16, "ITERS": 1, "BLOCK_R": 32, "BLOCK_E": 64, "BLOCK_P": 2},
+        {"BLOCK_T": 16, "BLOCK_M": 16, "ITERS": 1, "PROGRAMS": 1, "BLOCK_R": 32, "BLOCK_E": 64, "BLOCK_P": 2},
         {"BLOCK_T": 64, "BLOCK_M": 128, "BLOCK_D": 32, "ITERS": 9, "BLOCK_N": 16, "BLOCK_P": 32},
-        {"ITERS": 2, "STAGES": 1, "BLOCK_R": 64},
+        {"ITERS": 2, "STAGES": 1, "BLOCK_R": 64, "PROGRAMS": 9},
     ],
     ids=["small", "large", "runs of two"],
 )
@@ -180,11 +212,11 @@ def test_any_launch_configuration_is_right(change, device):
 @pytest.mark.parametrize(
     "problem, forward, backward",
     [
-        (PromptedEmbedding(), 1, 3),
-        (PromptedEmbedding(adapters=2), 1, 3),
+        (PromptedEmbedding(), 2, 3),
+        (PromptedEmbedding(adapters=2), 2, 3),
         (PromptedEmbedding(r=0), 1, 1),
         (PromptedEmbedding(n=0), 1, 1),
-        (PromptedEmbedding(s=0), 1, 3),
+        (PromptedEmbedding(s=0), 2, 3),
     ],
     ids=lambda x: getattr(x, "name", str(x)),
 )
@@ -194,6 +226,13 @@ def test_number_of_launches(problem, forward, backward, device):
     between = launch.launches()
     kernels.prompted_embedding_backward(*problem.backward.inputs(device))
     assert (between - before, launch.launches() - between) == (forward, backward)
+    if problem.r and problem.n:  # the table of positions is made once, and handed on
+        token_at = kernels.token_at(problem.inputs(device)[1], problem.m)
+        before = launch.launches()
+        kernels.prompted_embedding(*problem.inputs(device), token_at)
+        between = launch.launches()
+        kernels.prompted_embedding_backward(*problem.backward.inputs(device), token_at)
+        assert (between - before, launch.launches() - between) == (forward - 1, backward - 1)
     before = launch.launches()
     kernels.prompted_embedding_packed(*Packed((3, 1, 70)).inputs(device))
     assert launch.launches() - before == 1

@@ -59,8 +59,17 @@ class Case(NamedTuple):
 
     @property
     def form(self) -> Any:
-        """Tells apart what Triton compiles for, but for the divisibility of integers that a kernel does not ask for."""
-        args = [(x == 1, x % 16 == 0) if type(x) is int else "float" if type(x) is float else x for x in self.args]
+        """Tells apart what Triton compiles for: types, constants, and of integers whether they are 1 or divisible by
+        16, unless the kernel asks not to be specialised for them.
+        """
+        args = [
+            type(x)
+            if type(x) is float or (type(x) is int and parameter.do_not_specialize)
+            else (x == 1, x % 16 == 0)
+            if type(x) is int
+            else x
+            for x, parameter in zip(self.args, self.kernel.params)
+        ]
         return self.kernel, *args, *sorted(self.meta.items(), key=lambda item: item[0])
 
 

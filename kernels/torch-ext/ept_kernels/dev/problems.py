@@ -139,6 +139,21 @@ class PromptedEmbedding(Problem):
 
 
 @dataclass(frozen=True)
+class TokenAt(Problem):
+    """Positions of the tokens of a padded batch, of which the first `m` are asked for."""
+
+    n: int = 5
+    m: int = 6
+    operator: str = field(default="token_at", kw_only=True)
+
+    def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        return PromptedEmbedding(n=self.n).positions().to(device), self.m
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        return 0.0
+
+
+@dataclass(frozen=True)
 class PackedEmbedding(Problem):
     """Texts of so many tokens each, one after another; fields as of `PromptedEmbedding`."""
 
@@ -312,6 +327,7 @@ def opcheck_problems() -> list[Problem]:
     return [
         *(x for problem in (embedding, mixed, joint) for x in (problem, problem.backward)),
         PackedEmbedding((5, 0, 3), s=2, d=8, r=2, ids=torch.int32),
+        TokenAt(),
         *(replace(dequantized, nested=nested) for nested in (False, True)),
         *(replace(product, nested=nested, bias=bias) for nested in (False, True) for bias in (torch.float32, None)),
         *(replace(product, nested=nested, operator="matmul_4bit_backward") for nested in (False, True)),

@@ -98,11 +98,11 @@ def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list
 
 
 # Kernels of the prompted embedding, by whether the forward or the backward is timed.
-_FORWARD_GRID = grid(BLOCK_T=(16, 32, 64), BLOCK_D=(64, 128, 256), ITERS=(1, 4, 16), num_warps=(4, 8))
 _EMBEDDING_GRIDS = {
-    "prompted_embedding": _FORWARD_GRID,
-    "prompted_embedding_packed": _FORWARD_GRID,
-    "prompted_embedding_token_at": grid(BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128, 256)),
+    "prompted_embedding": grid(
+        BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256, 512), PROGRAMS=(256, 512, 1024), num_warps=(4, 8)
+    ),
+    "prompted_embedding_packed": grid(BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256), ITERS=(1, 4), num_warps=(4, 8)),
     "prompted_embedding_backward": grid(
         BLOCK_M=(32, 64, 128), BLOCK_D=(32, 64, 128), STAGES=(2, 4, 6), num_warps=(4, 8)
     ),
@@ -126,28 +126,28 @@ def _prompted_embedding(reduced: bool) -> Iterator[Tunable]:
             )
 
 
-# A backward kernel takes the compiler many seconds. The first launch, of the products, is the same with maps.
+# Kernels of the joint prompt, all timed within its backward but the forward's last one.
 _JOINT_GRIDS = {
-    "joint_prompt_products": grid(BLOCK_N=(16, 32, 64), BLOCK_K=(16, 32)),
-    "joint_prompt": grid(BLOCK_D=(32, 64, 128), PARTS=(1, 2, 4), num_warps=(4, 8)),
-    "joint_prompt_backward": grid(BLOCK_D=(16, 32), BLOCK_M=(16, 32), PARTS=(1, 2), num_warps=(4, 8)),
+    "joint_prompt_products": grid(BLOCK_K=(16, 32), PROGRAMS=(132, 264, 528), num_warps=(4, 8)),
+    "joint_prompt_rows": grid(BLOCK_S=(16, 32), num_warps=(4, 8), num_stages=(1, 2)),
+    "joint_prompt_sides": grid(num_warps=(4, 8), num_stages=(1, 2)),
+    "joint_prompt": grid(BLOCK_S=(16, 32), BLOCK_D=(32, 64), num_warps=(4, 8)),
+    "joint_prompt_backward": grid(BLOCK_D=(32, 64), num_warps=(8,), num_stages=(1, 2)),
 }
 
 
 def _joint_prompt(reduced: bool) -> Iterator[Tunable]:
-    plain = [JointPrompt(s=2, d=20, m=5, K=2, h=1)] if reduced else [T5_BASE_JOINT, LLAMA_7B_JOINT]
-    for p in plain if reduced else [*plain, *(replace(problem, a=16) for problem in plain)]:
+    for p in [JointPrompt(s=2, d=20, m=5, K=2, h=1)] if reduced else [T5_BASE_JOINT, LLAMA_7B_JOINT]:
         for kernel, candidates in _JOINT_GRIDS.items():
-            if p.a and kernel == "joint_prompt_products":
-                continue
-            default = joint_prompt.heuristic(kernel, p.d, p.a, p.r)
+            default = joint_prompt.CONFIGS[kernel]
             complete = [{**default, **candidate} for candidate in candidates]
             yield Tunable(
-                kernel=joint_prompt.key(kernel, p.a),
-                size=(p.d, padded(p.r)),
+                kernel=kernel,
+                size=(p.d,),
                 default=default,
                 candidates=[c for c in complete if c != default],
                 problem=p if kernel == "joint_prompt" else p.backward,
+                variants=[replace(p, a=16) if kernel == "joint_prompt" else replace(p, a=16).backward],
             )
 
 

@@ -1,31 +1,34 @@
-"""Launchers of the joint prompt and its backward, two launches each, and their choices.
+"""Launchers of the joint prompt and its backward: at most four launches and five, no atomics, sums in a fixed order.
 
-No atomics, every sum in a fixed order.
+`products.py` (everything reduced over d, in parts, then added up), `rows.py` (scores, softmax, gates, spaces), in the
+backward `sides.py` (sums over rows and columns), `expand.py` (everything as wide as d). All sizes but d and the number
+of gates are run-time arguments: one compiled kernel serves every prompt length, input length and rank.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
+import triton
 from torch import Tensor
 
 from ..launch import Config, all_registers, cached_choice, config_for, launch, on_device, padded, precision
-from .backward import joint_prompt_backward_kernel
-from .forward import joint_prompt_kernel
-from .products import joint_prompt_products_kernel
-from .shape import Shape
+from .expand import joint_prompt_backward_kernel, joint_prompt_kernel
+from .products import UNIT, joint_prompt_products_kernel, joint_prompt_sum_kernel
+from .rows import STATS, joint_prompt_rows_kernel
+from .sides import joint_prompt_sides_kernel
 
-# Meta-parameters by kernel, used where nothing was measured. The first launch, of the inner products, belongs to both
-# operators; BLOCK_M and PARTS of the second one hold for it too.
-_BACKWARD = {"BLOCK_S": 16, "BLOCK_D": 32, "BLOCK_M": 32, "BLOCK_R": 16, "PARTS": 2, "num_warps": 4, "num_stages": 1}
+# Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs of products are wanted, which
+# decides the number of parts.
 CONFIGS: dict[str, Config] = {
-    "joint_prompt_products": {"BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2},
-    "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 64, "BLOCK_M": 32, "PARTS": 2, "num_warps": 4, "num_stages": 1},
-    "joint_prompt_backward": _BACKWARD,
+    "joint_prompt_products": {"BLOCK_K": 32, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
+    "joint_prompt_sum": {"num_warps": 4, "num_stages": 1},
+    "joint_prompt_rows": {"BLOCK_S": 16, "num_warps": 8, "num_stages": 1},
+    "joint_prompt_sides": {"BLOCK_S": 16, "num_warps": 8, "num_stages": 1},
+    "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
+    "joint_prompt_backward": {"BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
 }
-# Up to this width the programs take narrower tiles: otherwise there are too few of them to fill a GPU.
-NARROW = 1024
-# From this rank on the backward reads inner products in a single part.
-LARGE_RANK = 33
 
 
 def joint_prompt(
@@ -43,17 +46,26 @@ def joint_prompt(
     score_scale: float,
     activation: str = "gelu",
 ) -> Tensor:
-    """Computes `ept_kernels.joint_prompt_reference` in two launches, one with neither fusion nor spaces."""
+    """Computes `ept_kernels.joint_prompt_reference` in four launches, in none without fusion and spaces."""
+    z = _Sizes.of(prompt, A, beta, W_q, D, G, backward=False)
+    if not prompt.numel() or not (z.fusion or z.columns):
+        return embedding_scale * prompt
     out = prompt.new_empty(prompt.shape)
-    if not out.numel():
-        return out
-    parameters = (prompt, A, B, beta, W_q, W_k, D, U, G)
-    z, products_options, options = _chosen("joint_prompt", _sizes(*parameters), activation, prompt.device)
-    prompt, A, B, beta, W_q, W_k, D, U, G = _plain(*parameters)
+    prompt, A, B, beta, W_q, W_k, D, U, G = _plain(prompt, A, B, beta, W_q, W_k, D, U, G)
     scales = (float(lowrank_scale), float(embedding_scale), float(score_scale))
     with on_device(prompt):
-        products = _products(z, products_options, prompt, None, A, B, W_q, W_k, D, U, G)
-        launch(joint_prompt_kernel, z.forward_grid, prompt, A, B, beta, U, products, out, *scales, z, **options)
+        w = _rows(z, activation, scales, prompt, prompt, A, B, W_q, W_k, D, G, U)
+        options = _options("joint_prompt", z.d, prompt.device)
+        grid = (triton.cdiv(z.d, options["BLOCK_D"]), triton.cdiv(z.s, options["BLOCK_S"]))
+        launch(
+            joint_prompt_kernel,
+            grid,
+            *(prompt, A, B, U, beta, w.scores, w.stats, w.sides, out),
+            *scales,
+            *(z.s, z.m, z.r, z.columns, z.d, z.side_width),
+            FUSION=z.fusion,
+            **options,
+        )
     return out
 
 
@@ -73,98 +85,175 @@ def joint_prompt_backward(
     score_scale: float,
     activation: str = "gelu",
 ) -> tuple[Tensor, ...]:
-    """Computes `ept_kernels.joint_prompt_backward_reference` in two launches, one with neither fusion nor spaces.
+    """Computes `ept_kernels.joint_prompt_backward_reference` in five launches, four without fusion.
 
     Gradients of parameters that have elements but no part in the result (`A` without fusion) are filled with zeros.
     """
     parameters = (prompt, A, B, beta, W_q, W_k, D, U, G)
-    z, products_options, options = _chosen("joint_prompt_backward", _sizes(*parameters), activation, prompt.device)
-    computed = (True, z.m > 0, z.m > 0, z.fusion, z.a > 0, z.a > 0, z.columns > 0, z.columns > 0, z.K > 0)
-    if not prompt.numel():
-        return tuple(x.new_zeros(x.shape) for x in parameters)
-    gradients = tuple((x.new_empty if on else x.new_zeros)(x.shape) for x, on in zip(parameters, computed, strict=True))
+    z = _Sizes.of(prompt, A, beta, W_q, D, G, backward=True)
+    is_used = (True, z.m > 0, z.m > 0, z.fusion, z.a > 0, z.a > 0, z.columns > 0, z.columns > 0, z.K > 0)
+    if not prompt.numel() or not (z.fusion or z.columns):
+        grad = (embedding_scale * grad_output).to(prompt.dtype)
+        return grad, *(x.new_zeros(x.shape) for x in parameters[1:])
+    gradients = [(x.new_empty if used else x.new_zeros)(x.shape) for x, used in zip(parameters, is_used, strict=True)]
+    grad_prompt, grad_A, grad_B, grad_beta, grad_W_q, grad_W_k, grad_D, grad_U, grad_G = gradients
     grad_output, prompt, A, B, beta, W_q, W_k, D, U, G = _plain(grad_output, *parameters)
-    tensors = (grad_output, prompt, A, B, beta, W_q, W_k, D, G)
     scales = (float(lowrank_scale), float(embedding_scale), float(score_scale))
     with on_device(prompt):
-        products = _products(z, products_options, prompt, grad_output, A, B, W_q, W_k, D, U, G)
-        launch(joint_prompt_backward_kernel, z.backward_grid, *tensors, products, *gradients, *scales, z, **options)
-    return gradients
+        w = _rows(z, activation, scales, prompt, grad_output, A, B, W_q, W_k, D, G, U)
+        sizes = (z.s, z.m, z.r, z.a, z.columns, z.K, z.d)
+        if z.fusion:
+            options = _options("joint_prompt_sides", z.d, prompt.device)
+            launch(
+                joint_prompt_sides_kernel,
+                (triton.cdiv(z.m, UNIT) + _up(z.s) // options["BLOCK_S"],),
+                *(w.products, A, beta, w.scores, w.slopes, w.inverse_rms_C, w.stats, w.sides, w.gram_parts),
+                *(grad_A, grad_beta, *scales, *sizes, z.width, z.side_width),
+                MAPS=z.a > 0,
+                **options,
+            )
+        options = _options("joint_prompt_backward", z.d, prompt.device)
+        tiles = (_up(z.s) + _up(z.r) + 2 * _up(z.a) + 2 * _up(z.columns) + _up(z.K)) // UNIT
+        launch(
+            joint_prompt_backward_kernel,
+            (triton.cdiv(z.d, options["BLOCK_D"]), tiles),
+            *(prompt, grad_output, A, B, beta, W_q, W_k, D, G),
+            *(w.scores, w.slopes, w.stats, w.sides, w.gram_parts),
+            *(grad_prompt, grad_B, grad_W_q, grad_W_k, grad_D, grad_U, grad_G),
+            *(*scales, *sizes, z.side_width),
+            FUSION=z.fusion,
+            MAPS=z.a > 0,
+            **options,
+        )
+    return tuple(gradients)
 
 
-def _sizes(prompt: Tensor, A: Tensor, B: Tensor, beta: Tensor, W_q: Tensor, *others: Tensor) -> tuple[int, ...]:
-    """Reads s, d, m, r, a, columns, K and whether there is a fusion off the parameters."""
-    _W_k, D, _U, G = others
-    return *prompt.shape, *A.shape, W_q.shape[1], D.shape[1], G.shape[1], beta.numel()
+class _Sizes(NamedTuple):
+    """Sizes of a joint prompt, 0 for what is switched off."""
+
+    s: int
+    d: int
+    m: int
+    r: int
+    a: int
+    columns: int  # K·h
+    K: int
+    fusion: bool
+    backward: bool
+
+    @classmethod
+    def of(cls, prompt: Tensor, A: Tensor, beta: Tensor, W_q: Tensor, D: Tensor, G: Tensor, backward: bool) -> _Sizes:
+        (s, d), (m, r), fusion, columns = prompt.shape, A.shape, beta.numel() > 0, D.shape[1]
+        if not (fusion and m and r):
+            m = r = 0
+        a, K = W_q.shape[1] if fusion else 0, G.shape[1] if columns else 0
+        return cls(s, d, m, r, a, columns, K, fusion, backward)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix of inner products: those of p, B, and in the backward of the gradient."""
+        return _up(self.s) * (1 + self.backward) + _up(self.r)
+
+    @property
+    def width(self) -> int:
+        """Its columns: those of p, B, W_q, W_k, D, G, and in the backward U."""
+        spaces = _up(self.columns) * (1 + self.backward) + _up(self.K)
+        return _up(self.s) + _up(self.r) + 2 * _up(self.a) + spaces
+
+    @property
+    def side_width(self) -> int:
+        """Columns of the small matrices that the expansion takes: see `rows.py`."""
+        spaces = _up(self.columns) * (1 + self.backward)
+        return spaces + self.backward * (_up(self.K) + 2 * _up(self.r) + 2 * _up(self.a))
 
 
-def _plain(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Makes tensors contiguous and of one dtype, since a program chooses among them. Usually they are, and nothing is
-    copied.
-    """
-    if len({x.dtype for x in tensors}) > 1:
-        tensors = tuple(x.float() for x in tensors)
-    return tuple(x.contiguous() for x in tensors)
+class _Workspace(NamedTuple):
+    """What the launches hand on, float32, each padded to whole tiles."""
+
+    products: Tensor  # [rows, width]
+    scores: Tensor  # [up(s), up(m) + up(s)]
+    slopes: Tensor  # as scores; empty in the forward
+    inverse_rms_C: Tensor  # [up(m)]
+    stats: Tensor  # [STATS, up(s)]
+    sides: Tensor  # [up(s), side_width]
+    gram_parts: Tensor  # [tiles of m, up(r), up(r) + up(a)]; empty in the forward
+    partial: Tensor  # [parts, rows, width]
 
 
-def _products(
-    z: Shape, options: dict[str, int], prompt: Tensor, grad_output: Tensor | None, *parameters: Tensor
-) -> Tensor:
-    """Launches the first kernel, where anything needs it."""
-    if not (z.fusion or z.columns):
-        return prompt.new_empty(0, dtype=torch.float32)
-    products = prompt.new_empty(z.parts, z.size, dtype=torch.float32)
-    launch(joint_prompt_products_kernel, z.products_grid, prompt, grad_output, *parameters, products, z, **options)
-    return products
+def _rows(
+    z: _Sizes,
+    activation: str,
+    scales: tuple[float, float, float],
+    prompt: Tensor,
+    grad_output: Tensor,
+    A: Tensor,
+    B: Tensor,
+    W_q: Tensor,
+    W_k: Tensor,
+    D: Tensor,
+    G: Tensor,
+    U: Tensor,
+) -> _Workspace:
+    """Allocates and launches what both directions begin with: inner products, scores and spaces of the rows."""
+    device = prompt.device
+    options = _options("joint_prompt_products", z.d, device)
+    tiles, block = z.rows // UNIT * (z.width // UNIT), options["BLOCK_K"]
+    parts = min(triton.cdiv(options.pop("PROGRAMS"), tiles), triton.cdiv(z.d, block))
+    depth = triton.cdiv(triton.cdiv(z.d, parts), block) * block
+    parts = triton.cdiv(z.d, depth)
+    scores = _up(z.s) * (_up(z.m) + _up(z.s)) if z.fusion else 0
+    grams = z.backward * z.m and triton.cdiv(z.m, UNIT) * _up(z.r) * (_up(z.r) + _up(z.a))
+    sizes = (scores, z.backward * scores, _up(z.m), STATS * _up(z.s), _up(z.s) * z.side_width, grams)
+    products = z.rows * z.width
+    workspace = prompt.new_empty(products + sum(sizes) + parts * products, dtype=torch.float32)
+    w = _Workspace(*workspace.split([products, *sizes, parts * products]))
+    launch(
+        joint_prompt_products_kernel,
+        (z.width // UNIT, z.rows // UNIT, parts),
+        *(prompt, B, grad_output, W_q, W_k, D, G, U, w.partial),
+        *(z.s, z.r, z.a, z.columns, z.K, z.d, depth),
+        **options,
+    )
+    launch(
+        joint_prompt_sum_kernel,
+        (z.width // UNIT, z.rows // UNIT),
+        *(w.partial, w.products, w.stats),
+        *(parts, z.s, z.r, z.a, z.columns, z.K, z.d),
+        MAPS=z.a > 0,
+        **_options("joint_prompt_sum", z.d, device),
+    )
+    options = _options("joint_prompt_rows", z.d, device)
+    launch(
+        joint_prompt_rows_kernel,
+        (_up(z.s) // options["BLOCK_S"],),
+        *(w.products, A, w.scores, w.slopes, w.inverse_rms_C, w.stats, w.sides, *scales),
+        *(z.s, z.m, z.r, z.a, z.columns, z.K, z.d, z.width, z.side_width),
+        GATES=max(32, padded(z.K)) if z.columns else 0,
+        ACTIVATION=activation,
+        FUSION=z.fusion,
+        BACKWARD=z.backward,
+        **options,
+    )
+    return w
+
+
+def _up(size: int) -> int:
+    return triton.cdiv(size, UNIT) * UNIT
 
 
 @cached_choice
-def _chosen(kernel: str, sizes: tuple[int, ...], activation: str, device: torch.device) -> tuple[Shape, Config, Config]:
-    """Chooses what both launches of the operator `kernel` are compiled for, and warps and stages of each."""
-    s, d, m, r, a, columns, K, fusion = sizes
-    names = ("joint_prompt_products", kernel)
-    configs = [config_for(key(name, a), (d, padded(r)), device, heuristic(name, d, a, r)) for name in names]
-    products, second = ({k: c[k] for k in ("num_warps", "num_stages")} | all_registers(device) for c in configs)
-    # What is switched off has the size 0: an update that nothing attends to, a gate without spaces, …
-    if not (fusion and m and r):
-        m = r = 0
-    blocks = {"BLOCK_R": 16, **configs[0], **configs[1]}
-    blocks = {name: value for name, value in blocks.items() if name not in second}
-    for name, size in {"BLOCK_R": r, "BLOCK_S": s, "BLOCK_M": m, "BLOCK_D": d}.items():
-        blocks[name] = min(blocks[name], padded(size))
-    z = Shape(
-        s=s,
-        d=d,
-        m=m,
-        r=r,
-        a=a if fusion else 0,
-        columns=columns,
-        K=K if columns else 0,
-        fusion=fusion > 0,
-        backward=kernel == "joint_prompt_backward",
-        activation=activation,
-        PRECISION=precision(torch.float32, device),
-        **blocks,
-    )
-    return z, products, second
+def _chosen(kernel: str, d: int, device: torch.device) -> dict[str, Any]:
+    config = config_for(kernel, (d,), device, CONFIGS[kernel])
+    return {**config, "PRECISION": precision(torch.float32, device), **all_registers(device)}
 
 
-def heuristic(kernel: str, d: int, a: int = 0, r: int = 0) -> Config:
-    """Chooses meta-parameters of `kernel` at width `d` and rank `r`, maps of width `a`, where nothing was measured.
-
-    With maps or a large rank the kernels hold more at a time; larger tiles, or sums of several parts, would overflow
-    the registers.
-    """
-    config = dict(CONFIGS[kernel])
-    if kernel == "joint_prompt" and d <= NARROW:
-        config["BLOCK_D"] = 32
-    if "PARTS" in config and (a or (kernel == "joint_prompt_backward" and r >= LARGE_RANK)):
-        config["PARTS"] = 1
-    if kernel == "joint_prompt_backward" and a:
-        config |= {"BLOCK_D": 16, "BLOCK_M": 16, "num_warps": 8}
-    return config
+def _options(kernel: str, d: int, device: torch.device) -> dict[str, Any]:
+    """Returns the meta-parameters of `kernel`, in a new dictionary each time."""
+    return dict(_chosen(kernel, d, device))
 
 
-def key(kernel: str, a: int) -> str:
-    """Names `kernel` in a file of measured configurations, with maps of width `a`: they need smaller tiles."""
-    return f"{kernel}/maps" if a and kernel != "joint_prompt_products" else kernel
+def _plain(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Makes tensors contiguous and of one dtype, since a program chooses among them; usually nothing is copied."""
+    if len({x.dtype for x in tensors}) > 1:
+        tensors = tuple(x.float() for x in tensors)
+    return tuple(x.contiguous() for x in tensors)

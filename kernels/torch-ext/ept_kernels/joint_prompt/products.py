@@ -1,8 +1,9 @@
-"""Every inner product over d that the joint prompt needs, in one launch, and how the later launch reads them.
+"""Triton kernels of the joint prompt's inner products: everything that has to be reduced over the width d.
 
-The left rows `[p; ∂P; B]` are multiplied with the right rows `[p; B; U; Dᵀ; Gᵀ; W_qᵀ; W_kᵀ]` tile by tile. Tiles
-that nothing reads are left out; `∂P` and `U` belong to the backward. Beside them the squares of `A·B`'s rows are
-summed, whose tiles live in registers only. The width d is split into parts, which the reader adds up in order.
+The left rows `[p; B; g]` are multiplied with the right rows `[p; B; W_qᵀ; W_kᵀ; Dᵀ; Gᵀ; U]` (`g` and `U` belong to the
+backward). Each of these groups is padded to whole tiles of `UNIT` rows, with zeros, so that a tile belongs to one group
+and whatever reads the result needs no mask. The width is split into parts, to fill a GPU; a second launch adds them up
+in order, which gives the same bits on every run.
 """
 
 from __future__ import annotations
@@ -13,167 +14,189 @@ import triton.language as tl
 from .reference import NORM_EPS
 
 EPS = tl.constexpr(NORM_EPS)
+UNIT = 32  # rows and columns of a tile of the inner products: what each group is padded to
+TILE = tl.constexpr(UNIT)
 
 
 @triton.jit
-def load_tile(x, o_i, o_j, rows, columns):
-    """Loads rows `o_i` and columns `o_j` of `x` `[rows, columns]`, contiguous, in float32; zero beyond its edges."""
-    mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
-    return tl.load(x + o_i.to(tl.int64)[:, None] * columns + o_j[None, :], mask=mask, other=0.0).to(tl.float32)
+def up(size):
+    """Pads `size` to whole tiles."""
+    return tl.cdiv(size, TILE) * TILE
 
 
 @triton.jit
-def store_tile(x, b_x, o_i, o_j, rows, columns):
-    """Writes a tile of `x` `[rows, columns]`, contiguous, rounded to its dtype."""
-    mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
-    tl.store(x + o_i.to(tl.int64)[:, None] * columns + o_j[None, :], b_x.to(x.dtype.element_ty), mask=mask)
+def dot(a, b, PRECISION: tl.constexpr):
+    """Multiplies two float32 tiles, accumulated in float32."""
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
-def inner(products, o_i, o_j, rows, columns, row, column, z: tl.constexpr):
-    """Reads inner products over all of d, the parts added up in order: `[o_i, o_j]` of those `rows` and `columns` of
-    the matrix that begin at `row` and `column`; zero beyond them.
-    """
-    parts: tl.constexpr = z.parts
-    mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
-    p_inner = products + (row + o_i.to(tl.int64))[:, None] * z.width + (column + o_j)[None, :]
-    b_sum = tl.load(p_inner, mask=mask, other=0.0)
-    for i in tl.static_range(1, parts):
-        b_sum += tl.load(p_inner + i * z.size, mask=mask, other=0.0)
-    return b_sum
+def load_rows(x, o_i, o_d, rows, d):
+    """Loads rows `o_i`, columns `o_d` of `x` `[rows, d]` in float32, zero beyond its edges."""
+    mask = (o_i < rows)[:, None] & (o_d < d)[None, :]
+    return tl.load(x + o_i.to(tl.int64)[:, None] * d + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def inverse_rms(products, first, step, o_n, rows, scale, z: tl.constexpr):
-    """Reads one over the root mean square of rows `o_n` times `scale`; their squares' sums stand `step` apart."""
-    parts: tl.constexpr = z.parts
-    p_squares = products + first + o_n.to(tl.int64) * step
-    b_sum = tl.load(p_squares, mask=o_n < rows, other=0.0)
-    for i in tl.static_range(1, parts):
-        b_sum += tl.load(p_squares + i * z.size, mask=o_n < rows, other=0.0)
-    return tl.rsqrt(scale * scale * b_sum / z.d + EPS)
+def load_columns(x, o_i, o_d, columns, d):
+    """Loads `[o_i, o_d]` of the transpose of `x` `[d, columns]`, as `load_rows` would, reading along the columns."""
+    mask = (o_d < d)[:, None] & (o_i < columns)[None, :]
+    b_x = tl.load(x + o_d.to(tl.int64)[:, None] * columns + o_i[None, :], mask=mask, other=0.0)
+    return tl.trans(b_x.to(tl.float32))
 
 
 @triton.jit
-def inverse_rms_of_p(products, o_s, z: tl.constexpr):
-    """Reads it for the prompt's rows: their squares are the matrix's diagonal."""
-    return inverse_rms(products, 0, z.width + 1, o_s, z.s, 1.0, z)
+def column_of_B(s):
+    """Counts where the columns of `B`, and its rows, begin in the matrix of inner products; those of `p` begin at 0."""
+    return up(s)
 
 
 @triton.jit
-def _store_products(products, b_sum, o_i, o_j, rows, columns, row, column, z: tl.constexpr):
-    """Writes a tile of the matrix; as `inner` reads it."""
-    mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
-    tl.store(products + (row + o_i.to(tl.int64))[:, None] * z.width + (column + o_j)[None, :], b_sum, mask=mask)
+def column_of_W_q(s, r):
+    return up(s) + up(r)  # also where the rows of g begin
 
 
 @triton.jit
-def _multiply(left, right, o_i, o_j, rows, columns, first, TRANSPOSED: tl.constexpr, z: tl.constexpr):
-    """Computes `left[o_i]·right[o_j]` over the part of d from `first` on; `TRANSPOSED`: right is `[d, columns]`."""
-    BLOCK_N: tl.constexpr = z.BLOCK_N
-    BLOCK_K: tl.constexpr = z.BLOCK_K
-    b_sum = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
-    for start in tl.range(first, tl.minimum(first + z.part, z.d), BLOCK_K):
-        o_d = start + tl.arange(0, BLOCK_K)
-        b_left = load_tile(left, o_i, o_d, rows, z.d)  # [BLOCK_N, BLOCK_K]
-        if TRANSPOSED:
-            b_right = load_tile(right, o_d, o_j, z.d, columns)  # [BLOCK_K, BLOCK_N]
-        else:
-            b_right = tl.trans(load_tile(right, o_j, o_d, columns, z.d))
-        b_sum = tl.dot(b_left, b_right, b_sum, input_precision=z.PRECISION)
-    return b_sum
+def column_of_W_k(s, r, a):
+    return up(s) + up(r) + up(a)
 
 
 @triton.jit
-def _squares_of_C(A, B, products, i_m, first, z: tl.constexpr):
-    """Sums the squares of `A·B`'s rows over the part of d from `first` on."""
-    BLOCK_M: tl.constexpr = z.BLOCK_M
-    BLOCK_K: tl.constexpr = z.BLOCK_K
-    RANK: tl.constexpr = z.RANK
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_r = tl.arange(0, RANK)
-    b_A = load_tile(A, o_m, o_r, z.m, z.r)  # [BLOCK_M, RANK]
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
-    for start in tl.range(first, tl.minimum(first + z.part, z.d), BLOCK_K):
-        b_B = load_tile(B, o_r, start + tl.arange(0, BLOCK_K), z.r, z.d)  # [RANK, BLOCK_K]
-        b_C = tl.dot(b_A, b_B, input_precision=z.PRECISION)  # [BLOCK_M, BLOCK_K]
-        b_sum += tl.sum(b_C * b_C, axis=1)
-    tl.store(products + z.squares + o_m, b_sum, mask=o_m < z.m)
+def column_of_D(s, r, a):
+    return up(s) + up(r) + 2 * up(a)
 
 
 @triton.jit
+def column_of_G(s, r, a, columns):
+    return up(s) + up(r) + 2 * up(a) + up(columns)
+
+
+@triton.jit
+def column_of_U(s, r, a, columns, K):
+    return up(s) + up(r) + 2 * up(a) + up(columns) + up(K)
+
+
+@triton.jit
+def _is_needed(row, column, s, r, a, columns, K):
+    """Tells whether anything reads the tile at `row`, `column` of the matrix."""
+    of_p, of_g = row < up(s), row >= column_of_W_q(s, r)
+    to_B = (column >= column_of_B(s)) & (column < column_of_W_q(s, r))
+    to_W_k = (column >= column_of_W_k(s, r, a)) & (column < column_of_D(s, r, a))
+    to_U = column >= column_of_U(s, r, a, columns, K)
+    return (of_p & ~to_U) | (of_g & ((column < column_of_W_q(s, r)) | to_U)) | (~of_p & ~of_g & (to_B | to_W_k))
+
+
+@triton.jit(do_not_specialize=["s", "r", "a", "columns", "K", "depth"])
 def joint_prompt_products_kernel(
     prompt,  # [s, d]
-    grad_output,  # [s, d], or None
-    A,  # [m, r]
     B,  # [r, d]
+    grad_output,  # [s, d], or the prompt in the forward
     W_q,  # [d, a]
     W_k,  # [d, a]
-    D,  # [d, K·h]
-    U,  # [K·h, d]
+    D,  # [d, columns]
     G,  # [d, K]
-    products,  # [parts, size] float32
-    z: tl.constexpr,
+    U,  # [columns, d]
+    partial,  # [parts, rows, width] float32
+    # Shape
+    s,
+    r,
+    a,
+    columns,  # K·h
+    K,
+    d,
+    depth,  # columns of d in a part
+    # Meta-parameters
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """Writes one part of d of one tile of inner products, or of the squares of one tile of `A·B`'s rows."""
-    i_program = tl.program_id(0)
-    i_part = i_program % z.parts
-    i_tile = i_program // z.parts
-    first = i_part * z.part
-    products += i_part.to(tl.int64) * z.size
-    if i_tile < z.square_tiles:
-        if z.m > 0:
-            _squares_of_C(A, B, products, i_tile, first, z)
-    else:
-        i_row = (i_tile - z.square_tiles) // z.column_tiles
-        i_column = (i_tile - z.square_tiles) % z.column_tiles
-        BLOCK_N: tl.constexpr = z.BLOCK_N
-        o_n = tl.arange(0, BLOCK_N)
-
-        # The left rows; which of p, ∂P, B they are.
-        left, rows, row = prompt, z.s, 0
-        of_p, of_B = i_row < z.tiles_p, i_row >= z.row_tiles - z.tiles_r
-        if z.backward:  # a constant: what follows is compiled only then
-            of_grad = (i_row >= z.tiles_p) & (i_row < 2 * z.tiles_p)
-            if of_grad:
-                left, row, i_row = grad_output, z.s, i_row - z.tiles_p
-        if of_B:
-            left, rows, row, i_row = B, z.r, z.row_B, i_row - (z.row_tiles - z.tiles_r)
-        o_i = i_row * BLOCK_N + o_n
-
-        # The right rows [·, d]: every left row is multiplied with p or B, ∂P with U as well.
-        rows_of_d = z.tiles_p + z.tiles_r + z.tiles_U
-        if i_column < rows_of_d:
-            right, columns, column = prompt, z.s, 0
-            needed = (i_column < z.tiles_p) & (not of_B)
-            if i_column >= z.tiles_p + z.tiles_r:
-                right, columns, column = U, z.columns, z.column_U
-                i_column -= z.tiles_p + z.tiles_r
-                needed = (not of_p) & (not of_B)
-            elif i_column >= z.tiles_p:
-                right, columns, column = B, z.r, z.s
-                i_column -= z.tiles_p
-                needed = z.backward | (of_p & (z.a == 0))
-            if needed:
-                o_j = i_column * BLOCK_N + o_n
-                b_sum = _multiply(left, right, o_i, o_j, rows, columns, first, False, z)
-                _store_products(products, b_sum, o_i, o_j, rows, columns, row, column, z)
+    """Computes one tile of one part of the inner products."""
+    row, column = tl.program_id(1) * TILE, tl.program_id(0) * TILE
+    i_part = tl.program_id(2)
+    width = tl.num_programs(0) * TILE
+    if _is_needed(row, column, s, r, a, columns, K):
+        x, rows, first = prompt, s, row
+        if row >= column_of_W_q(s, r):
+            x, first = grad_output, row - column_of_W_q(s, r)
+        elif row >= column_of_B(s):
+            x, rows, first = B, r, row - column_of_B(s)
+        o_i = first + tl.arange(0, TILE)
+        begin, end = i_part * depth, tl.minimum(i_part * depth + depth, d)
+        b_sum = tl.zeros([TILE, TILE], tl.float32)
+        if (column < column_of_W_q(s, r)) | (column >= column_of_U(s, r, a, columns, K)):
+            y, count, start = prompt, s, column
+            if column >= column_of_U(s, r, a, columns, K):
+                y, count, start = U, columns, column - column_of_U(s, r, a, columns, K)
+            elif column >= column_of_B(s):
+                y, count, start = B, r, column - column_of_B(s)
+            o_j = start + tl.arange(0, TILE)
+            for k in range(begin, end, BLOCK_K):
+                o_d = k + tl.arange(0, BLOCK_K)
+                b_x = load_rows(x, o_i, o_d, rows, d)
+                b_sum += dot(b_x, tl.trans(load_rows(y, o_j, o_d, count, d)), PRECISION)
         else:
-            # The right columns [d, ·]: p is multiplied with all of them, B with W_k.
-            i_column -= rows_of_d
-            right, columns, column = D, z.columns, z.column_D
-            needed = of_p
-            if i_column >= z.tiles_D + z.tiles_G + z.tiles_a:
-                right, columns, column = W_k, z.a, z.column_k
-                i_column -= z.tiles_D + z.tiles_G + z.tiles_a
-                needed = of_p | of_B
-            elif i_column >= z.tiles_D + z.tiles_G:
-                right, columns, column = W_q, z.a, z.column_q
-                i_column -= z.tiles_D + z.tiles_G
-            elif i_column >= z.tiles_D:
-                right, columns, column = G, z.K, z.column_G
-                i_column -= z.tiles_D
-            if needed:
-                o_j = i_column * BLOCK_N + o_n
-                b_sum = _multiply(left, right, o_i, o_j, rows, columns, first, True, z)
-                _store_products(products, b_sum, o_i, o_j, rows, columns, row, column, z)
+            z, count, start = W_q, a, column - column_of_W_q(s, r)
+            if column >= column_of_G(s, r, a, columns):
+                z, count, start = G, K, column - column_of_G(s, r, a, columns)
+            elif column >= column_of_D(s, r, a):
+                z, count, start = D, columns, column - column_of_D(s, r, a)
+            elif column >= column_of_W_k(s, r, a):
+                z, start = W_k, column - column_of_W_k(s, r, a)
+            o_j = start + tl.arange(0, TILE)
+            for k in range(begin, end, BLOCK_K):
+                o_d = k + tl.arange(0, BLOCK_K)
+                b_x = load_rows(x, o_i, o_d, rows, d)
+                b_sum += dot(b_x, tl.trans(load_columns(z, o_j, o_d, count, d)), PRECISION)
+        o_row = i_part.to(tl.int64) * tl.num_programs(1) * TILE + row + tl.arange(0, TILE)
+        tl.store(partial + o_row[:, None] * width + column + tl.arange(0, TILE)[None, :], b_sum)
+
+
+@triton.jit
+def _add_parts(partial, row, column, parts, rows, width):
+    """Loads the tile at `row`, `column`, its parts added up in order."""
+    o_row = row.to(tl.int64) + tl.arange(0, TILE)
+    p_part = partial + o_row[:, None] * width + column + tl.arange(0, TILE)[None, :]
+    b_sum = tl.load(p_part)
+    for i in range(1, parts):
+        b_sum += tl.load(p_part + tl.cast(i, tl.int64) * rows * width)
+    return b_sum
+
+
+@triton.jit(do_not_specialize=["parts", "s", "r", "a", "columns", "K"])
+def joint_prompt_sum_kernel(
+    partial,  # [parts, rows, width] float32
+    products,  # [rows, width] float32
+    inverse_rms,  # [up(s)] float32, of the prompt's rows
+    # Shape
+    parts,
+    s,
+    r,
+    a,
+    columns,
+    K,
+    d,
+    # Meta-parameters
+    MAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds up the parts of one tile.
+
+    With maps, the products of `p`'s rows with those of `p` and `B` become those of queries and keys:
+    `(p·W_q)·(p·W_k)ᵀ` and `(p·W_q)·(B·W_k)ᵀ`.
+    """
+    column, row = tl.program_id(0) * TILE, tl.program_id(1) * TILE
+    width, rows = tl.num_programs(0) * TILE, tl.num_programs(1) * TILE
+    if _is_needed(row, column, s, r, a, columns, K):
+        o_i = tl.arange(0, TILE)
+        b_sum = _add_parts(partial, row, column, parts, rows, width)
+        if (row < up(s)) & (column == row):
+            b_square = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_sum, 0.0), 1)
+            tl.store(inverse_rms + row + o_i, tl.rsqrt(b_square / d + EPS))
+        if MAPS:  # noqa: SIM102 - one is a constant, the other is not
+            if (row < up(s)) & (column < column_of_W_q(s, r)):
+                b_sum = tl.zeros([TILE, TILE], tl.float32)
+                for j in range(0, a, TILE):
+                    b_q = _add_parts(partial, row, column_of_W_q(s, r) + j, parts, rows, width)
+                    b_k = _add_parts(partial, column, column_of_W_k(s, r, a) + j, parts, rows, width)
+                    b_sum += dot(b_q, tl.trans(b_k), PRECISION)
+        p_out = products + (row.to(tl.int64) + o_i)[:, None] * width + column + o_i[None, :]
+        tl.store(p_out, b_sum)

@@ -1,8 +1,7 @@
-"""Scores, softmaxes, gates and activations of a tile of rows: the joint prompt between its two products.
+"""Triton kernel of what a row of the prompt decides alone: its scores and their softmax, its gate and its spaces.
 
-Helpers of the kernels. They read the inner products and rebuild the little that a program needs in registers; nothing
-is kept in memory between them. Letters as in `reference.py`; `z` is the `Shape`. Rows beyond the last
-are zero on both sides of every product, columns beyond the last have the score −∞.
+Everything here is small: the inner products over d are done (`products.py`), and nothing is as wide as d. Scores are
+kept with their maximum and the sum of their exponentials in place of weights, so that one pass over a row is enough.
 """
 
 from __future__ import annotations
@@ -10,146 +9,230 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .products import inner, inverse_rms, inverse_rms_of_p
-from .shape import SPACE_COLUMNS
+from .products import (
+    EPS,
+    TILE,
+    column_of_B,
+    column_of_D,
+    column_of_G,
+    column_of_U,
+    column_of_W_q,
+    dot,
+    load_rows,
+    up,
+)
 
-COLUMNS = tl.constexpr(SPACE_COLUMNS)
-
-# Scores. b_n: one over the root mean square of the prompt's rows at hand.
-
-
-@triton.jit
-def queries(products, o_s, b_n, z: tl.constexpr):
-    """Computes `P̂·W_q` `[rows, MAPS]`, only with maps."""
-    MAPS: tl.constexpr = z.MAPS
-    return b_n[:, None] * inner(products, o_s, tl.arange(0, MAPS), z.s, z.a, 0, z.column_q, z)
-
-
-@triton.jit
-def keys(products, o_s, b_n, z: tl.constexpr):
-    """Computes `P̂·W_k` `[rows, MAPS]`, only with maps."""
-    MAPS: tl.constexpr = z.MAPS
-    return b_n[:, None] * inner(products, o_s, tl.arange(0, MAPS), z.s, z.a, 0, z.column_k, z)
+# Rows of `stats` `[STATS, up(s)]`, float32: one over the root mean square of p's row; the largest of its scores and one
+# over the sum of their exponentials; the mean slope of its scores; the inner product of p̂ with its gradient.
+INVERSE_RMS, MAX, INVERSE_SUM, MEAN_SLOPE, ALONG = (tl.constexpr(i) for i in range(5))
+STATS = 5
 
 
 @triton.jit
-def keys_of_B(products, o_r, z: tl.constexpr):
-    """Computes `B·W_k` `[o_r, MAPS]`, only with maps."""
-    MAPS: tl.constexpr = z.MAPS
-    return inner(products, o_r, tl.arange(0, MAPS), z.r, z.a, z.row_B, z.column_k, z)
+def load_tile(x, o_i, o_j, width):
+    """Loads rows `o_i`, columns `o_j` of a padded float32 matrix that is `width` wide: nothing needs a mask."""
+    return tl.load(x + o_i.to(tl.int64)[:, None] * width + o_j[None, :])
 
 
 @triton.jit
-def scores_of_B(products, o_s, b_n, o_r, z: tl.constexpr):
-    """Computes `T = q·key_Bᵀ` `[rows, o_r]`: scores in rank space."""
-    if z.a > 0:
-        b_q, b_k = queries(products, o_s, b_n, z), keys_of_B(products, o_r, z)
-        b_T = tl.dot(b_q, tl.trans(b_k), input_precision=z.PRECISION)
-    else:
-        b_T = b_n[:, None] * inner(products, o_s, o_r, z.s, z.r, 0, z.s, z)
-    return b_T
+def store_tile(x, b_x, o_i, o_j, width):
+    tl.store(x + o_i.to(tl.int64)[:, None] * width + o_j[None, :], b_x)
+
+
+# Columns of `sides` `[up(s), …]`, float32: what the expansion multiplies the rows of p, g, B, … with.
 
 
 @triton.jit
-def scores_of_p(products, o_s, b_n, o_i, z: tl.constexpr):
-    """Computes `q·kᵀ` of the prompt's rows `o_s` on its rows `o_i`."""
-    b_n_i = inverse_rms_of_p(products, o_i, z)
-    if z.a > 0:
-        b_q, b_k = queries(products, o_s, b_n, z), keys(products, o_i, b_n_i, z)
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision=z.PRECISION)
-    else:
-        b_scores = inner(products, o_s, o_i, z.s, z.s, 0, 0, z) * b_n[:, None] * b_n_i[None, :]
-    return b_scores
+def side_of_D(columns):
+    return up(columns)  # before it: the gated spaces
 
 
 @triton.jit
-def exponents_of_p(b_scores, o_i, score_scale, z: tl.constexpr):
-    """Computes the softmax's exponents of scores on the prompt's rows `o_i`."""
-    return tl.where((o_i < z.s)[None, :], score_scale * b_scores, float("-inf"))
+def side_of_G(columns):
+    return 2 * up(columns)
 
 
 @triton.jit
-def exponents_of_C(b_TA, b_n_C, o_m, scale, score_scale, z: tl.constexpr):
-    """Computes the softmax's exponents of `T·Aᵀ` on the rows `o_m` of `C`; `b_n_C`: one over their root mean square."""
-    return tl.where((o_m < z.m)[None, :], score_scale * scale * b_TA * b_n_C[None, :], float("-inf"))
+def side_of_T(columns, K):
+    return 2 * up(columns) + up(K)
 
 
 @triton.jit
-def inverse_rms_of_C(products, o_m, scale, z: tl.constexpr):
-    """Computes one over the root mean square of the rows `o_m` of `C`."""
-    return inverse_rms(products, z.squares, 1, o_m, z.m, scale, z)
-
-
-# Spaces.
+def side_of_attended(columns, K, r):
+    return 2 * up(columns) + up(K) + up(r)
 
 
 @triton.jit
-def activate(x, z: tl.constexpr):
-    """Computes φ(x)."""
-    if z.activation == "relu":
-        x = tl.maximum(x, 0.0)
-    elif z.activation == "silu":
-        x = x * tl.sigmoid(x)
-    elif z.activation == "tanh":
-        x = tanh(x)
-    elif z.activation == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        tl.static_assert(z.activation == "linear")
-    return x
+def side_of_W_q(columns, K, r):
+    return 2 * up(columns) + up(K) + 2 * up(r)
 
 
 @triton.jit
-def slope(x, z: tl.constexpr):
-    """Computes φ'(x)."""
-    if z.activation == "relu":
-        x = tl.where(x > 0, 1.0, 0.0)
-    elif z.activation == "silu":
-        x = tl.sigmoid(x) * (1.0 + x * tl.sigmoid(-x))
-    elif z.activation == "tanh":
-        x = 4.0 * tl.sigmoid(2.0 * x) * tl.sigmoid(-2.0 * x)
-    elif z.activation == "gelu":
-        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        x = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
-    else:
-        tl.static_assert(z.activation == "linear")
-        x = tl.full(x.shape, 1.0, tl.float32)
-    return x
+def side_of_W_k(columns, K, r, a):
+    return 2 * up(columns) + up(K) + 2 * up(r) + up(a)
 
 
 @triton.jit
 def tanh(x):
-    """Computes it by a sigmoid and near 0, where that would cancel, by its power series."""
+    """Computes tanh by a sigmoid, and near 0, where that would cancel, by its power series."""
     y = x * x
     series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
     return tl.where(y < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 
 @triton.jit
-def gates(products, o_s, b_n, z: tl.constexpr):
-    """Computes `softmax(P̂·G)` `[rows, GATES]`, 0 beyond the last space, and `P̂·G`."""
-    GATES: tl.constexpr = z.GATES
-    o_k = tl.arange(0, GATES)
-    b_pG = b_n[:, None] * inner(products, o_s, o_k, z.s, z.K, 0, z.column_G, z)
-    b_x = tl.where((o_k < z.K)[None, :], b_pG, float("-inf"))
-    b_w = tl.exp(b_x - tl.max(b_x, axis=1)[:, None])
-    return b_w / tl.sum(b_w, axis=1)[:, None], b_pG
+def activate(x, ACTIVATION: tl.constexpr):
+    """Computes φ(x)."""
+    if ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0)
+    elif ACTIVATION == "silu":
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == "tanh":
+        x = tanh(x)
+    elif ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "linear")
+    return x
 
 
 @triton.jit
-def spaces_of_columns(o_c, z: tl.constexpr):
-    """Marks `[columns, GATES]`: 1 where column `o_c` of `D` belongs to the space, else 0."""
-    GATES: tl.constexpr = z.GATES
-    return ((o_c // z.h)[:, None] == tl.arange(0, GATES)[None, :]).to(tl.float32)
+def slope(x, ACTIVATION: tl.constexpr):
+    """Computes φ'(x)."""
+    if ACTIVATION == "relu":
+        x = tl.where(x > 0, 1.0, 0.0)
+    elif ACTIVATION == "silu":
+        x = tl.sigmoid(x) * (1.0 + x * tl.sigmoid(-x))
+    elif ACTIVATION == "tanh":
+        x = 4.0 * tl.sigmoid(2.0 * x) * tl.sigmoid(-2.0 * x)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        x = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    else:
+        tl.static_assert(ACTIVATION == "linear")
+        x = tl.full(x.shape, 1.0, tl.float32)
+    return x
 
 
 @triton.jit
-def gates_of_columns(b_gates, o_c, z: tl.constexpr):
-    """Spreads the gates of the spaces that the columns `o_c` of `D` belong to: `[rows, columns]`."""
-    return tl.dot(b_gates, tl.trans(spaces_of_columns(o_c, z)), input_precision=z.PRECISION)
+def _softmax_step(b_x, b_e, b_max, b_sum, b_dot):
+    """Takes a tile's exponents `b_x` and slopes `b_e` into the running maximum, sum and weighted sum of the slopes."""
+    b_new = tl.maximum(b_max, tl.max(b_x, 1))
+    b_scale, b_w = tl.exp(b_max - b_new), tl.exp(b_x - b_new[:, None])
+    return b_new, b_sum * b_scale + tl.sum(b_w, 1), b_dot * b_scale + tl.sum(b_w * b_e, 1)
 
 
-@triton.jit
-def before_activation(products, o_s, b_n, o_c, z: tl.constexpr):
-    """Computes `P̂·D` `[rows, columns]`."""
-    return b_n[:, None] * inner(products, o_s, o_c, z.s, z.columns, 0, z.column_D, z)
+@triton.jit(do_not_specialize=["s", "m", "r", "a", "columns", "K", "width", "side_width"])
+def joint_prompt_rows_kernel(
+    products,  # [rows, width]
+    A,  # [m, r]
+    scores,  # [up(s), up(m) + up(s)]: of the rows of C, then of p, before the scale
+    slopes,  # as scores: the gradient of the weights, before β
+    inverse_rms_C,  # [up(m)]
+    stats,  # [STATS, up(s)]
+    sides,  # [up(s), side_width]
+    lowrank_scale,
+    embedding_scale,
+    score_scale,
+    # Shape
+    s,
+    m,
+    r,
+    a,
+    columns,
+    K,
+    d,
+    width,
+    side_width,
+    # Meta-parameters
+    BLOCK_S: tl.constexpr,
+    GATES: tl.constexpr,  # K padded to a power of two from 32 up; 0: no spaces
+    ACTIVATION: tl.constexpr,
+    FUSION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Computes all scores and spaces of a tile of the prompt's rows."""
+    o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    o_g = column_of_W_q(s, r) + o_s  # rows of g
+    o_t = tl.arange(0, TILE)
+    b_n = tl.load(stats + INVERSE_RMS * up(s) + o_s)
+    if FUSION:
+        score_width = up(m) + up(s)
+        b_max = tl.full([BLOCK_S], float("-inf"), tl.float32)
+        b_sum, b_dot = tl.zeros([BLOCK_S], tl.float32), tl.zeros([BLOCK_S], tl.float32)
+        for first in range(0, m, TILE):
+            o_m = first + o_t
+            b_S, b_e = tl.zeros([BLOCK_S, TILE], tl.float32), tl.zeros([BLOCK_S, TILE], tl.float32)
+            b_square = tl.zeros([TILE], tl.float32)
+            for j in range(0, r, TILE):
+                o_j = column_of_B(s) + j + o_t
+                b_A = load_rows(A, o_m, j + o_t, m, r)
+                b_S += dot(b_n[:, None] * load_tile(products, o_s, o_j, width), tl.trans(b_A), PRECISION)
+                if BACKWARD:
+                    b_e += dot(load_tile(products, o_g, o_j, width), tl.trans(b_A), PRECISION)
+                b_C = tl.zeros([TILE, TILE], tl.float32)  # A·(B·Bᵀ)
+                for k in range(0, r, TILE):
+                    b_gram = load_tile(products, column_of_B(s) + k + o_t, o_j, width)
+                    b_C += dot(load_rows(A, o_m, k + o_t, m, r), b_gram, PRECISION)
+                b_square += tl.sum(b_C * b_A, 1)
+            b_n_C = tl.rsqrt(lowrank_scale * lowrank_scale * b_square / d + EPS)
+            b_S *= lowrank_scale * b_n_C[None, :]
+            b_e *= embedding_scale * lowrank_scale
+            store_tile(scores, b_S, o_s, o_m, score_width)
+            tl.store(inverse_rms_C + o_m, b_n_C)  # every program writes the same
+            if BACKWARD:
+                store_tile(slopes, b_e, o_s, o_m, score_width)
+            b_x = tl.where((o_m < m)[None, :], score_scale * b_S, float("-inf"))
+            b_max, b_sum, b_dot = _softmax_step(b_x, b_e, b_max, b_sum, b_dot)
+        for first in range(0, s, TILE):
+            o_j = first + o_t
+            b_S = b_n[:, None] * load_tile(products, o_s, o_j, width)
+            b_S *= tl.load(stats + INVERSE_RMS * up(s) + o_j)[None, :]
+            b_e = tl.zeros([BLOCK_S, TILE], tl.float32)
+            store_tile(scores, b_S, o_s, up(m) + o_j, score_width)
+            if BACKWARD:
+                b_e = embedding_scale * load_tile(products, o_g, o_j, width)
+                store_tile(slopes, b_e, o_s, up(m) + o_j, score_width)
+            b_x = tl.where((o_j < s)[None, :], score_scale * b_S, float("-inf"))
+            b_max, b_sum, b_dot = _softmax_step(b_x, b_e, b_max, b_sum, b_dot)
+        tl.store(stats + MAX * up(s) + o_s, b_max)
+        tl.store(stats + INVERSE_SUM * up(s) + o_s, 1.0 / b_sum)
+        tl.store(stats + MEAN_SLOPE * up(s) + o_s, b_dot / b_sum)
+    b_along = tl.zeros([BLOCK_S], tl.float32)
+    if GATES > 0:
+        o_k = tl.arange(0, GATES)
+        spaces = tl.maximum(K, 1)  # a single space has no gate
+        h = columns // spaces
+        first_G = column_of_G(s, r, a, columns)
+        b_x = tl.zeros([BLOCK_S, GATES], tl.float32)
+        if K > 0:
+            p_x = products + o_s.to(tl.int64)[:, None] * width + first_G + o_k[None, :]
+            b_x = b_n[:, None] * tl.load(p_x, mask=(o_k < K)[None, :], other=0.0)
+        b_masked = tl.where((o_k < spaces)[None, :], b_x, float("-inf"))
+        b_max = tl.max(b_masked, 1)
+        b_log_sum = b_max + tl.log(tl.sum(tl.exp(b_masked - b_max[:, None]), 1))
+        b_gates = tl.exp(b_masked - b_log_sum[:, None])
+        b_grad_gates = tl.zeros([BLOCK_S, GATES], tl.float32)
+        for first in range(0, columns, TILE):
+            o_c = first + o_t
+            b_space = ((o_c // h)[:, None] == o_k[None, :]).to(tl.float32)  # [TILE, GATES]
+            b_before = b_n[:, None] * load_tile(products, o_s, column_of_D(s, r, a) + o_c, width)
+            b_gate = dot(b_gates, tl.trans(b_space), PRECISION)
+            b_hidden = activate(b_before, ACTIVATION)
+            store_tile(sides, b_hidden * b_gate, o_s, o_c, side_width)
+            if BACKWARD:
+                o_U = column_of_U(s, r, a, columns, K) + o_c
+                b_grad = embedding_scale * load_tile(products, o_g, o_U, width)
+                b_grad_before = b_grad * b_gate * slope(b_before, ACTIVATION)
+                store_tile(sides, b_grad_before, o_s, side_of_D(columns) + o_c, side_width)
+                b_along += tl.sum(b_grad_before * b_before, 1)
+                b_grad_gates += dot(b_grad * b_hidden, b_space, PRECISION)
+        if BACKWARD:  # noqa: SIM102 - one is a constant, the other is not
+            if K > 0:
+                b_grad_x = b_gates * (b_grad_gates - tl.sum(b_gates * b_grad_gates, 1)[:, None])
+                p_grad = sides + o_s.to(tl.int64)[:, None] * side_width + side_of_G(columns) + o_k[None, :]
+                tl.store(p_grad, b_grad_x, mask=(o_k < up(K))[None, :])
+                b_along += tl.sum(b_grad_x * b_x, 1)
+    if BACKWARD:
+        tl.store(stats + ALONG * up(s) + o_s, b_along)

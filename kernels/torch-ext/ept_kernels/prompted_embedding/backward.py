@@ -1,6 +1,7 @@
 """Triton kernels of the prompted input's backward: three launches, no atomics, every sum in a fixed order.
 
-1. `token_at[b, p]`: which token of row b stands at position p (each position occurs at most once in a row);
+1. `token_at[b, p]`: which token of row b stands at position p (each position occurs at most once in a row); the
+   forward needs it too, and may hand it on;
 2. `R = Σ_b grad[b, token_at[b, ·]]`, one tile in registers a program; prompt rows are written, position rows are
    multiplied into partial sums of `grad_A = R·Bᵀ` (over column tiles) and `grad_B = Aᵀ·R` (over position tiles);
 3. the partial sums are added up and scaled.
@@ -16,16 +17,13 @@ import triton.language as tl
 from .forward import load_A, load_B
 
 
-@triton.jit(do_not_specialize=["n", "stride_positions_b"])
-def prompted_embedding_token_at_kernel(
-    positions,  # [batch, n]
+@triton.jit(do_not_specialize=["n", "m"])
+def token_at_kernel(
+    positions,  # [batch, n], contiguous
     token_at,  # [batch, m] int32, contiguous
     # Shape
     n,
     m,
-    # Strides
-    stride_positions_b,
-    stride_positions_n,
     # Meta-parameters
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -43,8 +41,7 @@ def prompted_embedding_token_at_kernel(
     b_token = tl.full([BLOCK_M], -1, tl.int32)
     for start in range(0, n, BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
-        p_positions = positions + i_b * stride_positions_b + o_n.to(tl.int64) * stride_positions_n
-        b_position = tl.load(p_positions, mask=o_n < n, other=-1)
+        b_position = tl.load(positions + i_b * n + o_n, mask=o_n < n, other=-1)
         here = (b_position >= first) & (b_position < first + BLOCK_M)
         if tl.max(here.to(tl.int32), axis=0) > 0:
             found = tl.where(b_position[None, :] == o_m[:, None], o_n[None, :], -1)  # [BLOCK_M, BLOCK_N]
@@ -69,7 +66,6 @@ def _sum_over_batch(
     stride_grad_b,
     stride_grad_t,
     stride_grad_d,
-    stride_adapter,
     STAGES: tl.constexpr,
 ):
     """Adds gradients at `o_m` up over adapter `i_a`'s texts in their order: float32 `[BLOCK_M, BLOCK_D]`."""
@@ -78,7 +74,7 @@ def _sum_over_batch(
         i_b = tl.cast(b, tl.int64)
         taken = size  # rows that this text gives
         if adapter_ids is not None:
-            taken = tl.where(tl.load(adapter_ids + i_b * stride_adapter) == i_a, size, 0)
+            taken = tl.where(tl.load(adapter_ids + i_b) == i_a, size, 0)
         m_prompt = o_m < prompt_rows
         b_token = tl.load(token_at + i_b * m + o_m, mask=(o_m < taken) & (o_m >= prompt_rows), other=-1)
         m_row = (o_m < taken) & (m_prompt | (b_token >= 0))
@@ -108,13 +104,6 @@ def prompted_embedding_backward_kernel(
     stride_grad_b,
     stride_grad_t,
     stride_grad_d,
-    stride_A_a,
-    stride_A_m,
-    stride_A_r,
-    stride_B_a,
-    stride_B_r,
-    stride_B_d,
-    stride_adapter,
     # Meta-parameters
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -153,7 +142,6 @@ def prompted_embedding_backward_kernel(
         stride_grad_b,
         stride_grad_t,
         stride_grad_d,
-        stride_adapter,
         STAGES,
     )  # [BLOCK_M, BLOCK_D]
     if of_prompt:
@@ -165,12 +153,12 @@ def prompted_embedding_backward_kernel(
         # Two loops, and BLOCK_R of the rank at a time: what an operand is split into has to fit into registers.
         for start in tl.range(0, r, BLOCK_R, num_stages=1):
             o_r = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_R)
-            b_B = load_B(B + i_a * stride_B_a, o_r, o_d, r, d, stride_B_r, stride_B_d)  # [BLOCK_R, BLOCK_D]
+            b_B = load_B(B + i_a * r * d, o_r, o_d, r, d, d, 1)  # [BLOCK_R, BLOCK_D]
             b_grad_A = tl.dot(b_R, tl.trans(b_B), input_precision=PRECISION)  # [BLOCK_M, BLOCK_R]
             tl.store(p_A + o_r[None, :], b_grad_A, mask=m_m[:, None] & (o_r < r)[None, :])
         for start in tl.range(0, r, BLOCK_R, num_stages=1):
             o_r = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_R)
-            b_A = load_A(A + i_a * stride_A_a, o_m, o_r, m_m, r, stride_A_m, stride_A_r)  # [BLOCK_M, BLOCK_R]
+            b_A = load_A(A + i_a * m * r, o_m, o_r, m_m, r, r, 1)  # [BLOCK_M, BLOCK_R]
             b_grad_B = tl.dot(tl.trans(b_A), b_R, input_precision=PRECISION)  # [BLOCK_R, BLOCK_D]
             tl.store(p_B + o_r[:, None] * d, b_grad_B, mask=(o_r < r)[:, None] & m_d[None, :])
 

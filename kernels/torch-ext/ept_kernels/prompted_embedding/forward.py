@@ -66,105 +66,112 @@ def _write_token_rows(
     tl.store(out + o_out[:, None] * d + o_d[None, :], b_E.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n", "groups", "tiles", "stride_ids_b", "stride_positions_b"])
+@triton.jit
+def _row_of(input_ids, o_n, m_n, vocabulary):
+    """Loads which rows of the table the tokens `o_n` of one text are, and tells which of them are to be read."""
+    b_id = tl.load(input_ids + o_n, mask=m_n, other=0).to(tl.int64)
+    return b_id, m_n & (b_id >= 0) & (b_id < vocabulary)
+
+
+@triton.jit(do_not_specialize=["batch", "n", "s", "m", "r", "rows", "runs", "vocabulary", "adapters"])
 def prompted_embedding_kernel(
-    input_ids,  # [batch, n]
-    positions,  # [batch, n]
+    input_ids,  # [batch, n], contiguous
+    positions,  # [batch, n], contiguous
+    token_at,  # [batch, m] int32, contiguous
     table,  # [vocabulary, d]
-    prompt,  # [s, d] or [adapters, s, d]
-    A,  # [m, r] or [adapters, m, r]
-    B,  # [r, d] or [adapters, r, d]
-    adapter_ids,  # [batch] or None
+    prompt,  # [s, d] or [adapters, s, d], contiguous
+    A,  # [m, r] or [adapters, m, r], contiguous
+    B,  # [r, d] or [adapters, r, d], contiguous
+    adapter_ids,  # [batch] or None, contiguous
     out,  # [batch, s + n, d], contiguous
     scale,
     # Shape
+    batch,
     n,
     s,
     d,
-    m,
+    m,  # 0 without an update
     r,
+    rows,  # batch rows that a program writes, one after another; 1 with adapters
+    runs,  # how many such runs of rows there are
+    vocabulary,
     adapters,
-    groups,  # programs that share one text: its prompt's row tiles, then runs of token tiles
-    tiles,  # token tiles in a run
-    # Strides
-    stride_ids_b,
-    stride_ids_n,
-    stride_positions_b,
-    stride_positions_n,
     stride_table_v,
     stride_table_d,
-    stride_prompt_a,
-    stride_prompt_s,
-    stride_prompt_d,
-    stride_A_a,
-    stride_A_m,
-    stride_A_r,
-    stride_B_a,
-    stride_B_r,
-    stride_B_d,
-    stride_adapter,
     # Meta-parameters
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
     RANK: tl.constexpr,  # r padded to a power of two from 16 up; 0: no update
     PRECISION: tl.constexpr,
 ):
-    """Writes one tile of prompt rows, or a run of token tiles, of a batch row. Neighbours take neighbouring columns."""
+    """Writes one column tile of some positions, or of some rows of the prompt, in a run of batch rows; or some tokens.
+
+    The first programs own positions: a tile of `C = scale·A·B` is made once and added to the tokens that stand there,
+    batch row by batch row. The next ones own rows of the prompt. The last ones look for tokens without an update, and
+    write them, all of their columns. An id outside the table reads nothing and gives NaN.
+    """
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
-    i_d = i_program % columns
-    i_group = (i_program // columns) % groups
-    i_b = (i_program // columns // groups).to(tl.int64)
-    prompt_tiles = tl.cdiv(s, BLOCK_T)
-
-    updated = m  # rows of A that count
-    if adapter_ids is not None:
-        i_a = tl.load(adapter_ids + i_b * stride_adapter).to(tl.int64)
-        updated = tl.where(i_a >= 0, m, 0)
-        i_a = tl.where(i_a >= 0, i_a, i_a + adapters)  # a negative one counts from the end, as indexing does
-        prompt += i_a * stride_prompt_a
-        A += i_a * stride_A_a
-        B += i_a * stride_B_a
-
-    o_d = i_d.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    out += i_b * (s + n) * d
-    if i_group < prompt_tiles:
-        o_s = i_group.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        _write_prompt_rows(prompt, out, o_s, o_s, o_s < s, o_d, d, stride_prompt_s, stride_prompt_d)
+    tiles_m, tiles_s = tl.cdiv(m, BLOCK_T), tl.cdiv(s, BLOCK_T)
+    owned = (tiles_m + tiles_s) * runs * columns
+    width = tl.cast(s + n, tl.int64) * d
+    if i_program < owned:
+        o_d = (i_program % columns).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_d = (o_d < d)[None, :]
+        i_tile = (i_program // columns) % (tiles_m + tiles_s)
+        first = i_program // columns // (tiles_m + tiles_s) * rows
+        last = tl.minimum(first + rows, batch)
+        updated = m  # rows of A that count
+        if adapter_ids is not None:
+            i_a = tl.load(adapter_ids + first).to(tl.int64)
+            updated = tl.where(i_a >= 0, m, 0)
+            i_a = tl.where(i_a >= 0, i_a, i_a + adapters)  # a negative one counts from the end, as indexing does
+            prompt += i_a * s * d
+            A += i_a * m * r
+            B += i_a * r * d
+        if i_tile < tiles_m:
+            o_m = i_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+            b_C = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+            if RANK > 0:
+                o_r = tl.arange(0, RANK).to(tl.int64)
+                b_A = load_A(A, o_m.to(tl.int64), o_r, o_m < updated, r, r, 1)  # [BLOCK_T, RANK]
+                b_C = scale * tl.dot(b_A, load_B(B, o_r, o_d, r, d, d, 1), input_precision=PRECISION)
+            i_b = first.to(tl.int64)
+            o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & (first < last), other=-1).to(tl.int64)
+            b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
+            for i in range(first, last):
+                p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
+                b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
+                p_out = out + tl.cast(i, tl.int64) * width + (s + o_n)[:, None] * d + o_d[None, :]
+                m_out = (o_n >= 0)[:, None] & m_d
+                # The next row's look-up, two loads in a row, runs while this one's embeddings are on their way.
+                i_b = tl.cast(i + 1, tl.int64)
+                o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & (i + 1 < last), other=-1).to(tl.int64)
+                b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
+                tl.store(p_out, (b_W + b_C).to(out.dtype.element_ty), mask=m_out)
+        else:
+            o_s = ((i_tile - tiles_m) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+            for i in range(first, last):
+                _write_prompt_rows(prompt, out + tl.cast(i, tl.int64) * width, o_s, o_s, o_s < s, o_d, d, d, 1)
     else:
-        b_B = None
-        if RANK > 0:
-            o_r = tl.arange(0, RANK).to(tl.int64)
-            b_B = load_B(B, o_r, o_d, r, d, stride_B_r, stride_B_d)  # [RANK, BLOCK_D]
-        first = (i_group - prompt_tiles) * tiles * BLOCK_T
-        last = tl.minimum(first + tiles * BLOCK_T, n)
-        for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
-            o_n = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
-            m_n = o_n < n
-            b_id = tl.load(input_ids + i_b * stride_ids_b + o_n * stride_ids_n, mask=m_n, other=0)
-            b_position = tl.load(positions + i_b * stride_positions_b + o_n * stride_positions_n, mask=m_n, other=-1)
-            _write_token_rows(
-                table,
-                A,
-                b_B,
-                out,
-                scale,
-                b_id,
-                b_position,
-                (b_position >= 0) & (b_position < updated),
-                s + o_n,
-                m_n,
-                o_d,
-                d,
-                r,
-                stride_table_v,
-                stride_table_d,
-                stride_A_m,
-                stride_A_r,
-                RANK,
-                PRECISION,
-            )
+        i_loose = i_program - owned
+        i_b = (i_loose // tl.cdiv(n, BLOCK_T)).to(tl.int64)
+        o_n = (i_loose % tl.cdiv(n, BLOCK_T)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        b_position = tl.load(positions + i_b * n + o_n, mask=o_n < n, other=0)
+        is_owned = (b_position >= 0) & (b_position < m)
+        b_owner = tl.load(token_at + i_b * m + b_position, mask=(o_n < n) & is_owned, other=-1)
+        m_n = (o_n < n) & (b_owner != o_n)
+        if tl.max(m_n.to(tl.int32), axis=0) > 0:
+            b_id, is_read = _row_of(input_ids + i_b * n, o_n, m_n, vocabulary)
+            # Of two tokens at one position, which no text has, the first is nobody's: NaN rather than a wrong result.
+            is_read = is_read & ~is_owned
+            for start in range(0, d, BLOCK_D):
+                o_d = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_D)
+                m_d = (o_d < d)[None, :]
+                p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
+                b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
+                p_out = out + i_b * width + (s + o_n)[:, None] * d + o_d[None, :]
+                tl.store(p_out, b_W.to(out.dtype.element_ty), mask=m_n[:, None] & m_d)
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""Launchers of the prompted embedding's Triton kernels, one launch forward and three backward, and their choices."""
+"""Launchers of the prompted embedding's Triton kernels, and their choices.
+
+Two launches forward, three backward; the first is the same.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,41 @@ from ..launch import Config, cached_choice, config_for, key, launch, on_device, 
 from .backward import (
     prompted_embedding_backward_kernel,
     prompted_embedding_reduce_kernel,
-    prompted_embedding_token_at_kernel,
+    token_at_kernel,
 )
 from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
-# Meta-parameters by kernel, used where nothing was measured. ITERS: row tiles that a program may take, one after
-# another. STAGES: depth of the software pipeline over them.
-_FORWARD = {"BLOCK_T": 32, "BLOCK_D": 128, "ITERS": 4, "STAGES": 3, "num_warps": 4, "num_stages": 3}
 _BACKWARD = {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_R": 16, "STAGES": 4, "num_warps": 4, "num_stages": 3}
+
+# Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs are wanted, which decides how
+# many batch rows one takes. ITERS: row tiles that a program may take, one after another. STAGES: depth of the software
+# pipeline over them.
 CONFIGS: dict[str, Config] = {
-    "prompted_embedding": _FORWARD,
-    "prompted_embedding_packed": _FORWARD,
-    "prompted_embedding_token_at": {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1},
+    "prompted_embedding": {"BLOCK_T": 16, "BLOCK_D": 256, "PROGRAMS": 512, "num_warps": 8, "num_stages": 1},
+    "prompted_embedding_packed": {
+        "BLOCK_T": 16,
+        "BLOCK_D": 256,
+        "ITERS": 4,
+        "STAGES": 1,
+        "num_warps": 8,
+        "num_stages": 1,
+    },
     "prompted_embedding_backward": _BACKWARD,
     "prompted_embedding_reduce": {"BLOCK_E": 256, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2},
 }
+TOKEN_AT = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}  # too small to be worth measuring
 # Up to this width the backward takes smaller tiles: otherwise there are too few of them to fill a GPU.
 NARROW = 1024
+
+
+def token_at(positions: Tensor, m: int) -> Tensor:
+    """Computes `ept_kernels.token_at_reference` in one launch."""
+    batch, n = positions.shape
+    found = positions.new_empty(batch, m, dtype=torch.int32)
+    grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * batch,)
+    with on_device(positions):
+        launch(token_at_kernel, grid, positions.contiguous(), found, n, m, **TOKEN_AT)
+    return found
 
 
 def prompted_embedding(
@@ -40,21 +61,37 @@ def prompted_embedding(
     B: Tensor,
     scale: float,
     adapter_ids: Tensor | None = None,
+    found: Tensor | None = None,
 ) -> Tensor:
-    """Computes `ept_kernels.prompted_embedding_reference` in one launch."""
+    """Computes `ept_kernels.prompted_embedding_reference` in two launches, one with `token_at` or without an update."""
     batch, n = input_ids.shape
     s, d = prompt.shape[-2], table.shape[1]
-    m, r = A.shape[-2:]
+    m, r = A.shape[-2:] if A.numel() and n else (0, 0)
+    positions = positions.contiguous()
+    if found is None:
+        found = token_at(positions, m) if m else positions.new_empty(0, dtype=torch.int32)
     out = table.new_empty(batch, s + n, d)
     config, options = _chosen("prompted_embedding", d, r, table.dtype, table.dtype, table.device)
-    runs, tiles = _runs(triton.cdiv(n, config["BLOCK_T"]), config["ITERS"])
-    groups = triton.cdiv(s, config["BLOCK_T"]) + runs
-    grid = (triton.cdiv(d, config["BLOCK_D"]) * groups * batch,)
-    tensors = (input_ids, positions, table, prompt, A, B, adapter_ids, out)
-    shape = (n, s, d, m, r, A.shape[0], groups, tiles)
-    strides = (*input_ids.stride(), *positions.stride(), *table.stride(), *_strides(adapter_ids, prompt, A, B))
+    tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
+    runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if adapter_ids is None else batch
+    rows = triton.cdiv(batch, max(runs, 1))
+    runs = triton.cdiv(batch, max(rows, 1))
     with on_device(table):
-        launch(prompted_embedding_kernel, grid, *tensors, float(scale), *shape, *strides, **options)
+        launch(
+            prompted_embedding_kernel,
+            (tiles * runs + batch * triton.cdiv(n, config["BLOCK_T"]),),
+            input_ids.contiguous(),
+            positions,
+            found,
+            table,
+            *(x.contiguous() for x in (prompt, A, B)),
+            None if adapter_ids is None else adapter_ids.contiguous(),
+            out,
+            float(scale),
+            *(batch, n, s, d, m, r, rows, runs, table.shape[0], A.shape[0]),
+            *table.stride(),
+            **options,
+        )
     return out
 
 
@@ -79,43 +116,57 @@ def prompted_embedding_packed(
 
 
 def prompted_embedding_backward(
-    grad_output: Tensor, positions: Tensor, A: Tensor, B: Tensor, scale: float, adapter_ids: Tensor | None = None
+    grad_output: Tensor,
+    positions: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    adapter_ids: Tensor | None = None,
+    found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `ept_kernels.prompted_embedding_backward_reference` in three launches, one where there is no update."""
+    """Computes `ept_kernels.prompted_embedding_backward_reference` in three launches.
+
+    In two where `token_at` is given, in one where there is no update.
+    """
     batch, n = positions.shape
     s, d = grad_output.shape[1] - n, grad_output.shape[2]
-    m, r = A.shape[-2:]
+    m, r = A.shape[-2:] if A.numel() and n else (A.shape[-2], 0)
     adapters = 1 if adapter_ids is None else A.shape[0]
     grad_prompt = A.new_empty(*A.shape[:-2], s, d)
-    if r == 0 or m == 0 or n == 0:
-        r = 0
-        grad_A, grad_B = A.new_zeros(A.shape), A.new_zeros(B.shape)
-    else:
-        grad_A, grad_B = A.new_empty(A.shape), A.new_empty(B.shape)
+    grad_A, grad_B = ((x.new_empty if r else x.new_zeros)(x.shape, dtype=A.dtype) for x in (A, B))
+    if found is None:
+        found = token_at(positions, m) if r else positions.new_empty(0, dtype=torch.int32)
 
     shape_and_types = (d, r, grad_output.dtype, A.dtype, grad_output.device)
     config, options = _chosen("prompted_embedding_backward", *shape_and_types)
     columns = triton.cdiv(d, config["BLOCK_D"])
-    prompt_tiles = triton.cdiv(s, config["BLOCK_M"])
     position_tiles = triton.cdiv(m, config["BLOCK_M"]) if r else 0
-    token_at = A.new_empty((batch, m) if r else (0, 0), dtype=torch.int32)
     partial_A = A.new_empty((adapters, columns, m, r), dtype=torch.float32)
     partial_B = A.new_empty((adapters, position_tiles, r, d), dtype=torch.float32)
     with on_device(grad_output):
-        if r:
-            inverse, inverse_options = _chosen("prompted_embedding_token_at", *shape_and_types)
-            grid: tuple[int, ...] = (triton.cdiv(m, inverse["BLOCK_M"]) * batch,)
-            arguments = (positions, token_at, n, m, *positions.stride())
-            launch(prompted_embedding_token_at_kernel, grid, *arguments, **inverse_options)
-        grid = (columns * (prompt_tiles + position_tiles), adapters)
-        tensors = (grad_output, token_at, A, B, adapter_ids, grad_prompt, partial_A, partial_B)
-        shape, strides = (batch, s, d, m, r), (*grad_output.stride(), *_strides(adapter_ids, A, B))
-        launch(prompted_embedding_backward_kernel, grid, *tensors, *shape, *strides, **options)
+        launch(
+            prompted_embedding_backward_kernel,
+            (columns * (triton.cdiv(s, config["BLOCK_M"]) + position_tiles), adapters),
+            grad_output,
+            found,
+            A.contiguous(),
+            B.contiguous(),
+            None if adapter_ids is None else adapter_ids.contiguous(),
+            *(grad_prompt, partial_A, partial_B),
+            *(batch, s, d, m, r),
+            *grad_output.stride(),
+            **options,
+        )
         if r:
             reduce, reduce_options = _chosen("prompted_embedding_reduce", *shape_and_types)
             tiles = triton.cdiv(m * r, reduce["BLOCK_E"]) + triton.cdiv(r * d, reduce["BLOCK_E"])
-            sums = (partial_A, partial_B, grad_A, grad_B, float(scale), columns, position_tiles, m * r, r * d)
-            launch(prompted_embedding_reduce_kernel, (tiles, adapters), *sums, **reduce_options)
+            launch(
+                prompted_embedding_reduce_kernel,
+                (tiles, adapters),
+                *(partial_A, partial_B, grad_A, grad_B, float(scale)),
+                *(columns, position_tiles, m * r, r * d),
+                **reduce_options,
+            )
     return grad_prompt, grad_A, grad_B
 
 
@@ -125,13 +176,6 @@ def _runs(tiles: int, longest: int) -> tuple[int, int]:
     return runs, triton.cdiv(tiles, max(runs, 1))
 
 
-def _strides(adapter_ids: Tensor | None, *parameters: Tensor) -> list[int]:
-    """Lists each parameter's strides along adapters, rows and columns, then that of `adapter_ids`; 0 without them."""
-    if adapter_ids is None:
-        return [*(stride for x in parameters for stride in (0, *x.stride()[-2:])), 0]
-    return [*(stride for x in parameters for stride in x.stride()), adapter_ids.stride(0)]
-
-
 @cached_choice
 def _chosen(
     kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
@@ -139,7 +183,7 @@ def _chosen(
     """Chooses the configuration and meta-parameters of `kernel` that reads rows in `read` and writes in `written`."""
     config = config_for(key(kernel, read), (d, padded(r)), device, heuristic(kernel, d, r, read))
     config = bounded(config, d, r)
-    options: dict[str, Any] = {name: value for name, value in config.items() if name != "ITERS"}
+    options: dict[str, Any] = {name: value for name, value in config.items() if name not in ("ITERS", "PROGRAMS")}
     if "BLOCK_T" in config:
         options["RANK"] = padded(r) if r else 0
     if "BLOCK_D" in config:
@@ -153,7 +197,7 @@ def heuristic(kernel: str, d: int, r: int = 0, dtype: torch.dtype = torch.bfloat
     if kernel == "prompted_embedding_backward" and d <= NARROW:
         config.update(BLOCK_M=32, BLOCK_D=32)
     elif "BLOCK_T" in config and dtype.itemsize > 2:
-        config["BLOCK_T"] = max(16, config["BLOCK_T"] // 2)  # of a float32 table's rows half as many fill a tile
+        config["BLOCK_D"] //= 2  # of a float32 table's rows half as many columns fill a tile
     return bounded(config, d, r)
 
 

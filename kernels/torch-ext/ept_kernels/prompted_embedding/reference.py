@@ -21,6 +21,7 @@ def prompted_embedding_reference(
     B: Tensor,
     scale: float,
     adapter_ids: Tensor | None = None,
+    token_at: Tensor | None = None,
 ) -> Tensor:
     """Computes prompt rows followed by the updated embeddings of the tokens.
 
@@ -34,6 +35,7 @@ def prompted_embedding_reference(
         scale: factor of `A·B`, in the table's units.
         adapter_ids: `[batch]` integers choosing the adapter of each row; negative: no update (the caller masks the
             prompt).
+        token_at: `token_at(positions, m)` where the caller has it, for the kernels; not needed here.
 
     Returns:
         `[batch, s + n, d]` in the table's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
@@ -80,39 +82,56 @@ def prompted_embedding_packed_reference(
     return out.to(table.dtype)
 
 
+def token_at_reference(positions: Tensor, m: int) -> Tensor:
+    """Inverts positions: which token of a row stands at each of the `m` positions, −1 where none does.
+
+    Args:
+        positions: `[batch, n]` integers, each from 0 up at most once in a row; what is negative or `m` and beyond is
+            left out.
+
+    Returns:
+        `[batch, m]` int32.
+    """
+    batch, n = positions.shape
+    index = torch.arange(n, dtype=torch.int32, device=positions.device).expand(batch, n)
+    slot = torch.where((positions >= 0) & (positions < m), positions, m).to(torch.int64)  # m: a spare one
+    found = torch.full((batch, m + 1), -1, dtype=torch.int32, device=positions.device).scatter(1, slot, index)
+    return found[:, :m].contiguous()
+
+
 def prompted_embedding_backward_reference(
-    grad_output: Tensor, positions: Tensor, A: Tensor, B: Tensor, scale: float, adapter_ids: Tensor | None = None
+    grad_output: Tensor,
+    positions: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    adapter_ids: Tensor | None = None,
+    token_at: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes gradients of the prompt, `A` and `B`; the table is frozen and gets none.
 
     Args:
         grad_output: `[batch, s + n, d]`, gradient of the forward's output.
         positions: `[batch, n]` as in the forward; a position occurs at most once in a row.
-        A, B, scale, adapter_ids: as in the forward.
+        A, B, scale, adapter_ids, token_at: as in the forward.
 
     Returns:
         `grad_prompt` `[s, d]`, `grad_A` like `A`, `grad_B` like `B` (with a leading adapter axis where
         `A` has one), summed over the batch in row order, in A's dtype.
     """
     dtype = compute_dtype(grad_output, A)
-    s = grad_output.shape[1] - positions.shape[1]
+    n = positions.shape[1]
+    s = grad_output.shape[1] - n
     m, r = A.shape[-2:]
-    per_row_prompt = grad_output[:, :s].to(dtype)  # [batch, s, d]
-    grad_prompt = _sum_rows(per_row_prompt, adapter_ids, A)
-    if r == 0:
+    grad_prompt = _sum_rows(grad_output[:, :s].to(dtype), adapter_ids, A)
+    if r == 0 or n == 0:
         return grad_prompt.to(A.dtype), torch.zeros_like(A), torch.zeros_like(B)
     # Bring every text's gradient rows to their positions by a gather (no atomics), then sum over the batch in row
     # order.
-    token_at = torch.full((positions.shape[0], m + 1), -1, dtype=torch.int64, device=positions.device)
-    index = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
-    slot = torch.where(positions >= 0, positions, m).to(torch.int64)  # what is not updated goes to the spare slot m
-    token_at = token_at.scatter(1, slot, index)[:, :m]  # [batch, m]
-    present = (token_at >= 0)[..., None]
+    token_at = token_at_reference(positions, m) if token_at is None else token_at
     rows = grad_output[:, s:].to(dtype)
-    if rows.shape[1] == 0:
-        return grad_prompt.to(A.dtype), torch.zeros_like(A), torch.zeros_like(B)
-    at_position = torch.take_along_dim(rows, token_at.clamp(min=0)[..., None], dim=1) * present  # [batch, m, d]
-    summed = _sum_rows(at_position, adapter_ids, A)  # [m, d], or [adapters, m, d]
+    at_position = torch.take_along_dim(rows, token_at.clamp(min=0).long()[..., None], dim=1)  # [batch, m, d]
+    summed = _sum_rows(at_position * (token_at >= 0)[..., None], adapter_ids, A)  # [m, d], or [adapters, m, d]
     grad_A = scale * (summed @ B.to(dtype).mT)
     grad_B = scale * (A.to(dtype).mT @ summed)
     return grad_prompt.to(A.dtype), grad_A.to(A.dtype), grad_B.to(A.dtype)
@@ -138,7 +157,7 @@ def _sum_rows(rows: Tensor, adapter_ids: Tensor | None, A: Tensor) -> Tensor:
     return torch.tensordot(chosen.to(rows.dtype), rows, dims=1)
 
 
-def _fake(input_ids, positions, table, prompt, A, B, scale, adapter_ids=None):
+def _fake(input_ids, positions, table, prompt, A, B, scale, adapter_ids=None, token_at=None):
     s, d = prompt.shape[-2], table.shape[1]
     return table.new_empty(input_ids.shape[0], s + input_ids.shape[1], d)
 
@@ -148,14 +167,14 @@ def _packed_fake(input_ids, cu_seqlens, table, prompt, A, B, scale):
     return table.new_empty(input_ids.shape[0] + texts * prompt.shape[0], table.shape[1])
 
 
-def _backward_fake(grad_output, positions, A, B, scale, adapter_ids=None):
+def _backward_fake(grad_output, positions, A, B, scale, adapter_ids=None, token_at=None):
     s = grad_output.shape[1] - positions.shape[1]
     return A.new_empty(*A.shape[:-2], s, grad_output.shape[2]), torch.empty_like(A), torch.empty_like(B, dtype=A.dtype)
 
 
 prompted_embedding = register(
     "prompted_embedding(Tensor input_ids, Tensor positions, Tensor table, Tensor prompt, Tensor A, Tensor B, "
-    "float scale, Tensor? adapter_ids=None) -> Tensor",
+    "float scale, Tensor? adapter_ids=None, Tensor? token_at=None) -> Tensor",
     prompted_embedding_reference,
     _fake,
     launcher="prompted_embedding.launchers",
@@ -169,8 +188,14 @@ prompted_embedding_packed = register(
 )
 prompted_embedding_backward = register(
     "prompted_embedding_backward(Tensor grad_output, Tensor positions, Tensor A, Tensor B, float scale, "
-    "Tensor? adapter_ids=None) -> (Tensor, Tensor, Tensor)",
+    "Tensor? adapter_ids=None, Tensor? token_at=None) -> (Tensor, Tensor, Tensor)",
     prompted_embedding_backward_reference,
     _backward_fake,
+    launcher="prompted_embedding.launchers",
+)
+token_at = register(
+    "token_at(Tensor positions, int m) -> Tensor",
+    token_at_reference,
+    lambda positions, m: positions.new_empty(positions.shape[0], m, dtype=torch.int32),
     launcher="prompted_embedding.launchers",
 )
