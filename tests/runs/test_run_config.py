@@ -31,6 +31,9 @@ REFUSED = {
     "training.warmup_steps=-1": "training.warmup_steps must not be negative, got -1",
     "max_steps": "cannot read the override 'max_steps': write it as dotted.key=value",
     "seed.a=1": "seed: expected a whole number",
+    'output_dir="\\ud800"': "surrogates not allowed",
+    "method.r=-1": "method.r must not be negative, got -1",
+    f"seed={2**32}": "seed must be at most 4294967295, got 4294967296",
     "data.template='{a": "cannot read the value of 'data.template' as YAML",
 }
 
