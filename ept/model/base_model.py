@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +121,11 @@ def trained_heads(model: Any) -> list[str]:
     return heads
 
 
+def wrapped_heads(model: nn.Module) -> Iterator[Any]:
+    """Yields PEFT's wrappers of trained modules in `model`: each holds the original and one copy an adapter."""
+    return (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+
+
 def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that an adapter with `modules_to_save=names` keeps of `model`.
 
@@ -167,6 +173,19 @@ def freeze(model: nn.Module) -> None:
             "bfloat16; load it afresh for exact results",
             stacklevel=2,
         )
+
+
+def swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -> None:
+    if dequantized_cache_bytes and not fast_4bit:
+        raise ValueError(
+            f"dequantized_cache_bytes={dequantized_cache_bytes} is for the layers of fast_4bit=True: leave one out"
+        )
+    if fast_4bit and "bitsandbytes" in sys.modules:  # otherwise no layer is of it
+        from .linear4bit import Linear4bit, swap_linear4bit
+
+        # A model that was swapped by hand keeps its options.
+        if dequantized_cache_bytes or not any(isinstance(module, Linear4bit) for module in model.modules()):
+            swap_linear4bit(model, dequantized_cache_bytes=dequantized_cache_bytes)
 
 
 def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:

@@ -31,7 +31,7 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 @contextmanager
 def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
-    """Adds to an error that the machine is to blame for what to do about it, and which checkpoint is left.
+    """Adds to errors of the machine's what to do about them, and which checkpoint is left.
 
     Raises:
         MemoryError: there was no memory left.
@@ -52,7 +52,7 @@ def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
-    """Turns what PyTorch and safetensors raise when rank 0 cannot write a checkpoint or the adapter into OSError.
+    """Turns the errors of PyTorch and safetensors on rank 0, when a file cannot be written, into OSError.
 
     A checkpoint that is not whole is deleted: the disk may be full, and it is of no use.
     """

@@ -131,7 +131,7 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
 
 
 def seal(checkpoint: Path, **kept: Any) -> None:
-    """Makes a checkpoint count whose files have all been written. `kept`, which must be JSON, is for `read_seal`."""
+    """Makes a checkpoint with all its files count. `kept`, which must be JSON, is for `read_seal`."""
     sync_tree(checkpoint)
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
     files = {path.relative_to(checkpoint).as_posix(): _size_and_checksum(path) for path in paths}
@@ -225,7 +225,7 @@ class MetricsLog:
             file.write(json.dumps(event) + "\n")
 
     def sync(self) -> None:
-        """Waits until all of it is on the disk, as it must be before a checkpoint counts that it leads up to."""
+        """Waits until all of it is on the disk, as it must be before a checkpoint of a later step counts."""
         if self.writes and self.file.exists():
             sync(self.file)
 

@@ -25,9 +25,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..embedding import embedding_width
 from ..model.base_model import input_embedding, set_mode
 from ..model.inputs import divide_loss
-from ..prompt import embedding_width
 from .config import MethodConfig
 from .method_table import Method
 

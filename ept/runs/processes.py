@@ -37,7 +37,7 @@ class Processes:
         return items[self.rank :: self.world_size]
 
     def gather(self, value: T) -> list[T]:
-        """Returns the `value` of every rank, in their order, on all ranks; waits until each has called it."""
+        """Returns the `value` of every rank, in their order, on all ranks; waits until each has come here."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
@@ -113,7 +113,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Returns the number of this process among all of the launch."""
+    """Returns the number of this process in the launch."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -149,7 +149,7 @@ def _message_group() -> Any:
 
 @cache
 def _disconnect_at_exit() -> None:
-    """Not sooner: a second connection through the launcher's store would meet the addresses of the first."""
+    """Disconnects no sooner: a second connection through the launcher's store would meet the addresses of the first."""
     import torch.distributed as dist
 
     atexit.register(dist.destroy_process_group)

@@ -30,14 +30,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals(TrainerCallback):
-    """Raises `Interrupted` on SIGINT and SIGTERM inside `with`: at once, or while the Trainer trains after its step.
+    """Handlers that raise `Interrupted` on SIGINT and SIGTERM: at once, or during training after the step.
 
     Any rank may get the signal; after each step all agree on whether one has come. A second signal stops a process at
     once only where it is alone. Launchers repeat them: a job manager signals the launcher and its processes, the
     launcher passes its own signal on, and it ends all processes as soon as one has ended.
 
-    The handlers that were there before come back at the end. In a thread other than the main one, and for signals that
-    the process ignores, nothing changes. As a callback this comes after the one that makes checkpoints whole.
+    They are in place inside `with`, and those that were there before come back at its end. In a thread other than the
+    main one, and for signals that the process ignores, nothing changes. As a callback this comes after the one that
+    makes checkpoints whole.
     """
 
     def __init__(self, folder: RunFolder, processes: Processes) -> None:

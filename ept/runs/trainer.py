@@ -155,7 +155,7 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader."""
+        """Takes the number of the epoch from the data loader."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -164,9 +164,9 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
 
 class SharedBatches(BatchSampler):
-    """One rank's share of each batch of all ranks, whose batches are those of one process with as large a batch.
+    """A rank's share of each batch, where the batches are those of one process with as large a batch size.
 
-    (accelerate deals whole batches out in turn, and completes the last round of an epoch with rows of its beginning.)
+    accelerate deals whole batches out in turn, and completes the last round of an epoch with rows of its beginning.
     A last batch of fewer rows than ranks leaves some without any: their share is an empty list.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the tests of whole runs look at: saved weights, the log, the first step's gradients, a run killed midway."""
+"""Checks of whole runs: saved weights, the log, the first step's gradients, a run killed midway."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 
 def events(run: Path) -> list[dict[str, Any]]:
-    """What was logged, without the clock."""
+    """Reads the log, without the clock."""
     return [{k: v for k, v in e.items() if k != "seconds"} for e in MetricsLog(run / "metrics.jsonl").read()]
 
 

@@ -75,7 +75,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], rows: Path) -> Path:
-    """The same runs in this process alone; `scored.json` has the texts that the grouped one scored."""
+    """Carries out the same runs in this process alone; `scored.json` has the texts that the grouped one scored."""
     folder = tmp_path_factory.mktemp("alone")
     scored: list[list[int]] = []
     score = Predictor.predict_batch
@@ -92,7 +92,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], row
 
 @pytest.fixture(scope="module")
 def torchrun(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], rows: Path) -> Path:
-    """The folder in which two processes have carried out processes_driver.py; `launcher.json` says how they ended."""
+    """Carries out processes_driver.py in two processes; `launcher.json` in the folder says how they ended."""
     folder = tmp_path_factory.mktemp("torchrun")
     plan = {
         name: ([str(models[RUNS[name][0]]), str(rows), str(folder / name)], settings(name, 2))
@@ -109,14 +109,14 @@ def torchrun(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], 
 
 
 def seen(folder: Path) -> list[dict[str, Any]]:
-    """What each process of the launch noted."""
+    """Reads what each process of the launch noted."""
     files = [folder / f"seen_{rank}.json" for rank in (0, 1)]
     assert all(file.exists() for file in files), json.loads((folder / "launcher.json").read_text())["errors"]
     return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def assert_close_weights(one: Path, two: Path) -> None:
-    """Equal to 1e-6 of the largest entry of each parameter, or of 1."""
+    """Compares to 1e-6 of the largest entry of each parameter, or of 1."""
     first, second = weights(one), weights(two)
     assert first.keys() == second.keys()
     apart = {name: float((first[name] - second[name]).abs().max()) for name in first}
@@ -125,7 +125,7 @@ def assert_close_weights(one: Path, two: Path) -> None:
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """The same checkpoints, log and results, up to rounding of float32."""
+    """Compares checkpoints, log and results, up to rounding of float32."""
     names = sorted(path.name for path in (one / "checkpoints").iterdir())
     assert names == sorted(path.name for path in (two / "checkpoints").iterdir())
     assert names
@@ -217,7 +217,7 @@ def test_an_error_in_one_process_ends_all(torchrun: Path) -> None:
 
 @pytest.mark.slow
 def test_accelerate_launch(alone: Path, models: dict[str, Path], rows: Path, tmp_path: Path) -> None:
-    """The command line as a user starts it: the first process alone prints and writes."""
+    """The command line as a user starts it: rank 0 alone prints and writes."""
     config = run_config(models["bert"], rows, None, *settings("plain", 2))
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml(), encoding="utf-8")

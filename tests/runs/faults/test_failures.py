@@ -28,7 +28,7 @@ from ept.runs.trainer import PromptTrainer
 
 
 def one_line(said: str) -> str:
-    """The message of a command that failed: its last line, the only one that speaks of an error."""
+    """Returns the message of a command that failed: its last line, the only one that speaks of an error."""
     assert "Traceback" not in said, said
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("step ")]
     assert [line for line in lines if "rror" in line] == lines[-1:], said
@@ -64,7 +64,7 @@ def test_a_file_that_may_not_grow(forks: Forks, whole: Whole, tmp_path: Path) ->
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB of its own, where the tests may mount one."""
+    """Mounts a file system of 2 MB, where the tests may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     command = shutil.which("mount")
