@@ -13,7 +13,7 @@ import torch
 
 from ..model.ept_model import EPTModel
 from ..model.linear4bit import restore_linear4bit, swap_linear4bit
-from ..runs.adapters import adapter_config, attach_fresh
+from ..runs.adapters import adapter_config, module_of
 from ..runs.config import MethodConfig
 from ..runs.method_table import METHODS
 
@@ -103,7 +103,7 @@ def make_method(spec: MethodSpec, base: Any, task_type: str, max_length: int, fa
     method = _METHODS[spec.name]
     settings = MethodConfig(name=method.name, num_virtual_tokens=spec.num_virtual_tokens)
     config = adapter_config(settings, base, task_type, max_length, seed=0)
-    model = attach_fresh(method, base, config, fast_4bit=False)  # the base model is shared: see Method.enter
+    model = module_of(method).attach(base, config, fast_4bit=False)  # the base model is shared: see Method.enter
     is_ours = isinstance(model, EPTModel)
     prompt_of = (model.prompt_encoder["default"], "joint_prompt") if is_ours else (model, "get_prompt")
     return Method(spec, model, prompt_of, fast_4bit and is_ours)

@@ -22,15 +22,15 @@ def load_untrained(
     """Loads the base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
     base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
     adapter = adapter_config(config.method, base, task_type, max_length, config.seed)
-    method = METHODS[config.method.name]
-    return attach_fresh(method, base, adapter, seed=config.seed, tokenizer=tokenizer, **_four_bit(config.model))
+    attach = module_of(METHODS[config.method.name]).attach
+    return attach(base, adapter, seed=config.seed, tokenizer=tokenizer, **_four_bit(config.model))
 
 
 def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
     """Loads the base model with the adapter saved in the folder `adapter`, ready for inference."""
     base = load_base_model(config.model, task_type, num_labels, pad_token_id)
-    module = _module(METHODS[config.method.name])
-    return module.attach_trained(base, adapter, **_four_bit(config.model)).eval()
+    attach_trained = module_of(METHODS[config.method.name]).attach_trained
+    return attach_trained(base, adapter, **_four_bit(config.model)).eval()
 
 
 def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length: int, seed: int) -> PeftConfig:
@@ -43,16 +43,12 @@ def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length
         ValueError: nothing fits the budget; the message names the smallest that would do.
     """
     method = get_method(settings.name)
-    build = getattr(_module(method), method.built_by.partition(":")[2])
+    build = getattr(module_of(method), method.built_by.partition(":")[2])
     return build(method, settings, base, task_type, max_length=max_length, seed=seed)
 
 
-def attach_fresh(method: Method, base: Any, adapter: PeftConfig, **options: Any) -> PeftModel:
-    """Puts a fresh adapter on `base`. `options`: those of `attach`; a method ignores what it has no use for."""
-    return _module(method).attach(base, adapter, **options)
-
-
-def _module(method: Method) -> Any:
+def module_of(method: Method) -> Any:
+    """Imports the file that builds `method`, with its `attach` and `attach_trained`; ours are below."""
     return importlib.import_module(f"ept.runs.{method.built_by.partition(':')[0]}")
 
 

@@ -48,7 +48,7 @@ def task_type_of(model: ModelConfig) -> str:
         return model.task_type
     if model.gguf_file is not None:
         return "CAUSAL_LM"  # llama.cpp files hold decoders
-    return infer_task_type(_from_pretrained(AutoConfig, model, model.name_or_path))
+    return infer_task_type(_from_pretrained(AutoConfig, model))
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -57,14 +57,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it cannot be loaded, or has neither a padding nor an end token.
     """
-    source = model.tokenizer_name_or_path
-    if source is not None:
-        tokenizer = _from_pretrained(AutoTokenizer, ModelConfig(name_or_path=source), source)
-    else:
-        tokenizer = _from_pretrained(AutoTokenizer, model, model.name_or_path)
+    if model.tokenizer_name_or_path is not None:
+        model = ModelConfig(name_or_path=model.tokenizer_name_or_path)
+    tokenizer = _from_pretrained(AutoTokenizer, model)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {source or model.name_or_path} has neither a padding nor an end token")
+            raise ValueError(f"the tokenizer of {model.name_or_path} has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -97,7 +95,7 @@ def load_base_model(
             llm_int8_skip_modules=_heads(model) if task_type == "SEQ_CLS" else None,
         )
         options["device_map"] = {"": device}
-    base = _from_pretrained(MODEL_CLASSES[task_type], model, model.name_or_path, **options)
+    base = _from_pretrained(MODEL_CLASSES[task_type], model, **options)
     if model.gguf_file is not None:
         base = _plain(base, name=str(model.name_or_path))
     if task_type == "SEQ_CLS" and base.config.pad_token_id is None:
@@ -109,15 +107,15 @@ def load_base_model(
 
 def _heads(model: ModelConfig) -> list[str]:
     """Names a classifier's heads: they are trained, and so must not be quantised."""
-    config = _from_pretrained(AutoConfig, model, model.name_or_path)
+    config = _from_pretrained(AutoConfig, model)
     with torch.device("meta"):
         skeleton = AutoModelForSequenceClassification.from_config(config)
     return [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
 
 
-def _from_pretrained(cls: Any, model: ModelConfig, name: str | None, **options: Any) -> Any:
+def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
     """Calls `cls.from_pretrained`, with one clear error and never with trust_remote_code."""
-    if name is None:
+    if (name := model.name_or_path) is None:
         raise ValueError("model.name_or_path is not set: give a model folder or hub name")
     if model.gguf_file is not None:
         options["gguf_file"] = model.gguf_file
