@@ -13,20 +13,13 @@ from ept.version import __version__
 
 from . import compare, env, evaluate, export, predict, profile, tasks, train
 
-USER_ERRORS = (
-    ValueError,
-    TypeError,
-    FileNotFoundError,
-    FileExistsError,
-    PermissionError,
-    ConnectionError,
-)
-# What ends a command that was given nothing wrong: a full disk, no memory left, a training that diverges.
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, ConnectionError)
+# These end a command that was given nothing wrong: a full disk, no memory left, a training that diverges.
 FAILURES = (OSError, MemoryError, FloatingPointError)
 
 
 class OneLineErrors(TyperGroup):
-    """Shows what the user can mend as one line on standard error; EPT_DEBUG=1 shows the traceback.
+    """The commands, whose errors are one line on standard error where a user can mend them; EPT_DEBUG=1: a traceback.
 
     The exit code is 2 where something wrong was given, 1 where the machine or the training failed, and 128 and the
     number of the signal where one ended the command.

@@ -28,7 +28,7 @@ def succeed(*arguments: Any) -> Result:
 
 
 def refused(*arguments: Any) -> str:
-    """The one line on standard error of a command that must fail with exit code 2 and print nothing else."""
+    """Returns the one line on standard error of a command that must fail with exit code 2 and print nothing else."""
     result = ept(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""

@@ -17,6 +17,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 
 
+def environment() -> dict[str, str]:
+    offline = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels" / "torch-ext")))}
+
+
 @dataclass
 class Running:
     """An `ept` command that is at work in a process of its own."""
@@ -44,8 +49,6 @@ class Forks:
     """Starts `ept` commands, one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels" / "torch-ext")))
         self.folder, self.count = folder, 0
         self.running: Running | None = None
         self.server = subprocess.Popen(
@@ -53,7 +56,7 @@ class Forks:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment(),
         )
 
     def start(self, *arguments: Any, die_in: dict[str, Any] | None = None, largest_file: int | None = None) -> Running:

@@ -73,7 +73,7 @@ def test_an_interrupted_comparison_goes_on(forks: Forks, whole: Whole, tmp_path:
     assert running.ended() == 143, running.said()
     *_, stopped, again = running.said().splitlines()
     assert re.match(r"stopped by SIGTERM after step \d+ of", stopped), running.said()
-    assert again == "the same command again goes on with the comparison"
+    assert again == "the same command again continues the comparison"
     assert RunFolder(run).last_checkpoint() is not None
 
     code, said = forks.run(*command)

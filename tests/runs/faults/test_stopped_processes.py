@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from forked_runs import logged_step
-from forks import HERE, ROOT
+from forks import HERE, environment
 from same_run import assert_same_run
 from tiny_runs import run_config
 
@@ -34,12 +34,10 @@ class Launch:
     """Two processes under torchrun, what they say in the file `output`."""
 
     def __init__(self, output: Path, *words: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "kernels" / "torch-ext")))
         command = [sys.executable, "-m", "torch.distributed.run", *words]
         self.output = output
         with output.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment())
 
     def worker(self, rank: int) -> int:
         """Returns its process id."""
