@@ -41,7 +41,7 @@ class Goal:
     device_type: str = "cuda"
 
     def number(self, providers: dict[str, Row]) -> float | None:
-        """Return the number of one case from its rows by provider; None where the record does not have it."""
+        """Returns the number of one case from its rows by provider; None where the record does not have it."""
         if OURS in (self.of, self.over) and providers.get(OURS, {}).get("backend") != "triton":
             return None  # a reference that stood in for a missing kernel is no result of ours
         names = [self.of, self.over] if self.over else [self.of]

@@ -41,18 +41,18 @@ class Kind(NamedTuple):
 
 
 def known(folder: Path) -> list[tuple[Path, Kind]]:
-    """Return the records of `folder` that have a section, in the order of the page."""
+    """Returns the records of `folder` that have a section, in the order of the page."""
     kinds = [(file, kind_of(file)) for file in sorted(folder.glob("*.json"))]
     return [(file, kind) for wanted in KINDS for file, kind in kinds if kind is wanted]
 
 
 def kind_of(file: Path) -> Kind | None:
-    """Return the first kind that the file's name fits; None where it fits none."""
+    """Returns the first kind that the file's name fits; None where it fits none."""
     return next((kind for kind in KINDS if fnmatch.fnmatch(file.name, kind.pattern)), None)
 
 
 def unknown(folder: Path) -> str:
-    """Return a table of the records that have no section of their own; empty where there are none."""
+    """Returns a table of the records that have no section of their own; empty where there are none."""
     lines = []
     for file in sorted(folder.glob("*.json")):
         if kind_of(file) is None:
@@ -66,7 +66,7 @@ def read(file: Path) -> Row:
 
 
 def section(file: Path, kind: Kind, plot: Callable[[str], str]) -> str:
-    """Return the section of one record.
+    """Returns the section of one record.
 
     Args:
         plot: from a plot's name, its path as the page refers to it.
@@ -81,12 +81,12 @@ def section(file: Path, kind: Kind, plot: Callable[[str], str]) -> str:
 
 
 def plot_name(file: Path, plot: Plot) -> str:
-    """Return a name that tells the plot of one record from those of others."""
+    """Returns a name that tells the plot of one record from those of others."""
     return f"{file.stem}-{plot.name}".replace("_", "-")
 
 
 def measured_with(record: Row, command: str, when: str = "") -> str:
-    """Return command, machine and versions in a line."""
+    """Returns command, machine and versions in a line."""
     hardware = record["hardware"]
     named = "".join(f", {gpu['name']}" for gpu in hardware.get("gpus") or ())
     machine = f"{hardware['processor']}{named}, {hardware['threads']} threads on {hardware['cores']} cores"

@@ -63,7 +63,7 @@ the operators' dispatch costs and where the peers stand.
 
 
 def render(results: Path = RESULTS) -> str:
-    """Return the page's text."""
+    """Returns the page's text."""
     folders = _folders(results)
     gpus = [folder for folder in folders if folder.name != "cpu"]
     every = [row for folder in folders for row in rows_of(folder)]
@@ -93,12 +93,12 @@ def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
 
 
 def _folders(results: Path) -> list[Path]:
-    """Return the devices' folders: those that hold a record."""
+    """Returns the devices' folders: those that hold a record."""
     return sorted(folder for folder in results.iterdir() if folder.is_dir() and any(folder.glob("*.json*")))
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """Return all rows of a device: its report, and an earlier record of the step beside the bare model."""
+    """Returns all rows of a device: its report, and an earlier record of the step beside the bare model."""
     rows = Record(folder / RECORD_NAME).results()
     overhead = folder / OVERHEAD
     if overhead.exists():
@@ -134,7 +134,7 @@ def _device(folder: Path) -> str:
 
 
 def _sections(rows: list[Row]) -> list[tuple[str, str]]:
-    """Return title and text of every section of a report; without a text where it has no rows."""
+    """Returns title and text of every section of a report; without a text where it has no rows."""
     checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
     checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
     steps = [row for row in rows if row["section"] == "steps"]
