@@ -18,7 +18,7 @@ MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 
 @dataclass(frozen=True)
 class Goal:
-    """A number of every case, `at_least` or `at_most` the threshold.
+    """Number of every case, `at_least` or `at_most` the threshold.
 
     Attributes:
         what: is held. against: what it is held against.

@@ -134,7 +134,7 @@ class Clock:
 
 
 class ThreadClock(Clock):
-    """The calling thread's time on the processor, of `calls` calls at a time; a GPU's queue is empty at each start."""
+    """Calling thread's time on the processor, of `calls` calls at a time; a GPU's queue is empty at each start."""
 
     name = "thread time"
 

@@ -111,7 +111,7 @@ def test_a_kernels_row_shows_rate_ceiling_and_memory(synthetic: Path) -> None:
 
 
 def cells(text: str, start: str) -> list[str]:
-    """The cells of the table's row that starts so."""
+    """Returns the cells of the table's row that starts so."""
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {start} "))
     return [cell.strip() for cell in line.split("|")[1:-1]]
 

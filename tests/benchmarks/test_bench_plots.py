@@ -15,7 +15,7 @@ from ept.profile.report import draw_phases, draw_sweep
 
 
 def kernel_rows() -> list[dict[str, Any]]:
-    """Every case of a full report, measured by nobody."""
+    """Returns every case of a full report, measured by nobody."""
     rows = []
     for case in shapes.gpu_cases():
         moved = 1000 * sum(case.size.values())
@@ -47,7 +47,7 @@ CASES = [compared(case, padding, *FOUR) for case in ("smollm2-headlines", "t5") 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved, as they are at that moment."""
+    """Collects the figures that are saved, as they are at that moment."""
     figures: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw)))
