@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft.config import PromptLearningConfig
@@ -13,24 +13,28 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ept_kernels.joint_prompt.reference import ACTIVATIONS
 
+from .budget import best_config
+from .embedding import embedding_width
 from .utils.messages import shown
 
 PEFT_TYPE = "EPT"
-TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS")
-SPACE_GATES = ("learned", "uniform")
-PROMPT_INITS = ("SAMPLE_VOCAB", "RANDOM", "TEXT")
-
 # Beyond these no adapter can be meant; they keep what is computed from a stranger's configuration finite.
-LARGEST_SIZE = 2**31 - 1
-LARGEST_SEED = 2**63 - 1
+MAX_SIZE, MAX_SEED = 2**31 - 1, 2**63 - 1
 
-# How a budget is shared out where the caller leaves it open: as the defaults do at d = 768, m = 256; without spaces, as
-# DePT's published default (60 prompt tokens, rank 30) does.
-_SHARES = {"prompt": 0.4, "low-rank": 0.4, "spaces": 0.2}
-_SHARES_WITHOUT_SPACES = {"prompt": 0.6, "low-rank": 0.4}
-# A small budget goes to the prompt first: on T5-base, prompt tuning with 2, 10, 20 and 50 tokens has GLUE means near
-# 77, 84, 84 and 84 (a figure of arXiv 2502.04501). A handful of tokens is too few, and more than twenty gain little.
-_ENOUGH_TOKENS, _LARGEST_PROMPT_SHARE = 16, 0.7
+# The fields' values, for `__post_init__`.
+_CHOICES = {
+    "task_type": ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"),
+    "space_activation": tuple(ACTIVATIONS),
+    "space_gate": ("learned", "uniform"),
+    "prompt_tuning_init": ("SAMPLE_VOCAB", "RANDOM", "TEXT"),
+}
+_INTEGERS = {
+    **dict.fromkeys(("num_virtual_tokens", "r", "num_spaces", "fusion_dim"), (0, MAX_SIZE)),
+    **dict.fromkeys(("max_length", "space_dim"), (1, MAX_SIZE)),
+    "seed": (0, MAX_SEED),
+}
+_FLAGS = ("fusion", "base_dropout", "folded")
+_NUMBERS = ("alpha", "fusion_score_scale", "fusion_weight", "embedding_scale")
 
 
 @dataclass
@@ -105,60 +109,61 @@ class EPTConfig(PromptLearningConfig):
     )
 
     def __post_init__(self) -> None:
-        self.task_type: str | None = getattr(self.task_type, "value", self.task_type)
-        if self.task_type is not None and self.task_type not in TASK_TYPES:
-            raise ValueError(f"task_type must be one of {', '.join(TASK_TYPES)}, got {shown(self.task_type)}")
+        for name in ("task_type", "prompt_tuning_init"):  # an enumeration's members stand for their values
+            setattr(self, name, getattr(getattr(self, name), "value", getattr(self, name)))
+        if isinstance(self.prompt_tuning_init, str):
+            self.prompt_tuning_init = self.prompt_tuning_init.upper()
+        # None is allowed where it is the default.
+        given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None or f.default is not None}
+        for name, allowed in _CHOICES.items():
+            if name in given and given[name] not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(given[name])}")
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self.num_transformer_submodules = 1
-        for name in ("num_virtual_tokens", "r", "num_spaces", "fusion_dim"):
-            self._check_integer(name, minimum=0)
-        for name in ("max_length", "space_dim"):
-            self._check_integer(name, minimum=1)
-        self._check_integer("seed", minimum=0, maximum=LARGEST_SEED)
-        self._check_module_names()
-        for name in ("fusion", "base_dropout", "folded"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {shown(getattr(self, name))}")
-        self._check_number("alpha")
-        for name in ("fusion_score_scale", "fusion_weight"):
-            if getattr(self, name) is not None:
-                self._check_number(name)
-        if self.embedding_scale != "auto":
-            self._check_number("embedding_scale")
-            if float(self.embedding_scale) <= 0:
-                raise ValueError(
-                    f"embedding_scale must be 'auto' or a number above 0, got {shown(self.embedding_scale)}"
-                )
-        if self.space_activation not in ACTIVATIONS:
-            raise ValueError(
-                f"space_activation must be one of {', '.join(ACTIVATIONS)}, got {shown(self.space_activation)}"
-            )
-        if self.space_gate not in SPACE_GATES:
-            raise ValueError(f"space_gate must be one of {', '.join(SPACE_GATES)}, got {shown(self.space_gate)}")
-        init = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
-        if not isinstance(init, str) or init.upper() not in PROMPT_INITS:
-            raise ValueError(f"prompt_tuning_init must be one of {', '.join(PROMPT_INITS)}, got {shown(init)}")
-        self.prompt_tuning_init = init.upper()
+        for name, (minimum, maximum) in _INTEGERS.items():
+            value = given[name]
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {shown(value)}")
+            if not minimum <= value <= maximum:
+                bound = f"at least {minimum}" if value < minimum else f"at most {maximum}"
+                raise ValueError(f"{name} must be {bound}, got {shown(value)}")
+        for name in _FLAGS:
+            if not isinstance(given[name], bool):
+                raise TypeError(f"{name} must be true or false, got {shown(given[name])}")
+        for name in _NUMBERS:
+            if name not in given or (name == "embedding_scale" and given[name] == "auto"):
+                continue
+            value = given[name]
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not abs(value) <= sys.float_info.max:
+                raise TypeError(f"{name} must be a finite number, got {shown(value)}")
+            if name == "embedding_scale" and value <= 0:
+                raise ValueError(f"embedding_scale must be 'auto' or a number above 0, got {shown(value)}")
+        names = self.modules_to_save
+        if names is not None and not (
+            isinstance(names, (list, tuple, set)) and all(isinstance(name, str) and name for name in names)
+        ):
+            raise TypeError(f"modules_to_save must be a list of names of modules, got {shown(names)}")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
             raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
 
     @classmethod
     def prompt_tuning(cls, num_virtual_tokens: int = 100, **fields: Any) -> EPTConfig:
-        """Prompt tuning (Lester et al., 2021): the prompt alone."""
+        """Configures prompt tuning (Lester et al., 2021): the prompt alone."""
         return cls(num_virtual_tokens=num_virtual_tokens, r=0, fusion=False, num_spaces=0, **fields)
 
     @classmethod
     def dept(cls, num_virtual_tokens: int = 60, r: int = 30, **fields: Any) -> EPTConfig:
-        """DePT (Shi and Lipani, 2024): a shorter prompt and a low-rank update of the input embeddings."""
+        """Configures DePT (Shi and Lipani, 2024): a shorter prompt and a low-rank update of the input embeddings."""
         return cls(num_virtual_tokens=num_virtual_tokens, r=r, fusion=False, num_spaces=0, **fields)
 
     @classmethod
     def for_budget(cls, model_or_d: Any, max_length: int, budget: int, method: str = "ept", **fields: Any) -> EPTConfig:
-        """The configuration of `method` that uses a parameter budget best, never exceeding it.
+        """Searches the configuration of `method` that uses a parameter budget best, never exceeding it.
 
-        Of the sizes `num_virtual_tokens`, `r`, `num_spaces`, `space_dim` those not given in `fields` are
-        searched: as much of the budget as possible is spent, shared between prompt, low-rank part and spaces as nearly
+        The sizes `num_virtual_tokens`, `r`, `num_spaces` and `space_dim` are searched where `fields` does not give
+        them: as much of the budget as possible is spent, shared between prompt, low-rank part and spaces as nearly
         as possible in the proportions of the defaults (40 : 40 : 20; without spaces DePT's 60 : 40). Where that would
         leave the prompt less than 16 tokens, it gets up to 70 % of the budget. A budget below 24 tokens may have a
         single space, whose gate is 1.
@@ -173,43 +178,20 @@ class EPTConfig(PromptLearningConfig):
         Raises:
             ValueError: no such configuration fits; the message names the smallest budget that would do.
         """
-        d = model_or_d if isinstance(model_or_d, int) else _embedding_width(model_or_d)
-        fields = {"max_length": max_length, **_method_fields(method), **fields}
-        best: tuple[float, EPTConfig] | None = None
-        smallest: int | None = None
-        for sizes in _candidate_sizes(d, budget, fields):
-            config = cls(**{**fields, **sizes})
-            config, count = _spend_rest(config, d, budget, fields)
-            smallest = count if smallest is None else min(smallest, count)
-            if count <= budget:
-                loss = config._distance_from_shares(d, budget)
-                if best is None or loss < best[0]:
-                    best = (loss, config)
-        if best is None:
-            raise ValueError(
-                f"no {method} configuration has at most {budget} parameters with width {d} and "
-                f"max_length={max_length}: the smallest has {smallest}; raise the budget or lower max_length, r or "
-                "num_virtual_tokens"
-            )
-        return best[1]
+        d = model_or_d if isinstance(model_or_d, int) else embedding_width(model_or_d.get_input_embeddings())
+        return best_config(cls, d, max_length, budget, method, fields)
 
     def parameter_count(self, d: int) -> int:
-        """Trainable parameters of the adapter for embedding width `d`, without heads in `modules_to_save`."""
+        """Counts the trainable parameters for embedding width `d`, without heads in `modules_to_save`."""
         return sum(math.prod(shape) for shape in self.parameter_shapes(d).values())
 
     def parameter_shapes(self, d: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter by name, for embedding width `d`; parts that are switched off are absent."""
-        s, m, r, K, h, a = (
-            self.num_virtual_tokens,
-            self.max_length,
-            self.r,
-            self.num_spaces,
-            self.space_dim,
-            self.fusion_dim,
-        )
-        shapes: dict[str, tuple[int, ...]] = {}
+        """Gives every parameter's shape by name, for embedding width `d`; parts that are switched off are absent."""
+        s, m, r = self.num_virtual_tokens, self.max_length, self.r
+        K, h, a = self.num_spaces, self.space_dim, self.fusion_dim
         if self.folded:
             return {"prompt": (s, d), **({"table": (m, d)} if r else {})}
+        shapes: dict[str, tuple[int, ...]] = {}
         if s:
             shapes["prompt"] = (s, d)
         if r:
@@ -226,102 +208,15 @@ class EPTConfig(PromptLearningConfig):
         return shapes
 
     def lowrank_scale(self) -> float:
-        """`c = α/√r`; 0 without a low-rank part."""
+        """Returns `c = α/√r`; 0 without a low-rank part."""
         return self.alpha / math.sqrt(self.r) if self.r else 0.0
 
     def score_scale(self, d: int) -> float:
-        """`σ`, the factor of the fusion's scores for embedding width `d`."""
+        """Returns `σ`, the factor of the fusion's scores for embedding width `d`."""
         return self.fusion_score_scale if self.fusion_score_scale is not None else 1 / math.sqrt(self.fusion_dim or d)
 
-    def _distance_from_shares(self, d: int, budget: int) -> float:
-        """How far this configuration is from spending `budget` in the usual proportions; 0 is perfect."""
-        shapes = self.parameter_shapes(d)
-        spent = {
-            "prompt": math.prod(shapes.get("prompt", (0,))),
-            "low-rank": sum(math.prod(shapes.get(name, (0,))) for name in ("A", "B")),
-            "spaces": sum(math.prod(shapes.get(name, (0,))) for name in ("D", "U", "G")),
-        }
-        used = sum(math.prod(shape) for shape in shapes.values())
-        shares = _shares(_SHARES if spent["spaces"] else _SHARES_WITHOUT_SPACES, d, budget)
-        present = {part: share for part, share in shares.items() if spent[part]}
-        total = sum(present.values()) or 1.0
-        off = sum(abs(spent[part] / budget - share / total) for part, share in present.items())
-        return off + 4 * (1 - used / budget)
 
-    def _check_integer(self, name: str, minimum: int, maximum: int = LARGEST_SIZE) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {shown(value)}")
-        if value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {shown(value)}")
-        if value > maximum:
-            raise ValueError(f"{name} must be at most {maximum}, got {shown(value)}")
-
-    def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not abs(value) <= sys.float_info.max:
-            raise TypeError(f"{name} must be a finite number, got {shown(value)}")
-
-    def _check_module_names(self) -> None:
-        names = self.modules_to_save
-        if names is None:
-            return
-        if not isinstance(names, (list, tuple, set)) or not all(isinstance(name, str) and name for name in names):
-            raise TypeError(f"modules_to_save must be a list of names of modules, got {shown(names)}")
-
-
-def _shares(usual: dict[str, float], d: int, budget: int) -> dict[str, float]:
-    """The usual proportions, with a larger prompt where theirs would have less than `_ENOUGH_TOKENS` tokens."""
-    prompt = max(usual["prompt"], min(_LARGEST_PROMPT_SHARE, _ENOUGH_TOKENS * d / budget))
-    others = (1 - prompt) / (1 - usual["prompt"])
-    return {part: prompt if part == "prompt" else share * others for part, share in usual.items()}
-
-
-def _embedding_width(model: Any) -> int:
-    embedding = model.get_input_embeddings()
-    return int(getattr(embedding, "embedding_dim", None) or embedding.weight.shape[1])
-
-
-def _method_fields(method: str) -> dict[str, Any]:
-    methods: dict[str, dict[str, Any]] = {
-        "ept": {},
-        "dept": {"fusion": False, "num_spaces": 0},
-        "pt": {"r": 0, "fusion": False, "num_spaces": 0},
-    }
-    if method not in methods:
-        raise ValueError(f"unknown method {method!r}: use one of {', '.join(methods)}")
-    return methods[method]
-
-
-def _candidate_sizes(d: int, budget: int, fields: dict[str, Any]) -> list[dict[str, int]]:
-    """Every (s, K, h) worth trying; the rank is then chosen to spend the rest."""
-    lengths = [fields["num_virtual_tokens"]] if "num_virtual_tokens" in fields else range(1, max(budget // d, 1) + 1)
-    # Two spaces and their gate are at least six rows of d; a single space, without a gate, only where that is much.
-    spaces = [fields["num_spaces"]] if "num_spaces" in fields else [2, 4, 8] if budget >= 24 * d else [1, 2]
-    widths = [fields["space_dim"]] if "space_dim" in fields else [1, 2, 3, 4, 6, 8, 12, 16]
-    if list(spaces) == [0]:
-        widths = [fields.get("space_dim", 2)]
-    return [{"num_virtual_tokens": s, "num_spaces": K, "space_dim": h} for s in lengths for K in spaces for h in widths]
-
-
-def _spend_rest(config: EPTConfig, d: int, budget: int, fields: dict[str, Any]) -> tuple[EPTConfig, int]:
-    """`config` with the largest rank that fits, at least 1, unless the caller fixed the rank; and its size."""
-    if "r" not in fields:
-        config.r = 0
-        rest = budget - config.parameter_count(d)
-        config.r = max(rest // (config.max_length + d), 1)
-    return config, config.parameter_count(d)
-
-
-def register_with_peft() -> None:
-    """Makes `PeftConfig.from_pretrained` recognise saved EPT adapters; PEFT's enum of types is closed, its
-    mapping is not.
-    """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)
-    if known is not None and known.__module__ != __name__:
-        warnings.warn(f"replacing another registration of the adapter type {PEFT_TYPE}: {known}", stacklevel=2)
-    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = EPTConfig
-
-
-register_with_peft()
+# So that `PeftConfig.from_pretrained` knows saved adapters; PEFT's enumeration of types is closed, its mapping not.
+if (known := PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)) is not None and known.__module__ != __name__:
+    warnings.warn(f"replacing another registration of the adapter type {PEFT_TYPE}: {known}", stacklevel=2)
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = EPTConfig

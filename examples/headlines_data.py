@@ -19,7 +19,7 @@ Row = dict[str, str | int]
 
 
 def package_file(package: str, name: str) -> Path:
-    """A file inside an installed package. Raises FileNotFoundError that says how to install it."""
+    """Finds a file inside an installed package. Raises FileNotFoundError that says how to install it."""
     spec = find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
     for folder in folders:
@@ -30,7 +30,7 @@ def package_file(package: str, name: str) -> Path:
 
 
 def read_headlines(file: Path) -> list[Row]:
-    """Rows `{"headline", "label"}`, label 1 for sarcastic; each text once, and not at all where its labels disagree.
+    """Reads rows `{"headline", "label"}`, label 1 for sarcastic: each text once, none whose labels disagree.
 
     Each line of `file` is `{"input": [system message, user message], "ideal": "0" or "1"}`. Raises ValueError with
     the line number for another label.
@@ -49,12 +49,12 @@ def read_headlines(file: Path) -> list[Row]:
 
 
 def normalised(text: str) -> str:
-    """What makes two headlines the same: their words, whatever case and white space."""
+    """Reduces a headline to its words: case and white space do not tell two apart."""
     return " ".join(text.casefold().split())
 
 
 def split_of(text: str, seed: int) -> str:
-    """`train`, `validation` or `test`, by a seeded hash of the text: the same text never lands in two."""
+    """Chooses `train`, `validation` or `test` by a seeded hash of the text: the same text never lands in two."""
     digest = hashlib.sha256(f"{seed}:{normalised(text)}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     for split, share in HELD_OUT.items():

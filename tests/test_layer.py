@@ -13,7 +13,7 @@ from tiny_models import make_model
 from torch import nn
 
 from ept import EPTConfig, EPTLayer
-from ept.prompt import embedding_rms
+from ept.embedding import embedding_rms
 
 SMALL = {"num_virtual_tokens": 4, "max_length": 8, "r": 2}
 

@@ -22,7 +22,7 @@ def compare(
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder with a folder a task (glue/sst2), instead of the hub (data.data_dir)."
+            metavar="DIR", help="Folder with a folder for each task (glue/sst2), in place of the hub (data.data_dir)."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(metavar="DIR", help="The comparison's folder (output_dir).")] = None,
@@ -33,7 +33,7 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, write nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Train several methods on several tasks and compare their scores, parameters and step times.
+    """Compare methods over tasks: scores, parameters, step times.
 
     Finished runs in the folder are skipped, interrupted ones resume, and failed ones are tried again: the same
     command continues a comparison. Exit code 1 if a run failed.

@@ -8,7 +8,7 @@ from .common import JsonOption, answer, quiet
 
 
 def env(json: JsonOption = False) -> None:
-    """Show versions, devices and which operators run: what to put into a bug report."""
+    """Show versions, devices and operators, for a bug report."""
     with quiet():
         from ept.runs.loading import default_device
         from ept.utils.environment import hardware, versions

@@ -15,9 +15,9 @@ SPLITS = ("train", "validation", "test")
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of data instead of the run's own.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of data in place of the run's own.")] = None,
     file: Annotated[
-        Path | None, typer.Option(help="One labelled file (jsonl, json, csv, parquet) instead of a split.")
+        Path | None, typer.Option(help="One labelled file (jsonl, json, csv, parquet) in place of a split.")
     ] = None,
     scoring: Annotated[str | None, typer.Option(help="generate or rank, in place of the task type's own way.")] = None,
     set_: SetOption = None,

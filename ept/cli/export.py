@@ -22,13 +22,16 @@ def export(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="With --texts: folder or hub name of the base model; a run names its own."),
+        typer.Option(help="With --texts: the base model, a folder or hub name; a run names its own."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote there.")] = False,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Fold an adapter into one prompt and one table that other engines can use, and embed texts with it."""
+    """Fold an adapter for other engines, and embed texts with it.
+
+    The folded form is one prompt and one table.
+    """
     if texts is None and model is not None:
         raise ValueError("--model is for the embeddings of texts: give --texts too, or leave it out")
     with quiet():

@@ -26,11 +26,16 @@ def profile(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A model to load: a folder or a hub name.")] = None,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated, each with :LENGTH for another prompt length, as in pt,ept:20.")
+        str,
+        typer.Option(
+            help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20."
+        ),
     ] = "pt,dept,ept,peft-pt",
     sweep: Annotated[
         str | None,
-        typer.Option(metavar="num_virtual_tokens=10,20,...", help="Every method at each of these prompt lengths."),
+        typer.Option(
+            metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     quantization: Annotated[str | None, typer.Option(help="nf4 or fp4: 4-bit weights through bitsandbytes.")] = None,
@@ -40,31 +45,35 @@ def profile(
     attn_implementation: Annotated[
         str | None, typer.Option(help="eager, sdpa, ...; else transformers' choice.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Only the first so many layers of a shape.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Keep only the first layers of a shape, so many.")] = None,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
-    length: Annotated[int, typer.Option(help="Most text tokens of a row.")] = 128,
+    length: Annotated[int, typer.Option(help="Text tokens of a row, at most.")] = 128,
     padding: Annotated[
         str | None,
         typer.Option(
             help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
-            "their longest row or to --length. Default: none, with data longest."
+            "their longest row or to --length. Default: none; with data, longest."
         ),
     ] = None,
     logits: Annotated[
         str, typer.Option(help="A decoder's logits: at the labels only, or at all positions.")
     ] = "labels",
-    task: Annotated[str | None, typer.Option(help="Lengths from a task's train split (see `ept tasks`).")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Take the lengths from a task's train split (see `ept tasks`).")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the task's data.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Lengths from the column `text` of a file (jsonl, json, csv, parquet).")
+        Path | None, typer.Option(help="Take the lengths from the column `text` of a file (jsonl, json, csv, parquet).")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="For data: the tokenizer, where it is not the model's.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="With --task or --data: the tokenizer, where it is not the model's.")
+    ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="A run's configuration: its model and data are taken.")
+        Path | None, typer.Option(metavar="FILE.yaml", help="Take model and data from a run's configuration.")
     ] = None,
     set_: SetOption = None,
     steps: Annotated[int, typer.Option(help="Measured steps of each method.")] = 10,
-    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 2,
+    warmup: Annotated[int, typer.Option(help="Unmeasured steps before them.")] = 2,
     seed: Annotated[int, typer.Option(help="Draws lengths, ids and rows.")] = 0,
     output: Annotated[
         Path | None,
@@ -73,9 +82,10 @@ def profile(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the profile in the folder.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure whole training steps of PT, DePT, EPT and PEFT's prompt tuning, side by side.
+    """Measure training steps of several methods side by side.
 
-    Time with spread, throughput, memory, and where the time of a step goes. Runs on a CPU too.
+    Prompt tuning, DePT, EPT and PEFT's prompt tuning take whole steps in turn: time with spread, throughput, memory,
+    and where the time of a step goes. Runs on a CPU too.
     """
     if output is not None and (output / RECORD).exists() and not overwrite:
         raise FileExistsError(f"{output} holds a profile: choose another --output, or replace it with --overwrite")

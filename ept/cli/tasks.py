@@ -24,10 +24,12 @@ def tasks(context: typer.Context, json: JsonOption = False) -> None:
 
     listed = {n: {"columns": t.columns, "labels": t.label_words, "metrics": t.metrics} for n, t in TASKS.items()}
     rows = [
-        (name, ", ".join(task.columns), _labels(task, digits=False), ", ".join(task.metrics))
+        (name, ", ".join(task.columns), _labels(task, digits=False), "\n".join(task.metrics))
         for name, task in TASKS.items()
     ]
-    answer(json, listed, table(("task", "text columns", "labels", "metrics"), rows, left=4))
+    shown = table(("task", "text columns", "labels", "metrics"), rows, left=4, box=None)
+    shown.columns[-1].no_wrap = True
+    answer(json, listed, shown)
 
 
 @app.command()
@@ -36,19 +38,26 @@ def show(
     data: Annotated[
         Path | None, typer.Option("--data", "--data-dir", metavar="DIR", help="Folder of the task's rows.")
     ] = None,
-    hub: Annotated[bool, typer.Option("--hub", help="Take the rows from the hub.")] = False,
+    hub: Annotated[bool, typer.Option("--hub", help="Load the rows from the hub.")] = False,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            "--tokenizer", "--model", metavar="NAME", help="Model whose tokenizer counts: folder or hub name."
+            "--tokenizer",
+            "--model",
+            metavar="NAME",
+            help="Model whose tokenizer counts the tokens: folder or hub name.",
         ),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Most tokens of a text, in place of the task's own.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Limit of a text in tokens, in place of the task's own.")
+    ] = None,
     labels: Annotated[str, typer.Option(help="digits or words: how the examples' targets are written.")] = "digits",
     json: JsonOption = False,
 ) -> None:
-    """Show a task's template, labels and metrics; with its rows two formatted examples, the label balance and the rows
-    of each split; with a tokenizer the share of texts that are too long.
+    """Show a task: its template, labels and metrics.
+
+    With its rows: the rows of each split, the label balance and two formatted examples. With a tokenizer as well: the
+    share of texts that are too long.
     """
     from ept.tasks import get_task
 
@@ -96,7 +105,7 @@ def show(
 def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: int, labels: str) -> dict[str, Any]:
     """Loads the task's rows and describes them; counts tokens where a tokenizer is named."""
     from ept.runs.config import DataConfig, ModelConfig
-    from ept.runs.data import SPLITS, load_run_data
+    from ept.runs.data import describe, load_run_data
     from ept.runs.loading import load_tokenizer, task_type_of
     from ept.tasks import load_task
 
@@ -109,18 +118,7 @@ def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: i
         config = DataConfig(task=task.name, data_dir=where, labels=labels, max_length=limit)  # type: ignore[arg-type]
         run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
         data, found["truncation_rate"] = run_data.data, run_data.truncation_rate
-    classes = list(data.train["label"])
-    other = next((i for i, label in enumerate(classes) if label != classes[0]), 1)  # of another label, if there is one
-    return {
-        **found,
-        "rows": {split: len(getattr(data, split)) for split in SPLITS},
-        "label_balance": data.balance(),
-        "majority": data.majority(),
-        "examples": [
-            {"text": row["text"], "target": row["target"]}
-            for row in data.train.select([i for i in (0, other) if i < len(classes)])
-        ],
-    }
+    return {**found, **describe(data)}
 
 
 def _labels(task: Task, digits: bool = True) -> str:

@@ -35,50 +35,47 @@ def train(
     torchrun --nproc-per-node 2 -m ept train ...
     """
     from ept.runs.config import load_run_config
-    from ept.runs.launched import is_main
+    from ept.runs.processes import rank, world_size
 
     if config is None and resume and output is not None and (output / "config.yaml").is_file():
         config = output / "config.yaml"
     run_config = load_run_config(config, overrides(set_, {"output_dir": output}))
-    if (print_config or dry_run) and not is_main():
+    if (print_config or dry_run) and rank() != 0:
         return
     if print_config:
         show_config(json, run_config)
         return
     if dry_run:
         with quiet():
-            summary = describe(run_config)
+            summary = _describe(run_config)
         answer(json, summary, *_shown(summary))
         return
     with quiet():
+        from torch.distributed.elastic.multiprocessing.errors import record
+
         from ept.runs.report import results_table
         from ept.runs.train import train as train_run
 
-        results = train_run(run_config, resume=resume, overwrite=overwrite)
-    if is_main():
+        launched = record(train_run) if world_size() > 1 else train_run  # record: for the launcher's report
+        results = launched(run_config, resume=resume, overwrite=overwrite)
+    if results is not None and rank() == 0:
         answer(json, results, results_table(results), f"saved in {run_config.output_dir}")
 
 
-def describe(config: RunConfig) -> dict[str, Any]:
+def _describe(config: RunConfig) -> dict[str, Any]:
     """Describes what a run would train, and on what; loads tokenizer, data and model, writes nothing."""
+    from ept.runs.data import describe
     from ept.runs.train import prepare
 
     run = prepare(config)
-    data = run.run_data.data
-    rows = {name: len(getattr(data, name)) for name in ("train", "validation", "test")}
     return {
-        "task": data.task.name,
+        "task": run.task.name,
         "task_type": run.task_type,
-        "metric": data.task.metrics[0],
-        "rows": rows,
-        "labels": list(data.labels),
-        "label_balance": data.balance(),
-        "majority": data.majority(),
+        "metric": run.task.metrics[0],
+        **describe(run.run_data.data),
+        "labels": list(run.labels),
         "max_length": run.max_length,
         "truncation_rate": run.run_data.truncation_rate,
-        "examples": [
-            {"text": row["text"], "target": row["target"]} for row in data.train.select(range(min(2, rows["train"])))
-        ],
         "method": config.method.name,
         "model": config.model.name_or_path,
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],

@@ -80,10 +80,10 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
 
 
 def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[float]:
-    """Where to draw points of these sizes: those within a tenth of each other lie `step` decades apart, in their order.
+    """Places points of these sizes so that those within a tenth of each other lie `step` decades apart, in their order.
 
     Args:
-        reach: most decades from the first to the last of such neighbours.
+        reach: limit of the decades from the first to the last of such neighbours.
     """
     places = [0.0] * len(sizes)
     left = sorted(range(len(sizes)), key=lambda i: sizes[i])
@@ -144,14 +144,14 @@ def score_against(sweep: str, settings: Sequence[Setting], file: Path) -> Path:
 
 
 def _swept(settings: Sequence[Setting], sweep: str) -> list[Setting]:
-    """The points of one sweep that have results, in rising order of numbers."""
+    """Selects the points of one sweep that have results, in rising order of numbers."""
     points = [setting for setting in settings if setting.sweep == sweep and _methods(setting)]
     numbers = all(isinstance(point.value, (int, float)) for point in points)
     return sorted(points, key=lambda point: point.value) if numbers else points
 
 
 def _methods(setting: Setting) -> list[MethodSummary]:
-    """Those that have a mean over all tasks."""
+    """Selects the methods that have a mean over all tasks."""
     return [m for m in setting.methods if m.mean is not None]
 
 
@@ -167,7 +167,7 @@ def _title(setting: Setting) -> str:
 
 
 def _bars(means: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
-    """Heights in percent, and how far error bars reach down and up: no farther than a score can be."""
+    """Returns heights in percent, and how far error bars reach down and up: no farther than a score can be."""
     heights = [100 * mean.mean for mean in means]
     halves = [100 * (mean.half_width or 0.0) for mean in means]
     down = [min(half, height - (0 if height >= 0 else -100)) for half, height in zip(halves, heights)]
@@ -194,7 +194,7 @@ def _series(axes: Any, name: str, points: Sequence[tuple[Any, Interval]], line: 
 
 @contextmanager
 def _scores(file: Path, settings: Sequence[Setting], **options: Any) -> Iterator[list[Any]]:
-    """A plot whose first panel is of scores; the methods' names stand beside it."""
+    """Opens a plot whose first panel is of scores, with the names of the methods beside it."""
     with plot(file, _title(settings[0]), legend="beside", **options) as panels:
         yield panels
         panels[0].set_ylabel("score on test (%)")

@@ -1,18 +1,19 @@
-"""Adapters on disk: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
+"""Adapters on disk, which may come from strangers: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 
-An adapter may come from a stranger. Reading one runs no code from its files, JSON and safetensors only; follows no link
-out of its folder; looks nothing up that its configuration names; and builds nothing before the header of the weights
-has shown that they have the sizes which the configuration claims. Writing is atomic file by file, the configuration
-last.
+Reading one runs no code from its files, JSON and safetensors only; follows no link out of its folder; looks nothing up
+that its configuration names; and builds nothing before the header of the weights has shown that they have the sizes
+which the configuration claims. Writing is atomic file by file, the configuration last.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import PEFT_TYPE, EPTConfig
+from ..embedding import embedding_width
+from ..utils.files import write_atomically
 from ..utils.messages import listed, reason, shown, shown_name
+from .base_model import head_shapes, infer_task_type, input_embedding, trained_heads
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 SCALE_NAME = "embedding_scale"
-LARGEST_CONFIG = 1 << 20  # bytes; a configuration has about two thousand
+MAX_CONFIG_BYTES = 1 << 20  # a configuration has about two thousand
 
-# What PEFT's configurations have beside the fields that EPTConfig checks itself, and what may stand in them.
+# PEFT's own fields, which EPTConfig does not check, and their types.
 _PEFT_FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), (str, type(None))),
     **dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path"), (str, type(None))),
@@ -40,6 +44,7 @@ _PEFT_FIELDS: dict[str, tuple[type, ...]] = {
     "inference_mode": (bool,),
     "auto_mapping": (dict, type(None)),
 }
+_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 _DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -70,7 +75,7 @@ model = EPTModel.from_pretrained(base_model, "path/to/this/folder")
 
 
 def read_config(folder: str | os.PathLike[str], **hub: Any) -> EPTConfig:
-    """The configuration in `folder`, a local folder or a repository on the hub.
+    """Reads the configuration in `folder`, a local folder or a repository on the hub.
 
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged, or of another adapter type.
@@ -100,14 +105,52 @@ def read_config(folder: str | os.PathLike[str], **hub: Any) -> EPTConfig:
         raise ValueError(f"{path} has a field of the wrong type: {reason(error)}") from error
 
 
+def read_adapter(
+    folder: str | os.PathLike[str], model: Any, is_trainable: bool, config: EPTConfig | None = None, **hub: Any
+) -> tuple[EPTConfig, dict[str, Tensor]]:
+    """Reads configuration and weights of an adapter that fits `model`.
+
+    Args:
+        is_trainable: whether it is to be trained.
+        config: instead of the saved configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
+    """
+    config = copy.deepcopy(config) if config is not None else read_config(folder, **hub)
+    config.inference_mode = not is_trainable
+    width = embedding_width(input_embedding(model))
+    ours, theirs = getattr(model, "name_or_path", None), config.base_model_name_or_path
+    if config.token_dim is not None and config.token_dim != width:
+        raise ValueError(
+            f"the adapter was made for embeddings of width {shown(config.token_dim)} ({shown(theirs or 'unnamed')}), "
+            f"{ours or type(model).__name__} has {width}: load it with its own base model"
+        )
+    if config.folded and is_trainable:
+        raise ValueError(
+            "the adapter is folded into its inference form and cannot be trained: load the one it was folded from"
+        )
+    if ours and theirs and str(ours) != str(theirs):
+        warnings.warn(
+            f"the adapter was made for {shown(theirs)}, this base model is {ours!r}; results are those of the adapter "
+            "only if the weights are the same",
+            stacklevel=3,
+        )
+    heads = config.modules_to_save
+    if heads is None:
+        heads = trained_heads(model) if (config.task_type or infer_task_type(model)) == "SEQ_CLS" else []
+    # Read before anything is made of the configuration, which may claim sizes that the weights do not have.
+    return config, read_weights(folder, {**config.parameter_shapes(width), **head_shapes(model, heads)}, **hub)
+
+
 def weight_shapes(folder: str | os.PathLike[str], **hub: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in `folder`, from the header alone; errors as `read_weights`."""
+    """Reads name and shape of every tensor in `folder`, from the header alone; errors as `read_weights`."""
     with _opened(_locate(folder, WEIGHTS_NAME, hub)) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 def read_weights(folder: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], **hub: Any) -> dict[str, Tensor]:
-    """The tensors in `folder`, on the CPU in the file's dtype; exactly those `expected`.
+    """Reads the tensors in `folder`, on the CPU in the file's dtype; exactly those `expected`.
 
     The header is checked first: no tensor is made of a file that does not hold what is expected.
 
@@ -138,27 +181,24 @@ def write_adapter(folder: str | os.PathLike[str], config: EPTConfig, state: dict
     """Writes one adapter into `folder`; each file appears whole or not at all, the configuration last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_whole(folder / WEIGHTS_NAME, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
-    card = _model_card(config, sum(t.numel() for name, t in state.items() if name != SCALE_NAME))
+    write_tensors(folder / WEIGHTS_NAME, state)
     if not (folder / "README.md").exists():
-        write_whole(folder / "README.md", lambda path: Path(path).write_text(card, encoding="utf-8"))
+        count = sum(t.numel() for name, t in state.items() if name != SCALE_NAME)
+        write_atomically(folder / "README.md", _model_card(config, count))
     values = {name: sorted(v) if isinstance(v, set) else v for name, v in config.to_dict().items()}
     text = json.dumps({**values, "inference_mode": True}, indent=2, sort_keys=True)
-    write_whole(folder / CONFIG_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_atomically(folder / CONFIG_NAME, text)
 
 
-def write_whole(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls `write` with the name of a file beside `path` and moves that into place: `path` is never half
-    written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)  # a link of that name must not be written through
-        write(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes `tensors` as safetensors; the file appears whole or not at all."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(file, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Picks from `kwargs` what the hub is asked with."""
+    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
 
 
 @contextmanager
@@ -171,27 +211,21 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _read_json(path: Path) -> Any:
-    """What `path` holds.
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, a configuration at most {MAX_CONFIG_BYTES:,}: it is damaged")
 
-    Raises:
-        ValueError: it is too large or no JSON, or says something twice.
-    """
-    if (size := path.stat().st_size) > LARGEST_CONFIG:
-        raise ValueError(f"{path} has {size:,} bytes, a configuration at most {LARGEST_CONFIG:,}: it is damaged")
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted(name for name in values if names.count(name) > 1)
-            raise ValueError(f"{listed(map(shown_name, twice))} stands there twice")
-        return values
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(name for name, _ in pairs)
+        if repeated := sorted(name for name, count in counts.items() if count > 1):
+            raise ValueError(f"duplicate key {listed(map(shown_name, repeated))}")
+        return dict(pairs)
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON number")
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse)
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # what is not UTF-8, and integers of more than 4300 digits, included
         raise ValueError(f"{path} is damaged, it is not JSON: {reason(error)}") from error
 
@@ -209,7 +243,7 @@ def _mismatches(found: dict[str, tuple[tuple[int, ...], str]], expected: dict[st
 
 
 def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
-    """The file `name` of an adapter, downloaded from the hub if `folder` is no local path."""
+    """Finds the file `name` of an adapter, downloaded from the hub if `folder` is no local path."""
     subfolder = hub.get("subfolder")
     local = Path(folder, subfolder) if subfolder else Path(folder)
     if local.is_dir():
@@ -235,11 +269,8 @@ def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """`path`, unless it is a link out of `folder`. The hub's cache keeps files as links into its `blobs`.
-
-    Raises:
-        ValueError: it leads elsewhere.
-    """
+    """Returns `path`, and raises `ValueError` where it is a link out of `folder`."""
+    # The hub's cache keeps files as links into its `blobs`.
     root, target = folder.resolve(), path.resolve()
     allowed = [root, *(parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots")]
     if not any(target.is_relative_to(place) for place in allowed):

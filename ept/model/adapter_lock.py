@@ -1,14 +1,10 @@
-"""Calls of a model and changes of its adapters from several threads: any number of calls at a time, or one change.
-
-A change (adding, loading, deleting, setting, folding an adapter) waits for the calls that are running and holds up new
-ones; calls do not hold up each other.
-"""
+"""A lock that lets several threads call a model, and one change its adapters between their calls."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -18,70 +14,63 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class AdapterLock:
-    """Admits calls together and changes alone. A copy of it is a new lock."""
+    """Readers-writer lock: any number of calls, or one change. A change that waits holds up new calls."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition(threading.RLock())
-        self._calls = self._waiting_changes = 0
-        self._of_thread = threading.local()  # how many calls this thread is within
+        self._running_calls = self._waiting_changes = 0
+        self._in_call = threading.local()
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """A call within: it waits for a change that is running or waiting, unless this thread is in a call already."""
-        depth = getattr(self._of_thread, "depth", 0)
+    def shared(self) -> Iterator[None]:
+        """Holds the lock for a call; calls may be nested in one thread."""
+        nested = getattr(self._in_call, "value", False)
         with self._condition:
-            self._condition.wait_for(lambda: depth or not self._waiting_changes)
-            self._calls += 1
-        self._of_thread.depth = depth + 1
+            self._condition.wait_for(lambda: nested or not self._waiting_changes)
+            self._running_calls += 1
+        self._in_call.value = True
         try:
             yield
         finally:
-            self._of_thread.depth = depth
+            self._in_call.value = nested
             with self._condition:
-                self._calls -= 1
+                self._running_calls -= 1
                 self._condition.notify_all()
 
     @contextmanager
-    def change(self) -> Iterator[None]:
-        """A change within; changes may be nested in one thread.
+    def exclusive(self) -> Iterator[None]:
+        """Holds the lock for a change; changes may be nested in one thread.
 
         Raises:
             RuntimeError: this thread is in a call, which would wait for itself.
         """
-        if getattr(self._of_thread, "depth", 0):
+        if getattr(self._in_call, "value", False):
             raise RuntimeError("adapters cannot be changed from within a call of the model: change them between calls")
         with self._condition:  # held to the end: no call can begin
             self._waiting_changes += 1
             try:
-                self._condition.wait_for(lambda: not self._calls)
+                self._condition.wait_for(lambda: not self._running_calls)
             finally:
                 self._waiting_changes -= 1
                 self._condition.notify_all()
             yield
 
     def __reduce__(self) -> Any:
-        return type(self), ()
+        return type(self), ()  # a copy of a model has a lock of its own
 
 
-def a_call(method: Method) -> Method:
-    """`method` of a model with `adapter_lock`, as a call. Compiled graphs hold no locks."""
+def _holding(lock: Callable[[AdapterLock], AbstractContextManager[None]]) -> Callable[[Method], Method]:
+    """Decorates a method of a model to hold the model's `adapter_lock`; compiled graphs hold no locks."""
 
-    @wraps(method)
-    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return method(self, *args, **kwargs)
-        with self.adapter_lock.call():
-            return method(self, *args, **kwargs)
+    def decorate(method: Method) -> Method:
+        @wraps(method)
+        def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with nullcontext() if torch.compiler.is_compiling() else lock(self.adapter_lock):
+                return method(self, *args, **kwargs)
 
-    return locked  # type: ignore[return-value]
+        return locked  # type: ignore[return-value]
+
+    return decorate
 
 
-def a_change(method: Method) -> Method:
-    """`method` of a model with `adapter_lock`, as a change."""
-
-    @wraps(method)
-    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.adapter_lock.change():
-            return method(self, *args, **kwargs)
-
-    return locked  # type: ignore[return-value]
+shared, exclusive = _holding(AdapterLock.shared), _holding(AdapterLock.exclusive)

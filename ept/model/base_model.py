@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +41,23 @@ class BaseModelFacts:
         return "position_ids" in self.forward_arguments
 
 
-def infer_task_type(model: nn.Module) -> str:
-    """SEQ_2_SEQ_LM, SEQ_CLS or CAUSAL_LM, from the model's class and configuration.
+def infer_task_type(model: Any) -> str:
+    """SEQ_2_SEQ_LM, CAUSAL_LM or SEQ_CLS, from a model, or from the configuration of one that is not loaded yet.
+
+    A configuration without a language-model head is taken for a classifier's, since a head can be added.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the model is none of these.
     """
     name = type(model).__name__
     if "ForSequenceClassification" in name:
         return "SEQ_CLS"
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", model), "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
-    can_generate = getattr(model, "can_generate", None)
+    if not isinstance(model, nn.Module):
+        heads = getattr(model, "architectures", None) or []
+        return "CAUSAL_LM" if any("CausalLM" in head or "LMHead" in head for head in heads) else "SEQ_CLS"
+    can_generate: Any = getattr(model, "can_generate", None)
     if can_generate is not None and can_generate():
         return "CAUSAL_LM"
     raise ValueError(f"cannot tell the task of {name}: set task_type to SEQ_2_SEQ_LM, CAUSAL_LM or SEQ_CLS")
@@ -115,6 +121,11 @@ def trained_heads(model: Any) -> list[str]:
     return heads
 
 
+def wrapped_heads(model: nn.Module) -> Iterator[Any]:
+    """Yields PEFT's wrappers of trained modules in `model`: each holds the original and one copy an adapter."""
+    return (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+
+
 def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that an adapter with `modules_to_save=names` keeps of `model`.
 
@@ -162,6 +173,19 @@ def freeze(model: nn.Module) -> None:
             "bfloat16; load it afresh for exact results",
             stacklevel=2,
         )
+
+
+def swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -> None:
+    if dequantized_cache_bytes and not fast_4bit:
+        raise ValueError(
+            f"dequantized_cache_bytes={dequantized_cache_bytes} is for the layers of fast_4bit=True: leave one out"
+        )
+    if fast_4bit and "bitsandbytes" in sys.modules:  # otherwise no layer is of it
+        from .linear4bit import Linear4bit, swap_linear4bit
+
+        # A model that was swapped by hand keeps its options.
+        if dequantized_cache_bytes or not any(isinstance(module, Linear4bit) for module in model.modules()):
+            swap_linear4bit(model, dequantized_cache_bytes=dequantized_cache_bytes)
 
 
 def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,37 +12,44 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from ..config import PEFT_TYPE, EPTConfig
-from ..prompt import EPTLayer, embedding_width, lookup
-from ..utils.messages import shown
-from .adapter_files import read_config, read_weights, write_adapter
-from .adapter_lock import AdapterLock, a_call, a_change
-from .base_model import examine, freeze, head_shapes, infer_task_type, input_embedding, set_mode, trained_heads
+from ..embedding import lookup
+from ..prompt import EPTLayer
+from .adapter_files import hub_arguments, read_adapter, read_weights, write_adapter
+from .adapter_lock import AdapterLock, exclusive, shared
+from .base_model import (
+    examine,
+    freeze,
+    infer_task_type,
+    input_embedding,
+    set_mode,
+    swap_4bit,
+    trained_heads,
+    wrapped_heads,
+)
 from .compilation import compile_layers
 from .inputs import (
+    add_labels,
     after_cache,
     after_encoder,
     cache_name,
     cached_length,
     count_new_tokens,
     divide_loss,
-    extend,
-    label_span,
     length_of,
+    warn_without_text,
     with_input,
     with_prompt,
 )
 from .mixed import embed_mixed, follow_rows, heads_of_rows
-from .prompt_cache import PromptCache, check_cacheable, rows_per_text
+from .prompt_cache import PromptCache, cached_prompt, check_cacheable
 
 # PEFT finds the code that names an adapter's state by the adapter's type.
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
-
-_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 
 
 def get_ept_model(
@@ -83,12 +89,17 @@ def get_ept_model(
 class EPTModel(PeftModel):
     """A frozen base model and one or more EPT adapters, of which one is active.
 
-    Everything a `peft.PeftModel` offers works: `Trainer` saves only the adapter, `add_adapter`,
-    `load_adapter`, `set_adapter`, `delete_adapter`, `disable_adapter()`, `get_nb_trainable_parameters`,
-    `modules_to_save`. The base model is called with ordinary `inputs_embeds`, mask and positions; nothing in it is
-    patched. Adapters may be added, loaded, deleted, set and folded from other threads than those that call the model:
-    such a change waits for the calls that are running, and new calls wait for it.
+    Everything a `peft.PeftModel` offers works: `Trainer` saves only the adapter, `add_adapter`, `load_adapter`,
+    `set_adapter`, `delete_adapter`, `disable_adapter()`, `get_nb_trainable_parameters`, `modules_to_save`. The base
+    model is called with ordinary `inputs_embeds`, mask and positions; nothing in it is patched. Adapters may be added,
+    loaded, deleted, set and folded from other threads than those that call the model: such a change waits for the
+    calls that are running, and new calls wait for it.
     """
+
+    base_model: Any
+    prompt_encoder: nn.ModuleDict
+    _adapters_disabled = False
+    _checked_labels = False
 
     def __init__(
         self,
@@ -105,22 +116,22 @@ class EPTModel(PeftModel):
         if isinstance(model, PeftModel):
             raise ValueError("the model already carries an adapter: pass the base model, or use add_adapter")
         self.adapter_lock = AdapterLock()
-        self._initialise_adapters, self._tokenizer = initialise, tokenizer
+        self._prompt_caches: dict[str, PromptCache] = {}
         peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = peft_config.task_type or infer_task_type(model)
         self._facts = examine(model, str(peft_config.task_type))
         freeze(model)
-        _swap_4bit(model, fast_4bit, dequantized_cache_bytes)
+        swap_4bit(model, fast_4bit, dequantized_cache_bytes)
+        self._layer_options = {"initialise": initialise, "tokenizer": tokenizer}
         super().__init__(model, peft_config, adapter_name, **kwargs)
+        self._layer_options = {}  # theirs are the first adapter's
         if peft_config.inference_mode:
             self._require_gradients(adapter_name, False)
-        self._prompt_caches: dict[str, PromptCache] = {}
-        self._tokenizer = None  # only for the first adapter's start; no part of the model
         self.train(self.training)
 
     # Calling the model
 
-    @a_call
+    @shared
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -154,40 +165,34 @@ class EPTModel(PeftModel):
             The base model's output.
         """
         if self._adapters_disabled:
-            given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs}
-            if num_items_in_batch is not None:
-                given["num_items_in_batch"] = num_items_in_batch
-            if logits_to_keep is not None:
-                given["logits_to_keep"] = logits_to_keep
+            given = {
+                "attention_mask": attention_mask,
+                "inputs_embeds": inputs_embeds,
+                "labels": labels,
+                "logits_to_keep": logits_to_keep,
+                "num_items_in_batch": num_items_in_batch,
+                **kwargs,
+            }
             return self.base_model(input_ids, **{k: v for k, v in given.items() if v is not None})
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
         if causal and text_mask is None and labels is not None:
             text_mask = labels == -100
-            self._warn_if_all_labels(text_mask, attention_mask)
+            if self.training and not self._checked_labels and self.active_peft_config.r:
+                self._checked_labels = True  # once, at the first training batch: an accelerator is waited for
+                warn_without_text(text_mask, attention_mask)
         inputs = self._prepare(input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
         s = inputs["attention_mask"].shape[1] - length_of(input_ids, inputs_embeds) if causal else 0
-        if causal and labels is not None:
-            inputs["labels"] = extend(labels, s, -100) if s > 0 else labels
-            if logits_to_keep is None and self.training and labels.device.type == "cpu":
-                logits_to_keep = label_span(inputs["labels"])
-            if logits_to_keep and "logits_to_keep" in self._facts.forward_arguments:
-                inputs["labels"] = inputs["labels"][:, -logits_to_keep:].contiguous()
-        elif labels is not None:
-            inputs["labels"] = labels.contiguous()
-        if logits_to_keep and "logits_to_keep" in self._facts.forward_arguments:
-            inputs["logits_to_keep"] = logits_to_keep
-        if self.training and labels is not None and "use_cache" in self._facts.forward_arguments:
-            inputs.setdefault("use_cache", False)
+        add_labels(self._facts, inputs, labels, s, causal, logits_to_keep, self.training)
         with heads_of_rows(adapter_names):
             output = self.base_model(**inputs)
         if num_items_in_batch is not None and labels is not None:
             divide_loss(output, inputs["labels"], num_items_in_batch, shifted=causal)
         return output
 
-    @a_call
+    @shared
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate` after the prompt; takes its arguments. `labels` are ignored.
+        """Calls the base model's `generate` after the prompt; takes its arguments. `labels` are ignored.
 
         Decoder-only models return the input's ids followed by the new tokens, as without an adapter; `max_length`
         counts these and not the prompt. Logits processors that look at the text (`repetition_penalty`) see the new
@@ -206,84 +211,70 @@ class EPTModel(PeftModel):
         use_prompt_cache = kwargs.pop("use_prompt_cache", False)
         if self._adapters_disabled:
             return self.base_model.generate(input_ids, *args, **kwargs)
-        if input_ids is None:
-            input_ids = kwargs.pop("inputs", None)
         kwargs.pop("labels", None)
-        adapter_names = kwargs.pop("adapter_names", None)
-        attention_mask, inputs_embeds = kwargs.pop("attention_mask", None), kwargs.pop("inputs_embeds", None)
-        text_mask = kwargs.pop("text_mask", None)
+        ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        names = ("attention_mask", "inputs_embeds", "text_mask", "adapter_names")
+        mask, embeds, text_mask, adapter_names = (kwargs.pop(name, None) for name in names)
         if "generation_config" in self.__dict__:  # set on the wrapper by a user
             kwargs.setdefault("generation_config", self.__dict__["generation_config"])
-        causal = self.active_peft_config.task_type == "CAUSAL_LM"
         if use_prompt_cache:
             if adapter_names is not None:
                 raise ValueError(
                     "a prompt cache holds one adapter's prompt: leave out adapter_names or use_prompt_cache"
                 )
-            padded = attention_mask is not None and not bool(attention_mask[:, 0].all())
+            padded = mask is not None and not bool(mask[:, 0].all())
             check_cacheable(self.base_model, self._facts, kwargs, padded)
-        inputs = self._prepare(
-            input_ids,
-            attention_mask,
-            inputs_embeds,
-            text_mask,
-            adapter_names,
-            kwargs,
-            generating=not use_prompt_cache,  # a cached prompt stays first, with padding behind it
-        )
-        if not causal:
+        # A cached prompt stays first, with padding behind it.
+        inputs = self._prepare(ids, mask, embeds, text_mask, adapter_names, kwargs, generating=not use_prompt_cache)
+        if self.active_peft_config.task_type != "CAUSAL_LM":
             return self.base_model.generate(*args, **inputs)
         if use_prompt_cache:
-            inputs[cache_name(self._facts)] = self._cached_prompt(inputs)
+            s, name = self._layer().config.num_virtual_tokens, self.active_adapter
+            inputs[cache_name(self._facts)] = cached_prompt(self._prompt_caches, name, self.base_model, inputs, s)
         # generate() counts positions from the mask itself, at every step.
         inputs.pop("position_ids", None)
-        count_new_tokens(inputs, length_of(input_ids, inputs_embeds), self.base_model.generation_config)
+        count_new_tokens(inputs, length_of(ids, embeds), self.base_model.generation_config)
         output = self.base_model.generate(*args, **inputs)
-        if input_ids is None:
+        if ids is None:
             return output
         if isinstance(output, Tensor):
-            return with_input(input_ids, output)
-        output.sequences = with_input(input_ids, output.sequences)
+            return with_input(ids, output)
+        output.sequences = with_input(ids, output.sequences)
         return output
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within this context the bare base model answers, with its own heads."""
-        wrappers = [m for m in self.base_model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        """Lets the bare base model answer, with its own heads, as long as the context lasts."""
+        wrappers = list(wrapped_heads(self.base_model))
         required = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]
-        was_disabled = self._adapters_disabled
+        was_disabled, self._adapters_disabled = self._adapters_disabled, True
         try:
-            self._adapters_disabled = True
             for wrapper in wrappers:
                 wrapper.enable_adapters(False)
             yield
         finally:
             self._adapters_disabled = was_disabled
-            if not was_disabled:
-                for wrapper in wrappers:
-                    wrapper.enable_adapters(True)
-            for parameter, requires_grad in required:
+            for wrapper in wrappers:
+                wrapper.enable_adapters(not was_disabled)
+            for parameter, requires_grad in required:  # which switching adapters on and off changes
                 parameter.requires_grad_(requires_grad)
 
     def get_prompt(self, batch_size: int = 1, *args: Any, **kwargs: Any) -> Tensor:
-        """The active adapter's joint prompt, once a row: `[batch, s, d]` float32."""
+        """Returns the active adapter's joint prompt, once a row: `[batch, s, d]` float32."""
         return self._layer().joint_prompt().expand(batch_size, -1, -1)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The joint prompt of `adapter_name`, `[s, d]` float32 on the CPU."""
+        """Returns the joint prompt of `adapter_name`, `[s, d]` float32 on the CPU."""
         with torch.no_grad():
             return self._layer(adapter_name).joint_prompt().cpu()
 
     def train(self, mode: bool = True) -> EPTModel:
-        """Training mode for adapters and heads; the frozen model stays in `eval` mode unless `base_dropout` is
-        set.
-        """
+        """Puts adapters and heads in training mode; the frozen model stays in `eval` mode without `base_dropout`."""
         super().train(mode)
-        config = self.peft_config.get(self.active_adapter) if isinstance(self.active_adapter, str) else None
+        config = self.peft_config.get(self.active_adapter)
         set_mode(self.base_model, mode, dropout=bool(config and config.base_dropout))
-        for module in self.base_model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                module.train(mode)
+        for wrapper in wrapped_heads(self.base_model):
+            wrapper.train(mode)
         return self
 
     def compile_layers(self, **options: Any) -> EPTModel:
@@ -294,23 +285,23 @@ class EPTModel(PeftModel):
         compile_layers(self.base_model, **options)
         return self
 
-    @a_change
+    @exclusive
     def fold(self, adapter_name: str | None = None) -> EPTModel:
-        """Turns an adapter (the active one) into its inference form, one prompt and one table, in place; returns the
-        model.
+        """Turns an adapter (the active one) into its inference form, one prompt and one table, in place.
 
         Outputs stay the same up to rounding. A folded adapter can be saved and loaded, and not trained.
+
+        Returns:
+            the model.
         """
         name = adapter_name or self.active_adapter
-        if name not in self.peft_config:
-            raise ValueError(f"no adapter named {name!r}: loaded are {', '.join(self.peft_config)}")
         self._layer(name).fold()
         self.peft_config[name].folded = True
         return self
 
     # Adapters
 
-    @a_change
+    @exclusive
     def add_adapter(self, adapter_name: str, peft_config: EPTConfig, **kwargs: Any) -> None:
         """Adds a fresh adapter. The active one stays active; a further one starts frozen until it is set active.
 
@@ -320,15 +311,14 @@ class EPTModel(PeftModel):
         if not isinstance(peft_config, EPTConfig):
             raise ValueError(f"an EPT model takes EPTConfig adapters, got {type(peft_config).__name__}")
         peft_config = copy.deepcopy(peft_config)
-        base = self.base_model
-        first = not self.peft_config
+        base, first = self.base_model, not self.peft_config
         task_type = peft_config.task_type or infer_task_type(base)
         if not first and task_type != self.active_peft_config.task_type:
             raise ValueError(
                 f"adapter {adapter_name!r} is for {task_type}, the model for {self.active_peft_config.task_type}"
             )
         peft_config.task_type = task_type
-        if self._initialise_adapters or peft_config.base_model_name_or_path is None:
+        if self._layer_options.get("initialise", True) or peft_config.base_model_name_or_path is None:
             peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         if task_type == "SEQ_CLS" and peft_config.modules_to_save is None:
             peft_config.modules_to_save = trained_heads(base)
@@ -339,29 +329,27 @@ class EPTModel(PeftModel):
             self._require_gradients(adapter_name, False)
             _set_adapter(base, self.active_adapter, inference_mode=not trainable)
 
-    @a_change
+    @exclusive
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Makes `adapter_name` the active adapter, trainable unless `inference_mode`; all others are frozen.
 
         Raises:
             ValueError: there is no such adapter.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"no adapter named {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
+        self._check_loaded(adapter_name)
         self.active_adapter = adapter_name
         _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
         for name in self.prompt_encoder:
             self._require_gradients(name, name == adapter_name and not inference_mode, heads=False)
 
-    @a_change
+    @exclusive
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of the remaining ones becomes active.
 
         Raises:
             ValueError: there is no such adapter, or no other one would be left.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"no adapter named {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
+        self._check_loaded(adapter_name)
         if len(self.peft_config) == 1:
             raise ValueError(f"{adapter_name!r} is the only adapter: use disable_adapter() or the base model itself")
         for kept in (self.peft_config, self.prompt_encoder, self.prompt_tokens):
@@ -369,10 +357,9 @@ class EPTModel(PeftModel):
         if adapter_name == self.active_adapter:
             self.active_adapter = next(iter(self.peft_config))
             warnings.warn(f"{adapter_name!r} was active; {self.active_adapter!r} is now", stacklevel=4)
-        for module in self.base_model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                # PEFT's own delete_adapter hands all that remain to each head, which takes no more than one.
-                module.delete_adapter(adapter_name, [self.active_adapter])
+        for wrapper in wrapped_heads(self.base_model):
+            # PEFT's own delete_adapter hands all that remain to each head, which takes no more than one.
+            wrapper.delete_adapter(adapter_name, [self.active_adapter])
         self._prompt_caches.pop(adapter_name, None)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -403,8 +390,7 @@ class EPTModel(PeftModel):
             raise ValueError(f"{save_directory} is a file; give a folder to save into")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
-            if name not in self.peft_config:
-                raise ValueError(f"no adapter named {name!r}: loaded are {', '.join(self.peft_config)}")
+            self._check_loaded(name)
             state = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=False)
             if is_main_process:
                 folder = save_directory if name == "default" else os.path.join(save_directory, name)
@@ -423,7 +409,7 @@ class EPTModel(PeftModel):
         dequantized_cache_bytes: int = 0,
         **kwargs: Any,
     ) -> EPTModel:
-        """The base model with the adapter saved in `model_id`, a local folder or a repository on the hub.
+        """Wraps the base model with the adapter saved in `model_id`, a local folder or a repository on the hub.
 
         Args:
             model: the base model the adapter was made for; it is frozen in place.
@@ -435,10 +421,8 @@ class EPTModel(PeftModel):
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
-        hub = _hub_arguments(kwargs)
-        config = copy.deepcopy(config) if config is not None else read_config(model_id, **hub)
-        config.inference_mode = not is_trainable
-        state = _read_fitting(config, model, is_trainable, model_id, hub)
+        hub = hub_arguments(kwargs)
+        config, state = read_adapter(model_id, model, is_trainable, config, **hub)
         wrapped = cls(
             model,
             config,
@@ -447,11 +431,10 @@ class EPTModel(PeftModel):
             fast_4bit=fast_4bit,
             dequantized_cache_bytes=dequantized_cache_bytes,
         )
-        wrapped._initialise_adapters = True
         set_peft_model_state_dict(wrapped, state, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
 
-    @a_change
+    @exclusive
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],
@@ -466,17 +449,15 @@ class EPTModel(PeftModel):
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
-        hub = _hub_arguments(kwargs)
+        hub = hub_arguments(kwargs)
         added = adapter_name not in self.peft_config
         if added:
-            config = read_config(model_id, **hub)
-            config.inference_mode = not is_trainable
-            state = _read_fitting(config, self.base_model, is_trainable, model_id, hub)
-            self._initialise_adapters = False
+            config, state = read_adapter(model_id, self.base_model, is_trainable, **hub)
+            self._layer_options = {"initialise": False}
             try:
                 self.add_adapter(adapter_name, config)
             finally:
-                self._initialise_adapters = True
+                self._layer_options = {}
             self._require_gradients(adapter_name, is_trainable)
         else:
             expected = get_peft_model_state_dict(self, None, adapter_name, save_embedding_layers=False)
@@ -492,31 +473,24 @@ class EPTModel(PeftModel):
         """Frees what `generate(..., use_prompt_cache=True)` keeps."""
         self._prompt_caches.clear()
 
-    # Inside
-
-    base_model: Any
-    prompt_encoder: nn.ModuleDict
-    _adapters_disabled = False
-    _tokenizer: Any = None
-    _looked_at_labels = False
+    def _check_loaded(self, adapter_name: str) -> None:
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter named {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
 
     def _layer(self, adapter_name: str | None = None) -> EPTLayer:
-        layer = self.prompt_encoder[self.active_adapter if adapter_name is None else adapter_name]
+        name = adapter_name or self.active_adapter
+        self._check_loaded(name)
+        layer = self.prompt_encoder[name]
         assert isinstance(layer, EPTLayer)
         return layer
 
     def _setup_prompt_encoder(self, adapter_name: str) -> None:
-        """PEFT's hook of `add_adapter`: makes the adapter's parameters."""
+        """Makes the adapter's parameters; PEFT calls it in `add_adapter`."""
         if "prompt_encoder" not in self._modules:
             self.prompt_encoder = nn.ModuleDict()
             self.prompt_tokens: dict[str, Tensor] = {}
         config = self.peft_config[adapter_name]
-        layer = EPTLayer(
-            config,
-            input_embedding(self.base_model),
-            initialise=self._initialise_adapters,
-            tokenizer=self._tokenizer,
-        )
+        layer = EPTLayer(config, input_embedding(self.base_model), **self._layer_options)
         config.token_dim = layer.d
         self.prompt_encoder[adapter_name] = layer
         self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)
@@ -534,7 +508,7 @@ class EPTModel(PeftModel):
         kwargs: dict[str, Any],
         generating: bool = False,
     ) -> dict[str, Any]:
-        """What the base model is called with, in place of what this model was called with."""
+        """Makes the base model's arguments of those this model was called with."""
         inputs = dict(kwargs)
         if inputs.pop("position_ids", None) is not None:
             warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
@@ -556,90 +530,10 @@ class EPTModel(PeftModel):
         s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
         return with_prompt(self._facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
 
-    def _cached_prompt(self, inputs: dict[str, Any]) -> Any:
-        """Keys and values of the active adapter's prompt, which `inputs` begin with; None for an empty prompt."""
-        s, name = self._layer().config.num_virtual_tokens, self.active_adapter
-        if not s:
-            return None
-        prompt, rows = inputs["inputs_embeds"][0, :s], len(inputs["inputs_embeds"])
-        kept = self._prompt_caches.get(name)
-        if kept is None or not kept.fits(self.base_model, prompt):
-            kept = self._prompt_caches[name] = PromptCache.compute(self.base_model, prompt)
-        return kept.for_rows(rows * rows_per_text(inputs, self.base_model.generation_config))
-
-    def _warn_if_all_labels(self, text_mask: Tensor, attention_mask: Tensor | None) -> None:
-        """Once, at the first training batch: an accelerator is waited for."""
-        if not self.training or self._looked_at_labels:
-            return
-        self._looked_at_labels = True
-        text = text_mask if attention_mask is None else text_mask & attention_mask.bool()
-        if self.active_peft_config.r and not bool(text.any()):
-            warnings.warn(
-                "every token is a label, and labels get no low-rank update, so that A and B learn nothing: mask the "
-                "input text with -100 in labels, say which tokens are input text by text_mask, or set r=0",
-                stacklevel=3,
-            )
-
     def _require_gradients(self, adapter_name: str, required: bool, heads: bool = True) -> None:
         layer = self._layer(adapter_name)
         layer.requires_grad_(required and not layer.config.folded)
         if heads:
-            for module in self.base_model.modules():
-                if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module.modules_to_save:
-                    module.modules_to_save[adapter_name].requires_grad_(required)
-
-
-def _swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -> None:
-    if dequantized_cache_bytes and not fast_4bit:
-        raise ValueError(
-            f"dequantized_cache_bytes={dequantized_cache_bytes} is for the layers of fast_4bit=True: leave one out"
-        )
-    if fast_4bit and "bitsandbytes" in sys.modules:  # otherwise no layer is of it
-        from .linear4bit import Linear4bit, swap_linear4bit
-
-        # A model that was swapped by hand keeps its options.
-        if dequantized_cache_bytes or not any(isinstance(module, Linear4bit) for module in model.modules()):
-            swap_linear4bit(model, dequantized_cache_bytes=dequantized_cache_bytes)
-
-
-def _width(model: Any) -> int:
-    return embedding_width(input_embedding(model))
-
-
-def _check_fits(config: EPTConfig, model: Any, is_trainable: bool) -> None:
-    width = _width(model)
-    ours, theirs = getattr(model, "name_or_path", None), config.base_model_name_or_path
-    if config.token_dim is not None and config.token_dim != width:
-        raise ValueError(
-            f"the adapter was made for embeddings of width {shown(config.token_dim)} ({shown(theirs or 'unnamed')}), "
-            f"{ours or type(model).__name__} has {width}: load it with its own base model"
-        )
-    if config.folded and is_trainable:
-        raise ValueError(
-            "the adapter is folded into its inference form and cannot be trained: load the one it was folded from"
-        )
-    if ours and theirs and str(ours) != str(theirs):
-        warnings.warn(
-            f"the adapter was made for {shown(theirs)}, this base model is {ours!r}; results are those of the adapter "
-            "only if the weights are the same",
-            stacklevel=3,
-        )
-
-
-def _read_fitting(
-    config: EPTConfig, model: Any, is_trainable: bool, model_id: str | os.PathLike[str], hub: dict[str, Any]
-) -> dict[str, Tensor]:
-    """The weights of an adapter that fits `model`. Nothing is made of it before its files are known to be whole: a
-    configuration may claim sizes that its weights do not have.
-    """
-    _check_fits(config, model, is_trainable)
-    task_type = config.task_type or infer_task_type(model)
-    heads = config.modules_to_save
-    if heads is None:
-        heads = trained_heads(model) if task_type == "SEQ_CLS" else []
-    expected = {**config.parameter_shapes(_width(model)), **head_shapes(model, heads)}
-    return read_weights(model_id, expected, **hub)
-
-
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
+            for wrapper in wrapped_heads(self.base_model):
+                if adapter_name in wrapper.modules_to_save:
+                    wrapper.modules_to_save[adapter_name].requires_grad_(required)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..prompt import EPTLayer
+from ..utils.files import write_atomically
 from ..version import __version__
-from .adapter_files import read_config, read_weights, weight_shapes, write_whole
+from .adapter_files import read_config, read_weights, weight_shapes, write_tensors
 
 TENSORS_NAME = "folded.safetensors"
 INFO_NAME = "folded.json"
@@ -42,7 +42,7 @@ class FoldedAdapter:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
-        """The adapter that `save_pretrained` wrote to `folder`; needs no base model.
+        """Reads and folds the adapter that `save_pretrained` wrote to `folder`; needs no base model.
 
         Raises:
             FileNotFoundError, ValueError: the files are missing or damaged.
@@ -60,16 +60,15 @@ class FoldedAdapter:
         return cls(layer, {name.removeprefix(_HEADS): state[name] for name in heads})
 
     def tensors(self) -> dict[str, Tensor]:
-        """`prompt` `[s, d]` and `table` `[m, d]`, float32 in the units of the embeddings, and `head.<name>`.
+        """Returns `prompt` `[s, d]` and `table` `[m, d]`, float32 in the units of the embeddings, and `head.<name>`.
+
         Parts that the adapter lacks are absent.
         """
-        parts = {
-            name: parameter.detach() for name, parameter in self.layer._parameters.items() if parameter is not None
-        }
+        parts = {name: parameter.detach() for name, parameter in self.layer.named_parameters()}
         return {**parts, **{f"head.{name}": tensor for name, tensor in self.heads.items()}}
 
     def info(self) -> dict[str, Any]:
-        """What an engine must know beside the tensors."""
+        """Lists what an engine must know beside the tensors."""
         config, tensors = self.layer.config, self.tensors()
         return {
             "format": FORMAT,
@@ -86,7 +85,7 @@ class FoldedAdapter:
 
     @torch.no_grad()
     def embed(self, encoded: Sequence[Sequence[int]], embedding: nn.Module) -> list[Tensor]:
-        """The model's input for each text, `[s + n, d]` on the CPU in the embedding's dtype.
+        """Makes the model's input for each text, `[s + n, d]` on the CPU in the embedding's dtype.
 
         Args:
             encoded: token ids of each text. embedding: the base model's input embedding.
@@ -114,16 +113,13 @@ def write_folded(adapter: FoldedAdapter, folder: str | os.PathLike[str]) -> list
     """Writes `folded.safetensors` and `folded.json`; returns their paths. Each file appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors().items()}
-    text = json.dumps(adapter.info(), indent=2) + "\n"
-    write_whole(folder / TENSORS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_whole(folder / INFO_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    write_tensors(folder / TENSORS_NAME, adapter.tensors())
+    write_atomically(folder / INFO_NAME, json.dumps(adapter.info(), indent=2) + "\n")
     return [folder / TENSORS_NAME, folder / INFO_NAME]
 
 
 def write_embeds(embeds: Sequence[Tensor], folder: str | os.PathLike[str]) -> Path:
     """Writes the embeddings of each text as `text.000000`, `text.000001`, … into `prompt_embeds.safetensors`."""
     path = Path(folder) / EMBEDS_NAME
-    named = {f"text.{number:06}": tensor.contiguous() for number, tensor in enumerate(embeds)}
-    write_whole(path, lambda temporary: save_file(named, temporary, metadata={"format": "pt"}))
+    write_tensors(path, {f"text.{number:06}": tensor for number, tensor in enumerate(embeds)})
     return path

@@ -1,4 +1,4 @@
-"""From what a user calls the model with to what the frozen model is called with, and back.
+"""The arguments of the frozen model, made of those that a user calls with, and the way back.
 
 The prompt takes the first `s` positions; the attention mask, position ids, token types and labels follow. Padding
 never stands between prompt and text where the model would notice.
@@ -6,12 +6,13 @@ never stands between prompt and text where the model would notice.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..prompt import position_ids_of
+from ..embedding import position_ids_of
 from .base_model import BaseModelFacts
 
 
@@ -24,7 +25,7 @@ def with_prompt(
     generating: bool = False,
     mixed: bool = False,
 ) -> dict[str, Any]:
-    """`inputs` with the embeddings `[batch, s + n, d]` of prompt and text, their mask and positions.
+    """Returns `inputs` with the embeddings `[batch, s + n, d]` of prompt and text, their mask and positions.
 
     Args:
         facts: how the model wants to be called. inputs: other arguments of the call; changed and returned.
@@ -59,10 +60,52 @@ def with_prompt(
     return inputs
 
 
+def add_labels(
+    facts: BaseModelFacts,
+    inputs: dict[str, Any],
+    labels: Tensor | None,
+    s: int,
+    causal: bool,
+    logits_to_keep: int | None,
+    training: bool,
+) -> None:
+    """Adds the labels to `inputs` behind `s` prompt tokens without one, and what follows from them for the logits.
+
+    Args:
+        causal: labels belong to the input's tokens.
+        logits_to_keep: as in `EPTModel.forward`.
+    """
+    if labels is not None:
+        labels = extend(labels, s, -100) if s > 0 else labels
+        if causal and logits_to_keep is None and training and labels.device.type == "cpu":
+            columns = (labels != -100).any(0).nonzero()
+            if len(columns):  # the logits that the loss reads are those at the labels and one before
+                logits_to_keep = min(labels.shape[1] - int(columns[0]) + 1, labels.shape[1])
+    if logits_to_keep and "logits_to_keep" in facts.forward_arguments:
+        inputs["logits_to_keep"] = logits_to_keep
+        if causal and labels is not None:
+            labels = labels[:, -logits_to_keep:]
+    if labels is not None:
+        inputs["labels"] = labels.contiguous()
+        if training and "use_cache" in facts.forward_arguments:
+            inputs.setdefault("use_cache", False)
+
+
+def warn_without_text(text_mask: Tensor, attention_mask: Tensor | None) -> None:
+    """Warns of a batch in which no token is input text."""
+    text = text_mask if attention_mask is None else text_mask & attention_mask.bool()
+    if not bool(text.any()):
+        warnings.warn(
+            "every token is a label, and labels get no low-rank update, so that A and B learn nothing: mask the "
+            "input text with -100 in labels, say which tokens are input text by text_mask, or set r=0",
+            stacklevel=3,
+        )
+
+
 def after_cache(
     facts: BaseModelFacts, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None, ones: Tensor, s: int
 ) -> dict[str, Any]:
-    """`inputs` for tokens that follow a cache of prompt and text: they are generated ones and get no update.
+    """Returns `inputs` for tokens that follow a cache of prompt and text: generated ones, which get no update.
 
     Args:
         embeds: `[batch, new, d]`. mask: of text and new tokens, or of prompt, text and new tokens; None: all are
@@ -90,7 +133,7 @@ def after_cache(
 
 
 def after_encoder(inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
-    """`inputs` for a decoder whose encoder has run already, and has seen the prompt."""
+    """Returns `inputs` for a decoder whose encoder has run already, and has seen the prompt."""
     if mask is not None:
         states = inputs["encoder_outputs"][0]
         inputs["attention_mask"] = extend(mask, states.shape[1] - mask.shape[1], 1)
@@ -98,7 +141,7 @@ def after_encoder(inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]
 
 
 def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
-    """Positions in the key-value cache among `inputs`; 0 without one."""
+    """Counts the positions in the key-value cache among `inputs`; 0 without one."""
     cache = inputs.get("past_key_values")
     if cache is None:  # newer models take the older name as well
         cache = inputs.get(cache_name(facts))
@@ -106,7 +149,7 @@ def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
 
 
 def cache_name(facts: BaseModelFacts) -> str:
-    """What the model calls its key-value cache: `cache` since transformers 5.24."""
+    """Names the model's argument for a key-value cache: `cache` since transformers 5.24."""
     return "cache" if "cache" in facts.forward_arguments else "past_key_values"
 
 
@@ -116,16 +159,8 @@ def length_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
 
 
 def extend(values: Tensor, s: int, fill: int) -> Tensor:
-    """`values` `[batch, n]` with `s` columns of `fill` before them."""
+    """Puts `s` columns of `fill` before `values` `[batch, n]`."""
     return torch.cat([values.new_full((values.shape[0], s), fill), values], dim=1)
-
-
-def label_span(labels: Tensor) -> int | None:
-    """How many of the last positions need logits: those of the labels and the one before. None: all."""
-    columns = (labels != -100).any(0).nonzero()
-    if not len(columns):
-        return None
-    return min(labels.shape[1] - int(columns[0]) + 1, labels.shape[1])
 
 
 def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool) -> None:
@@ -136,7 +171,7 @@ def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: b
 
 
 def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
-    """Bounds on the length count input and new tokens; the base model, given embeddings, would count the prompt too.
+    """Turns bounds on the whole length into bounds on new tokens: the base model would count the prompt too.
 
     Raises:
         ValueError: `max_length` leaves no room after the `n` input tokens.
@@ -157,15 +192,13 @@ def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
 
 
 def with_input(input_ids: Tensor, sequences: Tensor) -> Tensor:
-    """Generated `sequences` with the ids they continue before them."""
+    """Puts the ids that generated `sequences` continue before them."""
     repeats = sequences.shape[0] // input_ids.shape[0]
     return torch.cat([input_ids.to(sequences.device).repeat_interleave(repeats, dim=0), sequences], dim=1)
 
 
 def _beside_text_order(mask: Tensor, s: int) -> Tensor | None:
-    """Order that moves padding between prompt and text before the prompt; text keeps its places. None: nothing to
-    move.
-    """
+    """Finds the order that moves padding between prompt and text before the prompt; None: there is none to move."""
     leading = (mask[:, s:].cumsum(1) == 0).sum(1, keepdim=True)  # [batch, 1]
     if mask.device.type == "cpu" and not bool(leading.any()):
         return None
@@ -174,11 +207,11 @@ def _beside_text_order(mask: Tensor, s: int) -> Tensor | None:
 
 
 def _padding_order(mask: Tensor, last: bool) -> Tensor:
-    """Order that moves all padding behind (`last`) or before the real rows, which keep theirs."""
+    """Finds the order that moves all padding behind (`last`) or before the real rows, which keep theirs."""
     return torch.sort(mask.bool().to(torch.int8), dim=1, stable=True, descending=last).indices
 
 
 def _model_positions(facts: BaseModelFacts, mask: Tensor) -> Tensor:
-    """Positions as the model numbers them; RoBERTa's begin after its padding index, which padding keeps."""
+    """Numbers positions as the model does; RoBERTa's begin after its padding index, which padding keeps."""
     positions, offset = position_ids_of(mask), facts.position_offset
     return torch.where(mask.bool(), positions + offset, offset - 1) if offset else positions

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..prompt import EPTLayer, text_positions
+from ..embedding import text_positions
+from ..prompt import EPTLayer
 
 _names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
 
@@ -33,7 +34,7 @@ def embed_mixed(
 
     Args:
         layers: the loaded adapters. names: one a row, or `"__base__"` for none.
-        ids, table, attention_mask: as `ept.prompt.lookup` gives them. text_mask: as in `EPTLayer.forward`.
+        ids, table, attention_mask: as `ept.embedding.lookup` gives them. text_mask: as in `EPTLayer.forward`.
 
     Returns:
         embeddings `[batch, s + n, d]` with `s` the longest prompt, attention mask `[batch, s + n]`.
@@ -63,8 +64,8 @@ def embed_mixed(
         return table[ids], attention_mask
     prompts = torch.stack([_pad_front(layer.joint_prompt().to(device), s) for layer in chosen])  # [adapters, s, d]
     # Scales differ from adapter to adapter, so they go into A; rank is padded with zeros.
-    A = torch.stack([_pad(layer.update_scale() * layer.part("A", (0, 0)).to(device), m, r) for layer in chosen])
-    B = torch.stack([_pad(layer.part("B", (0, d)).to(device), r, d) for layer in chosen])
+    A = torch.stack([_pad(layer.update_scale() * layer.part("A")[:m].to(device), m, r) for layer in chosen])
+    B = torch.stack([_pad(layer.part("B").to(device), r, d) for layer in chosen])
     number = {name: i for i, name in enumerate(used)}
     adapter_ids = torch.tensor([number.get(name, -1) for name in names], device=device)
     embeds = functional.prompted_embedding(ids, positions, table, prompts, A, B, 1.0, adapter_ids)

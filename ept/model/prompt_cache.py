@@ -23,7 +23,7 @@ from .inputs import cached_length
 
 @dataclass
 class PromptCache:
-    """What a model made of a prompt.
+    """Keys and values that a model computed for a prompt.
 
     Attributes:
         prompt: the embeddings it was made of, `[s, d]`.
@@ -57,23 +57,37 @@ class PromptCache:
                 f"{type(model).__name__} keeps {found}, not keys and values of every position: call generate without "
                 "use_prompt_cache"
             )
-        return cls(prompt.clone(), weights_of(model), cache)
+        return cls(prompt.clone(), _weights_of(model), cache)
 
     def fits(self, model: nn.Module, prompt: Tensor) -> bool:
-        """Whether computing it again for this prompt and model would give the same."""
+        """Tells whether computing it again for this prompt and model would give the same."""
         same = self.prompt.dtype == prompt.dtype and self.prompt.device == prompt.device
-        return same and torch.equal(self.prompt, prompt) and self.weights == weights_of(model)
+        return same and torch.equal(self.prompt, prompt) and self.weights == _weights_of(model)
 
     def for_rows(self, rows: int) -> DynamicCache:
-        """A copy for a batch, which `generate` may extend."""
+        """Copies it for a batch, which `generate` may extend."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(rows)
         return cache
 
 
-def weights_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Tells the weights of `model` from those it had before a change: where each is, and how often it was written."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+def cached_prompt(
+    caches: dict[str, PromptCache], name: str, model: Any, inputs: dict[str, Any], s: int
+) -> DynamicCache | None:
+    """Returns the cache of the `s` prompt rows that `inputs` begin with, for all rows of `generate`; None if s = 0.
+
+    Args:
+        caches: those kept so far, by adapter; one for the adapter `name` is added or made anew.
+    """
+    if not s:
+        return None
+    embeds, config = inputs["inputs_embeds"], inputs.get("generation_config") or model.generation_config
+    kept = caches.get(name)
+    if kept is None or not kept.fits(model, embeds[0, :s]):
+        kept = caches[name] = PromptCache.compute(model, embeds[0, :s])
+    # `generate` makes several rows of each text: beams, or sequences to return.
+    copies = (inputs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
+    return kept.for_rows(len(embeds) * max(copies))
 
 
 def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], padded: bool) -> None:
@@ -92,7 +106,9 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
         )
     if getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"the prompt of {name} sees the text behind it: call generate without use_prompt_cache")
-    if kinds := _rope_types(config) & {"dynamic", "longrope"}:
+    rope = getattr(config, "rope_parameters", None) or {}  # for all layers, or for each kind of layer
+    types = {str(e["rope_type"]) for e in (rope, *rope.values()) if isinstance(e, dict) and "rope_type" in e}
+    if kinds := types & {"dynamic", "longrope"}:
         raise ValueError(
             f"{name} turns positions by an angle that depends on the length of the whole text ({kinds.pop()} RoPE): "
             "call generate without use_prompt_cache"
@@ -108,15 +124,6 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
         )
 
 
-def rows_per_text(inputs: dict[str, Any], default: Any) -> int:
-    """How many rows `generate` makes of each text: beams, or sequences to return."""
-    config = inputs.get("generation_config") or default
-    counts = (inputs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
-    return max(counts)
-
-
-def _rope_types(config: Any) -> set[str]:
-    """The kinds of rotary embedding that a configuration names, for all layers or for each kind of layer."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return {str(entry["rope_type"]) for entry in each if "rope_type" in entry}
+def _weights_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Identifies the weights of `model`: where each is, and how often it was written."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())

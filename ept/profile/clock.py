@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,14 +42,31 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 def time_step(method: Method, base: Any, batch: dict[str, Any], device: torch.device) -> StepTime:
     """Takes one training step and times it; on a GPU the clock runs until the device has finished."""
-    clock = PhaseClock(device)
-    with _marked(method, base, clock):
-        _synchronize(device)
+    on_gpu = device.type == "cuda"
+    marks: list[tuple[str, Any]] = []  # each ends a phase, which began at the mark before
+
+    def mark(phase: str) -> None:
+        if on_gpu:  # an event, so that nothing waits for the device within the step
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        marks.append((phase, now))
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    with _marked(method, base, mark):
+        wait()
         start = time.perf_counter()
-        take_step(method, batch, clock.mark)
-        _synchronize(device)
+        take_step(method, batch, mark)
+        wait()
         elapsed = 1e3 * (time.perf_counter() - start)
-    return StepTime(elapsed, clock.phases())
+    phases = dict.fromkeys(PHASES, 0.0)
+    for (_, before), (phase, now) in itertools.pairwise(marks):
+        phases[phase] += before.elapsed_time(now) if on_gpu else 1e3 * (now - before)
+    return StepTime(elapsed, phases)
 
 
 def take_step(method: Method, batch: dict[str, Any], mark: Callable[[str], None] = lambda phase: None) -> None:
@@ -63,45 +81,21 @@ def take_step(method: Method, batch: dict[str, Any], mark: Callable[[str], None]
     mark("optimizer")
 
 
-class PhaseClock:
-    """A clock that gives the time since the last mark to the phase that has just ended."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
-
-    def mark(self, phase: str) -> None:
-        """Ends a phase here; on a GPU with an event, so that nothing waits for the device within a step."""
-        if self.on_gpu:
-            now: Any = torch.cuda.Event(enable_timing=True)
-            now.record()
-        else:
-            now = time.perf_counter()
-        self.marks.append((phase, now))
-
-    def phases(self) -> dict[str, float]:
-        """Returns the milliseconds of each phase; a GPU must have finished."""
-        times = dict.fromkeys(PHASES, 0.0)
-        for (_, before), (phase, now) in zip(self.marks, self.marks[1:]):
-            times[phase] += before.elapsed_time(now) if self.on_gpu else 1e3 * (now - before)
-        return times
-
-
 @contextmanager
-def _marked(method: Method, base: Any, clock: PhaseClock) -> Iterator[None]:
+def _marked(method: Method, base: Any, mark: Callable[[str], None]) -> Iterator[None]:
     """Sets the marks that lie inside the model, and removes them at the end."""
     owner, name = method.prompt_of
     make_prompt = getattr(owner, name)
 
     def marked_prompt(*args: Any, **kwargs: Any) -> Any:
-        clock.mark("embedding")
+        mark("embedding")
         prompt = make_prompt(*args, **kwargs)
-        clock.mark("joint prompt")
+        mark("joint prompt")
         return prompt
 
     def before_base(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        clock.mark("embedding")
-        kwargs["inputs_embeds"].register_hook(lambda gradient: clock.mark("base backward"))
+        mark("embedding")
+        kwargs["inputs_embeds"].register_hook(lambda gradient: mark("base backward"))
 
     setattr(owner, name, marked_prompt)
     handle = base.register_forward_pre_hook(before_base, with_kwargs=True)
@@ -110,8 +104,3 @@ def _marked(method: Method, base: Any, clock: PhaseClock) -> Iterator[None]:
     finally:
         handle.remove()
         delattr(owner, name)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..model.base_model import infer_task_type
 from ..runs.config import ModelConfig
 from ..runs.loading import default_device, load_base_model, task_type_of
 from ..utils.environment import hardware, versions
@@ -26,38 +27,26 @@ LOGITS = ("labels", "all")
 
 @dataclass
 class ProfileConfig:
-    """The settings of a profile.
+    """The settings of a profile; `shape` or `model` names the base model."""
 
-    Attributes:
-        shape: a name of `shapes.SHAPES`, for random weights; or
-        model: a model to load; its dtype and quantisation are those given here.
-        dtype, quantization: of the base model; `quantization` is None, "nf4" or "fp4".
-        fast_4bit: with quantization: PT, DePT and EPT run on this project's 4-bit layers where these have kernels (as
-            `get_ept_model` sets them up), PEFT's on bitsandbytes'. False: all on bitsandbytes'.
-        attn_implementation: None: transformers' own choice, recorded.
-        layers: keeps only so many layers of a shape.
-        methods: `name` or `name:num_virtual_tokens`.
-        batch: rows of a batch. length: most text tokens of a row (max_length of the adapters).
-        padding: "none": every row has `length` tokens; "longest": lengths vary and each batch is padded to its longest;
-            "max_length": they vary and every batch is padded to `length`.
-        logits: a decoder's logits where the labels are, or at all positions; for all methods alike.
-        steps, warmup: turns that are measured, and turns before them.
-    """
-
-    shape: str | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
+    shape: str | None = None  # a name of `shapes.SHAPES`, with random weights
+    model: ModelConfig = field(default_factory=ModelConfig)  # but for its dtype and quantisation, which stand below
     dtype: str = "float32"
-    quantization: str | None = None
+    quantization: str | None = None  # "nf4" or "fp4"
+    # With quantization PT, DePT and EPT run on this project's 4-bit layers where these have kernels, as `get_ept_model`
+    # sets them up, and PEFT's on bitsandbytes'. False: all run on bitsandbytes'.
     fast_4bit: bool = True
-    attn_implementation: str | None = None
-    layers: int | None = None
-    methods: tuple[str, ...] = PROFILE_METHODS
-    batch: int = 8
-    length: int = 128
+    attn_implementation: str | None = None  # None: transformers' own choice, which is recorded
+    layers: int | None = None  # keeps only so many layers of a shape
+    methods: tuple[str, ...] = PROFILE_METHODS  # `name` or `name:num_virtual_tokens`
+    batch: int = 8  # rows
+    length: int = 128  # text tokens of a row at most: max_length of the adapters
+    # "none": every row has `length` tokens; "longest": lengths vary and each batch is padded to its longest row;
+    # "max_length": they vary and every batch is padded to `length`.
     padding: str = "none"
-    logits: str = "labels"
-    steps: int = 10
-    warmup: int = 2
+    logits: str = "labels"  # a decoder's: where the labels are, or "all"; for all methods alike
+    steps: int = 10  # turns that are measured
+    warmup: int = 2  # turns before them
     seed: int = 0
 
     def check(self) -> list[MethodSpec]:
@@ -216,7 +205,7 @@ def load(config: ProfileConfig, device: torch.device) -> Any:
             attn_implementation=config.attn_implementation,
             layers=config.layers,
         )
-    model = ModelConfig(**asdict(config.model))
+    model = config.model.model_copy()
     model.dtype = config.dtype  # type: ignore[assignment]
     model.attn_implementation = config.attn_implementation or model.attn_implementation
     if config.quantization is not None:
@@ -263,10 +252,8 @@ def _peak_memory(method: Method, batch: dict[str, Any], device: torch.device, tr
 
 def task_type_of_base(base: Any) -> str:
     """SEQ_2_SEQ_LM or CAUSAL_LM; ValueError for a model without a language-model head."""
-    if base.config.is_encoder_decoder:
-        return "SEQ_2_SEQ_LM"
-    if base.can_generate():
-        return "CAUSAL_LM"
-    raise ValueError(
-        f"cannot profile {type(base).__name__}: take an encoder-decoder, or a decoder with a language-model head"
-    )
+    if (task_type := infer_task_type(base)) == "SEQ_CLS":
+        raise ValueError(
+            f"cannot profile {type(base).__name__}: take an encoder-decoder, or a decoder with a language-model head"
+        )
+    return task_type

@@ -64,6 +64,19 @@ def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
     return split, sum(row.is_cut for row in fitted) / max(len(fitted), 1)
 
 
+def describe(data: TaskData) -> dict[str, Any]:
+    """Describes a task's rows: how many each split has, the balance of labels, two examples of different labels."""
+    classes = list(data.train["label"])
+    other = next((i for i, label in enumerate(classes) if label != classes[0]), 1)
+    examples = data.train.select([i for i in (0, other) if i < len(classes)])
+    return {
+        "rows": {name: len(getattr(data, name)) for name in SPLITS},
+        "label_balance": data.balance(),
+        "majority": data.majority(),
+        "examples": [{"text": row["text"], "target": row["target"]} for row in examples],
+    }
+
+
 def task_of(config: DataConfig) -> Task:
     """Finds the named task, or makes the local one that template and label words describe.
 

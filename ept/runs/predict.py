@@ -16,10 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from ..model.compilation import uncompiled
 from ..tasks import GROUP, UNPARSABLE, Task, compute_metrics, nearest_value
 from ..tasks.encoding import TEXT_IDS, FittedText, encode_labels, fit_rows, pad
+from .adapters import load_trained
 from .config import RunConfig, load_run_config
 from .data import max_length_of, task_of
 from .folder import RunFolder
-from .loading import load_tokenizer, load_trained, task_type_of
+from .loading import load_tokenizer, task_type_of
 from .processes import Processes
 
 
@@ -78,7 +79,7 @@ class Predictor:
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         own: dict[int, int] = {}
         with _evaluating(self.model), uncompiled():  # evaluation has shapes of its own, each of which would be compiled
-            for batch in _tracked(self.processes.share(batches), progress if self.processes.main else None):
+            for batch in _tracked(self.processes.share(batches), progress if self.processes.is_rank_zero else None):
                 own.update(zip(batch, self.predict_batch([encoded[index] for index in batch])))
         found = {index: label for part in self.processes.gather(own) for index, label in part.items()}
         return [found[index] for index in range(len(encoded))]

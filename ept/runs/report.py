@@ -1,4 +1,4 @@
-"""What a person looks at after a run: the learning curve and a table of the results."""
+"""The report on a run: its learning curve and a table of its results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def learning_curve(
 
 
 def results_table(results: dict[str, Any]) -> Table:
-    """A run's results, as a person wants to read them."""
+    """Makes a table of a run's results."""
     metric = results["metric"]
     rows = []
     if results["score_before"] is not None:

@@ -9,25 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 
 from ..model.compilation import compile_layers
 from ..utils.environment import hardware, peak_memory, versions
 from ..utils.files import write_atomically
-from .callbacks import Recorder
-from .checkpoints import delete_surplus
+from .adapters import load_untrained
 from .config import RunConfig
 from .data import RunData, load_run_data
-from .failures import check_writable, explained, writing
-from .folder import MetricsLog, RunFolder, save_adapter
-from .loading import load_tokenizer, load_untrained, task_type_of
+from .failures import check_writable, with_advice, writing
+from .folder import PREFIX, MetricsLog, RunFolder, is_over, save_adapter
+from .loading import load_tokenizer, task_type_of
 from .method_table import METHODS
 from .predict import Predictor
 from .processes import Processes, join
 from .report import learning_curve
-from .resumption import GoOn, is_over, load_result
-from .stop import StopAfterStep, StopSignals
+from .stop import StopSignals
 from .trainer import PromptTrainer
 
 
@@ -65,8 +63,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     `learning_curve.png`. The best checkpoint by the task's first metric on the validation split is the one that is
     saved and scored on the test split.
 
-    Started by `torchrun` or `accelerate launch`, the processes share the rows of each step and of each evaluation; the
-    first one writes. The weights are those of one process with as large a batch.
+    Started by `torchrun` or `accelerate launch`, the ranks share the rows of each step and of each evaluation, and
+    rank 0 writes. The weights are those of one process with as large a batch.
 
     Args:
         resume: continue from the last whole checkpoint (from the start where there is none).
@@ -75,7 +73,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     Raises:
         FileExistsError: the folder holds a run and neither argument is set.
         ValueError: the configuration or the data is wrong. Nothing has been written then.
-        FloatingPointError: the loss or a parameter became infinite or NaN.
+        FloatingPointError: the loss or a parameter became NaN or infinite.
         MemoryError, OSError: there is no memory left, or a file cannot be written.
         Interrupted: SIGTERM or Ctrl-C came; the step was finished and saved.
     """
@@ -85,47 +83,45 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         raise ValueError(
             "training.tensorboard needs the package tensorboard: pip install tensorboard, or set it to false"
         )
-    folder = RunFolder(Path(config.output_dir))
-    with StopSignals(folder) as signals, explained(config, folder):
+    folder, processes = RunFolder(Path(config.output_dir)), join()
+    with StopSignals(folder, processes) as signals, with_advice(config, folder):
         return _train(config, folder, signals, resume, overwrite)
 
 
 def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: bool, overwrite: bool) -> dict[str, Any]:
-    processes = join()
-    processes.from_main(lambda: check_writable(folder))
-    processes.from_main(lambda: folder.check(config, resume, overwrite, processes.count))
-    run = processes.together(lambda: prepare(config, processes))
-    data = run.run_data.data
-    metric = data.task.metrics[0]
-    log = MetricsLog(folder.metrics, writes=processes.main)
-    recorder = Recorder(log)
-    trainer = processes.together(lambda: PromptTrainer(config, run, folder, recorder))
+    processes = signals.processes
 
-    checkpoint = processes.from_main(lambda: folder.begin(config, resume))
-    step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
-    log.keep_until(step)
+    def check() -> None:
+        check_writable(folder)
+        folder.check(config, resume, overwrite, processes.world_size)
+
+    processes.from_rank_zero(check)
+    trainer = processes.together(lambda: PromptTrainer(config, prepare(config, processes), folder))
+    trainer.add_callback(signals)
+    run, recorder, log = trainer.run, trainer.recorder, trainer.recorder.log
+
+    checkpoint = processes.from_rank_zero(lambda: folder.begin(config, resume))
+    log.keep_until(int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else 0)
     before = _score_before(log, run, config)
-    if config.training.tensorboard and processes.main:
-        trainer.add_callback(_tensorboard(folder))
+    if config.training.tensorboard and processes.is_rank_zero:
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder.tensorboard))))
     recorder.seconds_before = max((event.get("seconds", 0.0) for event in log.read()), default=0.0)
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trainer.add_callback(StopAfterStep(signals, processes))
-    if checkpoint is not None and is_over(checkpoint):  # it was ended while scoring, or just before
-        load_result(trainer, checkpoint)
-        if processes.main:
-            delete_surplus(checkpoint, config.training.save_total_limit, trainer.state.best_global_step)
-    else:
-        if checkpoint is not None:
-            trainer.add_callback(GoOn(trainer, checkpoint))
-        with signals.noted(processes), trainer.progress:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    memory, memory_kind = peak_memory()
-    with writing(folder.adapter):
-        processes.from_main(lambda: save_adapter(run.model, folder.adapter))
-    after = run.score(data.test, progress="scoring the trained adapter")
+    with writing(folder, processes.is_rank_zero):
+        if checkpoint and is_over(checkpoint):  # it was ended while scoring, or just before
+            trainer.load_result(checkpoint)
+        else:
+            with trainer.progress:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        memory, memory_kind = peak_memory()
+        processes.from_rank_zero(lambda: save_adapter(run.model, folder.adapter))
+    after = run.score(run.run_data.data.test, progress="scoring the trained adapter")
 
+    data, metric, rows = run.run_data.data, run.run_data.data.task.metrics[0], config.training.batch_size
     results = {
         "method": config.method.name,
         "model": config.model.name_or_path,
@@ -142,8 +138,8 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         "step_time_ms": recorder.step_time_ms(),
         "peak_memory_bytes": max(processes.gather(memory)),
         "peak_memory_kind": memory_kind,
-        "processes": processes.count,
-        "global_batch_size": config.training.batch_size * config.training.gradient_accumulation_steps * processes.count,
+        "processes": processes.world_size,
+        "global_batch_size": rows * config.training.gradient_accumulation_steps * processes.world_size,
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
         "test_metrics": after,
         "test_metrics_before": before,
@@ -154,42 +150,29 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         "hardware": hardware(),
         "config": config.to_dict(),
     }
-    if processes.main:
-        _write_results(results, folder, log)
+    if processes.is_rank_zero:
+        best = results["best_step"] or results["steps"]
+        learning_curve(
+            log.read(),
+            folder.curve,
+            metric=metric,
+            majority=results["majority"],
+            title=f"{METHODS[config.method.name].title} on {data.task.name}: "
+            f"{results['trainable_parameters']:,} parameters",
+            test=[*([(0, before[metric])] if before else []), (best, results["score"])],
+        )
+        write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
     processes.leave()
     return results
 
 
-def _write_results(results: dict[str, Any], folder: RunFolder, log: MetricsLog) -> None:
-    metric, before = results["metric"], results["test_metrics_before"]
-    learning_curve(
-        log.read(),
-        folder.curve,
-        metric=metric,
-        majority=results["majority"],
-        title=f"{METHODS[results['method']].title} on {results['task']}: "
-        f"{results['trainable_parameters']:,} parameters",
-        test=[
-            *([(0, before[metric])] if before else []),
-            (results["best_step"] or results["steps"], results["score"]),
-        ],
-    )
-    write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
-
-
 def _score_before(log: MetricsLog, run: PreparedRun, config: RunConfig) -> dict[str, float]:
-    """Test metrics of the untrained adapter, if wanted; a resumed run reads them from its log."""
+    """Returns the test metrics of the untrained adapter, if wanted; a resumed run reads them from its log."""
     if not config.training.score_before:
         return {}
-    logged = run.processes.from_main(lambda: [event["before"] for event in log.read() if "before" in event])
+    logged = run.processes.from_rank_zero(lambda: [event["before"] for event in log.read() if "before" in event])
     if logged:
         return logged[0]
     before = run.score(run.run_data.data.test, progress="scoring the untrained adapter")
     log.append({"step": 0, "before": before})
     return before
-
-
-def _tensorboard(folder: RunFolder) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return TensorBoardCallback(SummaryWriter(log_dir=str(folder.tensorboard)))

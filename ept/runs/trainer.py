@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from torch.utils.data import BatchSampler
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..model.compilation import check_lengths
 from ..tasks.encoding import Collator, encode_split
-from .callbacks import ProgressBar, Recorder
-from .checkpoints import PREFIX, being_saved
+from .callbacks import ProgressBar, Recorder, WholeCheckpoints, locate_best
 from .config import RunConfig
-from .failures import check_finite, writing
-from .folder import RunFolder
+from .folder import MetricsLog, RunFolder
 from .loading import default_device
 from .method_table import METHODS
-from .resumption import losses_since_log
-from .sampling import FILLER_LABELS, EpochLengthGroupedSampler, FillingCollator, SharedBatches
+from .processes import Processes
 
 if TYPE_CHECKING:
     from .train import PreparedRun
@@ -32,7 +40,7 @@ _CHECKPOINTING = next(
     for field in fields(TrainingArguments)
     if field.name in ("activation_checkpointing", "gradient_checkpointing")
 )
-_ROLES = {"prompt": "prompt", "U": "prompt", "D": "map", "G": "map", "W_q": "map", "W_k": "map"}
+FILLER_LABELS = "filler_labels"
 
 
 class PromptTrainer(Trainer):
@@ -41,26 +49,35 @@ class PromptTrainer(Trainer):
     optimizer: torch.optim.Optimizer | None
     control: TrainerControl
 
-    def __init__(self, config: RunConfig, run: PreparedRun, folder: RunFolder, recorder: Recorder) -> None:
-        self.run_config, self.run, self.recorder = config, run, recorder
-        data = run.run_data.data
-        patience = config.training.early_stopping_patience
+    def __init__(self, config: RunConfig, run: PreparedRun, folder: RunFolder) -> None:
+        self.run_config, self.run, self.folder = config, run, folder
+        self.recorder = Recorder(config, MetricsLog(folder.metrics, writes=run.processes.is_rank_zero))
+        data, training = run.run_data.data, config.training
+        patience, multiple = training.early_stopping_patience, training.pad_to_multiple_of
         encoded = encode_split(data.train, run.tokenizer, data.labels, run.task_type, data.task.values)
-        if config.training.compile_layers and config.training.pad_to_multiple_of is not None:
-            check_lengths(max(encoded["length"]), config.training.pad_to_multiple_of)
-        self.progress = ProgressBar(data.task.metrics[0], shown=run.processes.main)
+        if training.compile_layers and multiple is not None:
+            check_lengths(max(encoded["length"]), multiple)
+        collator = Collator(
+            run.task_type,
+            int(run.tokenizer.pad_token_id),
+            pad_to_multiple_of=multiple,
+            answer_tokens=max(map(len, run.answers), default=0) if multiple is not None else 0,
+            label_only_logits=training.label_only_logits,
+        )
+        self.progress = ProgressBar(data.task.metrics[0], shown=run.processes.is_rank_zero)
         super().__init__(
             model=run.model,
             args=training_arguments(config, folder, metric=data.task.metrics[0]),
             train_dataset=encoded,
             eval_dataset=data.validation,
-            data_collator=collator(config, run),
+            data_collator=collator,
             callbacks=[
-                recorder,
+                self.recorder,
                 self.progress,
                 *([EarlyStoppingCallback(early_stopping_patience=patience)] if patience is not None else []),
             ],
         )
+        self.add_callback(WholeCheckpoints(self, config, folder, self.recorder.log, run.processes))
         self.remove_callback(PrinterCallback)  # prints to standard output
         # EPTModel.forward divides by num_items_in_batch for every model, whatever the base model's signature says.
         self.model_accepts_loss_kwargs = True
@@ -73,20 +90,16 @@ class PromptTrainer(Trainer):
         return EpochLengthGroupedSampler(rows, lengths, self.run_config.seed)
 
     def get_train_dataloader(self) -> Any:
-        count, args = self.run.processes.count, self.args
-        if count == 1:
+        if self.run.processes.world_size == 1:
             return super().get_train_dataloader()
         rows: Any = self.train_dataset
-        batches = SharedBatches(
-            self._get_train_sampler(), args.train_batch_size * count, self.run.processes.index, count
-        )
         loader = torch.utils.data.DataLoader(
             rows,
-            batch_sampler=batches,
-            collate_fn=FillingCollator(self.data_collator, rows[0]),
-            pin_memory=args.dataloader_pin_memory,
+            batch_sampler=SharedBatches(self._get_train_sampler(), self.args.train_batch_size, self.run.processes),
+            collate_fn=partial(collate_share, self.data_collator, rows[0]),
+            pin_memory=self.args.dataloader_pin_memory,
         )
-        return prepare_data_loader(  # as accelerate prepares them for one process: the batches are shared already
+        return prepare_data_loader(  # as for one process: the batches are shares already
             loader,
             device=self.accelerator.device,
             num_processes=1,
@@ -102,24 +115,11 @@ class PromptTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
         return super().compute_loss(model, {**inputs, "labels": filler}, *args, **kwargs) * 0.0
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        self.run.processes.wait()  # trainer_state.json, which comes next, says that everything is there
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        check_finite(self.run.model, self.state.global_step, self.run_config)
-        checkpoint = Path(self.args.output_dir, f"{PREFIX}{self.state.global_step}")
-        self.recorder.file.sync()
-        saving = being_saved(
-            checkpoint,
-            limit=self.run_config.training.save_total_limit,
-            best=self.state.best_global_step,
-            main=self.args.should_save,
-            wait=self.run.processes.wait,
-            **losses_since_log(self, self.run.processes.gather),
-        )
-        with writing(checkpoint), saving:
-            super()._save_checkpoint(model, trial)
+    def load_result(self, checkpoint: Path) -> None:
+        """Loads what a training that was over at `checkpoint` ends with: the best weights, and the state."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        locate_best(self.state, self.folder)
+        self._load_from_checkpoint(self.state.best_model_checkpoint or str(checkpoint))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -140,16 +140,60 @@ class PromptTrainer(Trainer):
         return metrics
 
 
-def collator(config: RunConfig, run: PreparedRun) -> Collator:
-    """Makes the batches as the configuration's options of the step say."""
-    training = config.training
-    return Collator(
-        run.task_type,
-        int(run.tokenizer.pad_token_id),
-        pad_to_multiple_of=training.pad_to_multiple_of,
-        answer_tokens=max(map(len, run.answers), default=0) if training.pad_to_multiple_of is not None else 0,
-        label_only_logits=training.label_only_logits,
-    )
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """The order of an epoch's rows with those of like length side by side, from its seed and number alone.
+
+    transformers' own sampler draws from the global generator, whose state at the start of an epoch a run that resumes
+    inside that epoch does not know.
+
+    Args:
+        batch_size: rows of an optimiser step, over all ranks. lengths: tokens of every row.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Takes the number of the epoch from the data loader."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class SharedBatches(BatchSampler):
+    """A rank's share of each batch, where the batches are those of one process with as large a batch size.
+
+    accelerate deals whole batches out in turn, and completes the last round of an epoch with rows of its beginning.
+    A last batch of fewer rows than ranks leaves some without any: their share is an empty list.
+
+    Args:
+        sampler: the order of the rows, the same on every rank. batch_size: rows of a share.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int, processes: Processes) -> None:
+        self.batch_sampler = BatchSampler(sampler, batch_size * processes.world_size, drop_last=False)
+        self.sampler = sampler  # the data loader tells it the epoch
+        self.batch_size, self.drop_last, self.processes = batch_size, False, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(self.processes.share(batch)) for batch in self.batch_sampler)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+
+def collate_share(collate: Callable[[Any], dict[str, Any]], filler: dict[str, Any], rows: Any) -> dict[str, Any]:
+    """Collates a rank's share of a batch; an empty share becomes a batch of the row `filler` that does not count.
+
+    Its labels are all -100; the true ones, with which the model is called all the same, are beside them.
+    """
+    if rows:
+        return collate(rows)
+    batch = collate([filler])
+    return {**batch, "labels": torch.full_like(batch["labels"], -100), FILLER_LABELS: batch["labels"]}
 
 
 def parameter_groups(
@@ -159,7 +203,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     method: str = "ept",
 ) -> list[dict[str, Any]]:
-    """Groups of the optimizer, each at the rate that fits what a step of Adam does to the embeddings.
+    """Makes the groups of the optimizer, each at the rate that fits what a step of Adam does to the embeddings.
 
     * `prompt` and `U`, whose entries stand in the units of the prompt: `learning_rate`;
     * the maps `D`, `G`, `W_q`, `W_k`: `low_rank_learning_rate`/√d. A step changes each of a column's d entries by about
@@ -171,7 +215,7 @@ def parameter_groups(
     groups: dict[str, list[torch.nn.Parameter]] = {"prompt": [], "map": [], "other": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[_role(name, method)].append(parameter)
+            groups[METHODS[method].role(name)].append(parameter)
     maps = groups["map"]  # [d, …] each
     rates = {
         "prompt": learning_rate,
@@ -183,15 +227,6 @@ def parameter_groups(
         for role, parameters in groups.items()
         if parameters
     ]
-
-
-def _role(parameter: str, method: str) -> str:
-    """Which learning rate a parameter has: that of the "prompt", of a "map", or the "other" one."""
-    if METHODS[method].family == "peft":
-        return "other" if "modules_to_save" in parameter else "prompt"
-    if "prompt_encoder." not in parameter:
-        return "other"
-    return _ROLES.get(parameter.rpartition(".")[2], "other")
 
 
 def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> TrainingArguments:

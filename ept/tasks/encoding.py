@@ -1,4 +1,4 @@
-"""From texts to padded batches, one layout for each task type; training and evaluation share it.
+"""From a row in a file to a padded batch, one layout for each task type; training and evaluation share it.
 
 SEQ_2_SEQ_LM: text padded on the right, labels = tokens of the target. CAUSAL_LM: [text; target] padded left, labels on
 the target only. SEQ_CLS: text padded on the right, one class index.
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from .rows import fit_to_length, is_rendered, render
 from .task import Task
 
-IGNORE = -100
+IGNORE = -100  # the label of a position that has no part in the loss
 TEXT_IDS = "text_ids"
 """The column of a data set within the length limit that holds the tokens of each row's `text`."""
 
@@ -31,7 +31,7 @@ class FittedText(NamedTuple):
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_type: str) -> list[list[int]]:
-    """Token ids of input texts, with the tokenizer's own start and end tokens; a decoder's text stays open."""
+    """Tokenises input texts with the tokenizer's own start and end tokens; a decoder's text stays open."""
     encoded = [list(ids) for ids in tokenizer(list(texts))["input_ids"]] if len(texts) else []
     if task_type == "CAUSAL_LM":
         for ids in encoded:
@@ -41,10 +41,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_
 
 
 def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], task_type: str) -> list[list[int]]:
-    """Token ids of each label string, as an answer: after a space for decoders, with an end token for encoder-decoders.
-
-    A decoder's answers have no end token: it would take half of the loss of a one-token answer and tells nothing about
-    the label. Only where one label begins another ("not", "not at all") it decides between them, and all get one.
+    """Tokenises each label string as an answer: after a space for decoders, with an end token for encoder-decoders.
 
     Raises:
         ValueError: two labels have the same tokens, one has none, or an end token is needed and there is none.
@@ -58,6 +55,8 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
             raise ValueError(f"the label {label!r} has no tokens")
         if encoded.count(ids) > 1:
             raise ValueError(f"the tokenizer cannot tell the label {label!r} from another one: use other label words")
+    # A decoder's answers have no end token: it would take half of the loss of a one-token answer and says nothing about
+    # the label. Only where one label begins another ("not", "not at all") does it decide between them: all get one.
     if any(a is not b and b[: len(a)] == a for a in encoded for b in encoded):
         if tokenizer.eos_token_id is None:
             raise ValueError("one label begins another and the tokenizer has no end token: use other label words")
@@ -66,21 +65,12 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
-    """Tokens of " label" as they follow a text, whatever mark the tokenizer puts at the start of a string."""
+    """Tokenises " label" as it follows a text, whatever mark the tokenizer puts at the start of a string."""
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
     after = tokenizer(f"a {label}", add_special_tokens=False)["input_ids"]
     if after[: len(before)] == before and len(after) > len(before):
         return list(after[len(before) :])
     return list(tokenizer(f" {label}", add_special_tokens=False)["input_ids"])
-
-
-def check_length(index: int, tokens: int, max_length: int) -> None:
-    """Refuses the text of row `index` when it has more tokens than the limit."""
-    if tokens > max_length:
-        raise ValueError(
-            f"row {index}: the text has {tokens} tokens, the limit is data.max_length={max_length}: "
-            "shorten it, set data.on_too_long=truncate, or train with a larger max_length"
-        )
 
 
 def fit_rows(
@@ -130,25 +120,23 @@ def encode_split(
     task_type: str,
     values: Sequence[float] = (),
 ) -> datasets.Dataset:
-    """Columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length`, from columns `text_ids` and `label`.
+    """Makes columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length` from `text_ids` and `label`.
 
     For CAUSAL_LM `input_ids` ends with the target, and `labels` holds the target alone. For SEQ_CLS and a regression
     `labels` is the number among `values` that the class stands for.
     """
     answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
-    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for ids, label in zip(split[TEXT_IDS], split["label"]):
-        if task_type == "CAUSAL_LM":
-            ids = ids + answers[label]
-        rows["input_ids"].append(ids)
-        rows["labels"].append(answers[label] if answers else values[label] if values else label)
-        rows["length"].append(len(ids))
-    return datasets.Dataset.from_dict(rows)
+    targets: Sequence[Any] = answers or values or range(len(labels))
+    inputs = list(split[TEXT_IDS])
+    if task_type == "CAUSAL_LM":
+        inputs = [ids + answers[label] for ids, label in zip(inputs, split["label"])]
+    columns = {"input_ids": inputs, "labels": [targets[label] for label in split["label"]]}
+    return datasets.Dataset.from_dict({**columns, "length": list(map(len, inputs))})
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, multiple: int = 1) -> torch.Tensor:
-    """One int64 tensor [B, n] from sequences of unequal length; n is the longest, rounded up to a `multiple`."""
-    length = -(-max(len(sequence) for sequence in sequences) // multiple) * multiple
+    """Makes one int64 tensor [B, n] of sequences; n is the length of the longest, rounded up to a `multiple`."""
+    length = -(-max(map(len, sequences)) // multiple) * multiple
     fill = [[value] * (length - len(sequence)) for sequence in sequences]
     padded = [[*f, *s] if left else [*s, *f] for f, s in zip(fill, sequences)]
     return torch.tensor(padded, dtype=torch.long)
@@ -156,15 +144,15 @@ def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, mult
 
 @dataclass
 class Collator:
-    """Rows of `encode_split` to a batch: `input_ids`, `attention_mask` [B, n], `labels`.
+    """The step from rows of `encode_split` to a batch: `input_ids`, `attention_mask` [B, n], `labels`.
 
     For CAUSAL_LM `logits_to_keep` (an int) comes with it: the labels of the batch and the position before them, so that
     the output head runs only there, or 0 (all positions).
 
     Args:
         pad_to_multiple_of: n is rounded up to a multiple of it, so that a compiled step meets few lengths.
-        answer_tokens: length of the longest answer there is, to which labels are padded (and logits kept) for the same
-            reason; 0: that of each batch.
+        answer_tokens: the length of the longest answer there is, to which labels are padded (and logits kept) for the
+            same reason; 0: that of each batch.
         label_only_logits: False keeps a decoder's logits at every position.
     """
 
@@ -186,7 +174,7 @@ class Collator:
         if self.task_type == "SEQ_CLS":
             batch["labels"] = torch.tensor(labels, dtype=torch.float if isinstance(labels[0], float) else torch.long)
             return batch
-        answer = max(self.answer_tokens, *(len(label) for label in labels))
+        answer = max(self.answer_tokens, *map(len, labels))
         if self.task_type == "SEQ_2_SEQ_LM":
             batch["labels"] = pad([[*label, *[IGNORE] * (answer - len(label))] for label in labels], IGNORE)
         else:

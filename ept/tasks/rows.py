@@ -21,7 +21,7 @@ FIELDS = "fields"
 
 
 def render(task: Task, row: Mapping[str, Any]) -> str:
-    """The text of `row` under the task's template.
+    """Renders `row` in the task's template.
 
     `row` is either a row as it lies in the data file (the task's preprocessing is applied) or one of a `TaskData` split
     (its `fields` are used as they are). Raises ValueError when a column is missing, holds no text, or all are empty.
@@ -30,14 +30,11 @@ def render(task: Task, row: Mapping[str, Any]) -> str:
 
 
 def text_fields(task: Task, row: Mapping[str, Any]) -> dict[str, str]:
-    """The strings of the task's text columns, preprocessed; see `render` for `row` and for what is raised."""
+    """Gives the strings of the task's text columns, preprocessed; takes and raises what `render` does."""
     if is_rendered(task, row):
-        values: Mapping[str, Any] = row[FIELDS]
-    else:
-        for column in task.source_columns:
-            if column not in row:
-                raise ValueError(missing_column(task, column, row))
-        values = row if task.preprocess is None else task.preprocess(row)
+        return {column: row[FIELDS][column] for column in task.columns}
+    _check_columns(task, task.source_columns, row)
+    values = row if task.preprocess is None else task.preprocess(row)
     fields = {column: _as_text(column, values[column]) for column in task.columns}
     if not any(value.strip() for value in fields.values()):
         columns = ", ".join(f"'{column}'" for column in task.columns)
@@ -46,20 +43,22 @@ def text_fields(task: Task, row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_rendered(task: Task, row: Mapping[str, Any]) -> bool:
-    """Tells a row of a `TaskData` split, which has `text` and the `fields` it was rendered from, from a file's."""
+    """Tells whether a row is of a `TaskData` split: it has `text` and the `fields` that was rendered from."""
     kept = row.get(FIELDS)
     return "text" in row and isinstance(kept, Mapping) and set(task.columns) <= set(kept)
 
 
-def missing_column(task: Task, column: str, row: Mapping[str, Any]) -> str:
-    """The message for a column that is not there; it lists the columns that are."""
-    found = ", ".join(f"'{name}'" for name in row if name is not None) or "none"
-    message = f"no column '{column}'; columns found: {found}"
-    if column in task.columns:
-        return f"{message}. The template {task.template!r} names it: rename the column or change the template"
-    if column == task.label_column:
-        return f"{message}. Task {task.name} reads its labels there: rename the column or set label_column"
-    return f"{message}. Task {task.name} needs it: rename the column"
+def _check_columns(task: Task, columns: Sequence[str], row: Mapping[str, Any]) -> None:
+    """Raises ValueError for a column that is not there, with those that are."""
+    for column in columns:
+        if column not in row:
+            remedy = f"Task {task.name} needs it: rename the column"
+            if column in task.columns:
+                remedy = f"The template {task.template!r} names it: rename the column or change the template"
+            elif column == task.label_column:
+                remedy = f"Task {task.name} reads its labels there: rename the column or set label_column"
+            found = ", ".join(f"'{name}'" for name in row) or "none"
+            raise ValueError(f"no column '{column}'; columns found: {found}. {remedy}")
 
 
 def _as_text(column: str, value: Any) -> str:
@@ -73,22 +72,19 @@ def _as_text(column: str, value: Any) -> str:
 def fit_to_length(
     task: Task, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[str, bool]:
-    """The text of `row` in at most `max_length` tokens (no special tokens counted), and whether it had to be shortened.
+    """Renders `row` in at most `max_length` tokens, no special tokens counted, and tells whether that took a cut.
 
-    The longest column loses its end first, down to the next longest, then both, and so on: each keeps as many tokens as
-    one common cap allows. The template's own words stay. Fast tokenizers cut at token boundaries, others at word
-    boundaries. Raises ValueError when the template leaves no room for text.
+    See `template.shorten` for where the columns are cut and what is raised.
     """
     return shorten(task.template, text_fields(task, row), tokenizer, max_length)
 
 
 def examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
-    """The rows as `{text, label, fields}`; raises ValueError with the source and the row (counted from 1)."""
-    examples: list[Row] = []
+    """Makes `{text, label, fields}` of each row; raises ValueError with the source and the row (counted from 1)."""
+    found: list[Row] = []
     for number, row in enumerate(rows, start=1):
         try:
-            if task.label_column not in row:
-                raise ValueError(missing_column(task, task.label_column, row))
+            _check_columns(task, [task.label_column], row)
             fields = text_fields(task, row)
             label = task.label_class(row[task.label_column])
             if label is None:
@@ -101,18 +97,17 @@ def examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
         example = {"text": fill(task.template, fields), "label": label, FIELDS: fields}
         if task.group_columns:
             example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
-        examples.append(example)
-    if not examples:
-        raise ValueError(f"{source} is empty: it needs at least 1 row")
-    return examples
+        found.append(example)
+    return found
 
 
 def text_key(text: str) -> str:
-    """What two texts have in common when they count as the same one: all but case and white space."""
+    """Gives what two texts share when they count as the same one: all but case and white space."""
     return " ".join(text.casefold().split())
 
 
 def dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
+    """Makes a data set of examples, with the target string of each and groups as numbers."""
     from datasets import Dataset
 
     rows = [{**row, "target": labels[row["label"]]} for row in examples]
@@ -124,16 +119,16 @@ def dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
 
 
 def strip_markup(row: Mapping[str, Any]) -> dict[str, Any]:
-    """MultiRC's columns without the HTML marks of its paragraphs: `<br>` becomes a space, `<b>` and `</b>` go."""
+    """Takes the HTML marks out of MultiRC's columns: `<br>` becomes a space, `<b>` and `</b>` go."""
     columns = ("question", "answer", "paragraph")
     return {c: re.sub(r"</?b>", "", re.sub(r"<br\s*/?>", " ", _as_text(c, row[c]))) for c in columns}
 
 
 def mark_spans(row: Mapping[str, Any]) -> dict[str, str]:
-    """WSC's text with the noun marked as `* noun *` and the pronoun as `# pronoun #`, as T5's preprocessing writes it.
+    """Marks WSC's noun as `* noun *` and its pronoun as `# pronoun #`, as T5's preprocessing does.
 
-    `spanN_index` counts words between white space. Where the span does not stand at its index (a few rows of the set
-    without corrections), its nearest occurrence is marked; raises ValueError when there is none.
+    `spanN_index` counts words between white space. Where the span is not at its index (in a few rows of the set without
+    corrections), its nearest occurrence is marked; raises ValueError when there is none.
     """
     text = row["text"]
     inserts: list[tuple[int, str]] = []

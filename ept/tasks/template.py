@@ -1,4 +1,4 @@
-"""From the columns of a row to the text a model reads: safe templates, preprocessing, shortening to a length."""
+"""Text templates: literal text with `{column}` fields, filled safely and, where needed, in a number of tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """The columns a template names, in order of appearance.
+    """Lists the columns that a template names, in order of appearance.
 
     A template is literal text with plain `{column}` fields; `{{` and `}}` stand for braces. Raises ValueError for
     attribute or index access (`{a.b}`, `{a[0]}`), conversions, format specifications, nameless fields, or no field.
@@ -26,7 +26,7 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=256)
 def _parse(template: str) -> tuple[tuple[str, str | None], ...]:
-    """(literal text, column after it or None) for each piece of the template."""
+    """Splits the template into pieces: literal text, and the column after it or None."""
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
@@ -46,13 +46,19 @@ def _parse(template: str) -> tuple[tuple[str, str | None], ...]:
 
 
 def fill(template: str, fields: Mapping[str, str]) -> str:
+    """Puts the columns' texts into the template."""
     return "".join(literal + ("" if column is None else fields[column]) for literal, column in _parse(template))
 
 
 def shorten(
     template: str, fields: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[str, bool]:
-    """Fills the template with `fields` cut to fit; see `rows.fit_to_length`."""
+    """Fills the template in at most `max_length` tokens (no special tokens counted); tells whether that took a cut.
+
+    The longest column loses its end first, down to the next longest, then both, and so on: each keeps as many tokens as
+    one common cap allows. The template's own words stay. Fast tokenizers cut at token boundaries, others at word
+    boundaries. Raises ValueError when the template leaves no room for text.
+    """
     text = fill(template, fields)
     if _count(tokenizer, text) <= max_length:
         return text, False
@@ -84,7 +90,7 @@ def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 
 def _token_ends(tokenizer: PreTrainedTokenizerBase, value: str) -> list[int]:
-    """For each token of `value` where a cut after it falls (slow tokenizers: the end of the last whole word)."""
+    """Finds for each token of `value` where a cut after it falls (slow tokenizers: at the last whole word's end)."""
     if getattr(tokenizer, "is_fast", False):
         encoding = tokenizer(value, add_special_tokens=False, return_offsets_mapping=True)
         return [end for _, end in encoding["offset_mapping"]]

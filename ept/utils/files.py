@@ -1,23 +1,31 @@
-"""Files that outlive a crash: whole or not there at all, and on the disk before anything that counts on them."""
+"""Files that outlive a crash: each is whole or not there at all, and on the disk before anything that counts on it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """The file holds either its old content or all of `text`, never a part, not even after a power cut."""
-    temporary = file.with_name(file.name + ".tmp")
+def write_atomically(file: Path, content: str | Callable[[Path], object]) -> None:
+    """Writes `file` beside its place and moves it there: never half of it is seen, not even after a power cut.
+
+    Args:
+        content: the text, or a function that writes the file whose path it is given.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.unlink(missing_ok=True)  # a link of that name must not be written through
+        if isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            content(temporary)
         sync(temporary)
         os.replace(temporary, file)
-    except Exception:
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
     sync_folder(file.parent)
 
 
@@ -32,19 +40,19 @@ def sync_folder(folder: Path) -> None:
         _fsync(folder, os.O_RDONLY)
 
 
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sync_tree(folder: Path) -> None:
-    """`sync` for all files in `folder` and the folders in it, then for the names."""
+    """Waits until everything below `folder` is on the disk: contents, then names."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_file():
             sync(path)
         elif path.is_dir():
             sync_folder(path)
     sync_folder(folder)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .files import write_atomically
 
 CHARACTERS_PER_INCH = 10.5  # of a title
 LEGENDS: dict[str, Any] = {"below": "outside lower center", "beside": "outside right upper"}
@@ -62,8 +63,7 @@ def plot(
             fontsize="small",
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
     # "tight" grows the picture where a label or the legend would be cut off. Without the software's version two
     # machines write the same bytes.
-    figure.savefig(temporary, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
-    os.replace(temporary, file)
+    options: dict[str, Any] = {"dpi": dpi, "bbox_inches": "tight", "metadata": {"Software": None}}
+    write_atomically(file, lambda path: figure.savefig(path, format="png", **options))

@@ -15,11 +15,13 @@ Rows = Iterable[Sequence[str]]
 def table(header: Sequence[str], rows: Rows, title: str | None = None, left: int = 1, **style: Any) -> Table:
     """Builds a table for the terminal: the first `left` columns are aligned to the left, all others to the right.
 
-    Square brackets in cells and title are printed as they are, not read as rich's markup.
+    The first column is never broken; where the terminal is narrow other cells are, and none is cut off. Square brackets
+    in cells and title are printed as they are, not read as rich's markup.
     """
     built = Table(title=escape(title) if title is not None else None, **style)
     for place, column in enumerate(header):
-        built.add_column(column, justify="left" if place < left else "right")
+        justify: Any = "left" if place < left else "right"
+        built.add_column(column, justify=justify, overflow="fold", no_wrap=place == 0)
     for row in rows:
         built.add_row(*map(escape, row))
     return built

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from test_commands import refused, succeed
 
-REDUCED = ("profile", "--shape", "t5-small", "--layers", 2, "--batch", 2, "--length", 16, "--warmup", 1)
+REDUCED = ("profile", "--shape", "t5-small", "--layers", 1, "--batch", 2, "--length", 16, "--warmup", 1)
 
 
 def test_ept_is_faster_than_prompt_tuning_and_its_phases_add_up() -> None:
-    report = json.loads(succeed(*REDUCED, "--steps", 7, "--methods", "pt,dept,ept,peft-pt", "--json").stdout)
+    report = json.loads(succeed(*REDUCED, "--steps", 5, "--methods", "pt,dept,ept,peft-pt", "--json").stdout)
     methods = {method["label"]: method for method in report["methods"]}
     assert list(methods) == ["pt", "dept", "ept", "peft-pt"]
     step = {label: method["step_ms"]["median"] for label, method in methods.items()}
@@ -20,7 +20,7 @@ def test_ept_is_faster_than_prompt_tuning_and_its_phases_add_up() -> None:
     assert step["ept"] < step["peft-pt"], step
     for label, method in methods.items():
         assert sum(method["phases_ms"].values()) == pytest.approx(step[label], rel=0.05), label
-    assert report["command"] == ("ept profile --shape t5-small --layers 2 --batch 2 --length 16 --steps 7 --warmup 1")
+    assert report["command"] == ("ept profile --shape t5-small --layers 1 --batch 2 --length 16 --steps 5 --warmup 1")
     assert report["model"]["name"] == "t5-small (random weights)"
 
 
@@ -50,19 +50,10 @@ def test_a_loaded_model_on_a_tasks_rows(models: dict[str, Path], data: Path, tmp
 def test_a_shape_on_a_files_texts(models: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": "the film was " + "very " * n}) for n in range(9)), encoding="utf-8")
-    options = (
-        "--data",
-        file,
-        "--tokenizer",
-        models["t5"],
-        "--padding",
-        "max_length",
-        "--steps",
-        2,
-        "--methods",
-        "pt:3",
-    )
+    source = ("--data", file, "--tokenizer", models["t5"])
+    options = (*source, "--padding", "max_length", "--steps", 2, "--methods", "pt:3", "--no-fast-4bit")
     report = json.loads(succeed(*REDUCED, *options, "--json").stdout)
+    assert "--no-fast-4bit" in report["command"].split()
     assert report["data"]["padded_tokens_a_batch"] == 2 * 16
     assert 2 * 4 <= report["data"]["text_tokens_a_batch"] <= 2 * 12
     assert "name one with --tokenizer" in refused(*REDUCED, "--data", file)
@@ -77,6 +68,7 @@ def test_a_shape_on_a_files_texts(models: dict[str, Path], tmp_path: Path) -> No
     (("--shape", "t5-small", "--methods", "pt,lora"), "unknown method 'lora'"),
     (("--shape", "t5-small", "--sweep", "r=2"), "write it as num_virtual_tokens=10,20,40"),
     (("--shape", "t5-small", "--sweep", "num_virtual_tokens=0"), "write it as num_virtual_tokens=10,20,40"),
+    (("--shape", "t5-small", "--sweep", "num_virtual_tokens=ten"), "write it as num_virtual_tokens=10,20,40"),
     (("--shape", "t5-small", "--task", "glue/sst2", "--data", "a.jsonl"), "--data and --task exclude each other"),
 ])  # fmt: skip
 def test_refused(arguments: tuple[str, ...], message: str) -> None:

@@ -132,10 +132,12 @@ BAD = [
     ("compare.learning_rates={lorra: [0.1]}", "unknown method 'lorra': did you mean 'lora'"),
     ("compare.learning_rates=[0.1, 0]", "give numbers greater than 0"),
     ("compare.learning_rates=[fast]", "compare.learning_rates: expected a list of numbers or"),
+    ("compare.learning_rates={1: [0.1]}", "compare.learning_rates: expected a list of numbers or a mapping to lists"),
+    ("compare.sweep={1: [2]}", "compare.sweep: expected a mapping to lists of values"),
     ("compare.sweep={k_shots: [1]}", "unknown sweep 'k_shots': did you mean 'k_shot'"),
     ("compare.sweep={r: []}", "compare.sweep.r is empty"),
     ("compare.executor=slurm", "compare.executor: expected one of local, ray"),
-    ("compare.cpus_per_run=0", "at least 1"),
+    ("compare.cpus_per_run=0", "must be greater than 0, got 0"),
     ("compare.seed=[1]", "unknown key compare.seed: did you mean compare.seeds"),
 ]
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._pytree import tree_leaves
 
 import ept_kernels
-from ept import prompt
+from ept import embedding
 from ept_kernels import library
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_layer_compiles_on_a_gpu(backend):
 
 
 def test_layer_waits_for_no_value_and_keeps_to_its_device(monkeypatch):
-    monkeypatch.setattr(prompt, "is_plain_lookup", lambda embedding: True)  # which says no to weights without data
+    monkeypatch.setattr(embedding, "is_plain_lookup", lambda embedding: True)  # which says no to weights without data
     layer = make_layer().to("meta")
     layer._embedding[0].to("meta")
     ids, mask = (x.to("meta") for x in make_ids())
@@ -88,7 +88,7 @@ def _arguments(name: str, batch: int = 3, n: int = 9) -> tuple[object, ...]:
     layer = make_layer().requires_grad_(False)
     ids, mask = make_ids(batch=batch, n=n)
     cu_seqlens = torch.arange(batch + 1) * n
-    positions = prompt.text_positions(mask)
+    positions = embedding.text_positions(mask)
     table, (p, A, B) = layer._embedding[0].weight, (layer.prompt, layer.A, layer.B)
     parts = [p, A, B, layer.beta, layer.W_q, layer.W_k, layer.D, layer.U, layer.G]
     options = (1.3, 0.7, 0.5, "gelu")

@@ -1,5 +1,5 @@
-"""What every process of `torchrun` runs in test_processes.py: two whole runs, a sharded 4-bit model, and a run in which
-process 1 breaks.
+"""The program of each process that test_processes.py starts with `torchrun`: two whole runs, a sharded 4-bit model, and
+a run in which rank 1 breaks.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def spy(seen: dict[str, Any]) -> None:
 
 
 def break_at(step: int, error: Exception, ranks: Sequence[int]) -> None:
-    """From now on the processes `ranks` raise `error` in their batch number `step`."""
+    """Makes the processes `ranks` raise `error` in their batch number `step`, from now on."""
     take, calls = PromptTrainer.training_step, 0
 
     def breaking(self: PromptTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ def break_at(step: int, error: Exception, ranks: Sequence[int]) -> None:
 
 
 def sharded(folder: Path, storage: torch.dtype) -> dict[str, Any]:
-    """How far logits and gradients over 4-bit layers of a decoder, sharded with FSDP2, are from those of whole layers,
+    """Measures how far logits and gradients over 4-bit layers of a decoder, sharded with FSDP2, are from whole layers',
     and which share of each layer's packed weight this process keeps.
     """
     expected = results(adapted(load_4bit("llama", folder)), "llama")

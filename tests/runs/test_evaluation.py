@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny_runs import FAMILIES, OTHER
 
+from ept.runs.adapters import load_trained
 from ept.runs.config import load_run_config
 from ept.runs.data import with_texts
-from ept.runs.loading import load_tokenizer, load_trained
+from ept.runs.loading import load_tokenizer
 from ept.runs.predict import Predictor
 from ept.tasks import local_task
 

@@ -1,16 +1,20 @@
 """What the names of methods mean: settings, sizes at a budget, and the parts that ablations take away."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import make_model
 from torch import nn
 
 from ept import EPTConfig, EPTLayer
+from ept.runs.adapters import adapter_config, module_of
 from ept.runs.config import MethodConfig, load_run_config
-from ept.runs.method_table import METHODS, adapter_config
+from ept.runs.method_table import METHODS, Method
 
 D, M, BUDGET = 32, 24, 2400
-OURS = [name for name, method in METHODS.items() if method.family != "peft"]
+OURS = [name for name, method in METHODS.items() if method.built_by == "adapters:ept"]
 # ablation: the parameters of EPT that it has not
 ABLATIONS = {
     "ept-no-fusion": {"beta"},
@@ -40,6 +44,10 @@ def test_ablations_lack_one_part(name, missing):
     whole, ablated = config_of("ept"), config_of(name)
     assert set(whole.parameter_shapes(D)) - set(ablated.parameter_shapes(D)) == missing
     assert ablated.embedding_scale == (1.0 if name == "ept-raw-scale" else "auto")
+
+
+def test_usual_lengths_are_those_of_the_configurations():
+    assert [config_of(name).num_virtual_tokens for name in OURS] == [METHODS[name].usual_tokens for name in OURS]
 
 
 def layers(**fields):
@@ -102,6 +110,17 @@ def test_refused(name, settings, message):
     overrides = [f"method.name={name}", *(f"method.{key}={value}" for key, value in settings.items())]
     with pytest.raises(ValueError, match=message):
         load_run_config(None, overrides)
+
+
+def test_a_new_method_is_a_row_and_a_file(monkeypatch):
+    file = SimpleNamespace(configure=lambda method, *_, **__: method.title, attach=lambda base, config: (base, config))
+    monkeypatch.setitem(sys.modules, "ept.runs.mine", file)
+    mine = Method("mine", "Mine", "mine:configure", frozenset({"r"}), 12, roles={"Z": "map"})
+    monkeypatch.setitem(METHODS, "mine", mine)
+    settings = load_run_config(None, ["method.name=mine", "method.r=3"]).method
+    config = adapter_config(settings, "base", "CAUSAL_LM", M, seed=0)
+    assert module_of(mine).attach("base", config) == ("base", "Mine")
+    assert [mine.role(name) for name in ("x.Z", "x.A", "head.modules_to_save.Z")] == ["map", "other", "other"]
 
 
 def test_an_ablation_may_repeat_what_it_fixes():

@@ -1,23 +1,24 @@
 """PEFT's methods under our trainer: sizes at a budget, equal calls, best checkpoints and resuming."""
 
-import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from run_checks import kill
 from tiny_models import ONE_A_TASK, TASK_OF, make_batch, make_model
-from tiny_runs import run_config
 
+from ept.runs.adapters import adapter_config
 from ept.runs.config import MethodConfig
 from ept.runs.data import load_run_data
-from ept.runs.method_table import METHODS, adapter_config
+from ept.runs.method_table import METHODS
 from ept.runs.peft_models import attach
 from ept.runs.predict import open_run
 from ept.runs.train import train
-from ept.runs.trainer import PromptTrainer
 
-NAMES = [name for name, method in METHODS.items() if method.family == "peft"]
+NAMES = [name for name, method in METHODS.items() if method.built_by.startswith("peft_models:")]
 BUDGET = 2000
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def attached(name, family, **settings):
@@ -86,55 +87,61 @@ def test_frozen_dropout_is_off_in_training(name):
     assert [p for p in model.parameters() if p.requires_grad]
 
 
-def settings(name, *more):
-    sizes = ["method.num_virtual_tokens=null"] if name == "lora" else ["method.r=null"]
-    rate = {"prompt-tuning": 0.05, "p-tuning": 0.003, "mpt": 0.3, "lora": 0.01}[name]
-    return [f"method.name={name}", f"training.learning_rate={rate}", *sizes, "training.eval_steps=10", *more]
-
-
-def score(run):
-    return run.score(load_run_data(run.config.data, run.tokenizer, run.task_type).data.test)["accuracy"]
-
-
-@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_loads_back_to_its_score(name, family, tiny, tmp_path):
-    config = run_config(tiny / family, tiny / "data/glue/sst2", tmp_path / "run", *settings(name))
-    config.training.max_steps = 20
-    results = train(config)
-    assert score(open_run(tmp_path / "run")) == results["score"]
+def test_gradient_checkpointing_is_on_in_training_and_changes_no_gradient(name):
+    found = []
+    for checkpointing in (False, True):
+        model = attached(name, "llama")
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable()
+        model.train()
+        assert model.get_base_model().model.layers[0].training is checkpointing
+        model(**make_batch("llama")).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*found)
+
+
+RATES = {"prompt-tuning": 0.05, "p-tuning": 0.003, "mpt": 0.3, "lora": 0.01}
+
+
+@pytest.fixture
+def configure_method(configure):
+    """Makes the configuration of a short run of a method."""
+
+    def make(name, family, folder):
+        length = "method.num_virtual_tokens=null" if name == "lora" else "method.r=null"
+        settings = [f"method.name={name}", f"training.learning_rate={RATES[name]}", length]
+        return configure(family, *settings, "training.eval_steps=10", "training.max_steps=20", name=folder)
+
+    return make
+
+
+def assert_loads_back(results):
+    """Scores the adapter that a finished run has saved: the score is that of the run."""
+    run = open_run(Path(results["config"]["output_dir"]))
+    test = load_run_data(run.config.data, run.tokenizer, run.task_type).data.test
+    assert run.score(test)["accuracy"] == results["score"]
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_loads_back_to_its_score(name, family, configure_method):
+    results = train(configure_method(name, family, "run"))
+    assert_loads_back(results)
     assert results["config"]["method"]["name"] == name
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_a_killed_run_resumes_to_the_same_weights(name, tiny, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_weights(name, configure_method, tmp_path, monkeypatch):
     """P-tuning's checkpoints must hold its encoder, not only what comes out of it."""
-    for folder in ("whole", "killed"):
-        config = run_config(tiny / "llama", tiny / "data/glue/sst2", tmp_path / folder, *settings(name))
-        config.training.max_steps = 20
-        if folder == "whole":
-            train(config)
-    step, calls = PromptTrainer.training_step, []
-
-    def killed(self, *arguments, **keywords):
-        calls.append(1)
-        if len(calls) == 14:
-            raise Killed
-        return step(self, *arguments, **keywords)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PromptTrainer, "training_step", killed)
-        with pytest.raises(Killed):
-            train(config)
-    resumed = train(config, resume=True)
-    whole = json.loads((tmp_path / "whole/results.json").read_text(encoding="utf-8"))
+    whole = train(configure_method(name, "llama", "whole"))
+    assert_loads_back(whole)
+    killed = configure_method(name, "llama", "killed")
+    kill(killed, step=14, monkeypatch=monkeypatch)
+    resumed = train(killed, resume=True)
     assert (resumed["score"], resumed["best_step"]) == (whole["score"], whole["best_step"])
     files = [tmp_path / folder / "checkpoints/checkpoint-20" for folder in ("whole", "killed")]
-    for name in [path.name for path in files[0].glob("*.safetensors")]:
-        one, two = (safetensors.torch.load_file(folder / name) for folder in files)
+    for file in [path.name for path in files[0].glob("*.safetensors")]:
+        one, two = (safetensors.torch.load_file(folder / file) for folder in files)
         assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one), name
+        assert all(torch.equal(one[key], two[key]) for key in one), file

@@ -10,7 +10,7 @@ from layer_checks import WIDTH, assert_same, check_captured, check_compiled, mak
 
 import ept_kernels
 from ept import functional
-from ept.prompt import text_positions
+from ept.embedding import text_positions
 from ept_kernels import launch
 
 

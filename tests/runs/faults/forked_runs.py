@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-# What a run imports on its way.
+# A run imports these on its way.
 IMPORTED = (
     *(
         "ept.cli.main",
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def run(arguments: list[str], output: str, die_in: dict[str, Any] | None, largest_file: int | None) -> NoReturn:
-    """One command, its standard output and error in the file `output`."""
+    """Runs one command, its standard output and error in the file `output`."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a fork of a background process may have it ignored
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -100,7 +100,7 @@ class Death:
 
 
 def logged_step(run: Path) -> int:
-    """The last step of which `metrics.jsonl` has a whole line; -1 without one."""
+    """Returns the last step of which `metrics.jsonl` has a whole line; -1 without one."""
     try:
         lines = (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:

@@ -32,7 +32,7 @@ class Running:
         os.kill(self.pid, number)
 
     def ended(self) -> int:
-        """Waits for its end; the exit code, or the negative number of the signal that ended it."""
+        """Waits for its end; returns the exit code, or the negative number of the signal that ended it."""
         assert self.server.stdout is not None
         return os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
 
@@ -77,7 +77,7 @@ class Forks:
         self.server.stdout.close()
 
     def run(self, *arguments: Any, **how: Any) -> tuple[int, str]:
-        """Exit code and output of a command that ends by itself."""
+        """Returns exit code and output of a command that ends by itself."""
         running = self.start(*arguments, **how)
         return running.ended(), running.said()
 
@@ -92,7 +92,7 @@ class Whole:
     every: int = 4
 
     def started(self, forks: Forks, run: Path, step: int) -> Path:
-        """The same run in the folder `run`, killed soon after `step` was logged; its last whole checkpoint."""
+        """Makes the same run in `run`, killed soon after `step` was logged; returns its last whole checkpoint."""
         running = forks.start(*self.command, run, die_in={"folder": str(run), "step": step, "change": 1})
         assert running.ended() == -signal.SIGKILL, running.said()
         checkpoint = RunFolder(run).last_checkpoint()

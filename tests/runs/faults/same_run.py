@@ -1,4 +1,4 @@
-"""Whether two runs have left the same."""
+"""Comparison of what two runs have left."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from run_checks import events
 
-from ept.runs.checkpoints import checkpoint_folders, is_whole
+from ept.runs.folder import checkpoint_folders, is_whole
 
 OTHERWISE = {"train_seconds", "step_time_ms", "peak_memory_bytes", "config"}  # of two runs with the same results
 WEIGHTS_AND_STATES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    """All that two runs leave is the same, bit for bit, the clock and the memory apart."""
+    """Compares all that two runs leave, bit for bit, the clock and the memory apart."""
     assert content(run / "adapter") == content(whole / "adapter")
     assert events(run) == events(whole)
     results, expected = (json.loads((folder / "results.json").read_text("utf-8")) for folder in (run, whole))
@@ -31,5 +31,5 @@ def assert_same_run(run: Path, whole: Path) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, by its path from there."""
+    """Reads every file below `folder`, by its path from there."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

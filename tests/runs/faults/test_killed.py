@@ -21,8 +21,7 @@ from forked_runs import logged_step
 from forks import Forks, Running, Whole
 from same_run import assert_same_run
 
-from ept.runs.checkpoints import SEAL, checkpoint_folders
-from ept.runs.folder import RunFolder
+from ept.runs.folder import SEAL, RunFolder, checkpoint_folders
 
 KILLS = int(os.environ.get("EPT_KILLS", "30"))
 SEED = int(os.environ.get("EPT_KILLS_SEED", "0"))
@@ -30,8 +29,8 @@ SEED = int(os.environ.get("EPT_KILLS_SEED", "0"))
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: some time after a step has been logged, while files of a checkpoint of a later step are being
-    written, or, by the process itself, at a change of a file in the run's folder after that step.
+    """A moment to kill at: some time after a step has been logged, while a checkpoint of a later step is being written,
+    or, by the process itself, at a change of a file in the run's folder after that step.
     """
 
     kind: str
@@ -69,7 +68,7 @@ def halves(run: Path) -> set[Half]:
 
 
 def moments(count: int, whole: Whole, chance: random.Random) -> list[Moment]:
-    """Spread over the run, from before its first step (-1: before anything is logged) to after its last."""
+    """Draws moments from before the first step (-1: before anything is logged) to after the last."""
     last, saved_before = whole.steps, whole.steps - whole.every
     steps = sorted([-1, last, last, *(chance.randint(0, last - 1) for _ in range(count - 3))])
     kinds = [chance.choice(("logged", "saving", "change")) for _ in steps]

@@ -20,8 +20,7 @@ from forks import HERE, ROOT
 from same_run import assert_same_run
 from tiny_runs import run_config
 
-from ept.runs.checkpoints import checkpoint_folders, is_whole
-from ept.runs.folder import RunFolder
+from ept.runs.folder import RunFolder, checkpoint_folders, is_whole
 
 LAUNCHER = None
 STEPS = 60
@@ -43,7 +42,7 @@ class Launch:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
     def worker(self, rank: int) -> int:
-        """Its process id."""
+        """Returns its process id."""
         launcher = self.process.pid
         for child in map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()):
             if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):

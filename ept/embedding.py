@@ -1,0 +1,125 @@
+"""The base model's input embedding: look-up, width, unit of its vectors, positions of the text's tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_ROWS_AT_ONCE = 1 << 14  # of the table, for its root mean square
+
+
+def lookup(
+    embedding: nn.Module,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ids and the table they are rows of, and the attention mask, checked.
+
+    A plain look-up gives the ids and the module's weight. A module that does more (Gemma scales inside, offloaded or
+    4-bit weights, forward hooks) is called, and its output, or the given `inputs_embeds`, becomes the table.
+
+    Returns:
+        ids `[batch, n]`, table `[rows, d]`, attention mask `[batch, n]`.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+        raise ValueError(
+            f"input_ids must be integers of shape [batch, length], got {input_ids.dtype} {list(input_ids.shape)}"
+        )
+    if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width):
+        raise ValueError(f"inputs_embeds must have shape [batch, length, {width}], got {list(inputs_embeds.shape)}")
+    given: Any = inputs_embeds if input_ids is None else input_ids
+    batch, n = given.shape[:2]
+    if attention_mask is None:
+        attention_mask = torch.ones(batch, n, dtype=torch.int64, device=given.device)
+    elif attention_mask.shape != (batch, n):
+        raise ValueError(
+            f"attention_mask must have the shape of the input, [{batch}, {n}], got {list(attention_mask.shape)}; "
+            "masks of more dimensions cannot be extended by the prompt"
+        )
+    if input_ids is not None and is_plain_lookup(embedding):
+        return input_ids, _weight(embedding), attention_mask
+    rows = (given if input_ids is None else embedding(input_ids)).reshape(batch * n, width)
+    return torch.arange(batch * n, device=rows.device).view(batch, n), rows, attention_mask.to(rows.device)
+
+
+def is_plain_lookup(embedding: nn.Module) -> bool:
+    """Tells whether calling `embedding` is no more than taking rows of its weight."""
+    return (
+        type(embedding) is nn.Embedding
+        and embedding.max_norm is None
+        and not embedding.weight.is_meta
+        and "forward" not in embedding.__dict__
+        and not embedding._forward_hooks
+        and not embedding._forward_pre_hooks
+    )
+
+
+def text_positions(attention_mask: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    """Numbers the input-text tokens of every row from 0; −1 elsewhere: `[batch, n]` int64."""
+    updated = attention_mask.bool()
+    if text_mask is not None:
+        if text_mask.shape != attention_mask.shape:
+            raise ValueError(f"text_mask must have shape {list(attention_mask.shape)}, got {list(text_mask.shape)}")
+        updated = updated & text_mask.bool()
+    return (updated.cumsum(1) - 1).masked_fill(~updated, -1)
+
+
+def position_ids_of(attention_mask: Tensor) -> Tensor:
+    """Counts the real tokens of every row from 0; padding before the first one has 0: `[batch, length]` int64."""
+    return (attention_mask.bool().cumsum(1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def embedding_rms(embedding: nn.Module) -> float:
+    """Computes the root mean square ρ of the vectors that `embedding` gives for its whole vocabulary.
+
+    Raises:
+        ValueError: the embeddings are all zero or not finite, which no unit can be taken from.
+    """
+    rows, device = rows_of(embedding), device_of(embedding)
+    total, count = 0.0, 0
+    for start in range(0, rows, _ROWS_AT_ONCE):
+        vectors = embedding(torch.arange(start, min(start + _ROWS_AT_ONCE, rows), device=device))
+        total += float(torch.linalg.vector_norm(vectors.float(), dtype=torch.float64)) ** 2
+        count += vectors.numel()
+    rms = math.sqrt(total / count)
+    if not math.isfinite(rms) or rms == 0:
+        raise ValueError(
+            f"the root mean square of the input embeddings is {rms}: load the model's weights first, or set "
+            "embedding_scale to a number"
+        )
+    return rms
+
+
+def embedding_width(embedding: nn.Module) -> int:
+    """Returns the size d of the vectors that `embedding` gives."""
+    width = getattr(embedding, "embedding_dim", None)
+    return int(width if width is not None else _weight(embedding).shape[1])
+
+
+def rows_of(embedding: nn.Module) -> int:
+    """Returns the number of ids that `embedding` takes."""
+    rows = getattr(embedding, "num_embeddings", None)
+    return int(rows if rows is not None else _weight(embedding).shape[0])
+
+
+def device_of(embedding: nn.Module) -> torch.device:
+    """Tells where ids for `embedding` belong; offloaded weights are brought from the meta device at each call."""
+    hook = getattr(embedding, "_hf_hook", None)
+    if (device := getattr(hook, "execution_device", None)) is not None:
+        return torch.device(device)
+    weight = _weight(embedding)
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
+def _weight(embedding: nn.Module) -> Tensor:
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    return weight
