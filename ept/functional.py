@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import ept_kernels
-from ept_kernels.four_bit.matmul_reference import check_operands
+from ept_kernels.four_bit.reference import check_operands
 
 
 class _PromptedEmbedding(torch.autograd.Function):

@@ -51,7 +51,7 @@ def test_dequantises_to_the_bits_of_bitsandbytes(shape, block_size):
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("quant_type, nested", KINDS)
 def test_nothing_is_copied(quant_type, nested, storage):
-    """Whatever the type, the storage and the way the packed weight lies: every tensor is bitsandbytes' own memory."""
+    """Every tensor is bitsandbytes' own memory, for any type, storage and layout of the packed weight."""
     for (rows, columns), block_size, transposed in product(((64, 128), (6, 72)), (32, 4096), (False, True)):
         theirs = quantize(rows, columns, quant_type, nested, block_size, storage=storage)
         state = theirs.quant_state

@@ -64,7 +64,7 @@ def test_any_damaged_tensor_is_refused(name, kind, length, dtype):
 
 
 def _fits(parts: dict) -> bool:
-    """Whether the lengths are those that the sizes ask for, counted here once more."""
+    """Tells whether the lengths are those that the sizes ask for, counted here once more."""
     if parts["quant_type"] not in ("nf4", "fp4") or parts["block_size"] not in [2**i for i in range(5, 13)]:
         return False
     if any(not isinstance(parts[name], int) or parts[name] < 1 for name in ("rows", "columns", "nested_block_size")):

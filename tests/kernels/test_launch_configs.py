@@ -119,7 +119,7 @@ def test_what_is_adopted_counts_as_measured_at_its_size(file):
         return launch.config_for(kernel, size, device, DEFAULT)["BLOCK"]
 
     assert [chosen("one", size) for size in (768, 4096)] == [16, 128]
-    with launch.adopting("one", (4096,), {"BLOCK": 7}), launch.adopting("new", (8,), {"BLOCK": 9}):
+    with launch.trying("one", {"BLOCK": 7}, (4096,)), launch.trying("new", {"BLOCK": 9}, (8,)):
         assert [chosen("one", size) for size in (768, 4096)] == [16, 7]
         assert chosen("new", 100) == 9
         assert chosen("one", 768, torch.device("cpu")) == 7  # a CPU has nothing else

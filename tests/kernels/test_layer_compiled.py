@@ -84,7 +84,7 @@ def test_layer_waits_for_no_value_and_keeps_to_its_device(monkeypatch):
 
 
 def _arguments(name: str, batch: int = 3, n: int = 9) -> tuple[object, ...]:
-    """Of the operator `name`: one small training batch."""
+    """Makes arguments of the operator `name`: one small training batch."""
     layer = make_layer().requires_grad_(False)
     ids, mask = make_ids(batch=batch, n=n)
     cu_seqlens = torch.arange(batch + 1) * n
@@ -157,7 +157,7 @@ def test_launcher_reads_no_value_and_hands_over_torchs_memory_only(name, monkeyp
 
 
 def _specialisation(kernel, args: tuple[object, ...], meta: dict[str, object]) -> tuple[object, ...]:
-    """What Triton compiles anew for: constants, dtypes, and of whole numbers whether they are 1 or multiples of 16."""
+    """Lists what Triton compiles anew for: constants, dtypes, and whether whole numbers are 1 or multiples of 16."""
     found = []
     for parameter, value in zip(kernel.params, [*args, *meta.values()], strict=False):
         if isinstance(value, Tensor):

@@ -34,7 +34,7 @@ print(json.dumps([kernels.__file__, loaded.__file__, loaded.backend("cpu"), out.
 
 
 def load(path: str, before: str = "") -> list:
-    """What a fresh interpreter in the repository root gets; `ept_kernels` is not on its path by itself."""
+    """Returns what a fresh interpreter in the repository root gets; `ept_kernels` is not on its path by itself."""
     spec = importlib.util.find_spec("kernels")
     if spec is None or spec.origin is None:  # None: the folder of this repository
         pytest.skip("Hugging Face's kernels package is not installed; `make test` runs this with it")

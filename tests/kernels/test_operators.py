@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import ept_kernels
 from ept import functional
@@ -197,6 +202,17 @@ def test_autocast_does_not_reach_into_the_operators():
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("mode", [partial(FlopCounterMode, display=False), torch.inference_mode])
+def test_the_backward_works_where_autograd_is_shut_out(mode):
+    """The reference makes use of it."""
+    problem = joint(dtype=torch.float32).backward
+    inputs = problem.inputs()
+    expected = ept_kernels.joint_prompt_backward(*inputs)
+    with mode():
+        counted = ept_kernels.joint_prompt_backward(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(counted, expected, strict=True))
+
+
 def test_second_derivative_is_refused():
     inputs = [x.requires_grad_() for x in joint().parameters()]
     output = joint_prompt(*inputs, *joint().options())
@@ -215,6 +231,18 @@ def test_opcheck(problem):
 def test_every_operator_is_opchecked():
     checked = {problem.operator for problem in opcheck_problems()}
     assert checked >= {name for name in ept_kernels.__all__ if hasattr(torch.ops.ept, name)}
+
+
+def test_the_card_lists_every_operator_with_the_arguments_of_its_schema():
+    card = (Path(__file__).parents[2] / "kernels" / "CARD.md").read_text(encoding="utf-8")
+    operators = {name: getattr(torch.ops.ept, name) for name in ept_kernels.__all__ if hasattr(torch.ops.ept, name)}
+    of_weight = set(re.findall(r"\w+", " ".join(re.findall(r"`(packed[^`]*|quant_type[^`]*)`", card))))
+    for name, operator in operators.items():
+        (listed,) = re.findall(rf"^\| `{name}` \| `([^`]*)` \| \S", card, re.MULTILINE)
+        arguments = set(listed.split(", "))
+        arguments |= of_weight if "weight" in arguments else set()
+        assert arguments - {"weight"} == {argument.name for argument in operator.default._schema.arguments}, name
+    assert len(operators) == card.count("\n| `")
 
 
 @pytest.mark.parametrize("problem", opcheck_problems(), ids=lambda p: p.name)

@@ -25,7 +25,7 @@ SLOW = 0.004  # seconds
 
 @dataclass(frozen=True)
 class FakeKernel:
-    """What `launch` indexes with a grid and calls."""
+    """A kernel as `launch` indexes it with a grid and calls it."""
 
     n_spills: int
 
@@ -95,7 +95,7 @@ def test_a_bad_candidate_is_refused_however_fast(kind, reason):
 
 @pytest.fixture
 def microseconds(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
-    """What a call takes by the `kind` that is tried, in place of a clock."""
+    """Sets how long a call takes by the `kind` that is tried, in place of a clock."""
     times: dict[int, float] = {}
     monkeypatch.setattr(tune, "_timer", lambda device: lambda calls, n: n * [times[launch._State.tried["toy"]["kind"]]])
     return times

@@ -5,13 +5,14 @@ Importing this package registers the operators in `torch.ops.ept` (see `library.
 is wrapped around the operators by the caller.
 """
 
-from .four_bit.matmul_reference import (
+from .four_bit.reference import (
+    dequantize_4bit,
+    dequantize_4bit_reference,
     matmul_4bit,
     matmul_4bit_backward,
     matmul_4bit_backward_reference,
     matmul_4bit_reference,
 )
-from .four_bit.reference import dequantize_4bit, dequantize_4bit_reference
 from .four_bit.weight import FourBitWeight
 from .joint_prompt.reference import (
     joint_prompt,

@@ -1,4 +1,4 @@
-"""What the kernels' launchers share: entering the device, counting launches, measured configurations.
+"""Launching: entering the device, counting and recording launches, measured configurations.
 
 A configuration is a set of meta-parameters of one kernel (block sizes, `num_warps`, `num_stages`). Measured ones
 are data, one file a device, `configs/<device name>.json`, written by `python -m ept_kernels.dev.tune`:
@@ -48,8 +48,8 @@ class _State:
     compiled: list[Any] | None = None  # what launch() has run, while someone asks for it
     recorded: list[Launch] | None = None  # what launch() was given, while nothing is to run
     architecture: str | None = None  # that launches are recorded for
-    tried: ClassVar[dict[str, Config]] = {}  # kernels and the configurations they take for the time being
-    adopted: ClassVar[dict[str, dict[Size, Config]]] = {}  # measured in this process
+    tried: ClassVar[dict[Any, Config]] = {}  # by kernel: the configuration it takes for the time being
+    adopted: ClassVar[dict[str, dict[Any, Config]]] = {}  # by kernel and size: as if measured
 
 
 _choices: list[Any] = []  # caches that hold configurations
@@ -105,7 +105,7 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def config_for(kernel: str, size: int | Size, device: torch.device, default: Config) -> Config:
-    """Meta-parameters of `kernel` at `size`: the nearest measured ones of this device, else `default`.
+    """Chooses meta-parameters of `kernel` at `size`: the nearest measured ones of this device, else `default`'s.
 
     What the measured ones leave out is taken from `default`.
     """
@@ -122,38 +122,35 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
 
 
 def cached_choice(function: _Function) -> _Function:
-    """`functools.lru_cache` for functions whose result depends on `config_for`: emptied by `trying`."""
+    """Caches a function whose result depends on `config_for`; `trying` empties it."""
     cached = functools.lru_cache(maxsize=512)(function)
     _choices.append(cached)
     return cached  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def trying(kernel: str, config: Config) -> Iterator[None]:
-    """Within, `kernel` takes `config` (its defaults where it names nothing) at every size, on every device."""
-    _State.tried[kernel] = config
+def trying(kernel: str, config: Config, size: Size | None = None) -> Iterator[None]:
+    """Makes `kernel` take `config`, its defaults where it names nothing, on every device: at every size, or, with a
+    `size`, where that is the nearest, as if it had been measured.
+    """
+    held = _State.tried if size is None else _State.adopted.setdefault(kernel, {})
+    place: Any = kernel if size is None else size
+    held[place] = config
     _forget_choices()
     try:
         yield
     finally:
-        del _State.tried[kernel]
+        del held[place]
         _forget_choices()
 
 
-@contextlib.contextmanager
-def adopting(kernel: str, size: Size, config: Config) -> Iterator[None]:
-    """Within, `config` counts as measured for `kernel` at `size`, before what the device's file says."""
-    _State.adopted.setdefault(kernel, {})[size] = config
-    _forget_choices()
-    try:
-        yield
-    finally:
-        del _State.adopted[kernel][size]
-        _forget_choices()
+def key(kernel: str, dtype: torch.dtype) -> str:
+    """Names `kernel` in a file of measured configurations, for what it reads in `dtype`."""
+    return f"{kernel}/{8 * dtype.itemsize}-bit"
 
 
 def padded(size: int) -> int:
-    """The power of two from 16 up that holds `size`: the least that a matrix product takes."""
+    """Pads `size` to a power of two from 16 up, the least that a matrix product takes."""
     return max(16, 1 << max(size - 1, 0).bit_length())
 
 
@@ -191,14 +188,14 @@ def all_registers(device: torch.device) -> Config:
 
 
 def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
-    """The configurations in `path`, by kernel and size.
+    """Reads the configurations in `path`, by kernel and size.
 
     Raises:
         ValueError: the file is not as this module's docstring says; the message names the place.
     """
     try:
         kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
-        return {kernel: {_size(key): _config(c) for key, c in sizes.items()} for kernel, sizes in kernels.items()}
+        return {kernel: dict(_checked(*item) for item in sizes.items()) for kernel, sizes in kernels.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
@@ -207,7 +204,7 @@ def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
 
 
 def config_file(device: torch.device) -> Path:
-    """Where the measured configurations of `device` are kept."""
+    """Names the file of the measured configurations of `device`."""
     name = torch.get_device_module(device).get_device_name(device)
     return CONFIGS / (re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") + ".json")
 
@@ -219,7 +216,7 @@ def _measured(device: torch.device) -> dict[str, dict[Size, Config]]:
 
 @functools.cache
 def _read_once(path: Path) -> dict[str, dict[Size, Config]]:
-    """Of one device model; the warning comes once, however many such devices and kernels there are."""
+    """Warns once a device model, however many such devices and kernels there are."""
     if not path.is_file():
         warnings.warn(
             f"no measured launch configurations {path.name}: heuristic ones are used. `python -m ept_kernels.dev.tune` "
@@ -239,18 +236,13 @@ def _forget_choices() -> None:
         cached.cache_clear()
 
 
-def _size(key: str) -> Size:
+def _checked(key: str, config: Any) -> tuple[Size, Config]:
     size = tuple(int(number) for number in key.split("x"))
     if min(size) < 1:
         raise ValueError(f"size {key!r}: its numbers have to be 1 or more")
-    return size
-
-
-def _config(config: Any) -> Config:
-    wrong = {name: value for name, value in config.items() if type(value) is not int or value < 0}
-    if wrong or not config:
+    if not config or any(type(value) is not int or value < 0 for _, value in config.items()):
         raise ValueError(f"configuration {config}: its values have to be whole numbers from 0 up")
-    return config
+    return size, config
 
 
 def _distance(key: Size, size: Size) -> float:

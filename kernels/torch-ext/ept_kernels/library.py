@@ -12,11 +12,12 @@ when this package is imported, the second at the first call.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -90,6 +91,22 @@ def launcher_of(name: str) -> Callable[..., Any] | None:
     """Imports and returns the launcher of the operator `name`'s Triton kernels; None where it has no such kernels."""
     module = _registered[name][1]
     return None if module is None else getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """Returns what references compute in: float32, or float64 as soon as one of `tensors` is float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@contextlib.contextmanager
+def autograd_inside_operators() -> Iterator[None]:
+    """Lets a reference be written with autograd: within an operator that a dispatch mode has called, such as PyTorch's
+    FLOP counter or `opcheck`, autograd is shut out by the key that is taken off here.
+    """
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    with guard, torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _dispatch(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:

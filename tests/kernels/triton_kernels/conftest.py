@@ -25,7 +25,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a launcher allocates holds NaN, or an index far outside, until a kernel writes it."""
+    """Fills whatever a launcher allocates with NaN, or an index far outside, until a kernel writes it."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned_new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the tests of the 4-bit kernels share: weights in bitsandbytes' format, and a watch over the memory touched."""
+"""Helpers of the tests of 4-bit kernels: bitsandbytes' answers, and a watch over the memory touched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ept_kernels.four_bit import splits as four_bit_products
 
 
 def dequantized_by_bitsandbytes(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """What bitsandbytes makes of the same bytes, on the same device.
+    """Returns what bitsandbytes makes of the same bytes, on the same device.
 
     On a CPU it is asked for one long row: its code there mistakes blocks that straddle rows, though it writes them.
     """

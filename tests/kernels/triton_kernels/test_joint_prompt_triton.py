@@ -13,7 +13,6 @@ from torch import Tensor
 import ept_kernels
 from ept_kernels import launch
 from ept_kernels.dev.problems import JointPrompt, as_tuple, in_float64
-from ept_kernels.joint_prompt import configs as joint_prompt_configs
 from ept_kernels.joint_prompt import launchers as kernels
 from ept_kernels.joint_prompt.reference import ACTIVATIONS
 
@@ -82,7 +81,7 @@ def large() -> Iterator[None]:
 def configured(configs: dict[str, dict[str, int]]):
     with contextlib.ExitStack() as stack:
         for kernel, config in configs.items():
-            for key in {joint_prompt_configs.key(kernel, a) for a in (0, 1)}:
+            for key in {kernels.key(kernel, a) for a in (0, 1)}:
                 stack.enter_context(launch.trying(key, config))
         yield
 

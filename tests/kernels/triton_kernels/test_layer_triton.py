@@ -72,7 +72,7 @@ def test_layer_takes_at_most_three_launches_forward_and_five_backward(device):
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()) or "all parts",
 )
 def test_layer_and_its_gradients_equal_float64_autograd_of_the_references(options, device, monkeypatch):
-    """What is compared with is differentiated by PyTorch: no backward of ours is in it."""
+    """PyTorch differentiates what is compared with: no backward of ours is in it."""
     layer, batch = make_layer(device, **options), make_ids(device)
     exact = copy.deepcopy(layer).double()
     exact._embedding[0].double()

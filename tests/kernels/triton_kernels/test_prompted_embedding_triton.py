@@ -14,7 +14,6 @@ from ept_kernels import launch
 from ept_kernels.dev.problems import PackedEmbedding as Packed
 from ept_kernels.dev.problems import Problem, PromptedEmbedding, as_tuple, in_float64
 from ept_kernels.library import reference_of
-from ept_kernels.prompted_embedding import configs as prompted_embedding_configs
 from ept_kernels.prompted_embedding import launchers as kernels
 
 FLOAT32_TOLERANCE = 1e-5  # of the sum of the magnitudes that were added up
@@ -168,9 +167,9 @@ def test_two_runs_give_equal_bits(adapters, device):
 def test_any_launch_configuration_is_right(change, device):
     """A tuner may choose any of them."""
     with contextlib.ExitStack() as stack:
-        for kernel, default in prompted_embedding_configs.CONFIGS.items():
+        for kernel, default in kernels.CONFIGS.items():
             named = {name: value for name, value in change.items() if name in default}
-            stack.enter_context(launch.trying(prompted_embedding_configs.key(kernel, torch.float32), named))
+            stack.enter_context(launch.trying(launch.key(kernel, torch.float32), named))
         test_forward_equals_the_reference(PromptedEmbedding(d=100, n=90, s=3, r=30, m=80, batch=2), device)
         test_backward_equals_the_reference(
             PromptedEmbedding(d=100, n=90, s=3, r=30, m=80, batch=2, padding="shuffled"), device

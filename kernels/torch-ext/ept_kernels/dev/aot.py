@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
     @property
     def form(self) -> Any:
-        """What Triton compiles for, but for the divisibility of integers that a kernel does not ask for."""
+        """Tells apart what Triton compiles for, but for the divisibility of integers that a kernel does not ask for."""
         args = [(x == 1, x % 16 == 0) if type(x) is int else "float" if type(x) is float else x for x in self.args]
         return self.kernel, *args, *sorted(self.meta.items(), key=lambda item: item[0])
 
@@ -78,15 +78,15 @@ def record(problem: Problem, architecture: str, configs: dict[str, Config] | Non
         launcher(*inputs)
     found = []
     for kernel, grid, args, meta in launched:
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        of = "" if name == problem.operator else f" of {problem.operator}"
         types = tuple(x.dtype if isinstance(x, torch.Tensor) else x for x in args)
-        found.append(
-            Case(f"{kernel.fn.__name__.removesuffix('_kernel')} of {problem.name}{note}", kernel, grid, types, meta)
-        )
+        found.append(Case(f"{name}{of} {problem.sizes}{note}", kernel, grid, types, meta))
     return found
 
 
 def cases(architecture: str, every: bool = False) -> list[Case]:
-    """Every kernel as the launchers launch it in the heuristics' configurations, each form once."""
+    """Lists every kernel as the launchers launch it in the heuristics' configurations, each form once."""
     found = [case for problem in compiled_problems() for case in record(problem, architecture)]
     for problem in every_four_bit_problem() if every else ():
         # With a bias the sum is not split: then the kernel itself adds it, and writes the result.
@@ -96,7 +96,7 @@ def cases(architecture: str, every: bool = False) -> list[Case]:
 
 
 def shipped_cases(architecture: str) -> list[Case]:
-    """Every kernel in every measured configuration that is shipped under `configs/`.
+    """Lists every kernel in every measured configuration that is shipped under `configs/`.
 
     Raises:
         ValueError: a file is damaged, or names a kernel and a size that the tuner does not know.
@@ -117,7 +117,7 @@ def shipped_cases(architecture: str) -> list[Case]:
 
 
 def candidate_cases(architecture: str) -> list[Case]:
-    """Every kernel in every configuration that the tuner may try, each form once."""
+    """Lists every kernel in every configuration that the tuner may try, each form once."""
     found = []
     for tunable in tunables():
         if "." not in tunable.kernel:  # a kernel, not a measured number
@@ -198,7 +198,7 @@ def _decoded_weights(meta: dict[str, Any]) -> int:
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """What is wrong with a compiled case; empty when nothing is."""
+    """Lists what is wrong with a compiled case."""
     found = []
     if row["spilled_bytes"]:
         found.append(f"{row['kernel']} spills {row['spilled_bytes']} bytes on {row['target']}")

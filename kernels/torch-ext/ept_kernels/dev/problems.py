@@ -36,32 +36,36 @@ class Problem(ABC):
     operator: str = field(default="", kw_only=True)
 
     @property
-    def name(self) -> str:
-        """The operator and what differs from the defaults."""
+    def sizes(self) -> str:
+        """Names what differs from the defaults."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        changed = ",".join(f"{name}={value}" for name, value in values.items() if name != "operator")
-        return f"{self.operator} {changed.replace('torch.', '')}".strip()
+        changed = (f"{name}={value}" for name, value in values.items() if name not in ("operator", "vocabulary"))
+        return ",".join(changed).replace("torch.", "")
+
+    @property
+    def name(self) -> str:
+        return f"{self.operator} {self.sizes}".strip()
 
     @property
     def backward(self: _P) -> _P:
-        """The problem of the gradients of this one's operator."""
+        """Returns the problem of the gradients of this one's operator."""
         return replace(self, operator=f"{self.operator}_backward")
 
     @property
     def small(self: _P) -> _P:
-        """The same kernels on little data: fewer texts, since nothing is compiled for their number."""
+        """Returns the same kernels on little data: fewer texts, since nothing is compiled for their number."""
         return self
 
     @abstractmethod
     def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
-        """Arguments of the operator, of realistic content; equal for equal devices and seeds."""
+        """Makes arguments of the operator, of realistic content; equal for equal devices and seeds."""
 
     def expected(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """The results for `inputs` by the operator's reference in float64."""
+        """Computes the results for `inputs` by the operator's reference in float64."""
         return as_tuple(reference_of(self.operator)(*in_float64(inputs)))
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Largest error of a result in `dtype`, in units of its largest magnitude; 0: every bit is equal."""
+        """Bounds the error of a result in `dtype`, in units of its largest magnitude; 0: every bit is equal."""
         return TOLERANCE[dtype]
 
 
@@ -95,7 +99,7 @@ class PromptedEmbedding(Problem):
 
     @property
     def packed(self) -> PackedEmbedding:
-        """As many texts of that length without padding."""
+        """Returns as many texts of that length without padding."""
         sizes = {name: getattr(self, name) for name in ("s", "d", "r", "dtype", "ids", "vocabulary", "scale")}
         return PackedEmbedding((self.n,) * self.batch, **sizes)
 
@@ -104,7 +108,7 @@ class PromptedEmbedding(Problem):
         return replace(self, n=min(self.n, 32), batch=min(self.batch, 2), vocabulary=min(self.vocabulary, 64))
 
     def inputs(self, device: Device = "cpu", seed: int = 0, table: Tensor | None = None) -> tuple[Any, ...]:
-        """Arguments; `table` in place of a new one, should many sets of inputs share a large one."""
+        """Makes arguments; `table` in place of a new one, should many sets of inputs share a large one."""
         g = torch.Generator(device).manual_seed(seed)
         positions = self.positions().to(device, self.ids)
         prompt, A, B = low_rank_prompt(g, self.s, self.m, self.r, self.d, self.parameters, self.adapters)
@@ -119,7 +123,7 @@ class PromptedEmbedding(Problem):
         return *self._laid_out(ids, positions, table, prompt, A, B), self.scale, adapter_ids
 
     def positions(self) -> Tensor:
-        """`[batch, n]`."""
+        """Counts the real tokens of each text: `[batch, n]`."""
         rows = torch.full((self.batch, self.n), -1)
         for b in range(self.batch):
             padding = 0 if self.padding == "none" else min(b * (self.n + 1) // max(self.batch - 1, 1), self.n)
@@ -189,7 +193,7 @@ class JointPrompt(Problem):
         return (self.grad_output(device, seed), *arguments) if self.operator.endswith("backward") else arguments
 
     def parameters(self, device: Device = "cpu", seed: int = 0) -> list[Tensor]:
-        """prompt, A, B, beta, W_q, W_k, D, U, G."""
+        """Draws prompt, A, B, beta, W_q, W_k, D, U, G."""
         g = torch.Generator(device).manual_seed(seed)
         columns, gates, small = self.K * self.h, self.K if self.K > 1 else 0, self.d**-0.5
         tensors = [self.scale * x for x in low_rank_prompt(g, self.s, self.m, self.r, self.d)]
@@ -198,14 +202,14 @@ class JointPrompt(Problem):
         return [self._laid_out(x) for x in tensors]
 
     def options(self) -> tuple[float, float, float, str]:
-        """lowrank_scale, embedding_scale, score_scale, activation; the softmax is not saturated."""
+        """Returns lowrank_scale, embedding_scale, score_scale, activation; the softmax is not saturated."""
         return 1.3, 0.7, 2.0 / self.a**0.5 if self.a else 8.0 / self.d, self.activation
 
     def grad_output(self, device: Device = "cpu", seed: int = 0) -> Tensor:
         return self._laid_out(normal(torch.Generator(device).manual_seed(seed + 1), self.s, self.d))
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Ten times as much in float32: many summands of a gradient cancel. A wrong kernel is off by far more."""
+        """Allows ten times as much in float32: gradients' summands cancel, and a wrong kernel is off by far more."""
         return max(super().tolerance(dtype), 1e-4)
 
     def _laid_out(self, x: Tensor) -> Tensor:
@@ -267,7 +271,7 @@ class FourBit(Problem):
         return FourBitWeight(**parts, **sizes)
 
     def random(self, width: int, device: Device = "cpu", seed: int = 0) -> Tensor:
-        """`[*tokens, width]`."""
+        """Draws what the weight is multiplied with: `[*tokens, width]`."""
         x = normal(torch.Generator(device).manual_seed(seed + 1), *self.tokens, width).to(self.dtype)
         return strided(x) if self.strided else x
 
@@ -277,7 +281,7 @@ class FourBit(Problem):
         return normal(torch.Generator(device).manual_seed(seed + 2), self.rows).to(self.bias)
 
     def expected(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """The weight as it is dequantised, rounded to the tokens' type; products of it in float64."""
+        """Dequantises the weight, rounds it to the tokens' type and multiplies in float64."""
         if self.operator == "dequantize_4bit":
             return (dequantize_parts(*inputs),)
         x, *weight = inputs
@@ -299,7 +303,7 @@ WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336), (768, 768), (3072, 768))
 
 
 def opcheck_problems() -> list[Problem]:
-    """Every operator in every form of its arguments, at sizes that take no time."""
+    """Lists every operator in every form of its arguments, at sizes that take no time."""
     embedding = PromptedEmbedding(n=5, d=8, s=2, m=6, r=2)
     mixed = replace(embedding, adapters=2)
     joint = JointPrompt(s=3, d=12, r=2)
@@ -315,7 +319,7 @@ def opcheck_problems() -> list[Problem]:
 
 
 def compiled_problems() -> list[Problem]:
-    """Every kernel in each form that a compiler makes something else of, at sizes of known models."""
+    """Lists every kernel in each form that a compiler makes something else of, at sizes of known models."""
     bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
     embeddings = [
         T5_BASE,
@@ -351,8 +355,8 @@ def compiled_problems() -> list[Problem]:
 
 
 def every_four_bit_problem() -> list[FourBit]:
-    """The 4-bit operators for every type, block size, nesting and address there is, and for tokens with and without a
-    bias, in odd numbers of rows and with strides that 16 does not divide.
+    """Lists the 4-bit operators for every type, block size, nesting and address there is, and for tokens with and
+    without a bias, for odd numbers of rows and strides that 16 does not divide.
     """
     found = []
     for size, nested in itertools.product(BLOCK_SIZES, (False, True)):
@@ -373,20 +377,20 @@ def normal(g: torch.Generator, *shape: int) -> Tensor:
 def low_rank_prompt(
     g: torch.Generator, s: int, m: int, r: int, d: int, dtype: torch.dtype = torch.float32, adapters: int = 0
 ) -> list[Tensor]:
-    """The short prompt `[s, d]`, A `[m, r]` and B `[r, d]`, of so many adapters."""
+    """Draws the short prompt `[s, d]`, A `[m, r]` and B `[r, d]`, of so many adapters."""
     lead = (adapters,) if adapters else ()
     return [normal(g, *lead, *shape).to(dtype) for shape in ((s, d), (m, r), (r, d))]
 
 
 def random_ids(g: torch.Generator, count: int, vocabulary: int) -> Tensor:
-    """Rows of the table, each at most once where there are enough."""
+    """Draws rows of the table, each at most once where there are enough."""
     if count <= vocabulary:
         return torch.randperm(vocabulary, generator=g, device=g.device)[:count]
     return torch.randint(vocabulary, (count,), generator=g, device=g.device)
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same values with gaps in every dimension; NaN, or an index far outside, lies between them."""
+    """Lays the same values out with gaps in every dimension; NaN, or an index far outside, lies between them."""
     poison = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max // 2
     wide = torch.full([2 * size + 1 for size in x.shape], poison, dtype=x.dtype, device=x.device)
     gaps = tuple(slice(1, None, 2) for _ in x.shape)
@@ -395,10 +399,10 @@ def strided(x: Tensor) -> Tensor:
 
 
 def in_float64(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`inputs` with the floating-point tensors in float64."""
+    """Converts the floating-point tensors among `inputs` to float64."""
     return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    """An operator's results, also where there is only one."""
+    """Lists an operator's results, also where there is only one."""
     return (result,) if isinstance(result, Tensor) else tuple(result)

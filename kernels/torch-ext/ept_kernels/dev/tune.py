@@ -35,10 +35,10 @@ from torch import Tensor
 
 from .. import launch
 from ..four_bit import dequantize, paths, splits
-from ..joint_prompt import configs as joint_prompt
+from ..joint_prompt import launchers as joint_prompt
 from ..launch import Config, Size, padded
 from ..library import launcher_of
-from ..prompted_embedding import configs as prompted_embedding
+from ..prompted_embedding import launchers as prompted_embedding
 from .problems import (
     LLAMA_7B,
     LLAMA_7B_JOINT,
@@ -118,7 +118,7 @@ def _prompted_embedding(reduced: bool) -> Iterator[Tunable]:
             default = prompted_embedding.heuristic(kernel, p.d, p.r, p.dtype)
             complete = [{**default, **candidate} for candidate in candidates]
             yield Tunable(
-                kernel=prompted_embedding.key(kernel, p.dtype),
+                kernel=launch.key(kernel, p.dtype),
                 size=(p.d, padded(p.r)),
                 default=default,
                 candidates=[c for c in complete if prompted_embedding.bounded(c, p.d, p.r) == c],
@@ -160,7 +160,7 @@ _VARIANTS = ({"block_size": 32}, {"nested": False}, {"nested": False, "block_siz
 
 
 def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
-    """The kernels, then the path of a product of so many tokens: paths are measured with the kernels that have won."""
+    """Lists the kernels, then the paths of a product: these are measured with the kernels that have won."""
     # Under the interpreter, which the reduced ones are for, bfloat16 is truncated.
     dtype = torch.float16 if reduced else torch.bfloat16
     weights = [FourBit(*shape, dtype=dtype) for shape in ([(32, 128)] if reduced else WEIGHTS)]
@@ -168,7 +168,7 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
         p = replace(p, tokens=(), operator="dequantize_4bit")
         odd = replace(p, rows=p.rows - 1, columns=p.columns - 1)  # no whole words
         yield Tunable(
-            kernel=splits.key("dequantize_4bit", dtype),
+            kernel=launch.key("dequantize_4bit", dtype),
             size=(p.rows * p.columns,),
             default=dequantize.heuristic(device),
             candidates=_DEQUANTIZE_GRID,
@@ -179,13 +179,13 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
         for tile in splits.TILES:
             p = replace(p, tokens=(tile,), operator=operator)
             yield Tunable(
-                kernel=splits.key(f"{operator}/{tile}", dtype),
+                kernel=launch.key(f"{operator}/{tile}", dtype),
                 size=(p.rows, p.columns),
                 default=splits.heuristic(f"{operator}/{tile}", p.rows, p.columns),
                 candidates=candidates,
                 problem=p,
                 variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
-                held={splits.key(f"{operator}.path", dtype): {"PATH": paths.FUSED}},
+                held={launch.key(f"{operator}.path", dtype): {"PATH": paths.FUSED}},
             )
     for p, operator in itertools.product(weights, _PRODUCT_GRIDS):
         # Below 8 tokens, bitsandbytes' forward changes its path, and nothing else does.
@@ -204,7 +204,7 @@ def _path(p: FourBit, device: torch.device) -> Tunable:
     if p.operator == "matmul_4bit" and paths.has_bitsandbytes():
         there.append(paths.BITSANDBYTES)
     return Tunable(
-        kernel=splits.key(f"{p.operator}.path", p.dtype),
+        kernel=launch.key(f"{p.operator}.path", p.dtype),
         size=(*p.tokens, p.rows, p.columns),
         default={"PATH": paths.heuristic_path(p.operator, p.tokens[0], p.dtype, device)},
         candidates=[{"PATH": path} for path in there],
@@ -339,7 +339,7 @@ def _sets(problem: Problem, device: torch.device) -> list[tuple[Any, ...]]:
 
 
 def _timer(device: torch.device) -> Timer:
-    """Microseconds of one call, for every sample over all calls."""
+    """Chooses a clock: microseconds of one call, for every sample over all calls."""
     return _wall_clock if device.type == "cpu" else _device_events
 
 
@@ -437,7 +437,7 @@ def main(arguments: list[str] | None = None) -> None:
             row = tune(tunable, device, options.samples)
         rows.append(row)
         # Later ones are measured with what has won: a path of a product with the kernels that it will have.
-        winners.enter_context(launch.adopting(tunable.kernel, tunable.size, row["config"]))
+        winners.enter_context(launch.trying(tunable.kernel, row["config"], tunable.size))
         print(
             f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
             f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",

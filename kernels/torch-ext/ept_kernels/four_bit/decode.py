@@ -1,29 +1,12 @@
-"""What the kernels over 4-bit weights share: the levels, how nibbles are looked up, the scales (absmax) of the blocks.
+"""Decoding of 4-bit weights for all kernels over them: levels, how nibbles are looked up, scales (absmax) of blocks.
 
 A byte holds two neighbouring weights, the first in its high nibble. A nibble names one of 16 float32 levels, and a
 weight is its level times the absmax of its block, one float32 product rounded once to the wanted type. Nested absmax is
 `code[byte]·nested_absmax + offset`, product and sum rounded one after the other: launchers pass
 `enable_fp_fusion=False`, without which the two become one operation with other bits.
 
-The look-up decides the speed, since ten instructions a weight take as long as the memory traffic. Static counts for
-sm_90 (Triton 3.7.1) of kernels that differ in the look-up only: what one more weight costs in `dequantize_4bit` (in
-words, plain absmax, to bfloat16), and a weight in the loop of `matmul_4bit` (16 tokens of bfloat16). Nothing of this
-was timed:
-
-                                                       dequantise   product
-    table load, address put together with one `or`         6.0        9.4    (1 load): taken where tiles are written
-    table load, pointer plus index                         7.0       10.1    (1 load)
-    tl.gather, one a tile                                  6.0        7.7    (1 load of shared memory): in products
-    tl.gather, one a nibble of the words                   8.5        8.1    (as before, and eight times the barriers)
-    fifteen nested selects                                16.0       18.8
-    FP4 put together from exponent, mantissa and sign     12.3               (gives nibble 8 a negative zero)
-    NF4 as a polynomial of degree 15                      20.3               (not exact)
-    byte permutes, inline PTX                             10.8        8.1    (in products to bfloat16, rounded thrice)
-    table load, offset permuted into the address, PTX      5.5        8.8    (1 load)
-    table load of a byte's two levels                      4.3               (0.5 loads, each of up to 16 cache lines)
-
-Why these two, see `docs/kernels.md`. The table is one line of 64 bytes at a multiple of 64, so that the offset of a
-level can be put into the lower bits of its address, which saves the 64-bit addition.
+The look-up of the level decides the speed, since ten instructions a weight take as long as the memory traffic: tiles
+that are only written load it from a table, products gather it. `docs/kernels.md` counts the other ways and says why.
 """
 
 from __future__ import annotations
@@ -37,14 +20,14 @@ from torch import Tensor
 
 from .weight import LEVELS
 
-_TABLE_BYTES = 64
+_TABLE_BYTES = 64  # at a multiple of that, so that an offset is put into an address without a 64-bit addition
 WORD = tl.constexpr(4)  # bytes that the fast paths load at once
 WEIGHTS = tl.constexpr(8)  # in a word
 
 
 @functools.cache
 def levels(quant_type: str, device: torch.device) -> Tensor:
-    """The 16 levels of `quant_type` on `device`, float32, at an address that the kernels can put offsets into."""
+    """Puts the 16 levels of `quant_type` on `device`, float32, at an address that the kernels can put offsets into."""
     table = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
     if table.data_ptr() % _TABLE_BYTES:
         raise RuntimeError(
@@ -55,13 +38,13 @@ def levels(quant_type: str, device: torch.device) -> Tensor:
 
 
 def is_word_aligned(packed: Tensor, elements: int) -> bool:
-    """Whether `packed` is whole words at a whole word's address."""
+    """Checks that `packed` is whole words at a whole word's address."""
     return elements % WEIGHTS.value == 0 and packed.data_ptr() % WORD.value == 0
 
 
 @triton.jit
 def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
-    """Weight in the nibble at bit `SHIFT` of each unit: `DTYPE`, shaped like `b_unit` and `b_absmax`."""
+    """Decodes the weight in the nibble at bit `SHIFT` of each unit: `DTYPE`, shaped like `b_unit` and `b_absmax`."""
     offset = ((b_unit >> (SHIFT - 2)) if SHIFT > 2 else (b_unit << (2 - SHIFT))) & 60  # nibble·4 bytes
     address = levels.to(tl.int64) | offset.to(tl.int64)
     b_level = tl.load(address.to(tl.pointer_type(tl.float32)))
@@ -70,13 +53,13 @@ def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def nibble_at(b_word, SHIFT: tl.constexpr):
-    """The nibble at bit `SHIFT` of each word, int32."""
+    """Extracts the nibble at bit `SHIFT` of each word, int32."""
     return ((b_word >> SHIFT) & 15).to(tl.int32)
 
 
 @triton.jit
 def join_8(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
-    """`[..., 2, 2, 2]`: in order, to be reshaped to `[..., 8]`."""
+    """Joins eight to `[..., 2, 2, 2]`: in order, to be reshaped to `[..., 8]`."""
     b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
     b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
     return tl.join(b_even, b_odd)
@@ -97,8 +80,8 @@ def split_8(b):
 
 @triton.jit
 def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
-    """Weights in each unit of `BYTES` bytes (1 or 4), in order, along new dimensions of 2: `DTYPE` `[..., 2]` or
-    `[..., 2, 2, 2]`, to be reshaped to `[..., 2·BYTES]`. `b_absmax` is shaped like `b_unit`.
+    """Decodes the weights in each unit of `BYTES` bytes (1 or 4), in order, along new dimensions of 2: `DTYPE`
+    `[..., 2]` or `[..., 2, 2, 2]`, to be reshaped to `[..., 2·BYTES]`. `b_absmax` is shaped like `b_unit`.
     """
     b_unit = b_unit.to(tl.uint32)
     if BYTES == 1:
@@ -121,7 +104,7 @@ def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
 
 @triton.jit
 def levels_of_tile(levels, b_word):
-    """Levels of the weights in words `[ROWS, WORDS]`, in order: float32 `[ROWS, WORDS, 2, 2, 2]`."""
+    """Looks up the levels of the weights in words `[ROWS, WORDS]`, in order: float32 `[ROWS, WORDS, 2, 2, 2]`."""
     ROWS: tl.constexpr = b_word.shape[0]
     WORDS: tl.constexpr = b_word.shape[1]
     b_nibble = join_8(
@@ -142,7 +125,7 @@ def levels_of_tile(levels, b_word):
 
 @triton.jit
 def load_absmax(absmax, nested, o_block, mask, NESTED_BLOCK_SIZE: tl.constexpr):
-    """Scales of the blocks `o_block` (int64) in float32, shaped like it; `nested`: absmax, code and offset."""
+    """Loads the scales of blocks `o_block` (int64) in float32, shaped like it; `nested`: absmax, code and offset."""
     nested_absmax, nested_code, nested_offset = nested
     if nested_absmax is None:
         b_absmax = tl.load(absmax + o_block, mask=mask, other=0.0)
@@ -167,7 +150,7 @@ def load_tile(
     BLOCK_SIZE: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
 ):
-    """One tile as it is stored: words `[ROWS, COLUMNS / 8]` and the scales of their blocks `[ROWS, GROUPS]`.
+    """Loads one tile as it is stored: words `[ROWS, COLUMNS / 8]` and the scales of their blocks `[ROWS, GROUPS]`.
 
     What lies beyond `rows` and `last` is not read, and stands for weights of some finite value.
     """
@@ -185,7 +168,7 @@ def load_tile(
 
 @triton.jit
 def absmax_of_words(b_absmax, b_word):
-    """`[ROWS, GROUPS]` repeated to the shape of `b_word` `[ROWS, words]`."""
+    """Repeats `[ROWS, GROUPS]` to the shape of `b_word` `[ROWS, words]`."""
     ROWS: tl.constexpr = b_word.shape[0]
     WORDS: tl.constexpr = b_word.shape[1]
     GROUPS: tl.constexpr = b_absmax.shape[1]

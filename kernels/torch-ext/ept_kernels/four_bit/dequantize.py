@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, architecture, cached_choice, config_for, launch, on_device
+from ..launch import Config, architecture, cached_choice, config_for, key, launch, on_device
 from .decode import decode, is_word_aligned, levels, load_absmax
 
 # UNITS: words or bytes in a tile, a power of two, one a thread. ITERS: tiles that a program takes.
@@ -39,7 +39,7 @@ def dequantize_4bit_kernel(
     UNITS: tl.constexpr,
     ITERS: tl.constexpr,
 ):
-    """`ITERS` tiles of `UNITS·2·BYTES` neighbouring elements."""
+    """Dequantises `ITERS` tiles of `UNITS·2·BYTES` neighbouring elements."""
     TILE: tl.constexpr = UNITS * 2 * BYTES
     first = tl.program_id(0).to(tl.int64) * (TILE * ITERS)
     left = tl.minimum(elements - first, TILE * ITERS).to(tl.int32)
@@ -79,7 +79,7 @@ def heuristic(device: torch.device) -> Config:
 def _chosen(
     elements: int, dtype: torch.dtype, block_size: int, nested_block_size: int, words: bool, device: torch.device
 ) -> tuple[tuple[int], dict[str, Any]]:
-    config = config_for(f"dequantize_4bit/{8 * dtype.itemsize}-bit", elements, device, heuristic(device))
+    config = config_for(key("dequantize_4bit", dtype), elements, device, heuristic(device))
     bytes_ = 4 if words else 1
     options = {
         **config,
@@ -104,7 +104,7 @@ def dequantize_4bit(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`ept_kernels.dequantize_4bit_reference` in one launch."""
+    """Computes `ept_kernels.dequantize_4bit_reference` in one launch."""
     elements = rows * columns
     out = packed.new_empty(rows, columns, dtype=dtype)
     words = is_word_aligned(packed, elements)

@@ -1,4 +1,4 @@
-"""Triton kernel of the product with a 4-bit weight, `x·Wᵀ + bias`; see `four_bit_paths.py` for when it is taken.
+"""Triton kernel of the product with a 4-bit weight, `x·Wᵀ + bias`; `paths.py` says when it is taken.
 
 It computes `outᵀ = W·xᵀ`: the decoded weights are the left operand, which matrix units take from registers, and the
 tokens are its narrow side. Columns are taken in the order of the nibbles of a word (the first weights of all words of a
@@ -7,6 +7,8 @@ x's type, as dequantised ones are; products are added up in float32 and rounded 
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +23,7 @@ from .splits import Weight, run
 
 @triton.jit
 def _load_x(x, o_m, start, tokens, last, stride_x_m, stride_x_k, BLOCK_K: tl.constexpr):
-    """`x`'s rows `o_m`, columns from `start` on: `[BLOCK_M, BLOCK_K]`, zero from `tokens` and `last` on."""
+    """Loads `x`'s rows `o_m`, columns from `start` on: `[BLOCK_M, BLOCK_K]`, zero from `tokens` and `last` on."""
     o_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
     mask = (o_m < tokens)[:, None] & (o_k < last)[None, :]
     return tl.load(x + o_m[:, None] * stride_x_m + o_k[None, :] * stride_x_k, mask=mask, other=0.0)
@@ -54,7 +56,7 @@ def matmul_4bit_kernel(
     BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """One tile of `outᵀ` over one split of the columns; the next tiles are loaded while one is multiplied."""
+    """Computes one tile of `outᵀ` over one split of the columns; the next tiles are loaded while one is multiplied."""
     nested = (nested_absmax, nested_code, nested_offset)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_split = tl.program_id(1)
@@ -87,35 +89,21 @@ def matmul_4bit_kernel(
     tl.store(p_out, tl.trans(b_out).to(out.dtype.element_ty), mask=mask)
 
 
-def matmul_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    bias: Tensor | None,
-    quant_type: str,
-    block_size: int,
-    nested_block_size: int,
-    rows: int,
-    columns: int,
-) -> Tensor:
-    """`ept_kernels.matmul_4bit_reference`: one or two launches, or one and a library's product, or
-    bitsandbytes' own.
+def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
+    """Computes `ept_kernels.matmul_4bit_reference` of a weight's tensors, the bias and the weight's sizes: in one or
+    two launches, or in one and a library's product, or by bitsandbytes.
     """
-    parts = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    weight = Weight(*parts, quant_type, block_size, nested_block_size, rows, columns)
-    x, shape = x.detach(), (*x.shape[:-1], rows)
+    weight, bias = Weight(*arguments[:5], *arguments[6:]), arguments[5]
+    x, shape = x.detach(), (*x.shape[:-1], weight.rows)
     flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
     bias = None if bias is None else bias.detach()
     path = path_of("matmul_4bit", weight, flat.shape[0], x.dtype)
     if path == FUSED:
-        return run(matmul_4bit_kernel, "matmul_4bit", flat, weight, rows, bias).view(shape)
+        return run(matmul_4bit_kernel, "matmul_4bit", flat, weight, weight.rows, bias).view(shape)
     if path == BITSANDBYTES:
         return bitsandbytes_product(flat, weight, bias).view(shape)
     # Results go to a given tensor: that leaves autocast out, which would change the type.
-    out = x.new_empty(flat.shape[0], rows)
+    out = x.new_empty(flat.shape[0], weight.rows)
     W = dequantize_4bit(*weight, x.dtype)
     if bias is None:
         torch.mm(flat, W.t(), out=out)

@@ -2,10 +2,12 @@
 
 It computes `grad_inputᵀ = Wᵀ·grad_outputᵀ` with the decoded weights as the left operand, as the forward does. The
 columns of a tile come in the order of the nibbles of a word, and are put into their own order when they are stored.
-When this kernel is taken: see `four_bit_paths.py`; how its sums over W's rows are split: `four_bit_products.py`.
+`paths.py` says when this kernel is taken, `splits.py` how its sums over W's rows are split.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +22,7 @@ from .splits import Weight, run
 
 @triton.jit
 def _load_grad(grad_output, o_m, o_n, tokens, last, stride_grad_m, stride_grad_n):
-    """`grad_output`'s rows `o_m`, columns `o_n`: `[BLOCK_M, BLOCK_N]`, zero from `tokens` and `last` on."""
+    """Loads `grad_output`'s rows `o_m`, columns `o_n`: `[BLOCK_M, BLOCK_N]`, zero from `tokens` and `last` on."""
     mask = (o_m < tokens)[:, None] & (o_n < last)[None, :]
     p_grad = grad_output + o_m[:, None] * stride_grad_m + o_n[None, :] * stride_grad_n
     return tl.load(p_grad, mask=mask, other=0.0)
@@ -53,7 +55,7 @@ def matmul_4bit_backward_kernel(
     BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """One tile of `grad_inputᵀ` over one split of the rows; the next tiles are loaded while one is multiplied."""
+    """Computes a tile of `grad_inputᵀ` over a split of the rows; the next tiles are loaded while one is multiplied."""
     WORDS: tl.constexpr = BLOCK_K // WEIGHTS
     nested = (nested_absmax, nested_code, nested_offset)
     column = tl.program_id(0).to(tl.int64) * BLOCK_K
@@ -89,25 +91,14 @@ def matmul_4bit_backward_kernel(
     tl.store(p_grad, tl.reshape(b_out, [BLOCK_M, BLOCK_K]).to(grad_input.dtype.element_ty), mask=mask)
 
 
-def matmul_4bit_backward(
-    grad_output: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    block_size: int,
-    nested_block_size: int,
-    rows: int,
-    columns: int,
-) -> Tensor:
-    """`ept_kernels.matmul_4bit_backward_reference`: one or two launches, or one and a library's product."""
-    parts = (packed, absmax, nested_absmax, nested_code, nested_offset)
-    weight = Weight(*parts, quant_type, block_size, nested_block_size, rows, columns)
-    grad, shape = grad_output.detach(), (*grad_output.shape[:-1], columns)
+def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
+    """Computes `ept_kernels.matmul_4bit_backward_reference` of a weight's tensors and sizes: in one or two launches, or
+    in one and a library's product.
+    """
+    weight = Weight(*arguments)
+    grad, shape = grad_output.detach(), (*grad_output.shape[:-1], weight.columns)
     flat = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)  # [tokens, rows]
     if path_of("matmul_4bit_backward", weight, flat.shape[0], grad.dtype) == FUSED:
-        return run(matmul_4bit_backward_kernel, "matmul_4bit_backward", flat, weight, columns).view(shape)
-    out = grad.new_empty(flat.shape[0], columns)
+        return run(matmul_4bit_backward_kernel, "matmul_4bit_backward", flat, weight, weight.columns).view(shape)
+    out = grad.new_empty(flat.shape[0], weight.columns)
     return torch.mm(flat, dequantize_4bit(*weight, grad.dtype), out=out).view(shape)

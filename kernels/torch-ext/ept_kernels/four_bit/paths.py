@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import architecture, cached_choice, config_for
+from ..launch import architecture, cached_choice, config_for, key
 from .decode import is_word_aligned
-from .splits import Weight, key
+from .splits import Weight
 
 LIBRARY, FUSED, BITSANDBYTES = 0, 1, 2
 
@@ -37,11 +37,11 @@ COUNTS = (1, 4, 5, 7, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 1024, 153
 FUSED_UP_TO, THEIRS_UP_TO = 32, 7
 
 _THEIR_NESTED_BLOCK_SIZE = 256
-_THEIR_MOST_WEIGHTS = 2**31 - 1  # they count in 32 bits
+_THEIR_MAX_WEIGHTS = 2**31 - 1  # they count in 32 bits
 
 
 def path_of(operator: str, weight: Weight, tokens: int, dtype: torch.dtype) -> int:
-    """The way that `operator` takes for `tokens` of `dtype`: the measured one where it can be gone."""
+    """Chooses the way that `operator` takes for `tokens` of `dtype`: the measured one where it can be gone."""
     packed, rows, columns = weight.packed, weight.rows, weight.columns
     if columns % weight.block_size or not is_word_aligned(packed, rows * columns) or not tokens * rows * columns:
         return LIBRARY
@@ -55,43 +55,43 @@ def path_of(operator: str, weight: Weight, tokens: int, dtype: torch.dtype) -> i
 
 
 def has_fused(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a fused kernel for tokens of `dtype`."""
+    """Tells whether there is a fused kernel for tokens of `dtype`."""
     return dtype.itemsize == 2 or architecture(device) == "cpu"
 
 
 @cached_choice
 def chosen_path(operator: str, count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The measured path for `count` tokens, one of `COUNTS`, or `heuristic_path`'s."""
+    """Chooses the measured path for `count` tokens, one of `COUNTS`, or `heuristic_path`'s."""
     default = {"PATH": heuristic_path(operator, count, dtype, device)}
     return config_for(key(f"{operator}.path", dtype), (count, rows, columns), device, default)["PATH"]
 
 
 def heuristic_path(operator: str, count: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The path where nothing was measured."""
+    """Chooses the path where nothing was measured."""
     if has_fused(dtype, device):
         return FUSED if count <= FUSED_UP_TO else LIBRARY
     return BITSANDBYTES if operator == "matmul_4bit" and count <= THEIRS_UP_TO else LIBRARY
 
 
 def has_bitsandbytes() -> bool:
-    """Whether bitsandbytes is loaded and has the product. It is not loaded for its sake: whoever holds one of its
+    """Tells whether bitsandbytes is loaded and has the product. It is not loaded for this: whoever holds one of its
     weights has done so.
     """
     return "bitsandbytes" in sys.modules and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
 def bitsandbytes_takes(weight: Weight) -> bool:
-    """Whether bitsandbytes' product takes `weight`, whose blocks do not straddle rows."""
+    """Tells whether bitsandbytes' product takes `weight`, whose blocks do not straddle rows."""
     return (
         weight.nested_block_size in (0, _THEIR_NESTED_BLOCK_SIZE)
-        and weight.rows * weight.columns <= _THEIR_MOST_WEIGHTS
+        and weight.rows * weight.columns <= _THEIR_MAX_WEIGHTS
         and weight.packed.data_ptr() % 16 == 0
         and has_bitsandbytes()
     )
 
 
 def bitsandbytes_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """`x·Wᵀ + bias` by bitsandbytes, `[tokens, rows]`."""
+    """Computes `x·Wᵀ + bias` by bitsandbytes, `[tokens, rows]`."""
     product: Any = torch.ops.bitsandbytes.gemm_4bit.default
     bias = None if bias is None else bias.to(x.dtype)
     packed, shape = weight.packed.view(-1, 1), (weight.rows, weight.columns)

@@ -1,11 +1,13 @@
-"""`dequantize_4bit`: the weights of a `ept_kernels.FourBitWeight`, to the bits of bitsandbytes."""
+"""Operators of a frozen `ept_kernels.FourBitWeight` `W`: its weights to the bits of bitsandbytes, and two products."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..library import register
+from ..library import compute_dtype, register
 from .weight import LEVELS, SCHEMA, FourBitWeight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -24,7 +26,7 @@ def dequantize_parts(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`dequantize_4bit_reference` of the parts of a weight: what the operator takes."""
+    """Computes `dequantize_4bit_reference` of the parts of a weight, which the operator takes."""
     levels = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=packed.device)
     nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[: rows * columns]  # [elements]
     if nested_absmax is not None:
@@ -38,7 +40,7 @@ def dequantize_parts(
 
 
 def dequantize_4bit_reference(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """`[rows, columns]` in `dtype`: level times absmax in float32, rounded once.
+    """Dequantises to `[rows, columns]` in `dtype`: level times absmax in float32, rounded once.
 
     Equal to `bitsandbytes.functional.dequantize_4bit` bit for bit. float64 holds the float32 values.
     """
@@ -46,12 +48,97 @@ def dequantize_4bit_reference(weight: FourBitWeight, dtype: torch.dtype) -> Tens
 
 
 def dequantize_4bit(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """`dequantize_4bit_reference` through the operator `ept::dequantize_4bit`.
+    """Computes `dequantize_4bit_reference` through the operator `ept::dequantize_4bit`.
 
     Raises:
         ValueError: `dtype` is none of float32, float16, bfloat16 and float64.
     """
     return _dequantize_4bit(*weight.tensors, *weight.sizes, _checked(dtype))
+
+
+def matmul_parts(x: Tensor, *arguments: Any) -> Tensor:
+    """Computes `matmul_4bit_reference` of a weight's tensors, the bias and its sizes, which the operator takes."""
+    dtype, weight, bias = compute_dtype(x), (*arguments[:5], *arguments[6:], x.dtype), arguments[5]
+    out = x.to(dtype) @ dequantize_parts(*weight).to(dtype).mT
+    return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
+
+
+def matmul_backward_parts(grad_output: Tensor, *arguments: Any) -> Tensor:
+    """Computes `matmul_4bit_backward_reference` of the parts of a weight, which the operator takes."""
+    dtype, weight = compute_dtype(grad_output), (*arguments, grad_output.dtype)
+    return (grad_output.to(dtype) @ dequantize_parts(*weight).to(dtype)).to(grad_output.dtype)
+
+
+def matmul_4bit_reference(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
+    """Computes `x·Wᵀ + bias`.
+
+    Args:
+        x: `[..., columns]` float32, float16, bfloat16 or float64.
+        weight: `W`, `[rows, columns]`; rounded to x's dtype, as a dequantised weight would be.
+        bias: `[rows]`, any floating dtype.
+
+    Returns:
+        `[..., rows]` in x's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    check_operands(x, weight, bias)
+    return matmul_parts(x, *weight.tensors, bias, *weight.sizes)
+
+
+def matmul_4bit(x: Tensor, weight: FourBitWeight, bias: Tensor | None = None) -> Tensor:
+    """Computes `matmul_4bit_reference` through the operator `ept::matmul_4bit`; raises as it does."""
+    check_operands(x, weight, bias)
+    return _matmul_4bit(x, *weight.tensors, bias, *weight.sizes)
+
+
+def matmul_4bit_backward_reference(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
+    """Computes `grad_output·W`, the gradient of x; the weight is frozen and gets none.
+
+    Args:
+        grad_output: `[..., rows]`, gradient of the product, in its dtype.
+
+    Returns:
+        `[..., columns]` in grad_output's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+    """
+    _check("grad_output", grad_output, weight.rows, weight)
+    return matmul_backward_parts(grad_output, *weight.tensors, *weight.sizes)
+
+
+def matmul_4bit_backward(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
+    """Computes `matmul_4bit_backward_reference` through the operator `ept::matmul_4bit_backward`; raises alike."""
+    _check("grad_output", grad_output, weight.rows, weight)
+    return _matmul_4bit_backward(grad_output, *weight.tensors, *weight.sizes)
+
+
+def check_operands(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> None:
+    """Refuses what `matmul_4bit` cannot multiply, with a ValueError."""
+    _check("x", x, weight.columns, weight)
+    if bias is None:
+        return
+    if tuple(bias.shape) != (weight.rows,) or not bias.is_floating_point():
+        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, the 4-bit weight needs ({weight.rows},) floats")
+    _check_device("bias", bias, weight)
+
+
+def _check(name: str, tensor: Tensor, width: int, weight: FourBitWeight) -> None:
+    if tensor.dim() == 0 or tensor.shape[-1] != width:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, the 4-bit weight [{weight.rows}, {weight.columns}] needs "
+            f"[..., {width}]"
+        )
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype}: use one of {', '.join(map(str, DTYPES))}")
+    _check_device(name, tensor, weight)
+
+
+def _check_device(name: str, tensor: Tensor, weight: FourBitWeight) -> None:
+    if tensor.device != weight.packed.device:
+        raise ValueError(f"{name} is on {tensor.device}, the 4-bit weight on {weight.packed.device}: move one of them")
 
 
 def _checked(dtype: torch.dtype) -> torch.dtype:
@@ -65,9 +152,23 @@ def _fake(packed, *others):
     return packed.new_empty(rows, columns, dtype=dtype)
 
 
+def _matmul_fake(x, *weight):
+    return x.new_empty(*x.shape[:-1], weight[-2])
+
+
+def _matmul_backward_fake(grad_output, *weight):
+    return grad_output.new_empty(*grad_output.shape[:-1], weight[-1])
+
+
 _dequantize_4bit = register(
-    f"dequantize_4bit({SCHEMA.format('')}, ScalarType dtype) -> Tensor",
-    dequantize_parts,
-    _fake,
-    launcher="four_bit.dequantize",
+    f"dequantize_4bit({SCHEMA.format('')}, ScalarType dtype) -> Tensor", dequantize_parts, _fake, "four_bit.dequantize"
+)
+_matmul_4bit = register(
+    f"matmul_4bit(Tensor x, {SCHEMA.format('Tensor? bias,')}) -> Tensor", matmul_parts, _matmul_fake, "four_bit.matmul"
+)
+_matmul_4bit_backward = register(
+    f"matmul_4bit_backward(Tensor grad_output, {SCHEMA.format('')}) -> Tensor",
+    matmul_backward_parts,
+    _matmul_backward_fake,
+    "four_bit.matmul_backward",
 )

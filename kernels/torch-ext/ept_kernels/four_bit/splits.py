@@ -1,7 +1,7 @@
-"""What the fused kernels of the two products with a 4-bit weight share: launch configurations, sums over splits.
+"""Launch choices of the fused products with a 4-bit weight, and sums over splits.
 
 Too few tiles to fill a GPU are split along the sum; the splits' partial sums are added in a fixed order by a second
-launch. When these kernels are taken, and what else there is: see `four_bit_paths.py`.
+launch. `paths.py` says when these kernels are taken, and what else there is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, all_registers, architecture, cached_choice, config_for, launch, on_device
+from ..launch import Config, all_registers, architecture, cached_choice, config_for, key, launch, on_device
 from .decode import levels
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
@@ -48,17 +48,12 @@ class Weight(NamedTuple):
     columns: int
 
     def pointers(self) -> tuple[Tensor | None, ...]:
-        """What every kernel takes first."""
+        """Returns what every kernel takes first."""
         return (*self[:5], levels(self.quant_type, self.packed.device))
 
 
-def key(kernel: str, dtype: torch.dtype) -> str:
-    """Name of `kernel` in a file of measured configurations, for tokens of `dtype`."""
-    return f"{kernel}/{8 * dtype.itemsize}-bit"
-
-
 def heuristic(kernel: str, rows: int, columns: int) -> Config:
-    """Meta-parameters of `kernel`, such as `"matmul_4bit/16"`, where nothing was measured."""
+    """Chooses meta-parameters of `kernel`, such as `"matmul_4bit/16"`, where nothing was measured."""
     config = dict(CONFIGS[kernel])
     results, across, summed, along = _directions(kernel, rows, columns)
     wanted = PROGRAMS // triton.cdiv(results, config[across])
@@ -67,24 +62,13 @@ def heuristic(kernel: str, rows: int, columns: int) -> Config:
     return {**config, "SPLITS": max(1, min(wanted, affordable, summed // (4 * config[along])))}
 
 
-def meta(config: Config, block_size: int, nested_block_size: int, operand: torch.dtype) -> dict[str, Any]:
-    """What a product is launched or compiled with; `nested_block_size` is 0 where absmax is not nested."""
-    return {
-        **{name: value for name, value in config.items() if name != "SPLITS"},
-        "BLOCK_SIZE": block_size,
-        "NESTED_BLOCK_SIZE": nested_block_size,
-        "OPERAND": TRITON_TYPES[operand],
-        "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
-    }
-
-
 def operand_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What `dtype` tokens are multiplied in: under the interpreter float32, it has no 16-bit products."""
+    """Says what `dtype` tokens are multiplied in: under the interpreter float32, it has no 16-bit products."""
     return torch.float32 if architecture(device) == "cpu" else dtype
 
 
 class Plan(NamedTuple):
-    """How a product is launched but for the number of tokens."""
+    """A product's launch but for the number of tokens."""
 
     tiles_across: int  # of the results of a token
     splits: int
@@ -96,7 +80,7 @@ class Plan(NamedTuple):
 
 
 def plan(operator: str, tokens: int, weight: Weight, dtype: torch.dtype) -> Plan:
-    """For `tokens` of `dtype`: the smallest tile that holds them, or the largest there is."""
+    """Takes the smallest tile that holds `tokens` of `dtype`, or the largest there is."""
     tile = next((size for size in TILES if tokens <= size), TILES[-1])
     shape = (weight.rows, weight.columns, weight.block_size, weight.nested_block_size)
     return _plan(f"{operator}/{tile}", *shape, dtype, weight.packed.device)
@@ -116,19 +100,20 @@ def _plan(
     results, across, summed, along = _directions(kernel, rows, columns)
     tiles = triton.cdiv(summed, config[along])
     tiles_a_split = triton.cdiv(tiles, config["SPLITS"])
-    options = meta(config, block_size, nested_block_size, operand_type(dtype, device))
-    if needs_all_registers(kernel):
+    options = {
+        **{name: value for name, value in config.items() if name != "SPLITS"},
+        "BLOCK_SIZE": block_size,
+        "NESTED_BLOCK_SIZE": nested_block_size,
+        "OPERAND": TRITON_TYPES[operand_type(dtype, device)],
+        "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
+    }
+    if "backward" in kernel:  # of which the assembler spills a few registers on sm_80 (Triton 3.6)
         options |= all_registers(device)
     return Plan(triton.cdiv(results, config[across]), triton.cdiv(tiles, tiles_a_split), tiles_a_split, options)
 
 
-def needs_all_registers(kernel: str) -> bool:
-    """Whether the assembler by itself spills a few registers of `kernel`: of the backward on sm_80 (Triton 3.6)."""
-    return "backward" in kernel
-
-
 def _directions(kernel: str, rows: int, columns: int) -> tuple[int, str, int, str]:
-    """Results a token and the tile across them, length of the sum behind each and the tile along it."""
+    """Returns results a token and the tile across them, length of the sum behind each and the tile along it."""
     if "backward" in kernel:
         return columns, "BLOCK_K", rows, "BLOCK_N"
     return rows, "BLOCK_N", columns, "BLOCK_K"
@@ -146,7 +131,7 @@ def matmul_4bit_reduce_kernel(
     # Meta-parameters
     BLOCK_E: tl.constexpr,
 ):
-    """`out = Σ partial + bias`, split by split."""
+    """Computes `out = Σ partial + bias`, split by split."""
     o_e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     m_e = o_e < elements
     b_out = tl.zeros([BLOCK_E], tl.float32)

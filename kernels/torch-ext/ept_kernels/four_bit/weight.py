@@ -14,24 +14,14 @@ import torch
 from torch import Tensor, nn
 
 # bitsandbytes' tables in the order of the nibbles: every number is a float32 exactly.
+# fmt: off
 NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
+# fmt: on
 _FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4 = (*_FP4_MAGNITUDES, *(0.0 - level for level in _FP4_MAGNITUDES))  # nibble 8 is a zero without a sign
 LEVELS = {"nf4": NF4, "fp4": FP4}
@@ -82,7 +72,7 @@ class FourBitWeight:
 
     @classmethod
     def from_bitsandbytes(cls, source: Any, *, check_code: bool = True) -> FourBitWeight:
-        """The weight that bitsandbytes holds, without copying it.
+        """Wraps the weight that bitsandbytes holds, without copying it.
 
         Args:
             source: a `Params4bit`, or the module that has one as its `weight`. A weight that has lost its quant
@@ -132,12 +122,12 @@ class FourBitWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The operators' tensor arguments, in order."""
+        """Lists the operators' tensor arguments, in order."""
         return self.packed, self.absmax, self.nested_absmax, self.nested_code, self.nested_offset
 
     @property
     def sizes(self) -> tuple[str, int, int, int, int]:
-        """The operators' other arguments, in order."""
+        """Lists the operators' other arguments, in order."""
         return self.quant_type, self.block_size, self.nested_block_size, self.rows, self.columns
 
 
@@ -145,7 +135,7 @@ def _check(weight: FourBitWeight) -> None:
     if not isinstance(weight.quant_type, str) or weight.quant_type not in LEVELS:
         raise _unexpected("quant_type", repr(weight.quant_type), " or ".join(map(repr, LEVELS)))
     for name in ("rows", "columns"):
-        _check_size(name, getattr(weight, name), 1)
+        _check_positive(name, getattr(weight, name))
     size = weight.block_size
     if not _is_integer(size) or size not in BLOCK_SIZES:
         raise _unexpected("block_size", repr(size), f"a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}")
@@ -156,7 +146,7 @@ def _check(weight: FourBitWeight) -> None:
     if all(part is None for part in parts):
         _check_tensor("absmax", weight.absmax, torch.float32, blocks, device)
         return
-    _check_size("nested_block_size", weight.nested_block_size, 1)
+    _check_positive("nested_block_size", weight.nested_block_size)
     _check_tensor("absmax", weight.absmax, torch.uint8, blocks, device)
     groups = _ceil_div(blocks, weight.nested_block_size)
     for name, part, length in zip(("nested_absmax", "nested_code", "nested_offset"), parts, (groups, 256, 1)):
@@ -180,13 +170,13 @@ def _check_tensor(
     return tensor.device
 
 
-def _check_size(name: str, value: Any, least: int) -> None:
-    if not _is_integer(value) or value < least:
-        raise _unexpected(name, repr(value), f"an integer, {least} or more")
+def _check_positive(name: str, value: Any) -> None:
+    if not _is_integer(value) or value < 1:
+        raise _unexpected(name, repr(value), "an integer, 1 or more")
 
 
 def _check_code(code: Any, quant_type: str) -> None:
-    """bitsandbytes computes with its own table of the type, so that another one in the state means damage."""
+    """Refuses another table in the state than that of the type, with which bitsandbytes computes: it means damage."""
     _check_tensor("code", code, torch.float32, 16)
     if code.is_meta or torch.compiler.is_compiling():
         return
@@ -199,12 +189,12 @@ def _matrix(shape: Any) -> tuple[int, int]:
     if not isinstance(shape, (tuple, list)) or len(shape) != 2:
         raise _unexpected("quant_state.shape", shape, "(rows, columns)")
     for name, size in zip(("rows", "columns"), shape):
-        _check_size(name, size, 1)
+        _check_positive(name, size)
     return shape[0], shape[1]
 
 
 def _bytes(data: Tensor, elements: int) -> Tensor:
-    """A flat view of `data` as the bytes of so many weights; a last storage element may have bytes to spare."""
+    """Views `data` flat, as the bytes of so many weights; a last storage element may have bytes to spare."""
     if data.dtype not in STORAGE_DTYPES:
         raise _unexpected("the storage's dtype", data.dtype, ", ".join(map(str, STORAGE_DTYPES)))
     if not data.is_contiguous():

@@ -29,7 +29,7 @@ from .rows import exponents_of_C, exponents_of_p, inverse_rms_of_C, keys, keys_o
 
 @triton.jit
 def _statistics(products, A, o_j, b_n, c, rho, sigma, z: tl.constexpr):
-    """The maximum of the exponents, the sum of their exponentials and `δ`, `[rows]` each."""
+    """Computes the maximum of the exponents, the sum of their exponentials and `δ`, `[rows]` each."""
     BLOCK_M: tl.constexpr = z.BLOCK_M
     BLOCK_S: tl.constexpr = z.BLOCK_S
     b_max = tl.full([BLOCK_S], float("-inf"), tl.float32)
@@ -46,7 +46,7 @@ def _statistics(products, A, o_j, b_n, c, rho, sigma, z: tl.constexpr):
 
 @triton.jit
 def _update(b_max, b_sum, b_delta, b_x, b_gw):
-    """The statistics with the exponents and `∂ω` of one more tile."""
+    """Updates the statistics with the exponents and `∂ω` of one more tile."""
     b_new = tl.maximum(b_max, tl.max(b_x, axis=1))
     b_shrink = tl.exp(b_max - b_new)
     b_w = tl.exp(b_x - b_new[:, None])
@@ -55,13 +55,13 @@ def _update(b_max, b_sum, b_delta, b_x, b_gw):
 
 @triton.jit
 def _grads_along_B(products, o_j, o_r, rho, z: tl.constexpr):
-    """`∂P·Bᵀ` `[rows, o_r]`."""
+    """Computes `∂P·Bᵀ` `[rows, o_r]`."""
     return rho * inner(products, o_j, o_r, z.s, z.r, z.s, z.s, z)
 
 
 @triton.jit
 def _on_C(products, A, o_j, b_n, o_m, c, rho, sigma, z: tl.constexpr):
-    """One over the root mean square of `C`'s rows `o_m`; `T·Aᵀ`, exponents and `∂ω` on them `[rows, o_m]`.
+    """Computes one over the root mean square of `C`'s rows `o_m`; `T·Aᵀ`, exponents and `∂ω` on them `[rows, o_m]`.
 
     A piece of the rank at a time, read anew each time: held throughout, the operands would overflow the registers.
     """
@@ -81,7 +81,7 @@ def _on_C(products, A, o_j, b_n, o_m, c, rho, sigma, z: tl.constexpr):
 
 @triton.jit
 def _on_p(products, o_j, b_n, o_i, rho, sigma, z: tl.constexpr):
-    """Scores, exponents and `∂ω` on the prompt's rows `o_i`: `[rows, o_i]`."""
+    """Computes scores, exponents and `∂ω` on the prompt's rows `o_i`: `[rows, o_i]`."""
     b_scores = scores_of_p(products, o_j, b_n, o_i, z)
     b_gw = rho * inner(products, o_j, o_i, z.s, z.s, z.s, 0, z)
     return b_scores, exponents_of_p(b_scores, o_i, sigma, z), b_gw
@@ -89,14 +89,14 @@ def _on_p(products, o_j, b_n, o_i, rho, sigma, z: tl.constexpr):
 
 @triton.jit
 def _weights(b_x, b_gw, b_max, b_sum, b_delta, factor):
-    """`ω` and `∂x`; `factor`: σ·β."""
+    """Computes `ω` and `∂x`; `factor`: σ·β."""
     b_w = tl.exp(b_x - b_max[:, None]) / b_sum[:, None]
     return b_w, factor * b_w * (b_gw - b_delta[:, None])
 
 
 @triton.jit
 def _weights_on_C(products, A, o_j, b_n, o_m, b_max, b_sum, b_delta, c, rho, sigma, factor, z: tl.constexpr):
-    """`ω` on `C`'s rows `o_m`; `c·∂x ⊙ n`; and what these prompt rows add to `w`."""
+    """Computes `ω` on `C`'s rows `o_m`; `c·∂x ⊙ n`; and what these prompt rows add to `w`."""
     b_n_C, b_TA, b_x, b_gw = _on_C(products, A, o_j, b_n, o_m, c, rho, sigma, z)
     b_w, b_gx = _weights(b_x, b_gw, b_max, b_sum, b_delta, factor)
     b_norms = (-c * c * c / z.d) * b_n_C * b_n_C * b_n_C * tl.sum(b_gx * b_TA, axis=0)
@@ -105,7 +105,7 @@ def _weights_on_C(products, A, o_j, b_n, o_m, b_max, b_sum, b_delta, c, rho, sig
 
 @triton.jit
 def _grad_T(products, A, o_j, b_n, b_max, b_sum, b_delta, c, rho, sigma, factor, z: tl.constexpr):
-    """`∂T` `[rows, RANK]`."""
+    """Computes `∂T` `[rows, RANK]`."""
     BLOCK_M: tl.constexpr = z.BLOCK_M
     BLOCK_S: tl.constexpr = z.BLOCK_S
     RANK: tl.constexpr = z.RANK
@@ -121,7 +121,7 @@ def _grad_T(products, A, o_j, b_n, b_max, b_sum, b_delta, c, rho, sigma, factor,
 
 @triton.jit
 def _keys_weighted(products, prompt, o_j, b_n, o_d, b_max, b_sum, b_delta, rho, sigma, factor, z: tl.constexpr):
-    """`Σ_i ∂x[j, i]·P̂_i`, columns `o_d`, and `Σ_i ∂x[j, i]·score[j, i]`."""
+    """Computes `Σ_i ∂x[j, i]·P̂_i`, columns `o_d`, and `Σ_i ∂x[j, i]·score[j, i]`."""
     BLOCK_S: tl.constexpr = z.BLOCK_S
     b_keys = tl.zeros([BLOCK_S, o_d.shape[0]], tl.float32)
     b_along = tl.zeros([BLOCK_S], tl.float32)
@@ -137,7 +137,7 @@ def _keys_weighted(products, prompt, o_j, b_n, o_d, b_max, b_sum, b_delta, rho, 
 
 @triton.jit
 def _grad_queries(products, b_gT, o_j, b_n, b_max, b_sum, b_delta, rho, sigma, factor, z: tl.constexpr):
-    """`∂q` `[rows, MAPS]`, only with maps."""
+    """Computes `∂q` `[rows, MAPS]`, only with maps."""
     BLOCK_S: tl.constexpr = z.BLOCK_S
     RANK: tl.constexpr = z.RANK
     b_gq = tl.dot(b_gT, keys_of_B(products, tl.arange(0, RANK), z), input_precision=z.PRECISION)
@@ -239,7 +239,7 @@ def _fusion_to_p(
 
 @triton.jit
 def _grad_of_B(products, prompt, grad_output, A, B, W_k, grad_B, beta, i_r, o_d, c, rho, sigma, z: tl.constexpr):
-    """`∂B`."""
+    """Writes a tile of `∂B`."""
     BLOCK_D: tl.constexpr = z.BLOCK_D
     BLOCK_M: tl.constexpr = z.BLOCK_M
     BLOCK_R: tl.constexpr = z.BLOCK_R
@@ -283,7 +283,7 @@ def _grad_of_B(products, prompt, grad_output, A, B, W_k, grad_B, beta, i_r, o_d,
 
 @triton.jit
 def _grad_of_A(products, A, grad_A, beta, i_m, c, rho, sigma, z: tl.constexpr):
-    """`∂A`."""
+    """Writes a tile of `∂A`."""
     BLOCK_M: tl.constexpr = z.BLOCK_M
     BLOCK_R: tl.constexpr = z.BLOCK_R
     BLOCK_S: tl.constexpr = z.BLOCK_S
@@ -313,7 +313,7 @@ def _grad_of_A(products, A, grad_A, beta, i_m, c, rho, sigma, z: tl.constexpr):
 
 @triton.jit
 def _grads_of_maps(products, prompt, A, B, grad_W_q, grad_W_k, beta, o_d, c, rho, sigma, z: tl.constexpr):
-    """`∂W_q = P̂ᵀ·∂q`, and `∂W_k = (∂x·K)ᵀ·q` with the rows K that are keys."""
+    """Writes tiles of `∂W_q = P̂ᵀ·∂q`, and `∂W_k = (∂x·K)ᵀ·q` with the rows K that are keys."""
     BLOCK_D: tl.constexpr = z.BLOCK_D
     BLOCK_S: tl.constexpr = z.BLOCK_S
     RANK: tl.constexpr = z.RANK
@@ -363,8 +363,8 @@ def joint_prompt_backward_kernel(
     score_scale,
     z: tl.constexpr,
 ):
-    """One tile of one gradient: the first programs take `∂A`, the others each a column tile of `∂B`, the maps, the
-    prompt, the gate or the spaces.
+    """Writes one tile of one gradient: the first programs take `∂A`, the others each a column tile of `∂B`, the maps,
+    the prompt, the gate or the spaces.
     """
     BLOCK_S: tl.constexpr = z.BLOCK_S
     BLOCK_D: tl.constexpr = z.BLOCK_D

@@ -1,6 +1,6 @@
-"""What the gated spaces add to the joint prompt's gradients: to those of `p`, `D`, `U` and `G`, a tile each.
+"""The gated spaces' part of the joint prompt's gradients: of those of `p`, `D`, `U` and `G`, a tile each.
 
-Helpers of the backward kernel; letters as in `joint_prompt_gradients.py`.
+Helpers of the backward kernel; letters as in `backward.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .rows import COLUMNS, activate, before_activation, gates, gates_of_columns,
 
 @triton.jit
 def _columns(products, o_s, b_n, b_gates, o_c, rho, z: tl.constexpr):
-    """Of the spaces' columns `o_c`: `P̂·D`, `φ(P̂·D) ⊙ gate`, `∂(P̂·D)`, and `∂gate` as far as a column goes."""
+    """Computes, on the spaces' columns `o_c`, `P̂·D`, `φ(P̂·D) ⊙ gate`, `∂(P̂·D)`, and `∂gate` as far as a column goes."""
     b_before = before_activation(products, o_s, b_n, o_c, z)
     b_hidden = activate(b_before, z)
     b_gU = rho * inner(products, o_s, o_c, z.s, z.columns, z.s, z.column_U, z)  # ∂P·Uᵀ
@@ -28,7 +28,7 @@ def _columns(products, o_s, b_n, b_gates, o_c, rho, z: tl.constexpr):
 
 @triton.jit
 def spaces_to_p(products, D, G, o_s, b_n, o_d, rho, z: tl.constexpr):
-    """The spaces' part of `∂P̂`, and of the sum of `∂P̂·P̂` over d."""
+    """Computes the spaces' part of `∂P̂`, and of the sum of `∂P̂·P̂` over d."""
     BLOCK_S: tl.constexpr = z.BLOCK_S
     BLOCK_D: tl.constexpr = z.BLOCK_D
     GATES: tl.constexpr = z.GATES
@@ -56,13 +56,13 @@ def spaces_to_p(products, D, G, o_s, b_n, o_d, rho, z: tl.constexpr):
 
 @triton.jit
 def _through_softmax(b_w, b_gw):
-    """The gradient of what the softmax with result `b_w` was taken of."""
+    """Computes the gradient of what the softmax with result `b_w` was taken of."""
     return b_w * (b_gw - tl.sum(b_w * b_gw, axis=1)[:, None])
 
 
 @triton.jit
 def grads_of_spaces(products, prompt, grad_output, grad_D, grad_U, i_c, o_d, rho, z: tl.constexpr):
-    """`∂D = P̂ᵀ·∂(P̂·D)` and `∂U = (φ(P̂·D) ⊙ gate)ᵀ·∂P`."""
+    """Writes tiles of `∂D = P̂ᵀ·∂(P̂·D)` and `∂U = (φ(P̂·D) ⊙ gate)ᵀ·∂P`."""
     BLOCK_D: tl.constexpr = z.BLOCK_D
     BLOCK_S: tl.constexpr = z.BLOCK_S
     o_c = i_c * COLUMNS + tl.arange(0, COLUMNS)
@@ -85,7 +85,7 @@ def grads_of_spaces(products, prompt, grad_output, grad_D, grad_U, i_c, o_d, rho
 
 @triton.jit
 def grad_of_G(products, prompt, grad_G, o_d, rho, z: tl.constexpr):
-    """`∂G = P̂ᵀ·∂(P̂·G)`."""
+    """Writes a tile of `∂G = P̂ᵀ·∂(P̂·G)`."""
     BLOCK_D: tl.constexpr = z.BLOCK_D
     BLOCK_S: tl.constexpr = z.BLOCK_S
     GATES: tl.constexpr = z.GATES

@@ -26,7 +26,7 @@ from .rows import (
 
 @triton.jit
 def _fusion(products, prompt, A, B, o_s, b_n, o_d, scale, score_scale, z: tl.constexpr):
-    """`Z = ω·[c·A·B; p]` of rows `o_s`, columns `o_d`; the softmax ω in one pass, as it goes."""
+    """Computes `Z = ω·[c·A·B; p]` of rows `o_s`, columns `o_d`; the softmax ω in one pass, as it goes."""
     BLOCK_S: tl.constexpr = z.BLOCK_S
     BLOCK_D: tl.constexpr = z.BLOCK_D
     BLOCK_M: tl.constexpr = z.BLOCK_M
@@ -77,7 +77,7 @@ def joint_prompt_kernel(
     score_scale,
     z: tl.constexpr,
 ):
-    """One tile of `ρ·(p + β·Z + (φ(P̂·D) ⊙ gate)·U)`."""
+    """Writes one tile of `ρ·(p + β·Z + (φ(P̂·D) ⊙ gate)·U)`."""
     BLOCK_S: tl.constexpr = z.BLOCK_S
     BLOCK_D: tl.constexpr = z.BLOCK_D
     i_program = tl.program_id(0)

@@ -3,16 +3,6 @@
 The left rows `[p; ∂P; B]` are multiplied with the right rows `[p; B; U; Dᵀ; Gᵀ; W_qᵀ; W_kᵀ]` tile by tile. Tiles
 that nothing reads are left out; `∂P` and `U` belong to the backward. Beside them the squares of `A·B`'s rows are
 summed, whose tiles live in registers only. The width d is split into parts, which the reader adds up in order.
-
-What the forward takes, counted, without maps, m = 256:
-
-| | bytes read | inner products | squares of C | all rows' softmax | expansion to d |
-|---|---|---|---|---|---|
-| s = 40, d = 768, r = 30, K = 4, K·h = 8 | 0.3 MB | 5 MFLOP | 12 MFLOP | 1.2 MFLOP | 5 MFLOP |
-| s = 100, d = 4096, r = 60, K = 8, K·h = 32 | 3.9 MB | 164 MFLOP | 126 MFLOP | 6 MFLOP | 157 MFLOP |
-
-The softmax is rebuilt once a column tile of d: forward by each program for its own rows, backward by most programs for
-all rows, with the gradient's product beside it. There it is the larger part of the work, which two launches cost.
 """
 
 from __future__ import annotations
@@ -27,7 +17,7 @@ EPS = tl.constexpr(NORM_EPS)
 
 @triton.jit
 def load_tile(x, o_i, o_j, rows, columns):
-    """Rows `o_i` and columns `o_j` of `x` `[rows, columns]`, contiguous, in float32; zero beyond its edges."""
+    """Loads rows `o_i` and columns `o_j` of `x` `[rows, columns]`, contiguous, in float32; zero beyond its edges."""
     mask = (o_i < rows)[:, None] & (o_j < columns)[None, :]
     return tl.load(x + o_i.to(tl.int64)[:, None] * columns + o_j[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -41,7 +31,7 @@ def store_tile(x, b_x, o_i, o_j, rows, columns):
 
 @triton.jit
 def inner(products, o_i, o_j, rows, columns, row, column, z: tl.constexpr):
-    """Inner products over all of d, the parts added up in order: `[o_i, o_j]` of those `rows` and `columns` of
+    """Reads inner products over all of d, the parts added up in order: `[o_i, o_j]` of those `rows` and `columns` of
     the matrix that begin at `row` and `column`; zero beyond them.
     """
     parts: tl.constexpr = z.parts
@@ -55,7 +45,7 @@ def inner(products, o_i, o_j, rows, columns, row, column, z: tl.constexpr):
 
 @triton.jit
 def inverse_rms(products, first, step, o_n, rows, scale, z: tl.constexpr):
-    """One over the root mean square of rows `o_n` times `scale`; their squares' sums stand `step` apart."""
+    """Reads one over the root mean square of rows `o_n` times `scale`; their squares' sums stand `step` apart."""
     parts: tl.constexpr = z.parts
     p_squares = products + first + o_n.to(tl.int64) * step
     b_sum = tl.load(p_squares, mask=o_n < rows, other=0.0)
@@ -66,7 +56,7 @@ def inverse_rms(products, first, step, o_n, rows, scale, z: tl.constexpr):
 
 @triton.jit
 def inverse_rms_of_p(products, o_s, z: tl.constexpr):
-    """Of the prompt's rows: their squares are the matrix's diagonal."""
+    """Reads it for the prompt's rows: their squares are the matrix's diagonal."""
     return inverse_rms(products, 0, z.width + 1, o_s, z.s, 1.0, z)
 
 
@@ -79,7 +69,7 @@ def _store_products(products, b_sum, o_i, o_j, rows, columns, row, column, z: tl
 
 @triton.jit
 def _multiply(left, right, o_i, o_j, rows, columns, first, TRANSPOSED: tl.constexpr, z: tl.constexpr):
-    """`left[o_i]·right[o_j]` over the part of d from `first` on; `TRANSPOSED`: right is `[d, columns]`."""
+    """Computes `left[o_i]·right[o_j]` over the part of d from `first` on; `TRANSPOSED`: right is `[d, columns]`."""
     BLOCK_N: tl.constexpr = z.BLOCK_N
     BLOCK_K: tl.constexpr = z.BLOCK_K
     b_sum = tl.zeros([BLOCK_N, BLOCK_N], tl.float32)
@@ -96,7 +86,7 @@ def _multiply(left, right, o_i, o_j, rows, columns, first, TRANSPOSED: tl.conste
 
 @triton.jit
 def _squares_of_C(A, B, products, i_m, first, z: tl.constexpr):
-    """Sums of the squares of `A·B`'s rows over the part of d from `first` on."""
+    """Sums the squares of `A·B`'s rows over the part of d from `first` on."""
     BLOCK_M: tl.constexpr = z.BLOCK_M
     BLOCK_K: tl.constexpr = z.BLOCK_K
     RANK: tl.constexpr = z.RANK
@@ -125,7 +115,7 @@ def joint_prompt_products_kernel(
     products,  # [parts, size] float32
     z: tl.constexpr,
 ):
-    """One part of d of one tile of inner products, or of the squares of one tile of `A·B`'s rows."""
+    """Writes one part of d of one tile of inner products, or of the squares of one tile of `A·B`'s rows."""
     i_program = tl.program_id(0)
     i_part = i_program % z.parts
     i_tile = i_program // z.parts

@@ -1,4 +1,4 @@
-"""What the joint prompt's kernels are compiled for: sizes, parts that are on, tiles, the layout of inner products."""
+"""The joint prompt's shape, for which its kernels are compiled: sizes, parts, tiles, the layout of inner products."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SPACE_COLUMNS = 16
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kernel is compiled for: sizes, parts that are on, and meta-parameters.
+    """Sizes, parts that are on, and meta-parameters, and what follows from them.
 
     All of it is fixed for the life of an adapter and independent of the batch, so all of it is a constant: one argument
     a launch in place of twenty-odd, and loops, tiles and switched-off parts are settled by the compiler.
@@ -39,153 +39,59 @@ class Shape:
     BLOCK_R: int  # rows of grad_B a program
 
     # Paddings to what a matrix product takes.
+    RANK = property(lambda z: padded(z.r))
+    MAPS = property(lambda z: padded(z.a))
+    GATES = property(lambda z: padded(z.K))
+    h = property(lambda z: z.columns // max(z.K, 1))
 
-    @property
-    def RANK(self) -> int:
-        return padded(self.r)
+    # Parts of d: columns of a part, a multiple of BLOCK_K, and how many there are.
+    part = property(lambda z: _cdiv(_cdiv(z.d, z.PARTS), z.BLOCK_K) * z.BLOCK_K)
+    parts = property(lambda z: _cdiv(z.d, z.part))
 
-    @property
-    def MAPS(self) -> int:
-        return padded(self.a)
+    # The matrix of inner products: where its rows [p; ∂P; B] and columns [p; B; U or D; G; W_q; W_k] begin. Only ∂P's
+    # rows have products with U, only p's with D: they share the columns.
+    grads = property(lambda z: z.s if z.backward else 0)
+    row_B = property(lambda z: z.s + z.grads)
+    column_U = property(lambda z: z.s + z.r)
+    column_D = column_U
+    column_G = property(lambda z: z.column_D + z.columns)
+    column_q = property(lambda z: z.column_G + z.K)
+    column_k = property(lambda z: z.column_q + z.a)
+    width = property(lambda z: z.column_k + z.a)
+    # Behind the matrix the squares of A·B's rows begin; and so many elements a part has.
+    squares = property(lambda z: (z.row_B + z.r) * z.width)
+    size = property(lambda z: z.squares + z.m)
 
-    @property
-    def GATES(self) -> int:
-        return padded(self.K)
-
-    @property
-    def h(self) -> int:
-        return self.columns // max(self.K, 1)
-
-    # Parts of d.
-
-    @property
-    def part(self) -> int:
-        """Columns of d in a part: a multiple of BLOCK_K."""
-        return _cdiv(_cdiv(self.d, self.PARTS), self.BLOCK_K) * self.BLOCK_K
-
-    @property
-    def parts(self) -> int:
-        return _cdiv(self.d, self.part)
-
-    # The matrix of inner products: where its rows and columns begin.
-
-    @property
-    def grads(self) -> int:
-        return self.s if self.backward else 0
-
-    @property
-    def row_B(self) -> int:
-        return self.s + self.grads
-
-    @property
-    def column_U(self) -> int:
-        return self.s + self.r
-
-    @property
-    def column_D(self) -> int:
-        return self.column_U  # only ∂P's rows have products with U, only p's with D: they share the columns
-
-    @property
-    def column_G(self) -> int:
-        return self.column_D + self.columns
-
-    @property
-    def column_q(self) -> int:
-        return self.column_G + self.K
-
-    @property
-    def column_k(self) -> int:
-        return self.column_q + self.a
-
-    @property
-    def width(self) -> int:
-        return self.column_k + self.a
-
-    @property
-    def squares(self) -> int:
-        """Where the squares of A·B's rows begin, behind the matrix."""
-        return (self.row_B + self.r) * self.width
-
-    @property
-    def size(self) -> int:
-        """Elements of a part."""
-        return self.squares + self.m
-
-    # Tiles.
-
-    def tiles(self, size: int) -> int:
-        return _cdiv(size, self.BLOCK_N)
-
-    @property
-    def row_tiles(self) -> int:
-        return self.tiles(self.s) + self.tiles(self.grads) + self.tiles(self.r)
-
-    @property
-    def tiles_p(self) -> int:
-        return self.tiles(self.s)
-
-    @property
-    def tiles_r(self) -> int:
-        return self.tiles(self.r)
-
-    @property
-    def tiles_U(self) -> int:
-        return self.tiles(self.columns if self.backward else 0)
-
-    @property
-    def tiles_D(self) -> int:
-        return self.tiles(self.columns)
-
-    @property
-    def tiles_G(self) -> int:
-        return self.tiles(self.K)
-
-    @property
-    def tiles_a(self) -> int:
-        return self.tiles(self.a)
-
-    @property
-    def column_tiles(self) -> int:
-        return self.tiles_p + self.tiles_r + self.tiles_U + self.tiles_D + self.tiles_G + 2 * self.tiles_a
-
-    @property
-    def square_tiles(self) -> int:
-        return _cdiv(self.m, self.BLOCK_M)
+    # Its tiles.
+    tiles_p = property(lambda z: _cdiv(z.s, z.BLOCK_N))
+    tiles_r = property(lambda z: _cdiv(z.r, z.BLOCK_N))
+    tiles_U = property(lambda z: _cdiv(z.columns, z.BLOCK_N) if z.backward else 0)
+    tiles_D = property(lambda z: _cdiv(z.columns, z.BLOCK_N))
+    tiles_G = property(lambda z: _cdiv(z.K, z.BLOCK_N))
+    tiles_a = property(lambda z: _cdiv(z.a, z.BLOCK_N))
+    row_tiles = property(lambda z: z.tiles_p + _cdiv(z.grads, z.BLOCK_N) + z.tiles_r)
+    column_tiles = property(lambda z: z.tiles_p + z.tiles_r + z.tiles_U + z.tiles_D + z.tiles_G + 2 * z.tiles_a)
+    square_tiles = property(lambda z: _cdiv(z.m, z.BLOCK_M))
 
     # Programs of the backward: grad_A's, then one a column tile for each of the others.
+    programs_A = property(lambda z: _cdiv(z.m, z.BLOCK_M))
+    before_maps = property(lambda z: _cdiv(z.r, z.BLOCK_R))
+    before_prompt = property(lambda z: z.before_maps + (z.a > 0))
+    before_gate = property(lambda z: z.before_prompt + _cdiv(z.s, z.BLOCK_S))
+    before_spaces = property(lambda z: z.before_gate + (z.K > 0))
 
     @property
-    def programs_A(self) -> int:
-        return _cdiv(self.m, self.BLOCK_M)
-
-    @property
-    def before_maps(self) -> int:
-        return _cdiv(self.r, self.BLOCK_R)
-
-    @property
-    def before_prompt(self) -> int:
-        return self.before_maps + (self.a > 0)
-
-    @property
-    def before_gate(self) -> int:
-        return self.before_prompt + _cdiv(self.s, self.BLOCK_S)
-
-    @property
-    def before_spaces(self) -> int:
-        return self.before_gate + (self.K > 0)
-
-    @property
-    def backward_grid(self) -> tuple[int]:
-        tiles = self.before_spaces + _cdiv(self.columns, SPACE_COLUMNS)
-        return (self.programs_A + tiles * _cdiv(self.d, self.BLOCK_D),)
+    def products_grid(self) -> tuple[int]:
+        return ((self.square_tiles + self.row_tiles * self.column_tiles) * self.parts,)
 
     @property
     def forward_grid(self) -> tuple[int]:
         return (_cdiv(self.s, self.BLOCK_S) * _cdiv(self.d, self.BLOCK_D),)
 
     @property
-    def products_grid(self) -> tuple[int]:
-        return ((self.square_tiles + self.row_tiles * self.column_tiles) * self.parts,)
+    def backward_grid(self) -> tuple[int]:
+        tiles = self.before_spaces + _cdiv(self.columns, SPACE_COLUMNS)
+        return (self.programs_A + tiles * _cdiv(self.d, self.BLOCK_D),)
 
 
 def _cdiv(size: int, block: int) -> int:

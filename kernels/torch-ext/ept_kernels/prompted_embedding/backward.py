@@ -5,7 +5,7 @@
    multiplied into partial sums of `grad_A = R·Bᵀ` (over column tiles) and `grad_B = Aᵀ·R` (over position tiles);
 3. the partial sums are added up and scaled.
 
-Everything is accumulated in float32 and rounded once. Letters and arguments as in `prompted_embedding.py`.
+Everything is accumulated in float32 and rounded once. Letters and arguments as in `reference.py`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _sum_over_batch(
     stride_adapter,
     STAGES: tl.constexpr,
 ):
-    """Gradients at `o_m` added up over adapter `i_a`'s texts in their order: float32 `[BLOCK_M, BLOCK_D]`."""
+    """Adds gradients at `o_m` up over adapter `i_a`'s texts in their order: float32 `[BLOCK_M, BLOCK_D]`."""
     b_R = tl.zeros([o_m.shape[0], o_d.shape[0]], tl.float32)
     for b in tl.range(0, batch, num_stages=STAGES):
         i_b = tl.cast(b, tl.int64)
@@ -122,7 +122,7 @@ def prompted_embedding_backward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of prompt rows or of positions, one column tile, one adapter; reads its part of `grad_output` once."""
+    """Takes one tile of prompt rows or of positions, one column tile, one adapter; reads its gradients once."""
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
     i_d = i_program % columns
@@ -177,7 +177,7 @@ def prompted_embedding_backward_kernel(
 
 @triton.jit
 def _reduce(partial, grad, scale, i_a, i_tile, parts, size, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr):
-    """`grad[a, e] = scale·Σ_p partial[a, p, e]` for one tile of elements, `BLOCK_P` parts at a time, in order."""
+    """Computes `grad[a, e] = scale·Σ_p partial[a, p, e]` of a tile of elements, `BLOCK_P` parts at a time in order."""
     o_e = i_tile.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     m_e = o_e < size
     b_sum = tl.zeros([BLOCK_E], tl.float32)
@@ -204,7 +204,7 @@ def prompted_embedding_reduce_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """The first programs finish `grad_A`, the others `grad_B`."""
+    """Adds up: the first programs finish `grad_A`, the others `grad_B`."""
     i_tile = tl.program_id(0)
     i_a = tl.program_id(1).to(tl.int64)
     tiles_A = tl.cdiv(size_A, BLOCK_E)

@@ -2,7 +2,7 @@
 
 A program writes a tile of prompt rows, or a run of token tiles of one column tile: that tile of `B` is loaded once
 and serves the whole run. Everything is accumulated in float32 and rounded once. Letters and arguments as in
-`prompted_embedding.py`.
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import triton.language as tl
 
 @triton.jit
 def load_B(B, o_r, o_d, r, d, stride_B_r, stride_B_d):
-    """`B`'s rows `o_r`, columns `o_d` in float32, zero beyond rank r and width d."""
+    """Loads `B`'s rows `o_r`, columns `o_d` in float32, zero beyond rank r and width d."""
     mask = (o_r < r)[:, None] & (o_d < d)[None, :]
     return tl.load(B + o_r[:, None] * stride_B_r + o_d[None, :] * stride_B_d, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_A(A, o_m, o_r, m_m, r, stride_A_m, stride_A_r):
-    """`A`'s rows `o_m`, columns `o_r` in float32, zero where `m_m` is false and beyond rank r."""
+    """Loads `A`'s rows `o_m`, columns `o_r` in float32, zero where `m_m` is false and beyond rank r."""
     mask = m_m[:, None] & (o_r < r)[None, :]
     return tl.load(A + o_m[:, None] * stride_A_m + o_r[None, :] * stride_A_r, mask=mask, other=0.0).to(tl.float32)
 
@@ -110,7 +110,7 @@ def prompted_embedding_kernel(
     RANK: tl.constexpr,  # r padded to a power of two from 16 up; 0: no update
     PRECISION: tl.constexpr,
 ):
-    """One tile of prompt rows, or a run of token tiles, of one batch row. Neighbours take neighbouring columns."""
+    """Writes one tile of prompt rows, or a run of token tiles, of a batch row. Neighbours take neighbouring columns."""
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
     i_d = i_program % columns
@@ -169,7 +169,7 @@ def prompted_embedding_kernel(
 
 @triton.jit
 def _text_of(cu_seqlens, o_n, m_n, texts, steps, stride_cu):
-    """The text each token belongs to: the last one that begins at or before it, by bisection in `steps` steps.
+    """Finds the text each token belongs to: the last one that begins at or before it, by bisection in `steps` steps.
 
     Returns `[tokens]` the texts and where they begin, both int64.
     """
@@ -222,7 +222,7 @@ def prompted_embedding_packed_kernel(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same over all texts: a tile holds prompt rows of several texts, or tokens of several texts."""
+    """Does the same over all texts: a tile holds prompt rows of several texts, or tokens of several texts."""
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
     i_d = i_program % columns

@@ -1,7 +1,6 @@
 """The prompted input of the model, `[P; W[id] + scale·A[pos]·B]`, in one pass, and its backward.
 
-Letters as in the method: `W` the frozen embedding table, `P` the (joint) prompt, `A·B` the low-rank update of
-    the input
+Letters as in the method: `W` the frozen embedding table, `P` the (joint) prompt, `A·B` the low-rank update of the input
 embeddings, indexed by the token's position among the real tokens of its text. Position −1 means no update.
 """
 
@@ -10,12 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import register
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 as soon as one of `tensors` is float64."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+from ..library import compute_dtype, register
 
 
 def prompted_embedding_reference(
@@ -28,7 +22,7 @@ def prompted_embedding_reference(
     scale: float,
     adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """Prompt rows followed by the updated embeddings of the tokens.
+    """Computes prompt rows followed by the updated embeddings of the tokens.
 
     Args:
         input_ids: `[batch, n]` integer rows of `table`.
@@ -60,12 +54,11 @@ def prompted_embedding_reference(
 def prompted_embedding_packed_reference(
     input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
-    """The same for a padding-free batch: every text is preceded by the prompt's rows.
+    """Computes the same for a padding-free batch: every text is preceded by the prompt's rows.
 
     Args:
         input_ids: `[tokens]`, the texts one after another.
-        cu_seqlens: `[texts + 1]` int32 or int64, where each text begins in `input_ids`, and the end: `0 …
-            tokens`.
+        cu_seqlens: `[texts + 1]` int32 or int64, where each text begins in `input_ids`, and the end: `0 … tokens`.
         table, prompt, A, B, scale: as for `prompted_embedding_reference`; every token is updated.
 
     Returns:
@@ -90,7 +83,7 @@ def prompted_embedding_packed_reference(
 def prompted_embedding_backward_reference(
     grad_output: Tensor, positions: Tensor, A: Tensor, B: Tensor, scale: float, adapter_ids: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the prompt, `A` and `B`; the table is frozen and gets none.
+    """Computes gradients of the prompt, `A` and `B`; the table is frozen and gets none.
 
     Args:
         grad_output: `[batch, s + n, d]`, gradient of the forward's output.
@@ -126,7 +119,7 @@ def prompted_embedding_backward_reference(
 
 
 def _rows_of_A(A: Tensor, positions: Tensor, adapter_ids: Tensor | None) -> Tensor:
-    """`A[pos]` with zeros where the position is negative: `[batch, n, r]`."""
+    """Computes `A[pos]` with zeros where the position is negative: `[batch, n, r]`."""
     updated = positions >= 0
     index = positions.clamp(min=0)
     if adapter_ids is None:
@@ -138,7 +131,7 @@ def _rows_of_A(A: Tensor, positions: Tensor, adapter_ids: Tensor | None) -> Tens
 
 
 def _sum_rows(rows: Tensor, adapter_ids: Tensor | None, A: Tensor) -> Tensor:
-    """Sum of `rows` `[batch, …]` over the batch, or over each adapter's part of it, in row order."""
+    """Sums `rows` `[batch, …]` over the batch, or over each adapter's part of it, in row order."""
     if adapter_ids is None:
         return rows.sum(0)
     chosen = adapter_ids[None, :] == torch.arange(A.shape[0], device=adapter_ids.device)[:, None]  # [adapters, batch]
