@@ -41,7 +41,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def works_of(table: str, device: str) -> list[Work]:
-    """Return the test runs and the memory check as units of a record."""
+    """Returns the test runs and the memory check as units of a record."""
     deadline = time.monotonic() + TESTS_SECONDS
     tests = [
         Work(unit, functools.partial(run_tests, arguments, device, deadline), {"section": "tests", "case": unit})
@@ -83,14 +83,14 @@ def _sanitize(device: str) -> Iterator[Row]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Return the variables of a process that finds this repository first and no network."""
+    """Returns the variables of a process that finds this repository first and no network."""
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels/torch-ext"), os.environ.get("PYTHONPATH"))))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **offline, **extra}
 
 
 def run_command(command: Sequence[str], variables: dict[str, str], seconds: float) -> Row:
-    """Return `status` and `reason` of a command that should end with code 0 in time; its last lines if it did not."""
+    """Returns `status` and `reason` of a command that should end with code 0 in time; its last lines if it did not."""
     began = time.monotonic()
     code, output = call(command, variables, seconds, capture=True)
     took = time.monotonic() - began
@@ -105,7 +105,7 @@ def run_command(command: Sequence[str], variables: dict[str, str], seconds: floa
 def call(
     command: Sequence[str], variables: dict[str, str], seconds: float, capture: bool = False
 ) -> tuple[int | None, str]:
-    """Return exit code and output of a command; None where it took longer than `seconds`: then it and all that it
+    """Returns exit code and output of a command; None where it took longer than `seconds`: then it and all that it
     started are ended.
     """
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if capture else {}

@@ -24,7 +24,7 @@ class Counts(NamedTuple):
 def prompted_embedding(
     batch: int, length: int, width: int, prompt: int, rank: int, positions: int, distinct: int, item: int
 ) -> Counts:
-    """Padded forward: `distinct` table rows are read, `batch · (prompt + length)` rows written, `item` bytes an
+    """Counts the padded forward: `distinct` table rows read, `batch · (prompt + length)` rows written, `item` bytes an
     element. Without a low-rank part (rank 0) no positions are read.
     """
     index = ID_BYTES * batch * length * (2 if rank else 1)
@@ -36,7 +36,7 @@ def prompted_embedding(
 def prompted_embedding_packed(
     texts: int, tokens: int, longest: int, width: int, prompt: int, rank: int, positions: int, distinct: int, item: int
 ) -> Counts:
-    """Padding-free forward over `tokens` tokens of `texts` texts, the longest of `longest` tokens; positions
+    """Counts the padding-free forward over `tokens` tokens of `texts` texts, the longest of `longest` tokens; positions
     follow from the `texts + 1` offsets.
     """
     index = ID_BYTES * (tokens + texts + 1)
@@ -48,7 +48,7 @@ def prompted_embedding_packed(
 def prompted_embedding_backward(
     batch: int, length: int, width: int, prompt: int, rank: int, positions: int, item: int
 ) -> Counts:
-    """The incoming gradient and the positions are read once, A and B too; their gradients and the prompt's are
+    """Counts the incoming gradient, the positions, A and B read once; their gradients and the prompt's
     written. Operations: one addition for each element of the gradient, and the two products over the summed rows.
     """
     gradient = batch * (prompt + length) * width
@@ -59,7 +59,7 @@ def prompted_embedding_backward(
 
 
 def joint_prompt(prompt: int, positions: int, rank: int, width: int, columns: int, spaces: int) -> Counts:
-    """Forward and backward of the joint prompt without learned maps: `columns` = K·h over `spaces` = K spaces.
+    """Counts forward and backward of the joint prompt without learned maps: `columns` = K·h over `spaces` = K spaces.
 
     Forward: `P̂·[D | G | Bᵀ | P_sᵀ]`, `B·Bᵀ`, the rank-space products, `[·]·[B; P_s; U]`. The backward of every
     product is two of the same size.
@@ -75,8 +75,8 @@ def joint_prompt(prompt: int, positions: int, rank: int, width: int, columns: in
 
 
 def four_bit_weight(rows: int, columns: int, block_size: int, nested: bool, nested_block_size: int = 256) -> int:
-    """Bytes of a packed weight: half a byte an element, and its absmax: float32 a block, or, nested, one byte a block,
-    float32 a block of blocks, a 256-entry float32 table and an offset.
+    """Counts the bytes of a packed weight: half a byte an element, and its absmax: float32 a block, or, nested, one
+    byte a block, float32 a block of blocks, a 256-entry float32 table and an offset.
     """
     elements = rows * columns
     blocks = -(-elements // block_size)
@@ -85,12 +85,12 @@ def four_bit_weight(rows: int, columns: int, block_size: int, nested: bool, nest
 
 
 def dequantize_4bit(rows: int, columns: int, block_size: int, nested: bool, item: int) -> Counts:
-    """The packed weight is read, `rows · columns` elements of `item` bytes are written."""
+    """Counts the packed weight read and `rows · columns` elements of `item` bytes written."""
     return Counts(four_bit_weight(rows, columns, block_size, nested) + rows * columns * item, 0)
 
 
 def matmul_4bit(m: int, rows: int, columns: int, block_size: int, nested: bool, item: int) -> Counts:
-    """`[m, columns] · [rows, columns]ᵀ`, and just as well its input gradient `[m, rows] · [rows, columns]`."""
+    """Counts `[m, columns] · [rows, columns]ᵀ`, and just as well its input gradient `[m, rows] · [rows, columns]`."""
     activations = m * (rows + columns) * item
     return Counts(four_bit_weight(rows, columns, block_size, nested) + activations, 2 * m * rows * columns)
 

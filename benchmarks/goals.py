@@ -18,7 +18,7 @@ MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 
 @dataclass(frozen=True)
 class Goal:
-    """A number of every case, `at_least` or `at_most` the threshold.
+    """Number of every case, `at_least` or `at_most` the threshold.
 
     Attributes:
         what: is held. against: what it is held against.
@@ -41,7 +41,7 @@ class Goal:
     device_type: str = "cuda"
 
     def number(self, providers: dict[str, Row]) -> float | None:
-        """Return the number of one case from its rows by provider; None where the record does not have it."""
+        """Returns the number of one case from its rows by provider; None where the record does not have it."""
         if OURS in (self.of, self.over) and providers.get(OURS, {}).get("backend") != "triton":
             return None  # a reference that stood in for a missing kernel is no result of ours
         names = [self.of, self.over] if self.over else [self.of]

@@ -54,7 +54,7 @@ def measure(record: Record, device: str, reduced: bool, scale: float = 1.0) -> N
 
 
 def summary(results: list[Row], reduced: bool) -> str:
-    """Return checks, steps, what is missing and goals. The kernels' table is long: see the page."""
+    """Returns checks, steps, what is missing and goals. The kernels' table is long: see the page."""
     checked = [row for row in results if row["section"] in ("tests", "sanitizer")]
     checks = [[row["case"], row["status"], row.get("summary", row["reason"])] for row in checked]
     measured = {row["case"] for row in results if row["section"] == "kernels"}

@@ -6,7 +6,6 @@ silence.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,32 +31,29 @@ class Plot(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """`pattern` of a file's name, title and text of its section, and its plots."""
+    """`pattern` of a file's name, title and text of its section, and its plot if it has one."""
 
     pattern: str
     title: str
     text: Callable[[Row], str]
-    plots: Callable[[Row], list[Plot]] = lambda record: []
+    plot: Callable[[Row], Plot] | None = None
 
 
 def known(folder: Path) -> list[tuple[Path, Kind]]:
-    """Return the records of `folder` that have a section, in the order of the page."""
-    kinds = [(file, kind_of(file)) for file in sorted(folder.glob("*.json"))]
-    return [(file, kind) for wanted in KINDS for file, kind in kinds if kind is wanted]
-
-
-def kind_of(file: Path) -> Kind | None:
-    """Return the first kind that the file's name fits; None where it fits none."""
-    return next((kind for kind in KINDS if fnmatch.fnmatch(file.name, kind.pattern)), None)
+    """Returns the records of `folder` that have a section, each with the first kind it fits, in the page's order."""
+    found: dict[Path, Kind] = {}
+    for kind in KINDS:
+        for file in sorted(folder.glob(kind.pattern)):
+            found.setdefault(file, kind)
+    return list(found.items())
 
 
 def unknown(folder: Path) -> str:
-    """Return a table of the records that have no section of their own; empty where there are none."""
+    """Returns a table of the records that have no section of their own; empty where there are none."""
     lines = []
-    for file in sorted(folder.glob("*.json")):
-        if kind_of(file) is None:
-            command = read(file).get("command")
-            lines.append([f"`{file.name}`", f"`{command}`" if command else "–"])
+    for file in sorted({*folder.glob("*.json")} - {file for file, _ in known(folder)}):
+        command = read(file).get("command")
+        lines.append([f"`{file.name}`", f"`{command}`" if command else "–"])
     return markdown(["record", "command"], lines) if lines else ""
 
 
@@ -66,14 +62,15 @@ def read(file: Path) -> Row:
 
 
 def section(file: Path, kind: Kind, plot: Callable[[str], str]) -> str:
-    """Return the section of one record.
+    """Returns the section of one record.
 
     Args:
         plot: from a plot's name, its path as the page refers to it.
     """
     record = read(file)
     parts = [f"### {kind.title}\n", kind.text(record)]
-    for drawn in kind.plots(record):
+    if kind.plot is not None:
+        drawn = kind.plot(record)
         parts.append(f"![{drawn.caption}]({plot(plot_name(file, drawn))})\n\n{drawn.caption}\n")
     about = record if "hardware" in record else record["cases"][0]
     parts.append(f"Record `{file.name}`: {measured_with(about, record['command'])}")
@@ -81,12 +78,12 @@ def section(file: Path, kind: Kind, plot: Callable[[str], str]) -> str:
 
 
 def plot_name(file: Path, plot: Plot) -> str:
-    """Return a name that tells the plot of one record from those of others."""
+    """Returns a name that tells the plot of one record from those of others."""
     return f"{file.stem}-{plot.name}".replace("_", "-")
 
 
 def measured_with(record: Row, command: str, when: str = "") -> str:
-    """Return command, machine and versions in a line."""
+    """Returns command, machine and versions in a line."""
     hardware = record["hardware"]
     named = "".join(f", {gpu['name']}" for gpu in hardware.get("gpus") or ())
     machine = f"{hardware['processor']}{named}, {hardware['threads']} threads on {hardware['cores']} cores"
@@ -191,9 +188,9 @@ def _vs_peft_text(record: Row) -> str:
     )
 
 
-def _vs_peft_plots(record: Row) -> list[Plot]:
+def _vs_peft_plot(record: Row) -> Plot:
     caption = "Time of a training step of EPT and of PEFT's prompt tuning, and where it goes."
-    return [Plot("vs-peft", caption, lambda record, path: draw_steps(step_rows(record), path))]
+    return Plot("vs-peft", caption, lambda record, path: draw_steps(step_rows(record), path))
 
 
 def _profile_text(record: Row) -> str:
@@ -226,16 +223,16 @@ def _is_swept(record: Row) -> bool:
     return len({method["method"] for method in record["methods"]}) < len(record["methods"])
 
 
-def _profile_plots(record: Row) -> list[Plot]:
+def _profile_plot(record: Row) -> Plot:
     if _is_swept(record):
-        return [Plot("length", "Time of a training step over the prompt's length.", draw_sweep)]
-    return [Plot("phases", "Time of a training step by method, and where it goes.", draw_phases)]
+        return Plot("length", "Time of a training step over the prompt's length.", draw_sweep)
+    return Plot("phases", "Time of a training step by method, and where it goes.", draw_phases)
 
 
 KINDS = (
     Kind(OVERHEAD, BARE_TITLE, lambda record: bare_text([overhead_row(record)])),
-    Kind("training_step.json", "EPT's step against PEFT's prompt tuning", _vs_peft_text, _vs_peft_plots),
-    Kind("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile_text, _profile_plots),
-    Kind("profile*.json", "`ept profile`: where a step's time goes", _profile_text, _profile_plots),
+    Kind("training_step.json", "EPT's step against PEFT's prompt tuning", _vs_peft_text, _vs_peft_plot),
+    Kind("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile_text, _profile_plot),
+    Kind("profile*.json", "`ept profile`: where a step's time goes", _profile_text, _profile_plot),
     Kind("step_options.json", OPTIONS_TITLE, lambda record: options_text(option_rows(record))),
 )

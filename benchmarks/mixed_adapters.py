@@ -62,7 +62,7 @@ def _model(layers: int | None, adapters: int, device: torch.device) -> EPTModel:
 
 
 def ways(model: EPTModel, ids: torch.Tensor, batch: int) -> dict[str, Call]:
-    """Return the two ways to answer all rows of `ids` `[rows, n]`, each to the last logits `[rows, vocabulary]`."""
+    """Returns the two ways to answer all rows of `ids` `[rows, n]`, each to the last logits `[rows, vocabulary]`."""
     adapters = list(model.peft_config)
     names = [adapters[row % len(adapters)] for row in range(len(ids))]
 

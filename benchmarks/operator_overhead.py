@@ -8,9 +8,8 @@ runs nothing, and `nothing, custom_op` the same registered by `torch.library.cus
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,32 +59,16 @@ def _ways(problem: Problem, device: torch.device) -> dict[str, Call]:
     return ways
 
 
-@functools.cache  # an operator is registered once
-def _registered_nothing() -> tuple[Callable[..., Any], ...]:
-    def nothing(
-        input_ids: Tensor,
-        positions: Tensor,
-        table: Tensor,
-        prompt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        adapter_ids: Tensor | None = None,
-    ) -> Tensor:
+def _ways_of_nothing(device: torch.device) -> dict[str, dict[str, Call]]:
+    args, out = EMBEDDING.inputs(device), torch.empty(1, device=device)
+    signature = "(" + str(ept_kernels.prompted_embedding._schema).partition("(")[2]
+
+    def nothing(*_: Any) -> Tensor:
         return out
 
-    out = torch.empty(1)
-    schema = torch.library.infer_schema(nothing, mutates_args=())
-    plain = library.register(f"benchmark_nothing{schema}", nothing, nothing)
-    custom = torch.library.custom_op("ept_benchmark::nothing", nothing, mutates_args=(), schema=schema)
-    return plain, custom, nothing
-
-
-def _ways_of_nothing(device: torch.device) -> dict[str, dict[str, Call]]:
-    args = EMBEDDING.inputs(device)
-    plain, custom, nothing = _registered_nothing()
-    function: Call = lambda _: nothing(*args)  # noqa: E731
+    plain = library.register(f"benchmark_nothing{signature}", nothing, nothing)
+    custom = torch.library.custom_op("ept_benchmark::nothing", nothing, mutates_args=(), schema=signature)
     return {
-        "nothing": {"operator": lambda _: plain(*args), "implementation": function},
-        "nothing, custom_op": {"operator": lambda _: custom(*args), "implementation": function},
+        "nothing": {"operator": lambda _: plain(*args), "implementation": lambda _: nothing(*args)},
+        "nothing, custom_op": {"operator": lambda _: custom(*args), "implementation": lambda _: nothing(*args)},
     }

@@ -24,7 +24,7 @@ CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # timing of one vers
 
 
 def works_of(table: str, device: str) -> list[Work]:
-    """Return the ceilings and every case of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
+    """Returns the ceilings and every case of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
 
     def measured(case: Case) -> Iterator[Row]:
         prepared = prepare(case, device, compile_allowed=table != "reduced")
@@ -36,7 +36,7 @@ def works_of(table: str, device: str) -> list[Work]:
 
 
 def described(case: Case) -> Row:
-    """Return the fields of all rows of a case."""
+    """Returns the fields of all rows of a case."""
     names = ("kernel", "model", "size", "dtype", "scheme")
     return {"section": "kernels", "case": case.id, **{name: getattr(case, name) for name in names}}
 
@@ -48,7 +48,7 @@ class Ceilings(NamedTuple):
     operations_per_second: dict[str, float]
 
     def floor(self, bytes_moved: int, operations: int, dtype: str) -> tuple[float, str]:
-        """Return the least seconds that so much work takes, and which ceiling sets them: `memory` or `compute`."""
+        """Returns the least seconds that so much work takes, and which ceiling sets them: `memory` or `compute`."""
         memory = bytes_moved / self.bytes_per_second
         compute = operations / self.operations_per_second[dtype]
         return max((memory, "memory"), (compute, "compute"))
@@ -166,7 +166,7 @@ def _against_ceilings(prepared: Prepared, seconds: float, ceilings: Ceilings, dt
 
 
 def _backend(call: Call, device: str) -> str:
-    """Return what really ran: `triton` when a kernel of this package was launched."""
+    """Returns what really ran: `triton` when a kernel of this package was launched."""
     if ept_kernels.backend(device) == "reference":
         return "reference"
     before = launch.launches()
@@ -175,7 +175,7 @@ def _backend(call: Call, device: str) -> str:
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return ‖out − reference‖ / ‖reference‖ in float64, absolute for a reference of zeros; infinite for another
+    """Returns ‖out − reference‖ / ‖reference‖ in float64, absolute for a reference of zeros; infinite for another
     shape.
     """
     if out.shape != reference.shape:

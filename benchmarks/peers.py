@@ -102,7 +102,7 @@ def bitsandbytes_matmul_backward(arguments: Arguments) -> Call:
 
 
 def _packed_and_state(weight: FourBitWeight, dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """Return the packed weight and its quant state as bitsandbytes takes them, over the same bytes."""
+    """Returns the packed weight and its quant state as bitsandbytes takes them, over the same bytes."""
     from bitsandbytes import functional
 
     nested = None

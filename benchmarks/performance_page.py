@@ -7,7 +7,9 @@ python -m benchmarks.performance_page --check    ends with 1 where the page is n
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from . import json_records
@@ -63,7 +65,7 @@ the operators' dispatch costs and where the peers stand.
 
 
 def render(results: Path = RESULTS) -> str:
-    """Return the page's text."""
+    """Returns the page's text."""
     folders = _folders(results)
     gpus = [folder for folder in folders if folder.name != "cpu"]
     every = [row for folder in folders for row in rows_of(folder)]
@@ -75,30 +77,29 @@ def render(results: Path = RESULTS) -> str:
 
 def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
     """Draws every plot that the records allow, beside `page`."""
-    drawn = []
+    plots: dict[Path, Callable[[Path], None]] = {}
     for folder in _folders(results):
         rows = rows_of(folder)
         for name, function in drawable(rows).items():
-            path = page.parent / _plot(folder, name)
-            function(rows, path)
-            drawn.append(path)
+            plots[page.parent / _plot(folder, name)] = functools.partial(function, rows)
         for file, kind in json_records.known(folder):
-            record = json_records.read(file)
-            for plot in kind.plots(record):
+            if kind.plot is not None:
+                record = json_records.read(file)
+                plot = kind.plot(record)
                 path = page.parent / _plot(folder, json_records.plot_name(file, plot))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                plot.draw(record, path)
-                drawn.append(path)
-    return drawn
+                plots[path] = functools.partial(plot.draw, record)
+    for path, draw_into in plots.items():
+        draw_into(path)
+    return list(plots)
 
 
 def _folders(results: Path) -> list[Path]:
-    """Return the devices' folders: those that hold a record."""
+    """Returns the devices' folders: those that hold a record."""
     return sorted(folder for folder in results.iterdir() if folder.is_dir() and any(folder.glob("*.json*")))
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """Return all rows of a device: its report, and an earlier record of the step beside the bare model."""
+    """Returns all rows of a device: its report, and an earlier record of the step beside the bare model."""
     rows = Record(folder / RECORD_NAME).results()
     overhead = folder / OVERHEAD
     if overhead.exists():
@@ -134,17 +135,17 @@ def _device(folder: Path) -> str:
 
 
 def _sections(rows: list[Row]) -> list[tuple[str, str]]:
-    """Return title and text of every section of a report; without a text where it has no rows."""
+    """Returns title and text of every section of a report; without a text where it has no rows."""
     checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
     checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
     steps = [row for row in rows if row["section"] == "steps"]
     bare, gains = ([row for row in steps if field in row] for field in ("ratio_to_bare", "gain"))
     return [
-        ("Checks on this device", checked and markdown(["check", "result"], checked)),
+        ("Checks on this device", markdown(["check", "result"], checked) if checked else ""),
         ("Ceilings", ceiling_table(rows)),
         ("Kernels", peer_table(rows)),
         ("Training steps", step_table(rows)),
-        (OPTIONS_TITLE, gains and options_text(gains)),
+        (OPTIONS_TITLE, options_text(gains) if gains else ""),
         (BARE_TITLE, bare_text(bare)),
         ("Not measured", "\n".join(f"* {line}" for line in reasons(rows))),
     ]

@@ -201,10 +201,10 @@ def input_sets(inputs: Callable[[int], tuple[Any, ...]], counted: counts.Counts,
 
 
 def copies(touched: int, cache: int, maximum: int) -> int:
-    """Return the number of input sets to rotate among, together twice the last-level cache: at least 2."""
+    """Returns the number of input sets to rotate among, together twice the last-level cache: at least 2."""
     return max(2, min(maximum, math.ceil(2 * cache / max(touched, 1))))
 
 
 def last_level_cache(device: str) -> int:
-    """Return the bytes of the device's last-level cache."""
+    """Returns the bytes of the device's last-level cache."""
     return torch.cuda.get_device_properties().L2_cache_size if device == "cuda" else CPU_CACHE

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -33,14 +34,14 @@ Row = dict[str, Any]
 
 
 def device_name(device: str) -> str:
-    """Return `cpu`, or the GPU's own name."""
+    """Returns `cpu`, or the GPU's own name."""
     import torch
 
     return "cpu" if device == "cpu" else torch.cuda.get_device_name()
 
 
 def device_folder(name: str) -> Path:
-    """Return the folder of a device's records: `benchmarks/results/<device>`."""
+    """Returns the folder of a device's records: `benchmarks/results/<device>`."""
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -56,7 +57,7 @@ def check_device(device: str) -> None:
 
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
-    """Return the command that gives a record again. Paths are relative to the repository; of others only the name."""
+    """Returns the command that gives a record again. Paths are relative to the repository; of others only the name."""
     shown = []
     for argument in arguments:
         path = Path(argument)
@@ -69,7 +70,7 @@ def command_line(program: str, arguments: Sequence[str]) -> str:
 
 @functools.cache
 def measured_with(device: str, reduced: bool) -> Row:
-    """Return the fields of every row: device, versions, and whether sizes were reduced (no figure means anything)."""
+    """Returns the fields of every row: device, versions, and whether sizes were reduced (no figure means anything)."""
     found = versions()
     return {
         "device": device_name(device),
@@ -80,7 +81,7 @@ def measured_with(device: str, reduced: bool) -> Row:
 
 
 def header(command: str, device: str, reduced: bool) -> Row:
-    """Return the first line of a record."""
+    """Returns the first line of a record."""
     return {
         "line": "header",
         "command": command,
@@ -92,7 +93,7 @@ def header(command: str, device: str, reduced: bool) -> Row:
 
 
 def source_fingerprint() -> str:
-    """Return twelve hexadecimal digits over the Python files a measurement depends on."""
+    """Returns twelve hexadecimal digits over the Python files a measurement depends on."""
     digest = hashlib.sha256()
     for folder in ("benchmarks", "ept", "kernels/torch-ext"):
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -108,11 +109,15 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._cut_off_last_line()
+        if path.exists():
+            content = path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                path.write_bytes(content[:whole])
 
     @classmethod
     def resume(cls, path: Path, header: Row) -> Record:
-        """Continue the record at `path` if it was measured with the same sources, versions, device and sizes; begin a
+        """Continues the record at `path` if it was measured with the same sources, versions, device and sizes; begins a
         new one otherwise, the old one staying beside it as `previous-<name>`.
         """
         record = cls(path)
@@ -151,28 +156,33 @@ class Record:
         return lines[0] if lines and lines[0].get("line") == "header" else None
 
     def results(self) -> list[Row]:
-        """Return the results of every finished unit; of a unit that was measured again, the last ones."""
-        open_units: dict[str, list[Row]] = {}
-        finished: dict[str, list[Row]] = {}
-        for line in self.lines():
-            if line["line"] == "begin":
-                open_units[line["unit"]] = []
-            elif line["line"] == "result":
-                open_units[line["unit"]].append(line)
-            elif line["line"] == "end":
-                finished[line["unit"]] = open_units.pop(line["unit"])
-        return [result for results in finished.values() for result in results]
+        """Returns the results of every finished unit; of a unit that was measured again, the last ones."""
+        return [result for results in self._units()[1].values() for result in results]
 
     def finished(self, unit: str) -> bool:
         """Tells whether `unit` has ended, and not because its time was up."""
-        lines = [line for line in self.lines() if line.get("unit") == unit]
-        ended = [index for index, line in enumerate(lines) if line["line"] == "end"]
-        return bool(ended) and not any(line.get("timed_out") for line in lines[: ended[-1]][-1:])
+        results = self._units()[1].get(unit)
+        return results is not None and not any(result.get("timed_out") for result in results)
 
     def attempts(self, unit: str) -> int:
         """Counts how often `unit` was begun and did not end."""
-        lines = [line["line"] for line in self.lines() if line.get("unit") == unit]
-        return lines.count("begin") - lines.count("end")
+        return self._units()[0][unit]
+
+    def _units(self) -> tuple[Counter[str], dict[str, list[Row]]]:
+        """Returns by unit how often it was begun and did not end, and the results of those that did."""
+        attempts: Counter[str] = Counter()
+        begun: dict[str, list[Row]] = {}
+        finished: dict[str, list[Row]] = {}
+        for line in self.lines():
+            if line["line"] == "begin":
+                attempts[line["unit"]] += 1
+                begun[line["unit"]] = []
+            elif line["line"] == "result":
+                begun[line["unit"]].append(line)
+            elif line["line"] == "end":
+                attempts[line["unit"]] -= 1
+                finished[line["unit"]] = begun.pop(line["unit"])
+        return attempts, finished
 
     @contextmanager
     def unit(self, name: str) -> Iterator[Callable[[Row], None]]:
@@ -189,10 +199,3 @@ class Record:
         with self.unit(name) as add:
             add({**result, "status": "failed", "reason": reason})
         return True
-
-    def _cut_off_last_line(self) -> None:
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                self.path.write_bytes(content[:whole])

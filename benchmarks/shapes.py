@@ -116,7 +116,7 @@ GOAL_PRODUCTS = tuple(
 
 
 def gpu_cases() -> list[Case]:
-    """Everything, for a GPU."""
+    """Returns everything, for a GPU."""
     cases = [GOAL_FORWARD, GOAL_BACKWARD, *GOAL_JOINT, GOAL_DEQUANTIZE, GOAL_DEQUANTIZE_LARGE, *GOAL_PRODUCTS]
     for kernel in ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed"):
         for model in KNOWN:
@@ -142,8 +142,8 @@ def gpu_cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    """The subset that `make bench` measures: T5-base and the narrow layers of Llama-3-8B, float32. The first case
-    of every kernel comes before all others, so that a run that is cut short has each.
+    """Returns the subset that `make bench` measures: T5-base and the narrow layers of Llama-3-8B, float32. The first
+    case of every kernel comes before all others, so that a run that is cut short has each.
     """
     cases = []
     for kernel in ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed"):
@@ -162,7 +162,7 @@ def cpu_cases() -> list[Case]:
 
 
 def reduced_cases() -> list[Case]:
-    """Every kernel once or twice at sizes that take no time."""
+    """Returns every kernel once or twice at sizes that take no time."""
     kernels = ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed")
     small = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=4, dtype="float32") for kernel in kernels]
     plain = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=0, dtype="float32") for kernel in kernels[:2]]

@@ -39,7 +39,7 @@ SMOLLM2 = "smollm2-135m"
 
 
 def works_of(table: str, device: str) -> list[Work]:
-    """Return the steps of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
+    """Returns the steps of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
     if table == "reduced":
         tiny = {"layers": 1, "batch": 1, "length": 8}
         adapters = {"layers": 1, "adapters": (1, 3), "rows": 7, "batch": 4, "rounds": 2}

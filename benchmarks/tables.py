@@ -18,7 +18,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def seconds(value: float) -> str:
-    """Show three digits in the unit that suits."""
+    """Shows three digits in the unit that suits."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if value * factor >= 1 or unit == "µs":
             return f"{value * factor:.3g} {unit}"
@@ -26,19 +26,19 @@ def seconds(value: float) -> str:
 
 
 def rate(row: Row) -> str:
-    """Show what a row does a second: bytes where memory sets its floor, operations where products do."""
+    """Shows what a row does a second: bytes where memory sets its floor, operations where products do."""
     if row["bound"] == "memory":
         return f"{row['bytes_per_second'] / 1e9:.3g} GB/s"
     return operations(row["operations_per_second"])
 
 
 def operations(a_second: float) -> str:
-    """Show floating-point operations a second in the unit that suits."""
+    """Shows floating-point operations a second in the unit that suits."""
     return f"{a_second / 1e9:.3g} GFLOP/s" if a_second < 1e12 else f"{a_second / 1e12:.3g} TFLOP/s"
 
 
 def mebibytes(value: float | None) -> str:
-    """Show bytes in MiB; a dash where they were not counted."""
+    """Shows bytes in MiB; a dash where they were not counted."""
     if value is None:
         return "–"
     amount = value / 2**20
@@ -46,7 +46,7 @@ def mebibytes(value: float | None) -> str:
 
 
 def by_case(results: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """Return the rows of the kernel section by case and version, in the order measured."""
+    """Returns the rows of the kernel section by case and version, in the order measured."""
     cases: dict[str, dict[str, Row]] = {}
     for row in results:
         if row["section"] == "kernels":
@@ -55,7 +55,7 @@ def by_case(results: Iterable[Row]) -> dict[str, dict[str, Row]]:
 
 
 def peer_table(results: Iterable[Row]) -> str:
-    """Show our time, what runs it, its rate and its fraction of the ceiling, the memory it takes, its noise, and its
+    """Shows our time, what runs it, its rate and its fraction of the ceiling, the memory it takes, its noise, and its
     speed-up over each peer.
     """
     cases = by_case(results)
@@ -88,7 +88,7 @@ def _speedup(peer: Row | None, ours: Row) -> str:
 
 
 def reasons(results: Iterable[Row]) -> list[str]:
-    """List why something was skipped or failed, each reason once, with what it concerns."""
+    """Lists why something was skipped or failed, each reason once, with what it concerns."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in results:
         if row["status"] != "ok":
@@ -101,7 +101,7 @@ def reasons(results: Iterable[Row]) -> list[str]:
 
 
 def ceiling_table(results: Iterable[Row]) -> str:
-    """Show the ceilings that were measured, and their spread."""
+    """Shows the ceilings that were measured, and their spread."""
     lines = []
     for row in results:
         if row["section"] == "ceilings":
@@ -112,7 +112,7 @@ def ceiling_table(results: Iterable[Row]) -> str:
 
 
 def step_table(results: Iterable[Row]) -> str:
-    """Show whole training steps: time, memory, tokens a second."""
+    """Shows whole training steps: time, memory, tokens a second."""
     lines = []
     for row in results:
         if row["section"] == "steps" and row["status"] == "ok" and "gain" not in row:
@@ -124,7 +124,7 @@ def step_table(results: Iterable[Row]) -> str:
 
 
 def option_table(results: Iterable[Row]) -> str:
-    """Show what each option of the training step gains: time without it and with it, and their ratio."""
+    """Shows what each option of the training step gains: time without it and with it, and their ratio."""
     lines = []
     for row in results:
         if "gain" in row:
@@ -138,7 +138,7 @@ def option_table(results: Iterable[Row]) -> str:
 
 
 def goal_table(results: Iterable[Row]) -> str:
-    """Show every goal: met, missed or not measured, with its worst number."""
+    """Shows every goal: met, missed or not measured, with its worst number."""
     lines = []
     for verdict in judge_all(results):
         goal = verdict.goal
@@ -154,13 +154,13 @@ OPTIONS_TITLE = "What each option of the training step gains"
 
 
 def spread(values: Row, digits: int, unit: str = "") -> str:
-    """Show the median and, in brackets, the 20 and 80 % quantiles."""
+    """Shows the median and, in brackets, the 20 and 80 % quantiles."""
     median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
     return f"{median}{unit} ({low} to {high})"
 
 
 def bare_text(rows: list[Row]) -> str:
-    """Say what EPT's step takes beside the bare model's."""
+    """Says what EPT's step takes beside the bare model's."""
     return "".join(
         f"{row['ratio_to_bare']:.3f} times its time (20 to 80 %: {row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}, "
         f"{row['samples']} pairs):\n{row['model']}, {row['dtype']}, batch {row['size']['batch']}, "
@@ -170,7 +170,7 @@ def bare_text(rows: list[Row]) -> str:
 
 
 def options_text(rows: list[Row]) -> str:
-    """Show what each option gains, and which have no figure here."""
+    """Shows what each option gains, and which have no figure here."""
     first = next(row for row in rows if "gain" in row)
     left_out = "".join(
         f"\nWithout a figure: {row['provider']}: {row['reason']}.\n" for row in rows if "gain" not in row

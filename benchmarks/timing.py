@@ -43,7 +43,7 @@ class Timing:
         return statistics.median(self.samples)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields of a record's row."""
+        """Returns the fields of a record's row."""
         about = {"call": self.call, "samples": len(self.samples), "host_bound": self.host_bound, "clock": self.clock}
         return {**summary(self.samples), **about}
 
@@ -120,11 +120,11 @@ class Clock:
         self.synchronize = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
 
     def sample(self, call: Callable[[], Any], batch: int) -> tuple[list[float], bool]:
-        """Return the seconds of `batch` calls, and whether the device waited for the host between them."""
+        """Returns the seconds of `batch` calls, and whether the device waited for the host between them."""
         return [self.back_to_back(call, 1) for _ in range(batch)], False
 
     def back_to_back(self, call: Callable[[], Any], batch: int) -> float:
-        """Return the wall seconds of one of `batch` calls."""
+        """Returns the wall seconds of one of `batch` calls."""
         self.synchronize()
         start = time.perf_counter()
         for _ in range(batch):
@@ -134,7 +134,7 @@ class Clock:
 
 
 class ThreadClock(Clock):
-    """The calling thread's time on the processor, of `calls` calls at a time; a GPU's queue is empty at each start."""
+    """Calling thread's time on the processor, of `calls` calls at a time; a GPU's queue is empty at each start."""
 
     name = "thread time"
 
@@ -193,7 +193,7 @@ def _elapsed(events: list[torch.cuda.Event]) -> list[float]:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """Return the most bytes that one call holds at a time beyond what it was given: outputs and temporaries."""
+    """Returns the most bytes that one call holds at a time beyond what it was given: outputs and temporaries."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -216,7 +216,7 @@ def peak_bytes(call: Call, device: str) -> int:
 
 
 def device_launches(call: Call, device: str) -> int | None:
-    """Return the number of kernels the device runs for one call, memory copies and fills not counted; None on a CPU."""
+    """Counts the kernels that the device runs for one call, without memory copies and fills; None on a CPU."""
     if device != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from profile_records import MACHINE, compared, profiled, spread
 
 from benchmarks import performance_page, shapes
 from benchmarks.record import RECORD_NAME, Record
 from benchmarks.tables import markdown, seconds
-from ept.profile.clock import PHASES
 
 SYNTHETIC = "Synthetic GPU for tests"
 
@@ -110,43 +110,8 @@ def test_a_kernels_row_shows_rate_ceiling_and_memory(synthetic: Path) -> None:
     assert (cells["again"], cells["vs reference"], cells["vs bitsandbytes"]) == ("1.00 ×", "3.00 ×", "2.00 ×")
 
 
-def spread(median: float) -> dict[str, Any]:
-    return {"median": median, "p20": 0.9 * median, "p80": 1.1 * median}
-
-
-def profiled(padding: str, *methods: tuple[str, int, float]) -> dict[str, Any]:
-    """A record of `ept profile` with made-up times, in milliseconds."""
-    return {
-        "model": {"name": "t5", "class": "T5", "layers": None, "dtype": "float32", "quantization": None},
-        "device": "CPU",
-        "batch": 4,
-        "length": 256,
-        "data": {"padding": padding, "text_tokens_a_batch": 650.5, "padded_tokens_a_batch": 1024},
-        "steps": 20,
-        "reference": "pt",
-        "peak_memory_kind": "made up",
-        "methods": [
-            {
-                "label": name,
-                "method": name,
-                "num_virtual_tokens": tokens,
-                "trainable_parameters": 76800,
-                "tokens_per_second": 1e3,
-                "peak_memory_bytes": tokens << 20,
-                "step_ms": {**spread(time), "samples": [time]},
-                "phases_ms": dict.fromkeys(PHASES, time / len(PHASES)),
-                "phases_over_step": 1.0,
-                "speedup": spread(2.0),
-            }
-            for name, tokens, time in methods
-        ],
-        "hardware": {"processor": "none", "threads": 1, "cores": 1, "gpus": []},
-        "versions": {"torch": "0"},
-    }
-
-
 def cells(text: str, start: str) -> list[str]:
-    """The cells of the table's row that starts so."""
+    """Returns the cells of the table's row that starts so."""
     (line,) = (line for line in text.splitlines() if line.startswith(f"| {start} "))
     return [cell.strip() for cell in line.split("|")[1:-1]]
 
@@ -155,15 +120,11 @@ def test_every_json_record_has_its_table_its_plot_and_its_command(tmp_path: Path
     folder = tmp_path / "cpu"
     folder.mkdir()
     pair = (("peft-pt", 100, 1000.0), ("ept", 40, 600.0))
-    about = {"hardware": {"processor": "none", "threads": 1, "cores": 1, "gpus": []}, "versions": {"torch": "0"}}
     option = {"option": "SDPA", "setting": "a=b", "shape": "t5-base", "pairs": 7}
     records = {
         "training_step.json": {
             "command": "python steps",
-            "cases": [
-                {"case": "t5-base", "padding": padding, "ept_over_peft": spread(0.6), **profiled(padding, *pair)}
-                for padding in ("longest", "max_length")
-            ],
+            "cases": [compared("t5-base", padding, *pair) for padding in ("longest", "max_length")],
         },
         "step_options.json": {
             "command": "python options",
@@ -173,10 +134,10 @@ def test_every_json_record_has_its_table_its_plot_and_its_command(tmp_path: Path
             "length": 128,
             "options": [{**option, "off_ms": spread(30.0), "on_ms": spread(20.0), "gain": spread(1.5)}],
             "not_measured": {"CUDA graphs": "they need a CUDA device"},
-            **about,
+            **MACHINE,
         },
-        "profile_t5.json": {"command": "ept profile a", **profiled("none", ("pt", 100, 9.0), ("ept", 40, 4.5))},
-        "profile_length.json": {"command": "ept profile b", **profiled("none", ("pt", 10, 1.0), ("pt", 20, 2.0))},
+        "profile_t5.json": {"command": "ept profile a", **profiled(("pt", 100, 9.0), ("ept", 40, 4.5))},
+        "profile_length.json": {"command": "ept profile b", **profiled(("pt", 10, 1.0), ("pt", 20, 2.0))},
     }
     for name, record in records.items():
         (folder / name).write_text(json.dumps(record))

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
+from profile_records import compared, profiled
 
 from benchmarks import plots, shapes
 from benchmarks.json_records import step_rows
-from ept.profile.clock import PHASES
 from ept.profile.report import draw_phases, draw_sweep
-
-SHARES = (0.01, 0.01, 0.4, 0.5, 0.02, 0.06)  # of the phases of a step
 
 
 def kernel_rows() -> list[dict[str, Any]]:
-    """Every case of a full report, measured by nobody."""
+    """Returns every case of a full report, measured by nobody."""
     rows = []
     for case in shapes.gpu_cases():
         moved = 1000 * sum(case.size.values())
@@ -42,40 +40,14 @@ def kernel_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def method(name: str, tokens: int, time: float) -> dict[str, Any]:
-    """A method as `ept profile` records it; milliseconds."""
-    return {
-        "method": name,
-        "num_virtual_tokens": tokens,
-        "trainable_parameters": 76_800,
-        "tokens_per_second": 1e3,
-        "peak_memory_bytes": 1 << 30,
-        "step_ms": {"median": time, "p20": 0.9 * time, "p80": 1.3 * time, "samples": [time]},
-        "phases_ms": {phase: time * share for phase, share in zip(PHASES, SHARES)},
-    }
-
-
-def profiled(methods: list[dict[str, Any]], padding: str = "max_length") -> dict[str, Any]:
-    return {
-        "case": "smollm2-headlines",
-        "model": {"name": "llama-3.2-1b (random weights)", "layers": 12, "dtype": "bfloat16", "quantization": None},
-        "data": {"padding": padding},
-        "batch": 32,
-        "length": 1024,
-        "device": "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
-        "peak_memory_kind": "none",
-        "methods": methods,
-    }
-
-
-FOUR = [method("pt", 100, 12345.6), method("dept", 60, 9000.0), method("ept", 40, 7000.0), method("peft-pt", 100, 13e3)]
-MANY = [method(m["method"], n, 100.0 + n) for m in FOUR for n in (10, 20, 40, 60, 100)]
-CASES = [{**profiled(FOUR, padding), "case": case} for case in ("smollm2-headlines", "t5") for padding in ("a", "b")]
+FOUR = [("pt", 100, 12345.6), ("dept", 60, 9000.0), ("ept", 40, 7000.0), ("peft-pt", 100, 13e3)]
+MANY = [(name, tokens, 100.0 + tokens) for name, _, _ in FOUR for tokens in (10, 20, 40, 60, 100)]
+CASES = [compared(case, padding, *FOUR) for case in ("smollm2-headlines", "t5") for padding in ("a", "b")]
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved, as they are at that moment."""
+    """Collects the figures that are saved, as they are at that moment."""
     figures: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw)))
@@ -86,9 +58,9 @@ DRAW = {
     "bandwidth": lambda path: plots.draw_bandwidth(kernel_rows(), path),
     "speedup": lambda path: plots.draw_speedup(kernel_rows(), path),
     "steps": lambda path: plots.draw_steps(step_rows({"cases": CASES}), path),
-    "phases": lambda path: draw_phases(profiled(FOUR), path),
-    "phases of many": lambda path: draw_phases(profiled(MANY), path),
-    "sweep": lambda path: draw_sweep(profiled(MANY), path),
+    "phases": lambda path: draw_phases(profiled(*FOUR), path),
+    "phases of many": lambda path: draw_phases(profiled(*MANY), path),
+    "sweep": lambda path: draw_sweep(profiled(*MANY), path),
 }
 
 

@@ -1,0 +1,53 @@
+"""Records as `ept profile` writes them, measured by nobody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ept.profile.clock import PHASES
+
+SHARES = (0.01, 0.01, 0.4, 0.5, 0.02, 0.06)  # of the phases of a step
+MACHINE = {"hardware": {"processor": "none", "threads": 1, "cores": 1, "gpus": []}, "versions": {"torch": "0"}}
+
+
+def spread(median: float) -> dict[str, Any]:
+    return {"median": median, "p20": 0.9 * median, "p80": 1.1 * median}
+
+
+def profiled(*methods: tuple[str, int, float], **other: Any) -> dict[str, Any]:
+    """Makes a record of methods, each a name, a number of virtual tokens and the milliseconds of a step."""
+    model = {"name": "llama-3.2-1b (random weights)", "class": "T5", "layers": 12, "dtype": "bfloat16"}
+    return {
+        "model": {**model, "quantization": None},
+        "data": {"padding": "max_length", "text_tokens_a_batch": 650.5, "padded_tokens_a_batch": 1024},
+        "batch": 32,
+        "length": 1024,
+        "device": "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
+        "steps": 20,
+        "reference": "pt",
+        "peak_memory_kind": "none",
+        "methods": [
+            {
+                "label": name,
+                "method": name,
+                "num_virtual_tokens": tokens,
+                "trainable_parameters": 76_800,
+                "tokens_per_second": 1e3,
+                "peak_memory_bytes": tokens << 20,
+                "step_ms": {**spread(time), "samples": [time]},
+                "phases_ms": {phase: time * share for phase, share in zip(PHASES, SHARES)},
+                "phases_over_step": 1.0,
+                "speedup": spread(2.0),
+            }
+            for name, tokens, time in methods
+        ],
+        **MACHINE,
+        **other,
+    }
+
+
+def compared(case: str, padding: str, *methods: tuple[str, int, float]) -> dict[str, Any]:
+    """Makes one case of a record of EPT's step against PEFT's."""
+    record = profiled(*methods)
+    record["data"]["padding"] = padding
+    return {"case": case, "padding": padding, "ept_over_peft": spread(0.6), **record}
