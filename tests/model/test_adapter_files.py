@@ -10,11 +10,9 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import make_batch, make_model, randomise
+from tiny_models import SMALL, make_batch, make_model, randomise
 
 from ept import EPTConfig, EPTModel, get_ept_model
-
-SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 
 
 @pytest.fixture
