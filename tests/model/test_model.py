@@ -292,7 +292,7 @@ def test_a_batch_of_labels_alone_is_warned_of_once(recwarn):
 
 @pytest.mark.parametrize("name", [*ONE_A_TASK, "bart", "gpt2", "roberta"])
 def test_loss_divided_by_given_number_of_items_sums_over_batches(name):
-    """What gradient accumulation needs: parts add up to the whole, labels of unequal number included."""
+    """Gradient accumulation needs it: parts add up to the whole, labels of unequal number included."""
     model = adapted(name)
     batch = make_batch(name, (8, 5, 7, 4))
     if batch["labels"].dim() == 2:

@@ -1,4 +1,4 @@
-"""What a piece of code does to the machine: files opened, programs started, code run, tensors made.
+"""A watch over a piece of code: files opened, programs started, code run, tensors made.
 
 Python's audit events tell all but what compiled libraries do by themselves; the only one of those that is handed a
 stranger's file is safetensors, by a path that the tests of links check.
