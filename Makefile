@@ -6,7 +6,6 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO_ARGS ?=
 TEST_ARGS ?=
 GPU_ARGS ?=
-BUNDLE_ARGS ?= --help
 BENCH_OUTPUT ?= benchmarks/results/cpu
 TUNE_ARGS ?=
 TRITON_PATH ?=
@@ -20,7 +19,7 @@ RAY := ray==2.60.0
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test aot lint format ray bench gpu bundle wheel clean tune local-kernel lowest fuzz nightly suite-against
+.PHONY: help install demo test aot lint format ray bench gpu wheel clean tune local-kernel lowest fuzz nightly suite-against
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -103,16 +102,12 @@ format: $(VENV)/.installed ## let ruff format and fix
 	$(VENV)/bin/python -m ruff check --fix .
 
 bench: $(VENV)/.demo ## a CPU record in under 5 minutes: operators, training steps, EPT beside the bare frozen model
-	$(VENV)/bin/python -m benchmarks.run_kernels --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 120
-	$(VENV)/bin/python -m benchmarks.run_steps --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 30
-	$(VENV)/bin/python benchmarks/step_overhead.py --pairs 10 --output $(BENCH_OUTPUT)/step_overhead.json
+	$(VENV)/bin/python -m benchmarks.run kernels --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 120
+	$(VENV)/bin/python -m benchmarks.run steps --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 120
 	$(VENV)/bin/python -m benchmarks.performance_page --results $(dir $(BENCH_OUTPUT))
 
 gpu: $(if $(VENV),$(VENV)/.demo) ## the report of one GPU in under 8 minutes; `make gpu VENV=` takes the python on the PATH
 	$(if $(VENV),$(VENV)/bin/python,python3) benchmarks/gpu_report.py $(GPU_ARGS)
-
-bundle: $(VENV)/.installed ## wheels for a GPU host without a network: BUNDLE_ARGS="--python 3.12 --cuda 130 --limit 512 --output DIR"
-	$(VENV)/bin/python tools/offline_bundle.py $(BUNDLE_ARGS)
 
 wheel: $(VENV)/.installed ## dist/*.whl
 	$(VENV)/bin/python -m build --wheel --outdir dist

@@ -9,16 +9,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from . import json_records
-from .common import RECORD_NAME, RESULTS, ROOT, Record
-from .json_records import BARE_TITLE, OVERHEAD
+from .json_records import OVERHEAD, measured_with, overhead_row
 from .plots import drawable
-from .run_steps import overhead_row
-from .tables import goal_table, markdown, operations, option_table, peer_table, reasons, seconds, step_table
-
-Row = dict[str, Any]
+from .record import RECORD_NAME, RESULTS, ROOT, Record, Row
+from .tables import (
+    BARE_TITLE,
+    OPTIONS_TITLE,
+    bare_text,
+    ceiling_table,
+    goal_table,
+    markdown,
+    options_text,
+    peer_table,
+    reasons,
+    step_table,
+)
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = "performance"  # folder beside the page
@@ -56,7 +63,7 @@ the operators' dispatch costs and where the peers stand.
 
 
 def render(results: Path = RESULTS) -> str:
-    """The page's text."""
+    """Return the page's text."""
     folders = _folders(results)
     gpus = [folder for folder in folders if folder.name != "cpu"]
     every = [row for folder in folders for row in rows_of(folder)]
@@ -86,18 +93,19 @@ def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
 
 
 def _folders(results: Path) -> list[Path]:
-    """Those of the devices: the folders that hold a record."""
+    """Return the devices' folders: those that hold a record."""
     return sorted(folder for folder in results.iterdir() if folder.is_dir() and any(folder.glob("*.json*")))
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """All rows of a device: its report, and the step beside the bare model."""
+    """Return all rows of a device: its report, and an earlier record of the step beside the bare model."""
     rows = Record(folder / RECORD_NAME).results()
     overhead = folder / OVERHEAD
     if overhead.exists():
         record = json_records.read(overhead)
         about = {"device_type": "cuda" if record["hardware"]["gpus"] else "cpu", "reduced": False}
-        rows.append({**overhead_row(record), **about, "section": "bare", "status": "ok", "reason": ""})
+        # First, so that the report's own row, if any, is the one that counts.
+        rows.insert(0, {**overhead_row(record), **about, "section": "bare", "status": "ok", "reason": ""})
     reduced = [row["case"] for row in rows if row["reduced"] and "case" in row]
     if reduced:
         raise ValueError(
@@ -114,30 +122,9 @@ def _device(folder: Path) -> str:
     if name == "cpu":
         parts.append(CPU_NOTE)
     if header:
-        parts.append(json_records.measured_with(header, header["command"], header["started"][:10]))
+        parts.append(measured_with(header, header["command"], header["started"][:10]))
     parts += [f"![{CAPTIONS[plot]}]({_plot(folder, plot)})\n\n{CAPTIONS[plot]}\n" for plot in drawable(rows)]
-    tests = [row for row in rows if row["section"] in ("tests", "sanitizer")]
-    if tests:
-        table = markdown(
-            ["check", "result"], [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in tests]
-        )
-        parts.append(f"### Checks on this device\n\n{table}\n")
-    ceilings = [row for row in rows if row["section"] == "ceilings"]
-    if ceilings:
-        parts.append(f"### Ceilings\n\n{_ceiling_table(ceilings)}\n")
-    if any(row["section"] == "kernels" for row in rows):
-        parts.append(f"### Kernels\n\n{peer_table(rows)}\n")
-    steps = step_table(rows)
-    if steps:
-        parts.append(f"### Training steps\n\n{steps}\n")
-    options = option_table(rows)
-    if options:
-        parts.append(f"### What each option of the training step gains\n\n{options}\n")
-    bare = [row for row in rows if row["section"] == "steps" and "ratio_to_bare" in row]
-    parts += [f"### {BARE_TITLE}\n\n{json_records.overhead(row)}" for row in bare]
-    missing = reasons(rows)
-    if missing:
-        parts.append("### Not measured\n\n" + "\n".join(f"* {line}" for line in missing) + "\n")
+    parts += [f"### {title}\n\n{text.rstrip()}\n" for title, text in _sections(rows) if text]
     for file, kind in json_records.known(folder):
         parts.append(json_records.section(file, kind, lambda name: _plot(folder, name)))
     others = json_records.unknown(folder)
@@ -146,15 +133,21 @@ def _device(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def _ceiling_table(rows: list[Row]) -> str:
-    lines = []
-    for row in rows:
-        if "bytes_per_second" in row:
-            rate = f"{row['bytes_per_second'] / 1e9:.1f} GB/s"
-        else:
-            rate = operations(row["operations_per_second"])
-        lines.append([row["ceiling"], rate, seconds(row["p20"]), seconds(row["median"]), seconds(row["p80"])])
-    return markdown(["ceiling", "rate", "20 %", "median", "80 %"], lines)
+def _sections(rows: list[Row]) -> list[tuple[str, str]]:
+    """Return title and text of every section of a report; without a text where it has no rows."""
+    checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
+    checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
+    steps = [row for row in rows if row["section"] == "steps"]
+    bare, gains = ([row for row in steps if field in row] for field in ("ratio_to_bare", "gain"))
+    return [
+        ("Checks on this device", checked and markdown(["check", "result"], checked)),
+        ("Ceilings", ceiling_table(rows)),
+        ("Kernels", peer_table(rows)),
+        ("Training steps", step_table(rows)),
+        (OPTIONS_TITLE, gains and options_text(gains)),
+        (BARE_TITLE, bare_text(bare)),
+        ("Not measured", "\n".join(f"* {line}" for line in reasons(rows))),
+    ]
 
 
 def _plot(folder: Path, name: str) -> str:

@@ -7,9 +7,8 @@ mean nothing).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class ModelShape(NamedTuple):
@@ -26,14 +25,19 @@ MODELS = {
     "T5-11B": ModelShape(1024, 32128, ((16384, 1024), (1024, 16384), (65536, 1024), (1024, 65536))),
     "Llama-2-7B": ModelShape(4096, 32000, ((4096, 4096), (11008, 4096), (4096, 11008))),
     "Llama-3-8B": ModelShape(4096, 128256, ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))),
+    "tiny": ModelShape(
+        32, 128, ((128, 64),)
+    ),  # on a CPU bitsandbytes 0.50 is wrong where a row is shorter than a block
 }
-TINY = ModelShape(32, 128, ((128, 64),))  # on a CPU bitsandbytes 0.50 is wrong where a row is shorter than a block
+
+KNOWN = tuple(MODELS)[:-1]
 
 # Versions of one case that are held against each other. "ours again" is ours a second time: the noise.
 OURS, OURS_AGAIN, EAGER, COMPILED = "ours", "ours again", "reference", "torch.compile"
 BITSANDBYTES, PEFT, DENSE = "bitsandbytes", "PEFT", "unquantised"
 PROMPT_PROVIDERS = (OURS, OURS_AGAIN, EAGER)
 FOUR_BIT_PROVIDERS = (OURS, OURS_AGAIN, BITSANDBYTES)
+PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
 
 
 @dataclass(frozen=True)
@@ -59,52 +63,24 @@ class Case:
         return "/".join(filter(None, (self.kernel, self.model, self.dtype, self.scheme, size)))
 
 
-def embedding(
-    kernel: str,
-    model: str,
-    batch: int,
-    length: int,
-    *,
-    prompt: int = 40,
-    rank: int = 30,
-    compiled: bool = False,
-    dtype: str = "bfloat16",
-    shape: ModelShape | None = None,
-) -> Case:
-    """A case of `prompted_embedding`, its packed form or its backward. Rank 0 is prompt tuning, which PEFT has."""
-    shape = shape or MODELS[model]
-    providers = (*PROMPT_PROVIDERS, *((COMPILED,) if compiled else ()), *((PEFT,) if rank == 0 else ()))
-    size = {
-        "batch": batch,
-        "length": length,
-        "width": shape.width,
-        "vocabulary": shape.vocabulary,
-        "prompt": prompt,
-        "rank": rank,
-    }
-    return Case(kernel, model, size, dtype, providers)
+def embedding(kernel: str, model: str, batch: int, length: int, **how: Any) -> Case:
+    """Makes a case of `prompted_embedding`, its packed form or its backward.
+
+    Args:
+        how: `prompt` (40) and `rank` (30; 0 is prompt tuning, which PEFT has), `dtype`, whether it is `compiled`.
+    """
+    shape, size = MODELS[model], {"prompt": 40, "rank": 30}
+    size |= {name: how.pop(name) for name in size if name in how}
+    compiled = (COMPILED,) if how.pop("compiled", False) else ()
+    providers = (*PROMPT_PROVIDERS, *compiled, *((PEFT,) if size["rank"] == 0 else ()))
+    text = {"batch": batch, "length": length, "width": shape.width, "vocabulary": shape.vocabulary}
+    return Case(kernel, model, text | size, providers=providers, **how)
 
 
-def joint(
-    model: str,
-    *,
-    prompt: int = 40,
-    rank: int = 30,
-    spaces: int = 4,
-    space_width: int = 2,
-    positions: int = 256,
-    compiled: bool = True,
-    shape: ModelShape | None = None,
-) -> Case:
-    size = {
-        "prompt": prompt,
-        "width": (shape or MODELS[model]).width,
-        "rank": rank,
-        "spaces": spaces,
-        "space_width": space_width,
-        "positions": positions,
-    }
-    return Case("joint_prompt", model, size, "float32", (*PROMPT_PROVIDERS, *((COMPILED,) if compiled else ())))
+def joint(model: str, compiled: bool = True, **size: int) -> Case:
+    """Makes a case of `joint_prompt`, forward and backward."""
+    usual = {"prompt": 40, "width": MODELS[model].width, "rank": 30, "spaces": 4, "space_width": 2, "positions": 256}
+    return Case("joint_prompt", model, usual | size, "float32", (*PROMPT_PROVIDERS, *((COMPILED,) if compiled else ())))
 
 
 def dequantize(
@@ -115,12 +91,11 @@ def dequantize(
 
 
 def products(model: str, rows: int, columns: int, tokens: tuple[int, ...], dtype: str = "bfloat16") -> list[Case]:
-    """`matmul_4bit` and its backward for every number of tokens M."""
+    """Makes cases of `matmul_4bit` and its backward for every number of tokens M."""
+    providers = (*FOUR_BIT_PROVIDERS, DENSE)
     return [
-        Case(
-            kernel, model, {"m": m, "rows": rows, "columns": columns}, dtype, (*FOUR_BIT_PROVIDERS, DENSE), "nf4 nested"
-        )
-        for kernel in ("matmul_4bit", "matmul_4bit_backward")
+        Case(kernel, model, {"m": m, "rows": rows, "columns": columns}, dtype, providers, "nf4 nested")
+        for kernel in PRODUCTS
         for m in tokens
     ]
 
@@ -144,7 +119,7 @@ def gpu_cases() -> list[Case]:
     """Everything, for a GPU."""
     cases = [GOAL_FORWARD, GOAL_BACKWARD, *GOAL_JOINT, GOAL_DEQUANTIZE, GOAL_DEQUANTIZE_LARGE, *GOAL_PRODUCTS]
     for kernel in ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed"):
-        for model in MODELS:
+        for model in KNOWN:
             cases.append(embedding(kernel, model, 32, 256, compiled=model == "T5-base"))
         cases.append(embedding(kernel, "T5-base", 32, 256, dtype="float32"))
         cases.append(embedding(kernel, "T5-base", 32, 256, dtype="float16"))
@@ -153,8 +128,8 @@ def gpu_cases() -> list[Case]:
         cases += [embedding(kernel, model, 32, 256, prompt=100, rank=0) for model in ("T5-base", "Llama-2-7B")]
     cases.append(joint("T5-large", compiled=False))
     cases.append(joint("Llama-3-8B", prompt=100, rank=60, spaces=8, space_width=4, compiled=False))
-    for model, shape in MODELS.items():
-        cases += [dequantize(model, rows, columns) for rows, columns in shape.layers]
+    for model in KNOWN:
+        cases += [dequantize(model, rows, columns) for rows, columns in MODELS[model].layers]
     cases += [dequantize("Llama-2-7B", 4096, 4096, dtype=dtype) for dtype in ("float16", "float32")]
     cases += [dequantize("Llama-2-7B", 4096, 4096, scheme=scheme) for scheme in ("nf4", "fp4", "fp4 nested")]
     for model in ("Llama-2-7B", "T5-base", "T5-large", "T5-11B"):
@@ -189,20 +164,15 @@ def cpu_cases() -> list[Case]:
 def reduced_cases() -> list[Case]:
     """Every kernel once or twice at sizes that take no time."""
     kernels = ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed")
-    small = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=4, dtype="float32", shape=TINY) for kernel in kernels]
-    plain = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=0, dtype="float32", shape=TINY) for kernel in kernels[:2]]
-    tiny_joint = joint("tiny", prompt=3, rank=4, spaces=2, positions=8, compiled=False, shape=TINY)
-    rows, columns = TINY.layers[0]
+    small = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=4, dtype="float32") for kernel in kernels]
+    plain = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=0, dtype="float32") for kernel in kernels[:2]]
+    tiny_joint = joint("tiny", prompt=3, rank=4, spaces=2, positions=8, compiled=False)
+    rows, columns = MODELS["tiny"].layers[0]
     four_bit = [dequantize("tiny", rows, columns, dtype="float32"), *products("tiny", rows, columns, (1, 4), "float32")]
     return [*small, *plain, tiny_joint, *four_bit]
 
 
 TABLES = {"gpu": gpu_cases, "cpu": cpu_cases, "reduced": reduced_cases}
-
-
-def copies(touched: int, cache: int, most: int) -> int:
-    """Input sets to rotate among, together twice the last-level cache: at least 2, at most `most`."""
-    return max(2, min(most, math.ceil(2 * cache / max(touched, 1))))
 
 
 def _distinct(cases: list[Case]) -> list[Case]:

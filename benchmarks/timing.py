@@ -1,9 +1,5 @@
-"""Clocks. On a GPU: device events behind a queue that is kept full, so that launch gaps of the host do not count; on a
-CPU: the wall clock around each call.
-
-All versions of one case are timed in turn, round by round and in alternating order, so that a machine whose speed
-drifts slows all alike. Every call takes the next of several input sets, which together are larger than the last-level
-cache.
+"""The clock of all benchmarks: calls are timed in turn, round by round, in alternating order, so that a machine whose
+speed drifts slows all alike.
 """
 
 from __future__ import annotations
@@ -11,49 +7,70 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
 
 import torch
 
+from ept.profile.clock import summary
+
 Call = Callable[[int], Any]  # takes the number of an input set
 
 WARMUP = 3
+HOST_ROUNDS = 10  # rounds in which the host's work is timed too
 SPIN_HERTZ = 2.0e9  # cycles a second assumed for the spin kernel: a slower clock only spins longer
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call.
+    """Seconds of the calls of one version.
 
     Attributes:
-        median, p20, p80: of the single calls; on a GPU the device's time only.
-        call: median over rounds of back-to-back calls with the host's work included; None on a CPU, where it is the
-            same thing.
-        samples: number of calls timed.
-        host_bound: the queue ran empty while timing, so that launch gaps are in `median`.
-        clock: `device events` or `wall clock`.
+        samples: of each call; by device events the device's time only.
+        call: median over rounds of back-to-back calls with the host's work included, where `samples` lack it.
+        host_bound: the queue ran empty while timing, so that launch gaps are in `samples`.
+        clock: `device events`, `wall clock` or `thread time`.
     """
 
-    median: float
-    p20: float
-    p80: float
+    samples: tuple[float, ...]
     call: float | None
-    samples: int
     host_bound: bool
     clock: str
 
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the fields of a record's row."""
+        about = {"call": self.call, "samples": len(self.samples), "host_bound": self.host_bound, "clock": self.clock}
+        return {**summary(self.samples), **about}
 
 
-def time_in_turn(calls: dict[str, Call], device: str, sets: int, seconds: float) -> dict[str, Timing]:
-    """Times every call of `calls` for about `seconds`, warm-up not counted.
+def ratio(over: Timing, under: Timing) -> dict[str, float]:
+    """Summarise `over`'s time divided by `under`'s, taken round by round."""
+    return summary([a / b for a, b in zip(over.samples, under.samples, strict=True)])
+
+
+def time_in_turn(
+    calls: dict[str, Call],
+    clock: Clock,
+    *,
+    sets: int = 1,
+    seconds: float = 0.0,
+    rounds: int | None = None,
+    warmup: int = WARMUP,
+) -> dict[str, Timing]:
+    """Times every call of `calls` for about `seconds`, or in exactly `rounds` rounds of one sample.
+
+    Args:
+        sets: number of input sets, which the calls take one after another. Together they should be larger than the
+            last-level cache.
+        warmup: calls of each before anything is timed.
 
     Raises what a call raises; try each once before.
     """
-    clock = _DeviceClock() if device == "cuda" else _WallClock()
     numbers = count()
 
     def rotated(call: Call) -> Callable[[], Any]:
@@ -61,29 +78,30 @@ def time_in_turn(calls: dict[str, Call], device: str, sets: int, seconds: float)
 
     rotating = {name: rotated(call) for name, call in calls.items()}
     for call in rotating.values():
-        for _ in range(WARMUP):
+        for _ in range(warmup):
             call()
-    once = {name: clock.estimate(call) for name, call in rotating.items()}
-    batch = {name: max(1, min(clock.largest_batch, round(2e-3 / t))) for name, t in once.items()}
-    rounds = {name: max(5, min(100, round(seconds / (batch[name] * t)))) for name, t in once.items()}
+    batch, turns = dict.fromkeys(calls, 1), dict.fromkeys(calls, rounds or 0)
+    if rounds is None:
+        once = {name: max(clock.back_to_back(call, 3), 1e-7) for name, call in rotating.items()}
+        batch = {name: max(1, min(clock.max_batch, round(2e-3 / t))) for name, t in once.items()}
+        turns = {name: max(5, min(100, round(seconds / (batch[name] * t)))) for name, t in once.items()}
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
     host: dict[str, list[float]] = {name: [] for name in calls}
     host_bound = dict.fromkeys(calls, False)
-    for index in range(max(rounds.values())):
+    for index in range(max(turns.values())):
         for name in list(calls) if index % 2 else reversed(list(calls)):
-            if index >= rounds[name]:
+            if index >= turns[name]:
                 continue
             times, gap = clock.sample(rotating[name], batch[name])
             samples[name] += times
             host_bound[name] |= gap
-            if index < 10 and clock.separate_host_time:
+            if index < HOST_ROUNDS and clock.separate_host_time:
                 host[name].append(clock.back_to_back(rotating[name], batch[name]))
     return {
         name: Timing(
-            *_median_and_quintiles(samples[name]),
+            tuple(samples[name]),
             call=statistics.median(host[name]) if host[name] else None,
-            samples=len(samples[name]),
             host_bound=host_bound[name],
             clock=clock.name,
         )
@@ -91,51 +109,64 @@ def time_in_turn(calls: dict[str, Call], device: str, sets: int, seconds: float)
     }
 
 
-def _median_and_quintiles(samples: list[float]) -> tuple[float, float, float]:
-    quintiles = statistics.quantiles(samples, n=5)
-    return statistics.median(samples), quintiles[0], quintiles[3]
+class Clock:
+    """Wall time around each call; on a GPU from an idle device until it has finished."""
 
-
-class _WallClock:
     name = "wall clock"
-    largest_batch = 20
+    max_batch = 20
     separate_host_time = False
 
-    def estimate(self, call: Callable[[], Any]) -> float:
-        return max(min(self.sample(call, 2)[0]), 1e-7)
+    def __init__(self, device: str) -> None:
+        self.synchronize = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
 
     def sample(self, call: Callable[[], Any], batch: int) -> tuple[list[float], bool]:
-        times = []
-        for _ in range(batch):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return times, False
+        """Return the seconds of `batch` calls, and whether the device waited for the host between them."""
+        return [self.back_to_back(call, 1) for _ in range(batch)], False
 
     def back_to_back(self, call: Callable[[], Any], batch: int) -> float:
-        return statistics.median(self.sample(call, batch)[0])
+        """Return the wall seconds of one of `batch` calls."""
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(batch):
+            call()
+        self.synchronize()
+        return (time.perf_counter() - start) / batch
 
 
-class _DeviceClock:
-    name = "device events"
-    largest_batch = 40
-    separate_host_time = True
+class ThreadClock(Clock):
+    """The calling thread's time on the processor, of `calls` calls at a time; a GPU's queue is empty at each start."""
 
-    def estimate(self, call: Callable[[], Any]) -> float:
-        return max(self.back_to_back(call, 3), 1e-7)
+    name = "thread time"
+
+    def __init__(self, device: str, calls: int) -> None:
+        super().__init__(device)
+        self.calls = calls
 
     def sample(self, call: Callable[[], Any], batch: int) -> tuple[list[float], bool]:
-        """Device seconds of `batch` calls, and whether the queue ran empty between them.
+        self.synchronize()
+        start = time.thread_time()
+        for _ in range(self.calls):
+            call()
+        return [(time.thread_time() - start) / self.calls], False
 
-        A spin kernel holds the device while the host enqueues; where it was too short the batch is taken once more
-        behind a spin that is certainly long enough.
-        """
-        spin = 1.5 * batch * self.back_to_back(call, 2)
-        times, enqueued = self._behind_spin(call, batch, spin)
+
+class DeviceClock(Clock):
+    """Device events behind a queue that is kept full, so that the host's launch gaps do not count."""
+
+    name = "device events"
+    max_batch = 40
+    separate_host_time = True
+
+    def sample(self, call: Callable[[], Any], batch: int) -> tuple[list[float], bool]:
+        # A spin kernel holds the device while the host enqueues. Where it was too short, the batch is taken once more
+        # behind a spin that is certainly long enough.
+        times, enqueued = self._behind_spin(call, batch, 1.5 * batch * self.back_to_back(call, 2))
         if times is None:
             times, enqueued = self._behind_spin(call, batch, 4 * enqueued)
         if times is None:
-            return self._from_events(call, batch), True
+            events = self._enqueue(call, batch)
+            torch.cuda.synchronize()
+            return _elapsed(events), True
         return times, False
 
     def _behind_spin(self, call: Callable[[], Any], batch: int, spin: float) -> tuple[list[float] | None, float]:
@@ -148,11 +179,6 @@ class _DeviceClock:
         torch.cuda.synchronize()
         return (_elapsed(events) if kept_full else None), enqueued
 
-    def _from_events(self, call: Callable[[], Any], batch: int) -> list[float]:
-        events = self._enqueue(call, batch)
-        torch.cuda.synchronize()
-        return _elapsed(events)
-
     def _enqueue(self, call: Callable[[], Any], batch: int) -> list[torch.cuda.Event]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(batch + 1)]
         events[0].record()
@@ -161,21 +187,13 @@ class _DeviceClock:
             event.record()
         return events
 
-    def back_to_back(self, call: Callable[[], Any], batch: int) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(batch):
-            call()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / batch
-
 
 def _elapsed(events: list[torch.cuda.Event]) -> list[float]:
     return [1e-3 * before.elapsed_time(after) for before, after in pairwise(events)]
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """The most bytes that one call holds at a time beyond what it was given: outputs and temporaries."""
+    """Return the most bytes that one call holds at a time beyond what it was given: outputs and temporaries."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -188,17 +206,17 @@ def peak_bytes(call: Call, device: str) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call(0)
     del result
-    held = most = 0
+    held = peak = 0
     assert profiled.profiler is not None
     events = profiled.profiler.kineto_results.events()  # the summary of profiled.events() drops the single allocations
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
-        most = max(most, held)
-    return most
+        peak = max(peak, held)
+    return peak
 
 
 def device_launches(call: Call, device: str) -> int | None:
-    """Number of kernels the device runs for one call, memory copies and fills not counted; None on a CPU."""
+    """Return the number of kernels the device runs for one call, memory copies and fills not counted; None on a CPU."""
     if device != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile

@@ -1,4 +1,4 @@
-"""What `make demo` runs: EPT on a real small model and real headlines, the score before and after, and what it learned.
+"""The demo, `make demo`: EPT on a real small model and real headlines, its score before and after, and what it learned.
 
 The same code path as `ept train --config examples/headlines.yaml`: this script only supplies model and data, both taken
 from packages of the package index (see `headlines_data.py`), and shows the results.
@@ -11,18 +11,10 @@ import logging
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
-from headlines_data import (
-    DATA_FILE,
-    DATA_PACKAGE,
-    MODEL_FILE,
-    MODEL_PACKAGE,
-    package_file,
-    read_headlines,
-    write_splits,
-)
+import headlines_data as source
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ept.runs.config import RunConfig, load_run_config
@@ -36,55 +28,55 @@ console = Console()
 def main() -> None:
     arguments = parse_arguments()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # no 4-bit weights here: its missing kernels do not matter
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no 4-bit weights here: it may lack kernels
     started = time.perf_counter()
-    model_file = package_file(MODEL_PACKAGE, MODEL_FILE)
-    data_file = package_file(DATA_PACKAGE, DATA_FILE)
+    model_file = source.package_file(source.MODEL_PACKAGE, source.MODEL_FILE)
+    data_file = source.package_file(source.DATA_PACKAGE, source.DATA_FILE)
 
     console.rule("Efficient Prompt Tuning: which headlines are sarcastic?")
-    rows = read_headlines(data_file)
+    rows = source.read_headlines(data_file)
     data = arguments.output / "data"
-    counts = write_splits(rows, data, arguments.seed)
+    counts = source.write_splits(rows, data, arguments.seed)
     console.print(
         f"Data: {len(rows):,} different headlines, split by a hash of their text into "
         f"{counts['train']:,} to train on, {counts['validation']:,} to validate on, {counts['test']:,} held out."
     )
     config = run_config(arguments, model_file, data)
-    console.print(f"Model: {model_file.stem}, frozen, on {device_name()}; only the adapter learns.")
+
+    from ept.cli.common import quiet
+    from ept.runs.loading import default_device
+    from ept.runs.report import results_table
+    from ept.runs.train import train
+
+    console.print(f"Model: {model_file.stem}, frozen, on {default_device()}; only the adapter learns.")
     console.print(
         f"Training: {config.training.max_steps} steps of {config.training.batch_size} headlines, "
         f"scored before and after on {config.data.max_test} held-out ones.\n"
     )
-
-    from ept.cli.common import quiet
-    from ept.runs.train import train
-
     with quiet():
         results = train(config, overwrite=True)
-    show_score(results)
+    console.print(results_table(results))
+    gain = 100 * (results["score"] - results["majority"])
+    held_out = results["rows"]["test"]
+    console.print(f"{gain:+.1f} points over always giving the commoner label, on {held_out} held-out headlines.\n")
     show_examples(arguments.output)
-    console.print(f"\nAdapter:        {arguments.output / 'adapter'}")
-    console.print(f"Results:        {arguments.output / 'results.json'}")
-    console.print(f"Learning curve: {arguments.output / 'learning_curve.png'}")
+    console.print()
+    for name, file in {"Adapter": "adapter", "Results": "results.json", "Learning curve": "learning_curve.png"}.items():
+        console.print(f"{name + ':':15} {arguments.output / file}")
     console.print(f"Done in {time.perf_counter() - started:.0f} s.")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder of the run, written anew each time"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the split, the initialisation and the order of the data"
-    )
+    output = Path("runs/demo")
+    parser.add_argument("--output", type=Path, default=output, help="folder of the run, written anew each time")
+    parser.add_argument("--seed", type=int, default=0, help="draws the split, the initialisation and the order of rows")
     return parser.parse_args()
 
 
 def run_config(arguments: argparse.Namespace, model_file: Path, data: Path) -> RunConfig:
-    """`headlines.yaml` with model, data and output folder filled in."""
+    """Loads `headlines.yaml` and fills in model, data and output folder."""
     config = load_run_config(CONFIG)
     config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
     config.data.data_dir = str(data)
@@ -96,45 +88,23 @@ def run_config(arguments: argparse.Namespace, model_file: Path, data: Path) -> R
     return config
 
 
-def device_name() -> str:
-    """The device that training will use, in words."""
-    import torch
-
-    from ept.runs.loading import default_device
-
-    device = default_device()
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device} ({torch.get_num_threads()} threads)"
-    )
-
-
-def show_score(results: dict[str, Any]) -> None:
-    from ept.runs.report import results_table
-
-    console.print(results_table(results))
-    gain = 100 * (results["score"] - results["majority"])
-    rows = results["rows"]["test"]
-    console.print(f"{gain:+.1f} points over always giving the commoner label, on {rows} held-out headlines.\n")
-
-
 def show_examples(folder: Path) -> None:
     """Loads the adapter back from disk and lets it judge the first held-out headlines."""
-    from ept.cli.common import open_run, quiet
-    from ept.runs.predict import predict_labels
-    from ept.tasks import fit_to_length, read_rows
+    from ept.cli.common import quiet
+    from ept.runs.predict import open_run
+    from ept.tasks import read_rows
 
     with quiet():
-        run = open_run(folder, [])
+        run = open_run(folder)
     rows = read_rows(folder / "data" / "test.jsonl")[:EXAMPLES]
-    texts = [fit_to_length(run.task, row, run.tokenizer, run.max_length)[0] for row in rows]
-    predictions = predict_labels(run.model, run.tokenizer, texts, run.labels, run.task_type, run.max_length, EXAMPLES)
+    predictions = run.predict([row.ids for row in run.fit(rows, "test")])
     table = Table(title="Held-out headlines, judged by the adapter loaded back from disk", show_lines=True)
     table.add_column("headline")
     table.add_column("sarcastic?", justify="center")
     table.add_column("truth", justify="center")
     for row, prediction in zip(rows, predictions):
         colour = "green" if prediction == row["label"] else "red"
-        table.add_row(row["headline"], f"[{colour}]{run.labels[prediction]}[/]", run.labels[row["label"]])
+        table.add_row(escape(row["headline"]), f"[{colour}]{run.labels[prediction]}[/]", run.labels[row["label"]])
     console.print(table)
 
 

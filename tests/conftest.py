@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,13 @@ from ept.runs.train import train
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_data(tmp_path_factory.mktemp("data"))
+def data(tiny: Path) -> Path:
+    return tiny / "data" / "glue" / "sst2"
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {family: save_model(family, folder / family) for family in FAMILIES}
+def models(tiny: Path) -> dict[str, Path]:
+    return {family: tiny / family for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +37,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_model(family, folder / family)
     save_data(folder / "data" / "glue" / "sst2")
     return folder
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """Leaves out the drawing of learning curves, which takes a third of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ept.runs.train.learning_curve", lambda *arguments, **options: None)
+        yield

@@ -1,23 +1,17 @@
-"""What the commands share: options, quiet libraries, machine-readable output, opening a trained run."""
+"""Parts that the commands share: options, quiet libraries, and the answer as text or as JSON."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import json as json_format
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from ept.runs.config import RunConfig
-    from ept.tasks import Task
 
 SetOption = Annotated[
     list[str] | None,
@@ -26,11 +20,40 @@ SetOption = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, everything else on standard error.")
 ]
+PrintConfigOption = Annotated[
+    bool, typer.Option("--print-config", help="Print the whole configuration as YAML and exit.")
+]
+
+
+def overrides(set_: list[str] | None, options: Mapping[str, object]) -> list[str]:
+    """Returns what `--set` gives, and after it the keys that options of their own have set."""
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    return [*(set_ or []), *(f"{key}={json_format.dumps(text, ensure_ascii=False)}" for key, text in given.items())]
+
+
+def answer(json: bool, value: Any, *shown: Any) -> None:
+    """Prints a command's answer on standard output: `value` as JSON, or else tables and lines of text."""
+    from ept.utils.tables import print_table
+
+    if json:
+        shown = (json_format.dumps(value, indent=2, ensure_ascii=False),)
+    for part in shown:
+        typer.echo(part) if isinstance(part, str) else print_table(part)
+
+
+def show_config(json: bool, config: Any) -> None:
+    """Prints a run's or a comparison's configuration, as YAML or as JSON."""
+    answer(json, config.to_dict(), config.to_yaml().rstrip("\n"))
+
+
+def shares(values: Mapping[str, float]) -> str:
+    """Writes fractions as percentages, each after its name."""
+    return ", ".join(f"{name} {share:.1%}" for name, share in values.items())
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Standard output is the command's alone: what libraries print goes to standard error, their chatter nowhere."""
+    """Keeps standard output for the answer: what libraries print goes to standard error, their chatter nowhere."""
     import datasets
     import transformers
 
@@ -42,52 +65,3 @@ def quiet() -> Iterator[None]:
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             warnings.filterwarnings("ignore", category=FutureWarning)
         yield
-
-
-def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def print_table(table: Any) -> None:
-    from rich.console import Console
-
-    Console().print(table)
-
-
-@dataclass
-class TrainedRun:
-    """A finished run, ready to predict."""
-
-    config: RunConfig
-    task: Task
-    task_type: str
-    tokenizer: Any
-    model: Any
-    max_length: int
-    labels: tuple[str, ...]
-
-
-def open_run(run_dir: Path, overrides: list[str]) -> TrainedRun:
-    """Loads the model of a run's folder, with `overrides` over its configuration.
-
-    Raises:
-        FileNotFoundError: the folder holds no run, or one without an adapter.
-    """
-    from ept.runs.config import load_run_config
-    from ept.runs.data import max_length_of, task_of
-    from ept.runs.folder import RunFolder
-    from ept.runs.loading import load_tokenizer, load_trained, task_type_of
-
-    folder = RunFolder(run_dir)
-    folder.load_config()
-    config = load_run_config(folder.config, overrides)
-    if not folder.adapter.is_dir():
-        raise FileNotFoundError(
-            f"the run in {run_dir} has no adapter yet: `ept train --output {run_dir} --resume` finishes it"
-        )
-    task = task_of(config.data)
-    task_type = task_type_of(config.model)
-    tokenizer = load_tokenizer(config.model)
-    model = load_trained(config, folder.adapter, task_type, task.num_outputs, int(tokenizer.pad_token_id))
-    labels = task.labels(config.data.labels)
-    return TrainedRun(config, task, task_type, tokenizer, model, max_length_of(config.data, task), labels)

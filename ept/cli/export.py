@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonOption, SetOption, print_json, quiet
+from .common import JsonOption, SetOption, answer, quiet
 
 if TYPE_CHECKING:
     from ept.model.export import FoldedAdapter
@@ -22,59 +22,48 @@ def export(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="With --texts: folder or hub name of the base model; a run names its own."),
+        typer.Option(help="With --texts: the base model, a folder or hub name; a run names its own."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote there.")] = False,
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Fold an adapter into one prompt and one table that other engines can use, and embed texts with it."""
-    with quiet():
-        result = _export(source, output, texts, model, overwrite, set_ or [])
-    if json:
-        print_json(result)
-        return
-    for file in result["files"]:
-        typer.echo(file)
+    """Fold an adapter for other engines, and embed texts with it.
 
-
-def _export(
-    source: Path, output: Path, texts: Path | None, model: str | None, overwrite: bool, overrides: list[str]
-) -> dict[str, Any]:
-    from ept.model.export import EMBEDS_NAME, INFO_NAME, TENSORS_NAME, FoldedAdapter, write_embeds, write_folded
-
+    The folded form is one prompt and one table.
+    """
     if texts is None and model is not None:
         raise ValueError("--model is for the embeddings of texts: give --texts too, or leave it out")
-    there = [name for name in (TENSORS_NAME, INFO_NAME, EMBEDS_NAME) if (output / name).exists()]
-    if there and not overwrite:
-        raise FileExistsError(f"{output} already holds {', '.join(there)}: --overwrite replaces them")
-    config, folder = _run_of(source, overrides)
-    lines = _lines(texts) if texts is not None else []
-    adapter = FoldedAdapter.read(folder)
-    embeds = _embed(adapter, config, model, lines) if texts is not None else []
-    (output / EMBEDS_NAME).unlink(missing_ok=True)  # an earlier export's, of other texts
-    files = write_folded(adapter, output)
-    if embeds:
-        files.append(write_embeds(embeds, output))
-    return {"files": [str(file) for file in files], "texts": len(embeds), **adapter.info()}
+    with quiet():
+        from ept.model.export import EMBEDS_NAME, INFO_NAME, TENSORS_NAME, FoldedAdapter, write_embeds, write_folded
+
+        there = [name for name in (TENSORS_NAME, INFO_NAME, EMBEDS_NAME) if (output / name).exists()]
+        if there and not overwrite:
+            raise FileExistsError(f"{output} already holds {', '.join(there)}: --overwrite replaces them")
+        config, folder = _run_of(source, set_ or [])
+        adapter = FoldedAdapter.read(folder)
+        embeds = _embed(adapter, config, model, _lines(texts)) if texts is not None else []
+        (output / EMBEDS_NAME).unlink(missing_ok=True)  # an earlier export's, of other texts
+        files = write_folded(adapter, output)
+        if embeds:
+            files.append(write_embeds(embeds, output))
+    paths = [str(file) for file in files]
+    answer(json, {"files": paths, "texts": len(embeds), **adapter.info()}, *paths)
 
 
 def _run_of(source: Path, overrides: list[str]) -> tuple[RunConfig | None, Path]:
-    """The configuration of the run in `source` and its adapter's folder; None and `source` if it is an adapter."""
+    """Finds the configuration of the run in `source` and its adapter's folder; of an adapter None and `source`."""
     from ept.model.adapter_files import CONFIG_NAME
-    from ept.runs.config import load_run_config
     from ept.runs.folder import RunFolder
+    from ept.runs.predict import trained_run
 
     if (source / CONFIG_NAME).is_file():
         if overrides:
             raise ValueError(f"--set changes a run's configuration, and {source} is an adapter: use --model")
         return None, source
-    run = RunFolder(source)
-    if not run.config.is_file():
+    if not RunFolder(source).config.is_file():
         raise FileNotFoundError(f"{source} holds neither a run (config.yaml) nor an adapter ({CONFIG_NAME})")
-    if not run.adapter.is_dir():
-        raise FileNotFoundError(f"the run in {source} has no adapter yet: finish it with `ept train --resume`")
-    return load_run_config(run.config, overrides), run.adapter
+    return trained_run(source, overrides)
 
 
 def _lines(file: Path) -> list[str]:
@@ -90,7 +79,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _embed(adapter: FoldedAdapter, config: RunConfig | None, model: str | None, lines: list[str]) -> list[Any]:
-    """The embeddings of each line, tokenised as in training; the base model is never one that an adapter names."""
+    """Embeds each line, tokenised as in training; the base model is never one that an adapter names."""
     from ept.model.base_model import input_embedding
     from ept.runs.config import ModelConfig
     from ept.runs.loading import load_base_model, load_tokenizer, task_type_of

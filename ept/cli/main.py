@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ept.runs.launched import is_main, process_index, was_told
+from ept.runs.processes import rank
 from ept.version import __version__
 
 from . import compare, env, evaluate, export, predict, profile, tasks, train
@@ -36,16 +36,15 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            if not was_told(stop):
+            if rank() == 0:  # all ranks have agreed on it, or the launcher signals them all
                 typer.echo(str(stop) or "stopped", err=True)
             raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
         except (*USER_ERRORS, *FAILURES) as error:
             if os.environ.get("EPT_DEBUG") == "1":
                 raise
             text = str(error) or type(error).__name__
-            if not was_told(error):
-                where = "" if is_main() else f" in process {process_index()}"
-                typer.echo(f"error{where}: {text}  (EPT_DEBUG=1 shows where)", err=True)
+            where = f" on rank {rank()}" if rank() else ""
+            typer.echo(f"error{where}: {text}  (EPT_DEBUG=1 shows where)", err=True)
             raise typer.Exit(2 if isinstance(error, USER_ERRORS) else 1) from error
 
 

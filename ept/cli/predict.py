@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonOption, SetOption, TrainedRun, open_run, print_json, quiet
+from .common import JsonOption, SetOption, answer, quiet
 
 if TYPE_CHECKING:
     from ept.tasks import Task
@@ -31,48 +31,26 @@ def predict(
     if bool(texts) == (file is not None):
         raise ValueError("give either texts or --file")
     with quiet():
-        predictions = _predict(open_run(run_dir, set_ or []), texts or [], file)
-    if json:
-        print_json(predictions)
-        return
-    for prediction in predictions:
-        typer.echo(f"{prediction['word'] if prediction['word'] is not None else '(no label)'}\t{prediction['text']!r}")
+        from ept.runs.predict import open_run
+        from ept.tasks import read_rows
 
-
-def _predict(run: TrainedRun, texts: list[str], file: Path | None) -> list[dict[str, Any]]:
-    from ept.runs.data import fit_rows
-    from ept.runs.predict import predict_labels
-    from ept.tasks import read_rows
-
-    rows = read_rows(file) if file is not None else [{"text": text} for text in texts]
-    task, rows = _task_and_rows(run.task, rows, str(file or "text"))
-    inputs, _ = fit_rows(
-        rows, task, run.tokenizer, run.task_type, run.max_length, run.config.data.on_too_long, str(file or "text")
-    )
-    found = predict_labels(
-        run.model,
-        run.tokenizer,
-        inputs,
-        run.labels,
-        run.task_type,
-        run.max_length,
-        run.config.training.eval_batch_size,
-        run.config.training.scoring,
-        values=run.task.values,
-        progress="predicting",
-    )
-    return [
-        {
-            "text": text,
-            "prediction": label if label >= 0 else None,
-            "word": run.task.label_words[label] if label >= 0 else None,
-        }
-        for text, label in zip(inputs, found)
+        run = open_run(run_dir, set_ or [])
+        source = str(file or "text")
+        rows = read_rows(file) if file is not None else [{"text": text} for text in texts or []]
+        task, rows = _task_and_rows(run.task, rows, source)
+        fitted = run.fit(rows, source, task)
+        found = run.predict([row.ids for row in fitted], progress="predicting")
+    predictions = [
+        {"text": row.text, "prediction": label, "word": run.task.label_words[label]}
+        if label >= 0
+        else {"text": row.text, "prediction": None, "word": None}
+        for row, label in zip(fitted, found)
     ]
+    answer(json, predictions, *(f"{p['word'] or '(no label)'}\t{p['text']!r}" for p in predictions))
 
 
-def _task_and_rows(task: Task, rows: list[dict[str, Any]], name: str) -> tuple[Task, list[dict[str, Any]]]:
-    """The task to render the rows with (their own, or the bare text where they have only that), and the rows for it.
+def _task_and_rows(task: Task, rows: list[dict[str, Any]], source: str) -> tuple[Task, list[dict[str, Any]]]:
+    """Chooses the task to render the rows with: their own, or the bare text where they have only that.
 
     Raises:
         ValueError: the first row has neither the task's columns nor `text`.
@@ -84,7 +62,7 @@ def _task_and_rows(task: Task, rows: list[dict[str, Any]], name: str) -> tuple[T
         return task, rows
     if "text" not in rows[0]:
         found = ", ".join(map(str, rows[0])) or "none"
-        raise ValueError(f"{name}: no column {', '.join(missing)} and no column text (found: {found})")
+        raise ValueError(f"{source}: no column {', '.join(missing)} and no column text (found: {found})")
     if len(task.source_columns) == 1:
         return task, [{missing[0]: row.get("text")} for row in rows]
     return local_task("{text}", list(task.label_words), max_length=task.max_length), rows

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json as json_format
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonOption, SetOption, print_json, print_table, quiet
+from .common import JsonOption, SetOption, answer, overrides, quiet
 
 if TYPE_CHECKING:
     from ept.profile.profile import ProfileConfig
@@ -25,46 +26,55 @@ def profile(
     ] = None,
     model: Annotated[str | None, typer.Option(help="A model to load: a folder or a hub name.")] = None,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated, each with :LENGTH for another prompt length, as in pt,ept:20.")
+        str,
+        typer.Option(
+            help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20."
+        ),
     ] = "pt,dept,ept,peft-pt",
     sweep: Annotated[
         str | None,
-        typer.Option(metavar="num_virtual_tokens=10,20,...", help="Every method at each of these prompt lengths."),
+        typer.Option(
+            metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     quantization: Annotated[str | None, typer.Option(help="nf4 or fp4: 4-bit weights through bitsandbytes.")] = None,
     fast_4bit: Annotated[
-        bool, typer.Option(help="4-bit: our methods on our layers (PEFT's always runs on bitsandbytes').")
+        bool, typer.Option(help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'.")
     ] = True,
     attn_implementation: Annotated[
         str | None, typer.Option(help="eager, sdpa, ...; else transformers' choice.")
     ] = None,
-    layers: Annotated[int | None, typer.Option(help="Only the first so many layers of a shape.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Keep only the first layers of a shape, so many.")] = None,
     batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
-    length: Annotated[int, typer.Option(help="Most text tokens of a row.")] = 128,
+    length: Annotated[int, typer.Option(help="Text tokens of a row, at most.")] = 128,
     padding: Annotated[
         str | None,
         typer.Option(
             help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
-            "their longest row or to --length. Default: none, with data longest."
+            "their longest row or to --length. Default: none; with data, longest."
         ),
     ] = None,
     logits: Annotated[
         str, typer.Option(help="A decoder's logits: at the labels only, or at all positions.")
     ] = "labels",
-    task: Annotated[str | None, typer.Option(help="Lengths from a task's train split (see `ept tasks`).")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Take the lengths from a task's train split (see `ept tasks`).")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the task's data.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Lengths from the column `text` of a file (jsonl, json, csv, parquet).")
+        Path | None, typer.Option(help="Take the lengths from the column `text` of a file (jsonl, json, csv, parquet).")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="For data: the tokenizer, where it is not the model's.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="With --task or --data: the tokenizer, where it is not the model's.")
+    ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="A run's configuration: its model and data are taken.")
+        Path | None, typer.Option(metavar="FILE.yaml", help="Take model and data from a run's configuration.")
     ] = None,
     set_: SetOption = None,
     steps: Annotated[int, typer.Option(help="Measured steps of each method.")] = 10,
-    warmup: Annotated[int, typer.Option(help="Steps before them.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of lengths, ids and the choice of rows.")] = 0,
+    warmup: Annotated[int, typer.Option(help="Unmeasured steps before them.")] = 2,
+    seed: Annotated[int, typer.Option(help="Draws lengths, ids and rows.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help=f"Write {RECORD}, the plots and (without --sweep) Chrome traces here."),
@@ -72,24 +82,38 @@ def profile(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the profile in the folder.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Measure whole training steps of PT, DePT, EPT and PEFT's prompt tuning, side by side.
+    """Measure training steps of several methods side by side.
 
-    Time with spread, throughput, memory, and where the time of a step goes. Runs on a CPU too.
+    Prompt tuning, DePT, EPT and PEFT's prompt tuning take whole steps in turn: time with spread, throughput, memory,
+    and where the time of a step goes. Runs on a CPU too.
     """
     if output is not None and (output / RECORD).exists() and not overwrite:
         raise FileExistsError(f"{output} holds a profile: choose another --output, or replace it with --overwrite")
     if data is not None and task is not None:
         raise ValueError("--data and --task exclude each other: give one")
-    run = _run_config(config, set_ or [], model, tokenizer, task, data_dir)
+    given = {
+        "model.name_or_path": model,
+        "model.tokenizer_name_or_path": tokenizer,
+        "data.task": task,
+        "data.data_dir": data_dir,
+    }
     with quiet():
-        from ept.profile.profile import ProfileConfig
-        from ept.profile.profile import sweep as at_lengths
+        from rich.console import Console
 
+        from ept.profile.profile import ProfileConfig, load, task_type_of_base
+        from ept.profile.profile import profile as measure
+        from ept.profile.profile import sweep as at_lengths
+        from ept.profile.report import draw_phases, draw_sweep, phases_table, steps_table
+        from ept.runs.config import ModelConfig, load_run_config
+        from ept.runs.loading import default_device
+        from ept.utils.files import write_atomically
+
+        run = load_run_config(config, overrides(set_, given))
+        has_data = data is not None or run.data.task is not None or run.data.template is not None
         names = tuple(methods.split(","))
-        has_data = data is not None or _names_data(run)
         settings = ProfileConfig(
             shape=shape,
-            model=run.model,
+            model=run.model if shape is None or config is None else ModelConfig(),  # the file is for its data only
             dtype=dtype,
             quantization=quantization,
             fast_4bit=fast_4bit,
@@ -104,64 +128,25 @@ def profile(
             warmup=warmup,
             seed=seed,
         )
-        if shape is not None and config is not None:
-            settings.model = type(run.model)()  # the file is asked for its data only
+        settings.check()
         traces = None if sweep is not None else output  # a trace of every method at every length would be too much
-        report = {"command": _command(context), **_measure(settings, run, data, has_data, traces)}
+        with Console(stderr=True).status("building the model") as status:
+            base = load(settings, default_device())
+            rows = _rows(settings, run, data, task_type_of_base(base)) if has_data else None
+            record = measure(settings, rows=rows, base=base, traces=traces, progress=status.update)
+        record = {"command": _command(context), **record}
         if output is not None:
-            _write(report, output, swept=sweep is not None)
-    if json:
-        print_json(report)
-        return
-    from ept.profile.report import phases_table, steps_table
-
-    print_table(steps_table(report))
-    print_table(phases_table(report))
-    if output is not None:
-        typer.echo(f"saved in {output}")
-
-
-def _measure(
-    settings: ProfileConfig, run: RunConfig, data: Path | None, has_data: bool, traces: Path | None
-) -> dict[str, Any]:
-    from rich.console import Console
-
-    from ept.profile.profile import load, task_type_of_base
-    from ept.profile.profile import profile as measure
-    from ept.runs.loading import default_device
-
-    settings.check()
-    console = Console(stderr=True)
-    with console.status("building the model") as status:
-        base = load(settings, default_device())
-        rows = _rows(settings, run, data, task_type_of_base(base)) if has_data else None
-        return measure(settings, rows=rows, base=base, traces=traces, progress=status.update)
-
-
-def _run_config(
-    config: Path | None,
-    overrides: list[str],
-    model: str | None,
-    tokenizer: str | None,
-    task: str | None,
-    data_dir: Path | None,
-) -> RunConfig:
-    from ept.runs.config import load_run_config
-
-    run = load_run_config(config, overrides)
-    run.model.name_or_path = model or run.model.name_or_path
-    run.model.tokenizer_name_or_path = tokenizer or run.model.tokenizer_name_or_path
-    run.data.task = task or run.data.task
-    run.data.data_dir = str(data_dir) if data_dir is not None else run.data.data_dir
-    return run
-
-
-def _names_data(run: RunConfig) -> bool:
-    return run.data.task is not None or run.data.template is not None
+            output.mkdir(parents=True, exist_ok=True)
+            draw_phases(record, output / "phases.png")
+            if sweep is not None:
+                draw_sweep(record, output / "sweep.png")
+            write_atomically(output / RECORD, json_format.dumps(record, indent=2) + "\n")
+    saved = [f"saved in {output}"] if output is not None else []
+    answer(json, record, steps_table(record), phases_table(record), *saved)
 
 
 def _rows(settings: ProfileConfig, run: RunConfig, data: Path | None, task_type: str) -> list[Any]:
-    """Rows of the data that the command names, shuffled, no more than are measured."""
+    """Draws rows from the data that the command names, no more than are measured."""
     from ept.profile.batches import text_rows
     from ept.runs.data import load_run_data
     from ept.runs.loading import load_tokenizer
@@ -171,21 +156,21 @@ def _rows(settings: ProfileConfig, run: RunConfig, data: Path | None, task_type:
     if run.model.name_or_path is None and run.model.tokenizer_name_or_path is None:
         raise ValueError("a shape has no tokenizer of its own: name one with --tokenizer to measure on data")
     tokenizer = load_tokenizer(run.model)
-    most = settings.batch * (settings.steps + settings.warmup)
+    count = settings.batch * (settings.steps + settings.warmup)
     if data is not None:
         read = read_rows(data)
         if "text" not in read[0]:
             raise ValueError(f"{data}: no column text (found: {', '.join(map(str, read[0]))})")
         texts = [str(row["text"]) for row in read]
-        return text_rows(texts, tokenizer, task_type, settings.length, settings.seed, most)
+        return text_rows(texts, tokenizer, task_type, settings.length, settings.seed, count)
     run.data.max_length = settings.length
     loaded = load_run_data(run.data, tokenizer, task_type).data
-    chosen = loaded.train.shuffle(seed=settings.seed).select(range(min(most, len(loaded.train))))
-    return list(encode_split(chosen, tokenizer, loaded.labels, task_type, settings.length))
+    chosen = loaded.train.shuffle(seed=settings.seed).select(range(min(count, len(loaded.train))))
+    return list(encode_split(chosen, tokenizer, loaded.labels, task_type))
 
 
 def _command(context: typer.Context) -> str:
-    """What gives the record again: the options that were given, but for where it goes."""
+    """Writes the command that gives the record again: the options that were given, but for where it goes."""
     words = ["ept", "profile"]
     for option in context.command.params:
         value = context.params.get(str(option.name))
@@ -208,16 +193,3 @@ def _sweep_values(text: str) -> list[int]:
     if name != "num_virtual_tokens" or not numbers or min(numbers) < 1:
         raise ValueError(f"cannot read --sweep {text!r}: write it as num_virtual_tokens=10,20,40")
     return numbers
-
-
-def _write(report: dict[str, Any], folder: Path, swept: bool) -> None:
-    import json
-
-    from ept.profile.report import draw_phases, draw_sweep
-    from ept.utils.files import write_atomically
-
-    folder.mkdir(parents=True, exist_ok=True)
-    draw_phases(report, folder / "phases.png")
-    if swept:
-        draw_sweep(report, folder / "sweep.png")
-    write_atomically(folder / RECORD, json.dumps(report, indent=2) + "\n")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonOption, print_json, print_table, quiet
+from .common import JsonOption, answer, quiet, shares
 
 if TYPE_CHECKING:
-    from ept.tasks import Task, TaskData
+    from ept.tasks import Task
 
 app = typer.Typer(help="List the known tasks; `ept tasks show NAME` shows one.", invoke_without_command=True)
 
@@ -19,19 +19,17 @@ app = typer.Typer(help="List the known tasks; `ept tasks show NAME` shows one.",
 def tasks(context: typer.Context, json: JsonOption = False) -> None:
     if context.invoked_subcommand is not None:
         return
-    from rich.table import Table
-
     from ept.tasks import TASKS
+    from ept.utils.tables import table
 
-    if json:
-        listed = {n: {"columns": t.columns, "labels": t.label_words, "metrics": t.metrics} for n, t in TASKS.items()}
-        print_json(listed)
-        return
-    table = Table("task", "text columns", "labels", "metrics")
-    for name, task in TASKS.items():
-        labels = _labels(task) if task.values else ", ".join(task.label_words)
-        table.add_row(name, ", ".join(task.columns), labels, ", ".join(task.metrics))
-    print_table(table)
+    listed = {n: {"columns": t.columns, "labels": t.label_words, "metrics": t.metrics} for n, t in TASKS.items()}
+    rows = [
+        (name, ", ".join(task.columns), _labels(task, digits=False), "\n".join(task.metrics))
+        for name, task in TASKS.items()
+    ]
+    shown = table(("task", "text columns", "labels", "metrics"), rows, left=4, box=None)
+    shown.columns[-1].no_wrap = True
+    answer(json, listed, shown)
 
 
 @app.command()
@@ -40,19 +38,26 @@ def show(
     data: Annotated[
         Path | None, typer.Option("--data", "--data-dir", metavar="DIR", help="Folder of the task's rows.")
     ] = None,
-    hub: Annotated[bool, typer.Option("--hub", help="Take the rows from the hub.")] = False,
+    hub: Annotated[bool, typer.Option("--hub", help="Load the rows from the hub.")] = False,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            "--tokenizer", "--model", metavar="NAME", help="Model whose tokenizer counts: folder or hub name."
+            "--tokenizer",
+            "--model",
+            metavar="NAME",
+            help="Model whose tokenizer counts the tokens: folder or hub name.",
         ),
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Most tokens of a text, in place of the task's own.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Limit of a text in tokens, in place of the task's own.")
+    ] = None,
     labels: Annotated[str, typer.Option(help="digits or words: how the examples' targets are written.")] = "digits",
     json: JsonOption = False,
 ) -> None:
-    """Show a task's template, labels and metrics; with its rows two formatted examples, the label balance and the rows
-    of each split; with a tokenizer the share of texts that are too long.
+    """Show a task: its template, labels and metrics.
+
+    With its rows: the rows of each split, the label balance and two formatted examples. With a tokenizer as well: the
+    share of texts that are too long.
     """
     from ept.tasks import get_task
 
@@ -80,30 +85,27 @@ def show(
     if data is not None or hub:
         with quiet():
             description.update(_about_rows(task, data, tokenizer, limit, labels))
-    if json:
-        print_json(description)
-        return
-    typer.echo(f"{task.name}")
-    typer.echo(f"  template:   {task.template!r}")
-    typer.echo(f"  labels:     {_labels(task)}")
-    typer.echo(f"  metrics:    {', '.join(task.metrics)} (the first decides the best checkpoint)")
-    typer.echo(f"  max length: {limit} tokens")
-    if task.hub:
-        typer.echo(f"  hub:        {' '.join(task.hub)}")
+    lines = {
+        "template": repr(task.template),
+        "labels": _labels(task),
+        "metrics": f"{', '.join(task.metrics)} (the first decides the best checkpoint)",
+        "max length": f"{limit} tokens",
+        "hub": " ".join(task.hub or ()),
+    }
     if "rows" in description:
-        typer.echo(f"  rows:       {', '.join(f'{split} {count:,}' for split, count in description['rows'].items())}")
-        balance = ", ".join(f"{word} {share:.1%}" for word, share in description["label_balance"].items())
-        typer.echo(f"  balance:    {balance} (train)")
+        lines["rows"] = ", ".join(f"{split} {count:,}" for split, count in description["rows"].items())
+        lines["balance"] = f"{shares(description['label_balance'])} (train)"
     if "truncation_rate" in description:
-        rates = ", ".join(f"{split} {rate:.1%}" for split, rate in description["truncation_rate"].items())
-        typer.echo(f"  too long:   {rates}")
-    for example in description["examples"]:
-        typer.echo(f"  example:    {example['text']!r} -> {example['target']!r}")
+        lines["too long"] = shares(description["truncation_rate"])
+    shown = [(name, text) for name, text in lines.items() if text]
+    shown += [("example", f"{example['text']!r} -> {example['target']!r}") for example in description["examples"]]
+    answer(json, description, task.name, *(f"  {name + ':':11} {text}" for name, text in shown))
 
 
 def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: int, labels: str) -> dict[str, Any]:
+    """Loads the task's rows and describes them; counts tokens where a tokenizer is named."""
     from ept.runs.config import DataConfig, ModelConfig
-    from ept.runs.data import SPLITS, load_run_data
+    from ept.runs.data import describe, load_run_data
     from ept.runs.loading import load_tokenizer, task_type_of
     from ept.tasks import load_task
 
@@ -116,23 +118,12 @@ def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: i
         config = DataConfig(task=task.name, data_dir=where, labels=labels, max_length=limit)  # type: ignore[arg-type]
         run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
         data, found["truncation_rate"] = run_data.data, run_data.truncation_rate
-    return {
-        **found,
-        "rows": {split: len(getattr(data, split)) for split in SPLITS},
-        "label_balance": data.balance(),
-        "majority": data.majority(),
-        "examples": [{"text": row["text"], "target": row["target"]} for row in _two_examples(data)],
-    }
+    return {**found, **describe(data)}
 
 
-def _two_examples(data: TaskData) -> list[dict[str, Any]]:
-    """The first train row, and the first with another label (the second row where all have the same)."""
-    labels = list(data.train["label"])
-    other = next((i for i, label in enumerate(labels) if label != labels[0]), 1)
-    return [data.train[i] for i in (0, other) if i < len(labels)]
-
-
-def _labels(task: Task) -> str:
+def _labels(task: Task, digits: bool = True) -> str:
     if task.values:
         return f"{task.label_words[0]} .. {task.label_words[-1]} in steps of {task.values[1] - task.values[0]:g}"
+    if not digits:
+        return ", ".join(task.label_words)
     return ", ".join(f"{digit} = {word}" for digit, word in zip(task.label_digits, task.label_words))

@@ -1,4 +1,4 @@
-"""What a comparison is made of: a run's configuration with a section `compare` that says what varies.
+"""A comparison's configuration: a run's, with a section `compare` that says what varies.
 
 Imports nothing heavy, so that printing or checking a configuration is instant.
 """
@@ -6,12 +6,11 @@ Imports nothing heavy, so that printing or checking a configuration is instant.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from ..runs.config import RunConfig, load_config
+from pydantic import Field, model_validator
+
+from ..runs.config import Count, Number, RunConfig, Section, Size
 from ..runs.method_table import METHODS, get_method
 
 SWEPT = {
@@ -25,89 +24,73 @@ SWEPT = {
 """Name of a sweep: the key of the run's configuration that it varies."""
 DEFAULT = "default"
 
+Rates = list[Number] | dict[str, list[Number]] | None
 
-@dataclass
-class CompareConfig:
+
+class CompareConfig(Section):
     """Every method × task × seed × learning rate, and every value of each sweep, is one run."""
 
-    methods: list[str] = field(default_factory=lambda: ["pt", "dept", "ept"])
-    tasks: list[str] = field(default_factory=list)
+    methods: list[str] = Field(default_factory=lambda: ["pt", "dept", "ept"])
+    tasks: list[str] = Field(default_factory=list)
     """Names as `ept tasks` lists them; none: the task of the section `data`."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    learning_rates: list[float] | dict[str, list[float]] | None = None
+    seeds: list[Size] = Field(default_factory=lambda: [0, 1, 2])
+    learning_rates: Rates = None
     """Of the prompt (of the whole adapter for PEFT's methods): one list, or a list a method with `default` for the
     others. The best on validation is the one that is reported on test. None: `training.learning_rate` alone."""
-    low_rank_learning_rates: list[float] | dict[str, list[float]] | None = None
+    low_rank_learning_rates: Rates = None
     """Of all other parameters, crossed with the former. A method without any takes part only where it is named."""
-    learning_rate_seeds: int | None = None
+    learning_rate_seeds: Count | None = None
     """Search the rates with the first so many seeds, and run the other seeds at the best. None: with all."""
-    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """One setting varied at a time around the rest of the configuration."""
     executor: Literal["local", "ray"] = "local"
-    cpus_per_run: int = 1
+    cpus_per_run: Count = 1
     """With Ray on machines without a GPU; with one, every run gets a GPU of its own."""
     published: bool = False
     """Draw published results, marked as such, beside ours in the figure of score against parameters."""
 
+    @model_validator(mode="after")
+    def _check(self) -> CompareConfig:
+        for name in self.methods:
+            get_method(name)
+        listed: dict[str, list[Any]] = {"methods": self.methods, "seeds": self.seeds, "tasks": self.tasks}
+        for key, values in listed.items():
+            if not values and key != "tasks":
+                raise ValueError(f"compare.{key} is empty: name at least one")
+            if len(set(values)) < len(values):
+                raise ValueError(f"compare.{key} names something twice: {values}")
+        if (self.learning_rate_seeds or 1) > len(self.seeds):
+            raise ValueError(f"compare.learning_rate_seeds must be 1 .. {len(self.seeds)}, the number of seeds")
+        for key in ("learning_rates", "low_rank_learning_rates"):
+            rates = getattr(self, key)
+            for method, values in rates.items() if isinstance(rates, dict) else [(DEFAULT, rates or [0.1])]:
+                if method != DEFAULT:
+                    get_method(method)  # of a known one: a part of the methods may be run with the same file
+                if not values or min(values) <= 0:
+                    raise ValueError(f"compare.{key} of {method}: {values}, give numbers greater than 0")
+        for name, points in self.sweep.items():
+            if name not in SWEPT:
+                near = difflib.get_close_matches(name, SWEPT, n=1, cutoff=0.0)[0]
+                raise ValueError(f"unknown sweep {name!r}: did you mean {near!r}? Known: {', '.join(SWEPT)}")
+            if not points:
+                raise ValueError(f"compare.sweep.{name} is empty: give at least one value")
+        return self
 
-@dataclass
+
 class ComparisonConfig(RunConfig):
-    compare: CompareConfig = field(default_factory=CompareConfig)
+    compare: CompareConfig = Field(default_factory=CompareConfig)
 
 
-def load_comparison(file: Path | None, overrides: Sequence[str] = ()) -> ComparisonConfig:
-    """Read a comparison from YAML, with `dotted.key=value` overrides.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not YAML, an unknown key, method or sweep, a value of the wrong type or range.
-    """
-    config = load_config(ComparisonConfig, file, overrides)
-    compare = config.compare
-    for name in compare.methods:
-        get_method(name)
-    for key, values in (("methods", compare.methods), ("seeds", compare.seeds)):
-        if not values:
-            raise ValueError(f"compare.{key} is empty: name at least one")
-    for key, values in (("methods", compare.methods), ("seeds", compare.seeds), ("tasks", compare.tasks)):
-        if len(set(values)) < len(values):
-            raise ValueError(f"compare.{key} names something twice: {values}")
-    if min(compare.seeds) < 0:
-        raise ValueError(f"compare.seeds must not be negative, got {min(compare.seeds)}")
-    if compare.learning_rate_seeds is not None and not 1 <= compare.learning_rate_seeds <= len(compare.seeds):
-        raise ValueError(f"compare.learning_rate_seeds must be 1 .. {len(compare.seeds)}, the number of seeds")
-    if compare.cpus_per_run < 1:
-        raise ValueError(f"compare.cpus_per_run must be at least 1, got {compare.cpus_per_run}")
-    _check_rates(compare)
-    for name, points in compare.sweep.items():
-        if name not in SWEPT:
-            near = difflib.get_close_matches(name, SWEPT, n=1, cutoff=0.0)[0]
-            raise ValueError(f"unknown sweep {name!r}: did you mean {near!r}? Known: {', '.join(SWEPT)}")
-        if not points:
-            raise ValueError(f"compare.sweep.{name} is empty: give at least one value")
-    return config
-
-
-def _check_rates(compare: CompareConfig) -> None:
-    for key in ("learning_rates", "low_rank_learning_rates"):
-        rates = getattr(compare, key)
-        for method, values in rates.items() if isinstance(rates, dict) else [(DEFAULT, rates or [0.1])]:
-            if method != DEFAULT:
-                get_method(method)  # of a known one: a part of the methods may be run with the same file
-            if not values or min(values) <= 0:
-                raise ValueError(f"compare.{key} of {method}: {values}, give numbers greater than 0")
+load_comparison = ComparisonConfig.load
 
 
 def rates_of(compare: CompareConfig, method: str, default: tuple[float, float]) -> list[tuple[float, float]]:
-    """The pairs of learning rates to try for a method: of the prompt, and of everything else."""
-    prompt = _rates(compare.learning_rates, method, default[0], or_default=True)
-    two = METHODS[method].two_rates
-    others = _rates(compare.low_rank_learning_rates, method, default[1], or_default=two)
+    """Lists the pairs of learning rates to try for a method: of the prompt, and of everything else."""
+
+    def rates(given: Rates, use_default: bool, otherwise: float) -> list[float]:
+        named = given if isinstance(given, dict) else {} if given is None else {DEFAULT: given}
+        return named.get(method) or (named.get(DEFAULT) if use_default else None) or [otherwise]
+
+    prompt = rates(compare.learning_rates, True, default[0])
+    others = rates(compare.low_rank_learning_rates, METHODS[method].has_two_rates, default[1])
     return [(first, second) for first in prompt for second in others]
-
-
-def _rates(
-    rates: list[float] | dict[str, list[float]] | None, method: str, default: float, or_default: bool
-) -> list[float]:
-    named = rates if isinstance(rates, dict) else {} if rates is None else {DEFAULT: rates}
-    return named.get(method) or (named.get(DEFAULT) if or_default else None) or [default]

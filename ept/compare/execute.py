@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
 
 ERROR_FILE = "error.txt"
@@ -19,11 +20,22 @@ ERROR_FILE = "error.txt"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run: its `results.json`, or the error that ended it."""
+    """The end of a run: the content of its `results.json`, or the error that ended it."""
 
     folder: Path
     results: dict[str, Any] | None
     error: str | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> Outcome:
+        """Reads the outcome of a finished run."""
+        return cls(folder, json.loads(RunFolder(folder).results.read_text(encoding="utf-8")))
+
+    @classmethod
+    def failed(cls, folder: Path, error: BaseException) -> Outcome:
+        """Makes the outcome of a run that `error` ended, of which the first line is kept."""
+        first = str(error).strip().partition("\n")[0]
+        return cls(folder, None, ": ".join(filter(None, (type(error).__name__, first))))
 
     @property
     def summary(self) -> str:
@@ -35,7 +47,7 @@ class Outcome:
 
 
 def run_all(jobs: Sequence[dict[str, Any]], executor: str, cpus_per_run: int = 1) -> Iterator[Outcome]:
-    """The outcome of each run (a `RunConfig` as a dictionary), as they come in.
+    """Yields the outcome of each run (a `RunConfig` as a dictionary), as they come in.
 
     Raises:
         ValueError: Ray is asked for and not installed.
@@ -56,33 +68,27 @@ def execute(job: dict[str, Any]) -> Outcome:
     """
     import torch
 
-    from ..runs.config import RunConfig, config_from_dict
     from ..runs.train import train
 
     folder = Path(job["output_dir"])
-    if (results := RunFolder(folder).results).is_file():
-        return Outcome(folder, json.loads(results.read_text(encoding="utf-8")))
+    if RunFolder(folder).results.is_file():
+        return Outcome.of(folder)
     (folder / ERROR_FILE).unlink(missing_ok=True)
     try:
-        return Outcome(folder, train(config_from_dict(RunConfig, job), resume=True))
+        return Outcome(folder, train(RunConfig.from_dict(job), resume=True))
     except Exception as error:
         with contextlib.suppress(OSError):  # of a full disk, say, which is what the error may be
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
-        return Outcome(folder, None, _line(error))
+        return Outcome.failed(folder, error)
     finally:  # the next run needs the memory
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _line(error: BaseException) -> str:
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
 def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[Outcome]:
-    """Each run in a process of its own, with a GPU of its own where there are any.
+    """Starts each run in a process of its own, with a GPU of its own where there are any.
 
     Joins the cluster that RAY_ADDRESS names, else starts one on this machine; the output folder must be the same for
     all machines.
@@ -95,14 +101,14 @@ def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[
     try:
         gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         remote = ray.remote(num_cpus=cpus_per_run, num_gpus=gpus, max_retries=0)(execute)
-        waiting = {remote.remote(job): job for job in jobs}
+        waiting = {remote.remote(job): Path(job["output_dir"]) for job in jobs}
         while waiting:
             (ready,), _ = ray.wait(list(waiting), num_returns=1)
-            job = waiting.pop(ready)
+            folder = waiting.pop(ready)
             try:
                 yield ray.get(ready)
             except ray.exceptions.RayError as error:  # the process died: killed for memory, a machine lost
-                yield Outcome(Path(job["output_dir"]), None, _line(error))
+                yield Outcome.failed(folder, error)
     finally:
         if started:
             ray.shutdown()

@@ -7,15 +7,16 @@ model (3), few-shot (4a), time and score against prompt length (4b), number of s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..runs.method_table import METHODS
+from ..utils.plots import plot
 from .published import published_scores
 from .tables import Interval, MethodSummary, Setting
 
-SCORE = "score on test (%)"
 MARKERS = "osD^vP*Xh<>d"
 X_LABELS = {
     "k_shot": "train rows (K)",
@@ -49,7 +50,7 @@ def draw(settings: Sequence[Setting], folder: Path, published: bool = False) -> 
 
 
 def score_against_parameters(settings: Sequence[Setting], file: Path, published: bool) -> Path:
-    """One point for each method and size: mean score with its interval over trainable parameters."""
+    """Draws a point for each method and size: mean score with its interval over trainable parameters."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     ours = {
@@ -60,22 +61,22 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
     sizes = [size for found in ours.values() for size in found] + [size for _, size, _ in theirs]
     ends = (min(sizes) / 2, max(sizes) * 2)  # methods at one budget differ by a few parameters: no axis for these alone
     places = iter(side_by_side(sizes, step=0.018 * math.log10(ends[1] / ends[0])))
-    width = 10 if published else 7
-    figure, (axes,) = _figure(_title(settings[0]), panels=1, width=width, entries=len(ours) + len(theirs))
-    for name, found in ours.items():
-        points = [(next(places), mean) for mean in found.values()]
-        _series(axes, name, sorted(points, key=lambda point: point[0]), line=len(found) > 1)
-    for number, (label, _, score) in enumerate(theirs, start=1):
-        style = {"marker": f"${number}$", "color": "black", "linewidths": 0.1, "s": 50 if number < 10 else 90}
-        axes.scatter([next(places)], [score], label=f"published, T5-Base: {label}", **style)
-    axes.set_xscale("log")
-    axes.set_xlim(ends)
-    axes.set_xlabel("trainable parameters (equal budgets side by side)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    if ends[1] / ends[0] < 100:
-        axes.set_xticks([value for value in ROUND_NUMBERS if ends[0] <= value <= ends[1]])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    return _finish(figure, [axes], file)
+    size = {"width": 10 if published else 7, "height": max(4.2, 0.5 + 0.18 * (len(ours) + len(theirs)))}
+    with _scores(file, settings, **size) as (axes,):
+        for name, found in ours.items():
+            points = [(next(places), mean) for mean in found.values()]
+            _series(axes, name, sorted(points, key=lambda point: point[0]), line=len(found) > 1)
+        for number, (label, _, score) in enumerate(theirs, start=1):
+            style = {"marker": f"${number}$", "color": "black", "linewidths": 0.1, "s": 50 if number < 10 else 90}
+            axes.scatter([next(places)], [score], label=f"published, T5-Base: {label}", **style)
+        axes.set_xscale("log")
+        axes.set_xlim(ends)
+        axes.set_xlabel("trainable parameters (equal budgets side by side)")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        if ends[1] / ends[0] < 100:
+            axes.set_xticks([value for value in ROUND_NUMBERS if ends[0] <= value <= ends[1]])
+            axes.xaxis.set_minor_formatter(NullFormatter())
+    return file
 
 
 def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[float]:
@@ -96,50 +97,50 @@ def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[
 
 
 def methods_by_model(settings: Sequence[Setting], file: Path) -> Path:
-    """A group of bars for each base model, one bar a method."""
-    figure, (axes,) = _figure(_title(settings[0]), panels=1)
+    """Draws a group of bars for each base model, one bar a method."""
     names = _names(settings)
     width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        means = [next((m.mean for m in _methods(s) if m.method == name and m.mean), None) for s in settings]
-        shown = [(i + (place - (len(names) - 1) / 2) * width, mean) for i, mean in enumerate(means) if mean is not None]
-        heights, reach = _bars([mean for _, mean in shown])
-        style = {"color": _colour(name), "label": METHODS[name].title, "capsize": 3}
-        axes.bar([x for x, _ in shown], heights, width, yerr=reach, **style)
-    axes.set_xticks(range(len(settings)), [Path(str(setting.value)).name for setting in settings])
-    axes.set_xlabel("base model")
-    return _finish(figure, [axes], file)
+    with _scores(file, settings) as (axes,):
+        for place, name in enumerate(names):
+            aside = (place - (len(names) - 1) / 2) * width
+            means = [(i, m.mean) for i, s in enumerate(settings) for m in _methods(s) if m.method == name and m.mean]
+            heights, reach = _bars([mean for _, mean in means])
+            style = {"color": _colour(name), "label": METHODS[name].title, "capsize": 3}
+            axes.bar([i + aside for i, _ in means], heights, width, yerr=reach, **style)
+        axes.set_xticks(range(len(settings)), [Path(str(setting.value)).name for setting in settings])
+        axes.set_xlabel("base model")
+    return file
 
 
 def score_against(sweep: str, settings: Sequence[Setting], file: Path) -> Path:
-    """A line for each method over the swept value; for the prompt's length its step time as well."""
+    """Draws a line for each method over the swept value; for the prompt's length its step time as well."""
     timed = sweep == "num_virtual_tokens"
-    figure, panels = _figure(_title(settings[0]), panels=2 if timed else 1)
     names = _names(settings)
     logarithmic = all(setting.value > 0 for setting in settings)
-    for place, name in enumerate(names):  # side by side, so that the bars do not hide each other
-        aside = 0.06 * (place - (len(names) - 1) / 2)
-        found = [
-            (s.value * 2**aside if logarithmic else s.value + aside, m)
-            for s in settings
-            for m in _methods(s)
-            if m.method == name
-        ]
-        _series(panels[0], name, [(value, m.mean) for value, m in found if m.mean is not None])
+    with _scores(file, settings, panels=2 if timed else 1, height=8.4 if timed else 4.2) as panels:
+        for place, name in enumerate(names):
+            aside = 0.06 * (place - (len(names) - 1) / 2)  # side by side, so that the bars do not hide each other
+            found = [
+                (s.value * 2**aside if logarithmic else s.value + aside, m)
+                for s in settings
+                for m in _methods(s)
+                if m.method == name
+            ]
+            _series(panels[0], name, [(value, m.mean) for value, m in found if m.mean is not None])
+            if timed:
+                times = [(value, m.step_time_ms) for value, m in found if m.step_time_ms is not None]
+                panels[1].plot([value for value, _ in times], [time for _, time in times], **_style(name))
+        values = [setting.value for setting in settings]
+        for axes in panels:
+            if logarithmic:
+                axes.set_xscale("log", base=2)
+            axes.set_xticks(values, [str(value) for value in values])
+            axes.minorticks_off()
         if timed:
-            times = [(value, m.step_time_ms) for value, m in found if m.step_time_ms is not None]
-            panels[1].plot([value for value, _ in times], [time for _, time in times], **_style(name))
-    values = [setting.value for setting in settings]
-    for axes in panels:
-        if logarithmic:
-            axes.set_xscale("log", base=2)
-        axes.set_xticks(values, [str(value) for value in values])
-        axes.minorticks_off()
-    if timed:
-        panels[1].set_ylabel("median step (ms)")
-        panels[1].set_ylim(bottom=0)
-    panels[-1].set_xlabel(X_LABELS[sweep])
-    return _finish(figure, panels, file)
+            panels[1].set_ylabel("median step (ms)")
+            panels[1].set_ylim(bottom=0)
+        panels[-1].set_xlabel(X_LABELS[sweep])
+    return file
 
 
 def _swept(settings: Sequence[Setting], sweep: str) -> list[Setting]:
@@ -191,25 +192,10 @@ def _series(axes: Any, name: str, points: Sequence[tuple[Any, Interval]], line: 
         axes.errorbar([x for x, _ in points], heights, yerr=reach, capsize=3, **_style(name, line))
 
 
-def _figure(title: str, panels: int, width: float = 7, entries: int = 0) -> tuple[Any, list[Any]]:
-    """A figure with `panels` above each other, high enough for the `entries` of the legend beside them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, max(4.2 * panels, 0.5 + 0.18 * entries)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
-    axes[0].set_ylabel(SCORE)
-    axes[0].set_title(title, fontsize="medium")
-    return figure, axes
-
-
-def _finish(figure: Any, panels: Sequence[Any], file: Path) -> Path:
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 102))
-    panels[0].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(file)
-    return file
+@contextmanager
+def _scores(file: Path, settings: Sequence[Setting], **options: Any) -> Iterator[list[Any]]:
+    """A plot whose first panel is of scores; the methods' names stand beside it."""
+    with plot(file, _title(settings[0]), legend="beside", **options) as panels:
+        yield panels
+        panels[0].set_ylabel("score on test (%)")
+        panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 102))

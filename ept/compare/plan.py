@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runs.config import RunConfig, config_from_dict
+from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
-from ..runs.launched import several
 from ..runs.method_table import METHODS
+from ..runs.processes import world_size
 from .config import SWEPT, ComparisonConfig, rates_of
 from .execute import Outcome, run_all
 
@@ -40,8 +39,7 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        assert self.config.output_dir is not None
-        return Path(self.config.output_dir)
+        return Path(str(self.config.output_dir))
 
     @property
     def group(self) -> Group:
@@ -49,18 +47,18 @@ class PlannedRun:
 
     @property
     def setting(self) -> str:
-        """What is varied, in words; empty for the configuration itself."""
+        """The varied setting in words; empty for the configuration itself."""
         return "" if self.sweep is None else f"{self.sweep}={self.value}"
 
     @property
     def description(self) -> str:
-        rates = f"lr {self.rates[0]:g}" + (f"/{self.rates[1]:g}" if METHODS[self.method].two_rates else "")
+        rates = f"lr {self.rates[0]:g}" + (f"/{self.rates[1]:g}" if METHODS[self.method].has_two_rates else "")
         return " ".join(filter(None, (self.method, self.task, self.setting, rates, f"seed {self.seed}")))
 
 
 @dataclass(frozen=True)
 class Record:
-    """A planned run with what became of it. `chosen`: its learning rates are the best of its group on validation."""
+    """A planned run with its outcome. `chosen`: its learning rates are the best of its group on validation."""
 
     run: PlannedRun
     outcome: Outcome
@@ -68,7 +66,7 @@ class Record:
 
 
 def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[PlannedRun]:
-    """All runs of the comparison for `seeds` (None: those that the learning rates are searched with), in order.
+    """Lists all runs of the comparison for `seeds` (None: those that the learning rates are searched with), in order.
 
     A sweep leaves out the methods that have no such part (`r` of prompt tuning).
 
@@ -84,27 +82,22 @@ def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[P
     points: list[tuple[str | None, Any]] = [(None, None)] if config.model.name_or_path or not compare.sweep else []
     points += [(name, value) for name, values in compare.sweep.items() for value in values]
     default = (config.training.learning_rate, config.training.low_rank_learning_rate)
-    return [
-        PlannedRun(
-            method, task, sweep, value, seed, rates, _run_config(config, method, task, sweep, value, seed, rates)
-        )
-        for sweep, value in points
-        for task in tasks
-        for seed in (search_seeds(config) if seeds is None else seeds)
-        for method in compare.methods
-        if _varies(method, sweep)
-        for rates in rates_of(compare, method, default)
-    ]
+    runs = []
+    for sweep, value in points:
+        section, _, key = SWEPT[sweep].partition(".") if sweep else ("", "", "")
+        for task in tasks:
+            for seed in search_seeds(config) if seeds is None else seeds:
+                for method in compare.methods:
+                    if section == "method" and key not in METHODS[method].settable | {"budget"}:
+                        continue
+                    for rates in rates_of(compare, method, default):
+                        run_config = _run_config(config, method, task, sweep, value, seed, rates)
+                        runs.append(PlannedRun(method, task, sweep, value, seed, rates, run_config))
+    return runs
 
 
 def search_seeds(config: ComparisonConfig) -> list[int]:
     return config.compare.seeds[: config.compare.learning_rate_seeds or len(config.compare.seeds)]
-
-
-def _varies(method: str, sweep: str | None) -> bool:
-    """Whether a sweep means anything to a method."""
-    section, _, key = SWEPT[sweep].partition(".") if sweep else ("", "", "")
-    return section != "method" or key == "budget" or key in METHODS[method].settable
 
 
 def _run_config(
@@ -137,11 +130,11 @@ def _run_config(
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
     name = f"{task.replace('/', '_')}-{method}-seed{seed}-{digest}"
     values["output_dir"] = str(Path(str(config.output_dir)) / "runs" / name)
-    return config_from_dict(RunConfig, values)
+    return RunConfig.from_dict(values)
 
 
 def _data_dir(config: ComparisonConfig, task: str) -> str | None:
-    """The task's folder inside `data.data_dir`, by its name; with a single task that folder itself will do.
+    """Finds the task's folder inside `data.data_dir`, by its name; with a single task that folder itself will do.
 
     Raises:
         ValueError: there is none.
@@ -164,12 +157,12 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
     A run that fails is recorded as such and does not stop the others; it is tried again next time.
 
     Args:
-        report: is told, in a line each, what has been done.
+        report: called with a line about each run that is done.
 
     Raises:
         ValueError: a launcher has started more than one process.
     """
-    if several():
+    if world_size() > 1:
         raise ValueError(
             "`ept compare` is one process, and a launcher has started several: start it alone; "
             "--executor ray carries runs out side by side"
@@ -178,11 +171,8 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
     searched = plan(config)
     _carry_out(config, searched, outcomes, report)
     best = best_rates(searched, outcomes)
-    rest = [
-        run
-        for run in plan(config, [seed for seed in config.compare.seeds if seed not in search_seeds(config)])
-        if run.rates == best.get(run.group)
-    ]
+    rest = plan(config, [seed for seed in config.compare.seeds if seed not in search_seeds(config)])
+    rest = [run for run in rest if run.rates == best.get(run.group)]
     _carry_out(config, rest, outcomes, report)
     return [Record(run, outcomes[run.folder], run.rates == best.get(run.group)) for run in [*searched, *rest]]
 
@@ -194,17 +184,12 @@ def finished(run: PlannedRun) -> bool:
 def _carry_out(
     config: ComparisonConfig, runs: list[PlannedRun], outcomes: dict[Path, Outcome], report: Callable[[str], None]
 ) -> None:
-    waiting: dict[Path, PlannedRun] = {}
-    for run in runs:  # two points of the comparison may be one run
-        if run.folder in outcomes:
-            continue
-        if finished(run):
-            outcomes[run.folder] = Outcome(run.folder, json.loads(RunFolder(run.folder).results.read_text("utf-8")))
-        else:
-            waiting[run.folder] = run
-    done = len({run.folder for run in runs}) - len(waiting)
-    if done:
-        report(f"{done} of {done + len(waiting)} runs are finished already")
+    folders = {run.folder: run for run in runs}  # two points of the comparison may be one run
+    waiting = {folder: run for folder, run in folders.items() if folder not in outcomes and not finished(run)}
+    for folder in folders.keys() - outcomes.keys() - waiting.keys():
+        outcomes[folder] = Outcome.of(folder)
+    if done := len(folders) - len(waiting):
+        report(f"{done} of {len(folders)} runs are finished already")
     jobs = [run.config.to_dict() for run in waiting.values()]
     for number, outcome in enumerate(run_all(jobs, config.compare.executor, config.compare.cpus_per_run), start=1):
         outcomes[outcome.folder] = outcome
@@ -212,7 +197,7 @@ def _carry_out(
 
 
 def best_rates(runs: list[PlannedRun], outcomes: dict[Path, Outcome]) -> dict[Group, tuple[float, float]]:
-    """For each group the learning rates with the best mean score on validation; of equals the first.
+    """Chooses for each group the learning rates with the best mean score on validation; of equals the first.
 
     Rates that failed with a seed are passed over, unless all did.
     """
@@ -224,11 +209,8 @@ def best_rates(runs: list[PlannedRun], outcomes: dict[Path, Outcome]) -> dict[Gr
     best = {}
     for group, by_rates in scores.items():
         whole = {rates: found for rates, found in by_rates.items() if None not in found} or by_rates
-        means = {rates: _mean([s for s in found if s is not None]) for rates, found in whole.items()}
-        if any(mean > -math.inf for mean in means.values()):
+        known = {rates: [score for score in found if score is not None] for rates, found in whole.items()}
+        means = {rates: statistics.fmean(found) for rates, found in known.items() if found}
+        if means:
             best[group] = max(means, key=means.__getitem__)
     return best
-
-
-def _mean(scores: list[float]) -> float:
-    return statistics.fmean(scores) if scores else -math.inf

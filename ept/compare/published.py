@@ -1,4 +1,4 @@
-"""Results for T5-Base that others published, to be drawn beside ours and marked as theirs.
+"""Published results for T5-Base, to be drawn beside ours and marked as theirs.
 
 `published_t5_base.csv` holds scores in percent: Pearson for STS-B, F1 for MultiRC, Matthews for CoLA, accuracy for the
 others (for CB too, where ours is macro-F1). Sources: a, the comparison table in the repository of ACCEPT
@@ -18,13 +18,13 @@ FILE = "published_t5_base.csv"
 
 
 def published_rows() -> list[dict[str, str]]:
-    """One row a method: `method`, `parameters`, `source` and a score in percent for each task, empty for none."""
-    text = files("ept").joinpath(FILE).read_text(encoding="utf-8")
+    """Reads a row for each method: `method`, `parameters`, `source` and a score in percent a task, empty for none."""
+    text = files("ept.compare").joinpath(FILE).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
 
 def published_scores(tasks: Sequence[str]) -> list[tuple[str, int, float]]:
-    """(method, parameters, mean score in percent) of every method that has a result for each of `tasks`."""
+    """Lists (method, parameters, mean score in percent) of every method that has a result for each of `tasks`."""
     return [
         (row["method"], int(row["parameters"]), statistics.fmean(float(row[task]) for task in tasks))
         for row in published_rows()

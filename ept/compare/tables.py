@@ -1,4 +1,4 @@
-"""What a comparison found: means with intervals, paired tests between methods, and the tables they are printed in."""
+"""Tables of a comparison's results: means with intervals, and paired tests between methods."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..runs.folder import RunFolder
 from ..runs.method_table import METHODS
 from ..utils.files import write_atomically
+from ..utils.tables import markdown as table
 from .plan import Record
 
 CONFIDENCE = 0.95
-SIZES = ("num_virtual_tokens", "r", "num_spaces", "space_dim")
+SIZES = {"num_virtual_tokens": "s", "r": "r", "num_spaces": "K", "space_dim": "h"}
+"""The sizes of an adapter: their names in its configuration, and in the tables."""
+
+Scores = Mapping[tuple[str, int], float]
+"""(task, seed): score."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,13 @@ class Interval:
     half_width: float | None
     n: int
 
-    def text(self, digits: int = 1) -> str:
-        """In percent, as papers print scores."""
-        half = "" if self.half_width is None else f" ± {100 * self.half_width:.{digits}f}"
-        return f"{100 * self.mean:.{digits}f}{half}"
+    def text(self) -> str:
+        """Formats it in percent, as papers print scores."""
+        return f"{100 * self.mean:.1f}" + ("" if self.half_width is None else f" ± {100 * self.half_width:.1f}")
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Raises statistics.StatisticsError for no values."""
+    """Computes mean and interval. Raises statistics.StatisticsError for no values."""
     from scipy.stats import t
 
     mean, n = statistics.fmean(values), len(values)
@@ -60,12 +64,8 @@ class PairedTest:
     p: float | None
 
 
-Scores = Mapping[tuple[str, int], float]
-"""(task, seed): score."""
-
-
 def paired_test(first: str, one: Scores, second: str, other: Scores) -> PairedTest | None:
-    """The difference `one` − `other` over their common pairs; None where they have none."""
+    """Tests the difference `one` − `other` over their common pairs; None where they have none."""
     from scipy.stats import ttest_rel
 
     common = sorted(set(one) & set(other))
@@ -88,11 +88,11 @@ class MethodSummary:
     method: str
     parameters: int
     sizes: dict[str, int]
-    by_task: dict[str, Interval]
+    tasks: dict[str, Interval]
     mean: Interval | None
     scores: Scores
     step_time_ms: float | None
-    rates: dict[str, tuple[float, float]]
+    learning_rates: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -116,31 +116,28 @@ class Setting:
 
 
 def summarise(records: Sequence[Record]) -> list[Setting]:
-    """One entry for each point of the comparison, in the order of the runs; failed runs do not take part."""
+    """Makes an entry for each point of the comparison, in the order of the runs; failed runs do not take part."""
     settings = []
     for (sweep, value), group in _grouped(records, lambda record: (record.run.sweep, record.run.value)):
         tasks = list(dict.fromkeys(record.run.task for record in group))
-        kept = [record for record in group if record.chosen and record.outcome.results is not None]
+        kept = [record for record in group if record.chosen and record.outcome.results]
         methods = [_method(name, found, tasks) for name, found in _grouped(kept, lambda record: record.run.method)]
-        tests = [
-            test
-            for b, a in itertools.combinations(methods, 2)
-            if (test := paired_test(a.method, a.scores, b.method, b.scores)) is not None
-        ]
-        finished = {m.method for m in methods}
-        failed = list(dict.fromkeys(r.run.method for r in group if r.run.method not in finished))
+        pairs = itertools.combinations(methods, 2)
+        tests = [paired_test(a.method, a.scores, b.method, b.scores) for b, a in pairs]
+        failed = dict.fromkeys(record.run.method for record in group)
+        for method in methods:
+            del failed[method.method]
+        rows = dict.fromkeys(
+            f"{found['task']} ({found['metric']}): "
+            + ", ".join(f"{count:,} {split}" for split, count in found["rows"].items())
+            for record in kept
+            if (found := record.outcome.results)
+        )
         seeds = len({record.run.seed for record in group})
-        settings.append(Setting(sweep, value, tasks, methods, tests, failed, seeds, _rows(kept)))
+        settings.append(
+            Setting(sweep, value, tasks, methods, [*filter(None, tests)], list(failed), seeds, "; ".join(rows))
+        )
     return settings
-
-
-def _rows(records: Sequence[Record]) -> str:
-    found = [record.outcome.results for record in records if record.outcome.results is not None]
-    about = (
-        f"{r['task']} ({r['metric']}): " + ", ".join(f"{count:,} {split}" for split, count in r["rows"].items())
-        for r in found
-    )
-    return "; ".join(dict.fromkeys(about))
 
 
 def _grouped(records: Sequence[Record], key: Any) -> list[tuple[Any, list[Record]]]:
@@ -151,34 +148,37 @@ def _grouped(records: Sequence[Record], key: Any) -> list[tuple[Any, list[Record
 
 
 def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> MethodSummary:
-    results = [record.outcome.results for record in records if record.outcome.results is not None]
-    scores = {(record.run.task, record.run.seed): found["score"] for record, found in zip(records, results)}
-    whole = [s for s in dict.fromkeys(seed for _, seed in scores) if all((task, s) in scores for task in tasks)]
-    means = [statistics.fmean(scores[task, seed] for task in tasks) for seed in whole]
-    times = [found["step_time_ms"] for found in results if found["step_time_ms"] is not None]
-    found_tasks = {task: [v for (t, _), v in scores.items() if t == task] for task in tasks}
+    results = {(r.run.task, r.run.seed): r.outcome.results for r in records if r.outcome.results}
+    scores = {key: found["score"] for key, found in results.items()}
+    by_task = {task: [score for (t, _), score in scores.items() if t == task] for task in tasks}
+    seeds = [s for s in dict.fromkeys(seed for _, seed in scores) if all((task, s) in scores for task in tasks)]
+    means = [statistics.fmean(scores[task, seed] for task in tasks) for seed in seeds]
+    times = [found["step_time_ms"] for found in results.values() if found["step_time_ms"] is not None]
+    adapter = RunFolder(records[0].outcome.folder).adapter / "adapter_config.json"
+    saved, known = json.loads(adapter.read_text(encoding="utf-8")), METHODS[name].settable
     return MethodSummary(
         method=name,
-        parameters=max(found["trainable_parameters"] for found in results),
-        sizes=_sizes(records[0]),
-        by_task={task: interval(values) for task, values in found_tasks.items() if values},
+        parameters=max(found["trainable_parameters"] for found in results.values()),
+        sizes={size: saved[size] for size in SIZES if saved.get(size) and (size != "space_dim" or size in known)},
+        tasks={task: interval(values) for task, values in by_task.items() if values},
         mean=interval(means) if means else None,
         scores=scores,
         step_time_ms=statistics.median(times) if times else None,
-        rates={record.run.task: record.run.rates for record in records},
+        learning_rates={record.run.task: record.run.rates for record in records},
     )
 
 
-def _sizes(record: Record) -> dict[str, int]:
-    """The sizes of a trained adapter, from its saved configuration."""
-    file = RunFolder(record.outcome.folder).adapter / "adapter_config.json"
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    known = METHODS[record.run.method].settable
-    return {name: saved[name] for name in SIZES if saved.get(name) and (name != "space_dim" or name in known)}
+def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Setting], command: str) -> list[Path]:
+    """Writes `comparison.csv` and `comparison.md`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, page = folder / "comparison.csv", folder / "comparison.md"
+    write_atomically(rows, csv_text(records))
+    write_atomically(page, markdown(records, settings, command))
+    return [rows, page]
 
 
 def csv_text(records: Sequence[Record]) -> str:
-    """One line a run; scores as fractions, times in milliseconds and seconds, memory in bytes."""
+    """Writes a line for each run; scores as fractions, times in milliseconds and seconds, memory in bytes."""
     columns = (
         "sweep", "value", "task", "method", "model", "seed", "learning_rate", "low_rank_learning_rate", "chosen",
         "status", "metric", "validation", "score", "majority", "trainable_parameters", "step_time_ms",
@@ -190,51 +190,57 @@ def csv_text(records: Sequence[Record]) -> str:
     for record in records:
         run, found = record.run, record.outcome.results or {}
         rows = found.get("rows", {})
-        writer.writerow(
-            {
-                **found,
-                "sweep": run.sweep,
-                "value": run.value,
-                "task": run.task,
-                "method": run.method,
-                "model": run.config.model.name_or_path,
-                "seed": run.seed,
-                "learning_rate": run.rates[0],
-                "low_rank_learning_rate": run.rates[1] if METHODS[run.method].two_rates else None,
-                "chosen": record.chosen,
-                "status": "failed" if record.outcome.results is None else "finished",
-                "validation": found.get("best_validation"),
-                "train_rows": rows.get("train"),
-                "test_rows": rows.get("test"),
-                "error": record.outcome.error,
-                "folder": run.folder.name,
-            }
-        )
+        values = {
+            "model": run.config.model.name_or_path,
+            "learning_rate": run.rates[0],
+            "low_rank_learning_rate": run.rates[1] if METHODS[run.method].has_two_rates else None,
+            "chosen": record.chosen,
+            "status": "finished" if found else "failed",
+            "validation": found.get("best_validation"),
+            "train_rows": rows.get("train"),
+            "test_rows": rows.get("test"),
+            "error": record.outcome.error,
+            "folder": run.folder.name,
+        }
+        writer.writerow({**found, **vars(run), **values})
     return file.getvalue()
 
 
 def markdown(records: Sequence[Record], settings: Sequence[Setting], command: str) -> str:
-    """The whole comparison as one page."""
+    """Writes the whole comparison as one page."""
     parts = ["# Comparison", f"```sh\n{command}\n```", _about(records)]
     for setting in settings:
-        parts += [
-            f"## {setting.title}",
-            setting.rows and f"Rows: {setting.rows}.",
-            _table(*scores_table(setting)),
-            _tests_table(setting),
-        ]
-    parts += ["## Learning rates, chosen on validation", _rates_table(settings)]
-    failed = [record for record in records if record.outcome.results is None]
+        parts += [f"## {setting.title}", setting.rows and f"Rows: {setting.rows}.", table(*scores_table(setting))]
+        if setting.tests:
+            rows = [
+                [
+                    f"{METHODS[test.first].title} − {METHODS[test.second].title}",
+                    test.difference.text(),
+                    "-" if test.p is None else f"{test.p:.3f}",
+                    str(test.difference.n),
+                ]
+                for test in setting.tests
+            ]
+            parts += ["Paired t-test over the pairs (task, seed):"]
+            parts += [table(["difference", "points", "p (two-sided)", "n"], rows)]
+    rates = [
+        [setting.title, task, method.title, f"{prompt:g}", f"{others:g}" if method.has_two_rates else "-"]
+        for setting in settings
+        for summary in setting.methods
+        for method in [METHODS[summary.method]]
+        for task, (prompt, others) in summary.learning_rates.items()
+    ]
+    parts += ["## Learning rates, chosen on validation"]
+    parts += [table(["setting", "task", "method", "of the prompt", "of all else"], rates)]
+    failed = [record for record in records if not record.outcome.results]
     if failed:
-        lines = [
-            f"* {record.run.description}: {record.outcome.error} (`{record.run.folder.name}`)" for record in failed
-        ]
+        lines = [f"* {r.run.description}: {r.outcome.error} (`{r.run.folder.name}`)" for r in failed]
         parts += [f"## {len(failed)} of {len(records)} runs failed", "\n".join(lines)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _about(records: Sequence[Record]) -> str:
-    found = [record.outcome.results for record in records if record.outcome.results is not None]
+    found = [record.outcome.results for record in records if record.outcome.results]
     if not found:
         return "No run has finished."
     versions = ", ".join(f"{name} {version}" for name, version in found[-1]["versions"].items() if version)
@@ -247,89 +253,44 @@ def _about(records: Sequence[Record]) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a setting's table: scores in percent, with their intervals."""
+    """Returns header and rows of a setting's table: scores in percent, with their intervals."""
+
+    def cell(found: Interval | None) -> str:
+        if found is None:
+            return "failed"
+        return found.text() + ("" if found.n == setting.seeds else f" ({found.n} of {setting.seeds} seeds)")
+
     header = ["method", "parameters", "sizes", *setting.tasks, "mean", "step (ms)"]
-    rows = []
-    for m in setting.methods:
-        cells = [_cell(m.by_task.get(task), setting.seeds) for task in setting.tasks]
-        sizes = " ".join(f"{_SHORT[name]}={value}" for name, value in m.sizes.items())
-        mean = _cell(m.mean, setting.seeds)
-        time = "-" if m.step_time_ms is None else f"{m.step_time_ms:,.1f}"
-        rows.append([METHODS[m.method].title, f"{m.parameters:,}", sizes, *cells, mean, time])
+    rows = [
+        [
+            METHODS[m.method].title,
+            f"{m.parameters:,}",
+            " ".join(f"{SIZES[name]}={value}" for name, value in m.sizes.items()),
+            *(cell(m.tasks.get(task)) for task in setting.tasks),
+            cell(m.mean),
+            "-" if m.step_time_ms is None else f"{m.step_time_ms:,.1f}",
+        ]
+        for m in setting.methods
+    ]
     rows += [[METHODS[name].title, "", "", *(["failed"] * (len(setting.tasks) + 1)), ""] for name in setting.failed]
     return header, rows
 
 
-def _cell(found: Interval | None, seeds: int) -> str:
-    """A score, with the number of seeds where not all finished."""
-    if found is None:
-        return "failed"
-    return found.text() + ("" if found.n == seeds else f" ({found.n} of {seeds} seeds)")
-
-
-_SHORT = {"num_virtual_tokens": "s", "r": "r", "num_spaces": "K", "space_dim": "h"}
-
-
-def _tests_table(setting: Setting) -> str:
-    rows = [
-        [
-            f"{METHODS[test.first].title} − {METHODS[test.second].title}",
-            test.difference.text(),
-            "-" if test.p is None else f"{test.p:.3f}",
-            str(test.difference.n),
-        ]
-        for test in setting.tests
-    ]
-    if not rows:
-        return ""
-    return "Paired t-test over the pairs (task, seed):\n\n" + _table(
-        ["difference", "points", "p (two-sided)", "n"], rows
-    )
-
-
-def _rates_table(settings: Sequence[Setting]) -> str:
-    rows = [
-        [s.title, task, METHODS[m.method].title, f"{first:g}", f"{second:g}" if METHODS[m.method].two_rates else "-"]
-        for s in settings
-        for m in s.methods
-        for task, (first, second) in m.rates.items()
-    ]
-    return _table(["setting", "task", "method", "of the prompt", "of all else"], rows)
-
-
 def as_json(records: Sequence[Record], settings: Sequence[Setting]) -> dict[str, Any]:
-    """The same for machines; scores as fractions."""
+    """Returns the same for machines; scores as fractions."""
 
-    def shown(found: Interval | None) -> dict[str, Any] | None:
-        return None if found is None else {"mean": found.mean, "half_width": found.half_width, "n": found.n}
+    def summary(m: MethodSummary) -> dict[str, Any]:
+        scores = [{"task": task, "seed": seed, "score": score} for (task, seed), score in m.scores.items()]
+        return asdict(m) | {"scores": scores}
 
     return {
         "settings": [
             {
                 "sweep": s.sweep,
                 "value": s.value,
-                "methods": [
-                    {
-                        "method": m.method,
-                        "parameters": m.parameters,
-                        "sizes": m.sizes,
-                        "tasks": {task: shown(found) for task, found in m.by_task.items()},
-                        "mean": shown(m.mean),
-                        "scores": [{"task": t, "seed": seed, "score": v} for (t, seed), v in m.scores.items()],
-                        "step_time_ms": m.step_time_ms,
-                        "learning_rates": {task: list(rates) for task, rates in m.rates.items()},
-                    }
-                    for m in s.methods
-                ],
-                "tests": [
-                    {"first": t.first, "second": t.second, "difference": shown(t.difference), "p": t.p} for t in s.tests
-                ],
+                "methods": [summary(m) for m in s.methods],
+                "tests": [asdict(test) for test in s.tests],
             }
             for s in settings
         ],
@@ -337,15 +298,6 @@ def as_json(records: Sequence[Record], settings: Sequence[Setting]) -> dict[str,
         "failed": [
             {"run": r.run.description, "error": r.outcome.error, "folder": str(r.run.folder)}
             for r in records
-            if r.outcome.results is None
+            if not r.outcome.results
         ],
     }
-
-
-def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Setting], command: str) -> list[Path]:
-    """Writes `comparison.csv` and `comparison.md`; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table, page = folder / "comparison.csv", folder / "comparison.md"
-    write_atomically(table, csv_text(records))
-    write_atomically(page, markdown(records, settings, command))
-    return [table, page]

@@ -37,18 +37,23 @@ class BaseModelFacts:
     pools_last: bool
 
 
-def infer_task_type(model: nn.Module) -> str:
-    """SEQ_2_SEQ_LM, SEQ_CLS or CAUSAL_LM, from the model's class and configuration.
+def infer_task_type(model: Any) -> str:
+    """SEQ_2_SEQ_LM, CAUSAL_LM or SEQ_CLS, from a model, or from the configuration of one that is not loaded yet.
+
+    A configuration without a language-model head is taken for a classifier's, since a head can be added.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the model is none of these.
     """
     name = type(model).__name__
     if "ForSequenceClassification" in name:
         return "SEQ_CLS"
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", model), "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
-    can_generate = getattr(model, "can_generate", None)
+    if not isinstance(model, nn.Module):
+        heads = getattr(model, "architectures", None) or []
+        return "CAUSAL_LM" if any("CausalLM" in head or "LMHead" in head for head in heads) else "SEQ_CLS"
+    can_generate: Any = getattr(model, "can_generate", None)
     if can_generate is not None and can_generate():
         return "CAUSAL_LM"
     raise ValueError(f"cannot tell the task of {name}: set task_type to SEQ_2_SEQ_LM, CAUSAL_LM or SEQ_CLS")

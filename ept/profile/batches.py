@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ Row = dict[str, list[int]]
 
 
 def random_rows(count: int, task_type: str, vocab_size: int, length: int, varied: bool, seed: int) -> list[Row]:
-    """Rows as `encode_split` makes them, of random ids.
+    """Draws rows as `encode_split` makes them, of random ids.
 
     A row has `length` tokens or, `varied`, a number drawn uniformly from a quarter of it to all of it; a decoder's
     answer is counted in, an encoder-decoder's is not.
@@ -30,8 +31,8 @@ def random_rows(count: int, task_type: str, vocab_size: int, length: int, varied
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
-        least = max(length // 4, ANSWER_TOKENS + 1) if varied else length
-        tokens = int(torch.randint(least, length + 1, (1,), generator=generator))
+        shortest = max(length // 4, ANSWER_TOKENS + 1) if varied else length
+        tokens = int(torch.randint(shortest, length + 1, (1,), generator=generator))
         ids = torch.randint(_FIRST_ID, vocab_size, (tokens,), generator=generator).tolist()
         answer = torch.randint(_FIRST_ID, vocab_size, (ANSWER_TOKENS,), generator=generator).tolist()
         if task_type == "CAUSAL_LM":
@@ -52,7 +53,7 @@ def make_batches(
     all_logits: bool,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """`count` batches of `batch` rows in order, from the start again where the rows are used up.
+    """Makes `count` batches of `batch` rows in order, from the start again where the rows are used up.
 
     Args:
         padding: `"none"` (all rows have one length), `"longest"` of each batch, or `"max_length"`: to `width`.
@@ -71,21 +72,20 @@ def make_batches(
         pad_to_multiple_of=width if padding == "max_length" else None,
         label_only_logits=not all_logits,
     )
-    batches = []
-    for index in range(count):
-        chosen = [rows[(index * batch + offset) % len(rows)] for offset in range(batch)]
-        collated = collate(chosen)
-        batches.append({k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in collated.items()})
-    return batches
+    in_order = itertools.cycle(rows)
+    collated = [collate(list(itertools.islice(in_order, batch))) for _ in range(count)]
+    return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in made.items()} for made in collated]
 
 
-def text_rows(texts: Sequence[str], tokenizer: Any, task_type: str, max_length: int, seed: int, most: int) -> list[Row]:
-    """At most `most` rows of real texts, shuffled, cut to `max_length` tokens, each with a random answer.
+def text_rows(
+    texts: Sequence[str], tokenizer: Any, task_type: str, max_length: int, seed: int, count: int
+) -> list[Row]:
+    """Draws at most `count` rows of real texts, cut to `max_length` tokens, each with a random answer.
 
     Answers are random because only their length matters; a decoder's stands after the text.
     """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(texts), generator=generator)[:most].tolist()
+    chosen = torch.randperm(len(texts), generator=generator)[:count].tolist()
     rows = []
     for ids in encode_texts(tokenizer, [texts[index] for index in chosen], task_type):
         answer = torch.randint(_FIRST_ID, len(tokenizer), (ANSWER_TOKENS,), generator=generator).tolist()

@@ -1,28 +1,29 @@
-"""One training step, timed as a whole and in phases, without a wait for the device inside it.
-
-The phases follow one another without gaps, so that they add up to the step:
-
-    embedding         from the call to the base model, but for the prompt: modes, positions, look-up, low-rank update
-    joint prompt      making the prompt (EPT: fusion and spaces; PEFT: repeating the prompt for every row)
-    base forward      the frozen model and the loss
-    base backward     from the loss to the gradient of the input embeddings
-    prompt backward   from there to the gradients of the prompt's parameters
-    optimizer         letting the graph go, clipping, AdamW, clearing the gradients
-"""
+"""The clock of a profile: one training step, timed as a whole and in phases."""
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .methods import Method
+if TYPE_CHECKING:
+    from .methods import Method
 
-PHASES = ("embedding", "joint prompt", "base forward", "base backward", "prompt backward", "optimizer")
+# The phases follow one another without gaps, so that they add up to the step.
+PHASES = (
+    "embedding",  # from the call to the base model, but for the prompt: modes, positions, look-up, low-rank update
+    "joint prompt",  # making the prompt (EPT: fusion and spaces; PEFT: repeating the prompt for every row)
+    "base forward",  # the frozen model and the loss
+    "base backward",  # from the loss to the gradient of the input embeddings
+    "prompt backward",  # from there to the gradients of the prompt's parameters
+    "optimizer",  # freeing the graph, clipping, AdamW, clearing the gradients
+)
 
 
 @dataclass(frozen=True)
@@ -33,46 +34,43 @@ class StepTime:
     phases: dict[str, float]
 
 
-class PhaseClock:
-    """Attributes the time since the last mark to the phase that has just ended: the processor's, or a GPU's events."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
-
-    def mark(self, phase: str) -> None:
-        self.marks.append((phase, self._now()))
-
-    def phases(self) -> dict[str, float]:
-        """Milliseconds by phase; a GPU must have been waited for."""
-        times = dict.fromkeys(PHASES, 0.0)
-        for (_, before), (phase, now) in zip(self.marks, self.marks[1:]):
-            times[phase] += before.elapsed_time(now) if self.on_gpu else 1e3 * (now - before)
-        return times
-
-    def _now(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Returns the median and the 20 % and 80 % quantiles, interpolated linearly."""
+    quintiles = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": quintiles[0], "p80": quintiles[3]}
 
 
 def time_step(method: Method, base: Any, batch: dict[str, Any], device: torch.device) -> StepTime:
     """Takes one training step and times it; on a GPU the clock runs until the device has finished."""
-    clock = PhaseClock(device)
-    with _marking(method, base, clock):
-        _synchronize(device)
+    on_gpu = device.type == "cuda"
+    marks: list[tuple[str, Any]] = []  # each ends a phase, which began at the mark before
+
+    def mark(phase: str) -> None:
+        if on_gpu:  # an event, so that nothing waits for the device within the step
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        marks.append((phase, now))
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    with _marked(method, base, mark):
+        wait()
         start = time.perf_counter()
-        take_step(method, batch, clock)
-        _synchronize(device)
+        take_step(method, batch, mark)
+        wait()
         elapsed = 1e3 * (time.perf_counter() - start)
-    return StepTime(elapsed, clock.phases())
+    phases = dict.fromkeys(PHASES, 0.0)
+    for (_, before), (phase, now) in itertools.pairwise(marks):
+        phases[phase] += before.elapsed_time(now) if on_gpu else 1e3 * (now - before)
+    return StepTime(elapsed, phases)
 
 
-def take_step(method: Method, batch: dict[str, Any], clock: PhaseClock | None = None) -> None:
-    """Forward, backward and update."""
-    mark = clock.mark if clock is not None else _no_mark
+def take_step(method: Method, batch: dict[str, Any], mark: Callable[[str], None] = lambda phase: None) -> None:
+    """Runs forward, backward and update, and calls `mark` at the end of each phase that ends between them."""
     mark("start")
     loss = method.loss(batch)
     mark("base forward")
@@ -84,20 +82,20 @@ def take_step(method: Method, batch: dict[str, Any], clock: PhaseClock | None = 
 
 
 @contextmanager
-def _marking(method: Method, base: Any, clock: PhaseClock) -> Iterator[None]:
-    """Sets the marks that lie inside the model, and takes them away again."""
+def _marked(method: Method, base: Any, mark: Callable[[str], None]) -> Iterator[None]:
+    """Sets the marks that lie inside the model, and removes them at the end."""
     owner, name = method.prompt_of
     make_prompt = getattr(owner, name)
 
     def marked_prompt(*args: Any, **kwargs: Any) -> Any:
-        clock.mark("embedding")
+        mark("embedding")
         prompt = make_prompt(*args, **kwargs)
-        clock.mark("joint prompt")
+        mark("joint prompt")
         return prompt
 
     def before_base(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        clock.mark("embedding")
-        kwargs["inputs_embeds"].register_hook(lambda gradient: clock.mark("base backward"))
+        mark("embedding")
+        kwargs["inputs_embeds"].register_hook(lambda gradient: mark("base backward"))
 
     setattr(owner, name, marked_prompt)
     handle = base.register_forward_pre_hook(before_base, with_kwargs=True)
@@ -106,12 +104,3 @@ def _marking(method: Method, base: Any, clock: PhaseClock) -> Iterator[None]:
     finally:
         handle.remove()
         delattr(owner, name)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _no_mark(phase: str) -> None:
-    pass

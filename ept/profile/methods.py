@@ -6,25 +6,20 @@ without a cache, gradients clipped to norm 1, and fused AdamW: what differs is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PromptTuningConfig, get_peft_model
 
-from ..config import EPTConfig
-from ..model.base_model import set_mode
-from ..model.ept_model import get_ept_model
+from ..model.ept_model import EPTModel
+from ..model.linear4bit import restore_linear4bit, swap_linear4bit
+from ..runs.adapters import adapter_config, attach_fresh
+from ..runs.config import MethodConfig
+from ..runs.method_table import METHODS
 
-PROFILE_METHODS = ("pt", "dept", "ept", "peft-pt")
-_TOKENS = {"pt": 100, "dept": 60, "ept": 40, "peft-pt": 100}
-RANK = 30  # of DePT and EPT: with these lengths one parameter budget, 76,800 at d = 768 and 256 tokens
-_CONFIGS: dict[str, Callable[..., EPTConfig]] = {
-    "pt": EPTConfig.prompt_tuning,
-    "dept": EPTConfig.dept,
-    "ept": EPTConfig,
-}
+# At their usual lengths PT, DePT and EPT have one parameter budget, 76,800 at d = 768 and 256 tokens.
+_METHODS = {method.profiled_as: method for method in METHODS.values() if method.profiled_as is not None}
+PROFILE_METHODS = tuple(_METHODS)
 
 
 @dataclass(frozen=True)
@@ -37,12 +32,12 @@ class MethodSpec:
     @property
     def label(self) -> str:
         """`name` at the method's usual length, else `name:length`."""
-        usual = self.num_virtual_tokens == _TOKENS[self.name]
+        usual = self.num_virtual_tokens == _METHODS[self.name].usual_tokens
         return self.name if usual else f"{self.name}:{self.num_virtual_tokens}"
 
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
-        """From `name` or `name:num_virtual_tokens`.
+        """Reads `name` or `name:num_virtual_tokens`.
 
         Raises:
             ValueError: there is no such method, or the length is no positive whole number.
@@ -52,7 +47,7 @@ class MethodSpec:
             raise ValueError(f"unknown method {name!r}: choose from {', '.join(PROFILE_METHODS)}, as in pt,ept:20")
         if colon and not (tokens.isdecimal() and int(tokens) > 0):
             raise ValueError(f"{text!r}: the prompt length after the colon must be a positive whole number")
-        return cls(name, int(tokens) if colon else _TOKENS[name])
+        return cls(name, int(tokens) if colon else _METHODS[name].usual_tokens)
 
 
 @dataclass
@@ -60,14 +55,12 @@ class Method:
     """A method on a base model, ready to take training steps.
 
     Attributes:
-        loss: the loss of a batch (of `profile_data`), with a graph behind it.
         prompt_of: object and name of the function that makes the prompt.
-        fast_4bit: with 4-bit weights, whether its steps run on this project's layers or bitsandbytes'; else None.
+        fast_4bit: with 4-bit weights, True where its steps run on this project's layers and False on bitsandbytes'.
     """
 
     spec: MethodSpec
     model: Any
-    loss: Callable[[dict[str, Any]], torch.Tensor]
     prompt_of: tuple[Any, str]
     fast_4bit: bool | None = None
     parameters: list[torch.nn.Parameter] = field(init=False)
@@ -82,11 +75,14 @@ class Method:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def enter(self, base: Any) -> None:
-        """Before its steps: the 4-bit layers of the shared model become the method's, in place."""
+        """Turns the 4-bit layers of the shared model into the method's, in place, before its steps."""
         if self.fast_4bit is not None:
-            from ..model.linear4bit import restore_linear4bit, swap_linear4bit
-
             swap_linear4bit(base) if self.fast_4bit else restore_linear4bit(base)
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Computes the loss of a batch of `make_batches`, with a graph behind it."""
+        self.model.train()  # as Trainer does at every step
+        return self.model(**batch, use_cache=False).loss
 
     def update(self) -> None:
         """Clips the gradients as Trainer does, takes a step, and clears them."""
@@ -96,51 +92,18 @@ class Method:
 
 
 def make_method(spec: MethodSpec, base: Any, task_type: str, max_length: int, fast_4bit: bool | None = None) -> Method:
-    """The method on `base`, which it leaves as it is.
+    """Puts a method on `base`, which it leaves as it is.
 
     Args:
         task_type: SEQ_2_SEQ_LM or CAUSAL_LM.
         max_length: most text tokens of a row.
-        fast_4bit: of a base model in 4 bits: whether this project's methods run on its own layers (PEFT's runs on
+        fast_4bit: with a base model in 4 bits, run this project's methods on its own layers (PEFT's runs on
             bitsandbytes'). None: the base model is not in 4 bits.
     """
-    make = _peft_method if spec.name == "peft-pt" else _ept_method
-    method = make(spec, base, task_type, max_length)
-    if fast_4bit is not None:
-        method.fast_4bit = fast_4bit and spec.name != "peft-pt"
-    return method
-
-
-def _ept_method(spec: MethodSpec, base: Any, task_type: str, max_length: int) -> Method:
-    sizes = {} if spec.name == "pt" else {"r": RANK}
-    config = _CONFIGS[spec.name](
-        num_virtual_tokens=spec.num_virtual_tokens, max_length=max_length, task_type=task_type, **sizes
-    )
-    model = get_ept_model(base, config, fast_4bit=False)  # the base model is shared: see Method.enter
-
-    def loss(batch: dict[str, Any]) -> torch.Tensor:
-        model.train()  # as Trainer does at every step
-        return model(**batch).loss
-
-    return Method(spec, model, loss, (model.prompt_encoder["default"], "joint_prompt"))
-
-
-def _peft_method(spec: MethodSpec, base: Any, task_type: str, max_length: int) -> Method:
-    config = PromptTuningConfig(
-        task_type=task_type, num_virtual_tokens=spec.num_virtual_tokens, num_transformer_submodules=1
-    )
-    model = get_peft_model(base, config)
-
-    def loss(batch: dict[str, Any]) -> torch.Tensor:
-        model.train()
-        set_mode(base, training=True, dropout=False)
-        batch = {**batch, "use_cache": False}
-        keep = batch.pop("logits_to_keep", 0)
-        if not keep:
-            return model(**batch).loss
-        # PEFT extends the labels by the prompt, which fits all logits only: the loss is taken outside.
-        labels = batch.pop("labels")[:, -keep:].contiguous()
-        logits = model(**batch, logits_to_keep=keep).logits
-        return base.loss_function(logits=logits, labels=labels, vocab_size=base.config.vocab_size)
-
-    return Method(spec, model, loss, (model, "get_prompt"))
+    method = _METHODS[spec.name]
+    settings = MethodConfig(name=method.name, num_virtual_tokens=spec.num_virtual_tokens)
+    config = adapter_config(settings, base, task_type, max_length, seed=0)
+    model = attach_fresh(method, base, config, fast_4bit=False)  # the base model is shared: see Method.enter
+    is_ours = isinstance(model, EPTModel)
+    prompt_of = (model.prompt_encoder["default"], "joint_prompt") if is_ours else (model, "get_prompt")
+    return Method(spec, model, prompt_of, fast_4bit and is_ours)

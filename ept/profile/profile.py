@@ -1,24 +1,21 @@
-"""Whole training steps of prompt tuning, DePT, EPT and PEFT's prompt tuning, side by side on one frozen model.
-
-The methods take their steps in turn (A B C D A B C D ...) on the same batches, so that a machine whose speed drifts
-slows all alike; ratios are taken within a turn. See `step_clock` for what the phases of a step mean.
-"""
+"""Whole training steps of prompt tuning, DePT, EPT and PEFT's prompt tuning, side by side on one frozen model."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..model.base_model import infer_task_type
 from ..runs.config import ModelConfig
 from ..runs.loading import default_device, load_base_model, task_type_of
 from ..utils.environment import hardware, versions
 from .batches import PADDINGS, Row, make_batches, random_rows
-from .clock import PHASES, StepTime, take_step, time_step
+from .clock import PHASES, StepTime, summary, take_step, time_step
 from .methods import PROFILE_METHODS, Method, MethodSpec, make_method
 from .shapes import build_shape
 from .trace import allocated_by, trace_step
@@ -30,62 +27,46 @@ LOGITS = ("labels", "all")
 
 @dataclass
 class ProfileConfig:
-    """What is measured.
+    """The settings of a profile; `shape` or `model` names the base model."""
 
-    Attributes:
-        shape: a name of `shapes.SHAPES`, for random weights; or
-        model: a model to load; its dtype and quantisation are those given here.
-        dtype, quantization: of the base model; `quantization` is None, "nf4" or "fp4".
-        fast_4bit: with quantization: PT, DePT and EPT run on this project's 4-bit layers where these have kernels (as
-            `get_ept_model` sets them up), PEFT's on bitsandbytes'. False: all on bitsandbytes'.
-        attn_implementation: None: transformers' own choice, recorded.
-        layers: of a shape: only the first so many.
-        methods: `name` or `name:num_virtual_tokens`.
-        batch: rows of a batch. length: most text tokens of a row (max_length of the adapters).
-        padding: "none": every row has `length` tokens; "longest": lengths vary and each batch is padded to its longest;
-            "max_length": they vary and every batch is padded to `length`.
-        logits: a decoder's logits where the labels are, or at all positions; for all methods alike.
-        steps, warmup: turns that are measured, and turns before them.
-    """
-
-    shape: str | None = None
-    model: ModelConfig = field(default_factory=ModelConfig)
+    shape: str | None = None  # a name of `shapes.SHAPES`, with random weights
+    model: ModelConfig = field(default_factory=ModelConfig)  # but for its dtype and quantisation, which stand below
     dtype: str = "float32"
-    quantization: str | None = None
+    quantization: str | None = None  # "nf4" or "fp4"
+    # With quantization PT, DePT and EPT run on this project's 4-bit layers where these have kernels, as `get_ept_model`
+    # sets them up, and PEFT's on bitsandbytes'. False: all run on bitsandbytes'.
     fast_4bit: bool = True
-    attn_implementation: str | None = None
-    layers: int | None = None
-    methods: tuple[str, ...] = PROFILE_METHODS
-    batch: int = 8
-    length: int = 128
+    attn_implementation: str | None = None  # None: transformers' own choice, which is recorded
+    layers: int | None = None  # keeps only so many layers of a shape
+    methods: tuple[str, ...] = PROFILE_METHODS  # `name` or `name:num_virtual_tokens`
+    batch: int = 8  # rows
+    length: int = 128  # text tokens of a row at most: max_length of the adapters
+    # "none": every row has `length` tokens; "longest": lengths vary and each batch is padded to its longest row;
+    # "max_length": they vary and every batch is padded to `length`.
     padding: str = "none"
-    logits: str = "labels"
-    steps: int = 10
-    warmup: int = 2
+    logits: str = "labels"  # a decoder's: where the labels are, or "all"; for all methods alike
+    steps: int = 10  # turns that are measured
+    warmup: int = 2  # turns before them
     seed: int = 0
 
     def check(self) -> list[MethodSpec]:
-        """The methods; ValueError where a value is wrong."""
+        """Returns the methods; raises ValueError where a value is wrong."""
         if (self.shape is None) == (self.model.name_or_path is None):
             raise ValueError("give exactly one of a shape (random weights) and a model to load")
         if self.layers is not None and self.shape is None:
             raise ValueError("layers shortens a shape; a loaded model is measured whole")
-        choices: dict[str, tuple[str | None, tuple[str | None, ...]]] = {
-            "dtype": (self.dtype, DTYPES),
-            "quantization": (self.quantization, (None, *QUANTIZATIONS)),
-            "padding": (self.padding, PADDINGS),
-            "logits": (self.logits, LOGITS),
+        choices: dict[str, tuple[str | None, ...]] = {
+            "dtype": DTYPES,
+            "quantization": (None, *QUANTIZATIONS),
+            "padding": PADDINGS,
+            "logits": LOGITS,
         }
-        for name, (chosen, allowed) in choices.items():
-            if chosen not in allowed:
-                raise ValueError(f"{name}={chosen!r}: choose one of {', '.join(map(str, allowed))}")
-        for name, value, least in (
-            ("batch", self.batch, 1),
-            ("steps", self.steps, 2),
-            ("warmup", self.warmup, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
+        for name, minimum in {"batch": 1, "steps": 2, "warmup": 1}.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         specs = [MethodSpec.parse(text) for text in self.methods]
         if len(set(specs)) < len(specs) or not specs:
             raise ValueError(f"methods {','.join(self.methods)!r}: name at least one, each once")
@@ -106,10 +87,10 @@ def profile(
         rows: of a real data set, as `encode_split` makes them, taken in order; None: random ids.
         base: an already loaded model, in place of the one that `config` names (whose name is recorded).
         traces: a folder for one Chrome trace a method (`trace_<method>.json`); None: none are kept.
-        progress: is told what is being done.
+        progress: called with a line on what is being done.
 
     Raises:
-        ValueError: the configuration is wrong, or the model takes no part in it.
+        ValueError: a setting is wrong, the rows do not fit the model, or the model has no language-model head.
     """
     specs = config.check()
     device = default_device()
@@ -117,16 +98,16 @@ def profile(
     if base is None:
         base = load(config, device)
     task_type = task_type_of_base(base)
-    vocab_size = base.config.vocab_size
     turns = config.warmup + config.steps
     if rows is None:
         varied = config.padding != "none"
         count = config.batch * (turns if varied else 1)
-        rows = random_rows(count, task_type, vocab_size, config.length, varied, config.seed)
-    elif max(max(row["input_ids"]) for row in rows) >= vocab_size:
-        raise ValueError(f"the data has token ids beyond the model's vocabulary of {vocab_size}: use its own tokenizer")
-    answer = max(len(row["labels"]) for row in rows)
-    longest = max(len(row["input_ids"]) for row in rows)
+        rows = random_rows(count, task_type, base.config.vocab_size, config.length, varied, config.seed)
+    elif max(max(row["input_ids"]) for row in rows) >= base.config.vocab_size:
+        raise ValueError(
+            f"the data has token ids beyond the model's vocabulary of {base.config.vocab_size}: use its own tokenizer"
+        )
+    longest = max(config.length, *(len(row["input_ids"]) for row in rows))
     batches = make_batches(
         rows,
         batch=config.batch,
@@ -134,39 +115,62 @@ def profile(
         task_type=task_type,
         pad_token_id=base.config.pad_token_id or 0,
         padding=config.padding,
-        width=max(config.length, longest),
+        width=longest,
         all_logits=config.logits == "all",
         device=device,
     )
     fast_4bit = None if config.quantization is None else config.fast_4bit
-    methods = [make_method(spec, base, task_type, max(config.length, longest), fast_4bit) for spec in specs]
-    times = _take_turns(methods, base, batches, config.warmup, device, progress)
+    methods = [make_method(spec, base, task_type, longest, fast_4bit) for spec in specs]
+
+    # In turn, A B C D A B C D ..., so that a machine whose speed drifts slows all alike; speed-ups are taken within a
+    # turn.
+    times: list[list[StepTime]] = [[] for _ in methods]
+    for turn, batch in enumerate(batches):
+        progress(f"turn {turn + 1} of {turns}")
+        for method, own in zip(methods, times):
+            method.enter(base)
+            step = time_step(method, base, batch, device)
+            if turn >= config.warmup:
+                own.append(step)
+
     widest = max(batches, key=lambda batch: batch["input_ids"].numel())
-    memory: list[int] = []
+    memory = []
     for method in methods:
         progress(f"peak memory of {method.spec.label}")
         method.enter(base)
         memory.append(_peak_memory(method, widest, device, traces))
+
     measured = batches[config.warmup :]
     text_tokens = statistics.mean(int(batch["attention_mask"].sum()) for batch in measured)
-    padded = statistics.mean(batch["input_ids"].numel() for batch in measured)
+    reference = _reference(specs)
     return {
-        "model": _describe(config, base, task_type),
-        "device": _device_name(device),
+        "model": {
+            "name": f"{config.shape} (random weights)" if config.shape is not None else config.model.name_or_path,
+            "class": type(base).__name__,
+            "task_type": task_type,
+            "layers": config.layers,
+            "dtype": config.dtype,
+            "quantization": config.quantization,
+            "fast_4bit": fast_4bit,
+            "attention": base.config._attn_implementation,
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
         "batch": config.batch,
         "length": config.length,
         "data": {
             "padding": config.padding,
             "padding_side": "left" if task_type == "CAUSAL_LM" else "right",
             "text_tokens_a_batch": text_tokens,
-            "padded_tokens_a_batch": padded,
-            "longest_answer": answer,
+            "padded_tokens_a_batch": statistics.mean(batch["input_ids"].numel() for batch in measured),
+            "longest_answer": max(len(row["labels"]) for row in rows),
         },
         "logits": config.logits if task_type == "CAUSAL_LM" else "labels",
         "steps": config.steps,
         "warmup": config.warmup,
-        "reference": specs[_reference(specs)].label,
-        "peak_memory_kind": _memory_kind(device),
+        "reference": specs[reference].label,
+        "peak_memory_kind": "most CUDA memory allocated during a step, weights included"
+        if device.type == "cuda"
+        else "most memory allocated by a step above what was there before it (torch profiler)",
         "methods": [
             {
                 "label": method.spec.label,
@@ -175,7 +179,7 @@ def profile(
                 "trainable_parameters": method.trainable_parameters,
                 "tokens_per_second": 1e3 * text_tokens / statistics.median(t.step for t in own),
                 "peak_memory_bytes": peak,
-                **_statistics(own, times[_reference(specs)]),
+                **_statistics(own, times[reference]),
             }
             for method, own, peak in zip(methods, times, memory)
         ],
@@ -185,16 +189,13 @@ def profile(
 
 
 def sweep(values: Sequence[int], methods: Sequence[str]) -> tuple[str, ...]:
-    """Every method at every prompt length, for `ProfileConfig.methods`: all take their steps in the same turns.
-
-    Of each method only the name counts.
-    """
+    """Names every method at every prompt length, for `ProfileConfig.methods`; its own length is ignored."""
     names = [MethodSpec.parse(method).name for method in methods]
     return tuple(f"{name}:{value}" for name in names for value in values)
 
 
 def load(config: ProfileConfig, device: torch.device) -> Any:
-    """The base model that the configuration names, frozen, on `device`."""
+    """Loads the base model that the configuration names, frozen, on `device`."""
     if config.shape is not None:
         return build_shape(
             config.shape,
@@ -204,38 +205,12 @@ def load(config: ProfileConfig, device: torch.device) -> Any:
             attn_implementation=config.attn_implementation,
             layers=config.layers,
         )
-    model = ModelConfig(**asdict(config.model))
+    model = config.model.model_copy()
     model.dtype = config.dtype  # type: ignore[assignment]
     model.attn_implementation = config.attn_implementation or model.attn_implementation
     if config.quantization is not None:
         model.load_in_4bit, model.quant_type = True, config.quantization  # type: ignore[assignment]
     return load_base_model(model, task_type_of(model), num_labels=2, pad_token_id=0, device=device)
-
-
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % quantile."""
-    quintiles = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "p20": quintiles[0], "p80": quintiles[3]}
-
-
-def _take_turns(
-    methods: Sequence[Method],
-    base: Any,
-    batches: Sequence[dict[str, Any]],
-    warmup: int,
-    device: torch.device,
-    progress: Callable[[str], None],
-) -> list[list[StepTime]]:
-    """The times of every method's steps, one a batch; the first `warmup` batches are not counted."""
-    times: list[list[StepTime]] = [[] for _ in methods]
-    for turn, batch in enumerate(batches):
-        progress(f"turn {turn + 1} of {len(batches)}")
-        for method, own in zip(methods, times):
-            method.enter(base)
-            step = time_step(method, base, batch, device)
-            if turn >= warmup:
-                own.append(step)
-    return times
 
 
 def _statistics(own: list[StepTime], reference: list[StepTime]) -> dict[str, Any]:
@@ -254,7 +229,7 @@ def _statistics(own: list[StepTime], reference: list[StepTime]) -> dict[str, Any
 
 
 def _reference(specs: Sequence[MethodSpec]) -> int:
-    """What speed-ups are over: prompt tuning at its usual length, else prompt tuning, else the first method."""
+    """Chooses what speed-ups are over: prompt tuning at its usual length, else at another, else the first method."""
     labels, names = [spec.label for spec in specs], [spec.name for spec in specs]
     if "pt" in labels:
         return labels.index("pt")
@@ -275,35 +250,10 @@ def _peak_memory(method: Method, batch: dict[str, Any], device: torch.device, tr
     return peak
 
 
-def _memory_kind(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "most CUDA memory allocated during a step, weights included"
-    return "most memory allocated by a step above what was there before it (torch profiler)"
-
-
 def task_type_of_base(base: Any) -> str:
     """SEQ_2_SEQ_LM or CAUSAL_LM; ValueError for a model without a language-model head."""
-    if base.config.is_encoder_decoder:
-        return "SEQ_2_SEQ_LM"
-    if base.can_generate():
-        return "CAUSAL_LM"
-    raise ValueError(
-        f"cannot profile {type(base).__name__}: take an encoder-decoder, or a decoder with a language-model head"
-    )
-
-
-def _describe(config: ProfileConfig, base: Any, task_type: str) -> dict[str, Any]:
-    return {
-        "name": f"{config.shape} (random weights)" if config.shape is not None else config.model.name_or_path,
-        "class": type(base).__name__,
-        "task_type": task_type,
-        "layers": config.layers,
-        "dtype": config.dtype,
-        "quantization": config.quantization,
-        "fast_4bit": config.fast_4bit if config.quantization is not None else None,
-        "attention": base.config._attn_implementation,
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    if (task_type := infer_task_type(base)) == "SEQ_CLS":
+        raise ValueError(
+            f"cannot profile {type(base).__name__}: take an encoder-decoder, or a decoder with a language-model head"
+        )
+    return task_type

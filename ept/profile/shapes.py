@@ -15,45 +15,27 @@ from ..model.base_model import freeze
 SEED = 0
 _STD = 0.02  # of the random weights of a 4-bit model, as most decoders are initialised
 
-
-def _t5(d_model: int, d_kv: int, d_ff: int, num_layers: int, num_heads: int) -> tuple[str, dict[str, int]]:
-    return "T5Config", {
-        "vocab_size": 32128,
-        "d_model": d_model,
-        "d_kv": d_kv,
-        "d_ff": d_ff,
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "decoder_start_token_id": 0,
-    }
-
-
-def _llama(
-    vocab_size: int, hidden_size: int, intermediate_size: int, layers: int, heads: int, key_value_heads: int, tied: bool
-) -> tuple[str, dict[str, Any]]:
-    return "LlamaConfig", {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": 8192,
-    }
-
-
-# name: (configuration class of transformers, its arguments), from the models' published configurations
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "t5-small": _t5(512, 64, 2048, 6, 8),
-    "t5-base": _t5(768, 64, 3072, 12, 12),
-    "t5-large": _t5(1024, 64, 4096, 24, 16),
-    "t5-3b": _t5(1024, 128, 16384, 24, 32),
-    "t5-11b": _t5(1024, 128, 65536, 24, 128),
-    "smollm2-135m": _llama(49152, 576, 1536, 30, 9, 3, tied=True),
-    "llama-3.2-1b": _llama(128256, 2048, 8192, 16, 32, 8, tied=True),
-    "llama-2-7b": _llama(32000, 4096, 11008, 32, 32, 32, tied=False),
-    "llama-3-8b": _llama(128256, 4096, 14336, 32, 32, 8, tied=False),
+_T5 = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+_LLAMA = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+)
+# Values of `_T5` and `_LLAMA`, from the models' published configurations.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "t5-small": (512, 64, 2048, 6, 8),
+    "t5-base": (768, 64, 3072, 12, 12),
+    "t5-large": (1024, 64, 4096, 24, 16),
+    "t5-3b": (1024, 128, 16384, 24, 32),
+    "t5-11b": (1024, 128, 65536, 24, 128),
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, True),
+    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, True),
+    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, False),
+    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, False),
 }
 
 
@@ -66,7 +48,7 @@ def build_shape(
     attn_implementation: str | None = None,
     layers: int | None = None,
 ) -> Any:
-    """A frozen model of the shape `name` with random weights, in eval mode on `device`.
+    """Builds a frozen model of the shape `name` with random weights, in eval mode on `device`.
 
     Args:
         name: one of `SHAPES`.
@@ -104,13 +86,16 @@ def build_shape(
 
 
 def shape_config(name: str, layers: int | None = None) -> Any:
-    """transformers' configuration of the shape `name`. Raises ValueError as `build_shape`."""
-    import transformers
+    """Returns transformers' configuration of the shape `name`. Raises ValueError as `build_shape`."""
+    from transformers import LlamaConfig, T5Config
 
     if name not in SHAPES:
         raise ValueError(f"unknown shape {name!r}: choose one of {', '.join(SHAPES)}")
-    config_class, arguments = SHAPES[name]
-    config = getattr(transformers, config_class)(**arguments)
+    config: Any
+    if name.startswith("t5"):
+        config = T5Config(vocab_size=32128, decoder_start_token_id=0, **dict(zip(_T5, SHAPES[name])))
+    else:
+        config = LlamaConfig(max_position_embeddings=8192, **dict(zip(_LLAMA, SHAPES[name])))
     if layers is not None:
         whole = config.num_hidden_layers
         if not 1 <= layers <= whole:
@@ -122,7 +107,7 @@ def shape_config(name: str, layers: int | None = None) -> Any:
 
 
 def _quantized_linears(model: Any) -> dict[str, nn.Linear]:
-    """Names and layers that transformers would load in 4 bits."""
+    """Finds the layers that transformers would load in 4 bits, by name."""
     head = model.get_output_embeddings()
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     return {
@@ -133,7 +118,7 @@ def _quantized_linears(model: Any) -> dict[str, nn.Linear]:
 
 
 def _fill_quantized(model: Any, dtype: torch.dtype, quant_type: str, device: torch.device) -> None:
-    """Random weights in place of the empty ones, one layer at a time, so that no whole float model is ever held."""
+    """Fills the empty weights at random, one layer at a time, so that no whole float model is ever held."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for name, linear in _quantized_linears(model).items():
@@ -176,7 +161,7 @@ def _check_memory(name: str, skeleton: Any, dtype: torch.dtype, quantization: st
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`."""
+    """Returns the bytes that can still be allocated on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil  # type: ignore[import-untyped]

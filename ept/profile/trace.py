@@ -6,19 +6,14 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity
 
 
 def trace_step(step: Callable[[], None], file: Path, memory: bool = False) -> None:
-    """Writes the Chrome trace of one `step`, for chrome://tracing or Perfetto; this project's operators are
-    `ept::...`.
-    """
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
+    """Writes the Chrome trace of one `step`, for chrome://tracing or Perfetto; our operators are named `ept::...`."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with torch.profiler.profile(activities=activities, profile_memory=memory) as profiler:
         step()
         if torch.cuda.is_available():
@@ -28,15 +23,15 @@ def trace_step(step: Callable[[], None], file: Path, memory: bool = False) -> No
 
 
 def allocated_by(step: Callable[[], None], file: Path | None = None) -> int:
-    """Most bytes that `step` has allocated on the CPU at one time, above what was there before.
+    """Returns the most bytes that `step` holds on the CPU at one time, above what was there before.
 
     Args:
-        file: keep the Chrome trace here.
+        file: keeps the Chrome trace.
     """
     with tempfile.TemporaryDirectory() as folder:
         trace = file or Path(folder) / "trace.json"
         trace_step(step, trace, memory=True)
-        events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
     in_use = peak = 0
     for _, change in sorted(changes, key=lambda change: change[0]):

@@ -1,34 +1,61 @@
-"""What a run is made of: nested dataclasses, read from YAML and `dotted.key=value`, with every key and type checked.
+"""A run's configuration: sections of typed keys, read from YAML and `dotted.key=value`.
 
 Imports nothing heavy, so that printing or checking a configuration is instant.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
 import types
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..utils.messages import reason, shown, shown_name
 from .method_table import check_settings
 
-LARGEST_FILE = 1 << 20  # bytes
-DEEPEST = 20  # levels; a run's configuration has three
-LARGEST_INTEGER = 2**63 - 1
-LARGEST_SEED = 2**32 - 1  # what NumPy takes
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+MAX_FILE_BYTES = 1 << 20
+MAX_DEPTH = 20  # levels of YAML; a run's configuration has three
+MAX_INTEGER = 2**63 - 1
+MAX_SEED = 2**32 - 1  # NumPy takes no larger one
 
 TaskType = Literal["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"]
 
 
-@dataclass
-class ModelConfig:
+def _number(value: Any) -> Any:
+    """Turns a text that is a number into one: YAML 1.1 reads `1e-3` as a text."""
+    try:
+        return float(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else value
+    except (ValueError, OverflowError):
+        return value
+
+
+Count = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
+Size = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+Number = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of a configuration: no value is converted to another type, and no unknown key passes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_empty(cls, values: Any) -> Any:
+        return {} if values is None else values  # `model:` with nothing under it
+
+
+class ModelConfig(Section):
     """The frozen base model. `trust_remote_code` is never set, whatever a file says."""
 
     name_or_path: str | None = None
@@ -46,13 +73,12 @@ class ModelConfig:
     double_quant: bool = True
     fast_4bit: bool = True
     """Run 4-bit layers through this project's operators where their kernels run. False: through bitsandbytes."""
-    dequantized_cache_bytes: int = 0
+    dequantized_cache_bytes: Size = 0
     """Memory to spend on keeping dequantised weights of 4-bit layers, where they run through the operators."""
     attn_implementation: str | None = None
 
 
-@dataclass
-class DataConfig:
+class DataConfig(Section):
     """Either a named `task` (see `ept tasks`) or local files with a `template` and `label_words`."""
 
     task: str | None = None
@@ -69,73 +95,81 @@ class DataConfig:
     metric: list[str] | None = None
     """Metrics of a local task; the first decides which checkpoint is best. None: accuracy."""
     labels: Literal["digits", "words"] = "digits"
-    max_length: int | None = None
+    max_length: Count | None = None
     """Most tokens of the input text. None: the task's own limit."""
     on_too_long: Literal["truncate", "error"] = "truncate"
-    max_train: int | None = None
-    max_validation: int | None = None
-    max_test: int | None = None
-    k_shot: int | None = None
+    max_train: Count | None = None
+    max_validation: Count | None = None
+    max_test: Count | None = None
+    k_shot: Count | None = None
     """Few-shot: so many train rows in all, as many of each label, drawn with the run's seed."""
 
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.task is not None and self.template is not None:
+            raise ValueError("data.task and data.template exclude each other: a named task brings its own template")
+        return self
 
-@dataclass
-class MethodConfig:
+
+class MethodConfig(Section):
     """The adapter. None means the method's own default (see `EPTConfig`)."""
 
     name: str = "ept"
     """One of `ept.runs.method_table.METHODS`: ept, dept, pt, their ablations, or one of PEFT's own methods."""
-    budget: int | None = None
+    budget: Count | None = None
     """Number of trainable parameters to stay within; the sizes are searched for."""
-    num_virtual_tokens: int | None = None
-    r: int | None = None
-    alpha: float | None = None
-    num_spaces: int | None = None
-    space_dim: int | None = None
+    num_virtual_tokens: Size | None = None
+    r: Size | None = None
+    alpha: Number | None = None
+    num_spaces: Size | None = None
+    space_dim: Size | None = None
     space_activation: str | None = None
     fusion: bool | None = None
-    fusion_dim: int | None = None
-    fusion_score_scale: float | None = None
-    fusion_weight: float | None = None
+    fusion_dim: Size | None = None
+    fusion_score_scale: Number | None = None
+    fusion_weight: Number | None = None
     space_gate: Literal["learned", "uniform"] | None = None
-    embedding_scale: float | str | None = None
+    embedding_scale: Annotated[Number | str | None, Field(union_mode="left_to_right")] = None
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "RANDOM", "TEXT"] | None = None
     prompt_tuning_init_text: str | None = None
     base_dropout: bool | None = None
 
     def fields_given(self) -> dict[str, Any]:
-        """The `EPTConfig` fields that the run sets."""
-        values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if v is not None and k not in ("name", "budget")}
+        """Returns the `EPTConfig` fields that the run sets."""
+        return self.model_dump(exclude={"name", "budget"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodConfig:
+        check_settings(self)
+        return self
 
 
-@dataclass
-class TrainingConfig:
-    max_steps: int | None = None
-    num_train_epochs: float = 3.0
+class TrainingConfig(Section):
+    max_steps: Count | None = None
+    num_train_epochs: Positive = 3.0
     """Used when `max_steps` is None."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Rows of a step; of several processes, those of each."""
-    eval_batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 0.05
+    eval_batch_size: Count = 32
+    gradient_accumulation_steps: Count = 1
+    learning_rate: NotNegative = 0.05
     """Of the prompt, in units of the embedding's root mean square."""
-    low_rank_learning_rate: float = 1e-3
+    low_rank_learning_rate: NotNegative = 1e-3
     """Of every other parameter (A, B, fusion, spaces, heads)."""
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
+    weight_decay: NotNegative = 0.0
+    warmup_steps: Size = 0
     lr_scheduler: str = "linear"
-    max_grad_norm: float = 1.0
-    eval_steps: int = 100
+    max_grad_norm: NotNegative = 1.0
+    eval_steps: Count = 100
     """Evaluate and save every so many steps, and at the end."""
-    logging_steps: int = 10
+    logging_steps: Count = 10
     score_before: bool = True
     """Score the untrained adapter on the test split as well."""
     scoring: Literal["generate", "rank"] | None = None
     """How a language model's labels are scored. None: encoder-decoders generate, decoders rank the labels."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: Count | None = None
     """Stop after so many evaluations without a better score. None: never."""
-    save_total_limit: int = 2
+    save_total_limit: Count = 2
     bf16: bool = False
     fp16: bool = False
     gradient_checkpointing: bool = False
@@ -145,7 +179,7 @@ class TrainingConfig:
     """A decoder's logits at the labels only. False: at every position."""
     group_by_length: bool = False
     """Batches of texts of like length: less padding, but another order of the rows."""
-    pad_to_multiple_of: int | None = None
+    pad_to_multiple_of: Count | None = None
     """Round each batch's length up to a multiple, and pad labels to the longest answer, so that a compiled step meets
     few shapes. None: pad to the longest text of the batch."""
     compile_layers: bool = False
@@ -155,61 +189,72 @@ class TrainingConfig:
     """Replay each compiled layer as one CUDA graph, needs `compile_layers` and a CUDA device."""
     tensorboard: bool = False
 
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.compile_layers and self.pad_to_multiple_of is None:
+            raise ValueError(
+                "training.compile_layers compiles every length for itself: set training.pad_to_multiple_of too, "
+                "such as 64"
+            )
+        if self.cuda_graphs and not self.compile_layers:
+            raise ValueError("training.cuda_graphs replays compiled layers: set training.compile_layers=true too")
+        if self.cuda_graphs and self.gradient_checkpointing:
+            raise ValueError(
+                "training.cuda_graphs and training.gradient_checkpointing exclude each other: a layer that is run "
+                "again in the backward pass would overwrite what was recorded; set one"
+            )
+        if self.bf16 and self.fp16:
+            raise ValueError("training.bf16 and training.fp16 exclude each other: set one")
+        return self
 
-@dataclass
-class RunConfig:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+class RunConfig(Section):
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
     output_dir: str | None = None
-    seed: int = 0
+    seed: Annotated[Size, Field(le=MAX_SEED)] = 0
+
+    @classmethod
+    def load(cls, file: Path | None, overrides: Sequence[str] = ()) -> Self:
+        """Reads a YAML file (None: all defaults) and applies `dotted.key=value` overrides, in order.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not YAML, an unknown key (names the nearest known one), a value of the wrong type or range.
+        """
+        values = _read_yaml(file) if file is not None else {}
+        for override in overrides:
+            _apply_override(values, override)
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Checks nested mappings, as YAML gives them. Raises ValueError as `load`."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        raise ValueError(_message(cls, values, first))
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
     def to_yaml(self) -> str:
-        """YAML that `load_run_config` reads back to an equal configuration."""
+        """Writes YAML that `load_run_config` reads back to an equal configuration."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-AnyRun = TypeVar("AnyRun", bound=RunConfig)
-
-
-def load_run_config(file: Path | None, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Read a run from a YAML file (None: all defaults) and apply `dotted.key=value` overrides, in order.
-
-    Raises: as `load_config`.
-    """
-    return load_config(RunConfig, file, overrides)
-
-
-def load_config(cls: type[AnyRun], file: Path | None, overrides: typing.Sequence[str] = ()) -> AnyRun:
-    """`load_run_config` for a configuration with more sections.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not YAML, an unknown key (names the nearest known one), a value of the wrong type or range.
-    """
-    values = _read_yaml(file) if file is not None else {}
-    for override in overrides:
-        _apply_override(values, override)
-    return config_from_dict(cls, values)
-
-
-def config_from_dict(cls: type[AnyRun], values: dict[str, Any]) -> AnyRun:
-    """A configuration from nested mappings, as YAML gives them. Raises ValueError as `load_config`."""
-    config = _build(cls, values, path="")
-    _check(config)
-    return config
+load_run_config = RunConfig.load
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {file}")
-    if (size := file.stat().st_size) > LARGEST_FILE:
-        raise ValueError(f"{file} has {size:,} bytes, a configuration at most {LARGEST_FILE:,}")
-    values = parse_yaml(file.read_bytes(), str(file))
+    if (size := file.stat().st_size) > MAX_FILE_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes, a configuration at most {MAX_FILE_BYTES:,}")
+    values = _parse_yaml(file.read_bytes(), str(file))
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -223,33 +268,32 @@ class _PlainLoader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = self.peek_event()
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
             raise yaml.composer.ComposerError(
                 None, None, f"aliases (*{shown_name(event.anchor)}) are not read: write the value out", event.start_mark
             )
-        if self.depth >= DEEPEST:
-            raise yaml.composer.ComposerError(
-                None, None, f"nested more than {DEEPEST} levels deep", self.peek_event().start_mark
-            )
+        if self.depth >= MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} levels deep", event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        value.encode()  # raises for half a surrogate pair, which no file name has and no file can hold
+        return value
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         values = super().construct_mapping(node, deep)
         if len(values) < len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key stands there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "the same key is given twice", node.start_mark)
         return values
 
 
-def parse_yaml(text: str | bytes, name: str) -> Any:
-    """The value that `text` stands for: plain types only, never objects.
-
-    Raises:
-        ValueError: it is not YAML; the message says so of `name`.
-    """
+def _parse_yaml(text: str | bytes, name: str) -> Any:
+    """Returns the value that `text` stands for: plain types only, never objects. `name` says in the error where."""
     try:
         return yaml.load(text, _PlainLoader)
     # A malformed number, date or flag raises whatever PyYAML's conversion of it ran into.
@@ -261,168 +305,75 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise ValueError(f"cannot read the override {override!r}: write it as dotted.key=value")
-    value = parse_yaml(text, f"the value of {shown_name(key)!r}")
+    value = _parse_yaml(text, f"the value of {shown_name(key)!r}")
     *sections, name = key.strip().split(".")
     for section in sections:
-        below = values.setdefault(section, {})
-        if below is None:
-            below = values[section] = {}
-        if not isinstance(below, dict):
-            raise ValueError(f"cannot set {key}: {section} is {_describe(below)}, not a section")
-        values = below
+        if values.get(section) is None:
+            values[section] = {}
+        if not isinstance(values[section], dict):
+            raise ValueError(f"cannot set {key}: {section} is {_describe(values[section])}, not a section")
+        values = values[section]
     values[name] = value
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
-    """An instance of the dataclass `cls` from a mapping; nested dataclasses are built the same way."""
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a section with keys, got {_describe(values)}")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    arguments = {}
-    for key, value in values.items():
-        text = shown_name(key) if isinstance(key, str) else shown(key)
-        dotted = f"{path}.{text}" if path else text
-        if key not in names:
-            raise ValueError(_unknown_key(dotted, text, path, names))
-        hint = hints[key]
-        is_section = isinstance(hint, type) and dataclasses.is_dataclass(hint)
-        arguments[key] = _build(hint, value, dotted) if is_section else _convert(hint, value, dotted)
-    return cls(**arguments)
-
-
-def _unknown_key(dotted: str, key: str, path: str, names: list[str]) -> str:
-    prefix = f"{path}." if path else ""
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if near:
-        return f"unknown key {dotted}: did you mean {prefix}{near[0]}?"
-    elsewhere = _sections_with(key)
-    if elsewhere:
-        return f"unknown key {dotted}: did you mean {elsewhere[0]}?"
-    return f"unknown key {dotted}: the keys here are {', '.join(names)}"
-
-
-def _sections_with(key: str) -> list[str]:
-    hints = typing.get_type_hints(RunConfig)
-    sections = {name: cls for name, cls in hints.items() if dataclasses.is_dataclass(cls)}
-    known = {f.name: f"{name}.{f.name}" for name, cls in sections.items() for f in dataclasses.fields(cls)}
-    return [known[name] for name in difflib.get_close_matches(key, list(known), n=1, cutoff=0.8)]
-
-
-def _convert(hint: Any, value: Any, dotted: str) -> Any:
-    """`value` if it fits the type hint, else ValueError. Integers pass as floats, and "1e-3" (a string in YAML) too."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        fits, converted = _fit(option, value)
-        if fits:
-            return converted
-    message = f"{dotted}: expected {' or '.join(_name(option) for option in options)}, got {_describe(value)}"
+def _message(cls: type[RunConfig], values: dict[str, Any], error: Any) -> str:
+    """Says in a line which key one of pydantic's errors is about, what it wants and what it got."""
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "value_error":  # raised by a check above, which names its keys
+        return str(context["error"])
+    below = {name: getattr(field.annotation, "model_fields", {}) for name, field in cls.model_fields.items()}
+    key, *inside = error["loc"]
+    keys, prefix = cls.model_fields, ""
+    if inside and below.get(key):
+        keys, prefix, values, key = below[key], f"{key}.", values[key], inside[0]
+    if kind in ("extra_forbidden", "invalid_key"):
+        text = shown_name(str(key))
+        elsewhere = {name: f"{section}.{name}" for section, names in below.items() for name in names}
+        near = [prefix + name for name in difflib.get_close_matches(text, keys, n=1, cutoff=0.5)] or [
+            elsewhere[name] for name in difflib.get_close_matches(text, elsewhere, n=1, cutoff=0.8)
+        ]
+        known = f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(keys)}"
+        return f"unknown key {prefix}{text}: {known}"
+    if kind in _LIMITS:
+        return f"{prefix}{key} {_LIMITS[kind].format(**context)}, got {shown(error['input'])}"
+    value = values[key]
+    message = f"{prefix}{key}: expected {_expected(keys[key].annotation)}, got {_describe(value)}"
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
     if any(isinstance(item, bool) for item in items):
         message += " (YAML reads yes, no, on, off as true and false: put such words in quotes)"
-    raise ValueError(message)
+    return message
 
 
-def _fit(option: Any, value: Any) -> tuple[bool, Any]:
-    if option is type(None):
-        return value is None, None
-    if typing.get_origin(option) is Literal:
-        return value in typing.get_args(option) and not isinstance(value, bool), value
-    if typing.get_origin(option) is list:
-        (item_type,) = typing.get_args(option)
-        items = [_fit(item_type, item) for item in value] if isinstance(value, list) else []
-        return isinstance(value, list) and all(fits for fits, _ in items), [item for _, item in items]
-    if typing.get_origin(option) is dict:
-        _, item_type = typing.get_args(option)
-        named = {k: _fit(item_type, v) for k, v in value.items()} if isinstance(value, dict) else {}
-        return isinstance(value, dict) and all(f for f, _ in named.values()), {k: v for k, (_, v) in named.items()}
-    if option is Any:
-        return True, value
-    if option is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            return False, value
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            return False, value
-        return math.isfinite(number), number
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER, value
-    return isinstance(value, option), value
+_LIMITS = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must not be negative",
+    "less_than_equal": "must be at most {le}",
+}
+_WORDS = {
+    str: ("a text", "texts"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "flags"),
+    types.NoneType: ("null", "nulls"),
+    Any: ("a value", "values"),
+}
 
 
-def _name(option: Any) -> str:
-    if typing.get_origin(option) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(option)))
-    if typing.get_origin(option) is list:
-        return f"a list of {_plural(_name(typing.get_args(option)[0]))}"
-    if typing.get_origin(option) is dict:
-        return f"a mapping to {_plural(_name(typing.get_args(option)[1]))}"
-    names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-    return names.get(option, "a value")
-
-
-def _plural(name: str) -> str:
-    article, _, noun = name.partition(" ")
-    return noun.replace("list", "lists") + ("" if " of " in noun else "s") if article == "a" else name
+def _expected(hint: Any, plural: bool = False) -> str:
+    """Describes a type to the writer of a file, such as `a list of texts or null`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _expected(arguments[0], plural)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_expected(argument, plural) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is list:
+        return f"{'lists' if plural else 'a list'} of {_expected(arguments[0], plural=True)}"
+    if origin is dict:
+        return f"a mapping to {_expected(arguments[1], plural=True)}"
+    return _WORDS.get(hint, ("a section with keys", "sections"))[plural]
 
 
 def _describe(value: Any) -> str:
     return f"{shown(value)} ({type(value).__name__})"
-
-
-def _check(config: RunConfig) -> None:
-    """Ranges, and keys that exclude each other."""
-    positive: dict[str, float | None] = {
-        "data.max_length": config.data.max_length,
-        "data.max_train": config.data.max_train,
-        "data.max_validation": config.data.max_validation,
-        "data.max_test": config.data.max_test,
-        "data.k_shot": config.data.k_shot,
-        "method.budget": config.method.budget,
-        "training.max_steps": config.training.max_steps,
-        "training.num_train_epochs": config.training.num_train_epochs,
-        "training.batch_size": config.training.batch_size,
-        "training.eval_batch_size": config.training.eval_batch_size,
-        "training.gradient_accumulation_steps": config.training.gradient_accumulation_steps,
-        "training.eval_steps": config.training.eval_steps,
-        "training.logging_steps": config.training.logging_steps,
-        "training.pad_to_multiple_of": config.training.pad_to_multiple_of,
-        "training.early_stopping_patience": config.training.early_stopping_patience,
-        "training.save_total_limit": config.training.save_total_limit,
-    }
-    not_negative = {
-        "model.dequantized_cache_bytes": config.model.dequantized_cache_bytes,
-        "training.learning_rate": config.training.learning_rate,
-        "training.low_rank_learning_rate": config.training.low_rank_learning_rate,
-        "training.weight_decay": config.training.weight_decay,
-        "training.warmup_steps": config.training.warmup_steps,
-        "training.max_grad_norm": config.training.max_grad_norm,
-        "seed": config.seed,
-    }
-    for key, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{key} must be greater than 0, got {value}")
-    for key, value in not_negative.items():
-        if not value >= 0:
-            raise ValueError(f"{key} must not be negative, got {value}")
-    if config.seed > LARGEST_SEED:
-        raise ValueError(f"seed must be at most {LARGEST_SEED}, got {config.seed}")
-    check_settings(config.method)
-    if config.data.task is not None and config.data.template is not None:
-        raise ValueError("data.task and data.template exclude each other: a named task brings its own template")
-    if config.training.compile_layers and config.training.pad_to_multiple_of is None:
-        raise ValueError(
-            "training.compile_layers compiles every length for itself: set training.pad_to_multiple_of too, such as 64"
-        )
-    if config.training.cuda_graphs and not config.training.compile_layers:
-        raise ValueError("training.cuda_graphs replays compiled layers: set training.compile_layers=true too")
-    if config.training.cuda_graphs and config.training.gradient_checkpointing:
-        raise ValueError(
-            "training.cuda_graphs and training.gradient_checkpointing exclude each other: a layer that is run again in "
-            "the backward pass would overwrite what was recorded; set one"
-        )
-    if config.training.bf16 and config.training.fp16:
-        raise ValueError("training.bf16 and training.fp16 exclude each other: set one")

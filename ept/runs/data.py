@@ -2,30 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..tasks.encoding import encode_texts
+from ..tasks import Task, TaskData, get_task, load_task, local_task
+from ..tasks.encoding import TEXT_IDS, FittedText, fit_rows
 from .config import DataConfig
-from ..tasks import Task, TaskData, fit_to_length, get_task, load_task, local_task, render
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass
 class RunData:
-    """`data` with texts of at most `max_length` tokens; `truncation_rate` is the share of shortened texts, by split."""
+    """The splits of a run, made by `with_texts`, and the share of shortened texts in each."""
 
     data: TaskData
     max_length: int
     truncation_rate: dict[str, float]
 
 
+def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_type: str, seed: int = 0) -> RunData:
+    """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`).
+
+    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else.
+
+    Raises:
+        ValueError: as `task_of`, `load_task` and `fit_rows`.
+    """
+    task = task_of(config)
+    data = load_task(
+        task,
+        data_dir=config.data_dir,
+        train_file=config.train_file,
+        validation_file=config.validation_file,
+        test_file=config.test_file,
+        labels=config.labels,
+        max_train=config.max_train,
+        max_validation=config.max_validation,
+        max_test=config.max_test,
+        k_shot=config.k_shot,
+        shot_seed=seed,
+    )
+    max_length, truncate = max_length_of(config, task), config.on_too_long == "truncate"
+    splits, rates = {}, {}
+    for name in SPLITS:
+        split = getattr(data, name)
+        fitted = fit_rows(task, list(split), tokenizer, task_type, max_length, truncate=truncate, source=name)
+        splits[name], rates[name] = with_texts(split, fitted)
+    return RunData(replace(data, **splits), max_length, rates)
+
+
+def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
+    """Gives `split` these texts and, in column `text_ids`, their tokens; returns the share of cut texts with it."""
+    columns = {"text": [row.text for row in fitted], TEXT_IDS: [row.ids for row in fitted]}
+    split = split.remove_columns("text")
+    for name, values in columns.items():
+        split = split.add_column(name, values)
+    return split, sum(row.is_cut for row in fitted) / max(len(fitted), 1)
+
+
+def describe(data: TaskData) -> dict[str, Any]:
+    """Describes a task's rows: how many each split has, the balance of labels, two examples of different labels."""
+    classes = list(data.train["label"])
+    other = next((i for i, label in enumerate(classes) if label != classes[0]), 1)
+    examples = data.train.select([i for i in (0, other) if i < len(classes)])
+    return {
+        "rows": {name: len(getattr(data, name)) for name in SPLITS},
+        "label_balance": data.balance(),
+        "majority": data.majority(),
+        "examples": [{"text": row["text"], "target": row["target"]} for row in examples],
+    }
+
+
 def task_of(config: DataConfig) -> Task:
-    """The named task, or the local one that template and label words describe.
+    """Finds the named task, or makes the local one that template and label words describe.
 
     Raises:
         ValueError: neither is given, or there is no such task.
@@ -46,84 +99,5 @@ def task_of(config: DataConfig) -> Task:
 
 
 def max_length_of(config: DataConfig, task: Task) -> int:
+    """Returns the configured limit in tokens, else the task's own."""
     return config.max_length if config.max_length is not None else task.max_length
-
-
-def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_type: str, seed: int = 0) -> RunData:
-    """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`).
-
-    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else.
-    """
-    task = task_of(config)
-    data = load_task(
-        task,
-        data_dir=config.data_dir,
-        train_file=config.train_file,
-        validation_file=config.validation_file,
-        test_file=config.test_file,
-        labels=config.labels,
-        max_train=config.max_train,
-        max_validation=config.max_validation,
-        max_test=config.max_test,
-        k_shot=config.k_shot,
-        shot_seed=seed,
-    )
-    max_length = max_length_of(config, task)
-    rates = {}
-    for name in SPLITS:
-        fitted, rates[name] = fit_split(
-            getattr(data, name), task, tokenizer, task_type, max_length, config.on_too_long, name
-        )
-        setattr(data, name, fitted)
-    return RunData(data, max_length, rates)
-
-
-def fit_split(
-    split: Any,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    task_type: str,
-    max_length: int,
-    on_too_long: str,
-    name: str,
-) -> tuple[Any, float]:
-    """`split` with column `text` within `max_length` tokens, and the share of texts that were shortened.
-
-    Raises:
-        ValueError: a text is too long and `on_too_long` is "error"; names the row, its tokens and the limit.
-    """
-    texts, shortened = fit_rows(list(split), task, tokenizer, task_type, max_length, on_too_long, name)
-    return split.remove_columns("text").add_column("text", texts), shortened / max(len(split), 1)
-
-
-def fit_rows(
-    rows: Sequence[Mapping[str, Any]],
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    task_type: str,
-    max_length: int,
-    on_too_long: str,
-    name: str,
-) -> tuple[list[str], int]:
-    """Each row's text within `max_length` tokens (start and end tokens included), and how many were shortened."""
-    texts = []
-    for index, row in enumerate(rows):
-        try:
-            texts.append(render(task, row))
-        except ValueError as error:
-            raise ValueError(f"{name} row {index}: {error}") from error
-    lengths = [len(ids) for ids in encode_texts(tokenizer, texts, task_type)]
-    too_long = [index for index, length in enumerate(lengths) if length > max_length]
-    if too_long and on_too_long == "error":
-        raise ValueError(
-            f"{name} row {too_long[0]}: the text has {lengths[too_long[0]]} tokens, the limit is "
-            f"data.max_length={max_length}: shorten it, raise data.max_length, or set data.on_too_long=truncate"
-        )
-    with_marks, bare = (
-        encode_texts(tokenizer, ["a"], task_type)[0],
-        tokenizer("a", add_special_tokens=False)["input_ids"],
-    )
-    room = max_length - (len(with_marks) - len(bare))
-    for index in too_long:
-        texts[index], _ = fit_to_length(task, rows[index], tokenizer, room)
-    return texts, len(too_long)

@@ -1,4 +1,4 @@
-"""What ends a run from outside, in one line: a full disk, a folder that cannot be written, no memory left, a NaN."""
+"""Failures that come from outside, in one line each: a full disk, a read-only folder, no memory left, a NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .checkpoints import last_whole
 from ..utils.messages import reason
 from .config import RunConfig
 from .folder import RunFolder
@@ -25,14 +24,14 @@ _FULL = {
     errno.EIO: "look for a full disk, a quota, or a limit of a file's size (ulimit -f)",
 }
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors gives an errno
-# How PyTorch's CPU allocator and libraries that call into accelerators say that there is no memory left.
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors gives an errno
+# As PyTorch's CPU allocator, and libraries that call into accelerators, say that there is no memory left.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @contextmanager
-def explained(config: RunConfig, folder: RunFolder) -> Iterator[None]:
-    """Within, what the machine is to blame for gets a message that says what to do and which checkpoint is left.
+def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
+    """Adds to an error that the machine is to blame for what to do about it, and which checkpoint is left.
 
     Raises:
         MemoryError: there was no memory left.
@@ -42,40 +41,42 @@ def explained(config: RunConfig, folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        explanation: Exception
-        if isinstance(error, FloatingPointError):
-            explanation = FloatingPointError(f"{error}. {_what_is_left(folder, resumable=False)}")
-        elif _no_memory(error):
-            explanation = MemoryError(f"{_memory_advice(config)}. {_what_is_left(folder)}")
-        elif isinstance(error, OSError) and (advice := _disk_advice(error, folder)):
-            explanation = OSError(f"{advice}. {_what_is_left(folder)}")
-        else:
-            raise
-        explanation.__dict__.update(error.__dict__)  # whether it is another process's
-        raise explanation from error
+        if isinstance(error, FloatingPointError):  # which would come again
+            raise FloatingPointError(f"{error}. {_last_good(folder)[0]}") from error
+        if _is_out_of_memory(error):
+            raise MemoryError(f"{_memory_advice(config)}. {''.join(_last_good(folder))}") from error
+        if isinstance(error, OSError) and (advice := _disk_advice(error, folder)):
+            raise OSError(f"{advice}. {''.join(_last_good(folder))}") from error
+        raise
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within, `path` is written by libraries that report a full disk in exceptions of their own: those become OSError.
+def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
+    """Turns what PyTorch and safetensors raise when rank 0 cannot write a checkpoint or the adapter into OSError.
 
-    PyTorch keeps the system's reason to itself; then the errno is EIO, or EACCES where the folder cannot be written.
+    A checkpoint that is not whole is deleted: the disk may be full, and it is of no use.
     """
     try:
         yield
-    except (RuntimeError, SafetensorError) as error:
-        if _no_memory(error):
-            raise
-        found = _SYSTEM_ERROR.search(str(error))
-        likely = errno.EIO if os.access(_existing(path), os.W_OK) else errno.EACCES
-        raise OSError(int(found[1]) if found else likely, reason(error).strip(), str(path)) from error
+    except Exception as error:
+        unfinished = folder.unfinished_checkpoint() if is_rank_zero else None
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        place = unfinished or folder.path
+        if isinstance(error, SafetensorError) and (found := _SYSTEM_ERROR.search(str(error))):
+            raise OSError(int(found[1]), reason(error), str(place)) from error
+        if unfinished and isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            # torch.save keeps the system's reason to itself.
+            likely = errno.EIO if os.access(_existing(place), os.W_OK) else errno.EACCES
+            raise OSError(likely, reason(error), str(place)) from error
+        raise
 
 
 def check_writable(folder: RunFolder) -> None:
-    """Before anything is loaded.
+    """Checks, before anything is loaded, that the folder can be written, or made.
 
     Raises:
-        OSError: the folder cannot be written, or made.
+        OSError: it cannot.
     """
     place = _existing(folder.path)
     if not os.access(place, os.W_OK | os.X_OK):
@@ -83,7 +84,7 @@ def check_writable(folder: RunFolder) -> None:
 
 
 def check_finite(model: torch.nn.Module, step: int, config: RunConfig) -> None:
-    """Before a checkpoint replaces a good one.
+    """Checks the trained parameters, before a checkpoint of them replaces a good one.
 
     Raises:
         FloatingPointError: a trainable parameter is NaN or infinite.
@@ -103,7 +104,7 @@ def divergence_advice(config: RunConfig) -> str:
     )
 
 
-def _no_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
@@ -123,7 +124,7 @@ def _memory_advice(config: RunConfig) -> str:
 
 
 def _disk_advice(error: OSError, folder: RunFolder) -> str | None:
-    """What to do where a file of the run could not be written; None for other errors."""
+    """Says what to do where a file of the run could not be written; None for other errors."""
     place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder.path
     if error.errno in _FULL:
         free = shutil.disk_usage(_existing(place)).free / 1e6
@@ -133,18 +134,18 @@ def _disk_advice(error: OSError, folder: RunFolder) -> str | None:
     return None
 
 
+def _last_good(folder: RunFolder) -> tuple[str, str]:
+    """Says which checkpoint is left, and how to go on from it."""
+    checkpoint = folder.last_checkpoint()
+    if checkpoint is None:
+        return "There is no checkpoint yet", ""
+    return f"The last good checkpoint is {checkpoint}", "; --resume continues from there"
+
+
 def _refused(place: Path, why: str) -> str:
     return f"cannot write {place}: {why}: give this user the right to write there, or choose another --output"
 
 
-def _what_is_left(folder: RunFolder, resumable: bool = True) -> str:
-    """`resumable`: the same cause need not end the run again."""
-    checkpoint = last_whole(folder.checkpoints)
-    if checkpoint is None:
-        return "There is no checkpoint yet"
-    return f"The last good checkpoint is {checkpoint}" + ("; --resume continues from there" if resumable else "")
-
-
 def _existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists."""
+    """Returns `path`, or the nearest folder above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())

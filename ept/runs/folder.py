@@ -1,60 +1,48 @@
-"""A run's folder: where its files are, whether it may be written, and how to continue it after an interruption."""
+"""A run's folder: its files, which run may be written to it, and which of its checkpoints count.
+
+The Trainer writes a checkpoint file by file. Once all are on the disk, `whole.json` is put beside them, with their
+sizes and checksums. A checkpoint without it, or with files that differ from it, is not resumed from.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .checkpoints import last_whole
 from ..utils.files import sync, sync_folder, sync_tree, write_atomically
 from .config import RunConfig, load_run_config
 
-# What a resumed run may set otherwise: it changes memory and disk, not what is trained.
+# A resumed run may change these: they change memory and disk, not what is trained.
 MAY_CHANGE = ("training.gradient_checkpointing", "training.eval_batch_size", "training.save_total_limit")
 
+PREFIX = "checkpoint-"
+SEAL = "whole.json"
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 
-@dataclass(frozen=True)
+
 class RunFolder:
-    path: Path
+    """The files of a run, and the rules for a folder that may hold an earlier one."""
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def curve(self) -> Path:
-        return self.path / "learning_curve.png"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.adapter = path / "adapter"
+        self.results = path / "results.json"
+        self.curve = path / "learning_curve.png"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
 
     def holds_run(self) -> bool:
         return any(path.exists() for path in (self.config, self.metrics, self.adapter, self.results, self.checkpoints))
 
-    def check(self, config: RunConfig, resume: bool, overwrite: bool, processes: int = 1) -> None:
+    def check(self, config: RunConfig, resume: bool, overwrite: bool, world_size: int = 1) -> None:
         """Refuses, before anything is written, a folder that a run may not go to.
 
         Raises:
@@ -84,15 +72,18 @@ class RunFolder:
                     "Resume without these changes, or --overwrite"
                 )
         checkpoint = self.last_checkpoint()
-        before = len(_random_states(checkpoint)) if checkpoint else processes
-        if before != processes:
+        # rng_state.pth of one process, rng_state_0.pth, … of several
+        if checkpoint and (before := len(list(checkpoint.glob("rng_state*.pth")))) != world_size:
             raise ValueError(
-                f"cannot resume {self.path}: {checkpoint.name} is of a run in {before} processes, this one has "  # type: ignore[union-attr]
-                f"{processes}: start {before} (torchrun --nproc-per-node), or --overwrite"
+                f"cannot resume {self.path}: {checkpoint.name} is of a run in {before} processes, this one has "
+                f"{world_size}: start {before} (torchrun --nproc-per-node), or --overwrite"
             )
 
     def begin(self, config: RunConfig, resume: bool) -> Path | None:
-        """Makes the folder, or clears it of an earlier run's files alone; returns the checkpoint to start from."""
+        """Makes the folder, or clears it of an earlier run's files alone; returns the checkpoint to start from.
+
+        Checkpoints that a resumed run has no use for are deleted.
+        """
         if not resume:
             # The configuration goes last: were this cut short, checkpoints would never stand without theirs.
             self.results.unlink(missing_ok=True)
@@ -101,15 +92,27 @@ class RunFolder:
             for file in (self.curve, self.metrics, self.config):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
+        for file in (self.config, self.metrics, self.results, self.curve):
+            for half in self.path.glob(f".{file.name}.*.tmp"):  # of a run that was killed
+                half.unlink()
         write_atomically(self.config, config.to_yaml())
-        return self.last_checkpoint() if resume else None
+        checkpoint = self.last_checkpoint() if resume else None
+        best = read_state(checkpoint).get("best_global_step") if checkpoint else None
+        delete_surplus(self.checkpoints, checkpoint, config.training.save_total_limit, best)
+        return checkpoint
 
     def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; half-written ones, from a run that was killed while saving, are passed over."""
-        return last_whole(self.checkpoints)
+        """Returns the newest checkpoint that is whole; others, from a run that was killed, are passed over."""
+        found = checkpoint_folders(self.checkpoints)
+        return next((found[step] for step in sorted(found, reverse=True) if is_whole(found[step])), None)
+
+    def unfinished_checkpoint(self) -> Path | None:
+        """Returns the checkpoint that is being written, or that a killed run was writing."""
+        found = checkpoint_folders(self.checkpoints).values()
+        return next((path for path in found if not (path / SEAL).exists()), None)
 
     def load_config(self) -> RunConfig:
-        """The configuration of the run in this folder.
+        """Returns the configuration of the run in this folder.
 
         Raises:
             FileNotFoundError: it holds no run.
@@ -121,10 +124,77 @@ class RunFolder:
         return load_run_config(self.config)
 
 
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """Returns the checkpoints in `folder` by step, whole or not."""
+    found = {path.name.removeprefix(PREFIX): path for path in folder.glob(f"{PREFIX}*")}
+    return {int(step): path for step, path in found.items() if step.isdecimal()}
+
+
+def seal(checkpoint: Path, **kept: Any) -> None:
+    """Makes a checkpoint count whose files have all been written. `kept`, which must be JSON, is for `read_seal`."""
+    sync_tree(checkpoint)
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
+    files = {path.relative_to(checkpoint).as_posix(): _size_and_checksum(path) for path in paths}
+    step = int(checkpoint.name.removeprefix(PREFIX))
+    write_atomically(checkpoint / SEAL, json.dumps({"step": step, **kept, "files": files}, indent=1))
+    sync_folder(checkpoint.parent)
+
+
+def read_seal(checkpoint: Path) -> dict[str, Any]:
+    """Returns the content of `whole.json`: `step`, `files` and what `seal` was given to keep; empty without one."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return sealed if isinstance(sealed, dict) else {}
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Tells whether the checkpoint was written to its end and none of its files has changed since."""
+    sealed = read_seal(checkpoint)
+    files = sealed.get("files")
+    if not isinstance(files, dict) or f"{PREFIX}{sealed.get('step')}" != checkpoint.name:
+        return False
+    if not all(name in files and (checkpoint / name).is_file() for name in (*NEEDED, *files)):
+        return False
+    return all(file == _size_and_checksum(checkpoint / name) for name, file in files.items())
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns the Trainer's state as a whole checkpoint holds it."""
+    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state
+
+
+def is_over(checkpoint: Path) -> bool:
+    """Tells whether the training had come to its end, by the number of steps or an early stop, at this checkpoint."""
+    control = read_state(checkpoint).get("stateful_callbacks", {}).get("TrainerControl", {})
+    return bool(control.get("args", {}).get("should_training_stop"))
+
+
+def delete_surplus(folder: Path, newest: Path | None, limit: int, best: int | None) -> None:
+    """Deletes checkpoints without a seal or of steps after `newest`, and the oldest others beyond `limit`.
+
+    `newest` and the checkpoint of step `best` always stay.
+    """
+    found = checkpoint_folders(folder)
+    step = int(newest.name.removeprefix(PREFIX)) if newest else -1
+    whole = [other for other in sorted(found) if other <= step and (found[other] / SEAL).exists()]
+    others = [other for other in whole if other not in (step, best)]
+    surplus = max(len(whole) - max(limit, len(whole) - len(others)), 0)
+    for other in (*(found.keys() - set(whole)), *others[:surplus]):
+        shutil.rmtree(found[other], ignore_errors=True)
+
+
+def _size_and_checksum(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, in the order of the steps; survives being cut off within a line.
 
-    Of several processes all but one have `writes=False`.
+    All ranks but 0 have `writes=False`.
     """
 
     def __init__(self, file: Path, writes: bool = True) -> None:
@@ -161,7 +231,7 @@ class MetricsLog:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """`model.save_pretrained` into a folder that appears whole."""
+    """Saves the model's adapter into a folder that appears whole."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(str(temporary))
@@ -171,19 +241,16 @@ def save_adapter(model: Any, folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def _random_states(checkpoint: Path) -> list[Path]:
-    """The states of the random generators: rng_state.pth of one process, rng_state_0.pth, … of several."""
-    return sorted(checkpoint.glob("rng_state*.pth"))
-
-
-def _differences(saved: dict[str, Any], given: dict[str, Any], path: str = "") -> list[str]:
+def _differences(saved: Any, given: dict[str, Any]) -> list[str]:
     changed = []
-    for key in given:
-        if path == "" and key == "output_dir":
-            continue
-        old, new = (saved or {}).get(key), given[key]
-        if isinstance(new, dict) and isinstance(old, dict) and path == "":
-            changed += _differences(old, new, f"{key}.")
-        elif old != new and path + key not in MAY_CHANGE:
-            changed.append(f"{path}{key} (was {old!r}, now {new!r})")
+    for name, new in given.items():
+        old = (saved or {}).get(name)
+        values = [(name, old, new)]
+        if isinstance(new, dict) and isinstance(old, dict):
+            values = [(f"{name}.{key}", old.get(key), new[key]) for key in new]
+        changed += [
+            f"{path} (was {before!r}, now {now!r})"
+            for path, before, now in values
+            if before != now and path not in (*MAY_CHANGE, "output_dir")
+        ]
     return changed

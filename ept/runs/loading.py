@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,13 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..config import EPTConfig
-from ..model.ept_model import EPTModel, get_ept_model
-
-from .launched import cpu_is_asked_for, local_index, several
-from .method_table import METHODS, adapter_config
-from .peft_models import attach, attach_trained
-from .config import ModelConfig, RunConfig
+from ..model.base_model import infer_task_type
+from .config import ModelConfig
+from .processes import is_cpu_requested, local_rank, world_size
 
 MODEL_CLASSES = {
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
@@ -36,25 +31,15 @@ MODEL_CLASSES = {
 
 
 def default_device() -> torch.device:
-    """The accelerator of this machine, else the CPU; of several processes' accelerators this one's, with its index."""
+    """Returns this machine's accelerator, on each of several ranks its own one, or the CPU where there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is None or cpu_is_asked_for():
+    if accelerator is None or is_cpu_requested():
         return torch.device("cpu")
-    return torch.device(accelerator.type, local_index()) if several() else accelerator
-
-
-def infer_task_type(config: Any) -> str:
-    """SEQ_2_SEQ_LM for encoder-decoders, CAUSAL_LM for decoders with a language-model head, else SEQ_CLS."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "SEQ_2_SEQ_LM"
-    names = getattr(config, "architectures", None) or []
-    if any("CausalLM" in name or "LMHead" in name for name in names):
-        return "CAUSAL_LM"
-    return "SEQ_CLS"
+    return torch.device(accelerator.type, local_rank()) if world_size() > 1 else accelerator
 
 
 def task_type_of(model: ModelConfig) -> str:
-    """The task type that the configuration names, else the one that the model's own configuration implies.
+    """Returns the task type that the configuration names, else the one that the model's own configuration implies.
 
     Raises:
         ValueError: there is no such model.
@@ -67,7 +52,7 @@ def task_type_of(model: ModelConfig) -> str:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token (the end token where the model has none).
+    """Loads the tokenizer, with a padding token (the end token where the model has none).
 
     Raises:
         ValueError: it cannot be loaded, or has neither a padding nor an end token.
@@ -87,7 +72,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def load_base_model(
     model: ModelConfig, task_type: str, num_labels: int, pad_token_id: int, device: torch.device | None = None
 ) -> PreTrainedModel:
-    """The base model in eval mode on `device` (None: the accelerator, else the CPU).
+    """Loads the base model in eval mode on `device` (None: the accelerator, else the CPU).
 
     A GGUF file is unpacked into a plain float model of the same class; `load_in_4bit` quantises through bitsandbytes.
 
@@ -122,32 +107,8 @@ def load_base_model(
     return base.eval()
 
 
-def load_untrained(
-    config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase
-) -> PeftModel:
-    """The base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
-    base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
-    adapter = adapter_config(config.method, base, task_type, max_length, config.seed)
-    if isinstance(adapter, EPTConfig):
-        return get_ept_model(base, adapter, tokenizer=tokenizer, **_four_bit(config.model))
-    return attach(base, adapter, config.seed)
-
-
-def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
-    """The base model with the adapter saved in the folder `adapter`, ready for inference."""
-    base = load_base_model(config.model, task_type, num_labels, pad_token_id)
-    if METHODS[config.method.name].family == "peft":
-        return attach_trained(base, adapter).eval()
-    return EPTModel.from_pretrained(base, str(adapter), **_four_bit(config.model)).eval()
-
-
-def _four_bit(model: ModelConfig) -> dict[str, Any]:
-    """How the 4-bit layers of the base model are to run."""
-    return {"fast_4bit": model.fast_4bit, "dequantized_cache_bytes": model.dequantized_cache_bytes}
-
-
 def _heads(model: ModelConfig) -> list[str]:
-    """Names of a classifier's heads: they are trained, and so must not be quantised."""
+    """Names a classifier's heads: they are trained, and so must not be quantised."""
     config = _from_pretrained(AutoConfig, model, model.name_or_path)
     with torch.device("meta"):
         skeleton = AutoModelForSequenceClassification.from_config(config)
@@ -155,7 +116,7 @@ def _heads(model: ModelConfig) -> list[str]:
 
 
 def _from_pretrained(cls: Any, model: ModelConfig, name: str | None, **options: Any) -> Any:
-    """`cls.from_pretrained` with one clear error; never with trust_remote_code."""
+    """Calls `cls.from_pretrained`, with one clear error and never with trust_remote_code."""
     if name is None:
         raise ValueError("model.name_or_path is not set: give a model folder or hub name")
     if model.gguf_file is not None:
@@ -172,7 +133,7 @@ def _from_pretrained(cls: Any, model: ModelConfig, name: str | None, **options: 
 
 
 def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The same model without the mark "quantized", which transformers leaves on models unpacked from GGUF."""
+    """Takes the mark "quantized" away, which transformers leaves on models unpacked from GGUF."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,4 +1,4 @@
-"""The methods a run may name, and the adapter configuration of each: ours, their ablations, and PEFT's own.
+"""The methods of training, comparisons and profiles: one row each, and one file that builds it.
 
 Imports nothing heavy, so that a configuration is checked in an instant.
 """
@@ -15,47 +15,66 @@ from ..utils.messages import shown
 if TYPE_CHECKING:
     from .config import MethodConfig
 
+Role = Literal["prompt", "map", "other"]
+
 _LOW_RANK = frozenset({"r", "alpha"})
 _FUSION = frozenset({"fusion", "fusion_dim", "fusion_score_scale", "fusion_weight"})
 _SPACES = frozenset({"num_spaces", "space_dim", "space_activation", "space_gate"})
-_PROMPT = frozenset(
-    {"num_virtual_tokens", "embedding_scale", "prompt_tuning_init", "prompt_tuning_init_text", "base_dropout"}
-)
+_TOKENS = frozenset({"num_virtual_tokens"})
+_PROMPT = _TOKENS | {"embedding_scale", "prompt_tuning_init", "prompt_tuning_init_text", "base_dropout"}
 _EPT = _PROMPT | _LOW_RANK | _FUSION | _SPACES
+_EPT_ROLES: dict[str, Role] = {"prompt": "prompt", "U": "prompt", "D": "map", "G": "map", "W_q": "map", "W_k": "map"}
 
 
 @dataclass(frozen=True)
 class Method:
     """A way to adapt a frozen model.
 
-    `family` says who builds it: `EPTConfig` ("ept", "dept", "pt") or PEFT ("peft"). `fixed` are the fields that make an
-    ablation, `settable` those of `MethodConfig` that have a meaning for it; all others are refused.
+    Attributes:
+        name: in a configuration. title: in tables and figures.
+        built_by: `module:function` in `ept.runs`. The function makes the adapter's configuration, with the arguments of
+            `adapters.ept`; the module's `attach` and `attach_trained` put the adapter on a base model.
+        settable: the fields of `MethodConfig` that have a meaning for it; all others are refused.
+        usual_tokens: length of its prompt where none is set; 0: it has none.
+        fixed: the fields that make an ablation.
+        roles: the learning rate of each parameter by its last name; those not named have the "other" rate. None: the
+            whole adapter has the prompt's.
+        profiled_as: its name in `ept profile`, which measures it where there is one.
     """
 
     name: str
     title: str
-    family: Literal["ept", "dept", "pt", "peft"]
+    built_by: str
     settable: frozenset[str]
+    usual_tokens: int = 40
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    roles: Mapping[str, Role] | None = None
+    profiled_as: str | None = None
 
     @property
-    def two_rates(self) -> bool:
-        """Whether there are parameters beside the prompt, which have their own learning rate."""
-        return self.family in ("ept", "dept")
+    def has_two_rates(self) -> bool:
+        """True where the adapter has parameters beside the prompt, with a learning rate of their own."""
+        return self.roles is not None
+
+    def role(self, parameter: str) -> Role:
+        """Names the learning rate of a model's parameter; classification heads have the "other" one."""
+        if "modules_to_save" in parameter:
+            return "other"
+        return "prompt" if self.roles is None else self.roles.get(parameter.rpartition(".")[2], "other")
 
 
 def _ablation(name: str, title: str, without: frozenset[str], **fixed: Any) -> Method:
-    return Method(name, title, "ept", _EPT - without - set(fixed), fixed)
+    return Method(name, title, "adapters:ept", _EPT - without - set(fixed), fixed=fixed, roles=_EPT_ROLES)
 
 
 _ALL = (
-    Method("pt", "prompt tuning", "pt", _PROMPT),
-    Method("dept", "DePT", "dept", _PROMPT | _LOW_RANK),
-    Method("ept", "EPT", "ept", _EPT),
-    Method("prompt-tuning", "PEFT prompt tuning", "peft", frozenset({"num_virtual_tokens"})),
-    Method("p-tuning", "PEFT p-tuning", "peft", frozenset({"num_virtual_tokens"})),
-    Method("mpt", "PEFT multitask prompt tuning", "peft", frozenset({"num_virtual_tokens"})),
-    Method("lora", "PEFT LoRA", "peft", _LOW_RANK),
+    Method("pt", "prompt tuning", "adapters:ept", _PROMPT, 100, profiled_as="pt"),
+    Method("dept", "DePT", "adapters:ept", _PROMPT | _LOW_RANK, 60, roles=_EPT_ROLES, profiled_as="dept"),
+    Method("ept", "EPT", "adapters:ept", _EPT, roles=_EPT_ROLES, profiled_as="ept"),
+    Method("prompt-tuning", "PEFT prompt tuning", "peft_models:prompt_tuning", _TOKENS, 100, profiled_as="peft-pt"),
+    Method("p-tuning", "PEFT p-tuning", "peft_models:p_tuning", _TOKENS, 20),
+    Method("mpt", "PEFT multitask prompt tuning", "peft_models:multitask_prompt_tuning", _TOKENS, 100),
+    Method("lora", "PEFT LoRA", "peft_models:lora", _LOW_RANK, 0),
     _ablation("ept-no-fusion", "EPT without fusion", _FUSION, fusion=False),
     _ablation("ept-no-spaces", "EPT without spaces", _SPACES, num_spaces=0),
     _ablation("ept-uniform-gate", "EPT, uniform gate", frozenset(), space_gate="uniform"),
@@ -66,42 +85,18 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def get_method(name: str) -> Method:
-    """The method of that name. Raises ValueError for an unknown one, with the nearest known name."""
+    """Finds the method of that name. Raises ValueError for an unknown one, with the nearest known name."""
     if name not in METHODS:
         near = difflib.get_close_matches(name[:40], METHODS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown method {shown(name)}: did you mean {near!r}? Known: {', '.join(METHODS)}")
     return METHODS[name]
 
 
-def check_settings(config: MethodConfig) -> Method:
-    """The method of a run. Raises ValueError for an unknown one, and for a setting that it has no part for."""
+def check_settings(config: MethodConfig) -> None:
+    """Raises ValueError for an unknown method, and for a setting that it has no part for."""
     method = get_method(config.name)
     for name, value in config.fields_given().items():
         if name in method.fixed and value != method.fixed[name]:
             raise ValueError(f"method.{name} cannot be set for method.name={method.name}, which fixes it")
         if name not in method.settable and name not in method.fixed:
             raise ValueError(f"method.{name} cannot be set for method.name={method.name}, which has no such part")
-    return method
-
-
-def adapter_config(config: MethodConfig, base: Any, task_type: str, max_length: int, seed: int) -> Any:
-    """The adapter's configuration, an `EPTConfig` or one of PEFT's, for the frozen model `base`.
-
-    With `config.budget` the sizes that are not set are chosen so that the trainable parameters (heads apart) come as
-    near to it as they can without exceeding it.
-
-    Raises:
-        ValueError: the method has no such part, or nothing fits the budget.
-    """
-    method = check_settings(config)
-    if method.family == "peft":
-        from .peft_models import peft_config
-
-        return peft_config(method.name, config, base, task_type)
-    from ..config import EPTConfig
-
-    fields = {"task_type": task_type, "seed": seed, **config.fields_given(), **method.fixed}
-    if config.budget is not None:
-        return EPTConfig.for_budget(base, max_length, config.budget, method=method.family, **fields)
-    make: Any = {"ept": EPTConfig, "dept": EPTConfig.dept, "pt": EPTConfig.prompt_tuning}[method.family]
-    return make(max_length=max_length, **fields)

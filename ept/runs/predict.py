@@ -1,9 +1,11 @@
-"""Predicting labels with a trained model, and scoring the predictions."""
+"""The predictor: a model with the tokenizer, labels and limit of its task, which labels texts and scores splits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,122 +13,98 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from ..model.compilation import uncompiled
+from ..tasks import GROUP, UNPARSABLE, Task, compute_metrics, nearest_value
+from ..tasks.encoding import TEXT_IDS, FittedText, encode_labels, fit_rows, pad
+from .adapters import load_trained
+from .config import RunConfig, load_run_config
+from .data import max_length_of, task_of
+from .folder import RunFolder
+from .loading import load_tokenizer, task_type_of
 from .processes import Processes
-from ..tasks.encoding import check_length, encode_labels, encode_texts, pad
-from ..tasks import GROUP, UNPARSABLE, compute_metrics, nearest_value
-
-SCORINGS = ("generate", "rank")
 
 
-def predict_labels(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    labels: Sequence[str],
-    task_type: str,
-    max_length: int,
-    batch_size: int,
-    scoring: str | None = None,
-    progress: str | None = None,
-    values: Sequence[float] = (),
-    processes: Processes | None = None,
-) -> list[int]:
-    """The index in `labels` predicted for each text; -1 where a generated answer is none of them.
+@dataclass(kw_only=True)
+class Predictor:
+    """A model with the tokenizer, labels and limit of its task, ready to predict and to score.
 
     SEQ_CLS takes the head's largest logit. CAUSAL_LM ranks the labels by log-likelihood, summed over their tokens,
-    without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the stripped answer; `scoring="rank"`
-    ranks instead.
+    without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the stripped answer. Of a regression, a
+    head's output, and an answer that is a number but not one of the labels, counts as the nearest label.
 
-    Args:
-        max_length: most tokens of a text.
-        scoring: None for the task type's own way; "generate" or "rank" otherwise.
-        progress: what to call the progress bar on standard error; None for none.
-        values: of a regression, the numbers that the labels stand for: a head's output, and an answer that is a number
-            but not one of the labels, counts as the nearest.
-        processes: share the batches, those of one process, among them; all return the predictions of all.
+    Attributes:
+        config: gives the length limit and the form of the labels (`data`), the batch size and the way of scoring
+            (`training.eval_batch_size`, `training.scoring`: "rank" or "generate" in place of the task type's own way).
+        processes: share the batches among them; all return the predictions of all.
 
     Raises:
-        ValueError: a text is too long, or the task type has no such scoring.
+        ValueError: the task type has no such scoring, or the tokenizer cannot tell the labels apart.
     """
-    if scoring is not None and (task_type == "SEQ_CLS" or scoring not in SCORINGS):
-        raise ValueError(f"scoring={scoring!r} is not available for {task_type}: leave it out")
-    encoded = encode_texts(tokenizer, texts, task_type)
-    for index, ids in enumerate(encoded):
-        check_length(index, len(ids), max_length)
-    scoring = scoring or {"SEQ_CLS": "head", "CAUSAL_LM": "rank", "SEQ_2_SEQ_LM": "generate"}[task_type]
-    scorer = Scorer(model, tokenizer, labels, task_type, scoring, values)
-    order = sorted(
-        range(len(encoded)), key=lambda index: len(encoded[index])
-    )  # neighbours of like length: less padding
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    processes = processes or Processes()
-    own: dict[int, int] = {}
-    with _evaluating(model):
-        for batch in _tracked(processes.share(batches), progress if processes.main else None):
-            own.update(zip(batch, scorer([encoded[index] for index in batch])))
-    predictions = [UNPARSABLE] * len(encoded)
-    for part in processes.gather(own):
-        for index, prediction in part.items():
-            predictions[index] = prediction
-    return predictions
 
+    config: RunConfig
+    task: Task
+    task_type: str
+    tokenizer: PreTrainedTokenizerBase
+    model: Any
+    processes: Processes = field(default_factory=Processes)
 
-def evaluate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    split: Any,
-    labels: Sequence[str],
-    metrics: Sequence[str],
-    task_type: str,
-    max_length: int,
-    batch_size: int,
-    scoring: str | None = None,
-    progress: str | None = None,
-    values: Sequence[float] = (),
-    processes: Processes | None = None,
-) -> dict[str, float]:
-    """Metrics of the predictions on `split` (columns `text` and `label`), and the share of `unparsable` answers."""
-    predictions = predict_labels(
-        model,
-        tokenizer,
-        list(split["text"]),
-        labels,
-        task_type,
-        max_length,
-        batch_size,
-        scoring,
-        progress,
-        values,
-        processes,
-    )
-    groups = list(split[GROUP]) if GROUP in getattr(split, "column_names", split) else None
-    scores = compute_metrics(metrics, predictions, list(split["label"]), len(labels), values=values, groups=groups)
-    return {**scores, "unparsable": predictions.count(UNPARSABLE) / max(len(predictions), 1)}
+    def __post_init__(self) -> None:
+        self.labels = self.task.labels(self.config.data.labels)
+        self.max_length = max_length_of(self.config.data, self.task)
+        scoring = self.config.training.scoring
+        if self.task_type == "SEQ_CLS" and scoring is not None:
+            raise ValueError(f"scoring={scoring!r} is not available for {self.task_type}: leave it out")
+        self.generates = (scoring or ("generate" if self.task_type == "SEQ_2_SEQ_LM" else "rank")) == "generate"
+        self.answers: list[list[int]] = []  # tokens of the labels
+        if self.task_type != "SEQ_CLS":
+            self.answers = encode_labels(self.tokenizer, self.labels, self.task_type)
 
+    def fit(self, rows: Sequence[Mapping[str, Any]], source: str, task: Task | None = None) -> list[FittedText]:
+        """Renders each row, with the template of `task` or else its own, and tokenises it; raises as `fit_rows`."""
+        limits: dict[str, Any] = {
+            "max_length": self.max_length,
+            "truncate": self.config.data.on_too_long == "truncate",
+        }
+        return fit_rows(task or self.task, rows, self.tokenizer, self.task_type, source=source, **limits)
 
-class Scorer:
-    """Predicts the label of each of a few encoded texts in one go."""
+    def predict(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[int]:
+        """Predicts the index in `labels` for each text's tokens; -1 where a generated answer is none of them.
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: Sequence[str],
-        task_type: str,
-        scoring: str,
-        values: Sequence[float] = (),
-    ) -> None:
-        self.model, self.tokenizer, self.labels, self.task_type = model, tokenizer, labels, task_type
-        self.values = values
-        self.predict = {"head": self.by_head, "generate": self.by_generation, "rank": self.by_likelihood}[scoring]
-        if scoring != "head":
-            self.answers = encode_labels(tokenizer, labels, task_type)
+        Args:
+            progress: what to call the progress bar on standard error; None: there is none.
+        """
+        # Neighbours of like length need less padding.
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        size = self.config.training.eval_batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        own: dict[int, int] = {}
+        with _evaluating(self.model), uncompiled():  # evaluation has shapes of its own, each of which would be compiled
+            for batch in _tracked(self.processes.share(batches), progress if self.processes.is_rank_zero else None):
+                own.update(zip(batch, self.predict_batch([encoded[index] for index in batch])))
+        found = {index: label for part in self.processes.gather(own) for index, label in part.items()}
+        return [found[index] for index in range(len(encoded))]
 
-    def __call__(self, inputs: Sequence[list[int]]) -> list[int]:
-        return self.predict(inputs)
+    def predict_batch(self, inputs: Sequence[list[int]]) -> list[int]:
+        """Predicts the labels of a few texts in one go."""
+        if self.task_type == "SEQ_CLS":
+            return self._by_head(inputs)
+        return self._by_generation(inputs) if self.generates else self._by_likelihood(inputs)
 
-    def batch(self, inputs: Sequence[list[int]], answer: Sequence[int] = ()) -> dict[str, torch.Tensor]:
-        """Padded ids and mask; with an `answer` after each text, also the mask of the text alone."""
+    def score(self, split: Any, progress: str | None = None) -> dict[str, float]:
+        """Computes the task's metrics on a split that `with_texts` has made, and the share of `unparsable` answers."""
+        predictions = self.predict(split[TEXT_IDS][:], progress)
+        scores = compute_metrics(
+            self.task.metrics,
+            predictions,
+            split["label"][:],
+            len(self.labels),
+            values=self.task.values,
+            groups=split[GROUP][:] if GROUP in split.column_names else None,
+        )
+        return {**scores, "unparsable": predictions.count(UNPARSABLE) / max(len(predictions), 1)}
+
+    def _batch(self, inputs: Sequence[list[int]], answer: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+        """Pads ids and mask; with an `answer` after each text, adds the mask of the text alone."""
         left = self.task_type == "CAUSAL_LM"
         batch = {
             "input_ids": pad([[*ids, *answer] for ids in inputs], self.tokenizer.pad_token_id, left),
@@ -136,16 +114,16 @@ class Scorer:
             batch["text_mask"] = pad([[1] * len(ids) + [0] * len(answer) for ids in inputs], 0, left).bool()
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
-    def by_head(self, inputs: Sequence[list[int]]) -> list[int]:
-        logits = self.model(**self.batch(inputs)).logits
-        if not self.values:
+    def _by_head(self, inputs: Sequence[list[int]]) -> list[int]:
+        logits = self.model(**self._batch(inputs)).logits
+        values = self.task.values
+        if not values:
             return logits.argmax(-1).tolist()
-        inside = logits[:, 0].float().clamp(self.values[0], self.values[-1]).tolist()
-        return [self._nearest(number) for number in inside]
+        return [self._nearest(number) for number in logits[:, 0].float().clamp(values[0], values[-1]).tolist()]
 
-    def by_generation(self, inputs: Sequence[list[int]]) -> list[int]:
+    def _by_generation(self, inputs: Sequence[list[int]]) -> list[int]:
         longest = max(len(answer) for answer in self.answers)
-        ids = self.model.generate(**self.batch(inputs), max_new_tokens=longest + 1, do_sample=False, num_beams=1)
+        ids = self.model.generate(**self._batch(inputs), max_new_tokens=longest + 1, do_sample=False, num_beams=1)
         if self.task_type == "CAUSAL_LM":  # trained without an end token: what follows the label does not count
             new = ids[:, max(len(text) for text in inputs) :].tolist()
             return [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
@@ -154,43 +132,51 @@ class Scorer:
         return [index.get(answer, self._nearest(answer)) for answer in found]
 
     def _nearest(self, answer: Any) -> int:
-        """The label of a regression nearest to a number; unparsable for anything else."""
-        found = nearest_value(answer, self.values) if self.values else None
+        """Finds the label of a regression nearest to a number; `UNPARSABLE` for anything else."""
+        found = nearest_value(answer, self.task.values) if self.task.values else None
         return UNPARSABLE if found is None else found
 
-    def by_likelihood(self, inputs: Sequence[list[int]]) -> list[int]:
+    def _by_likelihood(self, inputs: Sequence[list[int]]) -> list[int]:
+        if self.task_type == "CAUSAL_LM" and len({(*answer[:-1], len(answer)) for answer in self.answers}) == 1:
+            # Labels that differ in their last token only: one forward ranks them all, what they share cancels.
+            batch = self._batch(inputs, self.answers[0][:-1])
+            logits = self.model(**batch, logits_to_keep=1).logits[:, -1]  # [B, vocabulary]
+            last = torch.tensor([answer[-1] for answer in self.answers], device=logits.device)
+            return logits[:, last].argmax(-1).tolist()
+        return torch.stack([self._likelihood(inputs, answer) for answer in self.answers], -1).argmax(-1).tolist()
+
+    def _likelihood(self, inputs: Sequence[list[int]], answer: list[int]) -> torch.Tensor:
+        """Returns log p(answer | text) of each text: [B]."""
+        target = torch.tensor(answer, device=self.model.device).repeat(len(inputs), 1)  # [B, k]
         if self.task_type == "SEQ_2_SEQ_LM":
-            scores = [self._seq2seq_likelihood(inputs, answer) for answer in self.answers]
-        elif len({(*answer[:-1], len(answer)) for answer in self.answers}) == 1:
-            return self._by_last_token(inputs)
+            logits = self.model(**self._batch(inputs), labels=target).logits  # [B, k, vocabulary]
         else:
-            scores = [self._causal_likelihood(inputs, answer) for answer in self.answers]
-        return torch.stack(scores, -1).argmax(-1).tolist()
-
-    def _by_last_token(self, inputs: Sequence[list[int]]) -> list[int]:
-        """Labels that differ in their last token only: one forward ranks them all, what they share cancels."""
-        logits = self.model(**self.batch(inputs, self.answers[0][:-1]), logits_to_keep=1).logits[
-            :, -1
-        ]  # [B, vocabulary]
-        last = torch.tensor([answer[-1] for answer in self.answers], device=logits.device)
-        return logits[:, last].argmax(-1).tolist()
-
-    def _causal_likelihood(self, inputs: Sequence[list[int]], answer: list[int]) -> torch.Tensor:
-        logits = self.model(**self.batch(inputs, answer), logits_to_keep=len(answer) + 1).logits[
-            :, :-1
-        ]  # [B, k, vocabulary]
-        target = torch.tensor(answer, device=logits.device).expand(len(inputs), -1)
-        return _sum_log_likelihood(logits, target)
-
-    def _seq2seq_likelihood(self, inputs: Sequence[list[int]], answer: list[int]) -> torch.Tensor:
-        target = torch.tensor(answer, device=self.model.device).repeat(len(inputs), 1)
-        logits = self.model(**self.batch(inputs), labels=target).logits  # [B, k, vocabulary]
-        return _sum_log_likelihood(logits, target)
+            logits = self.model(**self._batch(inputs, answer), logits_to_keep=len(answer) + 1).logits[:, :-1]
+        return logits.float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
-def _sum_log_likelihood(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Σ log p(target) over the positions: [B, k, vocabulary] and [B, k] to [B]."""
-    return logits.float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1).sum(-1)
+def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> Predictor:
+    """Loads the model of a run's folder, with `overrides` over its configuration; raises as `trained_run`."""
+    config, adapter = trained_run(run_dir, overrides)
+    task, task_type, tokenizer = task_of(config.data), task_type_of(config.model), load_tokenizer(config.model)
+    model = load_trained(config, adapter, task_type, task.num_outputs, int(tokenizer.pad_token_id))
+    return Predictor(config=config, task=task, task_type=task_type, tokenizer=tokenizer, model=model)
+
+
+def trained_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
+    """Finds the configuration of a run's folder, with `overrides` over it, and the folder of its adapter.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or one without an adapter.
+    """
+    folder = RunFolder(run_dir)
+    folder.load_config()  # says so where there is none
+    config = load_run_config(folder.config, overrides)
+    if not folder.adapter.is_dir():
+        raise FileNotFoundError(
+            f"the run in {run_dir} has no adapter yet: `ept train --output {run_dir} --resume` finishes it"
+        )
+    return config, folder.adapter
 
 
 @contextmanager

@@ -1,156 +1,155 @@
 """One run in several processes, as `torchrun` and `accelerate launch` start them.
 
-Every process holds the whole model and a share of the rows of each step. What is written, the first process writes;
-what is decided, all decide alike.
+Every rank holds the whole model and takes a share of the rows of each step. Rank 0 writes; all decide alike.
 """
 
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from accelerate import PartialState
-
-from .launched import cpu_is_asked_for, is_on, local_index, mark_told, several, was_started_alone
 
 T = TypeVar("T")
 
 SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
-LONGEST_END = timedelta(seconds=10)  # torchrun kills what has not ended within 30
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run: `index` from 0, of `count`.
+    """The processes of a run, of which this one is number `rank` of `world_size`.
 
     Messages between them go through `group`, on CPUs and apart from the gradients: no accelerator is waited for.
     """
 
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    world_size: int = 1
     group: Any = None
 
     @property
-    def main(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.index == 0
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of `items`: every `count`-th one. Each item is in exactly one process's part."""
-        return items[self.index :: self.count]
+        """Returns every `world_size`-th of `items`: each is in exactly one rank's share."""
+        return items[self.rank :: self.world_size]
 
     def gather(self, value: T) -> list[T]:
-        """The `value` of every process, in their order, in all of them."""
-        if self.count == 1:
+        """Returns the `value` of every rank, in their order, on all ranks; waits until each has called it."""
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.count
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def largest(self, value: int) -> int:
-        """The largest `value` of all processes."""
-        if self.count == 1:
-            return value
-        found = torch.tensor(value)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
-        return int(found)
-
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.count > 1:
-            dist.barrier(group=self.group)
-
     def together(self, make: Callable[[], T]) -> T:
-        """`make()` in every process. An error in one of them ends all, and is raised in all of them."""
-        if self.count == 1:
-            return make()
+        """Returns `make()`, called on every rank.
+
+        Raises:
+            Exception: what it raised; on several ranks that fail, the first of them.
+            SystemExit: it failed on another rank, which reports it.
+        """
         value, error = None, None
         try:
             value = make()
         except Exception as raised:
             error = raised
-        for index, other in enumerate(self.gather(_portable(error))):
-            if other is not None:
-                failure = error if error is not None and index == self.index else mark_told(other)
-                raise failure
+        failed = self.gather(error is not None)
+        if any(failed):
+            raise error if error is not None and failed.index(True) == self.rank else SystemExit(1)
         return value  # type: ignore[return-value]
 
-    def from_main(self, make: Callable[[], T]) -> T:
-        """`make()` in the first process; its result, or its error, in all of them."""
-        value = self.together(lambda: make() if self.main else None)
+    def from_rank_zero(self, make: Callable[[], T]) -> T:
+        """Returns on all ranks what `make()` returns on rank 0; errors as `together`."""
+        value = self.together(lambda: make() if self.is_rank_zero else None)
         return self.gather(value)[0]  # type: ignore[return-value]
 
     def leave(self) -> None:
-        """The end of a run that has gone well. The connection stays for another one, and ends with the process."""
-        if self.count > 1:
-            self.wait()
-            _end_connection_at_exit()
-
-    def end_together(self) -> None:
-        """Has the processes, at their ends, wait until all have come there, or for ten seconds."""
-        if self.count > 1:
-            _end_connection_at_exit()
-            atexit.register(_await_ends, self.group)
+        """Waits until every rank has come to the end of its run. The connection ends with the process."""
+        if self.world_size > 1:
+            self.gather(None)
+            _disconnect_at_exit()
 
 
 def join() -> Processes:
-    """The processes that a launcher has started and names in WORLD_SIZE, RANK and LOCAL_RANK; without one, this alone.
+    """Connects the processes that a launcher has started; returns this one alone where none has.
 
-    The accelerator that LOCAL_RANK counts becomes the current one.
+    The accelerator numbered LOCAL_RANK becomes the current one.
 
     Raises:
         ValueError: they are to share one model (FSDP, DeepSpeed), or the launcher has not started them.
     """
-    if was_started_alone():
+    # `accelerate launch --cpu --num_processes N` starts N processes only under mpirun.
+    if is_cpu_requested() and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "accelerate launch --cpu was asked for several processes and has started one: leave --cpu out and say "
             "--multi_gpu --num_processes N, which starts N on a machine without GPUs too, or use torchrun"
         )
-    if not several():
+    if world_size() == 1:
         return Processes()
     for variable, name in SHARDED.items():
-        if is_on(variable):
+        if _is_on(variable):
             raise ValueError(
                 f"`ept train` keeps a whole model in each of its processes, {name} shares one among them: leave {name} "
                 "out of the launcher's configuration, or use get_ept_model with the Trainer"
             )
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    on_cpu = accelerator is None or cpu_is_asked_for()
+    import torch
+    from accelerate import PartialState
+
+    on_cpu = is_cpu_requested() or torch.accelerator.current_accelerator(check_available=True) is None
     if not on_cpu:
-        torch.accelerator.set_device_index(local_index())
+        torch.accelerator.set_device_index(local_rank())
     state = PartialState(cpu=on_cpu)
     return Processes(state.process_index, state.num_processes, _message_group())
 
 
+def world_size() -> int:
+    """Returns how many processes the launcher has started, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Returns the number of this process among all of the launch."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Returns the number of this process, and of its accelerator, on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_cpu_requested() -> bool:
+    """Tells whether `accelerate launch --cpu` has started this process."""
+    return _is_on("ACCELERATE_USE_CPU")
+
+
+def same_launch(words: str) -> str:
+    """Returns the command that runs `ept` with these words in as many processes as now."""
+    if world_size() == 1:
+        return f"`ept {words}`"
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(world_size()):
+        return f"the same launch with `-m ept {words}`"
+    return f"`torchrun --nproc-per-node {world_size()} -m ept {words}`"
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
 @cache
 def _message_group() -> Any:
+    import torch.distributed as dist
+
     return dist.new_group(backend="gloo")
 
 
-def _await_ends(group: Any) -> None:
-    with suppress(RuntimeError):  # another one has been killed, or goes on with something else
-        dist.monitored_barrier(group, timeout=LONGEST_END)
-
-
 @cache
-def _end_connection_at_exit() -> None:
+def _disconnect_at_exit() -> None:
     """Not sooner: a second connection through the launcher's store would meet the addresses of the first."""
+    import torch.distributed as dist
+
     atexit.register(dist.destroy_process_group)
-
-
-def _portable(error: Exception | None) -> Exception | None:
-    """The error as every process can build it: of the nearest built-in type, with its text."""
-    if error is None:
-        return None
-    kind = next(cls for cls in type(error).__mro__ if cls.__module__ == "builtins")
-    try:
-        return kind(str(error))
-    except TypeError:  # it takes other arguments than a text
-        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""From texts to padded batches, one layout for each task type; training and evaluation share it.
+"""From a row in a file to a padded batch, one layout for each task type; training and evaluation share it.
 
 SEQ_2_SEQ_LM: text padded on the right, labels = tokens of the target. CAUSAL_LM: [text; target] padded left, labels on
 the target only. SEQ_CLS: text padded on the right, one class index.
@@ -6,19 +6,32 @@ the target only. SEQ_CLS: text padded on the right, one class index.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100
+from .rows import fit_to_length, is_rendered, render
+from .task import Task
+
+IGNORE = -100  # the label of a position that has no part in the loss
+TEXT_IDS = "text_ids"
+"""The column of a data set within the length limit that holds the tokens of each row's `text`."""
+
+
+class FittedText(NamedTuple):
+    """A row's text within the length limit, its tokens, and whether it was cut for that."""
+
+    text: str
+    ids: list[int]
+    is_cut: bool
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_type: str) -> list[list[int]]:
-    """Token ids of input texts, with the tokenizer's own start and end tokens; a decoder's text stays open."""
+    """Tokenises input texts with the tokenizer's own start and end tokens; a decoder's text stays open."""
     encoded = [list(ids) for ids in tokenizer(list(texts))["input_ids"]] if len(texts) else []
     if task_type == "CAUSAL_LM":
         for ids in encoded:
@@ -28,10 +41,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_
 
 
 def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], task_type: str) -> list[list[int]]:
-    """Token ids of each label string, as an answer: after a space for decoders, with an end token for encoder-decoders.
-
-    A decoder's answers have no end token: it would take half of the loss of a one-token answer and tells nothing about
-    the label. Only where one label begins another ("not", "not at all") it decides between them, and all get one.
+    """Tokenises each label string as an answer: after a space for decoders, with an end token for encoder-decoders.
 
     Raises:
         ValueError: two labels have the same tokens, one has none, or an end token is needed and there is none.
@@ -45,6 +55,8 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
             raise ValueError(f"the label {label!r} has no tokens")
         if encoded.count(ids) > 1:
             raise ValueError(f"the tokenizer cannot tell the label {label!r} from another one: use other label words")
+    # A decoder's answers have no end token: it would take half of the loss of a one-token answer and says nothing about
+    # the label. Only where one label begins another ("not", "not at all") does it decide between them: all get one.
     if any(a is not b and b[: len(a)] == a for a in encoded for b in encoded):
         if tokenizer.eos_token_id is None:
             raise ValueError("one label begins another and the tokenizer has no end token: use other label words")
@@ -53,7 +65,7 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
-    """Tokens of " label" as they follow a text, whatever mark the tokenizer puts at the start of a string."""
+    """Tokenises " label" as it follows a text, whatever mark the tokenizer puts at the start of a string."""
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
     after = tokenizer(f"a {label}", add_special_tokens=False)["input_ids"]
     if after[: len(before)] == before and len(after) > len(before):
@@ -61,13 +73,44 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
     return list(tokenizer(f" {label}", add_special_tokens=False)["input_ids"])
 
 
-def check_length(index: int, tokens: int, max_length: int) -> None:
-    """Refuses the text of row `index` when it has more tokens than the limit."""
-    if tokens > max_length:
+def fit_rows(
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    task_type: str,
+    max_length: int,
+    *,
+    truncate: bool,
+    source: str,
+) -> list[FittedText]:
+    """Renders and tokenises each row, once unless it is too long: `max_length` counts start and end tokens.
+
+    `rows` are as they lie in a data file, or those of a `TaskData` split, whose `text` is rendered already.
+
+    Raises:
+        ValueError: a row has no text, or is too long and not to be truncated; names `source`, the row (counted from 0),
+            its tokens and the limit.
+    """
+    texts = []
+    for index, row in enumerate(rows):
+        try:
+            texts.append(row["text"] if is_rendered(task, row) else render(task, row))
+        except ValueError as error:
+            raise ValueError(f"{source} row {index}: {error}") from error
+    fitted = [FittedText(text, ids, False) for text, ids in zip(texts, encode_texts(tokenizer, texts, task_type))]
+    too_long = [index for index, (_, ids, _) in enumerate(fitted) if len(ids) > max_length]
+    if too_long and not truncate:
         raise ValueError(
-            f"row {index}: the text has {tokens} tokens, the limit is data.max_length={max_length}: "
-            "shorten it, set data.on_too_long=truncate, or train with a larger max_length"
+            f"{source} row {too_long[0]}: the text has {len(fitted[too_long[0]].ids)} tokens, the limit is "
+            f"data.max_length={max_length}: shorten it, raise data.max_length, or set data.on_too_long=truncate"
         )
+    if too_long:
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        room = max_length - (len(encode_texts(tokenizer, ["a"], task_type)[0]) - len(bare))
+        cut = [fit_to_length(task, rows[index], tokenizer, room)[0] for index in too_long]
+        for index, text, ids in zip(too_long, cut, encode_texts(tokenizer, cut, task_type)):
+            fitted[index] = FittedText(text, ids, True)
+    return fitted
 
 
 def encode_split(
@@ -75,32 +118,25 @@ def encode_split(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     task_type: str,
-    max_length: int,
     values: Sequence[float] = (),
 ) -> datasets.Dataset:
-    """Columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length`, from columns `text` and `label`.
+    """Makes columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length` from `text_ids` and `label`.
 
     For CAUSAL_LM `input_ids` ends with the target, and `labels` holds the target alone. For SEQ_CLS and a regression
     `labels` is the number among `values` that the class stands for.
-
-    Raises:
-        ValueError: a text has more than `max_length` tokens.
     """
     answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
-    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    for index, (ids, label) in enumerate(zip(encode_texts(tokenizer, split["text"], task_type), split["label"])):
-        check_length(index, len(ids), max_length)
-        if task_type == "CAUSAL_LM":
-            ids = ids + answers[label]
-        rows["input_ids"].append(ids)
-        rows["labels"].append(answers[label] if answers else values[label] if values else label)
-        rows["length"].append(len(ids))
-    return datasets.Dataset.from_dict(rows)
+    targets: Sequence[Any] = answers or values or range(len(labels))
+    inputs = list(split[TEXT_IDS])
+    if task_type == "CAUSAL_LM":
+        inputs = [ids + answers[label] for ids, label in zip(inputs, split["label"])]
+    columns = {"input_ids": inputs, "labels": [targets[label] for label in split["label"]]}
+    return datasets.Dataset.from_dict({**columns, "length": list(map(len, inputs))})
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, multiple: int = 1) -> torch.Tensor:
-    """One int64 tensor [B, n] from sequences of unequal length; n is the longest, rounded up to a `multiple`."""
-    length = -(-max(len(sequence) for sequence in sequences) // multiple) * multiple
+    """Makes one int64 tensor [B, n] of sequences; n is the length of the longest, rounded up to a `multiple`."""
+    length = -(-max(map(len, sequences)) // multiple) * multiple
     fill = [[value] * (length - len(sequence)) for sequence in sequences]
     padded = [[*f, *s] if left else [*s, *f] for f, s in zip(fill, sequences)]
     return torch.tensor(padded, dtype=torch.long)
@@ -108,15 +144,15 @@ def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, mult
 
 @dataclass
 class Collator:
-    """Rows of `encode_split` to a batch: `input_ids`, `attention_mask` [B, n], `labels`.
+    """The step from rows of `encode_split` to a batch: `input_ids`, `attention_mask` [B, n], `labels`.
 
     For CAUSAL_LM `logits_to_keep` (an int) comes with it: the labels of the batch and the position before them, so that
     the output head runs only there, or 0 (all positions).
 
     Args:
         pad_to_multiple_of: n is rounded up to a multiple of it, so that a compiled step meets few lengths.
-        answer_tokens: length of the longest answer there is, to which labels are padded (and logits kept) for the same
-            reason; 0: that of each batch.
+        answer_tokens: the length of the longest answer there is, to which labels are padded (and logits kept) for the
+            same reason; 0: that of each batch.
         label_only_logits: False keeps a decoder's logits at every position.
     """
 
@@ -138,7 +174,7 @@ class Collator:
         if self.task_type == "SEQ_CLS":
             batch["labels"] = torch.tensor(labels, dtype=torch.float if isinstance(labels[0], float) else torch.long)
             return batch
-        answer = max(self.answer_tokens, *(len(label) for label in labels))
+        answer = max(self.answer_tokens, *map(len, labels))
         if self.task_type == "SEQ_2_SEQ_LM":
             batch["labels"] = pad([[*label, *[IGNORE] * (answer - len(label))] for label in labels], IGNORE)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ File = str | PathLike[str]
 
 
 def read_rows(path: File) -> list[Row]:
-    """The rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file as dictionaries; values of a csv file are strings.
+    """Reads the rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file; values of a csv file are strings.
 
     Raises FileNotFoundError when there is no such file, ValueError for an unsupported suffix, for content that does not
     parse (with its line) and for a file without rows.
@@ -24,89 +24,81 @@ def read_rows(path: File) -> list[Row]:
         raise ValueError(f"{path}: unsupported suffix '{path.suffix}': use one of {', '.join(READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: check the path")
+    rows: list[Row] = []
     try:
-        rows = READERS[path.suffix](path)
+        for place, row in READERS[path.suffix](path):
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, {place}: {type(row).__name__}, not an object: write {{column: value}}")
+            rows.append(row)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as UTF-8"
-        ) from error
+        byte = error.object[error.start]
+        raise ValueError(f"{path}: byte 0x{byte:02x} is not UTF-8: save the file as UTF-8") from error
     if not rows:
         raise ValueError(f"{path}: the file is empty: it needs at least 1 row")
     return rows
 
 
-def _read_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): correct or remove the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: {type(row).__name__}, not an object: write {{column: value}}")
-            rows.append(row)
-    return rows
+            if line.strip():
+                yield f"line {number}", _parse_json(line, path, number)
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     text = path.read_text(encoding="utf-8-sig")
     if not text.lstrip().startswith("["):  # the hub's .json files are often JSON lines
-        return _read_jsonl(path)
+        yield from _read_jsonl(path)
+        return
+    for number, row in enumerate(_parse_json(text, path, 1), start=1):
+        yield f"row {number}", row
+
+
+def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
-        rows = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
         raise ValueError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg} at column {error.colno}): correct the file"
+            f"{path}, line {line}: not JSON ({error.msg} at column {error.colno}): correct the line or remove it"
         ) from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: {type(row).__name__}, not an object: write {{column: value}}")
-    return rows
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     # By the csv module, not pandas: the texts "NA", "None" and "007" stay what they are.
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        rows: list[Row] = []
+        reader = csv.reader(file, strict=True)
         try:
-            header = list(reader.fieldnames or ())
+            header = next(reader, [])
             if len(set(header)) < len(header):
                 raise ValueError(f"{path}: the header {','.join(header)} names a column twice: rename one of them")
-            for row in reader:
-                if None in row or None in row.values():
+            for fields in filter(None, reader):  # empty lines give no fields
+                if len(fields) != len(header):
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: not the {len(header)} fields of the header: "
-                        "correct the line, quote fields that hold commas"
+                        f"{path}, line {reader.line_num}: the header has {len(header)} columns, this line has "
+                        f"{len(fields)}: correct the line, quote fields that hold commas"
                     )
-                rows.append(row)
+                yield f"line {reader.line_num}", dict(zip(header, fields))
         except csv.Error as error:
-            raise ValueError(
-                f"{path}, line {reader.reader.line_num}: not CSV ({error}): correct the quoting"
-            ) from error
-    return rows
+            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}): correct the quoting") from error
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        rows = parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error}): write or copy it again") from error
+    return iter(("", row) for row in rows)
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
-"""The supported suffixes, in no order of preference."""
+"""The supported suffixes; each reader gives the rows, with their places in the file for messages."""

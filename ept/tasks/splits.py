@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .files import READERS, File, Row, read_rows
-from .task import Task, TaskData
-from .template import FIELDS, GROUP, missing_column, render, text_fields
+from .metrics import compute_metrics
+from .rows import GROUP, dataset, examples, text_key
+from .task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
+SPLITS = ("train", "validation", "test")
 LARGE = 10_000
 """From this many train rows on, validation rows are taken from train and the validation split is the test split."""
 LARGE_VALIDATION = 1_000
 HELD_OUT_FRACTION = 0.1
+BALANCE_INTERVALS = 5  # of a regression's range, when its labels are counted
+
+
+@dataclass
+class TaskData:
+    """A task's three splits, no text in two of them.
+
+    Each row has `text: str` (the rendered input), `label: int` (the class), `target: str` (`labels[label]`) and
+    `fields`: the text columns that `text` was rendered from. Tasks with `group_columns` have `group: int` as well, the
+    same number for rows that belong together.
+    """
+
+    task: Task
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    labels: tuple[str, ...]
+
+    def balance(self) -> dict[str, float]:
+        """Gives the share of each label among the train rows, by its word; a regression's range is cut into five."""
+        task, labels = self.task, list(self.train["label"])
+        names = task.label_words
+        if task.values:
+            low, width = task.values[0], (task.values[-1] - task.values[0]) / BALANCE_INTERVALS
+            labels = [min(int((task.values[label] - low) / width), BALANCE_INTERVALS - 1) for label in labels]
+            names = tuple(f"{low + i * width:g}-{low + (i + 1) * width:g}" for i in range(BALANCE_INTERVALS))
+        counts = Counter(labels)
+        return {name: counts[i] / len(labels) for i, name in enumerate(names)}
+
+    def majority(self) -> float:
+        """Scores the commonest train label (the lowest of equals) as every answer on `test`, by the first metric."""
+        counts = Counter(self.train["label"])
+        commonest = min(counts, key=lambda label: (-counts[label], label))
+        metric, references = self.task.metrics[0], list(self.test["label"])
+        answers = [commonest] * len(references)
+        return compute_metrics([metric], answers, references, self.task.num_labels, values=self.task.values)[metric]
 
 
 def load_task(
@@ -38,7 +80,7 @@ def load_task(
     k_shot: int | None = None,
     shot_seed: int = 0,
 ) -> TaskData:
-    """The three splits of `task`, from `data_dir`, from the given files, or else from the hub.
+    """Loads the three splits of `task` from `data_dir`, from the given files, or else from the hub.
 
     `data_dir` holds `{train,validation,test}.{jsonl,json,csv,parquet}` with the hub's columns. Splits that are missing,
     and a test split with hidden labels, are made with `seed`, as ATTEMPT and DePT make them where validation is there:
@@ -53,7 +95,7 @@ def load_task(
     together (answers to one question of MultiRC) are never split, where the papers' code splits them.
 
     Last, `k_shot` draws the train rows of a few-shot run with `shot_seed`: so many in all, the same number of each
-    label (`k_shot // labels`, as DePT's code does), of a regression of either half of its range.
+    label (`k_shot // labels`, as DePT's code does), or of either half of a regression's range.
 
     Raises ValueError for bad content (with file and row), FileNotFoundError for a file or split that is not there, and
     ConnectionError where the hub cannot be reached.
@@ -64,32 +106,31 @@ def load_task(
         if limit is not None and limit < 1:
             raise ValueError(f"max_{split}={limit}: give at least 1 row, or None for all")
 
-    raw = _raw_splits(task, data_dir, {"train": train_file, "validation": validation_file, "test": test_file})
-    if "test" in raw and _hidden(task, raw["test"][1]):
+    raw = _raw_splits(task, data_dir, dict(zip(SPLITS, (train_file, validation_file, test_file))))
+    if "test" in raw and _is_hidden(task, raw["test"][1]):
         logger.info("%s: the labels are hidden, the test split is made from the others", raw["test"][0])
         del raw["test"]
-    splits = {split: _examples(task, rows, source) for split, (source, rows) in raw.items()}
+    splits = {split: examples(task, rows, source) for split, (source, rows) in raw.items()}
     splits = _without_overlap(_three_splits(task, splits, seed))
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
-            order = _shuffled(splits[split], seed)
-            splits[split] = _at(splits[split], sorted(order[: _whole_groups(splits[split], order, limit)]))
+            splits[split] = [splits[split][i] for i in sorted(_drawn(splits[split], limit, seed)[0])]
     if k_shot is not None:
         splits["train"] = few_shot(task, splits["train"], k_shot, shot_seed)
     return TaskData(
-        task=task, labels=target_strings, **{split: _dataset(rows, target_strings) for split, rows in splits.items()}
+        task=task, labels=target_strings, **{split: dataset(rows, target_strings) for split, rows in splits.items()}
     )
 
 
 def load_split(task: Task, path: File, *, labels: Literal["digits", "words"] = "digits") -> Dataset:
-    """One labelled file as a data set with the columns of a `TaskData` split, in its order. Raises as `load_task`."""
-    return _dataset(_examples(task, read_rows(path), str(path)), task.labels(labels))
+    """Loads one labelled file with the columns of a `TaskData` split, in the file's order. Raises as `load_task`."""
+    return dataset(examples(task, read_rows(path), str(path)), task.labels(labels))
 
 
 def _raw_splits(
     task: Task, data_dir: File | None, files: Mapping[str, File | None]
 ) -> dict[str, tuple[str, list[Row]]]:
-    """split -> (its source, for messages; its rows)"""
+    """Reads the splits that are there: the source of each, for messages, and its rows."""
     given = {split: Path(file) for split, file in files.items() if file is not None}
     if data_dir is not None and given:
         raise ValueError(
@@ -101,14 +142,16 @@ def _raw_splits(
         raise ValueError(f"{', '.join(f'{split}_file' for split in given)} without train_file: give train_file as well")
     if given:
         return {split: (str(path), read_rows(path)) for split, path in given.items()}
-    return _hub_splits(task)
+    if task.hub is None:
+        raise ValueError(f"task '{task.name}' is not on the hub: give data_dir or train_file")
+    return _hub_splits(task, *task.hub)
 
 
 def _files_of(task: Task, folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder: data_dir must hold train{{{','.join(READERS)}}}")
     found: dict[str, Path] = {}
-    for split, hub_name in zip(("train", "validation", "test"), task.split_names):
+    for split, hub_name in zip(SPLITS, task.split_names):
         for name in dict.fromkeys((hub_name, split)):
             paths = [path for suffix in READERS if (path := folder / f"{name}{suffix}").is_file()]
             if len(paths) > 1:
@@ -124,12 +167,9 @@ def _files_of(task: Task, folder: Path) -> dict[str, Path]:
     return found
 
 
-def _hub_splits(task: Task) -> dict[str, tuple[str, list[Row]]]:
-    if task.hub is None:
-        raise ValueError(f"task '{task.name}' is not on the hub: give data_dir or train_file")
+def _hub_splits(task: Task, path: str, config: str) -> dict[str, tuple[str, list[Row]]]:
     from datasets import load_dataset
 
-    path, config = task.hub
     try:
         loaded = load_dataset(path, config)
     except OSError as error:  # datasets' own errors for an unreachable hub and for a missing data set are OSErrors
@@ -138,121 +178,71 @@ def _hub_splits(task: Task) -> dict[str, tuple[str, list[Row]]]:
             f"train{{{','.join(READERS)}}} and validation, test alike, with the columns "
             f"{', '.join((*task.source_columns, task.label_column))}"
         ) from error
-    named = {
-        s: hub_name for s, hub_name in zip(("train", "validation", "test"), task.split_names) if hub_name in loaded
-    }
-    if "train" not in named:
+    if task.split_names[0] not in loaded:
         raise FileNotFoundError(f"{path} ({config}) has no split '{task.split_names[0]}', only {', '.join(loaded)}")
-    return {split: (f"{path} ({config}) {hub_name}", loaded[hub_name].to_list()) for split, hub_name in named.items()}
+    return {
+        split: (f"{path} ({config}) {hub_name}", loaded[hub_name].to_list())
+        for split, hub_name in zip(SPLITS, task.split_names)
+        if hub_name in loaded
+    }
 
 
-def _hidden(task: Task, rows: Sequence[Row]) -> bool:
-    """Whether every label is missing, or -1 without that being one of the task's labels."""
+def _is_hidden(task: Task, rows: Sequence[Row]) -> bool:
+    """Tells whether every label is missing, or -1 without that being one of the task's labels."""
     labels = [row[task.label_column] for row in rows if task.label_column in row]
     return bool(labels) and all(str(v) in ("None", "", "-1", "-1.0") and task.label_class(v) is None for v in labels)
 
 
-def _examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
-    """The rows as `{text, label, fields}`; raises ValueError with the source and the row (counted from 1)."""
-    examples: list[Row] = []
-    for number, row in enumerate(rows, start=1):
-        try:
-            if task.label_column not in row:
-                raise ValueError(missing_column(task, task.label_column, row))
-            fields = text_fields(task, row)
-            label = task.label_class(row[task.label_column])
-            if label is None:
-                raise ValueError(
-                    f"label {row[task.label_column]!r} (column '{task.label_column}') is outside the set: "
-                    f"allowed are {task.allowed_labels}"
-                )
-        except ValueError as error:
-            raise ValueError(f"{source}, row {number}: {error}") from error
-        example = {"text": render(task, {FIELDS: fields}), "label": label, FIELDS: fields}
-        if task.group_columns:
-            example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
-        examples.append(example)
-    if not examples:
-        raise ValueError(f"{source} is empty: it needs at least 1 row")
-    return examples
-
-
 def _three_splits(task: Task, splits: Mapping[str, list[Row]], seed: int) -> dict[str, list[Row]]:
     """Makes the splits that are missing, by the rule in `load_task`."""
-    train, validation, test = (splits.get(split) for split in ("train", "validation", "test"))
-    assert train is not None  # _raw_splits sees to it
+
+    def take(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
+        drawn, rest = _drawn(rows, count, seed)
+        return [rows[i] for i in drawn], [rows[i] for i in rest]
+
+    train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
     if validation is None and test is None:
         return _hash_split(train, seed)
     if validation is None:
-        order = _shuffled(train, seed)
-        cut = _whole_groups(train, order, max(1, round(HELD_OUT_FRACTION * len(train))))
-        validation, train = _at(train, order[:cut]), _at(train, order[cut:])
-        logger.info("no validation split: %d of the train rows serve as one", cut)
+        validation, train = take(train, max(1, round(HELD_OUT_FRACTION * len(train))))
+        logger.info("no validation split: %d of the train rows serve as one", len(validation))
     elif test is None and len(train) >= LARGE and task.split_rule == "size":
-        order = _shuffled(train, seed)
-        cut = _whole_groups(train, order, LARGE_VALIDATION)
         test = validation
-        validation, train = _at(train, order[:cut]), _at(train, order[cut:])
-        logger.info("no test split: it is the validation split, %d train rows are validation", cut)
+        validation, train = take(train, LARGE_VALIDATION)
+        logger.info("no test split: it is the validation split, %d train rows are validation", len(validation))
     elif test is None:
-        order = _shuffled(validation, seed)
-        half = _whole_groups(validation, order, len(validation) // 2)
         logger.info("no test split: half of the %d validation rows serve as one", len(validation))
-        validation, test = _at(validation, order[:half]), _at(validation, order[half:])
-    assert test is not None
-    return _all_filled({"train": train, "validation": validation, "test": test})
+        validation, test = take(validation, len(validation) // 2)
+    return dict(zip(SPLITS, (train, validation, test or [])))
 
 
 def _hash_split(rows: list[Row], seed: int) -> dict[str, list[Row]]:
-    """80/10/10 over the distinct texts in the order of their seeded hashes; equal texts stay together."""
-
-    def rank(key: str) -> bytes:
-        return hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=16).digest()
-
+    """Splits 80/10/10 over the distinct texts in the order of their seeded hashes; equal texts stay together."""
     keys = [row.get(GROUP) or text_key(row["text"]) for row in rows]
-    distinct = sorted(set(keys), key=rank)
+    distinct = sorted(set(keys), key=lambda key: blake2b(f"{seed}\n{key}".encode(), digest_size=16).digest())
     if len(distinct) < 3:
         raise ValueError(f"{len(distinct)} distinct texts cannot fill train, validation and test: give at least 3")
-    held_out = max(1, round(HELD_OUT_FRACTION * len(distinct)))
-    split_of = {
-        key: "test" if i < held_out else "validation" if i < 2 * held_out else "train" for i, key in enumerate(distinct)
-    }
     logger.info("no validation and no test split: 80/10/10 of the %d distinct texts, by hash", len(distinct))
-    return {
-        split: [row for row, key in zip(rows, keys) if split_of[key] == split]
-        for split in ("train", "validation", "test")
-    }
+    held_out = max(1, round(HELD_OUT_FRACTION * len(distinct)))
+    ranges = (distinct[2 * held_out :], distinct[held_out : 2 * held_out], distinct[:held_out])
+    split_of = {key: split for split, members in zip(SPLITS, ranges) for key in members}
+    return {split: [row for row, key in zip(rows, keys) if split_of[key] == split] for split in SPLITS}
 
 
-def _without_overlap(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    """Drops from train what is in validation or test, from validation what is in test."""
-    test_keys = {text_key(row["text"]) for row in splits["test"]}
-    held_out_keys = test_keys | {text_key(row["text"]) for row in splits["validation"]}
-    kept = {
-        "train": [row for row in splits["train"] if text_key(row["text"]) not in held_out_keys],
-        "validation": [row for row in splits["validation"] if text_key(row["text"]) not in test_keys],
-        "test": splits["test"],
-    }
-    for split, others in (("train", "validation or test"), ("validation", "test")):
-        dropped = len(splits[split]) - len(kept[split])
-        if dropped:
-            logger.warning(
-                "dropped %d of %d %s rows: their text is also in %s", dropped, len(splits[split]), split, others
-            )
-    return _all_filled(kept)
-
-
-def _all_filled(splits: dict[str, list[Row]]) -> dict[str, list[Row]]:
-    for split, rows in splits.items():
-        if not rows:
-            sizes = ", ".join(f"{name}: {len(r)}" for name, r in splits.items())
-            raise ValueError(f"no rows are left for {split} ({sizes}): give more distinct texts, or a {split} split")
-    return splits
-
-
-def text_key(text: str) -> str:
-    """What two texts have in common when they count as the same one: all but case and white space."""
-    return " ".join(text.casefold().split())
+def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """Drops from train what is in validation or test, from validation what is in test; refuses an empty split."""
+    keys = {split: [text_key(row["text"]) for row in rows] for split, rows in splits.items()}
+    kept = dict(splits)
+    for split, others in (("train", ("validation", "test")), ("validation", ("test",))):
+        held_out = {key for other in others for key in keys[other]}
+        kept[split] = [row for row, key in zip(splits[split], keys[split]) if key not in held_out]
+        if dropped := len(keys[split]) - len(kept[split]):
+            message = "dropped %d of %d %s rows: their text is also in %s"
+            logger.warning(message, dropped, len(keys[split]), split, " or ".join(others))
+    if empty := [split for split, rows in kept.items() if not rows]:
+        sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in kept.items())
+        raise ValueError(f"no rows are left for {empty[0]} ({sizes}): give more distinct texts, or a {empty[0]} split")
+    return kept
 
 
 def _permutation(size: int, seed: int) -> list[int]:
@@ -261,46 +251,36 @@ def _permutation(size: int, seed: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _shuffled(rows: Sequence[Row], seed: int) -> list[int]:
-    """The positions of the rows in random order; those of one group, if there are any, stay together."""
-    groups: dict[Any, list[int]] = {}
+def _drawn(rows: Sequence[Row], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Draws the positions of `count` rows, and of the rest, in random order; the rows of a group stay together.
+
+    Groups are drawn while they fit into `count`, and the first one in any case.
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
     for position, row in enumerate(rows):
-        groups.setdefault(row.get(GROUP, position), []).append(position)
+        groups[row.get(GROUP, position)].append(position)
     members = list(groups.values())
-    return [position for i in _permutation(len(members), seed) for position in members[i]]
-
-
-def _whole_groups(rows: Sequence[Row], order: Sequence[int], cut: int) -> int:
-    """`cut`, moved so that it falls between two groups of `order`: back, or forward where nothing would be left."""
-
-    def splits_group(at: int) -> bool:
-        return 0 < at < len(order) and GROUP in rows[0] and rows[order[at - 1]][GROUP] == rows[order[at]][GROUP]
-
-    back = cut
-    while splits_group(back):
-        back -= 1
-    while splits_group(cut):
-        cut += 1
-    return back or cut
+    shuffled = [members[i] for i in _permutation(len(members), seed)]
+    cut = bisect_right(list(accumulate(map(len, shuffled))), count) or min(count, 1)
+    return [i for group in shuffled[:cut] for i in group], [i for group in shuffled[cut:] for i in group]
 
 
 def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
-    """`k // classes` rows of each class, drawn with `seed`, in their order; the classes of a regression are its halves.
+    """Draws `k // classes` rows of each class with `seed`, in their order; a regression's classes are its two halves.
 
     Raises:
         ValueError: that is no row a class, or a class has fewer rows.
     """
-
-    def class_of(row: Row) -> int:
-        return int(task.values[row["label"]] > (task.values[0] + task.values[-1]) / 2) if task.values else row["label"]
-
-    classes = 2 if task.values else task.num_labels
+    middle = (task.values[0] + task.values[-1]) / 2 if task.values else None
+    classes = task.num_labels if middle is None else 2
     each = k // classes
     if each < 1:
         raise ValueError(f"k_shot={k} is no row for each of {classes} labels: give at least {classes}")
     drawn: dict[int, list[int]] = {index: [] for index in range(classes)}
     for position in _permutation(len(rows), seed):
-        if len(members := drawn[class_of(rows[position])]) < each:
+        label = rows[position]["label"]
+        members = drawn[label if middle is None else int(task.values[label] > middle)]
+        if len(members) < each:
             members.append(position)
     fewest = min(map(len, drawn.values()))
     if fewest < each:
@@ -308,19 +288,4 @@ def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
             f"k_shot={k} needs {each} train rows of each label, one label has {fewest}: "
             f"give at most k_shot={fewest * classes}"
         )
-    return _at(rows, sorted(position for members in drawn.values() for position in members))
-
-
-def _at(rows: Sequence[Row], positions: Sequence[int]) -> list[Row]:
-    return [rows[i] for i in positions]
-
-
-def _dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
-    from datasets import Dataset
-
-    rows = [{**row, "target": labels[row["label"]]} for row in examples]
-    if rows and GROUP in rows[0]:
-        numbers: dict[str, int] = {}
-        for row in rows:
-            row[GROUP] = numbers.setdefault(row[GROUP], len(numbers))
-    return Dataset.from_list(rows)
+    return [rows[position] for position in sorted(i for members in drawn.values() for i in members)]

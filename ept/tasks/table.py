@@ -1,45 +1,77 @@
-"""The GLUE tasks in the text-to-text form of ATTEMPT and DePT, without the task's name in front."""
+"""The known tasks, one entry each: GLUE and SuperGLUE.
+
+Text and labels are written as ATTEMPT and DePT write them, without the task's name in front.
+"""
 
 from __future__ import annotations
 
+from difflib import SequenceMatcher
+from typing import Any
+
+from .rows import mark_spans, strip_markup
 from .task import Task
 
-_ENTAILMENT = ("entailment", "not_entailment")
+_HUB = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}
+_SCORES = tuple(i / 5 for i in range(26))  # 0.0, 0.2, .. 5.0: STS-B's, as T5 rounds them
+_WSC_COLUMNS = ("text", "span1_index", "span1_text", "span2_index", "span2_text")
+_MNLI_SPLITS = ("train", "validation_mismatched", "validation_matched")
 
 
-_SIMILARITIES = tuple(i / 5 for i in range(26))  # 0.0, 0.2, .. 5.0: STS-B's scores as T5 rounds them
+def _task(name: str, columns: str, words: str, metrics: str = "accuracy", **fields: Any) -> Task:
+    """Makes an entry with the usual template, `column: {column}` for each, from the hub's data set of that name.
+
+    `columns`, `words` and `metrics` are separated by spaces.
+    """
+    suite, config = name.split("/")
+    template = " ".join(f"{column}: {{{column}}}" for column in columns.split())
+    fields = {"hub": (_HUB[suite], config), **fields}
+    return Task(name, template, tuple(words.split()), tuple(metrics.split()), **fields)
 
 
-def _glue(config: str, columns: tuple[str, ...], words: tuple[str, ...], **fields) -> Task:
-    return Task(
-        name=f"glue/{config}",
-        columns=columns,
-        template=" ".join(f"{column}: {{{column}}}" for column in columns),
-        label_words=words,
-        hub=("nyu-mll/glue", config),
-        **{"label_digits": tuple(map(str, range(len(words)))), "metrics": ("accuracy",), **fields},
-    )
-
-
-GLUE: tuple[Task, ...] = (
-    _glue("cola", ("sentence",), ("unacceptable", "acceptable"), metrics=("matthews_correlation",)),
-    _glue(
-        "mnli",
-        ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
-        split_names=("train", "validation_mismatched", "validation_matched"),
+_ENTRIES = (
+    _task("glue/cola", "sentence", "unacceptable acceptable", "matthews_correlation"),
+    _task("glue/mnli", "premise hypothesis", "entailment neutral contradiction", split_names=_MNLI_SPLITS),
+    _task("glue/mrpc", "sentence1 sentence2", "not_equivalent equivalent", "accuracy f1"),
+    _task("glue/qnli", "question sentence", "entailment not_entailment"),
+    _task("glue/qqp", "question1 question2", "not_duplicate duplicate", "accuracy f1"),
+    _task("glue/rte", "sentence1 sentence2", "entailment not_entailment"),
+    _task("glue/sst2", "sentence", "negative positive"),
+    _task("glue/stsb", "sentence1 sentence2", " ".join(map(str, _SCORES)), "pearson spearman", values=_SCORES),
+    _task("super_glue/boolq", "question passage", "False True"),
+    _task("super_glue/cb", "premise hypothesis", "entailment contradiction neutral", "f1_macro accuracy"),
+    _task(
+        "super_glue/multirc",
+        "question answer paragraph",
+        "False True",
+        "f1 exact_match accuracy",  # F1 over all answers; exact match over the questions
+        group_columns=("paragraph", "question"),
+        max_length=348,
+        split_rule="halve",  # the papers' choice, although its train split is large
+        preprocess=strip_markup,
     ),
-    _glue("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), metrics=("accuracy", "f1")),
-    _glue("qnli", ("question", "sentence"), _ENTAILMENT),
-    _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metrics=("accuracy", "f1")),
-    _glue("rte", ("sentence1", "sentence2"), _ENTAILMENT),
-    _glue("sst2", ("sentence",), ("negative", "positive")),
-    _glue(
-        "stsb",
-        ("sentence1", "sentence2"),
-        tuple(map(str, _SIMILARITIES)),
-        label_digits=tuple(map(str, _SIMILARITIES)),
-        values=_SIMILARITIES,
-        metrics=("pearson", "spearman"),
+    _task("super_glue/wic", "sentence1 sentence2 word", "False True"),
+    _task(
+        "super_glue/wsc",
+        "text",
+        "False True",
+        hub=("aps/super_glue", "wsc.fixed"),
+        preprocess=mark_spans,
+        source_columns=_WSC_COLUMNS,
     ),
 )
+TASKS: dict[str, Task] = {task.name: task for task in _ENTRIES}
+
+
+def get_task(name: str) -> Task:
+    """Looks a task up by its name. Raises ValueError for an unknown one, with the nearest known name."""
+    if name in TASKS:
+        return TASKS[name]
+
+    def likeness(known: str) -> float:
+        short = known.split("/")[1]  # counts too: 'sst' is nearer to 'glue/sst2' than to 'glue/rte'
+        return max(SequenceMatcher(None, name.lower(), other).ratio() for other in (known, short))
+
+    raise ValueError(
+        f"unknown task '{name}': did you mean '{max(TASKS, key=likeness)}'? "
+        f"`ept tasks` lists the {len(TASKS)} known tasks"
+    )

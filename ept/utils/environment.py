@@ -1,4 +1,4 @@
-"""What a number was measured with: versions of the libraries, and the machine."""
+"""The surroundings of a measurement: versions of the libraries, and the machine."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "peft",
-    "accelerate",
-    "bitsandbytes",
-    "datasets",
-    "safetensors",
-)
+from ..version import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors")
 
 
 def versions() -> dict[str, str | None]:
-    """Version of Python, of ept and of each library; None where it is not installed."""
-    from ..version import __version__
-
+    """Lists the version of Python, of ept and of each library; None where it is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "ept": __version__}
     for package in PACKAGES:
         try:
@@ -35,7 +26,7 @@ def versions() -> dict[str, str | None]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine's devices: processor, cores, memory in bytes, accelerators with their memory in bytes."""
+    """Describes the machine: processor, cores, and GPUs with their memory in bytes."""
     import torch
 
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
@@ -51,7 +42,7 @@ def hardware() -> dict[str, Any]:
 
 
 def peak_memory() -> tuple[int, str]:
-    """Most memory in use so far, in bytes, and of which kind: `cuda allocated`, or `process resident` on a CPU."""
+    """Measures the most memory in use so far, in bytes, and names its kind: `cuda allocated` or `process resident`."""
     import torch
 
     if torch.cuda.is_available():
@@ -64,8 +55,6 @@ def peak_memory() -> tuple[int, str]:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

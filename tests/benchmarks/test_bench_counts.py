@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import counts
-from benchmarks.four_bit_problems import random_weight
+from ept_kernels.dev.problems import FourBit
 
 
 def test_prompted_embedding_of_the_goal_reads_and_writes_what_was_worked_out_by_hand() -> None:
@@ -62,11 +62,11 @@ def test_joint_prompt_counts_parameters_gradients_and_both_rows() -> None:
 
 
 @pytest.mark.parametrize("rows, columns", [(64, 64), (5, 67), (257, 1000)])
-@pytest.mark.parametrize("scheme", ["nf4", "fp4 nested"])
-def test_a_packed_weight_has_as_many_bytes_as_its_tensors(rows: int, columns: int, scheme: str) -> None:
-    weight = random_weight(rows, columns, scheme, "cpu")
-    held = sum(part.nbytes for part in weight if isinstance(part, torch.Tensor))
-    assert counts.four_bit_weight(rows, columns, 64, scheme.endswith("nested")) == held
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_packed_weight_has_as_many_bytes_as_its_tensors(rows: int, columns: int, nested: bool) -> None:
+    weight = FourBit(rows, columns, nested=nested).weight()
+    held = sum(part.nbytes for part in weight.tensors if part is not None)
+    assert counts.four_bit_weight(rows, columns, 64, nested) == held
 
 
 def test_four_bit_goal_shapes() -> None:

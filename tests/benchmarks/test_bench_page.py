@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import performance_page, shapes
-from benchmarks.common import RECORD_NAME, Record
+from benchmarks.record import RECORD_NAME, Record
 from benchmarks.tables import markdown, seconds
 from ept.profile.clock import PHASES
 
@@ -61,7 +61,7 @@ def synthetic(tmp_path: Path) -> Path:
     cases = [shapes.embedding("prompted_embedding", "T5-base", batch, 128) for batch in (1, 2)]
     cases += [case for case in shapes.products("T5-base", 768, 768, (1, 16)) if case.kernel == "matmul_4bit"]
     for number, case in enumerate(cases, 1):
-        with record.unit(case.id) as unit:
+        with record.unit(case.id) as add:
             for provider, slower in (("ours", 1), ("ours again", 1), ("reference", 3), ("bitsandbytes", 2)):
                 size = {"bytes": number * 10**6, "bytes_per_second": 2e9 / slower, "median": 1.0 * slower}
                 size["peak_bytes"] = 3 << 20
@@ -72,13 +72,13 @@ def synthetic(tmp_path: Path) -> Path:
                     "dtype": case.dtype,
                     "scheme": case.scheme,
                 }
-                unit.add({"section": "kernels", "provider": provider, **row, **size, **timing, **rates, **about})
-    with record.unit("steps/t5-base") as unit:
+                add({"section": "kernels", "provider": provider, **row, **size, **timing, **rates, **about})
+    with record.unit("steps/t5-base") as add:
         for method, time in (("ept", 0.5), ("peft-pt", 1.0)):
             phases = {"base_forward": time / 2, "base_backward": time / 2}
             step = {"median": time, "phases": phases, "size": {"batch": 1, "length": 8}, "peak_bytes": 1 << 20}
             row = {"case": "steps/t5-base", "provider": method, "section": "steps", "tokens_per_second": 8 / time}
-            unit.add({**row, **timing, **step, **about})
+            add({**row, **timing, **step, **about})
     return tmp_path
 
 

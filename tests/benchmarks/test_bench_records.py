@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import common
-from benchmarks.common import ATTEMPTS, Record
+from benchmarks import record as records
+from benchmarks.record import MAX_ATTEMPTS, ROOT, Record
 
 HEADER = {
     "line": "header",
@@ -24,12 +23,12 @@ HEADER = {
 
 def test_results_of_a_unit_count_only_once_it_has_ended(tmp_path: Path) -> None:
     record = Record.resume(tmp_path / "r.jsonl", HEADER)
-    with record.unit("a") as unit:
-        unit.add({"value": 1})
+    with record.unit("a") as add:
+        add({"value": 1})
 
     def interrupted() -> None:
-        with record.unit("b") as unit:
-            unit.add({"value": 2})
+        with record.unit("b") as add:
+            add({"value": 2})
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -42,20 +41,20 @@ def test_results_of_a_unit_count_only_once_it_has_ended(tmp_path: Path) -> None:
 def test_a_unit_measured_again_replaces_its_results(tmp_path: Path) -> None:
     record = Record.resume(tmp_path / "r.jsonl", HEADER)
     for value in (1, 2):
-        with record.unit("a") as unit:
-            unit.add({"value": value})
+        with record.unit("a") as add:
+            add({"value": value})
     assert [row["value"] for row in record.results()] == [2]
 
 
 def test_a_line_that_was_cut_off_is_dropped_and_appending_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     record = Record.resume(path, HEADER)
-    with record.unit("a") as unit:
-        unit.add({"value": 1})
+    with record.unit("a") as add:
+        add({"value": 1})
     path.write_bytes(path.read_bytes() + b'{"line": "begin", "unit": "b"}\n{"line": "res')
     again = Record.resume(path, HEADER)
-    with again.unit("c") as unit:
-        unit.add({"value": 3})
+    with again.unit("c") as add:
+        add({"value": 3})
     assert [row["value"] for row in again.results()] == [1, 3]
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
@@ -72,8 +71,8 @@ def test_a_damaged_line_inside_is_an_error_that_names_it(tmp_path: Path) -> None
 )
 def test_a_record_of_something_else_is_kept_aside(tmp_path: Path, key: str, value: Any) -> None:
     path = tmp_path / "r.jsonl"
-    with Record.resume(path, HEADER).unit("a") as unit:
-        unit.add({"value": 1})
+    with Record.resume(path, HEADER).unit("a") as add:
+        add({"value": 1})
     fresh = Record.resume(path, {**HEADER, key: value})
     assert fresh.results() == []
     assert [row["value"] for row in Record(tmp_path / "previous-r.jsonl").results()] == [1]
@@ -81,7 +80,7 @@ def test_a_record_of_something_else_is_kept_aside(tmp_path: Path, key: str, valu
 
 def test_a_unit_whose_process_keeps_dying_is_given_up_with_a_reason(tmp_path: Path) -> None:
     record = Record.resume(tmp_path / "r.jsonl", HEADER)
-    for attempt in range(ATTEMPTS):
+    for attempt in range(MAX_ATTEMPTS):
         assert not record.give_up("a", {"case": "a"}), attempt
         with pytest.raises(SystemExit), record.unit("a"):
             raise SystemExit(1)
@@ -89,7 +88,7 @@ def test_a_unit_whose_process_keeps_dying_is_given_up_with_a_reason(tmp_path: Pa
     assert record.finished("a")
     (row,) = record.results()
     assert (row["status"], row["case"]) == ("failed", "a")
-    assert f"{ATTEMPTS} times" in row["reason"]
+    assert f"{MAX_ATTEMPTS} times" in row["reason"]
 
 
 def test_a_missing_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,24 +96,22 @@ def test_a_missing_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"sees no CUDA device.*--device cpu"):
-        common.check_device("cuda")
+        records.check_device("cuda")
 
 
 def test_the_fingerprint_follows_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ept").mkdir()
     file = tmp_path / "ept" / "a.py"
-    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.setattr(records, "ROOT", tmp_path)
     found = []
     for text in ("x = 1", "x = 2", "x = 1"):
         file.write_text(text)
-        found.append(common.source_fingerprint())
+        found.append(records.source_fingerprint())
     assert found[0] == found[2] != found[1]
 
 
-def test_the_table_of_cases_follows_device_and_size() -> None:
-    def table(**options: Any) -> str:
-        return common.table_of(argparse.Namespace(**options))
-
-    assert table(device="cuda", reduced=False) == "gpu"
-    assert table(device="cpu", reduced=False) == "cpu"
-    assert table(device="cpu", reduced=True) == "reduced"
+def test_a_command_names_paths_by_the_repository_and_no_others(tmp_path: Path) -> None:
+    arguments = ["steps", "--output", str(ROOT / "benchmarks/results/cpu/report.jsonl"), "--only", "two words"]
+    found = records.command_line("-m benchmarks.run", arguments)
+    assert found == "python -m benchmarks.run steps --output benchmarks/results/cpu/report.jsonl --only 'two words'"
+    assert records.command_line("x.py", ["--output", str(tmp_path / "a.jsonl")]) == "python x.py --output a.jsonl"

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import common, gpu_report, shapes
-from benchmarks.common import Record
-from benchmarks.gpu_report import SuiteRun
+from benchmarks import checks, gpu_report, record, shapes
+from benchmarks.record import ROOT, Record
+from benchmarks.work import Work, run
 
 SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
 
@@ -21,13 +21,13 @@ SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
 @pytest.fixture(autouse=True)
 def fixed_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records of these tests are continued even where a source file is saved while they run."""
-    monkeypatch.setattr(common, "source_fingerprint", lambda: "fixed")
+    monkeypatch.setattr(record, "source_fingerprint", lambda: "fixed")
 
 
 STARTED = """
 import sys
-from benchmarks import common, gpu_report
-common.source_fingerprint = lambda: "fixed"
+from benchmarks import gpu_report, record
+record.source_fingerprint = lambda: "fixed"
 sys.argv = {arguments!r}
 gpu_report.main()
 """
@@ -44,14 +44,14 @@ def test_report_end_to_end_killed_and_continued(
 ) -> None:
     output = tmp_path / "report.jsonl"
     command = ["gpu_report.py", "--device", "cpu", "--reduced", "--output", str(output), "--scale", "4"]
-    with subprocess.Popen([sys.executable, "-c", STARTED.format(arguments=command)], cwd=common.ROOT) as process:
+    with subprocess.Popen([sys.executable, "-c", STARTED.format(arguments=command)], cwd=ROOT) as process:
         while begun_kernels(output) < 2:
             assert process.poll() is None, "the report ended before its second kernel"
             time.sleep(0.02)
         process.kill()
     time.sleep(0.5)
     first = output.read_text()
-    time.sleep(1.5)
+    time.sleep(1.0)
     assert output.read_text() == first, "the process that measures has outlived the report"
     first = first[: first.rindex("\n") + 1]
     output.write_text(first + '{"line": "result", "un')  # as a machine that lost its power leaves it
@@ -61,8 +61,8 @@ def test_report_end_to_end_killed_and_continued(
     printed = capfd.readouterr().out
     assert code == 0, printed
     assert output.read_text().startswith(first), "what was measured is kept"
-    record = Record(output)
-    results = record.results()
+    written = Record(output)
+    results = written.results()
     assert {row["section"] for row in results} == SECTIONS
     assert all(row["reduced"] and row["device"] == "cpu" and row["versions"]["torch"] for row in results)
     for case in shapes.reduced_cases():
@@ -73,7 +73,7 @@ def test_report_end_to_end_killed_and_continued(
                 assert min(row["bytes"], row["median"], row["p20"], row["bytes_per_second"]) > 0, row
             else:
                 assert row["reason"], row
-    finished = [line["unit"] for line in record.lines() if line["line"] == "end" and "kernels/" in line["unit"]]
+    finished = [line["unit"] for line in written.lines() if line["line"] == "end" and "kernels/" in line["unit"]]
     assert len(finished) == len(set(finished)), "what was measured is not measured again"
     assert "REDUCED" in printed
     goals = [line for line in printed.splitlines() if line.startswith("|") and ("≥" in line or "≤" in line)]
@@ -84,37 +84,45 @@ def test_report_end_to_end_killed_and_continued(
 def test_all_sections_end_in_time_even_where_nothing_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
 
-    def outlast(command: list[str], environment: dict[str, str], seconds: float, capture: bool) -> tuple[None, str]:
+    def outlast(command: list[str], environment: dict[str, str], seconds: float) -> tuple[None, str]:
         now[0] += seconds
         return None, ""
 
     monkeypatch.setattr(gpu_report, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(gpu_report, "_call", outlast)
-    gpu_report.Report("cpu", False, tmp_path / "r.jsonl").run()
+    monkeypatch.setattr(gpu_report, "call", outlast)
+    gpu_report.measure(Record(tmp_path / "r.jsonl"), "cpu", False)
     assert sum(gpu_report.BUDGETS.values()) <= now[0] <= gpu_report.TOTAL
     assert gpu_report.TOTAL <= 8 * 60 - 15
 
 
-def test_full_size_on_a_cpu_and_a_reduced_record_among_the_real_ones_are_refused(tmp_path: Path) -> None:
+def test_full_size_on_a_cpu_is_refused() -> None:
     command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu"]
-    for more in ([], ["--reduced"]):
-        done = subprocess.run([*command, *more], cwd=common.ROOT, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert ("--reduced needs --output" if more else "goes with --reduced") in done.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "goes with --reduced" in done.stderr
+
+
+def test_a_reduced_record_among_the_real_ones_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--device", "cpu", "--reduced"])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_report.main()
+    assert "--reduced needs --output" in capsys.readouterr().err
 
 
 def test_a_command_that_outlasts_its_time_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     marker = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(marker)!r}).touch()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    row = gpu_report._run([sys.executable, "-c", parent], dict(os.environ), seconds=0.7)
+    row = checks.run_command([sys.executable, "-c", parent], dict(os.environ), seconds=0.7)
     assert (row["status"], row["timed_out"]) == ("failed", True)
     time.sleep(2.0)
     assert not marker.exists()
 
 
 def test_a_failed_command_leaves_its_last_lines() -> None:
-    row = gpu_report._run([sys.executable, "-c", "print('why'); raise SystemExit(3)"], dict(os.environ), seconds=30)
+    row = checks.run_command([sys.executable, "-c", "print('why'); raise SystemExit(3)"], dict(os.environ), seconds=30)
     assert (row["status"], row["reason"], row["output"]) == ("failed", "ended with code 3", "why")
 
 
@@ -123,24 +131,29 @@ def test_pytest_results_are_counted(tmp_path: Path) -> None:
     file.write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
     )
-    row = gpu_report._pytest(SuiteRun("three", (str(file),)), seconds=60)
+    row = next(checks.run_tests((str(file),), "cpu", time.monotonic() + 60))
     assert row["status"] == "failed"
     assert row["summary"] == "1 passed, 1 failed, 1 skipped"
 
 
-def test_tests_that_were_cut_off_by_the_clock_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = gpu_report.Report("cpu", True, tmp_path / "r.jsonl")
+def test_what_the_clock_cut_off_is_run_again(tmp_path: Path) -> None:
+    written = Record(tmp_path / "r.jsonl")
     answers = [{"status": "failed", "reason": "late", "timed_out": True}, {"status": "ok", "reason": ""}]
-    monkeypatch.setattr(gpu_report, "_pytest", lambda run, seconds: answers.pop(0))
+    tests = Work("tests/a", lambda: [answers.pop(0)], {"section": "tests", "case": "tests/a"})
     for expected in ("failed", "ok", "ok"):
-        made.tests()
-        assert [row["status"] for row in made.record.results()] == [expected]
+        run(written, [tests], {}, seconds=60)
+        assert [row["status"] for row in written.results()] == [expected]
     assert not answers
 
 
 def test_every_command_line_names_a_file_that_exists() -> None:
-    for runs in gpu_report.TESTS.values():
-        for run in runs:
-            for argument in run.arguments:
+    for units in checks.TESTS.values():
+        for arguments in units.values():
+            for argument in arguments:
                 if argument.startswith("tests/"):
-                    assert (common.ROOT / argument).exists(), argument
+                    assert (ROOT / argument).exists(), argument
+
+
+def test_what_the_memory_checker_watches_equals_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    checks.main()
+    assert "72 dequantisations equal the reference" in capsys.readouterr().out

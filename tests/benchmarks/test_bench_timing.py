@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import ceilings, counts, measure, shapes
-from benchmarks.problem import Problem
-from benchmarks.timing import peak_bytes, time_in_turn
+from benchmarks import counts, operators, shapes
+from benchmarks.problems import Prepared, copies, prepare
+from benchmarks.timing import Clock, ThreadClock, peak_bytes, ratio, summary, time_in_turn
 
-CEILINGS = ceilings.Ceilings(1e9, {"float32": 1e9})
+CEILINGS = operators.Ceilings(1e9, {"float32": 1e9})
 TINY = next(case for case in shapes.reduced_cases() if case.kernel == "prompted_embedding")
 
 
 def test_every_call_takes_the_next_input_set() -> None:
     seen: list[int] = []
-    time_in_turn({"a": seen.append}, "cpu", sets=3, seconds=0.001)
+    time_in_turn({"a": seen.append}, Clock("cpu"), sets=3, seconds=0.001)
     assert seen[:7] == [0, 1, 2, 0, 1, 2, 0]
 
 
@@ -32,12 +32,27 @@ def test_versions_alternate_and_the_slower_one_is_slower() -> None:
 
         return call
 
-    found = time_in_turn({"fast": sleeper("fast", 0.001), "slow": sleeper("slow", 0.01)}, "cpu", 2, 0.05)
-    assert 0.001 <= found["fast"].p20 <= found["fast"].median <= found["fast"].p80
+    calls = {"fast": sleeper("fast", 0.001), "slow": sleeper("slow", 0.01)}
+    found = time_in_turn(calls, Clock("cpu"), sets=2, seconds=0.05)
+    fast = found["fast"].as_dict()
+    assert 0.001 <= fast["p20"] <= fast["median"] <= fast["p80"]
     assert found["slow"].median > 5 * found["fast"].median
     slow = [index for index, name in enumerate(order) if name == "slow"]
     between = [b - a for a, b in zip(slow[-4:], slow[-3:])]
     assert max(between) > 1, "the fast version takes its turns between those of the slow one"
+
+
+@pytest.mark.parametrize("clock", [Clock("cpu"), ThreadClock("cpu", 3)], ids=["wall", "thread"])
+def test_rounds_give_one_sample_each_and_pair_by_pair_a_ratio(clock: Clock) -> None:
+    calls = {"a": lambda _: torch.ones(1 << 16).sum(), "b": lambda _: None}
+    found = time_in_turn(calls, clock, rounds=6, warmup=1)
+    assert [len(timing.samples) for timing in found.values()] == [6, 6]
+    assert all(timing.clock == clock.name for timing in found.values())
+    assert ratio(found["a"], found["b"])["median"] > 1
+
+
+def test_quantiles_are_those_between_the_samples() -> None:
+    assert summary([6.0, 1.0, 2.0, 3.0, 4.0, 5.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
 
 
 def test_peak_bytes_counts_outputs_and_temporaries_that_live_together() -> None:
@@ -50,8 +65,8 @@ def test_peak_bytes_counts_outputs_and_temporaries_that_live_together() -> None:
     assert peak_bytes(call, "cpu") == pytest.approx(2 << 20, rel=0.01)
 
 
-def problem(ours) -> Problem:
-    return Problem(
+def prepared(ours) -> Prepared:
+    return Prepared(
         calls={"ours": ours},
         sets=1,
         counted=counts.Counts(100, 0),
@@ -72,7 +87,7 @@ WRONG = {
 def test_a_wrong_version_is_failed_with_the_reason_and_not_timed(name: str) -> None:
     ours, reason = WRONG[name]
     case = replace(TINY, providers=("ours",))
-    (row,) = measure.measure_problem(case, problem(ours), "cpu", 0.001, CEILINGS)
+    (row,) = operators.measure(case, prepared(ours), "cpu", 0.001, CEILINGS)
     assert row["status"] == "failed"
     assert row["reason"].startswith(reason)
     assert "median" not in row
@@ -84,9 +99,9 @@ def test_a_right_version_is_held_against_the_ceiling() -> None:
         return torch.ones(4)
 
     case = replace(TINY, providers=("ours", "torch.compile"))
-    made = problem(ours)
+    made = prepared(ours)
     made.skipped["torch.compile"] = "no compiler"
-    row, skipped = measure.measure_problem(case, made, "cpu", 0.001, CEILINGS)
+    row, skipped = operators.measure(case, made, "cpu", 0.001, CEILINGS)
     assert row["status"] == "ok"
     assert row["bytes_per_second"] == 100 / row["median"]
     assert row["fraction_of_ceiling"] == pytest.approx(100 / 1e9 / row["median"])
@@ -98,7 +113,7 @@ def test_a_right_version_is_held_against_the_ceiling() -> None:
 
 def test_an_operator_that_does_not_exist_is_skipped_by_name() -> None:
     case = replace(TINY, kernel="no_such_operator")
-    rows = measure.measure_case(case, "cpu", 0.001, CEILINGS)
+    rows = list(operators.measure(case, prepare(case, "cpu"), "cpu", 0.001, CEILINGS))
     assert len(rows) == len(case.providers)
     assert {row["reason"] for row in rows} == {"this version of ept_kernels has no no_such_operator"}
 
@@ -108,6 +123,8 @@ def test_floor_takes_the_larger_of_both_ceilings() -> None:
     assert CEILINGS.floor(10, 1000, "float32") == (1e-6, "compute")
 
 
-@pytest.mark.parametrize("touched, cache, most, number", [(100, 1000, 64, 20), (10**6, 1000, 64, 2), (1, 1000, 64, 64)])
-def test_input_sets_together_exceed_the_cache(touched: int, cache: int, most: int, number: int) -> None:
-    assert shapes.copies(touched, cache, most) == number
+@pytest.mark.parametrize(
+    "touched, cache, maximum, sets", [(100, 1000, 64, 20), (10**6, 1000, 64, 2), (1, 1000, 64, 64)]
+)
+def test_input_sets_together_exceed_the_cache(touched: int, cache: int, maximum: int, sets: int) -> None:
+    assert copies(touched, cache, maximum) == sets

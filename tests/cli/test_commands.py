@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,8 @@ def test_train_print_config(config_file: Path, tmp_path: Path) -> None:
 
 def test_train_dry_run(config_file: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    arguments = (
-        "train",
-        "--config",
-        config_file,
-        "--output",
-        tmp_path / "run",
-        "--dry-run",
-        "--set",
-        "data.max_length=8",
-    )
+    arguments = ("train", "--config", config_file, "--output", tmp_path / "run", "--dry-run")
+    arguments += ("--set", "data.max_length=8")
     shown = json.loads(succeed(*arguments, "--json").stdout)
     assert shown["rows"] == {"train": 96, "validation": 24, "test": 32}
     assert shown["label_balance"] == {"negative": 0.5, "positive": 0.5}
@@ -79,13 +72,8 @@ def test_train_dry_run(config_file: Path, tmp_path: Path) -> None:
     assert shown["trainable_parameters"] == 6 * 32 + 2 * (8 + 32) + 1 + 32 * 8 * 2 + 32 * 4 + 2 * 33
     assert 0 < shown["truncation_rate"]["train"] < 1
     text = succeed(*arguments).stdout
-    for part in (
-        "example 2",
-        "sentence: ",
-        "negative 50.0%",
-        f"{shown['trainable_parameters']:,}",
-        "nothing was written",
-    ):
+    parameters = f"{shown['trainable_parameters']:,}"
+    for part in ("example 2", "sentence: ", "negative 50.0%", parameters, "nothing was written"):
         assert part in text
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -182,9 +170,8 @@ def test_unfinished_run_cannot_be_evaluated(config_file: Path, tmp_path: Path) -
     assert "has no adapter yet" in refused("evaluate", tmp_path / "run")
 
 
-def test_damaged_adapter(config_file: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    succeed("train", "--config", config_file, "--output", run)
+def test_damaged_adapter(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs["bert"], tmp_path / "run")
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     assert "adapter_model.safetensors" in refused("evaluate", run)

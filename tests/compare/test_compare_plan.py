@@ -135,7 +135,7 @@ BAD = [
     ("compare.sweep={k_shots: [1]}", "unknown sweep 'k_shots': did you mean 'k_shot'"),
     ("compare.sweep={r: []}", "compare.sweep.r is empty"),
     ("compare.executor=slurm", "compare.executor: expected one of local, ray"),
-    ("compare.cpus_per_run=0", "at least 1"),
+    ("compare.cpus_per_run=0", "must be greater than 0, got 0"),
     ("compare.seed=[1]", "unknown key compare.seed: did you mean compare.seeds"),
 ]
 

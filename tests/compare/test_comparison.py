@@ -94,7 +94,7 @@ def test_summary(records):
     pt, ept = base.methods
     assert (ept.parameters, ept.step_time_ms) == (99, 5.0)
     assert ept.mean.mean == pytest.approx((0.7 + 0.8) / 2)  # of seed 0 and seed 1
-    assert ept.by_task["super_glue/cb"].mean == pytest.approx(0.65)
+    assert ept.tasks["super_glue/cb"].mean == pytest.approx(0.65)
     assert (pt.mean.mean, pt.mean.n) == (pytest.approx(0.55), 1)  # seed 1 lacks a task
     (test,) = base.tests
     assert (test.first, test.second, test.difference.n) == ("ept", "pt", 3)

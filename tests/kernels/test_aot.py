@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
 
-from ept_kernels.dev import aot
-from ept_kernels.launch import AotCase
+from ept_kernels import launch
+from ept_kernels.dev import aot, tune
+from ept_kernels.dev.problems import every_four_bit_problem
 
 FINE = {"kernel": "k", "target": "sm_80", "spilled_bytes": 0, "shared_bytes": 100, "shared_limit": 100}
 
@@ -24,9 +27,8 @@ def hungry(x, SIZE: tl.constexpr):
     tl.store(x + tl.arange(0, SIZE), b_x * tl.sum(b_x, axis=0))
 
 
-def case(size: int) -> AotCase:
-    signature = {"x": "*fp32", "SIZE": "constexpr"}
-    return AotCase(f"hungry {size}", hungry, signature, {"SIZE": size}, num_warps=1, num_stages=1)
+def case(size: int) -> aot.Case:
+    return aot.Case(f"hungry {size}", hungry, (1,), (torch.float32,), {"SIZE": size, "num_warps": 1, "num_stages": 1})
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
@@ -60,9 +62,10 @@ def test_the_command_fails_on_a_problem(row, failed, monkeypatch, capsys):
     assert f"{int(failed)} problems" in capsys.readouterr().out
 
 
-def test_every_kernel_is_among_the_cases_and_every_name_occurs_once():
-    cases = aot.cases()
-    assert len({c.name for c in cases}) == len(cases)
+@pytest.mark.parametrize("architecture", ["cuda", "gfx942"])
+def test_every_kernel_is_among_the_cases_and_every_name_occurs_once(architecture):
+    cases = aot.cases(architecture)
+    assert len({c.name for c in cases}) == len({c.form for c in cases}) == len(cases)
     modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("ept_kernels.")]
     kernels = {
         x.fn.__name__
@@ -71,5 +74,41 @@ def test_every_kernel_is_among_the_cases_and_every_name_occurs_once():
         if isinstance(x, triton.JITFunction) and x.fn.__name__.endswith("_kernel")
     }
     assert len(kernels) >= 10
-    assert kernels == {c.fn.fn.__name__ for c in cases}
+    assert kernels == {c.kernel.fn.__name__ for c in cases}
     assert {"sm_80", "sm_90", "sm_100", "gfx942"} == set(aot.TARGETS)
+    # Nested absmax is rounded as in a dequantisation, and the assembler may use all registers where it has to.
+    four_bit = [c for c in cases if "4bit" in c.name and "reduce" not in c.name]
+    assert [c.meta["enable_fp_fusion"] for c in four_bit] == [False] * len(four_bit)
+    long = [c for c in cases if c.name.startswith(("joint_prompt", "matmul_4bit_backward"))]
+    assert {c.meta.get("maxnreg") for c in long} == {255 if architecture == "cuda" else None}
+    assert {c.meta.get("maxnreg") for c in cases if c not in long} == {None}
+    assert {c.meta["PRECISION"] for c in cases if "PRECISION" in c.meta} == {"tf32", "bf16x6"}
+
+
+def test_nothing_runs_and_nothing_is_remembered_while_launches_are_recorded():
+    (problem,) = {p for p in aot.compiled_problems() if p.name == "dequantize_4bit"} or {aot.compiled_problems()[-1]}
+    before = launch.launches()
+    (case,) = aot.record(problem, "gfx942", {"dequantize_4bit/64-bit": {"ITERS": 2}}, note=" (x)")
+    assert launch.launches() == before + 1
+    assert case.name.endswith(" (x)")
+    assert (case.meta["UNITS"], case.meta["ITERS"], case.args[0]) == (256, 2, torch.uint8)
+    assert launch.architecture(torch.device("cpu")) == "cpu"
+
+
+def test_every_kind_of_4_bit_weight_is_compiled_on_request(monkeypatch):
+    monkeypatch.setattr(aot, "every_four_bit_problem", lambda: list(every_four_bit_problem())[:20])
+    usual, every = aot.cases("cuda"), aot.cases("cuda", every=True)
+    assert every[: len(usual)] == usual
+    with_bias = [c for c in every[len(usual) :] if "bias" in c.name and c.kernel.fn.__name__ == "matmul_4bit_kernel"]
+    assert with_bias
+    assert all(c.args[c.kernel.arg_names.index("bias")] is not None for c in with_bias)
+
+
+def test_candidates_are_launched_as_the_tuner_would(monkeypatch):
+    """The launchers take every kernel's configuration from the tuner."""
+    kernels = {t.kernel: t for t in tune.tunables() if "." not in t.kernel}
+    assert len(kernels) >= 14
+    candidates = [replace(t, candidates=[{"num_warps": 2}]) for t in kernels.values()]
+    monkeypatch.setattr(aot, "tunables", lambda: candidates)
+    found = {c.kernel.fn.__name__ for c in aot.candidate_cases("cuda") if c.meta["num_warps"] == 2}
+    assert found == {t.kernel.split("/")[0] + "_kernel" for t in candidates}

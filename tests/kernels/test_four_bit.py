@@ -214,21 +214,6 @@ def test_operands_that_do_not_fit_are_refused():
             call()
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-def test_opcheck(nested):
-    weight = FourBitWeight.from_bitsandbytes(quantize(5, 67, nested=nested))
-    x, grad = torch.randn(2, 67), torch.randn(2, 5)
-    operators = torch.ops.ept
-    calls = [
-        (operators.dequantize_4bit, (*weight.tensors, *weight.sizes, torch.float16)),
-        (operators.matmul_4bit, (x, *weight.tensors, torch.randn(5), *weight.sizes)),
-        (operators.matmul_4bit, (x, *weight.tensors, None, *weight.sizes)),
-        (operators.matmul_4bit_backward, (grad, *weight.tensors, *weight.sizes)),
-    ]
-    for operator, arguments in calls:
-        torch.library.opcheck(operator.default, arguments)
-
-
 def test_a_weight_survives_copying():
     weight = FourBitWeight.from_bitsandbytes(quantize(5, 67))
     again = copy.deepcopy(weight)

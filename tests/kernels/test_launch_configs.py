@@ -132,7 +132,7 @@ def test_what_is_adopted_counts_as_measured_at_its_size(file):
 def test_every_shipped_file_is_sound_and_known_to_the_tuner():
     from ept_kernels.dev import aot
 
-    aot.shipped_cases()
+    aot.shipped_cases("cuda")
     for path in launch.CONFIGS.glob("*.json"):
         assert json.loads(path.read_text(encoding="utf-8"))["device"] not in ("", "cpu"), path
 
@@ -146,12 +146,12 @@ def test_shipped_configurations_are_compiled_and_unknown_ones_refused(tmp_path, 
     kernels = {tunable.kernel: {size: config}, "product.path": {"8": {"PATH": 1}}}
     (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": kernels}), encoding="utf-8")
     monkeypatch.setattr(launch, "CONFIGS", tmp_path)
-    (case,) = aot.shipped_cases()
-    assert case.num_warps == 8
+    (case,) = aot.shipped_cases("cuda")
+    assert case.meta["num_warps"] == 8
     assert case.name.endswith("(Some_GPU)")
     (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": {"gone": {size: config}}}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"gone at .* does not know"):
-        aot.shipped_cases()
+        aot.shipped_cases("cuda")
 
 
 @pytest.mark.parametrize("size, expected", [(0, 16), (1, 16), (16, 16), (17, 32), (64, 64), (65, 128)])

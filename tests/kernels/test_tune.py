@@ -16,7 +16,8 @@ from triton.runtime.errors import OutOfResources
 
 from ept_kernels import launch
 from ept_kernels.dev import tune
-from ept_kernels.launch import Tunable
+from ept_kernels.dev.problems import Problem
+from ept_kernels.dev.tune import Tunable
 
 CPU = torch.device("cpu")
 SLOW = 0.004  # seconds
@@ -45,17 +46,31 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
     return out + (1e-3 if kind == 5 else 0)
 
 
-def toy(*kinds: int) -> Tunable:
-    return Tunable(
-        kernel="toy",
-        size=(8,),
-        default={"kind": 0},
-        candidates=[{"kind": kind} for kind in kinds],
-        operator=doubled,
-        inputs=lambda device, seed: (torch.ones(8, device=device) + seed,),
-        reference=launch.in_float64(lambda x: 2 * x),
-        aot=lambda config: pytest.fail("nothing is compiled here"),
-    )
+@dataclass(frozen=True)
+class Doubling(Problem):
+    """Eight numbers to be doubled; the result is `off` by so much."""
+
+    size: int = 8
+    off: float = 0.0
+    exact: bool = False
+
+    def inputs(self, device: Any = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        return (torch.ones(self.size, device=device) + seed,)
+
+    def expected(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (2 * x.double() + self.off,)
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        return 0.0 if self.exact else super().tolerance(dtype)
+
+
+def toy(*kinds: int, **problem: Any) -> Tunable:
+    return Tunable("toy", (8,), {"kind": 0}, [{"kind": kind} for kind in kinds], Doubling(**problem))
+
+
+@pytest.fixture(autouse=True)
+def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "launcher_of", lambda operator: doubled)
 
 
 def test_the_fastest_right_candidate_wins():
@@ -86,7 +101,7 @@ def microseconds(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     return times
 
 
-def test_a_winner_has_to_serve_its_variants(microseconds):
+def test_a_winner_has_to_serve_its_variants(microseconds, monkeypatch):
     """The second best wins where the best fails on other inputs of its configuration."""
 
     def operator(x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +110,8 @@ def test_a_winner_has_to_serve_its_variants(microseconds):
         return 2 * x
 
     microseconds.update({0: 100.0, 1: 10.0, 2: 20.0})
-    tunable = replace(toy(1, 2), operator=operator, variants=[lambda device, seed: (torch.ones(5),)])
+    monkeypatch.setattr(tune, "launcher_of", lambda name: operator)
+    tunable = replace(toy(1, 2), variants=[Doubling(size=5)])
     row = tune.tune(tunable, CPU, samples=3)
     assert (row["config"], row["median_us"]) == ({"kind": 2}, 20.0)
     ((config, why),) = row["refused"].items()
@@ -114,10 +130,9 @@ def test_a_heuristic_that_is_wrong_stops_the_tuner():
         tune.tune(replace(toy(1), default={"kind": 2}), CPU)
 
 
-def test_bits_are_compared_where_no_tolerance_is_given():
-    exact = replace(toy(1), tolerance=0.0, reference=lambda x: 2 * x + 1e-6)
+def test_bits_are_compared_where_nothing_is_tolerated():
     with pytest.raises(RuntimeError, match="0 is allowed"):
-        tune.tune(exact, CPU)
+        tune.tune(toy(1, off=1e-6, exact=True), CPU)
 
 
 def test_the_file_is_read_back_and_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -170,4 +185,4 @@ def test_what_is_tunable_is_unique_bounded_and_on_the_launchers_own_keys():
         assert 1 <= len(tunable.candidates) <= 64, tunable.kernel
         assert all(set(c) <= set(tunable.default) for c in tunable.candidates), tunable.kernel
         if "." not in tunable.kernel:  # a kernel, not a measured number
-            assert tunable.aot(tunable.default).num_warps == tunable.default["num_warps"]
+            assert "num_warps" in tunable.default

@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+LIBRARIES = {"transformers", "peft", "datasets", "bitsandbytes", "accelerate", "sklearn", "matplotlib"}
 
 
 def run_from_root(code: str) -> str:
@@ -21,22 +25,67 @@ def run_from_root(code: str) -> str:
     return done.stdout.strip()
 
 
-def modules_loaded_by(statement: str) -> set[str]:
-    """Top-level names in `sys.modules` after `statement` alone."""
-    code = f"import json, sys\n{statement}\nprint(json.dumps([name.partition('.')[0] for name in sys.modules]))"
-    return set(json.loads(run_from_root(code).splitlines()[-1]))
+OURS_FIRST = """
+import json, sys
+def loaded(): return sorted({name.partition('.')[0] for name in sys.modules})
+import ept_kernels
+answers = {'kernels': loaded()}
+import ept
+answers['ept'] = loaded()
+import ept.tasks
+answers['tasks'] = loaded()
+from ept import EPTConfig, EPTLayer, EPTModel, get_ept_model
+answers['names'] = [public.__name__ for public in (EPTConfig, EPTLayer, EPTModel, get_ept_model)]
+answers['all'] = list(ept.__all__)
+from transformers import LlamaForCausalLM
+from peft import PeftConfig
+EPTConfig(task_type='CAUSAL_LM').save_pretrained(FOLDER)
+answers['adapter'] = type(PeftConfig.from_pretrained(FOLDER)).__name__
+print(json.dumps(answers))
+"""
+THEIRS_FIRST = """
+from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+import transformers.integrations.hub_kernels
+from peft import PeftConfig
+import ept
+print(type(PeftConfig.from_pretrained(FOLDER)).__name__)
+"""
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "from transformers import LlamaForCausalLM, T5ForConditionalGeneration",
-        "import transformers.integrations.hub_kernels",
-        "import ept; from transformers import LlamaForCausalLM",
-    ],
-)
-def test_transformers_imports_from_the_repository_root(statement: str) -> None:
-    assert run_from_root(f"{statement}\nprint('imported')") == "imported"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapter")
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path) -> dict[str, Any]:
+    """Asks one interpreter in the repository root that imports our packages before any other."""
+    return json.loads(run_from_root(OURS_FIRST.replace("FOLDER", repr(str(folder)))).splitlines()[-1])
+
+
+def test_ept_kernels_needs_neither_ept_nor_model_libraries(answers: dict[str, Any]) -> None:
+    assert "ept_kernels" in answers["kernels"]
+    assert not {"ept", *LIBRARIES} & set(answers["kernels"])
+
+
+def test_bare_import_of_ept_loads_no_model_library(answers: dict[str, Any]) -> None:
+    assert "ept" in answers["ept"]
+    assert not LIBRARIES & set(answers["ept"])
+
+
+def test_the_table_of_tasks_loads_no_model_library(answers: dict[str, Any]) -> None:
+    assert not {"datasets", "sklearn", "transformers"} & set(answers["tasks"])
+
+
+def test_public_names_resolve(answers: dict[str, Any]) -> None:
+    assert answers["names"] == ["EPTConfig", "EPTLayer", "EPTModel", "get_ept_model"]
+    assert set(answers["names"]) <= set(answers["all"])
+
+
+def test_transformers_and_peft_import_in_either_order(answers: dict[str, Any], folder: Path) -> None:
+    """PEFT knows the adapter type once ept is imported, before PEFT or after it."""
+    assert answers["adapter"] == "EPTConfig"
+    assert run_from_root(THEIRS_FIRST.replace("FOLDER", repr(str(folder)))) == "EPTConfig"
 
 
 def test_kernels_is_no_package() -> None:
@@ -53,25 +102,6 @@ def test_hugging_face_kernels_is_not_shadowed(tmp_path: Path) -> None:
     assert run_from_root(code) == "from the real package"
 
 
-def test_ept_kernels_needs_neither_ept_nor_model_libraries() -> None:
-    loaded = modules_loaded_by("import ept_kernels")
-    assert "ept_kernels" in loaded
-    assert not loaded & {"ept", "transformers", "peft", "datasets", "bitsandbytes"}
-
-
-def test_bare_import_of_ept_loads_no_model_library() -> None:
-    loaded = modules_loaded_by("import ept")
-    assert "ept" in loaded
-    assert not loaded & {"transformers", "peft", "datasets", "bitsandbytes", "accelerate", "sklearn", "matplotlib"}
-
-
-def test_public_names_resolve() -> None:
-    names = ["EPTConfig", "EPTLayer", "EPTModel", "get_ept_model"]
-    statement = f"from ept import {', '.join(names)}\nprint(EPTConfig.__name__, EPTLayer.__name__, EPTModel.__name__)"
-    assert run_from_root(statement) == "EPTConfig EPTLayer EPTModel"
-    assert run_from_root(f"import ept; print(sorted(set({names!r}) - set(ept.__all__)))") == "[]"
-
-
 def test_kernel_metadata_agrees_with_the_build_file() -> None:
     metadata = json.loads((ROOT / "kernels/torch-ext/ept_kernels/metadata.json").read_text(encoding="utf-8"))
     build = (ROOT / "kernels" / "build.toml").read_text(encoding="utf-8")
@@ -80,12 +110,3 @@ def test_kernel_metadata_agrees_with_the_build_file() -> None:
     assert f"version = {metadata['version']}\n" in build
     assert f'license = "{metadata["license"]}"' in build
     assert metadata["id"] == metadata["name"].replace("-", "_") == "ept_kernels"
-
-
-@pytest.mark.parametrize(
-    "imports", ["from ept import EPTConfig; from peft import PeftConfig", "from peft import PeftConfig; import ept"]
-)
-def test_peft_knows_the_adapter_type_once_ept_is_imported(tmp_path: Path, imports: str) -> None:
-    run_from_root(f"from ept import EPTConfig; EPTConfig(task_type='CAUSAL_LM').save_pretrained({str(tmp_path)!r})")
-    code = f"{imports}\nprint(type(PeftConfig.from_pretrained({str(tmp_path)!r})).__name__)"
-    assert run_from_root(code) == "EPTConfig"

@@ -13,9 +13,9 @@ from tiny_models import TASK_OF, VOCAB, make_model
 
 from ept.model import linear4bit
 from ept.profile.batches import make_batches, random_rows
-from ept.profile.clock import PHASES, StepTime, time_step
+from ept.profile.clock import PHASES, StepTime, summary, time_step
 from ept.profile.methods import PROFILE_METHODS, MethodSpec, make_method
-from ept.profile.profile import ProfileConfig, _statistics, profile, summary, sweep
+from ept.profile.profile import ProfileConfig, _statistics, profile, sweep
 from ept.profile.report import draw_phases, draw_sweep, phases_table, steps_table
 from ept.profile.shapes import build_shape
 from ept.profile.trace import allocated_by

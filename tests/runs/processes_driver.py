@@ -21,19 +21,19 @@ from torch.distributed.fsdp import fully_shard
 
 from ept.cli.main import app
 from ept.model.linear4bit import Linear4bit
-from ept.runs import train as training
-from ept.runs.predict import Scorer
+from ept.runs.predict import Predictor
 from ept.runs.processes import join
-from ept.runs.train import PromptTrainer, train
+from ept.runs.train import train
+from ept.runs.trainer import PromptTrainer
 
 RANK = int(os.environ["RANK"])
 
 
 def spy(seen: dict[str, Any]) -> None:
     """Notes which texts this process scores, and on which of its own states it ends."""
-    seen["scored"], score, load = [], Scorer.__call__, PromptTrainer.train
+    seen["scored"], score, load = [], Predictor.predict_batch, PromptTrainer.train
 
-    def noted(self: Scorer, inputs: Sequence[list[int]]) -> list[int]:
+    def noted(self: Predictor, inputs: Sequence[list[int]]) -> list[int]:
         seen["scored"] += [list(ids) for ids in inputs]
         return score(self, inputs)
 
@@ -45,7 +45,7 @@ def spy(seen: dict[str, Any]) -> None:
         seen["find_unused"] = self.model_wrapped.find_unused_parameters
         return output
 
-    Scorer.__call__, PromptTrainer.train = noted, trained  # type: ignore[method-assign]
+    Predictor.predict_batch, PromptTrainer.train = noted, trained  # type: ignore[method-assign]
 
 
 def break_at(step: int, error: Exception, ranks: Sequence[int]) -> None:
@@ -59,7 +59,7 @@ def break_at(step: int, error: Exception, ranks: Sequence[int]) -> None:
             raise error
         return take(self, *args, **kwargs)
 
-    training.PromptTrainer.training_step = breaking  # type: ignore[method-assign]
+    PromptTrainer.training_step = breaking  # type: ignore[method-assign]
 
 
 def sharded(folder: Path, storage: torch.dtype) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def main(folder: Path) -> None:
         train(configs["resumed"])
     except Killed:
         (folder / f"killed_{RANK}").touch()
-    training.PromptTrainer.training_step = step  # type: ignore[method-assign]
+    PromptTrainer.training_step = step  # type: ignore[method-assign]
     train(configs["resumed"], resume=True)
 
     processes = join()

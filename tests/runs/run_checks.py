@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from transformers import TrainerCallback
 
 from ept.runs.config import RunConfig
-from ept.runs.folder import RunFolder
-from ept.runs.train import MetricsLog, PromptTrainer, Recorder, prepare, train
+from ept.runs.folder import MetricsLog, RunFolder
+from ept.runs.train import prepare, train
+from ept.runs.trainer import PromptTrainer
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -31,10 +33,16 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if k != "seconds"} for e in MetricsLog(run / "metrics.jsonl").read()]
 
 
-def gradients(
-    config: RunConfig, folder: Path, batch_size: int = 8, accumulation: int = 1
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients of the first optimiser step and its logged loss."""
+@dataclass
+class Step:
+    """The first optimiser step of a run: gradients and logged loss."""
+
+    gradients: dict[str, torch.Tensor]
+    loss: float
+
+
+def first_step(config: RunConfig, folder: Path, batch_size: int = 8, accumulation: int = 1) -> Step:
+    """Takes one step away from the start, where most gradients are zero."""
     config.training.batch_size, config.training.gradient_accumulation_steps = batch_size, accumulation
     found: dict[str, torch.Tensor] = {}
 
@@ -44,17 +52,28 @@ def gradients(
             found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
     run = prepare(config)
-    with torch.no_grad():  # away from the start, where most gradients are zero
+    with torch.no_grad():
         for parameter in run.model.prompt_encoder.parameters():
             parameter.add_(
                 torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1
             )
     folder.mkdir()
-    trainer = PromptTrainer(config, run, RunFolder(folder), Recorder(MetricsLog(folder / "metrics.jsonl")))
+    trainer = PromptTrainer(config, run, RunFolder(folder))
     trainer.add_callback(Grab())
     trainer.train()
     (loss,) = [event["loss"] for event in events(folder) if "loss" in event]
-    return found, loss
+    return Step(found, loss)
+
+
+def assert_same_step(actual: Step, expected: Step) -> None:
+    """Compares gradients, all of which must be above zero, and losses, up to rounding."""
+    assert actual.gradients.keys() == expected.gradients.keys()
+    assert len(expected.gradients) >= 7
+    for name, gradient in expected.gradients.items():
+        largest = float(gradient.abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(actual.gradients[name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=name)
+    assert actual.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
 class Killed(Exception):

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from ept.runs.checkpoints import NEEDED, SEAL, being_saved, checkpoint_folders, is_whole, last_whole, read_seal, seal
+from ept.runs.config import RunConfig
+from ept.runs.failures import writing
+from ept.runs.folder import NEEDED, SEAL, RunFolder, checkpoint_folders, delete_surplus, is_whole, read_seal, seal
 from ept.utils.files import write_atomically
 
 FILES = (*NEEDED, "rng_state.pth", "default/more.bin")
@@ -22,11 +24,19 @@ def write(checkpoint: Path, *without: str) -> Path:
     return checkpoint
 
 
-def save(folder: Path, step: int, limit: int = 2, best: int | None = None, **kept: Any) -> Path:
-    checkpoint = folder / f"checkpoint-{step}"
-    with being_saved(checkpoint, limit=limit, best=best, **kept):
-        write(checkpoint)
+def save(run: Path, step: int, limit: int = 2, best: int | None = None) -> Path:
+    checkpoint = write(run / "checkpoints" / f"checkpoint-{step}")
+    seal(checkpoint)
+    delete_surplus(checkpoint.parent, checkpoint, limit, best)
     return checkpoint
+
+
+def last_whole(run: Path) -> Path | None:
+    return RunFolder(run).last_checkpoint()
+
+
+def steps(run: Path) -> set[int]:
+    return set(checkpoint_folders(run / "checkpoints"))
 
 
 DAMAGE = {
@@ -56,7 +66,7 @@ def test_a_checkpoint_sealed_without_a_file_is_none(tmp_path: Path, missing: str
 
 
 def test_a_checkpoint_under_another_steps_name_is_none(tmp_path: Path) -> None:
-    save(tmp_path, 3).rename(tmp_path / "checkpoint-4")
+    save(tmp_path, 3).rename(tmp_path / "checkpoints" / "checkpoint-4")
     assert last_whole(tmp_path) is None
     assert last_whole(tmp_path / "nothing") is None
 
@@ -80,42 +90,52 @@ def test_a_checkpoint_counts_only_once_all_of_it_is_on_the_disk(
     monkeypatch.setattr(os, "replace", noted_replace)
     save(tmp_path, 7)
     sealed = synced.index(f"-> {SEAL}")
-    folder = "checkpoint-7"
-    assert {f"{folder}/{name}" for name in FILES} | {folder, f"{folder}/default", f"{folder}/{SEAL}.tmp"} == set(
-        synced[:sealed]
-    )
-    assert synced[sealed + 1 :] == [folder, "."]
+    folder = "checkpoints/checkpoint-7"
+    names = {f"{folder}/{name}" for name in (*FILES, "default", f".{SEAL}.{os.getpid()}.tmp")}
+    assert names | {folder} == set(synced[:sealed])
+    assert synced[sealed + 1 :] == [folder, "checkpoints"]
 
 
 def test_while_a_checkpoint_is_written_the_one_before_counts(tmp_path: Path) -> None:
     first = save(tmp_path, 1)
-    checkpoint = tmp_path / "checkpoint-2"
-    with being_saved(checkpoint, limit=1, best=None):
-        write(checkpoint)
-        assert last_whole(tmp_path) == first
-    assert last_whole(tmp_path) == checkpoint
+    checkpoint = write(tmp_path / "checkpoints" / "checkpoint-2")
+    assert RunFolder(tmp_path).unfinished_checkpoint() == checkpoint
+    assert last_whole(tmp_path) == first
+    assert save(tmp_path, 2, limit=1) == checkpoint == last_whole(tmp_path)
+    assert RunFolder(tmp_path).unfinished_checkpoint() is None
     assert not first.exists()
 
 
-def test_a_checkpoint_that_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank, kind, left", [(0, OSError, {1}), (1, RuntimeError, {1, 2})])
+def test_a_checkpoint_that_could_not_be_written_leaves_nothing(
+    tmp_path: Path, rank: int, kind: type[Exception], left: set[int]
+) -> None:
+    """Rank 0, which writes it, deletes it and names it."""
     first = save(tmp_path, 1)
-    checkpoint = tmp_path / "checkpoint-2"
 
     def fail() -> None:
-        with being_saved(checkpoint, limit=1, best=None):
-            write(checkpoint)
-            raise OSError("full")
+        with writing(RunFolder(tmp_path), is_rank_zero=rank == 0):
+            write(tmp_path / "checkpoints" / "checkpoint-2")
+            raise RuntimeError("unexpected pos 576 vs 534")
 
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(kind, match="unexpected pos") as error:
         fail()
-    assert list(tmp_path.iterdir()) == [first]
+    assert getattr(error.value, "filename", None) == (str(tmp_path / "checkpoints/checkpoint-2") if rank == 0 else None)
+    assert steps(tmp_path) == left
     assert is_whole(first)
 
 
-def test_half_a_checkpoint_is_replaced_with_nothing_of_it_left(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-2" / "old").mkdir(parents=True)
-    assert not (save(tmp_path, 2, loss_since=1) / "old").exists()
-    assert read_seal(tmp_path / "checkpoint-2")["loss_since"] == 1
+def test_a_resumed_run_has_nothing_left_of_half_a_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    checkpoint = folder.checkpoints / "checkpoint-2"
+    (checkpoint / "old").mkdir(parents=True)
+    half = tmp_path / ".results.json.123.tmp"
+    half.touch()
+    assert folder.begin(RunConfig(), resume=True) is None
+    assert not checkpoint.exists()
+    assert not half.exists()
+    seal(write(checkpoint), loss_since=1)
+    assert read_seal(checkpoint)["loss_since"] == 1
 
 
 @pytest.mark.parametrize("limit, best, kept", [
@@ -126,23 +146,23 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, limit: int, best: int 
     for step in (1, 2, 3, 4):
         save(tmp_path, step, limit=9)
     save(tmp_path, 5, limit, best)
-    assert checkpoint_folders(tmp_path).keys() == kept
+    assert steps(tmp_path) == kept
 
 
 def test_halves_and_what_lies_ahead_are_deleted_with_the_next_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    write(tmp_path / "checkpoint-2")  # without a seal
     (save(tmp_path, 8) / "optimizer.pt").unlink()  # the run went on from 1
-    (tmp_path / "checkpoint-notes").mkdir()
+    write(tmp_path / "checkpoints" / "checkpoint-2")  # without a seal
+    (tmp_path / "checkpoints" / "checkpoint-notes").mkdir()
     save(tmp_path, 3, limit=5)
-    assert checkpoint_folders(tmp_path).keys() == {1, 3}
-    assert (tmp_path / "checkpoint-notes").exists()
+    assert steps(tmp_path) == {1, 3}
+    assert (tmp_path / "checkpoints" / "checkpoint-notes").exists()
 
 
 def test_atomic_write_leaves_no_trace(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     write_atomically(file, "1")
-    write_atomically(file, "2")
+    write_atomically(file, lambda path: path.write_bytes(b"2"))
     with pytest.raises(UnicodeEncodeError):
         write_atomically(file, "\ud800")
     assert [(path.name, path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()] == [("a.json", "2")]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_checks import gradients
+from run_checks import assert_same_step, first_step
 from tiny_models import make_model
 from tiny_runs import run_config
 from torch import nn
@@ -68,13 +68,8 @@ def test_gradients_stay_the_same(models: dict[str, Path], data: Path, tmp_path: 
     from torch._dynamo.utils import counters
 
     settings = ["training.max_steps=1", "training.max_grad_norm=0", "training.logging_steps=1"]
-    expected, expected_loss = gradients(run_config(models["llama"], data, None, *settings), tmp_path / "plain")
+    expected = first_step(run_config(models["llama"], data, None, *settings), tmp_path / "plain")
     counters.clear()
     config = run_config(models["llama"], data, None, *settings, *GRAPHS)
-    found, loss = gradients(config, tmp_path / "graphs", batch_size=2, accumulation=4)
+    assert_same_step(first_step(config, tmp_path / "graphs", batch_size=2, accumulation=4), expected)
     assert counters["inductor"]["cudagraph_skips"] == 0
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from tiny_runs import FAMILIES, OTHER
 
+from ept.runs.adapters import load_trained
 from ept.runs.config import load_run_config
-from ept.runs.loading import load_tokenizer, load_trained
-from ept.runs.predict import evaluate, predict_labels
+from ept.runs.data import with_texts
+from ept.runs.loading import load_tokenizer
+from ept.runs.predict import Predictor
+from ept.tasks import local_task
 
 TEXTS = ["review : the film was good", "bad", " ".join(OTHER), "review : dreadful", "so long and very lovely"]
 LABELS: dict[str, Sequence[str]] = {
@@ -23,10 +27,20 @@ LABELS: dict[str, Sequence[str]] = {
 }
 
 
-def load(run: Path, family: str) -> tuple[Any, Any]:
-    config = load_run_config(run / "config.yaml")
+def predictor(run: Path, family: str, labels: Sequence[str] = ("0", "1"), *overrides: str) -> Predictor:
+    config = load_run_config(run / "config.yaml", ["data.labels=words", "data.max_length=16", *overrides])
     tokenizer = load_tokenizer(config.model)
-    return load_trained(config, run / "adapter", FAMILIES[family], 2, 0), tokenizer
+    model = load_trained(config, run / "adapter", FAMILIES[family], 2, 0)
+    task = local_task("{text}", dict(enumerate(labels)))
+    return Predictor(config=config, task=task, task_type=FAMILIES[family], tokenizer=tokenizer, model=model)
+
+
+def rows(texts: Sequence[str]) -> list[dict[str, str]]:
+    return [{"text": text} for text in texts]
+
+
+def predictions(found: Predictor, texts: Sequence[str] = TEXTS) -> list[int]:
+    return found.predict([row.ids for row in found.fit(rows(texts), "texts")])
 
 
 def log_likelihood(model: Any, tokenizer: Any, text: str, label: str, end: bool) -> float:
@@ -45,65 +59,65 @@ def log_likelihood(model: Any, tokenizer: Any, text: str, label: str, end: bool)
 @pytest.mark.parametrize("labels", LABELS.values(), ids=list(LABELS))
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_causal_ranking(runs: dict[str, Path], labels: Sequence[str], batch_size: int) -> None:
-    model, tokenizer = load(runs["llama"], "llama")
+    found = predictor(runs["llama"], "llama", labels, f"training.eval_batch_size={batch_size}")
     end = labels == LABELS["one begins another"]
     with torch.no_grad():
-        scores = torch.tensor([[log_likelihood(model, tokenizer, t, label, end) for label in labels] for t in TEXTS])
+        each = [[log_likelihood(found.model, found.tokenizer, text, label, end) for label in labels] for text in TEXTS]
+    scores = torch.tensor(each)
     assert (scores.topk(2).values.diff().abs() > 1e-3).all(), "a tie would make this test say nothing"
-    found = predict_labels(model, tokenizer, TEXTS, labels, "CAUSAL_LM", 16, batch_size)
-    assert found == scores.argmax(-1).tolist()
+    assert predictions(found) == scores.argmax(-1).tolist()
 
 
 def test_seq2seq_ranking(runs: dict[str, Path]) -> None:
-    model, tokenizer = load(runs["t5"], "t5")
     labels = ("0", "very good", "1")
+    found = predictor(runs["t5"], "t5", labels, "training.scoring=rank", "training.eval_batch_size=2")
     scores = []
     for text in TEXTS:
-        inputs = tokenizer(text, return_tensors="pt")
+        inputs = found.tokenizer(text, return_tensors="pt")
         for label in labels:
-            target = tokenizer(text_target=label, return_tensors="pt")["input_ids"]
+            target = found.tokenizer(text_target=label, return_tensors="pt")["input_ids"]
             with torch.no_grad():
-                mean = model(**inputs, labels=target).loss
+                mean = found.model(**inputs, labels=target).loss
             scores.append(-float(mean) * target.shape[1])
     expected = torch.tensor(scores).view(len(TEXTS), len(labels)).argmax(-1).tolist()
-    assert predict_labels(model, tokenizer, TEXTS, labels, "SEQ_2_SEQ_LM", 16, 2, scoring="rank") == expected
+    assert predictions(found) == expected
 
 
 def test_seq2seq_generation_counts_what_is_no_label(runs: dict[str, Path]) -> None:
-    model, tokenizer = load(runs["t5"], "t5")
     texts = ["sentence : the film was good", "sentence : the plot was awful"]
-    assert predict_labels(model, tokenizer, texts, ("0", "1"), "SEQ_2_SEQ_LM", 16, 2) == [1, 0]
-    assert predict_labels(model, tokenizer, texts, ("no", "yes"), "SEQ_2_SEQ_LM", 16, 2) == [-1, -1]
-    rows = {"text": texts, "label": [1, 0]}
-    metrics = evaluate(model, tokenizer, rows, ("no", "1"), ["accuracy"], "SEQ_2_SEQ_LM", 16, 2)
-    assert metrics == {"accuracy": 0.5, "unparsable": 0.5}
+    assert predictions(predictor(runs["t5"], "t5"), texts) == [1, 0]
+    assert predictions(predictor(runs["t5"], "t5", ("no", "yes")), texts) == [-1, -1]
+    found = predictor(runs["t5"], "t5", ("no", "1"))
+    split = datasets.Dataset.from_dict({"text": texts, "label": [1, 0]})
+    split, rate = with_texts(split, found.fit(rows(texts), "texts"))
+    assert found.score(split) == {"accuracy": 0.5, "unparsable": 0.5}
+    assert rate == 0
 
 
 def test_causal_generation_reads_the_label_at_the_start(runs: dict[str, Path]) -> None:
-    model, tokenizer = load(runs["llama"], "llama")
     texts = ["sentence : the film was good", "sentence : the plot was awful"]
-    assert predict_labels(model, tokenizer, texts, ("0", "1"), "CAUSAL_LM", 16, 2, scoring="generate") == [1, 0]
-    assert predict_labels(model, tokenizer, texts, ("no", "yes"), "CAUSAL_LM", 16, 2, scoring="generate") == [-1, -1]
+    for labels, expected in ((("0", "1"), [1, 0]), (("no", "yes"), [-1, -1])):
+        assert predictions(predictor(runs["llama"], "llama", labels, "training.scoring=generate"), texts) == expected
 
 
 def test_classifier_takes_the_largest_logit(runs: dict[str, Path]) -> None:
-    model, tokenizer = load(runs["bert"], "bert")
+    found = predictor(runs["bert"], "bert", ("0", "1"), "training.eval_batch_size=3")
     with torch.no_grad():
-        expected = [int(model(**tokenizer(t, return_tensors="pt")).logits.argmax()) for t in TEXTS]
-    assert predict_labels(model, tokenizer, TEXTS, ("0", "1"), "SEQ_CLS", 16, 3) == expected
+        expected = [int(found.model(**found.tokenizer(t, return_tensors="pt")).logits.argmax()) for t in TEXTS]
+    assert predictions(found) == expected
 
 
 def test_refusals(runs: dict[str, Path]) -> None:
-    model, tokenizer = load(runs["bert"], "bert")
     with pytest.raises(ValueError, match="scoring='rank' is not available for SEQ_CLS"):
-        predict_labels(model, tokenizer, TEXTS, ("0", "1"), "SEQ_CLS", 16, 3, scoring="rank")
-    with pytest.raises(ValueError, match=r"row 2: the text has 11 tokens, the limit is data\.max_length=8"):
-        predict_labels(model, tokenizer, TEXTS, ("0", "1"), "SEQ_CLS", 8, 3)
+        predictor(runs["bert"], "bert", ("0", "1"), "training.scoring=rank")
+    found = predictor(runs["bert"], "bert", ("0", "1"), "data.max_length=8", "data.on_too_long=error")
+    with pytest.raises(ValueError, match=r"texts row 2: the text has 11 tokens, the limit is data\.max_length=8"):
+        predictions(found)
 
 
 def test_the_model_keeps_its_mode(runs: dict[str, Path]) -> None:
-    model, tokenizer = load(runs["llama"], "llama")
+    found = predictor(runs["llama"], "llama")
     for training in (True, False):
-        model.train(training)
-        predict_labels(model, tokenizer, TEXTS[:1], ("0", "1"), "CAUSAL_LM", 16, 1)
-        assert model.training is training
+        found.model.train(training)
+        predictions(found, TEXTS[:1])
+        assert found.model.training is training

@@ -6,11 +6,12 @@ from tiny_models import make_model
 from torch import nn
 
 from ept import EPTConfig, EPTLayer
+from ept.runs.adapters import adapter_config
 from ept.runs.config import MethodConfig, load_run_config
-from ept.runs.method_table import METHODS, adapter_config
+from ept.runs.method_table import METHODS
 
 D, M, BUDGET = 32, 24, 2400
-OURS = [name for name, method in METHODS.items() if method.family != "peft"]
+OURS = [name for name, method in METHODS.items() if method.built_by == "adapters:ept"]
 # ablation: the parameters of EPT that it has not
 ABLATIONS = {
     "ept-no-fusion": {"beta"},
@@ -40,6 +41,10 @@ def test_ablations_lack_one_part(name, missing):
     whole, ablated = config_of("ept"), config_of(name)
     assert set(whole.parameter_shapes(D)) - set(ablated.parameter_shapes(D)) == missing
     assert ablated.embedding_scale == (1.0 if name == "ept-raw-scale" else "auto")
+
+
+def test_usual_lengths_are_those_of_the_configurations():
+    assert [config_of(name).num_virtual_tokens for name in OURS] == [METHODS[name].usual_tokens for name in OURS]
 
 
 def layers(**fields):

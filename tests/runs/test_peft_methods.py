@@ -8,16 +8,18 @@ import torch
 from tiny_models import ONE_A_TASK, TASK_OF, make_batch, make_model
 from tiny_runs import run_config
 
-from ept.cli.common import open_run
+from ept.runs.adapters import adapter_config
 from ept.runs.config import MethodConfig
 from ept.runs.data import load_run_data
-from ept.runs.method_table import METHODS, adapter_config
+from ept.runs.method_table import METHODS
 from ept.runs.peft_models import attach
-from ept.runs.predict import evaluate
-from ept.runs.train import PromptTrainer, train
+from ept.runs.predict import open_run
+from ept.runs.train import train
+from ept.runs.trainer import PromptTrainer
 
-NAMES = [name for name, method in METHODS.items() if method.family == "peft"]
+NAMES = [name for name, method in METHODS.items() if method.built_by.startswith("peft_models:")]
 BUDGET = 2000
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def attached(name, family, **settings):
@@ -86,6 +88,20 @@ def test_frozen_dropout_is_off_in_training(name):
     assert [p for p in model.parameters() if p.requires_grad]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_checkpointing_is_on_in_training_and_changes_no_gradient(name):
+    found = []
+    for checkpointing in (False, True):
+        model = attached(name, "llama")
+        if checkpointing:
+            model.get_base_model().gradient_checkpointing_enable()
+        model.train()
+        assert model.get_base_model().model.layers[0].training is checkpointing
+        model(**make_batch("llama")).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(*found)
+
+
 def settings(name, *more):
     sizes = ["method.num_virtual_tokens=null"] if name == "lora" else ["method.r=null"]
     rate = {"prompt-tuning": 0.05, "p-tuning": 0.003, "mpt": 0.3, "lora": 0.01}[name]
@@ -93,8 +109,7 @@ def settings(name, *more):
 
 
 def score(run):
-    data = load_run_data(run.config.data, run.tokenizer, run.task_type).data
-    return evaluate(run.model, run.tokenizer, data.test, run.labels, ["accuracy"], run.task_type, 16, 32)["accuracy"]
+    return run.score(load_run_data(run.config.data, run.tokenizer, run.task_type).data.test)["accuracy"]
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
@@ -103,7 +118,7 @@ def test_a_run_loads_back_to_its_score(name, family, tiny, tmp_path):
     config = run_config(tiny / family, tiny / "data/glue/sst2", tmp_path / "run", *settings(name))
     config.training.max_steps = 20
     results = train(config)
-    assert score(open_run(tmp_path / "run", [])) == results["score"]
+    assert score(open_run(tmp_path / "run")) == results["score"]
     assert results["config"]["method"]["name"] == name
 
 

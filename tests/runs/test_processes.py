@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from ept.compare.config import ComparisonConfig
 from ept.compare.plan import compare
 from ept.runs.folder import RunFolder
 from ept.runs.loading import default_device
-from ept.runs.predict import Scorer
-from ept.runs.sampling import FILLER_LABELS, FillingCollator, SharedBatches
+from ept.runs.predict import Predictor
+from ept.runs.processes import Processes
 from ept.runs.train import train
+from ept.runs.trainer import FILLER_LABELS, SharedBatches, collate_share
 
 HERE = Path(__file__).resolve().parent
 # AdamW divides by the gradient's size: where that is small by cancellation, a step of full length is mostly rounding.
@@ -56,7 +58,7 @@ def settings(name: str, processes: int) -> list[str]:
 
 
 def run_launcher(*words: str, expected: int | None) -> tuple[subprocess.CompletedProcess[str], float]:
-    paths = os.pathsep.join(map(str, (HERE, *(path for path in sys.path if path))))
+    paths = os.pathsep.join(map(str, (HERE, HERE.parent / "model", *(path for path in sys.path if path))))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "EPT_DEBUG": ""}
     start = time.monotonic()
     done = subprocess.run(
@@ -76,9 +78,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], row
     """The same runs in this process alone; `scored.json` has the texts that the grouped one scored."""
     folder = tmp_path_factory.mktemp("alone")
     scored: list[list[int]] = []
-    score = Scorer.__call__
+    score = Predictor.predict_batch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Scorer, "__call__", lambda self, inputs: scored.extend(map(list, inputs)) or score(self, inputs))
+        patch.setattr(
+            Predictor, "predict_batch", lambda self, inputs: scored.extend(map(list, inputs)) or score(self, inputs)
+        )
         train(run_config(models["llama"], rows, folder / "grouped", *settings("grouped", 1)))
     (folder / "scored.json").write_text(json.dumps(scored), encoding="utf-8")
     for name in ("resumed", "plain"):
@@ -182,7 +186,7 @@ def test_another_number_of_processes_cannot_resume(
         config = run_config(models["t5"], rows, run, *settings("resumed", 2))
         with pytest.raises(ValueError, match="checkpoint-10 is of a run in 2 processes, this one has 1: start 2"):
             RunFolder(torchrun / "resumed").check(config, resume=True, overwrite=False)
-        RunFolder(torchrun / "resumed").check(config, resume=True, overwrite=False, processes=2)
+        RunFolder(torchrun / "resumed").check(config, resume=True, overwrite=False, world_size=2)
     finally:
         (torchrun / "resumed" / "kept.json").rename(torchrun / "resumed" / "results.json")
 
@@ -205,7 +209,8 @@ def test_4bit_layers_sharded_among_two_processes(torchrun: Path) -> None:
 def test_an_error_in_one_process_ends_all(torchrun: Path) -> None:
     ending = json.loads((torchrun / "launcher.json").read_text(encoding="utf-8"))
     assert ending["code"] != 0
-    assert ending["errors"].count("error in process 1: it breaks here  (EPT_DEBUG=1 shows where)") == 1
+    assert ending["errors"].count("error on rank 1: it breaks here  (EPT_DEBUG=1 shows where)") == 1
+    assert "ValueError: it breaks here" in ending["errors"].partition("Root Cause")[2]  # the launcher's report
     assert not (torchrun / "broken" / "results.json").exists()
     assert ending["seconds"] < 400  # gloo alone would wait for half an hour
 
@@ -224,20 +229,48 @@ def test_accelerate_launch(alone: Path, models: dict[str, Path], rows: Path, tmp
     assert_same_run(alone / "plain", tmp_path / "run")
 
 
+@dataclass(frozen=True)
+class OneOfTwo(Processes):
+    """Rank 0 or 1 of two, the other of which has or has not failed."""
+
+    world_size: int = 2
+    other_failed: bool = False
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other_failed] if self.rank == 0 else [self.other_failed, value]
+
+
+@pytest.mark.parametrize("rank, fails, other_failed, expected", [
+    (0, True, False, ValueError), (0, True, True, ValueError), (0, False, True, SystemExit),
+    (1, True, False, ValueError), (1, True, True, SystemExit), (1, False, True, SystemExit),
+])  # fmt: skip
+def test_the_first_rank_that_fails_reports_and_the_others_exit(
+    rank: int, fails: bool, other_failed: bool, expected: type[BaseException]
+) -> None:
+    def make() -> int:
+        if fails:
+            raise ValueError
+        return 3
+
+    with pytest.raises(expected):
+        OneOfTwo(rank, other_failed=other_failed).together(make)
+    assert Processes().together(lambda: 3) == OneOfTwo(rank).together(lambda: 3) == 3
+
+
 def test_shares_of_batches_are_the_batches_of_one_process() -> None:
     sampler = [5, 3, 8, 1, 7, 2, 6, 0, 4]  # nine rows, in batches of four
-    shares = [list(SharedBatches(sampler, 4, index, 2)) for index in (0, 1)]
+    shares = [list(SharedBatches(sampler, 2, Processes(rank, 2))) for rank in (0, 1)]
     assert shares == [[[5, 8], [7, 6], [4]], [[3, 1], [2, 0], []]]
-    assert len(SharedBatches(sampler, 4, 1, 2)) == 3
+    assert len(SharedBatches(sampler, 2, Processes(1, 2))) == 3
 
 
 def test_a_share_without_rows_is_a_batch_that_does_not_count(models: dict[str, Path]) -> None:
     def collate(rows: Any) -> dict[str, Any]:
         return {"input_ids": torch.tensor([row["ids"] for row in rows]), "labels": torch.tensor([r["l"] for r in rows])}
 
-    collator = FillingCollator(collate, {"ids": [1, 2], "l": 3})
-    assert FILLER_LABELS not in collator([{"ids": [4, 5], "l": 6}])
-    batch = collator([])
+    filler = {"ids": [1, 2], "l": 3}
+    assert FILLER_LABELS not in collate_share(collate, filler, [{"ids": [4, 5], "l": 6}])
+    batch = collate_share(collate, filler, [])
     assert batch["labels"].tolist() == [-100]
     assert batch[FILLER_LABELS].tolist() == [3]
     assert batch["input_ids"].tolist() == [[1, 2]]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-from run_checks import assert_same_weights, events, gradients, kill, weights
-from tiny_runs import FAMILIES, run_config, save_model
+from run_checks import assert_same_weights, events, kill, weights
+from tiny_runs import save_model
 
 from ept.runs import train as training
-from ept.runs.config import load_run_config
+from ept.runs.config import RunConfig, load_run_config
 from ept.runs.folder import RunFolder
-from ept.runs.train import PromptTrainer, parameter_groups, prepare, train
+from ept.runs.train import prepare, train
+from ept.runs.trainer import PromptTrainer, parameter_groups
 
+Configure = Callable[..., RunConfig]
 RESULT_KEYS = {
     "method", "model", "task", "metric", "score", "score_before", "majority", "seed", "steps", "best_step",
     "best_validation", "train_seconds", "step_time_ms", "peak_memory_bytes", "peak_memory_kind", "processes",
@@ -25,7 +28,6 @@ RESULT_KEYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_learns_and_leaves_its_results(runs: dict[str, Path], family: str) -> None:
     results = json.loads((runs[family] / "results.json").read_text(encoding="utf-8"))
     assert set(results) == RESULT_KEYS
@@ -45,7 +47,6 @@ def test_a_run_learns_and_leaves_its_results(runs: dict[str, Path], family: str)
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_metrics_log(runs: dict[str, Path], family: str) -> None:
     logged = events(runs[family])
     assert logged[0]["step"] == 0
@@ -58,10 +59,7 @@ def test_metrics_log(runs: dict[str, Path], family: str) -> None:
     assert [event["step"] for event in logged if "eval_accuracy" in event] == [20, 40]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_checkpoints_and_adapter_hold_no_base_weights(
-    runs: dict[str, Path], models: dict[str, Path], family: str
-) -> None:
+def test_checkpoints_and_adapter_hold_no_base_weights(runs: Any, models: Any, family: str) -> None:
     base = (models[family] / "model.safetensors").stat().st_size
     trained = {"prompt", "A", "B", "beta", "D", "U", "G", "embedding_scale"}
     for folder in (runs[family] / "adapter", *(runs[family] / "checkpoints").iterdir()):
@@ -74,7 +72,6 @@ def test_checkpoints_and_adapter_hold_no_base_weights(
         assert (folder / "adapter_model.safetensors").stat().st_size < base / 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_best_checkpoint_is_the_one_saved(runs: dict[str, Path], family: str) -> None:
     results = json.loads((runs[family] / "results.json").read_text(encoding="utf-8"))
     scores = {event["step"]: event["eval_accuracy"] for event in events(runs[family]) if "eval_accuracy" in event}
@@ -82,16 +79,10 @@ def test_best_checkpoint_is_the_one_saved(runs: dict[str, Path], family: str) ->
     assert_same_weights(runs[family] / "adapter", runs[family] / "checkpoints" / f"checkpoint-{results['best_step']}")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_killed_run_resumes_to_the_same_weights(
-    runs: dict[str, Path],
-    models: dict[str, Path],
-    data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    family: str,
+    runs: dict[str, Path], configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    config = run_config(models[family], data, tmp_path / "run")
+    config = configure(family)
     kill(config, step=27, monkeypatch=monkeypatch)
     assert not RunFolder(tmp_path / "run").results.exists()
     with pytest.raises(FileExistsError, match="--resume continues it"):
@@ -106,8 +97,8 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert events(tmp_path / "run") == events(runs[family])
 
 
-def test_resume_without_a_checkpoint_starts_anew(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    config = run_config(models["bert"], data, tmp_path / "run", "training.max_steps=4")
+def test_resume_without_a_checkpoint_starts_anew(configure: Configure, tmp_path: Path) -> None:
+    config = configure("bert", "training.max_steps=4")
     RunFolder(tmp_path / "run").begin(config, resume=False)
     assert train(config, resume=True)["steps"] == 4
     with pytest.raises(FileExistsError, match="is finished"):
@@ -115,36 +106,8 @@ def test_resume_without_a_checkpoint_starts_anew(models: dict[str, Path], data: 
     assert train(config, overwrite=True)["steps"] == 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_accumulation_changes_nothing(
-    models: dict[str, Path], data: Path, tmp_path: Path, family: str
-) -> None:
-    settings = [
-        f"model.name_or_path={models[family]}",
-        *(f"data.{split}_file={data}/{split}.jsonl" for split in ("train", "validation", "test")),
-        "data.template='review : {sentence}'",
-        "data.label_words=['no', 'very good and so long']",
-        "data.labels=words",
-        "data.max_length=16",
-        "method.num_virtual_tokens=6",
-        "method.r=2",
-        "training.max_steps=1",
-        "training.max_grad_norm=0",
-        "training.logging_steps=1",
-    ]
-    whole, whole_loss = gradients(load_run_config(None, settings), tmp_path / "whole", 8, 1)
-    parts, parts_loss = gradients(load_run_config(None, settings), tmp_path / "parts", 2, 4)
-    assert whole.keys() == parts.keys()
-    assert len(whole) >= 7
-    for name, gradient in whole.items():
-        assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
-    assert parts_loss == pytest.approx(whole_loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_learning_rates_by_parameter(models: dict[str, Path], data: Path, family: str) -> None:
-    run = prepare(run_config(models[family], data, None))
+def test_learning_rates_by_parameter(configure: Configure, family: str) -> None:
+    run = prepare(configure(family))
     groups = parameter_groups(run.model, 0.05, 0.03)
     names = {parameter: name.rpartition(".")[2] for name, parameter in run.model.named_parameters()}
     prompts, maps, others = ({names[parameter] for parameter in group["params"]} for group in groups)
@@ -156,41 +119,36 @@ def test_learning_rates_by_parameter(models: dict[str, Path], data: Path, family
 
 
 @pytest.mark.parametrize("method, parts", [("pt", {"prompt"}), ("dept", {"prompt", "A", "B"})])
-def test_methods(models: dict[str, Path], data: Path, method: str, parts: set[str]) -> None:
+def test_methods(configure: Configure, method: str, parts: set[str]) -> None:
     overrides = [f"method.name={method}", "method.r=null"]
-    config = run_config(models["llama"], data, None, *overrides)
-    encoder = prepare(config).model.prompt_encoder["default"]
+    encoder = prepare(configure("llama", *overrides)).model.prompt_encoder["default"]
     assert {name for name, _ in encoder.named_parameters()} == parts
     with pytest.raises(ValueError, match=rf"method\.num_spaces cannot be set for method\.name={method}"):
-        run_config(models["llama"], data, None, *overrides, "method.num_spaces=2")
+        configure("llama", *overrides, "method.num_spaces=2")
 
 
-def test_prompt_from_a_text(models: dict[str, Path], data: Path) -> None:
+def test_prompt_from_a_text(configure: Configure) -> None:
     text = ("method.prompt_tuning_init=TEXT", "method.prompt_tuning_init_text=the film was good")
-    run = prepare(run_config(models["llama"], data, None, *text))
+    run = prepare(configure("llama", *text))
     layer = run.model.prompt_encoder["default"]
     ids = run.tokenizer("the film was good", add_special_tokens=False)["input_ids"]
     expected = run.model.get_input_embeddings().weight[(ids * 9)[: layer.prompt.shape[0]]]
     torch.testing.assert_close(layer.prompt.detach() * layer.embedding_scale, expected.detach())
 
 
-def test_budget(models: dict[str, Path], data: Path) -> None:
-    config = run_config(
-        models["llama"], data, None, "method.budget=800", "method.num_virtual_tokens=null", "method.r=null"
-    )
+def test_budget(configure: Configure) -> None:
+    config = configure("llama", "method.budget=800", "method.num_virtual_tokens=null", "method.r=null")
     assert 600 < prepare(config).model.get_nb_trainable_parameters()[0] <= 800
 
 
-def test_early_stop(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    config = run_config(
-        models["t5"], data, tmp_path / "run", "training.eval_steps=5", "training.early_stopping_patience=2",
-        "training.learning_rate=0", "training.low_rank_learning_rate=0",
-    )  # fmt: skip
+def test_early_stop(configure: Configure) -> None:
+    stop = ("training.eval_steps=5", "training.early_stopping_patience=2")
+    config = configure("t5", *stop, "training.learning_rate=0", "training.low_rank_learning_rate=0")
     assert train(config)["steps"] == 15  # the first evaluation is the best, two without a better one follow
 
 
-def test_text_too_long_is_cut_and_counted_or_refused(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    config = run_config(models["t5"], data, tmp_path / "run", "data.max_length=8")
+def test_text_too_long_is_cut_and_counted_or_refused(configure: Configure, tmp_path: Path) -> None:
+    config = configure("t5", "data.max_length=8")
     rate = prepare(config).run_data.truncation_rate
     assert 0.2 < rate["train"] < 0.8  # "sentence : ", 4 to 8 words and the end token
     config.data.on_too_long = "error"
@@ -201,18 +159,14 @@ def test_text_too_long_is_cut_and_counted_or_refused(models: dict[str, Path], da
     assert not (tmp_path / "run").exists()
 
 
-def test_infinite_loss_is_an_error(
-    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_infinite_loss_is_an_error(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: PromptTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.tensor(float("nan"))
 
-    monkeypatch.setattr(training.PromptTrainer, "training_step", broken)
-    config = run_config(models["bert"], data, tmp_path / "run")
-    with pytest.raises(
-        FloatingPointError, match=r"the loss became nan by step 5: lower training\.learning_rate \(0\.05\)"
-    ):
-        train(config)
+    monkeypatch.setattr(PromptTrainer, "training_step", broken)
+    message = r"the loss became nan by step 5: lower training\.learning_rate \(0\.05\)"
+    with pytest.raises(FloatingPointError, match=message):
+        train(configure("bert"))
 
 
 @pytest.mark.parametrize("overrides, message", [
@@ -225,21 +179,17 @@ def test_infinite_loss_is_an_error(
     (["model.task_type=SEQ_2_SEQ_LM"], "with AutoModelForSeq2SeqLM: Unrecognized configuration class"),
 ])  # fmt: skip
 def test_refused_before_anything_is_written(
-    models: dict[str, Path], data: Path, tmp_path: Path, overrides: list[str], message: str
+    configure: Configure, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     with pytest.raises(ValueError) as error:
-        train(run_config(models["bert"], data, tmp_path / "run", *overrides))
+        train(configure("bert", *overrides))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["model.dtype=bfloat16", "training.bf16=true"])
-def test_half_precision(models: dict[str, Path], data: Path, tmp_path: Path, family: str, precision: str) -> None:
-    config = run_config(
-        models[family], data, tmp_path / "run", "training.max_steps=6", "training.eval_steps=6", precision
-    )
-    train(config)
+def test_half_precision(configure: Configure, tmp_path: Path, family: str, precision: str) -> None:
+    train(configure(family, "training.max_steps=6", "training.eval_steps=6", precision))
     losses = [event["loss"] for event in events(tmp_path / "run") if "loss" in event]
     assert losses[-1] < losses[0]
     saved = weights(tmp_path / "run" / "adapter")
@@ -247,23 +197,21 @@ def test_half_precision(models: dict[str, Path], data: Path, tmp_path: Path, fam
     assert set(kept.values()) == {torch.float32}, kept  # a head stays in the model's dtype
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_4bit_base(models: dict[str, Path], data: Path, tmp_path: Path, family: str) -> None:
-    overrides = ["model.load_in_4bit=true", "training.max_steps=6", "training.eval_steps=3"]
-    results = train(run_config(models[family], data, tmp_path / "run", *overrides))
+def test_4bit_base(configure: Configure, tmp_path: Path, family: str) -> None:
+    results = train(configure(family, "model.load_in_4bit=true", "training.max_steps=6", "training.eval_steps=3"))
     losses = [event["loss"] for event in events(tmp_path / "run") if "loss" in event]
     assert results["steps"] == 6
     assert losses[-1] < losses[0]
 
 
-def test_length_grouping_and_gradient_checkpointing(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_length_grouping_and_gradient_checkpointing(configure: Configure, tmp_path: Path) -> None:
     plain = ["training.max_steps=5", "training.batch_size=96"]
     losses = []
     for name, overrides in {
         "plain": [],
         "both": ["training.group_by_length=true", "training.gradient_checkpointing=true"],
     }.items():
-        train(run_config(models["llama"], data, tmp_path / name, *plain, *overrides))
+        train(configure("llama", *plain, *overrides, name=name))
         losses.append([event["loss"] for event in events(tmp_path / name) if "loss" in event])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the whole set is one batch: the order does not matter
 
@@ -274,12 +222,10 @@ def test_save_model_is_deterministic(tmp_path: Path, models: dict[str, Path]) ->
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_tensorboard_needs_its_package(
-    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensorboard_needs_its_package(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         ValueError, match=r"training\.tensorboard needs the package tensorboard: pip install tensorboard"
     ):
-        train(run_config(models["bert"], data, tmp_path / "run", "training.tensorboard=true"))
+        train(configure("bert", "training.tensorboard=true"))
     assert not (tmp_path / "run").exists()

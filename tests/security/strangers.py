@@ -170,7 +170,9 @@ def run_configurations(draw: st.DrawFn, good: dict[str, Any]) -> bytes:
         else:
             changed[section] = draw(values)
         changed.setdefault(draw(st.sampled_from(sorted(good))), {})
-    text = json.dumps(changed) if draw(st.booleans()) else yaml.dump(changed, Dumper=_Plain)
+    text, as_yaml = json.dumps(changed), draw(st.booleans())
+    if as_yaml and len(text) < 1 << 20:  # a longer one is refused unread, and takes PyYAML a second to write
+        text = yaml.dump(changed, Dumper=_Plain)
     how = draw(st.integers(0, 3))
     content = text.encode("utf-8", "surrogatepass")
     if how == 0:

@@ -193,7 +193,7 @@ BOMBS = {
     "recursive": ("a: &a [*a]", NO_ALIASES),
     "deep": ("[" * 10_000, "nested more than 20 levels deep"),
     "objects": ("!!python/object/apply:os.system ['id']", "could not determine a constructor for the tag"),
-    "twice": ("seed: 1\nseed: 2", "a key stands there twice"),
+    "twice": ("seed: 1\nseed: 2", "the same key is given twice"),
     "megabytes": ("seed: " + "x" * 2_000_000, "a configuration at most 1,048,576"),
     "digits": ("seed: " + "9" * 100_000, "cannot read"),
 }

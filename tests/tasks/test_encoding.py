@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock, call
 
-import datasets
 import pytest
 import torch
+from datasets import Dataset
 from tiny_runs import VOCABULARY, save_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ept.tasks.encoding import Collator, encode_labels, encode_split, encode_texts
+from ept.tasks import local_task, render
+from ept.tasks.encoding import Collator, encode_labels, encode_split, encode_texts, fit_rows
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "end-token"])
@@ -23,13 +25,16 @@ def ids(text: str) -> list[int]:
     return [VOCABULARY[word] for word in text.split()]
 
 
-ROWS = datasets.Dataset.from_dict({"text": ["the film was good", "bad"], "label": [1, 0]})
+TASK = local_task("{text}", ["no", "yes"])
+ROWS = [{"text": "the film was good", "label": 1}, {"text": "bad", "label": 0}]
 LABELS = ["0", "very very good"]  # of unequal length
 
 
 def batch(tokenizer: PreTrainedTokenizerBase, task_type: str) -> dict[str, object]:
-    split = encode_split(ROWS, tokenizer, LABELS, task_type, max_length=8)
-    return Collator(task_type, 0)([split[0], split[1]])
+    fitted = fit_rows(TASK, ROWS, tokenizer, task_type, 8, truncate=False, source="train")
+    split = {"text_ids": [row.ids for row in fitted], "label": [row["label"] for row in ROWS]}
+    encoded = encode_split(Dataset.from_dict(split), tokenizer, LABELS, task_type)
+    return Collator(task_type, 0)([encoded[0], encoded[1]])
 
 
 def test_causal_batch_is_padded_on_the_left_and_labels_only_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -54,12 +59,32 @@ def test_seq2seq_batch_is_padded_on_the_right(tmp_path: Path) -> None:
 def test_classifier_batch_has_class_indices(tokenizer: PreTrainedTokenizerBase) -> None:
     made = batch(tokenizer, "SEQ_CLS")
     assert torch.equal(made["labels"], torch.tensor([1, 0]))  # type: ignore[arg-type]
-    assert made["attention_mask"].sum(1).tolist() == [len(i) for i in encode_texts(tokenizer, ROWS["text"], "SEQ_CLS")]  # type: ignore[attr-defined]
+    assert made["attention_mask"].sum(1).tolist() == [
+        len(i) for i in encode_texts(tokenizer, [row["text"] for row in ROWS], "SEQ_CLS")
+    ]  # type: ignore[attr-defined]
 
 
 def test_too_long_text_is_refused_with_row_tokens_and_limit(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match=r"row 0: the text has 4 tokens, the limit is data\.max_length=3"):
-        encode_split(ROWS, tokenizer, LABELS, "CAUSAL_LM", max_length=3)
+    with pytest.raises(ValueError, match=r"train row 0: the text has 4 tokens, the limit is data\.max_length=3"):
+        fit_rows(TASK, ROWS, tokenizer, "CAUSAL_LM", 3, truncate=False, source="train")
+
+
+def test_rows_that_fit_are_tokenised_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    watched = Mock(wraps=tokenizer)
+    limit = len(encode_texts(tokenizer, ["the film was good"], "SEQ_CLS")[0])
+    fitted = fit_rows(TASK, ROWS, watched, "SEQ_CLS", limit, truncate=True, source="train")
+    assert watched.call_args_list == [call(["the film was good", "bad"])]
+    assert fitted == [(row["text"], tokenizer(row["text"])["input_ids"], False) for row in ROWS]
+
+
+def test_too_long_text_is_cut_with_its_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    marks = len(tokenizer("bad")["input_ids"]) - 1
+    loaded = {"text": "the film was good", "label": 1, "fields": {"text": "the film was good"}}
+    for row in (ROWS[0], loaded):
+        (cut,) = fit_rows(TASK, [row], tokenizer, "SEQ_CLS", 3 + marks, truncate=True, source="train")
+        assert cut == ("the film was", tokenizer("the film was")["input_ids"], True)
+    assert render(TASK, loaded) == "the film was good"
+    assert fit_rows(TASK, [], tokenizer, "SEQ_CLS", 3, truncate=True, source="train") == []
 
 
 def test_an_end_token_only_where_one_label_begins_another(tokenizer: PreTrainedTokenizerBase) -> None:

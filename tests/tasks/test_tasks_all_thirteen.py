@@ -8,77 +8,45 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ept.tasks import TASKS, get_task, load_task
-from ept.tasks.encoding import Collator, encode_split
+from ept.tasks.encoding import Collator, encode_split, fit_rows
 
 WSC = {"text": "Mark told Pete a lie about himself.", "span1_index": 0, "span1_text": "Mark", "span2_index": 6}
-# task: two rows as the hub has them (besides idx), the first one's text and target
+PAIR = {"sentence1": "A.", "sentence2": "B."}
+NLI = {"premise": "P.", "hypothesis": "H."}
+SPANS_OF_WIC = {"start1": 2, "start2": 4, "end1": 6, "end2": 8}
+MULTIRC = {"paragraph": "<b>Sent 1: </b>One.<br>Two.<br>", "question": "Who?", "answer": "I"}
+# task: two rows as the hub has them (besides idx), the second in what differs; the first one's text and target
 ROWS = {
-    "glue/cola": ([{"sentence": "One.", "label": 0}, {"label": 1}], "sentence: One.", "0"),
-    "glue/mnli": (
-        [{"premise": "P.", "hypothesis": "H.", "label": 2}, {"label": 0}],
-        "premise: P. hypothesis: H.",
-        "2",
-    ),
-    "glue/mrpc": (
-        [{"sentence1": "A.", "sentence2": "B.", "label": 1}, {"label": 0}],
-        "sentence1: A. sentence2: B.",
-        "1",
-    ),
-    "glue/qnli": ([{"question": "Q?", "sentence": "S.", "label": 0}, {"label": 1}], "question: Q? sentence: S.", "0"),
-    "glue/qqp": (
-        [{"question1": "Q?", "question2": "R?", "label": 1}, {"label": 0}],
-        "question1: Q? question2: R?",
-        "1",
-    ),
-    "glue/rte": (
-        [{"sentence1": "A.", "sentence2": "B.", "label": 0}, {"label": 1}],
-        "sentence1: A. sentence2: B.",
-        "0",
-    ),
-    "glue/sst2": ([{"sentence": "fine ", "label": 1}, {"label": 0}], "sentence: fine ", "1"),
-    "glue/stsb": (
-        [{"sentence1": "A.", "sentence2": "B.", "label": 2.3329999446868896}, {"label": 5.0}],
-        "sentence1: A. sentence2: B.",
-        "2.4",
-    ),
+    "glue/cola": ({"sentence": "One.", "label": 0}, {"label": 1}, "sentence: One.", "0"),
+    "glue/mnli": ({**NLI, "label": 2}, {"label": 0}, "premise: P. hypothesis: H.", "2"),
+    "glue/mrpc": ({**PAIR, "label": 1}, {"label": 0}, "sentence1: A. sentence2: B.", "1"),
+    "glue/qnli": ({"question": "Q?", "sentence": "S.", "label": 0}, {"label": 1}, "question: Q? sentence: S.", "0"),
+    "glue/qqp": ({"question1": "Q?", "question2": "R?", "label": 1}, {"label": 0}, "question1: Q? question2: R?", "1"),
+    "glue/rte": ({**PAIR, "label": 0}, {"label": 1}, "sentence1: A. sentence2: B.", "0"),
+    "glue/sst2": ({"sentence": "fine ", "label": 1}, {"label": 0}, "sentence: fine ", "1"),
+    "glue/stsb": ({**PAIR, "label": 2.3329999446868896}, {"label": 5.0}, "sentence1: A. sentence2: B.", "2.4"),
     "super_glue/boolq": (
-        [{"question": "is it", "passage": "It is.", "label": 1}, {"label": 0}],
-        "question: is it passage: It is.",
-        "1",
+        {"question": "is it", "passage": "It is.", "label": 1}, {"label": 0}, "question: is it passage: It is.", "1",
     ),
-    "super_glue/cb": (
-        [{"premise": "P.", "hypothesis": "H.", "label": 1}, {"label": 2}],
-        "premise: P. hypothesis: H.",
-        "1",
-    ),
+    "super_glue/cb": ({**NLI, "label": 1}, {"label": 2}, "premise: P. hypothesis: H.", "1"),
     "super_glue/multirc": (
-        [
-            {"paragraph": "<b>Sent 1: </b>One.<br>", "question": "Who?", "answer": "I", "label": 1},
-            {"answer": "You", "label": 0},
-        ],
-        "question: Who? answer: I paragraph: Sent 1: One. ",
-        "1",
+        {**MULTIRC, "label": 1}, {"answer": "You", "label": 0},
+        "question: Who? answer: I paragraph: Sent 1: One. Two. ", "1",
     ),
     "super_glue/wic": (
-        [
-            {"word": "bank", "sentence1": "A bank.", "sentence2": "The bank.", "label": 1}
-            | {"start1": 2, "start2": 4, "end1": 6, "end2": 8},
-            {"label": 0},
-        ],
-        "sentence1: A bank. sentence2: The bank. word: bank",
-        "1",
+        {"word": "bank", "sentence1": "A bank.", "sentence2": "The bank.", "label": 1, **SPANS_OF_WIC}, {"label": 0},
+        "sentence1: A bank. sentence2: The bank. word: bank", "1",
     ),
     "super_glue/wsc": (
-        [{**WSC, "span2_text": "himself.", "label": 0}, {"label": 1}],
-        "text: * Mark * told Pete a lie about # himself. #",
-        "0",
+        {**WSC, "span2_text": "himself.", "label": 0}, {"label": 1},
+        "text: * Mark * told Pete a lie about # himself. #", "0",
     ),
-}
+}  # fmt: skip
 
 
 def hub_rows(name, split):
     """Six rows of the hub's columns, different in each split."""
-    first, second = ROWS[name][0]
+    first, second, *_ = ROWS[name]
     column = get_task(name).source_columns[-1 if name == "super_glue/multirc" else 0]
     if name == "super_glue/multirc":  # the questions and their answers are a split's own
         first = {**first, "question": f"{first['question']}{'' if split == 'train' else split}"}
@@ -89,21 +57,17 @@ def hub_rows(name, split):
     return rows
 
 
-@pytest.fixture(params=sorted(ROWS))
+@pytest.fixture(params=sorted(TASKS))
 def name(request):
     return request.param
 
 
-def test_the_thirteen_are_all():
-    assert sorted(ROWS) == sorted(TASKS)
-    assert len(TASKS) == 13
-
-
 def check(data, name):
-    _, text, target = ROWS[name]
+    *_, text, target = ROWS[name]
     assert (data.train[0]["text"], data.train[0]["target"]) == (text, target)
     assert len(data.train) == 6
     assert len(data.validation) + len(data.test) == (12 if name == "glue/mnli" else 6)
+    assert not any(" test " in row for row in data.test["text"])  # the hub hides their labels
 
 
 def test_from_the_hub(name, monkeypatch):
@@ -139,10 +103,6 @@ def write_folder(folder, name):
     return folder
 
 
-def test_from_a_folder(name, tmp_path):
-    check(load_task(get_task(name), data_dir=write_folder(tmp_path, name)), name)
-
-
 def characters():
     vocabulary = {"<pad>": 0, "</s>": 1} | {chr(code): code for code in range(2, 127)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
@@ -152,10 +112,14 @@ def characters():
 
 @pytest.mark.parametrize("task_type", ["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"])
 @pytest.mark.parametrize("labels", ["digits", "words"])
-def test_encodes_for_every_kind_of_model(name, task_type, labels, tmp_path):
+def test_from_a_folder_and_encoded_for_every_kind_of_model(name, task_type, labels, tmp_path):
     task, tokenizer = get_task(name), characters()
     data = load_task(task, data_dir=write_folder(tmp_path, name), labels=labels)
-    encoded = encode_split(data.train, tokenizer, data.labels, task_type, 400, task.values)
+    if labels == "digits":
+        check(data, name)
+    fitted = fit_rows(task, list(data.train), tokenizer, task_type, 400, truncate=False, source="train")
+    train = data.train.add_column("text_ids", [row.ids for row in fitted])
+    encoded = encode_split(train, tokenizer, data.labels, task_type, task.values)
     batch = Collator(task_type, 0)([encoded[i] for i in range(len(encoded))])
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     if task_type == "SEQ_CLS":

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -36,83 +34,20 @@ Size = tuple[int, ...]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-class AotCase(NamedTuple):
-    """One kernel as it is compiled ahead of time, without a GPU.
+class Launch(NamedTuple):
+    """One launch of a kernel, as the launcher gives it to Triton."""
 
-    Attributes:
-        name: of the case, unique. fn: the `@triton.jit` function.
-        signature: type of every run-time argument by name, as `triton.compiler.ASTSource` takes it, constants
-            included as `"constexpr"`. constexprs: value of every constant by name.
-        enable_fp_fusion: as the launcher gives it to Triton; False rounds a product before it is added to.
-        weights: quantised weights that a program decodes where its code is run through once; 0: it has none.
-        all_registers: whether the launcher adds `all_registers`.
-    """
-
-    name: str
-    fn: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    enable_fp_fusion: bool = True
-    weights: int = 0
-    all_registers: bool = False
-
-
-# A thread of an NVIDIA GPU may have so many registers.
-REGISTERS = 255
-
-
-@dataclass(frozen=True)
-class Tunable:
-    """One kernel at one size, as the tuner measures it and as its shipped configurations are compiled ahead of time.
-
-    Attributes:
-        kernel, size: as the launcher gives them to `config_for`; together unique.
-        default: the heuristic's configuration, which is measured first and kept unless another is faster.
-        candidates: configurations to try; each replaces the values of `default` that it names. See `grid`.
-        operator: the launcher. It has to take its configuration through `config_for`, under a cache made with
-            `cached_choice` if any. The whole operator is timed, also where the kernel is one of several in it.
-        inputs: `inputs(device, seed)` makes one set of arguments for `operator`, of realistic content.
-        reference: the right result for the same arguments, a tensor or several; in float64 wherever `operator`
-            rounds (see `in_float64`).
-        aot: `aot(config)` is the kernel at this size in that configuration.
-        tolerance: largest error allowed, in units of the largest magnitude of a result; None: 1e-5 for a result in
-            float32, one unit in the last place for 16 bits; 0: every bit equal.
-        variants: as `inputs`, of other kinds that the same configuration serves: the winner has to be right for them
-            and not to spill, too.
-    """
-
-    kernel: str
-    size: Size
-    default: Config
-    candidates: Sequence[Config]
-    operator: Callable[..., Any]
-    inputs: Callable[[torch.device, int], tuple[Any, ...]]
-    reference: Callable[..., Any]
-    aot: Callable[[Config], AotCase]
-    tolerance: float | None = None
-    variants: Sequence[Callable[[torch.device, int], tuple[Any, ...]]] = ()
-
-
-def grid(**values: Sequence[int]) -> list[Config]:
-    """Every combination of the values: `grid(BLOCK=(16, 32), num_warps=(4, 8))` are four configurations."""
-    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-
-
-def in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its floating-point tensor arguments in float64."""
-
-    @functools.wraps(function)
-    def wide(*args: Any) -> Any:
-        return function(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args))
-
-    return wide
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
 
 
 class _State:
     launches = 0
     compiled: list[Any] | None = None  # what launch() has run, while someone asks for it
+    recorded: list[Launch] | None = None  # what launch() was given, while nothing is to run
+    architecture: str | None = None  # that launches are recorded for
     tried: ClassVar[dict[str, Config]] = {}  # kernels and the configurations they take for the time being
     adopted: ClassVar[dict[str, dict[Size, Config]]] = {}  # measured in this process
 
@@ -125,14 +60,31 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if not all(grid):
         return
     _State.launches += 1
+    if _State.recorded is not None:
+        _State.recorded.append(Launch(kernel, grid, args, meta))
+        return
     compiled = kernel[grid](*args, **meta)
     if _State.compiled is not None:
         _State.compiled.append(compiled)
 
 
 def launches() -> int:
-    """Number of kernels launched through `launch` so far in this process."""
+    """Counts the kernels launched through `launch` so far in this process."""
     return _State.launches
+
+
+@contextlib.contextmanager
+def recording(architecture: str) -> Iterator[list[Launch]]:
+    """Collects what launchers launch, as they would on a GPU of `architecture`, and runs none of it: results of
+    CPU tensors stay uninitialised.
+    """
+    _State.recorded, _State.architecture = [], architecture
+    _forget_choices()
+    try:
+        yield _State.recorded
+    finally:
+        _State.recorded = _State.architecture = None
+        _forget_choices()
 
 
 @contextlib.contextmanager
@@ -205,27 +157,37 @@ def padded(size: int) -> int:
     return max(16, 1 << max(size - 1, 0).bit_length())
 
 
+def architecture(device: torch.device) -> str:
+    """Names what launch choices depend on: the type of `device`, but `"gfx942"` or `"hip"` for AMD GPUs, whose type is
+    `"cuda"`, too.
+    """
+    if _State.architecture is not None:
+        return _State.architecture
+    if device.type != "cuda" or not torch.version.hip:
+        return device.type
+    return "gfx942" if "gfx942" in torch.cuda.get_device_properties(device).gcnArchName else "hip"
+
+
 def precision(dtype: torch.dtype, device: torch.device) -> str:
-    """`input_precision` of a product of float32 operands whose result is stored in `dtype`.
+    """Chooses the `input_precision` of a product of float32 operands whose result is stored in `dtype`.
 
     TF32 where the matrix units have it and the result is rounded to 16 bits anyway. Otherwise the operands in pieces of
     bfloat16, which all matrix units take: three products of two pieces, or, exact to float32, six of three. The plain
     float32 product would run on the scalar units of an NVIDIA GPU, and its operands overflow the registers.
     """
-    if device.type != "cuda":  # ROCm's device type is cuda, too
+    found = architecture(device)
+    if found not in ("cuda", "gfx942", "hip"):
         return "ieee"
     if dtype == torch.float32:
         return "bf16x6"
-    if torch.version.hip and "gfx942" not in torch.cuda.get_device_properties(device).gcnArchName:
-        return "bf16x3"
-    return "tf32"
+    return "bf16x3" if found == "hip" else "tf32"
 
 
 def all_registers(device: torch.device) -> Config:
-    """The launch option that lets a kernel take all registers of a thread: the assembler for NVIDIA GPUs otherwise
-    spills a few of a long one, to fit more programs at a time. Other compilers do not know it and need none.
+    """Returns the launch option that lets a kernel take all 255 registers of a thread: the assembler for NVIDIA GPUs
+    otherwise spills a few of a long one, to fit more programs at a time. Other compilers do not know it and need none.
     """
-    return {"maxnreg": REGISTERS} if device.type == "cuda" and not torch.version.hip else {}
+    return {"maxnreg": 255} if architecture(device) == "cuda" else {}
 
 
 def load_configs(path: Path) -> dict[str, dict[Size, Config]]:

@@ -27,7 +27,8 @@ NAMESPACE = "ept"
 # Held for the life of the process: dropping a Library removes its registrations.
 _library = Library(NAMESPACE, "FRAGMENT")
 
-_launchers: dict[str, str] = {}  # operator: module of its launcher
+# By operator: its reference, and the module of its launcher if it has one.
+_registered: dict[str, tuple[Callable[..., Any], str | None]] = {}
 
 _CHOICES = ("", "triton", "reference")
 _choice = os.environ.get("EPT_KERNELS", "")
@@ -36,9 +37,7 @@ if _choice not in _CHOICES:
 
 
 def backend(device: torch.device | str) -> str:
-    """What runs the operators on `device`: `"triton"` or `"reference"`. float64 tensors always take the
-    reference.
-    """
+    """Says what runs the operators on `device`: `"triton"` or `"reference"`, which float64 tensors always take."""
     return _backend(torch.device(device).type)
 
 
@@ -74,8 +73,7 @@ def register(
     """
     name = schema.partition("(")[0]
     namespace = getattr(torch.ops, NAMESPACE)
-    if launcher is not None:
-        _launchers[name] = launcher
+    _registered[name] = reference, launcher
     if not hasattr(namespace, name):
         _library.define(schema)
         _library.impl(name, _dispatch(name, reference), "CompositeExplicitAutograd")
@@ -83,9 +81,14 @@ def register(
     return getattr(namespace, name).default
 
 
+def reference_of(name: str) -> Callable[..., Any]:
+    """Returns the reference of the operator `name`, which takes what the operator takes."""
+    return _registered[name][0]
+
+
 def launcher_of(name: str) -> Callable[..., Any] | None:
-    """The launcher of the operator `name`'s Triton kernels, imported here; None where it has no such kernels."""
-    module = _launchers.get(name)
+    """Imports and returns the launcher of the operator `name`'s Triton kernels; None where it has no such kernels."""
+    module = _registered[name][1]
     return None if module is None else getattr(importlib.import_module(f".{module}", __package__), name)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -20,3 +21,15 @@ if not INTERPRETED and not (os.environ.get("EPT_KERNELS") == "triton" and torch.
 def device() -> torch.device:
     """Where the kernels run: the GPU, or the CPU under the interpreter."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a launcher allocates holds NaN, or an index far outside, until a kernel writes it."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned_new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = new_empty(self, *args, **kwargs)
+        return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max // 2)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty)

@@ -17,38 +17,6 @@ from ept_kernels.four_bit import dequantize as dequantize_4bit_triton
 from ept_kernels.four_bit import splits as four_bit_products
 
 
-def quantized(
-    rows: int,
-    columns: int,
-    quant_type: str = "nf4",
-    block_size: int = 64,
-    nested: bool = False,
-    device: torch.device | str = "cpu",
-    shift: int = 0,
-) -> FourBitWeight:
-    """A weight quantised by bitsandbytes, its nibbles then replaced by random ones, so that every level occurs.
-
-    `shift`: bytes by which the address of the packed weight is off a whole word's.
-    """
-    g = torch.Generator().manual_seed(rows * columns + block_size)
-    values = torch.randn(rows, columns, generator=g)
-    packed, state = bnb.quantize_4bit(values, blocksize=block_size, compress_statistics=nested, quant_type=quant_type)
-    random = torch.randint(0, 256, (shift + packed.numel(),), generator=g, dtype=torch.uint8)
-    parts = {}
-    if nested:
-        parts = {"nested_absmax": state.state2.absmax, "nested_code": state.state2.code, "nested_offset": state.offset}
-    return FourBitWeight(
-        packed=random.to(device)[shift:],
-        absmax=state.absmax.to(device),
-        quant_type=quant_type,
-        block_size=block_size,
-        rows=rows,
-        columns=columns,
-        nested_block_size=state.state2.blocksize if nested else 0,
-        **{name: part.to(device) for name, part in parts.items()},
-    )
-
-
 def dequantized_by_bitsandbytes(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
     """What bitsandbytes makes of the same bytes, on the same device.
 
@@ -91,17 +59,10 @@ def mostly_untouched(elements: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def watched_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a launcher allocates holds NaN until a kernel writes it; and under the interpreter every address that a
-    kernel reads or writes has to lie in one of the tensors that it was given, at a multiple of its size, as on a GPU.
+def watched_memory(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> None:
+    """Under the interpreter every address that a kernel reads or writes has to lie in one of the tensors that it was
+    given, at a multiple of its size, as on a GPU.
     """
-    new_empty = torch.Tensor.new_empty
-
-    def poisoned_new_empty(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = new_empty(self, *args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty)
     if INTERPRETED:
         _watch_addresses(monkeypatch)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -17,7 +16,6 @@ from four_bit_problems import (
     covers,
     dequantized_by_bitsandbytes,
     mostly_untouched,
-    quantized,
     units_apart,
     watched_memory,
 )
@@ -27,6 +25,7 @@ from torch import Tensor
 
 import ept_kernels
 from ept_kernels import FourBitWeight, launch
+from ept_kernels.dev.problems import FourBit
 from ept_kernels.four_bit import dequantize as kernels
 from ept_kernels.launch import trying
 
@@ -36,58 +35,42 @@ NF4, FP4 = "nf4", "fp4"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-@dataclass(frozen=True)
-class Problem:
-    rows: int
-    columns: int
-    quant_type: str = NF4
-    block_size: int = 64
-    nested: bool = True
-    dtype: torch.dtype = F16
-    shift: int = 0
-
-    @property
-    def id(self) -> str:
-        kind = f"{self.quant_type}-{self.block_size}{'-nested' * self.nested}"
-        return f"{self.rows}x{self.columns}-{kind}-{str(self.dtype).removeprefix('torch.')}" + "-shifted" * self.shift
-
-    def weight(self, device: torch.device) -> FourBitWeight:
-        return quantized(
-            self.rows, self.columns, self.quant_type, self.block_size, self.nested, device=device, shift=self.shift
-        )
+def problem_of(rows, columns, quant_type=NF4, block_size=64, nested=True, dtype=F16, shift=0) -> FourBit:
+    kind = (quant_type, block_size, nested, dtype)
+    return FourBit(rows, columns, (), *kind, shift=shift, operator="dequantize_4bit")
 
 
 PROBLEMS = [
     # whole words and whole tiles
-    Problem(32, 128, NF4, 64, True, F16),
-    Problem(64, 128, NF4, 4096, True, BF16),
-    Problem(8, 512, FP4, 512, False, F32),
-    Problem(40, 768, NF4, 64, True, BF16),  # more than one program
+    problem_of(32, 128, NF4, 64, True, F16),
+    problem_of(64, 128, NF4, 4096, True, BF16),
+    problem_of(8, 512, FP4, 512, False, F32),
+    problem_of(40, 768, NF4, 64, True, BF16),  # more than one program
     # whole words: blocks straddle rows, the last one is short
-    Problem(13, 40, NF4, 32, False, F32),
-    Problem(5, 72, FP4, 128, True, F16),
-    Problem(300, 104, FP4, 32, True, BF16),  # more blocks than one nested absmax has
-    Problem(3, 1504, NF4, 4096, False, F16),
-    Problem(9, 648, FP4, 4096, True, F32),
-    Problem(77, 104, NF4, 512, True, F32),
-    Problem(11, 200, NF4, 128, True, F32),
-    Problem(11, 200, NF4, 128, False, BF16),
-    Problem(21, 24, FP4, 64, False, BF16),
-    Problem(10, 104, NF4, 512, False, BF16),
+    problem_of(13, 40, NF4, 32, False, F32),
+    problem_of(5, 72, FP4, 128, True, F16),
+    problem_of(300, 104, FP4, 32, True, BF16),  # more blocks than one nested absmax has
+    problem_of(3, 1504, NF4, 4096, False, F16),
+    problem_of(9, 648, FP4, 4096, True, F32),
+    problem_of(77, 104, NF4, 512, True, F32),
+    problem_of(11, 200, NF4, 128, True, F32),
+    problem_of(11, 200, NF4, 128, False, BF16),
+    problem_of(21, 24, FP4, 64, False, BF16),
+    problem_of(10, 104, NF4, 512, False, BF16),
     # no whole words
-    Problem(1, 1, NF4, 64, False, F32),
-    Problem(1, 3, FP4, 4096, False, BF16),
-    Problem(33, 31, NF4, 32, True, F16),
-    Problem(5, 67, FP4, 64, True, F32),
-    Problem(5, 67, FP4, 128, False, F16),
-    Problem(67, 65, FP4, 512, True, F16),
-    Problem(3, 35, NF4, 32, False, F16),
-    Problem(61, 47, NF4, 128, True, torch.float64),
+    problem_of(1, 1, NF4, 64, False, F32),
+    problem_of(1, 3, FP4, 4096, False, BF16),
+    problem_of(33, 31, NF4, 32, True, F16),
+    problem_of(5, 67, FP4, 64, True, F32),
+    problem_of(5, 67, FP4, 128, False, F16),
+    problem_of(67, 65, FP4, 512, True, F16),
+    problem_of(3, 35, NF4, 32, False, F16),
+    problem_of(61, 47, NF4, 128, True, torch.float64),
     # whole words at an odd address
-    Problem(8, 64, NF4, 64, True, F16, shift=1),
-    Problem(8, 64, FP4, 32, False, F32, shift=2),
+    problem_of(8, 64, NF4, 64, True, F16, shift=1),
+    problem_of(8, 64, FP4, 32, False, F32, shift=2),
 ]
-by_id = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+by_name = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 
 
 def run(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
@@ -103,7 +86,7 @@ def assert_equal_bits(actual: Tensor, expected: Tensor) -> None:
         assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {actual.numel()} differ"
 
 
-@by_id
+@by_name
 def test_equals_bitsandbytes(problem, device):
     weight = problem.weight(device)
     expected = dequantized_by_bitsandbytes(weight, F32 if problem.dtype == torch.float64 else problem.dtype)
@@ -120,7 +103,7 @@ def test_problems_cover_what_is_promised():
 def test_every_combination_equals_bitsandbytes(quant_type, block_size, device):
     """Exact in every type on a GPU; words and bytes, blocks that straddle rows, a short last block."""
     for nested, dtype, (rows, columns) in itertools.product((False, True), (F32, F16, BF16), ((13, 40), (5, 67))):
-        test_equals_bitsandbytes(Problem(rows, columns, quant_type, block_size, nested, dtype), device)
+        test_equals_bitsandbytes(problem_of(rows, columns, quant_type, block_size, nested, dtype), device)
 
 
 @pytest.mark.parametrize("quant_type", [NF4, FP4])
@@ -135,13 +118,12 @@ def test_levels_are_bitsandbytes_own(quant_type, device):
 
 def test_product_and_sum_of_nested_absmax_are_rounded_separately(device, monkeypatch):
     """Numbers for which a fused multiply-add gives other bits, and the option that keeps Triton from fusing."""
-    weight = quantized(4, 64, nested=True, device=device)
+    weight = problem_of(4, 64).weight(device)
     weight.nested_code.fill_(1 + 2**-12)
     weight.nested_absmax.fill_(1 + 2**-12)
     weight.nested_offset.fill_(-1.0)
     assert torch.tensor((1 + 2**-12) ** 2).item() != (1 + 2**-12) ** 2  # the product has to be rounded
     assert torch.equal(run(weight, F32), dequantized_by_bitsandbytes(weight, F32))
-    assert not any(case.enable_fp_fusion for case in kernels.aot_cases())
     options = []
     monkeypatch.setattr(kernels, "launch", lambda *args, **meta: options.append(meta))
     run(weight, F32)
@@ -150,8 +132,8 @@ def test_product_and_sum_of_nested_absmax_are_rounded_separately(device, monkeyp
 
 @pytest.mark.parametrize("rows, columns, expected", [(8, 64, 1), (5, 67, 1), (0, 64, 0), (8, 0, 0)])
 def test_number_of_launches(rows, columns, expected, device):
-    weight = quantized(8, 64, nested=True, device=device) if rows * columns == 0 else quantized(rows, columns)
-    weight = [x if x is None else x.to(device) for x in weight.tensors], weight.sizes[:3]
+    weight = problem_of(rows or 8, columns or 64).weight(device)
+    weight = weight.tensors, weight.sizes[:3]
     before = launch.launches()
     out = kernels.dequantize_4bit(*weight[0], *weight[1], rows, columns, F16)
     assert launch.launches() - before == expected
@@ -159,12 +141,12 @@ def test_number_of_launches(rows, columns, expected, device):
 
 
 def test_two_runs_give_equal_bits(device):
-    weight = quantized(40, 104, nested=True, device=device)
+    weight = problem_of(40, 104).weight(device)
     assert torch.equal(run(weight, F16), run(weight, F16))
 
 
 @pytest.mark.parametrize("config", [{"UNITS": 32, "ITERS": 1}, {"UNITS": 512, "ITERS": 3}, {"ITERS": 8}], ids=str)
-@pytest.mark.parametrize("problem", [PROBLEMS[3], PROBLEMS[9], PROBLEMS[16]], ids=lambda p: p.id)
+@pytest.mark.parametrize("problem", [PROBLEMS[3], PROBLEMS[9], PROBLEMS[16]], ids=lambda p: p.name)
 def test_any_launch_configuration_is_right(config, problem, device):
     """A tuner may choose any of them."""
     with trying(f"dequantize_4bit/{8 * problem.dtype.itemsize}-bit", config):
@@ -182,7 +164,7 @@ def test_any_launch_configuration_is_right(config, problem, device):
     shift=st.integers(0, 4),
 )
 def test_any_weight(device, rows, columns, quant_type, block_size, nested, dtype, shift):
-    weight = quantized(rows, columns, quant_type, block_size, nested, device=device, shift=shift)
+    weight = problem_of(rows, columns, quant_type, block_size, nested, shift=shift).weight(device)
     assert_equal_bits(run(weight, dtype), ept_kernels.dequantize_4bit_reference(weight, dtype))
 
 
@@ -198,7 +180,7 @@ DAMAGES = ("packed", "absmax", "nested_absmax", "nested_code", "nested_offset")
 )
 def test_any_damaged_weight_is_refused_or_read_within_its_tensors(device, damaged, value, rows, columns):
     """Contents may be anything; sizes that fit the tensors are another reading of them. Addresses are watched."""
-    weight = quantized(rows, columns, block_size=32, nested=True, device=device)
+    weight = problem_of(rows, columns, block_size=32).weight(device)
     parts = {name: getattr(weight, name) for name in weight.__dataclass_fields__}
     if damaged in DAMAGES and isinstance(value, (int, float)):
         high = 255 if parts[damaged].dtype == torch.uint8 else 1e38
@@ -218,7 +200,7 @@ def test_any_damaged_weight_is_refused_or_read_within_its_tensors(device, damage
     torch.testing.assert_close(run(weight, F32), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[17]], ids=lambda p: p.id)
+@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[17]], ids=lambda p: p.name)
 def test_operator(problem, device):
     weight = problem.weight(device)
     torch.library.opcheck(torch.ops.ept.dequantize_4bit.default, (*weight.tensors, *weight.sizes, problem.dtype))

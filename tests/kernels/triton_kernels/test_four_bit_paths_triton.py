@@ -9,9 +9,10 @@ import bitsandbytes  # noqa: F401 - registers its product
 import pytest
 import torch
 from conftest import INTERPRETED
-from four_bit_problems import quantized, watched_memory
+from four_bit_problems import watched_memory
 
-from ept_kernels import FourBitWeight, launch
+from ept_kernels import launch
+from ept_kernels.dev.problems import FourBit
 from ept_kernels.four_bit import (
     matmul as matmul_4bit_triton,
 )
@@ -47,7 +48,7 @@ TABLE = {
 
 
 def weight_of(rows: int, columns: int, device: Any, **options: Any) -> Weight:
-    weight = quantized(rows, columns, device=device, **options)
+    weight = FourBit(rows, columns, **{"nested": False, **options}).weight(device)
     return Weight(*weight.tensors, *weight.sizes)
 
 
@@ -175,7 +176,7 @@ def test_float32_is_never_fused_on_a_gpu():
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_bitsandbytes_path_is_right(quant_type, nested, bias, device):
     """In float32, where the sums are all the difference there is; offset and bias in the forms that it takes."""
-    ours: FourBitWeight = quantized(48, 128, quant_type, nested=nested, device=device)
+    ours = FourBit(48, 128, (), quant_type, nested=nested).weight(device)
     weight = Weight(*ours.tensors, *ours.sizes)
     if nested:
         weight = weight._replace(nested_offset=weight.nested_offset.view(1))  # type: ignore[union-attr]

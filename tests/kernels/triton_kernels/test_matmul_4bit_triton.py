@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -20,13 +19,14 @@ import torch
 import triton
 import triton.language as tl
 from conftest import INTERPRETED
-from four_bit_problems import covers, mostly_untouched, quantized, watched_memory
+from four_bit_problems import covers, mostly_untouched, watched_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import ept_kernels
 from ept_kernels import FourBitWeight, launch
+from ept_kernels.dev.problems import FourBit
 from ept_kernels.four_bit import matmul as kernels
 from ept_kernels.four_bit import matmul_backward as backward_kernels
 from ept_kernels.four_bit import paths as four_bit_paths
@@ -41,79 +41,41 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FUSED, LIBRARY = "fused", "library"
 
 
-@dataclass(frozen=True)
-class Problem:
-    """`path`: which one is to be taken; the sizes' own, unless `tokens` are too many."""
-
-    rows: int
-    columns: int
-    tokens: tuple[int, ...] = (5,)
-    quant_type: str = NF4
-    block_size: int = 64
-    nested: bool = True
-    dtype: torch.dtype = F16
-    bias: torch.dtype | None = None
-    strided: bool = False
-    shift: int = 0
-    path: str = FUSED
-
-    @property
-    def id(self) -> str:
-        kind = f"{self.quant_type}-{self.block_size}{'-nested' * self.nested}"
-        extra = "-bias" * (self.bias is not None) + "-strided" * self.strided + "-shifted" * self.shift
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{'x'.join(map(str, self.tokens))}x{self.rows}x{self.columns}-{kind}-{dtype}{extra}-{self.path}"
-
-    def weight(self, device: torch.device) -> FourBitWeight:
-        return quantized(self.rows, self.columns, self.quant_type, self.block_size, self.nested, device, self.shift)
-
-    def random(self, width: int, device: torch.device, seed: int = 0) -> Tensor:
-        """`[*tokens, width]`; strided: every dimension with gaps of NaN."""
-        g = torch.Generator().manual_seed(seed)
-        shape = (*self.tokens, width)
-        x = torch.randn(shape, generator=g).to(device, self.dtype)
-        if not self.strided:
-            return x
-        wide = torch.full([2 * size + 1 for size in shape], float("nan"), dtype=self.dtype, device=device)
-        gaps = tuple(slice(1, None, 2) for _ in shape)
-        wide[gaps] = x
-        return wide[gaps]
-
-    def bias_tensor(self, device: torch.device) -> Tensor | None:
-        if self.bias is None:
-            return None
-        return torch.randn(self.rows, generator=torch.Generator().manual_seed(2)).to(device, self.bias)
-
-
 PROBLEMS = [
     # fused: one tile, several tiles and splits, parts of tiles, blocks larger and smaller than a tile
-    Problem(64, 128, (1,), NF4, 64, True, F32, bias=F32),
-    Problem(130, 1536, (16,), NF4, 64, True, F16, bias=F16),
-    Problem(33, 1024, (7,), FP4, 512, False, BF16, bias=F32),
-    Problem(70, 96, (3, 2), NF4, 32, False, F16),
-    Problem(300, 320, (17,), FP4, 64, True, F32),
-    Problem(513, 384, (32,), NF4, 128, False, BF16),
-    Problem(24, 4096, (2,), NF4, 4096, False, F32),
-    Problem(24, 4096, (2,), FP4, 4096, True, F16, bias=BF16),
-    Problem(200, 1152, (5,), FP4, 128, True, F16),
-    Problem(40, 2048, (1, 1, 9), NF4, 512, True, BF16, bias=BF16),
-    Problem(129, 288, (31,), FP4, 32, True, BF16),
-    Problem(100, 192, (2, 3), NF4, 64, True, F32, bias=F16, strided=True),
-    Problem(100, 192, (6,), FP4, 64, False, F16, strided=True),
-    Problem(128, 128, (), NF4, 64, True, F32, bias=F32),
-    Problem(1030, 64, (9,), FP4, 32, False, F16),  # the gradient's sum is split
+    FourBit(64, 128, (1,), NF4, 64, True, F32, bias=F32),
+    FourBit(130, 1536, (16,), NF4, 64, True, F16, bias=F16),
+    FourBit(33, 1024, (7,), FP4, 512, False, BF16, bias=F32),
+    FourBit(70, 96, (3, 2), NF4, 32, False, F16),
+    FourBit(300, 320, (17,), FP4, 64, True, F32),
+    FourBit(513, 384, (32,), NF4, 128, False, BF16),
+    FourBit(24, 4096, (2,), NF4, 4096, False, F32),
+    FourBit(24, 4096, (2,), FP4, 4096, True, F16, bias=BF16),
+    FourBit(200, 1152, (5,), FP4, 128, True, F16),
+    FourBit(40, 2048, (1, 1, 9), NF4, 512, True, BF16, bias=BF16),
+    FourBit(129, 288, (31,), FP4, 32, True, BF16),
+    FourBit(100, 192, (2, 3), NF4, 64, True, F32, bias=F16, strided=True),
+    FourBit(100, 192, (6,), FP4, 64, False, F16, strided=True),
+    FourBit(128, 128, (), NF4, 64, True, F32, bias=F32),
+    FourBit(1030, 64, (9,), FP4, 32, False, F16),  # the gradient's sum is split
     # dequantised first: many tokens, straddling blocks, odd sizes, an odd address
-    Problem(64, 128, (65,), NF4, 64, True, F32, bias=F32, path=LIBRARY),
-    Problem(64, 128, (5, 13), FP4, 64, False, F16, bias=F32, path=LIBRARY),
-    Problem(40, 96, (3,), NF4, 64, True, F32, path=LIBRARY),
-    Problem(5, 67, (4,), FP4, 32, True, BF16, bias=BF16, path=LIBRARY),
-    Problem(5, 67, (4,), NF4, 128, False, F16, strided=True, path=LIBRARY),
-    Problem(64, 128, (4,), NF4, 64, True, F16, shift=1, path=LIBRARY),
+    FourBit(64, 128, (65,), NF4, 64, True, F32, bias=F32),
+    FourBit(64, 128, (5, 13), FP4, 64, False, F16, bias=F32),
+    FourBit(40, 96, (3,), NF4, 64, True, F32),
+    FourBit(5, 67, (4,), FP4, 32, True, BF16, bias=BF16),
+    FourBit(5, 67, (4,), NF4, 128, False, F16, strided=True),
+    FourBit(64, 128, (4,), NF4, 64, True, F16, shift=1),
     # nothing to do, or a sum of nothing
-    Problem(64, 128, (0,), bias=F16, path=LIBRARY),
-    Problem(64, 128, (3, 0), dtype=BF16, path=LIBRARY),
+    FourBit(64, 128, (0,), bias=F16),
+    FourBit(64, 128, (3, 0), dtype=BF16),
 ]
-by_id = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.id)
+by_name = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+
+
+def path(problem: FourBit) -> str:
+    """The one to be taken. On a GPU float32 tokens are left to the library."""
+    fused = 0 < math.prod(problem.tokens) <= 32 and problem.columns % problem.block_size == 0 and not problem.shift
+    return FUSED if fused and (INTERPRETED or problem.dtype != F32) else LIBRARY
 
 
 @pytest.fixture(autouse=True)
@@ -160,22 +122,23 @@ def assert_close(actual: Tensor, exact: Tensor, magnitude: Tensor, summed: int, 
     assert (error <= 0).all(), f"{what}: {int((error > 0).sum())} of {error.numel()} off, the worst by {error.max()}"
 
 
-def check_forward(problem: Problem, device: torch.device) -> None:
-    weight, x, bias = problem.weight(device), problem.random(problem.columns, device), problem.bias_tensor(device)
+def check_forward(problem: FourBit, device: torch.device) -> None:
+    x, *_ = problem.inputs(device)
+    weight, bias = problem.weight(device), problem.bias_tensor(device)
     actual = forward(x, weight, bias)
-    W = exact_weight(weight, problem.path, problem.dtype)
+    W = exact_weight(weight, path(problem), problem.dtype)
     b = torch.zeros(problem.rows, dtype=torch.float64, device=device) if bias is None else bias.double()
-    if problem.path == LIBRARY and bias is not None:
+    if path(problem) == LIBRARY and bias is not None:
         b = bias.to(problem.dtype).double()  # the library takes it in the tokens' type
     exact, magnitude = x.double() @ W.T + b, x.double().abs() @ W.abs().T + b.abs()
     assert actual.dtype == problem.dtype
     assert_close(actual, exact, magnitude, problem.columns, "product")
 
 
-def check_backward(problem: Problem, device: torch.device) -> None:
-    weight, grad = problem.weight(device), problem.random(problem.rows, device, seed=1)
+def check_backward(problem: FourBit, device: torch.device) -> None:
+    weight, grad = problem.weight(device), problem.random(problem.rows, device)
     actual = backward(grad, weight)
-    W = exact_weight(weight, problem.path, problem.dtype)
+    W = exact_weight(weight, path(problem), problem.dtype)
     assert actual.dtype == problem.dtype
     assert_close(actual, grad.double() @ W, grad.double().abs() @ W.abs(), problem.rows, "gradient")
 
@@ -198,14 +161,14 @@ def test_levels_of_a_tile_are_bitsandbytes_own(quant_type, device):
     assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
 
 
-@by_id
+@by_name
 def test_product(problem, device):
-    check_forward(for_device(problem), device)
+    check_forward(problem, device)
 
 
-@by_id
+@by_name
 def test_input_gradient(problem, device):
-    check_backward(for_device(problem), device)
+    check_backward(problem, device)
 
 
 # What test_gemv_4bit allows as a mean over √K, in weights of variance 1/K: by type, for K up to 512 and beyond.
@@ -216,13 +179,13 @@ THEIR_MEAN = {F32: (5e-8, 5e-8), F16: (7e-5, 6e-5), BF16: (6e-4, 1.4e-4)}
 @pytest.mark.parametrize("dtype", THEIR_MEAN, ids=str)
 def test_errors_are_a_tenth_of_what_bitsandbytes_allows(dtype, K, device):
     """Their problem: one token of K normal numbers. No implementation can do without the rounding of its result."""
-    problem = for_device(Problem(64, K, (1,), dtype=dtype))
+    problem = FourBit(64, K, (1,), dtype=dtype)
     allowed = THEIR_MEAN[dtype][K > 512] * math.sqrt(K) / 10
     weight = problem.weight(device)
     scale = float(ept_kernels.dequantize_4bit_reference(weight, F32).std()) * math.sqrt(K)
     for part in (weight.nested_absmax, weight.nested_offset):
         part.div_(scale)
-    W = exact_weight(weight, problem.path, dtype)
+    W = exact_weight(weight, path(problem), dtype)
     assert W.std().item() == pytest.approx(K**-0.5, rel=0.01)
     x, grad = problem.random(K, device), problem.random(64, device)
     for actual, exact in ((forward(x, weight, None), x.double() @ W.T), (backward(grad, weight), grad.double() @ W)):
@@ -232,14 +195,8 @@ def test_errors_are_a_tenth_of_what_bitsandbytes_allows(dtype, K, device):
         assert beyond.mean().item() <= allowed, (beyond.mean().item(), allowed)
 
 
-def for_device(problem: Problem) -> Problem:
-    """On a GPU float32 tokens are left to the library."""
-    library = not INTERPRETED and problem.dtype == F32
-    return Problem(**{**vars(problem), "path": LIBRARY}) if library else problem
-
-
 def test_problems_cover_what_is_promised():
-    fused = [p for p in PROBLEMS if p.path == FUSED]
+    fused = [p for p in PROBLEMS if path(p) == FUSED]
     assert {p.block_size for p in fused} == {32, 64, 128, 512, 4096}
     assert not covers(fused, quant_type={NF4, FP4}, nested={True, False}, dtype={F32, F16, BF16})
     assert {p.bias for p in PROBLEMS} >= {None, F32, F16, BF16}
@@ -248,12 +205,12 @@ def test_problems_cover_what_is_promised():
 @pytest.mark.parametrize(
     "problem, launches",
     [
-        (Problem(64, 128, (5,), bias=F16), (1, 1)),
-        (Problem(70, 1024, (5,)), (2, 1)),  # the forward's sum is split
-        (Problem(1024, 128, (5,)), (1, 2)),  # the backward's sum is split
-        (Problem(64, 128, (33,), path=LIBRARY), (1, 1)),
-        (Problem(5, 67, path=LIBRARY), (1, 1)),
-        (Problem(64, 128, (0,), path=LIBRARY), (1, 1)),
+        (FourBit(64, 128, (5,), bias=F16), (1, 1)),
+        (FourBit(70, 1024, (5,)), (2, 1)),  # the forward's sum is split
+        (FourBit(1024, 128, (5,)), (1, 2)),  # the backward's sum is split
+        (FourBit(64, 128, (33,)), (1, 1)),
+        (FourBit(5, 67), (1, 1)),
+        (FourBit(64, 128, (0,)), (1, 1)),
     ],
     ids=str,
 )
@@ -266,11 +223,11 @@ def test_number_of_launches(problem, launches, device):
     backward(grad, weight)
     assert (between - before, launch.launches() - between) == launches
     weight = four_bit_products.Weight(*weight.tensors, *weight.sizes)
-    path = four_bit_paths.path_of("matmul_4bit", weight, math.prod(problem.tokens), F16)
-    assert path == (four_bit_paths.FUSED if problem.path == FUSED else four_bit_paths.LIBRARY)
+    taken = four_bit_paths.path_of("matmul_4bit", weight, math.prod(problem.tokens), F16)
+    assert taken == (four_bit_paths.FUSED if path(problem) == FUSED else four_bit_paths.LIBRARY)
 
 
-@pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[4], PROBLEMS[16]], ids=lambda p: p.id)
+@pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[4], PROBLEMS[16]], ids=lambda p: p.name)
 def test_two_runs_give_equal_bits(problem, device):
     weight, x, grad = (
         problem.weight(device),
@@ -289,7 +246,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("problem", [Problem(70, 576, (5, 5)), Problem(130, 320, (20,), block_size=32)], ids=str)
+@pytest.mark.parametrize("problem", [FourBit(70, 576, (5, 5)), FourBit(130, 320, (20,), block_size=32)], ids=str)
 def test_any_launch_configuration_is_right(config, problem, device):
     """A tuner may choose any of them; more splits than tiles become as many as there are tiles."""
     with trying("matmul_4bit/32/16-bit", config), trying("matmul_4bit_backward/32/16-bit", config):
@@ -307,14 +264,13 @@ def test_any_launch_configuration_is_right(config, problem, device):
     nested=st.booleans(),
 )
 def test_any_sizes(device, rows, columns, tokens, quant_type, block_size, nested):
-    path = FUSED if columns % block_size == 0 else LIBRARY
-    problem = Problem(rows, columns, (tokens,), quant_type, block_size, nested, F16, bias=F16, path=path)
+    problem = FourBit(rows, columns, (tokens,), quant_type, block_size, nested, F16, bias=F16)
     check_forward(problem, device)
     check_backward(problem, device)
 
 
 def test_nan_of_one_token_stays_with_it(device):
-    problem = Problem(70, 192, (5,))
+    problem = FourBit(70, 192, (5,))
     weight, x, grad = problem.weight(device), problem.random(192, device), problem.random(70, device)
     for run, tokens in ((lambda t: forward(t, weight, None), x), (lambda t: backward(t, weight), grad)):
         clean = run(tokens)
@@ -324,7 +280,7 @@ def test_nan_of_one_token_stays_with_it(device):
         assert torch.equal(spoilt[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
-@pytest.mark.parametrize("problem", [Problem(64, 128, (2, 3)), Problem(5, 67, path=LIBRARY)], ids=lambda p: p.path)
+@pytest.mark.parametrize("problem", [FourBit(64, 128, (2, 3)), FourBit(5, 67)], ids=path)
 def test_autocast_and_gradients_change_nothing(problem, device):
     """The operators' type is the tokens' own, and they build no graph."""
     weight, bias = problem.weight(device), torch.randn(problem.rows, device=device, requires_grad=True)
@@ -338,7 +294,7 @@ def test_autocast_and_gradients_change_nothing(problem, device):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("problem", [Problem(64, 128, (2, 3), bias=F32), Problem(5, 67, path=LIBRARY)], ids=str)
+@pytest.mark.parametrize("problem", [FourBit(64, 128, (2, 3), bias=F32), FourBit(5, 67)], ids=str)
 def test_operators(problem, device):
     weight, bias = problem.weight(device), problem.bias_tensor(device)
     x, grad = problem.random(problem.columns, device), problem.random(problem.rows, device)
@@ -351,26 +307,10 @@ def test_operators(problem, device):
 
 def test_nested_absmax_is_rounded_as_in_a_dequantisation(device):
     """Product and sum one after the other: the interpreter never fuses them, so the option itself is looked at."""
-    weight = Problem(64, 128).weight(device)
+    weight = FourBit(64, 128).weight(device)
     weight = four_bit_products.Weight(*weight.tensors, *weight.sizes)
-    for operator, module in (("matmul_4bit", kernels), ("matmul_4bit_backward", backward_kernels)):
+    for operator in ("matmul_4bit", "matmul_4bit_backward"):
         assert four_bit_products.plan(operator, 5, weight, F16).options["enable_fp_fusion"] is False
-        compiled = [case.enable_fp_fusion for case in module.aot_cases() if "reduce" not in case.name]
-        assert compiled == len(compiled) * [False] != []
-
-
-def test_registers_are_compiled_for_as_they_are_launched(device, monkeypatch, request):
-    """Of the backward all: else the assembler spills a few on sm_80."""
-    plans: Any = four_bit_products._plan  # which are remembered
-    plans.cache_clear()
-    request.addfinalizer(plans.cache_clear)
-    monkeypatch.setattr(four_bit_products, "all_registers", lambda device: {"maxnreg": launch.REGISTERS})
-    weight = Problem(64, 256).weight(device)
-    weight = four_bit_products.Weight(*weight.tensors, *weight.sizes)
-    for operator, module in (("matmul_4bit", kernels), ("matmul_4bit_backward", backward_kernels)):
-        launched = four_bit_products.plan(operator, 5, weight, F16).options.get("maxnreg") == launch.REGISTERS
-        compiled = {case.all_registers for case in module.aot_cases() if "reduce" not in case.name}
-        assert compiled == {launched} == {"backward" in operator}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can run one program of a grid")
@@ -405,7 +345,7 @@ def test_offsets_have_64_bits(device, monkeypatch):
     from triton.runtime.interpreter import interpreter_builder
 
     rows, columns, block = 2**13 + 3, 2**21, 4096
-    tail = quantized(3, columns, block_size=block)
+    tail = FourBit(3, columns, block_size=block, nested=False).weight()
     packed = mostly_untouched(rows * columns // 2, torch.uint8)
     packed[-tail.packed.numel() :] = tail.packed
     absmax = mostly_untouched(rows * columns // block, F32)

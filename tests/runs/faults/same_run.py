@@ -7,7 +7,7 @@ from pathlib import Path
 
 from run_checks import events
 
-from ept.runs.checkpoints import checkpoint_folders, is_whole
+from ept.runs.folder import checkpoint_folders, is_whole
 
 OTHERWISE = {"train_seconds", "step_time_ms", "peak_memory_bytes", "config"}  # of two runs with the same results
 WEIGHTS_AND_STATES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")

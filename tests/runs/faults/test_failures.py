@@ -20,12 +20,11 @@ from run_checks import events
 from safetensors import SafetensorError
 from same_run import WEIGHTS_AND_STATES, assert_same_run, content
 
-from ept.runs import train as training
-from ept.runs.checkpoints import checkpoint_folders, is_whole, last_whole
 from ept.runs.config import RunConfig, load_run_config
-from ept.runs.failures import check_writable, explained, writing
-from ept.runs.folder import RunFolder
-from ept.runs.train import PromptTrainer, train
+from ept.runs.failures import check_writable, with_advice, writing
+from ept.runs.folder import RunFolder, checkpoint_folders, is_whole
+from ept.runs.train import train
+from ept.runs.trainer import PromptTrainer
 
 
 def one_line(said: str) -> str:
@@ -190,7 +189,7 @@ def fail_at(step: int, patch: pytest.MonkeyPatch, what: Any) -> None:
             what(self)
         return loss
 
-    patch.setattr(training.PromptTrainer, "training_step", failing)
+    patch.setattr(PromptTrainer, "training_step", failing)
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(forks: Forks, whole: Whole, tmp_path: Path) -> None:
@@ -199,7 +198,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(forks: Forks, whole: Whole, tm
     newest = whole.started(forks, run, step=15)
     state = newest / "optimizer.pt"
     os.truncate(state, state.stat().st_size // 2)
-    before = last_whole(run / "checkpoints")
+    before = RunFolder(run).last_checkpoint()
     assert before is not None
     assert before != newest
     code, said = forks.run(*whole.command, run, "--resume")
@@ -230,8 +229,11 @@ DISK = {
 
 
 @pytest.mark.parametrize("error, kind, message", DISK.values(), ids=DISK)
-def test_what_the_libraries_raise_is_explained(error: Exception, kind: type[Exception], message: str) -> None:
-    with pytest.raises(kind) as found, explained(RunConfig(), RunFolder(RUN)), writing(SAVING):
+def test_errors_of_libraries_come_with_advice(
+    error: Exception, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFolder, "unfinished_checkpoint", lambda folder: SAVING)
+    with pytest.raises(kind) as found, with_advice(RunConfig(), RunFolder(RUN)), writing(RunFolder(RUN)):
         raise error
     assert re.search(message, str(found.value)), found.value
     assert "[Errno" not in str(found.value)
@@ -249,7 +251,7 @@ def test_what_the_libraries_raise_is_explained(error: Exception, kind: type[Exce
     ],
 )
 def test_other_errors_stay_as_they_are(error: Exception) -> None:
-    with pytest.raises(type(error)) as found, explained(RunConfig(), RunFolder(RUN)):
+    with pytest.raises(type(error)) as found, with_advice(RunConfig(), RunFolder(RUN)), writing(RunFolder(RUN)):
         raise error
     assert found.value is error
 

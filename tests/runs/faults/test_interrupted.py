@@ -19,11 +19,12 @@ from forks import Forks, Running, Whole
 from run_checks import events
 from same_run import assert_same_run
 from transformers import TrainerControl, TrainerState
+from typer.testing import CliRunner
 
+from ept.cli.main import app
 from ept.runs.folder import RunFolder
-from ept.runs.launched import was_told
 from ept.runs.processes import Processes
-from ept.runs.stop import Interrupted, StopAfterStep, StopSignals
+from ept.runs.stop import Interrupted, StopSignals
 
 STOPPED = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}
 
@@ -97,87 +98,87 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
+@pytest.fixture
+def signals(folder: RunFolder) -> Iterator[StopSignals]:
+    with StopSignals(folder, Processes()) as signals:
+        yield signals
+
+
+CONTROL, STATE = TrainerControl(), TrainerState(global_step=3, max_steps=5)
+
+
 @pytest.mark.parametrize("number", STOPPED)
 def test_the_first_signal_is_noted_and_the_second_stops_at_once(
-    folder: RunFolder, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+    signals: StopSignals, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def loop() -> None:
-        with StopSignals(folder) as signals, signals.noted():
-            signal.raise_signal(number)
-            assert signals.received == number
-            signal.raise_signal(number)
-            pytest.fail("the second signal was ignored")
-
+    signals.on_train_begin(None, STATE, CONTROL)
+    signal.raise_signal(number)
+    assert signals.received == number
     with pytest.raises(Interrupted) as stop:
-        loop()
+        signal.raise_signal(number)
     assert stop.value.exit_code == STOPPED[number][1]
     assert capfd.readouterr().err.count("finishing this step and saving") == 1
 
 
 @dataclass(frozen=True)
 class Signalled(Processes):
-    """One of two processes; the other one has received `number`."""
+    """One of two ranks; the other one has received `number`."""
 
-    count: int = 2
+    world_size: int = 2
     number: int = 0
     calls: list[str] = field(default_factory=list)
 
-    def largest(self, value: int) -> int:
-        return max(value, self.number)
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.number]
 
-    def wait(self) -> None:
-        self.calls.append("wait")
-
-    def end_together(self) -> None:
-        self.calls.append("end together")
+    def leave(self) -> None:
+        self.calls.append("leave")
 
 
 def test_in_several_processes_a_second_signal_changes_nothing(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    folder: RunFolder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Launchers repeat them."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    raised = []
-
-    def loop() -> None:
-        with StopSignals(folder) as signals, signals.noted(Signalled()):
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-                signal.raise_signal(number)
-                raised.append(number)
-
-    with pytest.raises(Interrupted):
-        loop()
-    assert len(raised) == 3
+    """Launchers repeat them, the last time to those that are on their way out."""
+    with StopSignals(folder, Signalled()) as signals:
+        signals.on_train_begin(None, STATE, CONTROL)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            signal.raise_signal(number)
+        with pytest.raises(Interrupted):
+            signals.on_train_end(None, STATE, CONTROL)
+    signal.raise_signal(signal.SIGTERM)
     assert capfd.readouterr().err == "\nSIGTERM: finishing this step and saving\n"
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_signal_to_another_process_stops_this_one(folder: RunFolder, index: int) -> None:
-    """After the step, once its checkpoint is whole; the first process tells it."""
-    others = Signalled(index=index, number=signal.SIGINT)
-    stop_after_step = StopAfterStep(StopSignals(folder), others)
-    control, state = TrainerControl(), TrainerState(global_step=3, max_steps=5)
-    stop_after_step.on_step_end(None, state, control)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_another_process_stops_this_one(folder: RunFolder, rank: int) -> None:
+    """After the step, once its checkpoint is whole."""
+    others, control = Signalled(rank=rank, number=signal.SIGINT), TrainerControl()
+    signals = StopSignals(folder, others)
+    signals.on_step_end(None, STATE, control)
     assert control.should_save
     assert others.calls == []
-    with pytest.raises(Interrupted, match="stopped by Ctrl-C after step 3 of 5, which is saved") as stop:
-        stop_after_step.on_save(None, state, control)
-    assert others.calls == ["wait", "end together"]
-    assert was_told(stop.value) == (index != 0)
+    with pytest.raises(Interrupted, match="stopped by Ctrl-C after step 3 of 5, which is saved"):
+        signals.on_save(None, STATE, control)
+    assert others.calls == ["leave"]
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_signal_to_another_process_after_the_last_step_stops_this_one(folder: RunFolder, index: int) -> None:
-    others = Signalled(index=index, number=signal.SIGTERM)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_another_process_after_the_last_step_stops_this_one(folder: RunFolder, rank: int) -> None:
+    others = Signalled(rank=rank, number=signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        StopSignals(folder, others).on_train_end(None, STATE, CONTROL)
+    assert others.calls == ["leave"]
 
-    def loop() -> None:
-        with StopSignals(folder) as signals, signals.noted(others):
-            pass
 
-    with pytest.raises(Interrupted, match="stopped by SIGTERM") as stop:
-        loop()
-    assert others.calls == ["end together"]
-    assert was_told(stop.value) == (index != 0)
+@pytest.mark.parametrize("rank, said", [("0", "stopped here\n"), ("1", "")])
+def test_rank_0_alone_reports_a_stop(monkeypatch: pytest.MonkeyPatch, rank: str, said: str) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Interrupted("stopped here", signal.SIGINT)
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("ept.runs.train.train", stop)
+    result = CliRunner().invoke(app, ["train"])
+    assert (result.exit_code, result.stderr) == (130, said)
 
 
 @pytest.mark.parametrize(
@@ -193,25 +194,33 @@ def test_how_several_processes_continue(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
     monkeypatch.setenv("WORLD_SIZE", everywhere)
-    assert StopSignals(RunFolder(Path("a b"))).resume_command() == command
+    assert StopSignals(RunFolder(Path("a b")), Processes()).resume_command() == command
 
 
+@pytest.mark.usefixtures("signals")
 def test_away_from_the_steps_a_signal_stops_at_once(folder: RunFolder) -> None:
-    with pytest.raises(Interrupted, match="stopped by SIGTERM: nothing has been written"), StopSignals(folder):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM: nothing has been written"):
         signal.raise_signal(signal.SIGTERM)
     folder.config.touch()
     resume = f"`ept train --resume --output {folder.path}` continues from the last checkpoint, or from the start"
-    with pytest.raises(Interrupted, match=re.escape(f"stopped by Ctrl-C: {resume}")), StopSignals(folder):
+    with pytest.raises(Interrupted, match=re.escape(f"stopped by Ctrl-C: {resume}")):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_signal_after_the_last_step_is_not_lost(folder: RunFolder) -> None:
-    def loop() -> None:
-        with StopSignals(folder) as signals, signals.noted():
-            signal.raise_signal(signal.SIGTERM)
+def test_a_signal_after_the_last_step_is_not_lost(signals: StopSignals) -> None:
+    signals.on_train_begin(None, STATE, CONTROL)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        signals.on_train_end(None, STATE, CONTROL)
 
-    with pytest.raises(Interrupted):
-        loop()
+
+def test_a_signal_while_the_training_ends_is_not_lost(signals: StopSignals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the agreement and the end of the training: too late for the one, too early to stop at once."""
+    signals.on_train_begin(None, STATE, CONTROL)
+    gather = Processes.gather
+    monkeypatch.setattr(Processes, "gather", lambda p, v: (gather(p, v), signal.raise_signal(signal.SIGINT))[0])
+    with pytest.raises(Interrupted, match="stopped by Ctrl-C"):
+        signals.on_train_end(None, STATE, CONTROL)
 
 
 def test_an_interruption_is_no_ordinary_error() -> None:
@@ -228,7 +237,7 @@ def test_handlers_are_put_back(folder: RunFolder, monkeypatch: pytest.MonkeyPatc
     before = handlers()
 
     def fail() -> None:
-        with StopSignals(folder):
+        with StopSignals(folder, Processes()):
             assert not set(handlers()) & set(before)
             raise ValueError
 
@@ -241,7 +250,7 @@ def test_ignored_signals_stay_ignored(folder: RunFolder) -> None:
     """A run in the background of a script, or under nohup."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with StopSignals(folder):
+        with StopSignals(folder, Processes()):
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
@@ -252,7 +261,7 @@ def test_other_threads_leave_the_handlers_alone(folder: RunFolder) -> None:
     before, within = handlers(), []
 
     def elsewhere() -> None:
-        with StopSignals(folder):
+        with StopSignals(folder, Processes()):
             within.append(handlers())
 
     thread = threading.Thread(target=elsewhere)

@@ -21,8 +21,7 @@ from forked_runs import logged_step
 from forks import Forks, Running, Whole
 from same_run import assert_same_run
 
-from ept.runs.checkpoints import SEAL, checkpoint_folders
-from ept.runs.folder import RunFolder
+from ept.runs.folder import SEAL, RunFolder, checkpoint_folders
 
 KILLS = int(os.environ.get("EPT_KILLS", "30"))
 SEED = int(os.environ.get("EPT_KILLS_SEED", "0"))

@@ -20,8 +20,7 @@ from forks import HERE, ROOT
 from same_run import assert_same_run
 from tiny_runs import run_config
 
-from ept.runs.checkpoints import checkpoint_folders, is_whole
-from ept.runs.folder import RunFolder
+from ept.runs.folder import RunFolder, checkpoint_folders, is_whole
 
 LAUNCHER = None
 STEPS = 60

@@ -12,6 +12,7 @@ try. Both take long. What is wrong with a candidate is printed and is no failure
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -19,14 +20,20 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
 
 from .. import launch
-from ..launch import REGISTERS, AotCase
+from ..launch import Config
+from ..library import launcher_of
+from .problems import Problem, compiled_problems, every_four_bit_problem
+from .tune import Tunable, tunables
 
 # target: (backend, architecture, threads a warp, bytes of shared memory one program may have)
 TARGETS = {
@@ -37,37 +44,63 @@ TARGETS = {
 }
 
 
-def cases() -> list[AotCase]:
-    """Every kernel of this package with representative signatures, as the heuristics launch it."""
-    from ..four_bit import (
-        dequantize as dequantize_4bit_triton,
-    )
-    from ..four_bit import (
-        matmul as matmul_4bit_triton,
-    )
-    from ..four_bit import (
-        matmul_backward as matmul_4bit_backward_triton,
-    )
-    from ..joint_prompt import configs as joint_prompt_configs
-    from ..prompted_embedding import configs as prompted_embedding_configs
-
-    return [
-        *joint_prompt_configs.aot_cases(),
-        *prompted_embedding_configs.aot_cases(),
-        *dequantize_4bit_triton.aot_cases(),
-        *matmul_4bit_triton.aot_cases(),
-        *matmul_4bit_backward_triton.aot_cases(),
-    ]
+# The same for all targets of one architecture, as far as launchers are concerned.
+ARCHITECTURES = {"cuda": "cuda", "hip": "gfx942"}
 
 
-def shipped_cases() -> list[AotCase]:
+class Case(NamedTuple):
+    """One kernel as a launcher launches it, its tensors replaced by their types."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+    @property
+    def form(self) -> Any:
+        """What Triton compiles for, but for the divisibility of integers that a kernel does not ask for."""
+        args = [(x == 1, x % 16 == 0) if type(x) is int else "float" if type(x) is float else x for x in self.args]
+        return self.kernel, *args, *sorted(self.meta.items(), key=lambda item: item[0])
+
+
+def record(problem: Problem, architecture: str, configs: dict[str, Config] | None = None, note: str = "") -> list[Case]:
+    """Calls the launcher of `problem`'s operator on CPU tensors and returns what it would launch on `architecture`.
+
+    `configs` are configurations by kernel in place of the heuristics'; `note` is put behind the names.
+    """
+    launcher = launcher_of(problem.operator)
+    assert launcher is not None, f"{problem.operator} has no kernels"
+    inputs = problem.inputs()
+    with launch.recording(architecture) as launched, contextlib.ExitStack() as stack:
+        for kernel, config in (configs or {}).items():
+            stack.enter_context(launch.trying(kernel, config))
+        launcher(*inputs)
+    found = []
+    for kernel, grid, args, meta in launched:
+        types = tuple(x.dtype if isinstance(x, torch.Tensor) else x for x in args)
+        found.append(
+            Case(f"{kernel.fn.__name__.removesuffix('_kernel')} of {problem.name}{note}", kernel, grid, types, meta)
+        )
+    return found
+
+
+def cases(architecture: str, every: bool = False) -> list[Case]:
+    """Every kernel as the launchers launch it in the heuristics' configurations, each form once."""
+    found = [case for problem in compiled_problems() for case in record(problem, architecture)]
+    for problem in every_four_bit_problem() if every else ():
+        # With a bias the sum is not split: then the kernel itself adds it, and writes the result.
+        unsplit = {f"{problem.operator}/{tile}/16-bit": {"SPLITS": 1} for tile in (16, 32)} if problem.bias else {}
+        found += record(problem, architecture, unsplit)
+    return _distinct(found)
+
+
+def shipped_cases(architecture: str) -> list[Case]:
     """Every kernel in every measured configuration that is shipped under `configs/`.
 
     Raises:
         ValueError: a file is damaged, or names a kernel and a size that the tuner does not know.
     """
-    from .tune import tunables
-
     known = {(tunable.kernel, tunable.size): tunable for tunable in tunables()}
     found = []
     for path in sorted(launch.CONFIGS.glob("*.json")):
@@ -79,48 +112,37 @@ def shipped_cases() -> list[AotCase]:
                     raise ValueError(
                         f"{path} has {kernel} at {size}, which the tuner does not know: remove the entry, or tune anew"
                     )
-                tunable = known[kernel, size]
-                case = tunable.aot({**tunable.default, **config})
-                found.append(case._replace(name=f"{case.name} ({path.stem})"))
-    return found
+                found += _recorded(known[kernel, size], architecture, config, f" ({path.stem})")
+    return _distinct(found)
 
 
-def every_case() -> list[AotCase]:
-    """The 4-bit kernels, as the heuristics launch them, for every kind of weight and of operands."""
-    from ..four_bit import (
-        dequantize as dequantize_4bit_triton,
-    )
-    from ..four_bit import (
-        matmul as matmul_4bit_triton,
-    )
-    from ..four_bit import (
-        matmul_backward as matmul_4bit_backward_triton,
-    )
-
-    modules = (dequantize_4bit_triton, matmul_4bit_triton, matmul_4bit_backward_triton)
-    return [case for module in modules for case in module.every_aot_case()]
-
-
-def candidate_cases() -> list[AotCase]:
-    """Every kernel in every configuration that the tuner may try, once each."""
-    from .tune import tunables
-
-    found: dict[Any, AotCase] = {}
+def candidate_cases(architecture: str) -> list[Case]:
+    """Every kernel in every configuration that the tuner may try, each form once."""
+    found = []
     for tunable in tunables():
-        if "." in tunable.kernel:  # a measured number, not a kernel
-            continue
-        for config in tunable.candidates:
-            case = tunable.aot({**tunable.default, **config})
-            same = (case.fn, repr(case.constexprs), repr(case.signature), case.num_warps, case.num_stages)
-            found.setdefault(same, case._replace(name=f"{case.name} {config}"))
-    return list(found.values())
+        if "." not in tunable.kernel:  # a kernel, not a measured number
+            for config in tunable.candidates:
+                found += _recorded(tunable, architecture, config, f" {config}")
+    return _distinct(found)
 
 
-_waiting: list[tuple[AotCase, str]] = []  # what the processes of compile_all inherit: a kernel cannot be sent to them
+def _recorded(tunable: Tunable, architecture: str, config: Config, note: str) -> list[Case]:
+    configs = {**tunable.held, tunable.kernel: {**tunable.default, **config}}
+    return record(tunable.problem.small, architecture, configs, note)
 
 
-def compile_all(chosen: Iterable[tuple[AotCase, str]], jobs: int) -> list[dict[str, Any]]:
-    """`compile_case` of every case and target, in order, by `jobs` processes forked from this one."""
+def _distinct(found: list[Case]) -> list[Case]:
+    first: dict[Any, Case] = {}
+    for case in found:
+        first.setdefault(case.form, case)
+    return list(first.values())
+
+
+_waiting: list[tuple[Case, str]] = []  # what the processes of compile_all inherit: a kernel cannot be sent to them
+
+
+def compile_all(chosen: Iterable[tuple[Case, str]], jobs: int) -> list[dict[str, Any]]:
+    """Compiles every case for its target, in order, in `jobs` processes forked from this one."""
     _waiting[:] = chosen
     if jobs == 1 or len(_waiting) < 2:
         return [compile_case(*pair) for pair in _waiting]
@@ -132,39 +154,47 @@ def _compile_waiting(index: int) -> dict[str, Any]:
     return compile_case(*_waiting[index])
 
 
-def compile_case(case: AotCase, target: str) -> dict[str, Any]:
+def compile_case(case: Case, target: str) -> dict[str, Any]:
     """Compiles `case` for `target`; returns registers, spilled bytes, shared memory (bytes) and instructions.
 
-    Raises whatever Triton raises when the kernel does not compile.
+    Triton's own just-in-time compiler does it, told that the target is the GPU at hand: it sees the types, constants
+    and divisible numbers that it would see at a launch. Raises whatever it raises.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.runtime import driver
 
     backend, architecture, warp, limit = TARGETS[target]
-    # As at run time, where Triton sees that the allocator's addresses are multiples of 16 bytes.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(case.signature.values()) if t.startswith("*")}
-    source = ASTSource(fn=case.fn, signature=case.signature, constexprs=case.constexprs, attrs=aligned)
-    options = {
-        "num_warps": case.num_warps,
-        "num_stages": case.num_stages,
-        "enable_fp_fusion": case.enable_fp_fusion,
-    }
-    if case.all_registers and backend == "cuda":
-        options["maxnreg"] = REGISTERS
-    compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options=options)
+    device = SimpleNamespace(
+        get_current_target=lambda: GPUTarget(backend, architecture, warp),
+        get_current_device=lambda: target,  # by which Triton keeps what it has compiled
+        get_current_stream=lambda device: None,
+    )
+    before = driver._active
+    driver.set_active(device)
+    try:
+        compiled = case.kernel.warmup(*case.args, grid=case.grid, **case.meta)
+    finally:
+        driver._active = before
     facts = _amd_facts(compiled.asm["amdgcn"]) if backend == "hip" else _nvidia_facts(compiled.asm["cubin"])
+    warps, weights = compiled.metadata.num_warps, _decoded_weights(case.meta)
     return {
         "kernel": case.name,
         "target": target,
         **facts,
         # Of a thread, loops counted once, and what stands around them too.
-        "per_weight": round(facts["instructions"] * case.num_warps * warp / case.weights, 1) if case.weights else "",
+        "per_weight": round(facts["instructions"] * warps * warp / weights, 1) if weights else "",
         "shared_bytes": compiled.metadata.shared,
         "shared_limit": limit,
-        "num_warps": case.num_warps,
-        "num_stages": case.num_stages,
+        "num_warps": warps,
+        "num_stages": compiled.metadata.num_stages,
     }
+
+
+def _decoded_weights(meta: dict[str, Any]) -> int:
+    """Counts the 4-bit weights that a program decodes where its code is run through once."""
+    if "UNITS" in meta:
+        return meta["UNITS"] * 2 * meta["BYTES"] * meta["ITERS"]
+    return meta["BLOCK_N"] * meta["BLOCK_K"] if "OPERAND" in meta else 0
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -235,12 +265,13 @@ def main() -> None:
         raise SystemExit("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
     targets = arguments.targets.split(",")
 
-    def compiled(chosen: Iterable[AotCase]) -> list[dict[str, Any]]:
-        wanted = [(case, target) for case in chosen if arguments.only in case.name for target in targets]
+    def compiled(cases_of: Callable[[str], list[Case]]) -> list[dict[str, Any]]:
+        by_backend = {backend: cases_of(ARCHITECTURES[backend]) for backend in {TARGETS[t][0] for t in targets}}
+        wanted = [(case, t) for t in targets for case in by_backend[TARGETS[t][0]] if arguments.only in case.name]
         return compile_all(wanted, arguments.jobs)
 
-    rows = compiled([*cases(), *shipped_cases(), *(every_case() if arguments.every else ())])
-    candidates = compiled(candidate_cases() if arguments.candidates else ())
+    rows = compiled(lambda architecture: [*cases(architecture, arguments.every), *shipped_cases(architecture)])
+    candidates = compiled(candidate_cases) if arguments.candidates else []
     if not rows and not candidates:
         raise SystemExit(f"--only {arguments.only}: no kernel's name contains this")
     print(table([*rows, *candidates]))

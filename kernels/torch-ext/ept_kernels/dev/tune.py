@@ -2,16 +2,12 @@
 
     python -m ept_kernels.dev.tune [--kernels NAME,NAME] [--output FILE]
 
-What there is to tune the kernels' modules say with a function `tunables(reduced: bool)`, a list of
-`ept_kernels.launch.Tunable`: kernel, size, candidate configurations, launcher, inputs, reference. `reduced`
-asks for tiny sizes and few candidates. `tunables` below calls them all; a new module adds its line there.
-
 A candidate is refused if it does not compile or fit, if it spills registers, or if its result is not that of the
-reference, with uninitialised memory filled with NaN; a winner also if that is so for other kinds of inputs that its
-configuration serves. The others are timed: the operator over several sets of inputs,
-together larger than the L2 cache, one after another, in a CUDA graph where there are such; the time is the median over
-the samples. The fastest is measured again in turn with the heuristic's configuration and wins if it is faster by more
-than the noise. Kernels that are no longer measured keep what an existing file says.
+reference, with uninitialised memory filled with NaN; a winner also if that is so for other problems that its
+configuration serves. The others are timed: the operator over several sets of inputs, together larger than the L2 cache,
+one after another, in a CUDA graph where there are such; the time is the median over the samples. The fastest is
+measured again in turn with the heuristic's configuration and wins if it is faster by more than the noise. Kernels that
+are no longer measured keep what an existing file says.
 
 `TRITON_INTERPRET=1 python -m ept_kernels.dev.tune --device cpu` runs all of this on tiny sizes without a GPU, to
 check the tuner itself. Its times are the interpreter's, and its output never goes to `configs/`.
@@ -22,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import platform
@@ -29,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +34,182 @@ import torch
 from torch import Tensor
 
 from .. import launch
-from ..launch import Config, Tunable
+from ..four_bit import dequantize, paths, splits
+from ..joint_prompt import configs as joint_prompt
+from ..launch import Config, Size, padded
+from ..library import launcher_of
+from ..prompted_embedding import configs as prompted_embedding
+from .problems import (
+    LLAMA_7B,
+    LLAMA_7B_JOINT,
+    T5_BASE,
+    T5_BASE_JOINT,
+    WEIGHTS,
+    FourBit,
+    JointPrompt,
+    Problem,
+    PromptedEmbedding,
+    as_tuple,
+)
 
 SAMPLES = 25  # timed runs over all sets of inputs
 WARMUP = 3
 GAIN = 0.02  # by how much a candidate has to be faster than the heuristic's choice
 UNKNOWN_CACHE = 256 * 2**20  # bytes, where the device does not tell the size of its L2 cache
-MOST_SETS = 64  # of inputs
+MAX_SETS = 64  # of inputs
 
 Timer = Callable[[Sequence[Callable[[], Any]], int], list[float]]
 
 
-def tunables(reduced: bool = False) -> list[Tunable]:
-    """What every module offers for tuning."""
-    from . import four_bit_tunables, joint_prompt_tunables, prompted_embedding_tunables
+@dataclass(frozen=True)
+class Tunable:
+    """One kernel at one size, as the tuner measures it and as its shipped configurations are compiled ahead of time.
 
-    modules = (prompted_embedding_tunables, joint_prompt_tunables, four_bit_tunables)
-    return [tunable for module in modules for tunable in module.tunables(reduced)]
+    Attributes:
+        kernel, size: as the launcher gives them to `config_for`; together unique.
+        default: the heuristic's configuration, which is measured first and kept unless another is faster.
+        candidates: configurations to try; each replaces the values of `default` that it names. See `grid`.
+        problem: whose launcher is timed, as a whole, also where the kernel is one of several in it. It has to take its
+            configuration through `config_for`, under a cache made with `cached_choice` if any.
+        variants: other problems that the same configuration serves: the winner has to be right for them and not to
+            spill, too.
+        held: configurations of other kernels meanwhile.
+    """
+
+    kernel: str
+    size: Size
+    default: Config
+    candidates: Sequence[Config]
+    problem: Problem
+    variants: Sequence[Problem] = ()
+    held: dict[str, Config] = field(default_factory=dict)
 
 
-class Refused(Exception):
-    """A candidate that must not win; the message says why."""
+def grid(**values: Sequence[int]) -> list[Config]:
+    """Lists every combination: `grid(BLOCK=(16, 32), num_warps=(4, 8))` are four configurations."""
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list[Tunable]:
+    """Lists all that there is to tune on `device`; `reduced`: at tiny sizes, with few candidates."""
+    found = [*_prompted_embedding(reduced), *_joint_prompt(reduced), *_four_bit(reduced, torch.device(device))]
+    most = {"joint": 1} if reduced else {}
+    return [replace(t, candidates=t.candidates[: most.get(t.kernel[:5], 2)]) for t in found] if reduced else found
+
+
+# Kernels of the prompted embedding, by whether the forward or the backward is timed.
+_FORWARD_GRID = grid(BLOCK_T=(16, 32, 64), BLOCK_D=(64, 128, 256), ITERS=(1, 4, 16), num_warps=(4, 8))
+_EMBEDDING_GRIDS = {
+    "prompted_embedding": _FORWARD_GRID,
+    "prompted_embedding_packed": _FORWARD_GRID,
+    "prompted_embedding_token_at": grid(BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128, 256)),
+    "prompted_embedding_backward": grid(
+        BLOCK_M=(32, 64, 128), BLOCK_D=(32, 64, 128), STAGES=(2, 4, 6), num_warps=(4, 8)
+    ),
+    "prompted_embedding_reduce": grid(BLOCK_E=(64, 256, 1024), BLOCK_P=(4, 16)),
+}
+
+
+def _prompted_embedding(reduced: bool) -> Iterator[Tunable]:
+    tiny = PromptedEmbedding(n=5, d=40, s=2, m=5, r=3, batch=2, padding="none", dtype=torch.bfloat16, vocabulary=11)
+    for p in [tiny] if reduced else [T5_BASE, replace(T5_BASE, dtype=torch.float32), LLAMA_7B]:
+        timed = {"prompted_embedding": p, "prompted_embedding_packed": p.packed}
+        for kernel, candidates in _EMBEDDING_GRIDS.items():
+            default = prompted_embedding.heuristic(kernel, p.d, p.r, p.dtype)
+            complete = [{**default, **candidate} for candidate in candidates]
+            yield Tunable(
+                kernel=prompted_embedding.key(kernel, p.dtype),
+                size=(p.d, padded(p.r)),
+                default=default,
+                candidates=[c for c in complete if prompted_embedding.bounded(c, p.d, p.r) == c],
+                problem=timed.get(kernel, p.backward),
+            )
+
+
+# A backward kernel takes the compiler many seconds. The first launch, of the products, is the same with maps.
+_JOINT_GRIDS = {
+    "joint_prompt_products": grid(BLOCK_N=(16, 32, 64), BLOCK_K=(16, 32)),
+    "joint_prompt": grid(BLOCK_D=(32, 64, 128), PARTS=(1, 2, 4), num_warps=(4, 8)),
+    "joint_prompt_backward": grid(BLOCK_D=(16, 32), BLOCK_M=(16, 32), PARTS=(1, 2), num_warps=(4, 8)),
+}
+
+
+def _joint_prompt(reduced: bool) -> Iterator[Tunable]:
+    plain = [JointPrompt(s=2, d=20, m=5, K=2, h=1)] if reduced else [T5_BASE_JOINT, LLAMA_7B_JOINT]
+    for p in plain if reduced else [*plain, *(replace(problem, a=16) for problem in plain)]:
+        for kernel, candidates in _JOINT_GRIDS.items():
+            if p.a and kernel == "joint_prompt_products":
+                continue
+            default = joint_prompt.heuristic(kernel, p.d, p.a, p.r)
+            complete = [{**default, **candidate} for candidate in candidates]
+            yield Tunable(
+                kernel=joint_prompt.key(kernel, p.a),
+                size=(p.d, padded(p.r)),
+                default=default,
+                candidates=[c for c in complete if c != default],
+                problem=p if kernel == "joint_prompt" else p.backward,
+            )
+
+
+_DEQUANTIZE_GRID = grid(UNITS=(128, 256, 512), ITERS=(1, 2, 4, 8), num_warps=(4, 8))
+_PRODUCT_GRIDS = {
+    "matmul_4bit": grid(BLOCK_N=(64, 128), BLOCK_K=(128, 256), SPLITS=(1, 2, 4, 8), num_warps=(4, 8)),
+    "matmul_4bit_backward": grid(BLOCK_N=(16, 32), BLOCK_K=(256, 512), SPLITS=(1, 2, 4, 8), num_warps=(4, 8)),
+}
+_VARIANTS = ({"block_size": 32}, {"nested": False}, {"nested": False, "block_size": 128})  # share a configuration
+
+
+def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
+    """The kernels, then the path of a product of so many tokens: paths are measured with the kernels that have won."""
+    # Under the interpreter, which the reduced ones are for, bfloat16 is truncated.
+    dtype = torch.float16 if reduced else torch.bfloat16
+    weights = [FourBit(*shape, dtype=dtype) for shape in ([(32, 128)] if reduced else WEIGHTS)]
+    for p in {p.rows * p.columns: p for p in weights}.values():  # all that a dequantisation depends on
+        p = replace(p, tokens=(), operator="dequantize_4bit")
+        odd = replace(p, rows=p.rows - 1, columns=p.columns - 1)  # no whole words
+        yield Tunable(
+            kernel=splits.key("dequantize_4bit", dtype),
+            size=(p.rows * p.columns,),
+            default=dequantize.heuristic(device),
+            candidates=_DEQUANTIZE_GRID,
+            problem=p,
+            variants=[*(replace(p, **kind) for kind in _VARIANTS), odd],
+        )
+    for p, (operator, candidates) in itertools.product(weights, _PRODUCT_GRIDS.items()):
+        for tile in splits.TILES:
+            p = replace(p, tokens=(tile,), operator=operator)
+            yield Tunable(
+                kernel=splits.key(f"{operator}/{tile}", dtype),
+                size=(p.rows, p.columns),
+                default=splits.heuristic(f"{operator}/{tile}", p.rows, p.columns),
+                candidates=candidates,
+                problem=p,
+                variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
+                held={splits.key(f"{operator}.path", dtype): {"PATH": paths.FUSED}},
+            )
+    for p, operator in itertools.product(weights, _PRODUCT_GRIDS):
+        # Below 8 tokens, bitsandbytes' forward changes its path, and nothing else does.
+        counts = [count for count in paths.COUNTS if count >= 8 or operator == "matmul_4bit"]
+        for count in counts[:4] if reduced else counts:
+            yield _path(replace(p, tokens=(count,), operator=operator), device)
+        for count in counts if operator == "matmul_4bit" and not reduced else ():
+            if count <= 8:
+                yield _path(replace(p, tokens=(count,), operator=operator, dtype=torch.float32), device)
+
+
+def _path(p: FourBit, device: torch.device) -> Tunable:
+    there = [paths.LIBRARY]
+    if paths.has_fused(p.dtype, device):
+        there.append(paths.FUSED)
+    if p.operator == "matmul_4bit" and paths.has_bitsandbytes():
+        there.append(paths.BITSANDBYTES)
+    return Tunable(
+        kernel=splits.key(f"{p.operator}.path", p.dtype),
+        size=(*p.tokens, p.rows, p.columns),
+        default={"PATH": paths.heuristic_path(p.operator, p.tokens[0], p.dtype, device)},
+        candidates=[{"PATH": path} for path in there],
+        problem=p,
+    )
 
 
 def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict[str, Any]:
@@ -70,38 +223,34 @@ def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict
     Raises:
         RuntimeError: the heuristic's own configuration is refused.
     """
-    sets = _sets(tunable, device)
-    expected = _tensors(tunable.reference(*sets[0]))
-    timer = _timer(device)
+    problem, launcher, timer = tunable.problem, launcher_of(tunable.problem.operator), _timer(device)
+    assert launcher is not None, f"{problem.operator} has no kernels"
+    sets = _sets(problem, device)
+    expected = problem.expected(*sets[0])
 
     def measure(config: Config) -> float:
-        with launch.trying(tunable.kernel, config):
-            calls = [functools.partial(tunable.operator, *args) for args in sets]
-            return statistics.median(timer(calls, samples))
+        with _trying(tunable, config):
+            return statistics.median(timer([functools.partial(launcher, *args) for args in sets], samples))
 
-    try:
-        check(tunable, tunable.default, sets[0], expected)
-    except Refused as reason:
-        raise RuntimeError(f"{tunable.kernel} at {_key(tunable)}: the heuristic's configuration: {reason}") from reason
+    if reason := refusal(tunable, tunable.default, sets[0], expected):
+        raise RuntimeError(f"{tunable.kernel} at {_key(tunable)}: the heuristic's configuration: {reason}")
     times: list[tuple[float, Config]] = []
     refused: dict[str, str] = {}
     for config in tunable.candidates:
         config = {**tunable.default, **config}
-        try:
-            check(tunable, config, sets[0], expected)
-        except Refused as reason:
-            refused[json.dumps(config)] = str(reason)
-            continue
-        times.append((measure(config), config))
+        if reason := refusal(tunable, config, sets[0], expected):
+            refused[json.dumps(config)] = reason
+        else:
+            times.append((measure(config), config))
     best = tunable.default
     for _, config in sorted(times, key=lambda timed: timed[0]):
-        try:
-            _check_variants(tunable, config, device)
-        except Refused as reason:
-            refused[json.dumps(config)] = str(reason)
-            continue
-        best = config
-        break
+        others = ((variant, variant.inputs(device)) for variant in tunable.variants)
+        reasons = (refusal(tunable, config, args, variant.expected(*args)) for variant, args in others)
+        if reason := next(filter(None, reasons), None):
+            refused[json.dumps(config)] = reason
+        else:
+            best = config
+            break
     rounds = [(measure(tunable.default), measure(best)) for _ in range(3)]
     default_us, best_us = (statistics.median(column) for column in zip(*rounds, strict=True))
     if best_us > (1 - GAIN) * default_us:
@@ -117,27 +266,35 @@ def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict
     }
 
 
-def check(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: list[Tensor]) -> None:
-    """Runs `config` once; raises `Refused` if it fails, spills, or differs from `expected`."""
+def refusal(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: Sequence[Tensor]) -> str | None:
+    """Runs `config` once; says why it must not win if it fails, spills, or differs from `expected`."""
     from triton.runtime.errors import TritonError
 
-    with launch.trying(tunable.kernel, config), launch.compiled_kernels() as compiled, _poisoned_memory():
+    launcher: Any = launcher_of(tunable.problem.operator)
+    with _trying(tunable, config), launch.compiled_kernels() as compiled, _poisoned_memory():
         try:
-            actual = _tensors(tunable.operator(*args))
+            actual = as_tuple(launcher(*args))
         except TritonError as error:  # out of shared memory or registers, or refused by the assembler
-            raise Refused(str(error).strip().splitlines()[0]) from error
+            return str(error).strip().splitlines()[0]
     for kernel in compiled:
         if kernel is not None and kernel.n_spills:
-            raise Refused(f"{kernel.metadata.name} spills {kernel.n_spills} registers")
+            return f"{kernel.metadata.name} spills {kernel.n_spills} registers"
     for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        if (problem := _difference(a, e, tunable.tolerance)) is not None:
-            raise Refused(f"result {index} {problem}")
+        if a.shape != e.shape:
+            return f"result {index} has shape {list(a.shape)}, the reference has {list(e.shape)}"
+        allowed = tunable.problem.tolerance(a.dtype) * float(e.double().abs().max()) if e.numel() else 0.0
+        worst = float((a.double() - e.double()).abs().max()) if e.numel() else 0.0
+        if not worst <= allowed:
+            return f"result {index} differs from the reference by {worst:.3g}, {allowed:.3g} is allowed"
+    return None
 
 
-def _check_variants(tunable: Tunable, config: Config, device: torch.device) -> None:
-    for inputs in tunable.variants:
-        args = inputs(device, 0)
-        check(tunable, config, args, _tensors(tunable.reference(*args)))
+@contextlib.contextmanager
+def _trying(tunable: Tunable, config: Config) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for kernel, held in {**tunable.held, tunable.kernel: config}.items():
+            stack.enter_context(launch.trying(kernel, held))
+        yield
 
 
 def write(path: Path, rows: list[dict[str, Any]], device: str, command: str) -> None:
@@ -169,16 +326,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def _sets(tunable: Tunable, device: torch.device) -> list[tuple[Any, ...]]:
-    """Sets of inputs that together are larger than twice the L2 cache; two on a CPU."""
-    first = tunable.inputs(device, 0)
+def _sets(problem: Problem, device: torch.device) -> list[tuple[Any, ...]]:
+    """Makes sets of inputs that together are larger than twice the L2 cache; two on a CPU."""
+    first = problem.inputs(device, 0)
     size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
     count = 2
     if device.type != "cpu":
         properties = torch.get_device_module(device).get_device_properties(device)
         cache = getattr(properties, "L2_cache_size", 0) or UNKNOWN_CACHE
-        count = min(MOST_SETS, max(count, -(-2 * cache // max(size, 1))))
-    return [first, *(tunable.inputs(device, seed) for seed in range(1, count))]
+        count = min(MAX_SETS, max(count, -(-2 * cache // max(size, 1))))
+    return [first, *(problem.inputs(device, seed) for seed in range(1, count))]
 
 
 def _timer(device: torch.device) -> Timer:
@@ -236,23 +393,6 @@ def _poisoned_memory() -> Iterator[None]:
         deterministic.fill_uninitialized_memory = filled
 
 
-def _difference(actual: Tensor, expected: Tensor, tolerance: float | None) -> str | None:
-    """What is wrong with `actual`; None when nothing is."""
-    if actual.shape != expected.shape:
-        return f"has shape {list(actual.shape)}, the reference has {list(expected.shape)}"
-    if not actual.numel():
-        return None
-    if tolerance is None:
-        tolerance = max(1e-5, torch.finfo(actual.dtype).eps)
-    allowed = tolerance * float(expected.double().abs().max())
-    error = float((actual.double() - expected.double()).abs().max())
-    return None if error <= allowed else f"differs from the reference by {error:.3g}, {allowed:.3g} is allowed"
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
 def _key(tunable: Tunable) -> str:
     return "x".join(str(number) for number in tunable.size)
 
@@ -285,8 +425,10 @@ def main(arguments: list[str] | None = None) -> None:
     interpreted = device.type == "cpu"
     if interpreted and options.output and launch.CONFIGS.resolve() in options.output.resolve().parents:
         raise SystemExit(f"--output {options.output}: the interpreter's times do not belong into {launch.CONFIGS}")
+    with contextlib.suppress(ImportError):  # without it there is one path less to measure
+        import bitsandbytes  # noqa: F401
     wanted = options.kernels.split(",")
-    chosen = [t for t in tunables(reduced=interpreted) if any(name in t.kernel for name in wanted)]
+    chosen = [t for t in tunables(interpreted, device) if any(name in t.kernel for name in wanted)]
     if not chosen:
         raise SystemExit(f"--kernels {options.kernels}: known are {', '.join(sorted({t.kernel for t in tunables()}))}")
     rows, winners = [], contextlib.ExitStack()

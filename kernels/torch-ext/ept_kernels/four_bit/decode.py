@@ -29,14 +29,12 @@ level can be put into the lower bits of its address, which saves the 64-bit addi
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import AotCase
 from .weight import LEVELS
 
 _TABLE_BYTES = 64
@@ -192,27 +190,3 @@ def absmax_of_words(b_absmax, b_word):
     WORDS: tl.constexpr = b_word.shape[1]
     GROUPS: tl.constexpr = b_absmax.shape[1]
     return tl.reshape(tl.broadcast_to(b_absmax[:, :, None], [ROWS, GROUPS, WORDS // GROUPS]), [ROWS, WORDS])
-
-
-def aot_case(
-    name: str,
-    fn: Any,
-    types: dict[str, str],
-    nested: bool,
-    options: dict[str, Any],
-    sizes: dict[str, int] | None = None,
-    weights: int = 0,
-) -> AotCase:
-    """`fn` for contiguous tensors, compiled with `options` as it is launched with them.
-
-    `types` names the pointers' types beside those that all kernels here share, and what is `None`; `sizes` are
-    given as constants, since at run time they are known to be divisible by 16.
-    """
-    shared = {"packed": "*u8", "absmax": "*u8" if nested else "*fp32", "levels": "*fp32", "partial": "*fp32"}
-    nested_parts = ("nested_absmax", "nested_code", "nested_offset")
-    types = shared | dict.fromkeys(nested_parts, "*fp32" if nested else "None") | types
-    absent = {argument: None for argument, type_ in types.items() if type_ == "None"}
-    constants = {k: v for k, v in (options | absent | (sizes or {})).items() if k in fn.arg_names}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in fn.arg_names}
-    warps, stages, fusion = (options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion"))
-    return AotCase(name, fn, signature, constants, warps, stages, fusion, weights)

@@ -7,7 +7,6 @@ are, and nothing is exchanged between threads. Sizes that are no whole words are
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -15,10 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import AotCase, Config, cached_choice, config_for, launch, on_device
-from . import decode as four_bit_codes
+from ..launch import Config, architecture, cached_choice, config_for, launch, on_device
 from .decode import decode, is_word_aligned, levels, load_absmax
-from .weight import BLOCK_SIZES
 
 # UNITS: words or bytes in a tile, a power of two, one a thread. ITERS: tiles that a program takes.
 CONFIGS: dict[str, Config] = {"dequantize_4bit": {"UNITS": 128, "ITERS": 4, "num_warps": 4, "num_stages": 1}}
@@ -70,32 +67,28 @@ def dequantize_4bit_kernel(
         tl.store(p_weight + i * TILE, tl.reshape(b_weight, [UNITS, 2 * BYTES]), mask=m_weight)
 
 
-def heuristic() -> Config:
-    """Meta-parameters where nothing was measured."""
+def heuristic(device: torch.device) -> Config:
+    """Chooses meta-parameters where nothing was measured."""
     config = dict(CONFIGS["dequantize_4bit"])
-    if torch.version.hip:
+    if architecture(device) in ("gfx942", "hip"):
         config["UNITS"] *= 2  # twice as many threads in a warp
     return config
-
-
-def meta(config: Config, block_size: int, nested_block_size: int, words: bool) -> dict[str, Any]:
-    """What the kernel is launched or compiled with; `nested_block_size` is 0 where absmax is not nested."""
-    return {
-        **config,
-        "BLOCK_SIZE": block_size,
-        "NESTED_BLOCK_SIZE": nested_block_size,
-        "BYTES": 4 if words else 1,
-        "enable_fp_fusion": False,
-    }
 
 
 @cached_choice
 def _chosen(
     elements: int, dtype: torch.dtype, block_size: int, nested_block_size: int, words: bool, device: torch.device
 ) -> tuple[tuple[int], dict[str, Any]]:
-    config = config_for(f"dequantize_4bit/{8 * dtype.itemsize}-bit", elements, device, heuristic())
-    options = meta(config, block_size, nested_block_size, words)
-    return (triton.cdiv(elements, config["UNITS"] * 2 * options["BYTES"] * config["ITERS"]),), options
+    config = config_for(f"dequantize_4bit/{8 * dtype.itemsize}-bit", elements, device, heuristic(device))
+    bytes_ = 4 if words else 1
+    options = {
+        **config,
+        "BLOCK_SIZE": block_size,
+        "NESTED_BLOCK_SIZE": nested_block_size,
+        "BYTES": bytes_,
+        "enable_fp_fusion": False,
+    }
+    return (triton.cdiv(elements, config["UNITS"] * 2 * bytes_ * config["ITERS"]),), options
 
 
 def dequantize_4bit(
@@ -131,38 +124,3 @@ def dequantize_4bit(
             **options,
         )
     return out
-
-
-# Ahead of time.
-
-# Output type, block size, nested, in words.
-_AOT_PROBLEMS = (
-    ("bf16", 64, False, True),
-    ("bf16", 64, True, True),
-    ("bf16", 4096, True, True),
-    ("bf16", 64, True, False),
-    ("fp16", 64, True, True),
-    ("fp32", 32, True, True),
-    ("fp32", 64, False, False),
-    ("fp64", 64, True, True),
-)
-
-
-def aot_cases() -> list[AotCase]:
-    """The kernel with representative signatures, for `ept_kernels.dev.aot`."""
-    return [aot_case(heuristic(), *problem) for problem in _AOT_PROBLEMS]
-
-
-def every_aot_case() -> list[AotCase]:
-    """The kernel for every output type, block size, nesting and address there is."""
-    kinds = itertools.product(("bf16", "fp16", "fp32", "fp64"), BLOCK_SIZES, (False, True), (False, True))
-    return [aot_case(heuristic(), *kind) for kind in kinds]
-
-
-def aot_case(config: Config, dtype: str, block_size: int, nested: bool, words: bool) -> AotCase:
-    options = meta(config, block_size, 256 if nested else 0, words)
-    label = f"{dtype} block={block_size}" + (" nested" if nested else "") + ("" if words else " bytes")
-    types = {"out": f"*{dtype}"}
-    weights = options["UNITS"] * 2 * options["BYTES"] * options["ITERS"]
-    name = f"dequantize_4bit {label}"
-    return four_bit_codes.aot_case(name, dequantize_4bit_kernel, types, nested, options, weights=weights)

@@ -13,12 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import AotCase
-from . import splits as four_bit_products
 from .decode import WEIGHTS, absmax_of_words, levels_of_tile, load_tile, split_8
 from .dequantize import dequantize_4bit
 from .paths import BITSANDBYTES, FUSED, bitsandbytes_product, path_of
-from .splits import Weight, reduce_aot_cases, run
+from .splits import Weight, run
 
 
 @triton.jit
@@ -124,13 +122,3 @@ def matmul_4bit(
     else:
         torch.addmm(bias.to(x.dtype), flat, W.t(), out=out)
     return out.view(shape)
-
-
-def aot_cases() -> list[AotCase]:
-    """The kernel with every tile, and the sum over splits, for `ept_kernels.dev.aot`."""
-    return [*four_bit_products.aot_cases("matmul_4bit", matmul_4bit_kernel), *reduce_aot_cases()]
-
-
-def every_aot_case() -> list[AotCase]:
-    """The kernel for every kind of weight and of tokens."""
-    return four_bit_products.every_aot_case("matmul_4bit", matmul_4bit_kernel)

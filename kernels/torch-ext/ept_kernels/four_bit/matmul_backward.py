@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import AotCase
-from . import splits as four_bit_products
 from .decode import WEIGHTS, absmax_of_words, levels_of_tile, load_tile
 from .dequantize import dequantize_4bit
 from .paths import FUSED, path_of
@@ -113,13 +111,3 @@ def matmul_4bit_backward(
         return run(matmul_4bit_backward_kernel, "matmul_4bit_backward", flat, weight, columns).view(shape)
     out = grad.new_empty(flat.shape[0], columns)
     return torch.mm(flat, dequantize_4bit(*weight, grad.dtype), out=out).view(shape)
-
-
-def aot_cases() -> list[AotCase]:
-    """The kernel with every tile, for `ept_kernels.dev.aot`."""
-    return four_bit_products.aot_cases("matmul_4bit_backward", matmul_4bit_backward_kernel)
-
-
-def every_aot_case() -> list[AotCase]:
-    """The kernel for every kind of weight and of tokens."""
-    return four_bit_products.every_aot_case("matmul_4bit_backward", matmul_4bit_backward_kernel)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import cached_choice, config_for
+from ..launch import architecture, cached_choice, config_for
 from .decode import is_word_aligned
 from .splits import Weight, key
 
@@ -56,7 +56,7 @@ def path_of(operator: str, weight: Weight, tokens: int, dtype: torch.dtype) -> i
 
 def has_fused(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether there is a fused kernel for tokens of `dtype`."""
-    return dtype.itemsize == 2 or device.type == "cpu"
+    return dtype.itemsize == 2 or architecture(device) == "cpu"
 
 
 @cached_choice

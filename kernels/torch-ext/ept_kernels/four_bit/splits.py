@@ -6,7 +6,6 @@ launch. When these kernels are taken, and what else there is: see `four_bit_path
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import AotCase, Config, all_registers, cached_choice, config_for, launch, on_device
-from . import decode as four_bit_codes
+from ..launch import Config, all_registers, architecture, cached_choice, config_for, launch, on_device
 from .decode import levels
-from .weight import BLOCK_SIZES
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
 _FORWARD = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}
@@ -83,7 +80,7 @@ def meta(config: Config, block_size: int, nested_block_size: int, operand: torch
 
 def operand_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What `dtype` tokens are multiplied in: under the interpreter float32, it has no 16-bit products."""
-    return torch.float32 if device.type == "cpu" else dtype
+    return torch.float32 if architecture(device) == "cpu" else dtype
 
 
 class Plan(NamedTuple):
@@ -179,65 +176,3 @@ def run(kernel: Any, operator: str, tokens: Tensor, weight: Weight, results: int
         grid = (triton.cdiv(M * results, config["BLOCK_E"]),)
         launch(matmul_4bit_reduce_kernel, grid, partial, bias, out, chosen.splits, M * results, results, **config)
     return out
-
-
-# Ahead of time.
-
-# Tokens' type, block size, nested, bias and so no splits.
-_AOT_PROBLEMS = (
-    ("bf16", 64, False, False),
-    ("bf16", 64, True, True),
-    ("bf16", 4096, True, False),
-    ("fp16", 32, True, False),
-)
-_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def aot_cases(operator: str, fn: Any) -> list[AotCase]:
-    """`fn`, the kernel of `operator`, with every tile and representative signatures, for a weight 4096x4096."""
-    return [
-        aot_case(f"{operator}/{tile}", fn, heuristic(f"{operator}/{tile}", 4096, 4096), 4096, 4096, *problem)
-        for tile in TILES
-        for problem in _AOT_PROBLEMS
-    ]
-
-
-def every_aot_case(operator: str, fn: Any) -> list[AotCase]:
-    """`fn` for every block size, nesting and 16-bit type, with a bias and with splits, and for any sizes and strides
-    beside those that 16 divides.
-    """
-    return [
-        aot_case(f"{operator}/{tile}", fn, heuristic(f"{operator}/{tile}", 4096, 4096), 4096, 4096, *kind)
-        for tile in TILES
-        for kind in itertools.product(_TYPES, BLOCK_SIZES, (False, True), (False, True), (False, True))
-    ]
-
-
-def aot_case(
-    kernel: str,
-    fn: Any,
-    config: Config,
-    rows: int,
-    columns: int,
-    dtype: str,
-    block_size: int,
-    nested: bool,
-    bias: bool,
-    any_sizes: bool = False,
-) -> AotCase:
-    tokens, _, out, *_, stride_m, stride_last = fn.arg_names[6 : fn.arg_names.index("BLOCK_SIZE")]
-    label = f"{dtype} {rows}x{columns} block={block_size}" + (" nested" if nested else "") + (" bias" if bias else "")
-    types = {tokens: f"*{dtype}", "bias": f"*{dtype}" if bias else "None", out: f"*{dtype}" if bias else "*fp32"}
-    sizes = {"rows": rows, "columns": columns, stride_m: columns if tokens == "x" else rows, stride_last: 1}
-    if any_sizes:
-        label, sizes = f"{label} any sizes", {}
-    options = meta(config, block_size, 256 if nested else 0, _TYPES[dtype])
-    weights = config["BLOCK_N"] * config["BLOCK_K"]
-    case = four_bit_codes.aot_case(f"{kernel} {label}", fn, types, nested, options, sizes, weights)
-    return case._replace(all_registers=needs_all_registers(kernel))
-
-
-def reduce_aot_cases() -> list[AotCase]:
-    options = {**CONFIGS["matmul_4bit_reduce"], "enable_fp_fusion": True}
-    types = {"out": "*bf16", "bias": "*bf16"}
-    return [four_bit_codes.aot_case("matmul_4bit_reduce bf16", matmul_4bit_reduce_kernel, types, False, options)]

@@ -1,4 +1,4 @@
-"""How the joint prompt's kernels are launched, and how they are compiled ahead of time."""
+"""How the joint prompt's kernels are launched."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..launch import AotCase, Config, all_registers, cached_choice, config_for, padded, precision
-from .backward import joint_prompt_backward_kernel
-from .forward import joint_prompt_kernel
-from .products import joint_prompt_products_kernel
+from ..launch import Config, all_registers, cached_choice, config_for, padded, precision
 from .shape import Shape
 
 # Meta-parameters by kernel, used where nothing was measured. The first launch, of the inner products, belongs to both
@@ -26,11 +23,6 @@ CONFIGS: dict[str, Config] = {
         "num_warps": 4,
         "num_stages": 1,
     },
-}
-KERNELS = {
-    "joint_prompt_products": joint_prompt_products_kernel,
-    "joint_prompt": joint_prompt_kernel,
-    "joint_prompt_backward": joint_prompt_backward_kernel,
 }
 # Up to this width the programs take narrower tiles: otherwise there are too few of them to fill a GPU.
 NARROW = 1024
@@ -116,51 +108,3 @@ def chosen(kernel: str, sizes: Sizes, activation: str, device: torch.device) -> 
         {**{k: c[k] for k in ("num_warps", "num_stages")}, **all_registers(device)} for c in config.values()
     )
     return z, products, second
-
-
-# Ahead of time.
-
-# Sizes and the parameters' type: the defaults for T5 base, a wide model with every part larger, both with maps, and
-# prompt and spaces alone.
-_AOT_PROBLEMS = (
-    (Sizes(s=40, d=768, m=256, r=30, a=0, columns=8, K=4, fusion=True), "fp32"),
-    (Sizes(s=100, d=4096, m=256, r=60, a=0, columns=32, K=8, fusion=True), "fp32"),
-    (Sizes(s=40, d=768, m=256, r=30, a=16, columns=8, K=4, fusion=True), "fp32"),
-    (Sizes(s=100, d=4096, m=256, r=60, a=16, columns=32, K=8, fusion=True), "fp32"),
-    (Sizes(s=40, d=768, m=256, r=30, a=0, columns=8, K=4, fusion=True), "bf16"),
-    (Sizes(s=100, d=4096, m=0, r=0, a=0, columns=32, K=8, fusion=False), "fp16"),
-)
-
-
-def aot_cases() -> list[AotCase]:
-    """Every kernel with representative sizes, for `ept_kernels.dev.aot`."""
-    cases = []
-    for sizes, dtype in _AOT_PROBLEMS:
-        for operator in ("joint_prompt", "joint_prompt_backward"):
-            cases.append(aot_case("joint_prompt_products", operator, sizes, dtype))
-            cases.append(aot_case(operator, operator, sizes, dtype))
-    return cases
-
-
-def aot_case(kernel: str, operator: str, sizes: Sizes, dtype: str, config: Config | None = None) -> AotCase:
-    """`kernel`, one of the two that `operator` launches, for parameters in `dtype` (Triton's name).
-
-    Without `config` the heuristic's is taken, for the operator's other kernel in any case.
-    """
-    configs = {name: heuristic(name, sizes.d, sizes.a, sizes.r) for name in ("joint_prompt_products", operator)}
-    configs[kernel] = config or configs[kernel]
-    z = meta(operator, configs, sizes, "gelu", "bf16x6")
-    fn = KERNELS[kernel]
-    constants: dict[str, Any] = {"z": z}
-    if not z.backward:
-        constants["grad_output"] = None
-    scalars = ("lowrank_scale", "embedding_scale", "score_scale")
-    signature = {
-        name: "constexpr" if name in constants else "fp32" if name in scalars else f"*{dtype}" for name in fn.arg_names
-    }
-    constants = {name: value for name, value in constants.items() if name in signature}
-    signature["products"] = "*fp32"
-    of = " of the backward" if kernel != operator and z.backward else ""
-    label = f"{kernel}{of} {dtype} s={sizes.s} d={sizes.d} r={sizes.r} a={sizes.a}"
-    warps, stages = configs[kernel]["num_warps"], configs[kernel]["num_stages"]
-    return AotCase(label, fn, signature, constants, warps, stages, all_registers=True)

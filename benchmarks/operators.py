@@ -1,0 +1,189 @@
+"""Operators against their peers: every version of a case is checked against the reference first, then timed in turn
+with the others and held against the machine's ceilings.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+import ept_kernels
+from ept_kernels import launch
+from ept_kernels.dev.problems import as_tuple
+
+from .problems import Prepared, prepare
+from .record import Row
+from .shapes import OURS, OURS_AGAIN, PRODUCTS, TABLES, Case
+from .timing import Call, Clock, DeviceClock, Timing, device_launches, peak_bytes, time_in_turn
+from .work import Work
+
+CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # timing of one version of one case
+
+
+def works_of(table: str, device: str) -> list[Work]:
+    """Return the ceilings and every case of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
+
+    def measured(case: Case) -> Iterator[Row]:
+        prepared = prepare(case, device, compile_allowed=table != "reduced")
+        yield from measure(case, prepared, device, CASE_SECONDS[table], measure_ceilings(table, device)[0])
+
+    ceilings = Work("ceilings", lambda: measure_ceilings(table, device)[1], {"section": "ceilings"})
+    cases = TABLES[table]()
+    return [ceilings, *(Work(f"kernels/{c.id}", functools.partial(measured, c), described(c)) for c in cases)]
+
+
+def described(case: Case) -> Row:
+    """Return the fields of all rows of a case."""
+    names = ("kernel", "model", "size", "dtype", "scheme")
+    return {"section": "kernels", "case": case.id, **{name: getattr(case, name) for name in names}}
+
+
+class Ceilings(NamedTuple):
+    """Bytes a second (read plus written) of a copy, and operations a second of a square product by data type."""
+
+    bytes_per_second: float
+    operations_per_second: dict[str, float]
+
+    def floor(self, bytes_moved: int, operations: int, dtype: str) -> tuple[float, str]:
+        """Return the least seconds that so much work takes, and which ceiling sets them: `memory` or `compute`."""
+        memory = bytes_moved / self.bytes_per_second
+        compute = operations / self.operations_per_second[dtype]
+        return max((memory, "memory"), (compute, "compute"))
+
+
+# Bytes of the copied tensor, edge of the square matrices, their data types, seconds of each.
+CEILING_SIZES = {
+    "gpu": (4 << 30, 8192, ("bfloat16", "float16", "float32"), 0.4),
+    "cpu": (128 << 20, 1024, ("float32",), 0.5),
+    "reduced": (1 << 20, 64, ("float32",), 0.01),
+}
+
+
+@functools.cache
+def measure_ceilings(table: str, device: str) -> tuple[Ceilings, list[Row]]:
+    """Measures the ceilings of `device` at the sizes of `table`, with a row for each."""
+    size, edge, dtypes, seconds = CEILING_SIZES[table]
+
+    def timed(call: Call) -> Timing:
+        return time_in_turn({"only": call}, clock_of(device), seconds=seconds)["only"]
+
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = timed(lambda _: target.copy_(source))
+    bandwidth = 2 * size / timing.median
+    rows = [{"ceiling": "copy", "bytes": 2 * size, "bytes_per_second": bandwidth, **timing.as_dict()}]
+    rates = {}
+    for name in dtypes:
+        # Random: products of zeros can run faster than real ones.
+        a, b = (torch.randn(edge, edge, device=device).to(getattr(torch, name)) for _ in range(2))
+        timing = timed(lambda _, a=a, b=b: a @ b)
+        operations = 2 * edge**3
+        rates[name] = operations / timing.median
+        row = {"ceiling": f"{name} product", "operations": operations, "operations_per_second": rates[name]}
+        rows.append({**row, **timing.as_dict()})
+    return Ceilings(bandwidth, rates), rows
+
+
+def clock_of(device: str) -> Clock:
+    return DeviceClock(device) if device == "cuda" else Clock(device)
+
+
+def measure(
+    case: Case, prepared: Prepared | None, device: str, seconds: float, ceilings: Ceilings
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for every version that `case` names.
+
+    `status` is `ok`, `skipped` (it cannot run here) or `failed` (it raised, or its result was wrong: then it is
+    not timed), with the `reason`.
+
+    Args:
+        prepared: None where the operator does not exist: all are skipped.
+    """
+    rows: dict[str, Row] = {provider: {"provider": provider, "status": "skipped"} for provider in case.providers}
+    if prepared is None:
+        for row in rows.values():
+            yield {**row, "reason": f"this version of ept_kernels has no {case.kernel}"}
+        return
+    for provider, reason in prepared.skipped.items():
+        rows[provider]["reason"] = reason
+    expected = as_tuple(prepared.reference())
+    for provider, call in prepared.calls.items():
+        rows[provider].update(_check(provider, call, expected, prepared))
+    del expected
+    right = {name: call for name, call in prepared.calls.items() if rows[name]["status"] == "ok"}
+    timings = time_in_turn(right, clock_of(device), sets=prepared.sets, seconds=seconds) if right else {}
+    for provider, timing in timings.items():
+        row, call = rows[provider], right[provider]
+        row.update(timing.as_dict(), **_against_ceilings(prepared, timing.median, ceilings, case.dtype))
+        row["peak_bytes"] = peak_bytes(call, device)
+        if provider in (OURS, OURS_AGAIN):
+            row["backend"] = _backend(call, device)
+        if provider == OURS and case.kernel not in PRODUCTS:  # a profile costs more than the measurement
+            row["launches"] = device_launches(call, device)
+    yield from rows.values()
+
+
+def _check(provider: str, call: Call, expected: tuple[torch.Tensor, ...], prepared: Prepared) -> Row:
+    try:
+        outputs = as_tuple(call(0))
+        error = max(relative_error(out, ref) for out, ref in zip(outputs, expected))
+        found: Row = {"status": "ok", "reason": "", "relative_error": error, "tolerance": prepared.tolerance}
+        if not error <= prepared.tolerance:
+            limit = f"the tolerance is {prepared.tolerance:.1e}"
+            found.update(status="failed", reason=f"relative error {error:.1e} against the reference, {limit}")
+        if provider == OURS:
+            found["repeats_bit_equal"] = _equal(outputs, as_tuple(call(0)))
+            peer = prepared.must_equal
+            if peer in prepared.calls:
+                found[f"bit_equal_to_{peer}"] = _equal(outputs, as_tuple(prepared.calls[peer](0)))
+        return found
+    except Exception as error:  # a version that raises is a result; the others are still measured
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # raises where the error broke the device's context: then this process must end
+        first = str(error).partition("\n")[0]
+        return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
+
+
+def _against_ceilings(prepared: Prepared, seconds: float, ceilings: Ceilings, dtype: str) -> Row:
+    moved, operations = prepared.counted
+    floor, bound = ceilings.floor(moved, operations, dtype)
+    return {
+        "bytes": moved,
+        "operations": operations,
+        "bytes_per_second": moved / seconds,
+        "operations_per_second": operations / seconds,
+        "bound": bound,
+        "fraction_of_ceiling": floor / seconds,
+        "fraction_of_bandwidth": moved / ceilings.bytes_per_second / seconds,
+        "ceilings": {
+            "bytes_per_second": ceilings.bytes_per_second,
+            "operations_per_second": ceilings.operations_per_second[dtype],
+        },
+    }
+
+
+def _backend(call: Call, device: str) -> str:
+    """Return what really ran: `triton` when a kernel of this package was launched."""
+    if ept_kernels.backend(device) == "reference":
+        return "reference"
+    before = launch.launches()
+    call(0)
+    return "triton" if launch.launches() > before else "reference"
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return ‖out − reference‖ / ‖reference‖ in float64, absolute for a reference of zeros; infinite for another
+    shape.
+    """
+    if out.shape != reference.shape:
+        return float("inf")
+    difference = torch.linalg.vector_norm(out.double() - reference.double()).item()
+    norm = torch.linalg.vector_norm(reference.double()).item()
+    return difference / norm if norm else difference
+
+
+def _equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,210 @@
+"""Cases made ready to run: several sets of inputs, the least work they take, and a call for each of our versions.
+
+The inputs are those of `ept_kernels.dev.problems`; the libraries we are compared with stand in `peers.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ept_kernels
+from ept_kernels.dev.problems import FourBit, JointPrompt, PackedEmbedding, PromptedEmbedding
+
+from . import counts, peers
+from .shapes import BITSANDBYTES, COMPILED, DENSE, EAGER, OURS, OURS_AGAIN, PEFT, Case
+from .timing import Call
+
+MAX_BYTES = 8 << 30  # of all input sets of one case together
+MAX_SETS = 256
+CPU_CACHE = 32 << 20  # assumed: PyTorch does not tell the size of a CPU's last-level cache
+
+# ‖out − reference‖ / ‖reference‖ that a version may reach before its time counts.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+Arguments = Sequence[tuple[Any, ...]]
+
+
+@dataclass
+class Prepared:
+    """Calls by version, each taking the number of an input set.
+
+    Attributes:
+        calls: what can run. skipped: version → why it cannot. sets: number of input sets.
+        counted: the least bytes and operations of one call.
+        reference: gives what every version must give on set 0.
+        tolerance: relative error that a version may have. must_equal: version that ours has to equal bit for bit.
+    """
+
+    calls: dict[str, Call]
+    sets: int
+    counted: counts.Counts
+    reference: Callable[[], Any]
+    tolerance: float
+    skipped: dict[str, str] = field(default_factory=dict)
+    must_equal: str = ""
+
+
+def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared | None:
+    """Makes `case` ready on `device`; None where the operator does not exist."""
+    if not hasattr(ept_kernels, case.kernel):
+        return None
+    if "4bit" in case.kernel:
+        make = _four_bit
+    else:
+        make = _joint_prompt if case.kernel == "joint_prompt" else _embedding
+    prepared = make(case, device)
+    if not compile_allowed and prepared.calls.pop(COMPILED, None):
+        prepared.skipped[COMPILED] = "not compiled in a reduced run"
+    return prepared
+
+
+def _embedding(case: Case, device: str) -> Prepared:
+    """Prepares the prompted embedding: padded, packed, or its backward."""
+    dtype = getattr(torch, case.dtype)
+    batch, n, d, vocabulary, s, r = case.size.values()
+    problem: Any = PromptedEmbedding(n, d, s, n, r, batch, "none", dtype, vocabulary=vocabulary)
+    if case.kernel == "prompted_embedding_backward":
+        problem = problem.backward
+        counted = counts.prompted_embedding_backward(batch, n, d, s, r, n, dtype.itemsize)
+        arguments = input_sets(lambda seed: problem.inputs(device, seed), counted, device)
+        peer = functools.partial(peers.peft_embedding_backward, arguments, s)
+    else:
+        # One table for all sets where it is larger than the cache, since their ids differ.
+        shared = vocabulary * d * dtype.itemsize >= 2 * last_level_cache(device)
+        table = torch.randn(vocabulary, d, device=device, dtype=dtype) if shared else None
+        if case.kernel == "prompted_embedding_packed":
+            lengths = torch.linspace(max(1, n // 4), n, batch).round().long().tolist()
+            problem = PackedEmbedding(tuple(lengths), s, d, r, dtype, vocabulary=vocabulary)
+        ids = problem.inputs(device, 0, table)[0]
+        distinct = ids.unique().numel()
+        if case.kernel == "prompted_embedding_packed":
+            counted = counts.prompted_embedding_packed(batch, ids.numel(), n, d, s, r, n, distinct, dtype.itemsize)
+        else:
+            counted = counts.prompted_embedding(batch, n, d, s, r, n, distinct, dtype.itemsize)
+        arguments = input_sets(lambda seed: problem.inputs(device, seed, table), counted, device)
+        peer = functools.partial(peers.peft_embedding, arguments)
+    prepared = _prepared(case, arguments, counted)
+    if PEFT in case.providers:
+        _add_peer(prepared, PEFT, peer)
+    return prepared
+
+
+def _joint_prompt(case: Case, device: str) -> Prepared:
+    """Prepares the joint prompt, forward and backward together."""
+    s, d, r, K, h, m = case.size.values()
+    problem = JointPrompt(s, d, m, r, K, h)
+    counted = counts.joint_prompt(s, m, r, d, K * h, K)
+    options = problem.options()
+    arguments = input_sets(
+        lambda seed: (problem.grad_output(device, seed), *problem.parameters(device, seed)), counted, device
+    )
+
+    def both(forward: Callable[..., Tensor], backward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda grad, *x: (forward(*x, *options), *backward(grad, *x, *options))
+
+    ours = both(ept_kernels.joint_prompt, ept_kernels.joint_prompt_backward)
+    reference = both(ept_kernels.joint_prompt_reference, ept_kernels.joint_prompt_backward_reference)
+    prepared = _prepared(case, arguments, counted, ours, reference)
+    if COMPILED in case.providers:
+        # The forward is compiled, and by autograd its backward with it.
+        compiled = torch.compile(ept_kernels.joint_prompt_reference, fullgraph=True, dynamic=False)
+
+        def call(i: int) -> tuple[Tensor, ...]:
+            grad, *parameters = arguments[i]
+            x = [parameter.detach().requires_grad_() for parameter in parameters]
+            out = compiled(*x, *options)
+            return out.detach(), *torch.autograd.grad(out, x, grad, allow_unused=True, materialize_grads=True)
+
+        prepared.calls[COMPILED] = call
+    return prepared
+
+
+def _four_bit(case: Case, device: str) -> Prepared:
+    """Prepares the dequantisation or a product; every version gets the same bytes."""
+    *tokens, rows, columns = case.size.values()
+    dtype = getattr(torch, case.dtype)
+    quant_type, _, nested = case.scheme.partition(" ")
+    problem = FourBit(rows, columns, tuple(tokens), quant_type, nested=bool(nested), dtype=dtype)
+    if case.kernel == "dequantize_4bit":
+        counted = counts.dequantize_4bit(rows, columns, problem.block_size, bool(nested), dtype.itemsize)
+        arguments = input_sets(lambda seed: (problem.weight(device, seed), dtype), counted, device)
+        prepared = _prepared(case, arguments, counted)
+        prepared.must_equal = BITSANDBYTES
+        _add_peer(prepared, BITSANDBYTES, lambda: peers.bitsandbytes_dequantize(arguments))
+        return prepared
+
+    backward = case.kernel == "matmul_4bit_backward"
+    counted = counts.matmul_4bit(*tokens, rows, columns, problem.block_size, bool(nested), dtype.itemsize)
+    width = rows if backward else columns
+    arguments = input_sets(
+        lambda seed: (problem.random(width, device, seed), problem.weight(device, seed)), counted, device
+    )
+    prepared = _prepared(case, arguments, counted)
+    peer = peers.bitsandbytes_matmul_backward if backward else peers.bitsandbytes_matmul
+    _add_peer(prepared, BITSANDBYTES, lambda: peer(arguments))
+    dense = [ept_kernels.dequantize_4bit_reference(weight, dtype) for _, weight in arguments]
+    prepared.calls[DENSE] = lambda i: arguments[i][0] @ (dense[i] if backward else dense[i].mT)
+    return prepared
+
+
+def _prepared(
+    case: Case, arguments: Arguments, counted: counts.Counts, ours: Any = None, reference: Any = None
+) -> Prepared:
+    """Prepares our operator and our reference, plain and compiled, all called with `arguments[i]`."""
+    ours = ours or getattr(ept_kernels, case.kernel)
+    reference = reference or getattr(ept_kernels, f"{case.kernel}_reference")
+    calls: dict[str, Call] = {
+        OURS: lambda i: ours(*arguments[i]),
+        OURS_AGAIN: lambda i: ours(*arguments[i]),
+        EAGER: lambda i: reference(*arguments[i]),
+    }
+    if COMPILED in case.providers:
+        torch._dynamo.reset()
+        compiled = torch.compile(reference, fullgraph=True, dynamic=False)
+        calls[COMPILED] = lambda i: compiled(*arguments[i])
+    return Prepared(
+        {name: call for name, call in calls.items() if name in case.providers},
+        len(arguments),
+        counted,
+        lambda: reference(*arguments[0]),
+        TOLERANCES[getattr(torch, case.dtype)],
+    )
+
+
+def _add_peer(prepared: Prepared, provider: str, make: Callable[[], Call]) -> None:
+    """Adds a version that needs a library, or the reason why that library cannot be used."""
+    library = provider.lower()
+    if importlib.util.find_spec(library) is None:
+        prepared.skipped[provider] = f"{library} is not installed"
+        return
+    try:
+        prepared.calls[provider] = make()
+    except Exception as error:  # whatever a peer raises here is the reason that its row gives
+        prepared.skipped[provider] = f"{type(error).__name__}: {error}"
+
+
+def input_sets(inputs: Callable[[int], tuple[Any, ...]], counted: counts.Counts, device: str) -> list[tuple[Any, ...]]:
+    """Makes sets of inputs, by seed, that together are larger than the cache and no larger than `MAX_BYTES`."""
+    first = inputs(0)
+    parts = [part for x in first for part in (x.tensors if isinstance(x, ept_kernels.FourBitWeight) else [x])]
+    held = sum(part.nbytes for part in parts if isinstance(part, Tensor))
+    number = copies(counted.bytes, last_level_cache(device), min(MAX_SETS, max(2, MAX_BYTES // max(held, 1))))
+    return [first, *map(inputs, range(1, number))]
+
+
+def copies(touched: int, cache: int, maximum: int) -> int:
+    """Return the number of input sets to rotate among, together twice the last-level cache: at least 2."""
+    return max(2, min(maximum, math.ceil(2 * cache / max(touched, 1))))
+
+
+def last_level_cache(device: str) -> int:
+    """Return the bytes of the device's last-level cache."""
+    return torch.cuda.get_device_properties().L2_cache_size if device == "cuda" else CPU_CACHE

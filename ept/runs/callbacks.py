@@ -1,0 +1,158 @@
+"""Callbacks of a run's Trainer: the log with the time of the steps, a progress bar, and checkpoints that are whole."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+
+from .config import RunConfig
+from .failures import check_finite, divergence_advice
+from .folder import PREFIX, MetricsLog, RunFolder, delete_surplus, read_seal, seal
+from .processes import Processes
+
+
+class Recorder(TrainerCallback):
+    """The log of a run, with the time of its steps, in `metrics.jsonl`.
+
+    On a GPU the clock stops only where the Trainer logs, after a synchronisation, and the steps in between share the
+    time; on a CPU each step is timed alone.
+    """
+
+    def __init__(self, config: RunConfig, log: MetricsLog) -> None:
+        self.config, self.log = config, log
+        self.seconds_before = 0.0
+        self.started: float | None = None
+        self.ended: float | None = None
+        self.step_started: float | None = None
+        self.steps_open = 0
+        self.step_times: list[float] = []
+        self.rates: list[float] = []
+
+    def seconds(self) -> float:
+        """Returns the wall time of the training loop with its evaluations, over all sittings of a resumed run."""
+        if self.started is None:
+            return self.seconds_before
+        return self.seconds_before + (self.ended or time.perf_counter()) - self.started
+
+    def step_time_ms(self) -> float | None:
+        """Returns the median over the steps of this sitting; None when there was none."""
+        return statistics.median(self.step_times) * 1e3 if self.step_times else None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.ended = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.step_started is None:
+            self.step_started = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = True
+        self.steps_open += 1
+        on_gpu = args.device.type == "cuda"
+        if self.step_started is None or (on_gpu and not (control.should_log or control.should_evaluate)):
+            return
+        if on_gpu:
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - self.step_started
+        self.step_times += [elapsed / self.steps_open] * self.steps_open
+        self.step_started, self.steps_open = None, 0
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if "train_runtime" in logs:  # the Trainer's closing summary
+            return
+        event = {"step": state.global_step, "seconds": round(self.seconds(), 3), **logs}
+        if "loss" in logs:
+            event["learning_rate"] = self.rates[0]
+            event["low_rank_learning_rate"] = self.rates[-1]
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss became {logs['loss']} by step {state.global_step}: {divergence_advice(self.config)}"
+                )
+        self.log.append(event)
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with loss, score and remaining time on standard error; without a terminal, one line an evaluation."""
+
+    def __init__(self, metric: str, shown: bool = True) -> None:
+        self.metric = metric
+        self.console = Console(stderr=True, quiet=not shown)
+        self.live = shown and self.console.is_terminal
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
+        self.task = self.bar.add_task("training")
+        self.loss = self.score = ""
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        if self.live:
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.loss = f"loss {logs['loss']:.4f}"
+        if (score := logs.get(f"eval_{self.metric}")) is not None:
+            self.score = f"{self.metric} {score:.3f}"
+            if not self.live:
+                self.console.print(f"step {state.global_step}/{state.max_steps}  {self.loss}  {self.score}")
+        self.bar.update(self.task, description=f"training  {self.loss}  {self.score}")
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Checkpoints that count once all of them is on the disk, and the parts of a run that the Trainer leaves out.
+
+    Those are the sum of the losses since the last log, of each rank, and where the best checkpoint is.
+    """
+
+    def __init__(
+        self, trainer: Trainer, config: RunConfig, folder: RunFolder, log: MetricsLog, processes: Processes
+    ) -> None:
+        self.trainer, self.config, self.folder, self.log, self.processes = trainer, config, folder, log, processes
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        locate_best(state, self.folder)
+        kept = read_seal(self.folder.checkpoints / f"{PREFIX}{state.global_step}")
+        if "loss_sums" in kept:
+            self.trainer._tr_loss.fill_(kept["loss_sums"][self.processes.rank])
+            self.trainer._globalstep_last_logged = kept["loss_since"]
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        check_finite(self.trainer.model, state.global_step, self.config)
+        # All ranks have written their parts once all have given their sums.
+        losses = self.processes.gather(float(self.trainer._tr_loss))
+        if self.processes.is_rank_zero:
+            self.log.sync()
+            checkpoint = self.folder.checkpoints / f"{PREFIX}{state.global_step}"
+            seal(checkpoint, loss_sums=losses, loss_since=self.trainer._globalstep_last_logged)
+            limit = self.config.training.save_total_limit
+            delete_surplus(self.folder.checkpoints, checkpoint, limit, state.best_global_step)
+
+
+def locate_best(state: TrainerState, folder: RunFolder) -> None:
+    """Points the state, which names the best checkpoint by its path, to where the folder is now."""
+    best = folder.checkpoints / f"{PREFIX}{state.best_global_step}"
+    state.best_model_checkpoint = str(best) if state.best_global_step and best.is_dir() else None

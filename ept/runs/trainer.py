@@ -1,0 +1,272 @@
+"""The Trainer of a run: its arguments, the batches of a step, and a learning rate for each kind of parameter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import BatchSampler
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ..model.compilation import check_lengths
+from ..tasks.encoding import Collator, encode_split
+from .callbacks import ProgressBar, Recorder, WholeCheckpoints, locate_best
+from .config import RunConfig
+from .folder import MetricsLog, RunFolder
+from .loading import default_device
+from .method_table import METHODS
+from .processes import Processes
+
+if TYPE_CHECKING:
+    from .train import PreparedRun
+
+# transformers renames the argument on its way to version 6.
+_CHECKPOINTING = next(
+    field.name
+    for field in fields(TrainingArguments)
+    if field.name in ("activation_checkpointing", "gradient_checkpointing")
+)
+FILLER_LABELS = "filler_labels"
+
+
+class PromptTrainer(Trainer):
+    """The Trainer with one learning rate for the prompt, one for everything else, and the task's own score."""
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+
+    def __init__(self, config: RunConfig, run: PreparedRun, folder: RunFolder) -> None:
+        self.run_config, self.run, self.folder = config, run, folder
+        self.recorder = Recorder(config, MetricsLog(folder.metrics, writes=run.processes.is_rank_zero))
+        data, training = run.run_data.data, config.training
+        patience, multiple = training.early_stopping_patience, training.pad_to_multiple_of
+        encoded = encode_split(data.train, run.tokenizer, data.labels, run.task_type, data.task.values)
+        if training.compile_layers and multiple is not None:
+            check_lengths(max(encoded["length"]), multiple)
+        collator = Collator(
+            run.task_type,
+            int(run.tokenizer.pad_token_id),
+            pad_to_multiple_of=multiple,
+            answer_tokens=max(map(len, run.answers), default=0) if multiple is not None else 0,
+            label_only_logits=training.label_only_logits,
+        )
+        self.progress = ProgressBar(data.task.metrics[0], shown=run.processes.is_rank_zero)
+        super().__init__(
+            model=run.model,
+            args=training_arguments(config, folder, metric=data.task.metrics[0]),
+            train_dataset=encoded,
+            eval_dataset=data.validation,
+            data_collator=collator,
+            callbacks=[
+                self.recorder,
+                self.progress,
+                *([EarlyStoppingCallback(early_stopping_patience=patience)] if patience is not None else []),
+            ],
+        )
+        self.add_callback(WholeCheckpoints(self, config, folder, self.recorder.log, run.processes))
+        self.remove_callback(PrinterCallback)  # prints to standard output
+        # EPTModel.forward divides by num_items_in_batch for every model, whatever the base model's signature says.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.run_config.training.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
+        lengths = list((train_dataset or self.train_dataset)["length"])
+        return EpochLengthGroupedSampler(rows, lengths, self.run_config.seed)
+
+    def get_train_dataloader(self) -> Any:
+        if self.run.processes.world_size == 1:
+            return super().get_train_dataloader()
+        rows: Any = self.train_dataset
+        loader = torch.utils.data.DataLoader(
+            rows,
+            batch_sampler=SharedBatches(self._get_train_sampler(), self.args.train_batch_size, self.run.processes),
+            collate_fn=partial(collate_share, self.data_collator, rows[0]),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(  # as for one process: the batches are shares already
+            loader,
+            device=self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            use_seedable_sampler=True,
+            non_blocking=torch.cuda.is_available(),
+        )
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        filler = inputs.pop(FILLER_LABELS, None)
+        if filler is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        return super().compute_loss(model, {**inputs, "labels": filler}, *args, **kwargs) * 0.0
+
+    def load_result(self, checkpoint: Path) -> None:
+        """Loads what a training that was over at `checkpoint` ends with: the best weights, and the state."""
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        locate_best(self.state, self.folder)
+        self._load_from_checkpoint(self.state.best_model_checkpoint or str(checkpoint))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = model or self.model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            training, method = self.run_config.training, self.run_config.method.name
+            rates = (training.learning_rate, training.low_rank_learning_rate, training.weight_decay)
+            self.optimizer = optimizer(parameter_groups(model, *rates, method), **options)
+        return self.optimizer
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        scores = self.run.score(self.run.run_data.data.validation)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class EpochLengthGroupedSampler(LengthGroupedSampler):
+    """The order of an epoch's rows with those of like length side by side, from its seed and number alone.
+
+    transformers' own sampler draws from the global generator, whose state at the start of an epoch a run that resumes
+    inside that epoch does not know.
+
+    Args:
+        batch_size: rows of an optimiser step, over all ranks. lengths: tokens of every row.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class SharedBatches(BatchSampler):
+    """One rank's share of each batch of all ranks, whose batches are those of one process with as large a batch.
+
+    (accelerate deals whole batches out in turn, and completes the last round of an epoch with rows of its beginning.)
+    A last batch of fewer rows than ranks leaves some without any: their share is an empty list.
+
+    Args:
+        sampler: the order of the rows, the same on every rank. batch_size: rows of a share.
+    """
+
+    def __init__(self, sampler: Any, batch_size: int, processes: Processes) -> None:
+        self.batch_sampler = BatchSampler(sampler, batch_size * processes.world_size, drop_last=False)
+        self.sampler = sampler  # the data loader tells it the epoch
+        self.batch_size, self.drop_last, self.processes = batch_size, False, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(self.processes.share(batch)) for batch in self.batch_sampler)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+
+def collate_share(collate: Callable[[Any], dict[str, Any]], filler: dict[str, Any], rows: Any) -> dict[str, Any]:
+    """Collates a rank's share of a batch; an empty share becomes a batch of the row `filler` that does not count.
+
+    Its labels are all -100; the true ones, with which the model is called all the same, are beside them.
+    """
+    if rows:
+        return collate(rows)
+    batch = collate([filler])
+    return {**batch, "labels": torch.full_like(batch["labels"], -100), FILLER_LABELS: batch["labels"]}
+
+
+def parameter_groups(
+    model: torch.nn.Module,
+    learning_rate: float,
+    low_rank_learning_rate: float,
+    weight_decay: float = 0.0,
+    method: str = "ept",
+) -> list[dict[str, Any]]:
+    """Makes the groups of the optimizer, each at the rate that fits what a step of Adam does to the embeddings.
+
+    * `prompt` and `U`, whose entries stand in the units of the prompt: `learning_rate`;
+    * the maps `D`, `G`, `W_q`, `W_k`: `low_rank_learning_rate`/√d. A step changes each of a column's d entries by about
+      the rate, and they add up: at the whole rate the gate saturates within some tens of steps;
+    * all others (`A`, `B`, `beta`, heads), the last group: `low_rank_learning_rate`.
+
+    PEFT's methods: all of the adapter at `learning_rate`, heads at `low_rank_learning_rate`.
+    """
+    groups: dict[str, list[torch.nn.Parameter]] = {"prompt": [], "map": [], "other": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[METHODS[method].role(name)].append(parameter)
+    maps = groups["map"]  # [d, …] each
+    rates = {
+        "prompt": learning_rate,
+        "map": low_rank_learning_rate / math.sqrt(maps[0].shape[0]) if maps else 0.0,
+        "other": low_rank_learning_rate,
+    }
+    return [
+        {"params": parameters, "lr": rates[role], "weight_decay": weight_decay}
+        for role, parameters in groups.items()
+        if parameters
+    ]
+
+
+def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> TrainingArguments:
+    training = config.training
+    arguments = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=training.max_steps or -1,
+        num_train_epochs=training.num_train_epochs,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup_steps,
+        lr_scheduler_type=training.lr_scheduler,
+        max_grad_norm=training.max_grad_norm,
+        eval_strategy="steps",
+        eval_steps=training.eval_steps,
+        save_strategy="steps",
+        save_steps=training.eval_steps,
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=True,
+        use_cpu=default_device().type == "cpu",
+        bf16=training.bf16,
+        fp16=training.fp16,
+        **{_CHECKPOINTING: training.gradient_checkpointing},
+        optim=training.optim,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=False,  # every parameter of an adapter takes part in every step
+        ddp_broadcast_buffers=False,  # those of a frozen model stay what they are
+        dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # from pinned memory: no wait for the copy
+        disable_tqdm=True,
+        report_to="none",
+        restore_callback_states_from_checkpoint=training.early_stopping_patience is not None,
+        seed=config.seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: never torch's DataParallel
+    return arguments

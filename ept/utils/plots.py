@@ -1,0 +1,69 @@
+"""Plots: one size, style and legend for all, and a PNG that appears whole."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .files import write_atomically
+
+CHARACTERS_PER_INCH = 10.5  # of a title
+LEGENDS: dict[str, Any] = {"below": "outside lower center", "beside": "outside right upper"}
+
+
+@contextmanager
+def plot(
+    file: Path,
+    title: str = "",
+    *,
+    panels: int = 1,
+    columns: int = 1,
+    width: float = 7.0,
+    height: float = 4.2,
+    legend: str = "below",
+    legend_columns: int = 3,
+    dpi: int = 150,
+) -> Iterator[list[Any]]:
+    """Yields the axes of a new figure, and writes the figure to `file` as a PNG at the end of the block.
+
+    All axes get a grid, and the figure one legend with every label once. Long titles are wrapped.
+
+    Args:
+        panels: how many axes, in `columns` from left to right; in a single column they share the x axis.
+        width, height: of the figure, in inches.
+        legend: "below" the axes, in `legend_columns`, or "beside" them.
+    """
+    from matplotlib.figure import Figure  # without pyplot, which keeps every figure and may look for a display
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(-(-panels // columns), columns, sharex=columns == 1, squeeze=False)
+    axes = list(grid.flat)
+    for unused in axes[panels:]:
+        unused.remove()
+    yield axes[:panels]
+    labelled: dict[str, Any] = {}
+    for panel in axes[:panels]:
+        panel.grid(alpha=0.3)
+        panel.set_axisbelow(True)
+        panel.title.set_fontsize("medium")
+        for handle, label in zip(*panel.get_legend_handles_labels()):
+            labelled.setdefault(label, handle)
+    if title:
+        figure.suptitle(textwrap.fill(title, int(CHARACTERS_PER_INCH * width)), fontsize="medium")
+    if labelled:
+        figure.legend(
+            labelled.values(),
+            labelled,
+            loc=LEGENDS[legend],
+            ncols=legend_columns if legend == "below" else 1,
+            frameon=False,
+            fontsize="small",
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # "tight" grows the picture where a label or the legend would be cut off. Without the software's version two
+    # machines write the same bytes.
+    options: dict[str, Any] = {"dpi": dpi, "bbox_inches": "tight", "metadata": {"Software": None}}
+    write_atomically(file, lambda path: figure.savefig(path, format="png", **options))

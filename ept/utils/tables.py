@@ -1,0 +1,59 @@
+"""Tables for a terminal and for a Markdown page, from the same header and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Rows = Iterable[Sequence[str]]
+
+
+def table(header: Sequence[str], rows: Rows, title: str | None = None, left: int = 1, **style: Any) -> Table:
+    """Builds a table for the terminal: the first `left` columns are aligned to the left, all others to the right.
+
+    The first column is never broken; where the terminal is narrow other cells are, and none is cut off. Square brackets
+    in cells and title are printed as they are, not read as rich's markup.
+    """
+    built = Table(title=escape(title) if title is not None else None, **style)
+    for place, column in enumerate(header):
+        justify: Any = "left" if place < left else "right"
+        built.add_column(column, justify=justify, overflow="fold", no_wrap=place == 0)
+    for row in rows:
+        built.add_row(*map(escape, row))
+    return built
+
+
+def properties(pairs: Rows, title: str | None = None, left: int = 2) -> Table:
+    """Builds a table of (name, value) without a header."""
+    built = table(("", ""), pairs, title, left, show_header=False)
+    built.columns[0].style = "bold"
+    return built
+
+
+def print_table(*tables: Table) -> None:
+    """Prints to standard output."""
+    for each in tables:
+        Console().print(each)
+
+
+def markdown(header: Sequence[str], rows: Rows, aligned: bool = False) -> str:
+    """Returns a table of a Markdown page; `|` in a cell is escaped.
+
+    Args:
+        aligned: pads the cells, so that the text is readable as it is: the first column is aligned to the left, all
+            others to the right, in the text as well as on the page.
+    """
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    if not aligned:
+        lines.insert(1, ["---"] * len(header))
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        line[:] = [cell.rjust(w) if place else cell.ljust(w) for place, (cell, w) in enumerate(zip(line, widths))]
+    first, *others = (f" {' | '.join(line)} " for line in lines)
+    rule = "|".join("-" * (w + 1) + (":" if place else "-") for place, w in enumerate(widths))
+    return "\n".join(f"|{line}|" for line in (first, rule, *others))

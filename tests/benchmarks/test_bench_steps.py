@@ -1,0 +1,90 @@
+"""The suite of steps: what only `--only` names runs, and every row says what it measured."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import run, steps
+from benchmarks.record import Record
+from benchmarks.tables import bare_text, options_text, step_table
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """Returns the units on request, at sizes that mean nothing."""
+    output = tmp_path_factory.mktemp("steps") / "record.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        command = [
+            "run",
+            "steps",
+            "--reduced",
+            "--output",
+            str(output),
+            "--only",
+            "bare",
+            "options",
+            "adapters",
+            "operators",
+        ]
+        patch.setattr(sys, "argv", command)
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        run.main()
+        run.main()  # measures nothing again
+    return Record(output)
+
+
+def test_both_ways_to_serve_many_adapters_and_their_ratio(record: Record) -> None:
+    rows = [row for row in record.results() if row["unit"] == "steps/adapters"]
+    assert [(row["case"], row["provider"]) for row in rows] == [
+        (f"steps/adapters, {number}", way) for number in (1, 3) for way in ("mixed", "switching")
+    ]
+    for row in rows:
+        assert row["rows_per_second"]["median"] == pytest.approx(7 / row["median"], rel=0.5)
+        assert row["mixed_over_switching"]["median"] > 0
+    assert "steps/adapters, 3" in step_table(record.results())
+
+
+def test_what_a_call_costs_beside_what_it_runs(record: Record) -> None:
+    rows = [row for row in record.results() if row["unit"] == "steps/operators"]
+    nothing = {row["provider"]: row for row in rows if row["case"] == "steps/call of nothing"}
+    assert nothing["operator"]["overhead"]["median"] > 0
+    assert "overhead" not in nothing["implementation"]
+    assert len(rows) == 2 * 6
+
+
+def test_a_record_holds_no_path_and_every_unit_once(record: Record) -> None:
+    header = record.header()
+    assert header is not None
+    assert header["command"].endswith("--output record.jsonl --only bare options adapters operators")
+    ended = [line["unit"] for line in record.lines() if line["line"] == "end"]
+    assert ended == [f"steps/{name}" for name in ("bare", "options", "adapters", "operators")]
+
+
+def test_a_unit_that_does_not_exist_is_refused_with_the_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", "steps", "--output", str(tmp_path / "r.jsonl"), "--only", "nonsense"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "--only nonsense: choose from steps/t5-base, steps/bare, steps/options" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_measured_twice_is_named_so_the_second_time() -> None:
+    size = {"shape": "t5-small", "layers": 1, "batch": 1, "length": 8, "steps": 2, "warmup": 1, "padding": "longest"}
+    rows = list(steps.profiled(groups=(("peft-pt",), ("ept",), ("peft-pt",)), **size))
+    assert [row["provider"] for row in rows] == ["peft-pt", "ept", "peft-pt again"]
+    assert all(row["median"] > 0 and row["phases"] for row in rows)
+
+
+def test_options_and_the_bare_step_have_their_texts(record: Record) -> None:
+    options = [row for row in record.results() if row["unit"] == "steps/options"]
+    assert [row["provider"] for row in options] == ["label-only logits", "SDPA"]
+    assert "2 pairs; ept, 40 virtual tokens, float32,\n1 rows of at most 8 tokens" in options_text(options)
+    (bare,) = (row for row in record.results() if row["unit"] == "steps/bare")
+    assert bare["ratio_p20"] <= bare["ratio_to_bare"] <= bare["ratio_p80"]
+    assert "batch 1, 8 text tokens, 48 positions" in bare_text([bare])

@@ -1,0 +1,27 @@
+"""What many tests of runs ask for: each family in turn, and the configuration of a short run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import FAMILIES, run_config
+
+from ept.runs.config import RunConfig
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture
+def configure(models: dict[str, Path], data: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Makes the configuration of a run of a family, with settings, in `tmp_path` under a name (None: nowhere)."""
+
+    def make(family: str, *settings: str, name: str | None = "run") -> RunConfig:
+        return run_config(models[family], data, tmp_path / name if name else None, *settings)
+
+    return make
