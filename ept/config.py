@@ -65,7 +65,7 @@ class EPTConfig(PromptLearningConfig):
     )
     fusion: bool = field(
         default=True,
-        metadata={"help": "Whether an attention fuses the low-rank update and the prompt into the prompt."},
+        metadata={"help": "Adds an attention over the low-rank update and the prompt to the prompt."},
     )
     fusion_dim: int = field(
         default=0, metadata={"help": "Width a of the learned query and key maps of the fusion; 0 for no maps."}
@@ -100,12 +100,14 @@ class EPTConfig(PromptLearningConfig):
     )
     base_dropout: bool = field(
         default=False,
-        metadata={"help": "Whether the frozen model's dropout is on while training; off is more accurate."},
+        metadata={"help": "Leaves the frozen model's dropout on while training; off is more accurate."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the initialisation, the same on every device."})
     folded: bool = field(
         default=False,
-        metadata={"help": "Whether the adapter is in inference form: one prompt (s x d), one table (m x d)."},
+        metadata={
+            "help": "Set by folding: the adapter is in inference form, one prompt (s x d) and one table (m x d)."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ class _JointPrompt(torch.autograd.Function):
 
 
 class _Matmul4bit(torch.autograd.Function):
-    """Saves the packed weight alone, which the layer holds anyway: neither the input nor a dequantised weight."""
+    """Product whose backward keeps the packed weight alone, which the layer holds anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, sizes: tuple[Any, ...], *weight: Tensor | None) -> Tensor:
@@ -97,7 +97,7 @@ def prompted_embedding(
     scale: float,
     adapter_ids: Tensor | None = None,
 ) -> Tensor:
-    """`[P; W[id] + scale·A[pos]·B]`, differentiable in `prompt`, `A` and `B`.
+    """Computes `[P; W[id] + scale·A[pos]·B]`, differentiable in `prompt`, `A` and `B`.
 
     Shapes and dtypes as in `ept_kernels.prompted_embedding_reference`.
     """
@@ -120,7 +120,7 @@ def joint_prompt(
     score_scale: float,
     activation: str,
 ) -> Tensor:
-    """The joint prompt `[s, d]`, differentiable in all nine tensors.
+    """Computes the joint prompt `[s, d]`, differentiable in all nine tensors.
 
     Shapes and units as in `ept_kernels.joint_prompt_reference`.
     """
@@ -129,7 +129,7 @@ def joint_prompt(
 
 
 def matmul_4bit(x: Tensor, weight: ept_kernels.FourBitWeight, bias: Tensor | None = None) -> Tensor:
-    """`x·Wᵀ + bias` with a frozen 4-bit weight, differentiable in `x` and `bias`.
+    """Computes `x·Wᵀ + bias` with a frozen 4-bit weight, differentiable in `x` and `bias`.
 
     Shapes, dtypes and errors as in `ept_kernels.matmul_4bit_reference`.
     """

@@ -9,125 +9,56 @@ import torch
 VOCAB = 99
 PAD = 1
 
-_DECODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 _SPECIAL = {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3}
-_CLASSIFIER = {**_DECODER, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": PAD}
+_SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_DECODER = {**_SIZES, **_SPECIAL, "intermediate_size": 48}
+_GROUPED = {**_DECODER, "num_key_value_heads": 2}
+_GEMMA = {**_GROUPED, "head_dim": 8}
+_WINDOW = {"sliding_window": 12}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_SPECIAL}
+_OPT = {**_SIZES, **_SPECIAL, "ffn_dim": 48, "max_position_embeddings": 64, "word_embed_proj_dim": 16}
+_BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, **_SPECIAL}
+_T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+_T5_SPECIAL = {"pad_token_id": PAD, "eos_token_id": 3, "decoder_start_token_id": PAD}
+_LAYERS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+_BART = {
+    **{"vocab_size": VOCAB, "d_model": 32, "max_position_embeddings": 64, "scale_embedding": True, **_SPECIAL},
+    **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _LAYERS.items()},
+    **{"decoder_start_token_id": 2, "forced_eos_token_id": None},
+}
+_CLASSIFIER = {**_SIZES, "intermediate_size": 48, "max_position_embeddings": 64, "num_labels": 3, "pad_token_id": PAD}
 
+_LM, _S2S, _CLS = "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"
 # name: (task type, model class, configuration class, its arguments)
 FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "llama": ("CAUSAL_LM", "LlamaForCausalLM", "LlamaConfig", {**_DECODER, **_SPECIAL, "num_key_value_heads": 2}),
-    "mistral": (
-        "CAUSAL_LM",
-        "MistralForCausalLM",
-        "MistralConfig",
-        {**_DECODER, **_SPECIAL, "num_key_value_heads": 2, "sliding_window": 12},
-    ),
-    "qwen2": ("CAUSAL_LM", "Qwen2ForCausalLM", "Qwen2Config", {**_DECODER, **_SPECIAL, "num_key_value_heads": 2}),
-    "gemma": (
-        "CAUSAL_LM",
-        "GemmaForCausalLM",
-        "GemmaConfig",
-        {**_DECODER, **_SPECIAL, "num_key_value_heads": 2, "head_dim": 8},
-    ),
-    "gemma3": (
-        "CAUSAL_LM",
-        "Gemma3ForCausalLM",
-        "Gemma3TextConfig",
-        {**_DECODER, **_SPECIAL, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 12},
-    ),
-    "gpt2": (
-        "CAUSAL_LM",
-        "GPT2LMHeadModel",
-        "GPT2Config",
-        {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **_SPECIAL},
-    ),
-    "opt": (
-        "CAUSAL_LM",
-        "OPTForCausalLM",
-        "OPTConfig",
-        {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "ffn_dim": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "word_embed_proj_dim": 16,
-            **_SPECIAL,
-        },
-    ),
-    "gpt_neox": ("CAUSAL_LM", "GPTNeoXForCausalLM", "GPTNeoXConfig", {**_DECODER, **_SPECIAL}),
-    "bloom": (
-        "CAUSAL_LM",
-        "BloomForCausalLM",
-        "BloomConfig",
-        {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, **_SPECIAL},
-    ),
-    "t5": (
-        "SEQ_2_SEQ_LM",
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {
-            "vocab_size": VOCAB,
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_layers": 2,
-            "num_heads": 4,
-            "pad_token_id": PAD,
-            "eos_token_id": 3,
-            "decoder_start_token_id": PAD,
-        },
-    ),
-    "bart": (
-        "SEQ_2_SEQ_LM",
-        "BartForConditionalGeneration",
-        "BartConfig",
-        {
-            "vocab_size": VOCAB,
-            "d_model": 32,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "max_position_embeddings": 64,
-            "scale_embedding": True,
-            "decoder_start_token_id": 2,
-            "forced_eos_token_id": None,
-            **_SPECIAL,
-        },
-    ),
-    "bert": ("SEQ_CLS", "BertForSequenceClassification", "BertConfig", _CLASSIFIER),
+    "llama": (_LM, "LlamaForCausalLM", "LlamaConfig", _GROUPED),
+    "mistral": (_LM, "MistralForCausalLM", "MistralConfig", {**_GROUPED, **_WINDOW}),
+    "qwen2": (_LM, "Qwen2ForCausalLM", "Qwen2Config", _GROUPED),
+    "gemma": (_LM, "GemmaForCausalLM", "GemmaConfig", _GEMMA),
+    "gemma3": (_LM, "Gemma3ForCausalLM", "Gemma3TextConfig", {**_GEMMA, **_WINDOW}),
+    "gpt2": (_LM, "GPT2LMHeadModel", "GPT2Config", _GPT2),
+    "opt": (_LM, "OPTForCausalLM", "OPTConfig", _OPT),
+    "gpt_neox": (_LM, "GPTNeoXForCausalLM", "GPTNeoXConfig", _DECODER),
+    "bloom": (_LM, "BloomForCausalLM", "BloomConfig", _BLOOM),
+    "t5": (_S2S, "T5ForConditionalGeneration", "T5Config", {**_T5, **_T5_SPECIAL}),
+    "bart": (_S2S, "BartForConditionalGeneration", "BartConfig", _BART),
+    "bert": (_CLS, "BertForSequenceClassification", "BertConfig", _CLASSIFIER),
     "roberta": (
-        "SEQ_CLS",
+        _CLS,
         "RobertaForSequenceClassification",
         "RobertaConfig",
         {**_CLASSIFIER, "max_position_embeddings": 66},
     ),
-    "llama_classifier": (
-        "SEQ_CLS",
-        "LlamaForSequenceClassification",
-        "LlamaConfig",
-        {**_DECODER, **_SPECIAL, "num_key_value_heads": 2, "num_labels": 3},
-    ),
+    "llama_classifier": (_CLS, "LlamaForSequenceClassification", "LlamaConfig", {**_GROUPED, "num_labels": 3}),
 }
 TASK_OF = {name: family[0] for name, family in FAMILIES.items()}
 DECODERS = [name for name, task in TASK_OF.items() if task == "CAUSAL_LM"]
 ONE_A_TASK = ["llama", "t5", "bert"]
+SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 
 
 def make_model(name: str, **changes: Any) -> Any:
-    """A tiny random model of family `name` in eval mode, the same at each call; embeddings are made distinct and
-    non-trivial.
-    """
+    """Makes a tiny random model of family `name` in eval mode, the same at each call."""
     import transformers
 
     _, model_class, config_class, arguments = FAMILIES[name]
@@ -145,7 +76,7 @@ def make_model(name: str, **changes: Any) -> Any:
 def make_batch(
     name: str, lengths: tuple[int, ...] = (7, 4), side: str = "right", seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random ids of the given lengths padded on `side`, with the labels of the family's task."""
+    """Draws ids of the given lengths, padded on `side`, with the labels of the family's task."""
     generator = torch.Generator().manual_seed(seed)
     n = max(lengths)
     input_ids = torch.full((len(lengths), n), PAD)
@@ -172,3 +103,13 @@ def randomise(model: Any, seed: int = 1, scale: float = 0.3) -> None:
         for name, parameter in model.named_parameters():
             if "prompt_encoder" in name or "modules_to_save" in name:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def adapted(name: str = "llama", seed: int | None = 1, model_changes: Any = None, **fields: Any) -> Any:
+    """Makes an EPT model in eval mode, every parameter away from its start (`seed=None`: at its start)."""
+    from ept import EPTConfig, get_ept_model
+
+    model = get_ept_model(make_model(name, **(model_changes or {})), EPTConfig(**{**SMALL, **fields}))
+    if seed is not None:
+        randomise(model, seed)
+    return model.eval()

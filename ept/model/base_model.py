@@ -1,4 +1,4 @@
-"""What the adapter needs to know of a frozen base model, and the checks that refuse what cannot work."""
+"""Facts about a frozen base model that the adapter needs, and the checks that refuse what cannot work."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 @dataclass(frozen=True)
 class BaseModelFacts:
-    """How a base model wants to be called.
+    """Facts that decide how a base model is called.
 
     Attributes:
         forward_arguments: names that its `forward` accepts.
         position_offset: added to position ids (RoBERTa counts from `padding_idx + 1`).
-        position_limit: most positions it can number, or None.
-        prompt_beside_text: whether padding must not stand between prompt and text: the model counts positions by index,
+        position_limit: the most positions it can number, or None.
+        prompt_beside_text: True if padding must not stand between prompt and text: the model counts positions by index,
             or sees a window of them.
-        classifies: a sequence classifier.
-        pools_last: one classifier that reads the last row.
+        classifies: True for a sequence classifier.
+        pools_last: True for a classifier that reads the last row.
     """
 
     forward_arguments: frozenset[str]
@@ -35,10 +35,6 @@ class BaseModelFacts:
     prompt_beside_text: bool
     classifies: bool
     pools_last: bool
-
-    @property
-    def takes_position_ids(self) -> bool:
-        return "position_ids" in self.forward_arguments
 
 
 def infer_task_type(model: Any) -> str:
@@ -64,16 +60,14 @@ def infer_task_type(model: Any) -> str:
 
 
 def input_embedding(model: Any) -> nn.Module:
-    """The module that embeds the input text. An encoder may have its own, apart from the model's (T5, scaled in
-    BART).
-    """
+    """Returns the module that embeds the input text: an encoder may have its own (T5's, BART's scaled one)."""
     if getattr(model.config, "is_encoder_decoder", False):
         return model.get_encoder().get_input_embeddings()
     return model.get_input_embeddings()
 
 
 def examine(model: Any, task_type: str) -> BaseModelFacts:
-    """Facts about `model`.
+    """Collects the facts about `model`.
 
     Raises:
         ValueError: the model cannot be adapted; the message says why and what would do.
@@ -95,27 +89,29 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
         kind = "an encoder-decoder" if encoder_decoder else "not an encoder-decoder"
         raise ValueError(f"task_type={task_type} does not fit {name}, which is {kind}: use {_suggest(model)}")
     offset, limit = _position_table(model)
+    layer_types = getattr(text_config, "layer_types", None) or []
+    windowed = any(kind != "full_attention" for kind in layer_types) or (
+        not layer_types and getattr(text_config, "sliding_window", None) is not None
+    )
     by_index = not encoder_decoder and task_type == "CAUSAL_LM" and "position_ids" not in arguments
     return BaseModelFacts(
         forward_arguments=arguments,
         position_offset=offset,
         position_limit=limit,
-        prompt_beside_text=by_index or encoder_decoder or _has_window(text_config),
+        prompt_beside_text=by_index or encoder_decoder or windowed,
         classifies=task_type == "SEQ_CLS",
         pools_last=task_type == "SEQ_CLS" and hasattr(model, "score"),
     )
 
 
 def trained_heads(model: Any) -> list[str]:
-    """Top-level modules of a classifier that are no part of its backbone: freshly initialised, to be trained and saved.
+    """Names the top-level modules of a classifier outside its backbone: freshly initialised, to be trained and saved.
 
     Raises:
         ValueError: there are none.
     """
     backbone = getattr(model, "base_model_prefix", "")
-    heads = [
-        name for name, child in model.named_children() if name != backbone and any(True for _ in child.parameters())
-    ]
+    heads = [name for name, child in model.named_children() if name != backbone and [*child.parameters()]]
     if not heads:
         raise ValueError(f"found no classification head in {type(model).__name__}: name it in modules_to_save")
     return heads
@@ -127,7 +123,7 @@ def wrapped_heads(model: nn.Module) -> Iterator[Any]:
 
 
 def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that an adapter with `modules_to_save=names` keeps of `model`.
+    """Lists name and shape of every tensor that an adapter with `modules_to_save=names` keeps of `model`.
 
     PEFT trains a copy of each module whose name ends in one of `names`; what it would copy is known here without
     copying it.
@@ -154,9 +150,9 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
 
 
 def freeze(model: nn.Module) -> None:
-    """No parameter of `model` requires a gradient afterwards; 4-bit weights go back to the layout that has one.
+    """Turns off the gradients of all parameters; 4-bit weights go back to the layout that gradients pass through.
 
-    bitsandbytes repacks 4-bit weights on some CPUs at the first inference; gradients do not pass through that layout.
+    bitsandbytes repacks 4-bit weights on some CPUs at the first inference.
     """
     model.requires_grad_(False)
     repacked = False
@@ -176,6 +172,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -> None:
+    """Swaps bitsandbytes' 4-bit layers for ours, unless `fast_4bit` is off or the model was swapped by hand."""
     if dequantized_cache_bytes and not fast_4bit:
         raise ValueError(
             f"dequantized_cache_bytes={dequantized_cache_bytes} is for the layers of fast_4bit=True: leave one out"
@@ -193,8 +190,7 @@ def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
 
     Without `dropout` it stays in `eval` mode while training. Two kinds of module need the training flag all the
     same: layers under gradient checkpointing, which would silently keep all activations, and bitsandbytes' 4-bit
-        layers on a
-    CPU, which would repack their weights beyond differentiation.
+    layers on a CPU, which would repack their weights beyond differentiation.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -214,19 +210,13 @@ def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
 
 
 def _position_table(model: nn.Module) -> tuple[int, int | None]:
-    """Offset of position ids and the number of positions, where the model has a table of them."""
+    """Finds the offset of position ids and the number of positions, where the model has a table of them."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _POSITION_TABLES and isinstance(module, nn.Embedding):
             inside = getattr(module, "offset", 0)  # added by the module itself (OPT, BART)
             outside = 0 if module.padding_idx is None or inside else module.padding_idx + 1
             return outside, module.num_embeddings - inside - outside
     return 0, None
-
-
-def _has_window(config: Any) -> bool:
-    layers = getattr(config, "layer_types", None) or []
-    windowed = any(kind != "full_attention" for kind in layers)
-    return windowed or (not layers and getattr(config, "sliding_window", None) is not None)
 
 
 def _suggest(model: nn.Module) -> str:

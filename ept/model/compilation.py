@@ -1,8 +1,4 @@
-"""Regional compilation: the frozen model's repeated layers, each compiled as one region and in place.
-
-Compiling one layer serves all of them, where compiling the whole model takes as long as the model is deep. Parameter
-names stay as they are, so that adapters are saved and loaded as without it.
-"""
+"""Regional compilation: the frozen model's repeated layers, each compiled as one region and in place."""
 
 from __future__ import annotations
 
@@ -14,12 +10,15 @@ import torch
 import torch._dynamo
 from torch import nn
 
-MOST_LENGTHS = 16  # of a batch, each compiled for itself
+MAX_LENGTHS = 16  # of a batch, each compiled for itself
 _KINDS_OF_LAYER = 4  # T5's: the first and the others, of encoder and decoder, all one class to the compiler
 
 
 def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: Any) -> int:
     """Compiles the repeated layers of `model` in place, at their first call.
+
+    Compiling one layer serves all of them, where compiling the whole model takes as long as the model is deep.
+    Parameter names stay as they are, so that adapters are saved and loaded as without it.
 
     Args:
         cuda_graphs: the kernels of a layer, forward and backward, are recorded once for every shape and replayed as
@@ -27,7 +26,7 @@ def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: An
             next call of `model`, so that cached keys and values do not last; generate within `uncompiled`.
         options: of `torch.compile`, such as `backend`; `dynamic` is False unless given: every shape is
             compiled for itself, so that a step's result does not depend on which shapes came before it. torch's
-            limit on such versions is raised to what `MOST_LENGTHS` lengths need.
+            limit on such versions is raised to what `MAX_LENGTHS` lengths need.
 
     Returns:
         How many layers are compiled.
@@ -36,15 +35,16 @@ def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: An
         ValueError: the model has no list of equal layers; or `cuda_graphs` where it is not on a CUDA device.
     """
     if cuda_graphs:
-        _check_device(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            raise ValueError(f"cuda_graphs needs a CUDA device, the model is on {device.type}: set cuda_graphs=false")
         options = {"mode": "reduce-overhead", **options}
     layers = _repeated_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no repeated layers to compile: set compile_layers=false")
     config: Any = torch._dynamo.config
-    config.recompile_limit = max(
-        config.recompile_limit, MOST_LENGTHS * _KINDS_OF_LAYER * 2
-    )  # the last batch is smaller
+    needed = MAX_LENGTHS * _KINDS_OF_LAYER * 2  # times 2: the last batch is smaller
+    config.recompile_limit = max(config.recompile_limit, needed)
     for layer in layers:
         layer.compile(**{"dynamic": False, **options})
     if cuda_graphs:
@@ -56,27 +56,22 @@ def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: An
 def check_lengths(longest: int, multiple: int) -> None:
     """Refuses more batch lengths than are compiled: `longest` tokens in steps of `multiple`."""
     lengths = -(-longest // multiple)
-    if lengths > MOST_LENGTHS:
+    if lengths > MAX_LENGTHS:
         raise ValueError(
             f"training.pad_to_multiple_of={multiple} makes {lengths} lengths of up to {longest} tokens, "
-            f"training.compile_layers compiles at most {MOST_LENGTHS}: set it to {-(-longest // MOST_LENGTHS)} or more"
+            f"training.compile_layers compiles at most {MAX_LENGTHS}: set it to {-(-longest // MAX_LENGTHS)} or more"
         )
-
-
-def _check_device(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise ValueError(f"cuda_graphs needs a CUDA device, the model is on {device.type}: set cuda_graphs=false")
 
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Within this context compiled layers run as plain PyTorch."""
+    """Runs compiled layers as plain PyTorch as long as the context lasts."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def _repeated_layers(module: nn.Module) -> list[nn.Module]:
-    """Members of the outermost lists of equal modules (experts inside a layer belong to their layer)."""
+    """Collects the members of the outermost lists of equal modules: experts inside a layer belong to their layer."""
     if isinstance(module, nn.ModuleList) and len(module) and len({type(layer) for layer in module}) == 1:
         return list(module)
     return [layer for child in module.children() for layer in _repeated_layers(child)]

@@ -1,7 +1,6 @@
 """The arguments of the frozen model, made of those that a user calls with, and the way back.
 
-The prompt takes the first `s` positions; the attention mask, position ids, token types and labels follow. Padding
-never stands between prompt and text where the model would notice.
+The prompt takes the first `s` positions; the attention mask, position ids, token types and labels follow.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def with_prompt(
             f"{s} prompt tokens and {length - s} text tokens make {length} positions, the model has {limit}: "
             f"truncate the text to {limit - s} tokens"
         )
-    order = None
+    order = None  # Padding never stands between prompt and text where the model would notice.
     if facts.pools_last:
         order = _padding_order(mask, last=False)
     elif mixed and (facts.classifies or "decoder_input_ids" in facts.forward_arguments):
@@ -52,7 +51,7 @@ def with_prompt(
     if order is not None:
         embeds, mask = torch.take_along_dim(embeds, order[..., None], dim=1), mask.gather(1, order)
     inputs.update(inputs_embeds=embeds, attention_mask=mask)
-    if facts.takes_position_ids:
+    if "position_ids" in facts.forward_arguments:
         inputs["position_ids"] = _model_positions(facts, mask)
     if inputs.get("token_type_ids") is not None:
         types = extend(inputs["token_type_ids"], s, 0)
@@ -127,7 +126,7 @@ def after_cache(
             f"must cover {cached + new - s} (text) or {cached + new} (prompt and text)"
         )
     inputs.update(inputs_embeds=embeds, attention_mask=mask)
-    if facts.takes_position_ids:
+    if "position_ids" in facts.forward_arguments:
         inputs["position_ids"] = _model_positions(facts, mask)[:, -new:]
     return inputs
 
@@ -154,6 +153,7 @@ def cache_name(facts: BaseModelFacts) -> str:
 
 
 def length_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """Returns the length n of what a user gave; 0 for nothing."""
     given = input_ids if input_ids is not None else inputs_embeds
     return 0 if given is None else given.shape[1]
 

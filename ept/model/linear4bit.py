@@ -3,9 +3,6 @@
 `swap_linear4bit` turns the layers of a loaded model into it in place, `restore_linear4bit` turns them back.
 Only a layer's class changes: parameters, quant states, hooks, names and state dict stay what they are, and a layer is
 still a `bitsandbytes.nn.Linear4bit` to whoever asks.
-
-Where the Triton kernels do not run (on a CPU, or with `EPT_KERNELS=reference`, see `ept_kernels.backend`) a layer
-falls through to bitsandbytes.
 """
 
 from __future__ import annotations
@@ -37,6 +34,9 @@ def _runs_triton(device_type: str) -> bool:
 class Linear4bit(bitsandbytes.nn.Linear4bit):
     """A frozen 4-bit layer, `x·Wᵀ + bias`, made by `swap_linear4bit`.
 
+    Where the Triton kernels do not run (on a CPU, or with `EPT_KERNELS=reference`, see `ept_kernels.backend`) it falls
+    through to bitsandbytes.
+
     As in bitsandbytes, the input is cast to `compute_dtype` (and under autocast to autocast's type) and the output
     back to the input's type. Gradients reach the input and, where it is trainable, the bias; for the backward pass
     only the packed weight is kept.
@@ -49,7 +49,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
     cache_bytes: int  # of the dequantised weight; 0: it is not kept
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in_features]` to `[..., out_features]`, in x's dtype.
+        """Maps `[..., in_features]` to `[..., out_features]`, in x's dtype.
 
         Raises:
             ValueError: the weight is not quantised, damaged, repacked for CPU inference, or wants a gradient.
@@ -75,7 +75,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         return out.to(dtype)
 
     def four_bit_weight(self) -> FourBitWeight:
-        """The weight as the operators take it. Checked again only where its memory or its quant state has changed.
+        """Returns the weight as the operators take it, checked again only where its memory or quant state has changed.
 
         Nothing is kept of a weight that is offloaded after every call. What was kept of one whose memory sharding has
         freed has no address any more.
@@ -98,7 +98,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
             self.__dict__.pop(name, None)
 
     def _dequantized_weight(self, weight: FourBitWeight, dtype: torch.dtype) -> Tensor | None:
-        """The kept weight `[out_features, in_features]`; None: the budget has no room for it."""
+        """Returns the kept weight `[out_features, in_features]`; None: the budget has no room for it."""
         if self.cache_bytes < dtype.itemsize * weight.rows * weight.columns or self._is_offloaded():
             return None
         W = self.__dict__.get("_dequantized")
@@ -113,7 +113,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         return W
 
     def _is_offloaded(self) -> bool:
-        """Whether a hook of accelerate takes the weight off the device after every call."""
+        """Tells whether a hook of accelerate takes the weight off the device after every call."""
         hook = self.__dict__.get("_hf_hook")
         return hook is not None and any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
 
@@ -122,7 +122,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         return self.quant_state if state is None else state
 
     def _is_transposed(self) -> bool:
-        """Whether the weight was quantised as [in_features, out_features], which bitsandbytes still computes with."""
+        """Tells whether the weight was quantised as [in_features, out_features], which bitsandbytes computes with."""
         shape = getattr(self._state(), "shape", None)
         there = (self.in_features, self.out_features)
         return shape is not None and there[0] != there[1] and tuple(shape) == there
@@ -152,7 +152,7 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
             loaded, and never saved.
 
     Returns:
-        How many layers are swapped. Calling it again sets the options anew.
+        the number of swapped layers. Calling it again sets the options anew.
 
     Raises:
         ValueError: `dequantized_cache_bytes` is negative.

@@ -8,13 +8,13 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
 from ..embedding import text_positions
 from ..prompt import EPTLayer
+from .base_model import wrapped_heads
 
 _names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
 
@@ -29,8 +29,7 @@ def embed_mixed(
     attention_mask: Tensor,
     text_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`[P; E']` with the adapter `names[i]` for row `i`; shorter prompts are padded before their first row and
-    masked.
+    """Computes `[P; E']` with the adapter `names[i]` for row `i`; shorter prompts are padded in front and masked.
 
     Args:
         layers: the loaded adapters. names: one a row, or `"__base__"` for none.
@@ -55,17 +54,20 @@ def embed_mixed(
     for row, name in enumerate(names):
         if name != BASE:
             layers[name].check_length(positions[row : row + 1])
-    s = max((layer.config.num_virtual_tokens for layer in chosen), default=0)
-    r = max((layer.config.r for layer in chosen), default=0)
-    m = max([layer.config.max_length for layer in chosen if layer.config.r] or [0])
-    d = table.shape[1]
-    device = table.device
     if not chosen:
         return table[ids], attention_mask
-    prompts = torch.stack([_pad_front(layer.joint_prompt().to(device), s) for layer in chosen])  # [adapters, s, d]
+    configs, d, device = [layer.config for layer in chosen], table.shape[1], table.device
+    s, r = max(c.num_virtual_tokens for c in configs), max(c.r for c in configs)
+    m = max((c.max_length for c in configs if c.r), default=0)
+
+    def padded(matrix: Tensor, rows: int, columns: int, front: bool = False) -> Tensor:
+        missing = rows - matrix.shape[0]
+        return F.pad(matrix.to(device), (0, columns - matrix.shape[1], *((missing, 0) if front else (0, missing))))
+
+    prompts = torch.stack([padded(layer.joint_prompt(), s, d, front=True) for layer in chosen])  # [adapters, s, d]
     # Scales differ from adapter to adapter, so they go into A; rank is padded with zeros.
-    A = torch.stack([_pad(layer.update_scale() * layer.part("A")[:m].to(device), m, r) for layer in chosen])
-    B = torch.stack([_pad(layer.part("B").to(device), r, d) for layer in chosen])
+    A = torch.stack([padded(layer.update_scale() * layer.part("A")[:m], m, r) for layer in chosen])
+    B = torch.stack([padded(layer.part("B"), r, d) for layer in chosen])
     number = {name: i for i, name in enumerate(used)}
     adapter_ids = torch.tensor([number.get(name, -1) for name in names], device=device)
     embeds = functional.prompted_embedding(ids, positions, table, prompts, A, B, 1.0, adapter_ids)
@@ -75,16 +77,17 @@ def embed_mixed(
 
 
 def follow_rows(model: nn.Module) -> None:
-    """Makes the trained heads in `model` (PEFT's wrappers) choose by `heads_of_rows`; once each."""
-    for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and _choose_head not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_choose_head, with_kwargs=True)
+    """Makes the trained heads in `model` choose by `heads_of_rows`; once each."""
+    for wrapper in wrapped_heads(model):
+        if _choose_head not in wrapper._forward_pre_hooks.values():
+            wrapper.register_forward_pre_hook(_choose_head, with_kwargs=True)
 
 
 @contextmanager
 def heads_of_rows(names: Sequence[str] | None) -> Iterator[None]:
-    """Within this context, and in this thread alone, row i goes through the head of adapter `names[i]`; None: all
-    through that of the active adapter.
+    """Sends row i through the head of adapter `names[i]`, in this thread and as long as the context lasts.
+
+    None: all rows go through the head of the active adapter.
     """
     if names is None:
         yield
@@ -99,11 +102,3 @@ def heads_of_rows(names: Sequence[str] | None) -> Iterator[None]:
 def _choose_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     names = _names_of_rows.get()
     return args, (kwargs if names is None else {**kwargs, "adapter_names": names})
-
-
-def _pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
-
-
-def _pad_front(matrix: Tensor, rows: int) -> Tensor:
-    return F.pad(matrix, (0, 0, rows - matrix.shape[0], 0))

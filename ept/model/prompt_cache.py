@@ -1,8 +1,8 @@
 """The prompt's keys and values in a decoder-only model, computed once and reused by every `generate`.
 
-A decoder's prompt sees nothing of the text behind it, so that its keys and values are the same for every text. What the
-model makes of the prompt is kept for each adapter and used as long as the prompt's embeddings and the base model's
-weights are the ones it was made of; training, loading or moving either makes it anew.
+A decoder's prompt sees nothing of the text behind it, so that its keys and values are the same for every text. They are
+kept for each adapter as long as the prompt's embeddings and the base model's weights stay what they were: training,
+loading or moving either makes them anew.
 """
 
 from __future__ import annotations

@@ -5,12 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from four_bit_helpers import SIZES, dequantize, load_4bit, write_checkpoints
-from tiny_models import TASK_OF, make_batch, make_model, randomise
+from tiny_models import SMALL, TASK_OF, make_batch, make_model, randomise
 
 from ept import EPTConfig, EPTModel, get_ept_model
 from ept_kernels import FourBitWeight, dequantize_4bit
-
-SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,9 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import make_batch, make_model, randomise
+from tiny_models import SMALL, make_batch, make_model, randomise
 
 from ept import EPTConfig, EPTModel, get_ept_model
-
-SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 
 
 @pytest.fixture
@@ -42,7 +40,7 @@ def test_load_under_another_name_beside_the_first(saved):
 
 
 def test_load_into_the_existing_adapter_keeps_it_trainable(saved):
-    """What Trainer does when it resumes or restores the best checkpoint."""
+    """`Trainer` does so when it resumes or restores the best checkpoint."""
     model, folder = saved
     other = get_ept_model(make_model("llama"), EPTConfig(**SMALL, seed=9))
     other.load_adapter(folder, "default", is_trainable=True)

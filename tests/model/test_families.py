@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DECODERS, FAMILIES, TASK_OF, make_batch, make_model, randomise
+from tiny_models import DECODERS, FAMILIES, SMALL, TASK_OF, make_batch, make_model, randomise
 
 from ept import EPTConfig, EPTModel, get_ept_model
-
-SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

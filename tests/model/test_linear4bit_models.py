@@ -12,13 +12,11 @@ import torch
 import transformers
 from four_bit_helpers import SIZES, dequantize, load_4bit, write_checkpoints
 from test_linear4bit import saved_bytes, storages
-from tiny_models import TASK_OF, make_batch, make_model, randomise
+from tiny_models import SMALL, TASK_OF, make_batch, make_model, randomise
 from torch.distributed.fsdp import fully_shard
 
 from ept import EPTConfig, EPTModel, get_ept_model
 from ept.model.linear4bit import Linear4bit, restore_linear4bit, swap_linear4bit
-
-SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 
 
 @pytest.fixture(scope="module")

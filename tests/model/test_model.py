@@ -7,22 +7,13 @@ import inspect
 import pytest
 import torch
 from peft import PeftModel
-from tiny_models import DECODERS, ONE_A_TASK, TASK_OF, VOCAB, make_batch, make_model, randomise
+from tiny_models import DECODERS, ONE_A_TASK, SMALL, TASK_OF, VOCAB, adapted, make_batch, make_model, randomise
 from transformers import GenerationConfig, LlamaForCausalLM
 
 from ept import EPTConfig, get_ept_model
 
-SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 # transformers 5.24 calls `cache` what was `past_key_values`.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-
-
-def adapted(name: str, seed: int | None = 1, model_changes: dict | None = None, **fields):
-    """An EPT model with every parameter away from its start (`seed=None`: at its start)."""
-    model = get_ept_model(make_model(name, **(model_changes or {})), EPTConfig(**{**SMALL, **fields}))
-    if seed is not None:
-        randomise(model, seed)
-    return model.eval()
 
 
 def logits_of(model, batch):
@@ -301,7 +292,7 @@ def test_a_batch_of_labels_alone_is_warned_of_once(recwarn):
 
 @pytest.mark.parametrize("name", [*ONE_A_TASK, "bart", "gpt2", "roberta"])
 def test_loss_divided_by_given_number_of_items_sums_over_batches(name):
-    """What gradient accumulation needs: parts add up to the whole, labels of unequal number included."""
+    """Gradient accumulation needs it: parts add up to the whole, labels of unequal number included."""
     model = adapted(name)
     batch = make_batch(name, (8, 5, 7, 4))
     if batch["labels"].dim() == 2:

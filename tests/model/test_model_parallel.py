@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, TASK_OF, make_batch, make_model, randomise
+from tiny_models import FAMILIES, SMALL, TASK_OF, make_batch, make_model, randomise
 
 from ept import EPTConfig, EPTModel, get_ept_model
 
-SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 # family and what of it lies on disk, all the rest on the CPU. (accelerate cannot put T5's tied embeddings there.)
 CASES = {
     "llama-layer": ("llama", ("model.layers.1",)),

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DECODERS, make_batch, make_model, randomise
+from tiny_models import DECODERS, SMALL, adapted, make_batch, make_model, randomise
 from transformers import GenerationConfig
 
-from ept import EPTConfig, EPTModel, get_ept_model
+from ept import EPTConfig, EPTModel
 from ept.model.prompt_cache import PromptCache
 
-SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 # Windowed attention, or positions by index: padding may not stand between prompt and text.
 ONLY_ONE_LENGTH = ["mistral", "gemma3", "bloom"]
-
-
-def adapted(name="llama", **fields):
-    model = get_ept_model(make_model(name), EPTConfig(**{**SMALL, **fields}))
-    randomise(model)
-    return model.eval()
 
 
 def inputs_for(name, lengths=(8, 3)):

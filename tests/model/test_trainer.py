@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import DECODERS, ONE_A_TASK, make_batch, make_model
+from tiny_models import DECODERS, ONE_A_TASK, SMALL, make_batch, make_model
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from ept import EPTConfig, get_ept_model
-
-SMALL = {"num_virtual_tokens": 5, "max_length": 12, "r": 3}
 
 
 class Rows(torch.utils.data.Dataset):

@@ -121,7 +121,7 @@ def test_refused_values(overrides: list[str], message: str) -> None:
 def test_too_many_compiled_lengths_are_refused(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ept.model.compilation.MOST_LENGTHS", 4)
+    monkeypatch.setattr("ept.model.compilation.MAX_LENGTHS", 4)
     settings = ["training.compile_layers=true", "training.pad_to_multiple_of=2"]
     with pytest.raises(ValueError) as error:
         train(configure("llama", *settings))

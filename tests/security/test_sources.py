@@ -1,4 +1,4 @@
-"""What the sources never do, whatever the tests happen to reach."""
+"""Calls that the sources never make, whatever the tests happen to reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stranger's adapter may not do, case by case: links, sizes, names looked up, texts written."""
+"""Limits of a stranger's adapter, case by case: links, sizes, names looked up, texts written."""
 
 from __future__ import annotations
 
@@ -227,5 +227,5 @@ def test_a_configuration_of_megabytes_is_refused_unread(folder):
 
 
 def test_a_loaded_adapter_answers(folder):
-    """What all of this is measured against."""
+    """An adapter of this project's own, which all of this is measured against."""
     assert torch.isfinite(load(folder)(**make_batch("llama", (4,))).logits).all()

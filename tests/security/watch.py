@@ -1,4 +1,4 @@
-"""What a piece of code does to the machine: files opened, programs started, code run, tensors made.
+"""A watch over a piece of code: files opened, programs started, code run, tensors made.
 
 Python's audit events tell all but what compiled libraries do by themselves; the only one of those that is handed a
 stranger's file is safetensors, by a path that the tests of links check.
@@ -21,23 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Events that reading an adapter has no cause for; a prefix stands for all that begin with it.
 _NEVER = (
-    "subprocess.",
-    "os.system",
-    "os.exec",
-    "os.posix_spawn",
-    "os.fork",
-    "os.remove",
-    "os.rename",
-    "os.mkdir",
-    "os.rmdir",
-    "os.link",
-    "os.symlink",
-    "os.chmod",
-    "os.truncate",
-    "shutil.",
-    "socket.",
-    "urllib.",
-    "pickle.find_class",
+    *(
+        "subprocess.",
+        "os.system",
+        "os.exec",
+        "os.posix_spawn",
+        "os.fork",
+        "os.remove",
+        "os.rename",
+        "os.mkdir",
+        "os.rmdir",
+    ),
+    *("os.link", "os.symlink", "os.chmod", "os.truncate", "shutil.", "socket.", "urllib.", "pickle.find_class"),
 )
 _LIBRARIES = tuple(
     str(Path(path).resolve())

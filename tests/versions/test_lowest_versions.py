@@ -1,4 +1,4 @@
-"""What `make nightly` installs as the lowest versions is what pyproject.toml promises to support."""
+"""The lowest versions that `make nightly` installs are those that pyproject.toml promises to support."""
 
 from __future__ import annotations
 
