@@ -23,7 +23,7 @@ from ept.profile.shapes import build_shape
 from ept.runs.config import ModelConfig, load_run_config
 from ept.runs.data import load_run_data
 from ept.runs.loading import default_device, load_base_model, load_tokenizer
-from ept.runs.sampling import EpochLengthGroupedSampler
+from ept.runs.trainer import EpochLengthGroupedSampler
 from ept.tasks.encoding import encode_split
 
 from . import mixed_adapters, operator_overhead
