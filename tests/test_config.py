@@ -73,6 +73,8 @@ def test_impossible_budget_names_the_smallest():
         ValueError, match=r"no ept configuration has at most 1000 parameters with width 768.*the smallest has \d+"
     ):
         EPTConfig.for_budget(768, 256, 1_000)
+    with pytest.raises(ValueError, match="unknown method 'lora': use one of ept, dept, pt"):
+        EPTConfig.for_budget(768, 256, 76_800, "lora")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from ..config import PEFT_TYPE, EPTConfig
-from ..embedding import lookup
 from ..prompt import EPTLayer
 from .adapter_files import hub_arguments, read_adapter, read_weights, write_adapter
 from .adapter_lock import AdapterLock, exclusive, shared
@@ -32,21 +31,10 @@ from .base_model import (
     wrapped_heads,
 )
 from .compilation import compile_layers
-from .inputs import (
-    add_labels,
-    after_cache,
-    after_encoder,
-    cache_name,
-    cached_length,
-    count_new_tokens,
-    divide_loss,
-    length_of,
-    warn_without_text,
-    with_input,
-    with_prompt,
-)
-from .mixed import embed_mixed, follow_rows, heads_of_rows
-from .prompt_cache import PromptCache, cached_prompt, check_cacheable
+from .generation import generate
+from .inputs import add_labels, call_inputs, divide_loss, length_of, warn_without_text
+from .mixed import follow_rows, heads_of_rows
+from .prompt_cache import PromptCache
 
 # PEFT finds the code that names an adapter's state by the adapter's type.
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
@@ -180,7 +168,7 @@ class EPTModel(PeftModel):
             if self.training and not self._checked_labels and self.active_peft_config.r:
                 self._checked_labels = True  # once, at the first training batch: an accelerator is waited for
                 warn_without_text(text_mask, attention_mask)
-        inputs = self._prepare(input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
+        inputs = call_inputs(self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
         s = inputs["attention_mask"].shape[1] - length_of(input_ids, inputs_embeds) if causal else 0
         add_labels(self._facts, inputs, labels, s, causal, logits_to_keep, self.training)
         with heads_of_rows(adapter_names):
@@ -206,41 +194,7 @@ class EPTModel(PeftModel):
             ValueError: the base model cannot generate, `max_length` leaves no room for a new token, or a prompt cache
                 cannot work for this model and batch; the message says why.
         """
-        if not hasattr(self.base_model, "generate"):
-            raise ValueError(f"{type(self.base_model).__name__} cannot generate")
-        use_prompt_cache = kwargs.pop("use_prompt_cache", False)
-        if self._adapters_disabled:
-            return self.base_model.generate(input_ids, *args, **kwargs)
-        kwargs.pop("labels", None)
-        ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
-        names = ("attention_mask", "inputs_embeds", "text_mask", "adapter_names")
-        mask, embeds, text_mask, adapter_names = (kwargs.pop(name, None) for name in names)
-        if "generation_config" in self.__dict__:  # set on the wrapper by a user
-            kwargs.setdefault("generation_config", self.__dict__["generation_config"])
-        if use_prompt_cache:
-            if adapter_names is not None:
-                raise ValueError(
-                    "a prompt cache holds one adapter's prompt: leave out adapter_names or use_prompt_cache"
-                )
-            padded = mask is not None and not bool(mask[:, 0].all())
-            check_cacheable(self.base_model, self._facts, kwargs, padded)
-        # A cached prompt stays first, with padding behind it.
-        inputs = self._prepare(ids, mask, embeds, text_mask, adapter_names, kwargs, generating=not use_prompt_cache)
-        if self.active_peft_config.task_type != "CAUSAL_LM":
-            return self.base_model.generate(*args, **inputs)
-        if use_prompt_cache:
-            s, name = self._layer().config.num_virtual_tokens, self.active_adapter
-            inputs[cache_name(self._facts)] = cached_prompt(self._prompt_caches, name, self.base_model, inputs, s)
-        # generate() counts positions from the mask itself, at every step.
-        inputs.pop("position_ids", None)
-        count_new_tokens(inputs, length_of(ids, embeds), self.base_model.generation_config)
-        output = self.base_model.generate(*args, **inputs)
-        if ids is None:
-            return output
-        if isinstance(output, Tensor):
-            return with_input(ids, output)
-        output.sequences = with_input(ids, output.sequences)
-        return output
+        return generate(self, input_ids, args, kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -497,38 +451,6 @@ class EPTModel(PeftModel):
 
     def _prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         return model  # the embeddings require a gradient by themselves
-
-    def _prepare(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        inputs_embeds: Tensor | None,
-        text_mask: Tensor | None,
-        adapter_names: Sequence[str] | None,
-        kwargs: dict[str, Any],
-        generating: bool = False,
-    ) -> dict[str, Any]:
-        """Makes the base model's arguments of those this model was called with."""
-        inputs = dict(kwargs)
-        if inputs.pop("position_ids", None) is not None:
-            warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
-        if inputs.get("encoder_outputs") is not None:
-            return after_encoder(inputs, attention_mask)
-        embedding, layer = input_embedding(self.base_model), self._layer()
-        if cached_length(self._facts, inputs):
-            ids, table, ones = lookup(embedding, input_ids, inputs_embeds, None, layer.d)
-            s = layer.config.num_virtual_tokens
-            return after_cache(self._facts, inputs, table[ids], attention_mask, ones, s)
-        if adapter_names is None:
-            embeds, mask, _ = layer(
-                input_ids, attention_mask, inputs_embeds=inputs_embeds, text_mask=text_mask, embedding=embedding
-            )
-        else:
-            ids, table, mask = lookup(embedding, input_ids, inputs_embeds, attention_mask, layer.d)
-            layers: Any = dict(self.prompt_encoder.items())
-            embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
-        s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
-        return with_prompt(self._facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
 
     def _require_gradients(self, adapter_name: str, required: bool, heads: bool = True) -> None:
         layer = self._layer(adapter_name)

@@ -6,13 +6,51 @@ The prompt takes the first `s` positions; the attention mask, position ids, toke
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..embedding import position_ids_of
-from .base_model import BaseModelFacts
+from ..embedding import lookup, position_ids_of
+from .base_model import BaseModelFacts, input_embedding
+from .mixed import embed_mixed
+
+if TYPE_CHECKING:
+    from .ept_model import EPTModel
+
+
+def call_inputs(
+    model: EPTModel,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    text_mask: Tensor | None,
+    adapter_names: Sequence[str] | None,
+    kwargs: dict[str, Any],
+    generating: bool = False,
+) -> dict[str, Any]:
+    """Makes the base model's arguments of those that `model` was called with."""
+    inputs = dict(kwargs)
+    if inputs.pop("position_ids", None) is not None:
+        warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
+    if inputs.get("encoder_outputs") is not None:
+        return after_encoder(inputs, attention_mask)
+    embedding, layer = input_embedding(model.base_model), model._layer()
+    if cached_length(model._facts, inputs):
+        ids, table, ones = lookup(embedding, input_ids, inputs_embeds, None, layer.d)
+        s = layer.config.num_virtual_tokens
+        return after_cache(model._facts, inputs, table[ids], attention_mask, ones, s)
+    if adapter_names is None:
+        embeds, mask, _ = layer(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, text_mask=text_mask, embedding=embedding
+        )
+    else:
+        ids, table, mask = lookup(embedding, input_ids, inputs_embeds, attention_mask, layer.d)
+        layers: Any = dict(model.prompt_encoder.items())
+        embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
+    s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
+    return with_prompt(model._facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
 
 
 def with_prompt(
@@ -168,33 +206,6 @@ def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: b
     counted = (labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(-100).sum()
     factor = counted / num_items
     output["loss"] = output["loss"] * factor.to(output["loss"].device)
-
-
-def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
-    """Turns bounds on the whole length into bounds on new tokens: the base model would count the prompt too.
-
-    Raises:
-        ValueError: `max_length` leaves no room after the `n` input tokens.
-    """
-    config = inputs.get("generation_config") or default
-    for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        given = inputs.pop(bound, None)
-        if inputs.get(new) is not None or (given is None and getattr(config, new, None) is not None):
-            continue
-        value = given if given is not None else getattr(config, bound, None)
-        if not value:
-            continue
-        if bound == "max_length" and value <= n:
-            raise ValueError(
-                f"max_length={value} leaves no room after {n} input tokens: raise it or use max_new_tokens"
-            )
-        inputs[new] = max(value - n, 0)
-
-
-def with_input(input_ids: Tensor, sequences: Tensor) -> Tensor:
-    """Puts the ids that generated `sequences` continue before them."""
-    repeats = sequences.shape[0] // input_ids.shape[0]
-    return torch.cat([input_ids.to(sequences.device).repeat_interleave(repeats, dim=0), sequences], dim=1)
 
 
 def _beside_text_order(mask: Tensor, s: int) -> Tensor | None:
