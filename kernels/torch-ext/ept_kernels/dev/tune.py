@@ -152,10 +152,7 @@ def _joint_prompt(reduced: bool) -> Iterator[Tunable]:
 
 
 _DEQUANTIZE_GRID = grid(UNITS=(128, 256, 512), ITERS=(1, 2, 4, 8), num_warps=(4, 8))
-_PRODUCT_GRIDS = {
-    "matmul_4bit": grid(BLOCK_N=(64, 128), BLOCK_K=(128, 256), SPLITS=(1, 2, 4, 8), num_warps=(4, 8)),
-    "matmul_4bit_backward": grid(BLOCK_N=(16, 32), BLOCK_K=(256, 512), SPLITS=(1, 2, 4, 8), num_warps=(4, 8)),
-}
+_PRODUCT_GRID = grid(BLOCK_N=(64, 128), BLOCK_K=(128, 256), SPLITS=(1, 2, 4, 8), num_warps=(4, 8))
 _VARIANTS = ({"block_size": 32}, {"nested": False}, {"nested": False, "block_size": 128})  # share a configuration
 
 
@@ -175,38 +172,33 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
             problem=p,
             variants=[*(replace(p, **kind) for kind in _VARIANTS), odd],
         )
-    for p, (operator, candidates) in itertools.product(weights, _PRODUCT_GRIDS.items()):
-        for tile in splits.TILES:
-            p = replace(p, tokens=(tile,), operator=operator)
-            yield Tunable(
-                kernel=launch.key(f"{operator}/{tile}", dtype),
-                size=(p.rows, p.columns),
-                default=splits.heuristic(f"{operator}/{tile}", p.rows, p.columns),
-                candidates=candidates,
-                problem=p,
-                variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
-                held={launch.key(f"{operator}.path", dtype): {"PATH": paths.FUSED}},
-            )
-    for p, operator in itertools.product(weights, _PRODUCT_GRIDS):
-        # Below 8 tokens, bitsandbytes' forward changes its path, and nothing else does.
-        counts = [count for count in paths.COUNTS if count >= 8 or operator == "matmul_4bit"]
-        for count in counts[:4] if reduced else counts:
-            yield _path(replace(p, tokens=(count,), operator=operator), device)
-        for count in counts if operator == "matmul_4bit" and not reduced else ():
-            if count <= 8:
-                yield _path(replace(p, tokens=(count,), operator=operator, dtype=torch.float32), device)
+    for p, tile in itertools.product(weights, splits.TILES):
+        p = replace(p, tokens=(tile,))
+        yield Tunable(
+            kernel=launch.key(f"matmul_4bit/{tile}", dtype),
+            size=(p.rows, p.columns),
+            default=splits.heuristic(f"matmul_4bit/{tile}", p.rows, p.columns),
+            candidates=_PRODUCT_GRID,
+            problem=p,
+            variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
+            held={launch.key("matmul_4bit.path", dtype): {"PATH": paths.FUSED}},
+        )
+    for p, count in itertools.product(weights, paths.COUNTS[: 4 if reduced else None]):
+        yield _path(replace(p, tokens=(count,)), device)
+        if count <= 8 and not reduced:
+            yield _path(replace(p, tokens=(count,), dtype=torch.float32), device)
 
 
 def _path(p: FourBit, device: torch.device) -> Tunable:
     there = [paths.LIBRARY]
     if paths.has_fused(p.dtype, device):
         there.append(paths.FUSED)
-    if p.operator == "matmul_4bit" and paths.has_bitsandbytes():
+    if paths.has_bitsandbytes():
         there.append(paths.BITSANDBYTES)
     return Tunable(
-        kernel=launch.key(f"{p.operator}.path", p.dtype),
+        kernel=launch.key("matmul_4bit.path", p.dtype),
         size=(*p.tokens, p.rows, p.columns),
-        default={"PATH": paths.heuristic_path(p.operator, p.tokens[0], p.dtype, device)},
+        default={"PATH": paths.heuristic_path(p.tokens[0], p.dtype, device)},
         candidates=[{"PATH": path} for path in there],
         problem=p,
     )
