@@ -5,16 +5,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from ept_kernels import launch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED and not (os.environ.get("EPT_KERNELS") == "triton" and torch.cuda.is_available()):
     collect_ignore_glob = ["*.py"]
+
+
+# Of the joint prompt, fewer and larger programs than are shipped: the interpreter's time goes by their number.
+LARGE = {
+    "joint_prompt_products": {"BLOCK_N": 128, "BLOCK_K": 256},
+    "joint_prompt": {"BLOCK_S": 64, "BLOCK_D": 512, "BLOCK_M": 128, "PARTS": 2},
+    "joint_prompt_backward": {"BLOCK_S": 64, "BLOCK_D": 1024, "BLOCK_M": 128, "BLOCK_R": 64, "PARTS": 2},
+}
+
+
+@contextlib.contextmanager
+def configured(configs: dict[str, dict[str, int]]) -> Iterator[None]:
+    """Makes the joint prompt's kernels take `configs`, with maps and without."""
+    with contextlib.ExitStack() as stack:
+        for kernel, config in configs.items():
+            for key in {kernel, f"{kernel}/maps"}:
+                stack.enter_context(launch.trying(key, config))
+        yield
+
+
+@pytest.fixture
+def large_blocks() -> Iterator[None]:
+    with configured(LARGE):
+        yield
 
 
 @pytest.fixture(scope="session")
