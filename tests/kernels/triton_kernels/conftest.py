@@ -5,16 +5,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from ept_kernels import launch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED and not (os.environ.get("EPT_KERNELS") == "triton" and torch.cuda.is_available()):
     collect_ignore_glob = ["*.py"]
+
+
+# Of the joint prompt, fewer and larger programs than are shipped: the interpreter's time goes by their number.
+LARGE = {
+    "joint_prompt_products": {"BLOCK_K": 512, "PROGRAMS": 2},
+    "joint_prompt_rows": {"BLOCK_S": 32},
+    "joint_prompt_sides": {"BLOCK_S": 32},
+    "joint_prompt": {"BLOCK_S": 32, "BLOCK_D": 1024},
+    "joint_prompt_backward": {"BLOCK_D": 2048},
+}
+
+
+@contextlib.contextmanager
+def configured(configs: dict[str, dict[str, int]]) -> Iterator[None]:
+    """Makes the joint prompt's kernels take `configs`."""
+    with contextlib.ExitStack() as stack:
+        for kernel, config in configs.items():
+            stack.enter_context(launch.trying(kernel, config))
+        yield
+
+
+@pytest.fixture
+def large_blocks() -> Iterator[None]:
+    with configured(LARGE):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from ept import functional
 from ept.prompt import text_positions
 from ept_kernels import launch
 
+pytestmark = pytest.mark.usefixtures("large_blocks")
+
 
 def test_tensors_go_through_the_kernels_and_float64_does_not(device):
     assert ept_kernels.backend(device) == "triton"
