@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -62,3 +63,21 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max // 2)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty)
+
+
+def mostly_untouched(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Reserves zeros in memory that takes no space until it is written."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    except (OSError, ValueError) as error:
+        pytest.skip(f"no address space for {elements} elements: {error}")
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def rounding(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor | float:
+    """Bounds the rounding to 16 bits: half a unit; for bfloat16 under the interpreter, which truncates, a whole one."""
+    if actual.dtype == torch.float32:
+        return 0.0
+    limits, units = torch.finfo(actual.dtype), 1 if INTERPRETED and actual.dtype == torch.bfloat16 else 0.5
+    return units * limits.eps * exact.abs() + limits.smallest_normal

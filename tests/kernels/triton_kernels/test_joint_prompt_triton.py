@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LARGE, configured
+from conftest import LARGE, configured, rounding
 from torch import Tensor
 
 import ept_kernels
@@ -78,13 +78,11 @@ def assert_close(actual: Tensor, exact: Tensor, what: str, summand: Tensor | Non
         return
     magnitude = max(x.abs().max().item() for x in (exact, summand) if x is not None)
     tolerance = FLOAT32_TOLERANCE * magnitude + torch.finfo(torch.float32).smallest_normal
-    if actual.dtype != torch.float32:
-        # Half a unit for rounding; for bfloat16 a whole one, because the interpreter truncates.
-        unit = torch.finfo(actual.dtype).eps * (1 if actual.dtype == torch.bfloat16 else 0.5)
-        tolerance = tolerance + unit * exact.abs() + torch.finfo(actual.dtype).smallest_normal
     error = (actual.double() - exact).abs()
     assert torch.isfinite(error).all(), f"{what}: not finite"
-    assert (error <= tolerance).all(), f"{what}: {error.max()} off, where {magnitude} were added up"
+    assert (error <= tolerance + rounding(actual, exact)).all(), (
+        f"{what}: {error.max()} off, where {magnitude} were added up"
+    )
 
 
 @by_name

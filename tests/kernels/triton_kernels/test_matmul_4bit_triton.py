@@ -18,8 +18,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import INTERPRETED
-from four_bit_problems import covers, mostly_untouched, watched_memory
+from conftest import INTERPRETED, mostly_untouched, rounding
+from four_bit_problems import covers, watched_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -112,11 +112,7 @@ def exact_weight(weight: FourBitWeight, path: str, dtype: torch.dtype) -> Tensor
 def assert_close(actual: Tensor, exact: Tensor, magnitude: Tensor, summed: int, what: str) -> None:
     """`magnitude`: of what was added up, `summed` products each."""
     assert actual.shape == exact.shape, what
-    tolerance = torch.finfo(F32).eps * math.sqrt(max(summed, 1)) * magnitude
-    if actual.dtype != F32:
-        # Half a unit for rounding; for bfloat16 a whole one, because the interpreter truncates.
-        unit = torch.finfo(actual.dtype).eps * (1 if INTERPRETED and actual.dtype == BF16 else 0.5)
-        tolerance = tolerance + unit * exact.abs() + torch.finfo(actual.dtype).smallest_normal
+    tolerance = torch.finfo(F32).eps * math.sqrt(max(summed, 1)) * magnitude + rounding(actual, exact)
     error = (actual.double() - exact).abs() - tolerance
     assert torch.isfinite(error).all(), f"{what}: not finite"
     assert (error <= 0).all(), f"{what}: {int((error > 0).sum())} of {error.numel()} off, the worst by {error.max()}"

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -299,23 +300,18 @@ def write(path: Path, rows: list[dict[str, Any]], device: str, command: str) -> 
         content["kernels"].setdefault(row["kernel"], {})[row["size"]] = row["config"]
     new = {(row["kernel"], row["size"]) for row in rows}
     kept = [row for row in content["measurements"] if (row["kernel"], row["size"]) not in new]
-    with_what = {"command": command, **versions()}
+    with_what = {
+        "command": command,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "runtime": str(torch.version.cuda or torch.version.hip or ""),
+    }
     content |= {"device": device, "measurements": [*kept, *({**row, "measured_with": with_what} for row in rows)]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def versions() -> dict[str, str]:
-    import triton
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "runtime": str(torch.version.cuda or torch.version.hip or ""),
-    }
 
 
 def _sets(problem: Problem, device: torch.device) -> list[tuple[Any, ...]]:
@@ -438,7 +434,11 @@ def main(arguments: list[str] | None = None) -> None:
         for config, reason in row["refused"].items():
             print(f"    refused {config}: {reason}", flush=True)
     winners.close()
-    name = "cpu, Triton's interpreter: no measurement" if interpreted else _device_name(device)
+    name = (
+        "cpu, Triton's interpreter: no measurement"
+        if interpreted
+        else torch.get_device_module(device).get_device_name(device)
+    )
     output = options.output or (None if interpreted else launch.config_file(device))
     if output is not None:
         command = " ".join(["python -m ept_kernels.dev.tune", *(arguments if arguments is not None else sys.argv[1:])])
@@ -446,10 +446,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"written to {output}")
     if interpreted:
         print("these are the interpreter's times: they check the tuner and say nothing about a GPU")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.get_device_module(device).get_device_name(device)
 
 
 if __name__ == "__main__":
