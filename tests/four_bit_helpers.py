@@ -85,4 +85,5 @@ def dequantize(weight: Any, dtype: torch.dtype) -> Tensor:
     flat = functional.QuantState(
         absmax, torch.Size((1, rows * columns)), state.code, state.blocksize, state.quant_type, dtype
     )
-    return functional.dequantize_4bit(weight.data, flat).reshape(rows, columns)
+    with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles its plain version
+        return functional.dequantize_4bit(weight.data, flat).reshape(rows, columns)

@@ -91,7 +91,7 @@ def test_every_kernel_is_among_the_cases_and_every_name_occurs_once(architecture
     # Nested absmax is rounded as in a dequantisation, and the assembler may use all registers where it has to.
     four_bit = [c for c in cases if "4bit" in c.name and "reduce" not in c.name]
     assert [c.meta["enable_fp_fusion"] for c in four_bit] == [False] * len(four_bit)
-    long = [c for c in cases if c.name.startswith(("joint_prompt", "matmul_4bit_backward"))]
+    long = [c for c in cases if c.name.startswith(("joint_prompt", "matmul_4bit "))]
     assert {c.meta.get("maxnreg") for c in long} == {255 if architecture == "cuda" else None}
     assert {c.meta.get("maxnreg") for c in cases if c not in long} == {None}
     assert {c.meta["PRECISION"] for c in cases if "PRECISION" in c.meta} == {"tf32", "bf16x6"}
@@ -103,7 +103,7 @@ def test_nothing_runs_and_nothing_is_remembered_while_launches_are_recorded():
     (case,) = aot.record(problem, "gfx942", {"dequantize_4bit/64-bit": {"ITERS": 2}}, note=" (x)")
     assert launch.launches() == before + 1
     assert case.name.endswith(" (x)")
-    assert (case.meta["UNITS"], case.meta["ITERS"], case.args[0]) == (256, 2, torch.uint8)
+    assert (case.meta["UNITS"], case.meta["ITERS"], case.args[0]) == (1024, 2, torch.uint8)
     assert launch.architecture(torch.device("cpu")) == "cpu"
 
 
@@ -119,7 +119,7 @@ def test_every_kind_of_4_bit_weight_is_compiled_on_request(monkeypatch):
 def test_candidates_are_launched_as_the_tuner_would(monkeypatch):
     """The launchers take every kernel's configuration from the tuner."""
     kernels = {t.kernel: t for t in tune.tunables() if "." not in t.kernel}
-    assert len(kernels) >= 14
+    assert len(kernels) >= 12
     candidates = [replace(t, candidates=[{"num_warps": 2}]) for t in kernels.values()]
     monkeypatch.setattr(aot, "tunables", lambda: candidates)
     found = {c.kernel.fn.__name__ for c in aot.candidate_cases("cuda") if c.meta["num_warps"] == 2}

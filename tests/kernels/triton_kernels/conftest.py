@@ -5,16 +5,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from ept_kernels import launch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED and not (os.environ.get("EPT_KERNELS") == "triton" and torch.cuda.is_available()):
     collect_ignore_glob = ["*.py"]
+
+
+# Of the joint prompt, fewer and larger programs than are shipped: the interpreter's time goes by their number.
+LARGE = {
+    "joint_prompt_products": {"BLOCK_K": 512, "PROGRAMS": 2},
+    "joint_prompt_rows": {"BLOCK_S": 32},
+    "joint_prompt_sides": {"BLOCK_S": 32},
+    "joint_prompt": {"BLOCK_S": 32, "BLOCK_D": 1024},
+    "joint_prompt_backward": {"BLOCK_D": 2048},
+}
+
+
+@contextlib.contextmanager
+def configured(configs: dict[str, dict[str, int]]) -> Iterator[None]:
+    """Makes the joint prompt's kernels take `configs`."""
+    with contextlib.ExitStack() as stack:
+        for kernel, config in configs.items():
+            stack.enter_context(launch.trying(kernel, config))
+        yield
+
+
+@pytest.fixture
+def large_blocks() -> Iterator[None]:
+    with configured(LARGE):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +63,21 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max // 2)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty)
+
+
+def mostly_untouched(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Reserves zeros in memory that takes no space until it is written."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
+    except (OSError, ValueError) as error:
+        pytest.skip(f"no address space for {elements} elements: {error}")
+    return torch.frombuffer(memory, dtype=dtype)
+
+
+def rounding(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor | float:
+    """Bounds the rounding to 16 bits: half a unit; for bfloat16 under the interpreter, which truncates, a whole one."""
+    if actual.dtype == torch.float32:
+        return 0.0
+    limits, units = torch.finfo(actual.dtype), 1 if INTERPRETED and actual.dtype == torch.bfloat16 else 0.5
+    return units * limits.eps * exact.abs() + limits.smallest_normal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -46,16 +45,6 @@ def units_apart(actual: Tensor, expected: Tensor) -> int:
     """Largest distance in units in the last place between two 16-bit tensors; both zeros are the same number."""
     ordered = [torch.where(i < 0, -(i + 2**15), i) for i in (x.view(torch.int16).int() for x in (actual, expected))]
     return int((ordered[0] - ordered[1]).abs().max())
-
-
-def mostly_untouched(elements: int, dtype: torch.dtype) -> Tensor:
-    """Zeros in memory that is reserved but takes no space until it is written."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    try:
-        memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
-    except (OSError, ValueError) as error:
-        pytest.skip(f"no address space for {elements} elements: {error}")
-    return torch.frombuffer(memory, dtype=dtype)
 
 
 @pytest.fixture(autouse=True)

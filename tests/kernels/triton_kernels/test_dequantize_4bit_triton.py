@@ -11,11 +11,10 @@ import math
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import INTERPRETED, mostly_untouched
 from four_bit_problems import (
     covers,
     dequantized_by_bitsandbytes,
-    mostly_untouched,
     units_apart,
     watched_memory,
 )

@@ -17,9 +17,6 @@ from ept_kernels.four_bit import (
     matmul as matmul_4bit_triton,
 )
 from ept_kernels.four_bit import (
-    matmul_backward as matmul_4bit_backward_triton,
-)
-from ept_kernels.four_bit import (
     paths as four_bit_paths,
 )
 from ept_kernels.four_bit.paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, chosen_path, path_of
@@ -29,7 +26,6 @@ from ept_kernels.launch import trying
 __all__ = ["watched_memory"]
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-FORWARD, BACKWARD = "matmul_4bit", "matmul_4bit_backward"
 GPU = torch.device("cuda", 0)  # the choice looks at its name alone
 
 TABLE = {
@@ -43,7 +39,6 @@ TABLE = {
         "128x3072x768": {"PATH": BITSANDBYTES},
     },
     "matmul_4bit.path/32-bit": {"7x4096x4096": {"PATH": LIBRARY}},
-    "matmul_4bit_backward.path/16-bit": {"8x4096x4096": {"PATH": LIBRARY}, "192x4096x4096": {"PATH": FUSED}},
 }
 
 
@@ -66,69 +61,54 @@ def table(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "operator, count, rows, columns, dtype, expected",
+    "count, rows, columns, dtype, expected",
     [
-        (FORWARD, 1, 4096, 4096, BF16, BITSANDBYTES),
-        (FORWARD, 4, 4096, 4096, F16, FUSED),  # both 16-bit types share what was measured
-        (FORWARD, 96, 4096, 4096, BF16, BITSANDBYTES),
-        (FORWARD, 128, 4096, 4096, BF16, LIBRARY),
-        (FORWARD, 128, 5120, 5120, BF16, LIBRARY),  # the nearest shape
-        (FORWARD, 1, 2304, 768, BF16, FUSED),
-        (FORWARD, 128, 2304, 768, BF16, BITSANDBYTES),
-        (FORWARD, 1, 4096, 4096, F32, LIBRARY),
-        (BACKWARD, 8, 4096, 4096, BF16, LIBRARY),
-        (BACKWARD, 192, 4096, 4096, BF16, FUSED),
-        (BACKWARD, 8, 4096, 4096, F32, LIBRARY),  # nothing measured
+        (1, 4096, 4096, BF16, BITSANDBYTES),
+        (4, 4096, 4096, F16, FUSED),  # both 16-bit types share what was measured
+        (96, 4096, 4096, BF16, BITSANDBYTES),
+        (128, 4096, 4096, BF16, LIBRARY),
+        (128, 5120, 5120, BF16, LIBRARY),  # the nearest shape
+        (1, 2304, 768, BF16, FUSED),
+        (128, 2304, 768, BF16, BITSANDBYTES),
+        (1, 4096, 4096, F32, LIBRARY),
     ],
 )
-def test_the_measured_path_of_tokens_shape_direction_and_type(table, operator, count, rows, columns, dtype, expected):
-    assert chosen_path(operator, count, rows, columns, dtype, GPU) == expected
+def test_the_measured_path_of_tokens_shape_and_type(table, count, rows, columns, dtype, expected):
+    assert chosen_path(count, rows, columns, dtype, GPU) == expected
 
 
 def test_unmeasured_on_a_gpu(tmp_path, monkeypatch):
-    """The fused kernel for few tokens of 16 bits; in float32 bitsandbytes' own choice where it has a fused kernel."""
-    monkeypatch.setattr(launch, "config_for", lambda kernel, size, device, default: default)
-    monkeypatch.setattr(four_bit_paths, "config_for", launch.config_for)
+    """bitsandbytes' own product for the fewest tokens, the fused kernel for few of 16 bits."""
+    monkeypatch.setattr(four_bit_paths, "config_for", lambda kernel, size, device, default: default)
     chosen_path.cache_clear()
-    found = {
-        (operator, dtype): [chosen_path(operator, count, 64, 64, dtype, GPU) for count in (1, 7, 8, 32, 64)]
-        for operator in (FORWARD, BACKWARD)
-        for dtype in (BF16, F32)
-    }
+    counts = (1, 4, 5, 7, 8, 64, 96)
+    found = {dtype: [chosen_path(count, 64, 64, dtype, GPU) for count in counts] for dtype in (BF16, F32)}
     chosen_path.cache_clear()
-    assert found == {
-        (FORWARD, BF16): [FUSED, FUSED, FUSED, FUSED, LIBRARY],
-        (BACKWARD, BF16): [FUSED, FUSED, FUSED, FUSED, LIBRARY],
-        (FORWARD, F32): [BITSANDBYTES, BITSANDBYTES, LIBRARY, LIBRARY, LIBRARY],
-        (BACKWARD, F32): 5 * [LIBRARY],
-    }
+    assert found == {BF16: 2 * [BITSANDBYTES] + 4 * [FUSED] + [LIBRARY], F32: 4 * [BITSANDBYTES] + 3 * [LIBRARY]}
 
 
 def test_a_number_in_between_goes_the_way_of_the_next_larger(device, monkeypatch):
     asked = []
-    monkeypatch.setattr(four_bit_paths, "chosen_path", lambda operator, count, *rest: asked.append(count) or FUSED)
+    monkeypatch.setattr(four_bit_paths, "chosen_path", lambda count, *rest: asked.append(count) or FUSED)
     weight = weight_of(64, 128, device)
     tokens = (1, 2, 4, 5, 6, 7, 8, 9, 33, 64, 65, 1025, 1536)
-    assert [path_of(FORWARD, weight, count, F16) for count in tokens] == [FUSED] * len(tokens)
+    assert [path_of(weight, count, F16) for count in tokens] == [FUSED] * len(tokens)
     assert asked == [1, 4, 4, 5, 7, 7, 8, 16, 64, 64, 96, 1536, 1536]
-    assert path_of(FORWARD, weight, COUNTS[-1] + 1, F16) == LIBRARY
+    assert path_of(weight, COUNTS[-1] + 1, F16) == LIBRARY
 
 
 @pytest.mark.parametrize("path", [LIBRARY, FUSED, BITSANDBYTES])
 def test_the_launchers_go_the_chosen_way(path, device, monkeypatch):
     weight = weight_of(64, 128, device, nested=True)
     taken = []
-    for module in (matmul_4bit_triton, matmul_4bit_backward_triton):
-        run = module.run
-        monkeypatch.setattr(module, "run", lambda *a, run=run: taken.append(FUSED) or run(*a))
-        dequantize = module.dequantize_4bit
-        monkeypatch.setattr(module, "dequantize_4bit", lambda *a, f=dequantize: taken.append(LIBRARY) or f(*a))
-    theirs = matmul_4bit_triton.bitsandbytes_product
-    monkeypatch.setattr(matmul_4bit_triton, "bitsandbytes_product", lambda *a: taken.append(BITSANDBYTES) or theirs(*a))
-    with trying("matmul_4bit.path/16-bit", {"PATH": path}), trying("matmul_4bit_backward.path/16-bit", {"PATH": path}):
+    ways = {FUSED: "run", LIBRARY: "dequantize_4bit", BITSANDBYTES: "bitsandbytes_product"}
+    for way, name in ways.items():
+        there = getattr(matmul_4bit_triton, name)
+        monkeypatch.setattr(matmul_4bit_triton, name, lambda *a, way=way, there=there: taken.append(way) or there(*a))
+    with trying("matmul_4bit.path/16-bit", {"PATH": path}):
         matmul_4bit_triton.matmul_4bit(torch.ones(3, 128, dtype=F16, device=device), *weight[:5], None, *weight[5:])
-        matmul_4bit_backward_triton.matmul_4bit_backward(torch.ones(3, 64, dtype=F16, device=device), *weight)
-    assert taken == [path, FUSED if path == BITSANDBYTES else path]  # they have no kernel of the input gradient
+        matmul_4bit_triton.matmul_4bit_backward(torch.ones(3, 64, dtype=F16, device=device), *weight)
+    assert taken == [path, LIBRARY]  # the input gradient has no other way
 
 
 @pytest.mark.parametrize(
@@ -147,19 +127,19 @@ def test_the_launchers_go_the_chosen_way(path, device, monkeypatch):
 def test_what_bitsandbytes_cannot_take_goes_another_way(columns, options, change, expected, device):
     weight = weight_of(32, columns, device, **options)._replace(**change)
     with trying("matmul_4bit.path/16-bit", {"PATH": BITSANDBYTES}):
-        assert path_of(FORWARD, weight, 3, F16) == expected
+        assert path_of(weight, 3, F16) == expected
         if expected == BITSANDBYTES:
-            assert path_of(FORWARD, weight, 33, F16) == expected
+            assert path_of(weight, 33, F16) == expected
 
 
 def test_without_bitsandbytes_the_heuristic_decides(device, monkeypatch):
     weight = weight_of(32, 128, device)
     monkeypatch.setattr(four_bit_paths, "has_bitsandbytes", lambda: False)
     with trying("matmul_4bit.path/16-bit", {"PATH": BITSANDBYTES}):
-        assert [path_of(FORWARD, weight, count, F16) for count in (1, 32, 33)] == [FUSED, FUSED, LIBRARY]
+        assert [path_of(weight, count, F16) for count in (1, 64, 65)] == [FUSED, FUSED, LIBRARY]
     with trying("matmul_4bit.path/32-bit", {"PATH": BITSANDBYTES}):
-        assert path_of(FORWARD, weight, 1, F32) == (FUSED if INTERPRETED else LIBRARY)
-    assert path_of(FORWARD, weight, 0, F16) == LIBRARY
+        assert path_of(weight, 1, F32) == (FUSED if INTERPRETED else LIBRARY)
+    assert path_of(weight, 0, F16) == LIBRARY
 
 
 def test_float32_is_never_fused_on_a_gpu():
@@ -168,7 +148,7 @@ def test_float32_is_never_fused_on_a_gpu():
     weight = Weight(packed, absmax, None, None, None, "nf4", 64, 0, 64, 128)
     for bits, dtype, expected in ((16, F16, FUSED), (32, F32, LIBRARY)):
         with trying(f"matmul_4bit.path/{bits}-bit", {"PATH": FUSED}):
-            assert path_of(FORWARD, weight, 1, dtype) == expected
+            assert path_of(weight, 1, dtype) == expected
 
 
 @pytest.mark.parametrize("bias", [None, F32], ids=["", "bias"])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import LARGE, configured, rounding
 from torch import Tensor
 
 import ept_kernels
@@ -18,16 +17,6 @@ from ept_kernels.joint_prompt.reference import ACTIVATIONS
 
 NAMES = ("prompt", "A", "B", "beta", "W_q", "W_k", "D", "U", "G")
 FLOAT32_TOLERANCE = 1e-5  # of the largest magnitude of a result, or of what it is the sum of
-
-# Fewer and larger programs than are shipped: the interpreter's time goes by their number.
-LARGE = {
-    "joint_prompt_products": {"BLOCK_K": 512, "PROGRAMS": 2},
-    "joint_prompt_rows": {"BLOCK_S": 32},
-    "joint_prompt_sides": {"BLOCK_S": 32},
-    "joint_prompt": {"BLOCK_S": 32, "BLOCK_D": 1024},
-    "joint_prompt_backward": {"BLOCK_D": 2048},
-}
-
 
 SMALL = [
     *(JointPrompt(activation=name) for name in ACTIVATIONS),
@@ -75,20 +64,6 @@ by_name = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture
-def large() -> Iterator[None]:
-    with configured(LARGE):
-        yield
-
-
-@contextlib.contextmanager
-def configured(configs: dict[str, dict[str, int]]):
-    with contextlib.ExitStack() as stack:
-        for kernel, config in configs.items():
-            stack.enter_context(launch.trying(kernel, config))
-        yield
-
-
 def run(problem: JointPrompt, device: torch.device) -> tuple[Tensor, ...]:
     """In the blocks of `LARGE` where the problem is among `WIDE`."""
     launcher = getattr(kernels, problem.operator)
@@ -103,13 +78,11 @@ def assert_close(actual: Tensor, exact: Tensor, what: str, summand: Tensor | Non
         return
     magnitude = max(x.abs().max().item() for x in (exact, summand) if x is not None)
     tolerance = FLOAT32_TOLERANCE * magnitude + torch.finfo(torch.float32).smallest_normal
-    if actual.dtype != torch.float32:
-        # Half a unit for rounding; for bfloat16 a whole one, because the interpreter truncates.
-        unit = torch.finfo(actual.dtype).eps * (1 if actual.dtype == torch.bfloat16 else 0.5)
-        tolerance = tolerance + unit * exact.abs() + torch.finfo(actual.dtype).smallest_normal
     error = (actual.double() - exact).abs()
     assert torch.isfinite(error).all(), f"{what}: not finite"
-    assert (error <= tolerance).all(), f"{what}: {error.max()} off, where {magnitude} were added up"
+    assert (error <= tolerance + rounding(actual, exact)).all(), (
+        f"{what}: {error.max()} off, where {magnitude} were added up"
+    )
 
 
 @by_name
@@ -173,7 +146,7 @@ def test_any_launch_configuration_is_right(blocks, problem, device):
     ],
     ids=lambda x: getattr(x, "name", str(x)),
 )
-def test_number_of_launches(problem, launches, device, large):
+def test_number_of_launches(problem, launches, device, large_blocks):
     before = launch.launches()
     run(problem, device)
     between = launch.launches()
@@ -181,7 +154,7 @@ def test_number_of_launches(problem, launches, device, large):
     assert (between - before, launch.launches() - between) == launches
 
 
-def test_at_the_start_it_is_prompt_tuning_exactly(device, large):
+def test_at_the_start_it_is_prompt_tuning_exactly(device, large_blocks):
     """β, U and B are zero: the prompt's own bits, times ρ; and gradients are finite though C is zero."""
     parameters = JointPrompt(a=4).parameters(device)
     for i in (2, 3, 7):
@@ -199,7 +172,7 @@ def test_two_runs_give_equal_bits(device):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_parameters_of_several_types(device, large):
+def test_parameters_of_several_types(device, large_blocks):
     parameters = JointPrompt(a=4).parameters(device)
     mixed = [x.to(t) for x, t in zip(parameters, (torch.float16, torch.float32, torch.bfloat16) * 3, strict=True)]
     options, grad = JointPrompt(a=4).options(), JointPrompt(a=4).grad_output(device)
@@ -211,7 +184,7 @@ def test_parameters_of_several_types(device, large):
     assert_close(kernels.joint_prompt(*mixed, *options), exact, "output")
 
 
-def test_the_kernels_are_given_one_type(device, monkeypatch, large):
+def test_the_kernels_are_given_one_type(device, monkeypatch, large_blocks):
     """Compiled, a program that chooses among several tensors needs them of one type; the interpreter does not."""
     given = []
 
@@ -239,7 +212,7 @@ def test_gradient_of_a_sum_is_read_through_its_zero_strides(device):
 
 
 @pytest.mark.parametrize("problem", [JointPrompt(a=4), JointPrompt(strided=True)], ids=lambda p: p.name)
-def test_opcheck(problem, device, monkeypatch, large):
+def test_opcheck(problem, device, monkeypatch, large_blocks):
     monkeypatch.undo()  # opcheck compares outputs of several runs, also where nothing is to be written
     for checked in (problem, problem.backward):
         results = torch.library.opcheck(getattr(ept_kernels, checked.operator), checked.inputs(device))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import INTERPRETED, mostly_untouched, rounding
 from torch import Tensor
 
 from ept_kernels import launch
@@ -55,15 +55,9 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 def assert_close(actual: Tensor, exact: Tensor, magnitude: Tensor, what: str) -> None:
     assert actual.shape == exact.shape, what
-    tolerance = FLOAT32_TOLERANCE * magnitude
-    if actual.dtype != torch.float32:
-        # Half a unit for rounding; for bfloat16 a whole one under the interpreter, which truncates. On a GPU the
-        # factors of a product may have been rounded to TF32, which has 10 bits.
-        interpreted = actual.device.type == "cpu"
-        unit = torch.finfo(actual.dtype).eps * (1 if interpreted and actual.dtype == torch.bfloat16 else 0.5)
-        tolerance = tolerance + unit * exact.abs() + torch.finfo(actual.dtype).smallest_normal
-        if not interpreted:
-            tolerance = tolerance + 2**-10 * magnitude
+    tolerance = FLOAT32_TOLERANCE * magnitude + rounding(actual, exact)
+    if actual.dtype != torch.float32 and not INTERPRETED:  # the factors of a product may have been rounded to TF32
+        tolerance = tolerance + 2**-10 * magnitude
     error = (actual.double() - exact).abs() - tolerance
     assert torch.isfinite(error).all(), f"{what}: not finite"
     assert (error <= 0).all(), f"{what}: {int((error > 0).sum())} of {error.numel()} off, the worst by {error.max()}"
@@ -249,12 +243,7 @@ def far_apart(x: Tensor, dim: int) -> Tensor:
     strides = list(x.contiguous().stride())
     strides[dim] = -(-half // (x.shape[dim] - 1)) + 64
     length = half + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) + 1
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    try:
-        memory = mmap.mmap(-1, length * x.element_size(), flags=flags)
-    except (OSError, ValueError) as error:
-        pytest.skip(f"no address space for {length} elements: {error}")
-    far = torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, strides, half)
+    far = mostly_untouched(length, x.dtype).as_strided(x.shape, strides, half)
     far.copy_(x)
     return far
 

@@ -99,7 +99,7 @@ def cases(architecture: str, every: bool = False) -> list[Case]:
     found = [case for problem in compiled_problems() for case in record(problem, architecture)]
     for problem in every_four_bit_problem() if every else ():
         # With a bias the sum is not split: then the kernel itself adds it, and writes the result.
-        unsplit = {f"{problem.operator}/{tile}/16-bit": {"SPLITS": 1} for tile in (16, 32)} if problem.bias else {}
+        unsplit = {f"{problem.operator}/{tile}/16-bit": {"SPLITS": 1} for tile in (16, 32, 64)} if problem.bias else {}
         found += record(problem, architecture, unsplit)
     return _distinct(found)
 

@@ -359,9 +359,10 @@ def compiled_problems() -> list[Problem]:
         FourBit(4096, 4096, block_size=4096, dtype=bf16),
         FourBit(4096, 4096, block_size=32),
     ]
-    products = [replace(problem, tokens=(tokens,)) for problem in products for tokens in (16, 32)]
+    products = [replace(problem, tokens=(tokens,)) for problem in products for tokens in (16, 32, 64)]
     return [
-        *(x for problem in [*embeddings, *joints, *products] for x in (problem.small, problem.small.backward)),
+        *(x for problem in [*embeddings, *joints] for x in (problem.small, problem.small.backward)),
+        *products,
         *(problem.packed.small for problem in embeddings if not problem.adapters),
         *(
             FourBit(4096, 4096, (), "nf4", size, nested, dtype, shift=shift, operator="dequantize_4bit")
@@ -379,10 +380,9 @@ def every_four_bit_problem() -> list[FourBit]:
         weight = FourBit(4096, 4096, block_size=size, nested=nested)
         for dtype, shift in itertools.product((*PRODUCT_DTYPES, torch.float32, torch.float64), (0, 1)):
             found.append(replace(weight, tokens=(), dtype=dtype, shift=shift, operator="dequantize_4bit"))
-        for dtype, tokens, bias, odd in itertools.product(PRODUCT_DTYPES, (16, 32), (False, True), (False, True)):
+        for dtype, tokens, bias, odd in itertools.product(PRODUCT_DTYPES, (16, 32, 64), (False, True), (False, True)):
             problem = replace(weight, tokens=(tokens,), dtype=dtype, bias=dtype if bias else None)
-            problem = replace(problem, rows=4095, strided=True) if odd else problem
-            found += [problem, problem.backward]
+            found.append(replace(problem, rows=4095, strided=True) if odd else problem)
     return found
 
 

@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +153,7 @@ def _joint_prompt(reduced: bool) -> Iterator[Tunable]:
 
 
 _DEQUANTIZE_GRID = grid(UNITS=(128, 256, 512), ITERS=(1, 2, 4, 8), num_warps=(4, 8))
-_PRODUCT_GRIDS = {
-    "matmul_4bit": grid(BLOCK_N=(64, 128), BLOCK_K=(128, 256), SPLITS=(1, 2, 4, 8), num_warps=(4, 8)),
-    "matmul_4bit_backward": grid(BLOCK_N=(16, 32), BLOCK_K=(256, 512), SPLITS=(1, 2, 4, 8), num_warps=(4, 8)),
-}
+_PRODUCT_GRID = grid(BLOCK_N=(64, 128), BLOCK_K=(128, 256), SPLITS=(1, 2, 4, 8), num_warps=(4, 8))
 _VARIANTS = ({"block_size": 32}, {"nested": False}, {"nested": False, "block_size": 128})  # share a configuration
 
 
@@ -175,38 +173,33 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
             problem=p,
             variants=[*(replace(p, **kind) for kind in _VARIANTS), odd],
         )
-    for p, (operator, candidates) in itertools.product(weights, _PRODUCT_GRIDS.items()):
-        for tile in splits.TILES:
-            p = replace(p, tokens=(tile,), operator=operator)
-            yield Tunable(
-                kernel=launch.key(f"{operator}/{tile}", dtype),
-                size=(p.rows, p.columns),
-                default=splits.heuristic(f"{operator}/{tile}", p.rows, p.columns),
-                candidates=candidates,
-                problem=p,
-                variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
-                held={launch.key(f"{operator}.path", dtype): {"PATH": paths.FUSED}},
-            )
-    for p, operator in itertools.product(weights, _PRODUCT_GRIDS):
-        # Below 8 tokens, bitsandbytes' forward changes its path, and nothing else does.
-        counts = [count for count in paths.COUNTS if count >= 8 or operator == "matmul_4bit"]
-        for count in counts[:4] if reduced else counts:
-            yield _path(replace(p, tokens=(count,), operator=operator), device)
-        for count in counts if operator == "matmul_4bit" and not reduced else ():
-            if count <= 8:
-                yield _path(replace(p, tokens=(count,), operator=operator, dtype=torch.float32), device)
+    for p, tile in itertools.product(weights, splits.TILES):
+        p = replace(p, tokens=(tile,))
+        yield Tunable(
+            kernel=launch.key(f"matmul_4bit/{tile}", dtype),
+            size=(p.rows, p.columns),
+            default=splits.heuristic(f"matmul_4bit/{tile}", p.rows, p.columns),
+            candidates=_PRODUCT_GRID,
+            problem=p,
+            variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
+            held={launch.key("matmul_4bit.path", dtype): {"PATH": paths.FUSED}},
+        )
+    for p, count in itertools.product(weights, paths.COUNTS[: 4 if reduced else None]):
+        yield _path(replace(p, tokens=(count,)), device)
+        if count <= 8 and not reduced:
+            yield _path(replace(p, tokens=(count,), dtype=torch.float32), device)
 
 
 def _path(p: FourBit, device: torch.device) -> Tunable:
     there = [paths.LIBRARY]
     if paths.has_fused(p.dtype, device):
         there.append(paths.FUSED)
-    if p.operator == "matmul_4bit" and paths.has_bitsandbytes():
+    if paths.has_bitsandbytes():
         there.append(paths.BITSANDBYTES)
     return Tunable(
-        kernel=launch.key(f"{p.operator}.path", p.dtype),
+        kernel=launch.key("matmul_4bit.path", p.dtype),
         size=(*p.tokens, p.rows, p.columns),
-        default={"PATH": paths.heuristic_path(p.operator, p.tokens[0], p.dtype, device)},
+        default={"PATH": paths.heuristic_path(p.tokens[0], p.dtype, device)},
         candidates=[{"PATH": path} for path in there],
         problem=p,
     )
@@ -307,23 +300,18 @@ def write(path: Path, rows: list[dict[str, Any]], device: str, command: str) -> 
         content["kernels"].setdefault(row["kernel"], {})[row["size"]] = row["config"]
     new = {(row["kernel"], row["size"]) for row in rows}
     kept = [row for row in content["measurements"] if (row["kernel"], row["size"]) not in new]
-    with_what = {"command": command, **versions()}
+    with_what = {
+        "command": command,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "runtime": str(torch.version.cuda or torch.version.hip or ""),
+    }
     content |= {"device": device, "measurements": [*kept, *({**row, "measured_with": with_what} for row in rows)]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def versions() -> dict[str, str]:
-    import triton
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "runtime": str(torch.version.cuda or torch.version.hip or ""),
-    }
 
 
 def _sets(problem: Problem, device: torch.device) -> list[tuple[Any, ...]]:
@@ -446,7 +434,11 @@ def main(arguments: list[str] | None = None) -> None:
         for config, reason in row["refused"].items():
             print(f"    refused {config}: {reason}", flush=True)
     winners.close()
-    name = "cpu, Triton's interpreter: no measurement" if interpreted else _device_name(device)
+    name = (
+        "cpu, Triton's interpreter: no measurement"
+        if interpreted
+        else torch.get_device_module(device).get_device_name(device)
+    )
     output = options.output or (None if interpreted else launch.config_file(device))
     if output is not None:
         command = " ".join(["python -m ept_kernels.dev.tune", *(arguments if arguments is not None else sys.argv[1:])])
@@ -454,10 +446,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"written to {output}")
     if interpreted:
         print("these are the interpreter's times: they check the tuner and say nothing about a GPU")
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.get_device_module(device).get_device_name(device)
 
 
 if __name__ == "__main__":

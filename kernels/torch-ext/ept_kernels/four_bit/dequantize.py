@@ -17,8 +17,9 @@ from torch import Tensor
 from ..launch import Config, architecture, cached_choice, config_for, key, launch, on_device
 from .decode import decode, is_word_aligned, levels, load_absmax
 
-# UNITS: words or bytes in a tile, a power of two, one a thread. ITERS: tiles that a program takes.
-CONFIGS: dict[str, Config] = {"dequantize_4bit": {"UNITS": 128, "ITERS": 4, "num_warps": 4, "num_stages": 1}}
+# UNITS: words or bytes in a tile, a power of two. ITERS: tiles that a program takes, one after another; with one, all
+# loads are under way before anything is stored.
+CONFIGS: dict[str, Config] = {"dequantize_4bit": {"UNITS": 512, "ITERS": 1, "num_warps": 4, "num_stages": 1}}
 
 
 @triton.jit(do_not_specialize=["elements"])

@@ -1,9 +1,12 @@
-"""Triton kernel of the product with a 4-bit weight, `x·Wᵀ + bias`; `paths.py` says when it is taken.
+"""Products with a 4-bit weight: the Triton kernel of `x·Wᵀ + bias`, and the launchers of both directions.
 
 It computes `outᵀ = W·xᵀ`: the decoded weights are the left operand, which matrix units take from registers, and the
 tokens are its narrow side. Columns are taken in the order of the nibbles of a word (the first weights of all words of a
 tile, then the second ones, …), in W and in x alike, so that a thread keeps what it has decoded. Weights are rounded to
-x's type, as dequantised ones are; products are added up in float32 and rounded once.
+x's type, as dequantised ones are; products are added up in float32 and rounded once. `paths.py` says when it is taken.
+
+The input gradient has no kernel of its own: in training a product has as many rows as a batch has tokens, for which a
+dequantisation and the library's product are the fastest way.
 """
 
 from __future__ import annotations
@@ -97,9 +100,9 @@ def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
     x, shape = x.detach(), (*x.shape[:-1], weight.rows)
     flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
     bias = None if bias is None else bias.detach()
-    path = path_of("matmul_4bit", weight, flat.shape[0], x.dtype)
+    path = path_of(weight, flat.shape[0], x.dtype)
     if path == FUSED:
-        return run(matmul_4bit_kernel, "matmul_4bit", flat, weight, weight.rows, bias).view(shape)
+        return run(matmul_4bit_kernel, flat, weight, bias).view(shape)
     if path == BITSANDBYTES:
         return bitsandbytes_product(flat, weight, bias).view(shape)
     # Results go to a given tensor: that leaves autocast out, which would change the type.
@@ -110,3 +113,14 @@ def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
     else:
         torch.addmm(bias.to(x.dtype), flat, W.t(), out=out)
     return out.view(shape)
+
+
+def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
+    """Computes `ept_kernels.matmul_4bit_backward_reference` of a weight's tensors and sizes: a dequantisation and the
+    library's product.
+    """
+    weight, grad = Weight(*arguments), grad_output.detach()
+    flat = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)  # [tokens, rows]
+    out = grad.new_empty(flat.shape[0], weight.columns)
+    torch.mm(flat, dequantize_4bit(*weight, grad.dtype), out=out)
+    return out.view(*grad.shape[:-1], weight.columns)

@@ -170,5 +170,5 @@ _matmul_4bit_backward = register(
     f"matmul_4bit_backward(Tensor grad_output, {SCHEMA.format('')}) -> Tensor",
     matmul_backward_parts,
     _matmul_backward_fake,
-    "four_bit.matmul_backward",
+    "four_bit.matmul",
 )

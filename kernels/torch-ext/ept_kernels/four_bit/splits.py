@@ -17,16 +17,12 @@ from ..launch import Config, all_registers, architecture, cached_choice, config_
 from .decode import levels
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
-_FORWARD = {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}
-_BACKWARD = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 512, "num_warps": 8, "num_stages": 1}
+_PRODUCT = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}
+TILES = (16, 32, 64)  # BLOCK_M; more tokens take several
 CONFIGS: dict[str, Config] = {
-    "matmul_4bit/16": _FORWARD,
-    "matmul_4bit/32": {**_FORWARD, "BLOCK_M": 32},
-    "matmul_4bit_backward/16": _BACKWARD,
-    "matmul_4bit_backward/32": {**_BACKWARD, "BLOCK_M": 32, "BLOCK_K": 256, "num_warps": 4},
+    **{f"matmul_4bit/{tile}": {"BLOCK_M": tile, **_PRODUCT} for tile in TILES},
     "matmul_4bit_reduce": {"BLOCK_E": 1024, "num_warps": 4, "num_stages": 1},
 }
-TILES = (16, 32)  # BLOCK_M; more tokens take several
 # Programs that splitting is to bring about: several for each multiprocessor of a large GPU.
 PROGRAMS = 512
 
@@ -55,11 +51,10 @@ class Weight(NamedTuple):
 def heuristic(kernel: str, rows: int, columns: int) -> Config:
     """Chooses meta-parameters of `kernel`, such as `"matmul_4bit/16"`, where nothing was measured."""
     config = dict(CONFIGS[kernel])
-    results, across, summed, along = _directions(kernel, rows, columns)
-    wanted = PROGRAMS // triton.cdiv(results, config[across])
+    wanted = PROGRAMS // triton.cdiv(rows, config["BLOCK_N"])
     # Partial sums, written and read, are to be no more bytes than the packed weight; a split has four tiles or more.
-    affordable = summed // (16 * config["BLOCK_M"])
-    return {**config, "SPLITS": max(1, min(wanted, affordable, summed // (4 * config[along])))}
+    affordable = columns // (16 * config["BLOCK_M"])
+    return {**config, "SPLITS": max(1, min(wanted, affordable, columns // (4 * config["BLOCK_K"])))}
 
 
 def operand_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -79,11 +74,11 @@ class Plan(NamedTuple):
         return self.tiles_across, self.splits, triton.cdiv(tokens, self.options["BLOCK_M"])
 
 
-def plan(operator: str, tokens: int, weight: Weight, dtype: torch.dtype) -> Plan:
+def plan(tokens: int, weight: Weight, dtype: torch.dtype) -> Plan:
     """Takes the smallest tile that holds `tokens` of `dtype`, or the largest there is."""
     tile = next((size for size in TILES if tokens <= size), TILES[-1])
     shape = (weight.rows, weight.columns, weight.block_size, weight.nested_block_size)
-    return _plan(f"{operator}/{tile}", *shape, dtype, weight.packed.device)
+    return _plan(f"matmul_4bit/{tile}", *shape, dtype, weight.packed.device)
 
 
 @cached_choice
@@ -97,8 +92,7 @@ def _plan(
     device: torch.device,
 ) -> Plan:
     config = config_for(key(kernel, dtype), (rows, columns), device, heuristic(kernel, rows, columns))
-    results, across, summed, along = _directions(kernel, rows, columns)
-    tiles = triton.cdiv(summed, config[along])
+    tiles = triton.cdiv(columns, config["BLOCK_K"])
     tiles_a_split = triton.cdiv(tiles, config["SPLITS"])
     options = {
         **{name: value for name, value in config.items() if name != "SPLITS"},
@@ -106,17 +100,9 @@ def _plan(
         "NESTED_BLOCK_SIZE": nested_block_size,
         "OPERAND": TRITON_TYPES[operand_type(dtype, device)],
         "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
+        **all_registers(device),
     }
-    if "backward" in kernel:  # of which the assembler spills a few registers on sm_80 (Triton 3.6)
-        options |= all_registers(device)
-    return Plan(triton.cdiv(results, config[across]), triton.cdiv(tiles, tiles_a_split), tiles_a_split, options)
-
-
-def _directions(kernel: str, rows: int, columns: int) -> tuple[int, str, int, str]:
-    """Returns results a token and the tile across them, length of the sum behind each and the tile along it."""
-    if "backward" in kernel:
-        return columns, "BLOCK_K", rows, "BLOCK_N"
-    return rows, "BLOCK_N", columns, "BLOCK_K"
+    return Plan(triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(tiles, tiles_a_split), tiles_a_split, options)
 
 
 @triton.jit(do_not_specialize=["splits", "elements"])
@@ -142,13 +128,13 @@ def matmul_4bit_reduce_kernel(
     tl.store(out + o_e, b_out.to(out.dtype.element_ty), mask=m_e)
 
 
-def run(kernel: Any, operator: str, tokens: Tensor, weight: Weight, results: int, bias: Tensor | None = None) -> Tensor:
+def run(kernel: Any, tokens: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """Launches `kernel` for `tokens` `[M, …]`, and adds up its splits if there are several.
 
-    Returns `[M, results]` in the type of `tokens`.
+    Returns `[M, rows]` in the type of `tokens`.
     """
-    M = tokens.shape[0]
-    chosen = plan(operator, M, weight, tokens.dtype)
+    M, results = tokens.shape[0], weight.rows
+    chosen = plan(M, weight, tokens.dtype)
     out = tokens.new_empty(M, results)
     shape, strides = (M, weight.rows, weight.columns, chosen.tiles), tokens.stride()
     with on_device(tokens):
