@@ -31,13 +31,7 @@ def best_config(
     if method not in _METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(_METHODS)}")
     fields = {"max_length": max_length, **_METHODS[method], **fields}
-
-    def misfit(config: EPTConfig) -> tuple[bool, float]:
-        """Orders by distance from the shares what fits, and behind it by size what does not."""
-        count = config.parameter_count(d)
-        return count > budget, _distance_from_shares(config, d, budget) if count <= budget else count
-
-    best = min(_candidates(config_class, d, budget, fields), key=misfit)
+    best = min(_candidates(config_class, d, budget, fields), key=lambda config: _misfit(config, d, budget))
     if (smallest := best.parameter_count(d)) > budget:
         raise ValueError(
             f"no {method} configuration has at most {budget} parameters with width {d} and "
@@ -61,9 +55,11 @@ def _candidates(config_class: type[EPTConfig], d: int, budget: int, fields: dict
         yield config
 
 
-def _distance_from_shares(config: EPTConfig, d: int, budget: int) -> float:
-    """Measures how far `config` is from spending `budget` in the usual proportions; 0 is perfect."""
+def _misfit(config: EPTConfig, d: int, budget: int) -> tuple[bool, float]:
+    """Orders what fits by its distance from the usual proportions, 0 being perfect, and behind it the rest by size."""
     sizes = {name: math.prod(shape) for name, shape in config.parameter_shapes(d).items()}
+    if (count := sum(sizes.values())) > budget:
+        return True, count
     parts = {"prompt": ("prompt",), "low-rank": ("A", "B"), "spaces": ("D", "U", "G")}
     spent = {part: sum(sizes.get(name, 0) for name in names) for part, names in parts.items()}
     shares = _SHARES if spent["spaces"] else _SHARES_WITHOUT_SPACES
@@ -72,4 +68,4 @@ def _distance_from_shares(config: EPTConfig, d: int, budget: int) -> float:
     present = {part: prompt if part == "prompt" else share * others for part, share in shares.items() if spent[part]}
     total = sum(present.values()) or 1.0
     off = sum(abs(spent[part] / budget - share / total) for part, share in present.items())
-    return off + 4 * (1 - sum(sizes.values()) / budget)
+    return False, off + 4 * (1 - count / budget)

@@ -48,10 +48,8 @@ class EPTLayer(BasePromptEncoder):
     ) -> None:
         super().__init__()
         self.config = copy.deepcopy(config)
-        self.d = embedding_width(embedding)
-        self.config.token_dim = self.d
-        # In a tuple, so that the embedding is not registered as a part of this module.
-        self._embedding = (embedding,)
+        self.d = self.config.token_dim = embedding_width(embedding)
+        self._embedding = (embedding,)  # in a tuple, so that it is not registered as a part of this module
         if isinstance(config.embedding_scale, str):
             self.embedding_scale = embedding_rms(embedding) if initialise else 1.0
         else:
@@ -99,8 +97,7 @@ class EPTLayer(BasePromptEncoder):
         if self.config.folded:
             tokens = table[ids].float()
             if self.config.r:
-                update = self.table.to(table.device)[positions.clamp(min=0)]
-                tokens = tokens + update * (positions >= 0)[..., None]
+                tokens = tokens + self.table.to(table.device)[positions.clamp(min=0)] * (positions >= 0)[..., None]
             embeds = torch.cat([prompt.expand(batch, -1, -1), tokens], dim=1).to(table.dtype)
         else:
             A, B = self.part("A").to(table.device), self.part("B").to(table.device)
@@ -232,8 +229,7 @@ class EPTLayer(BasePromptEncoder):
         state_dict: Mapping[str, Any],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        layer = model.prompt_encoder[adapter_name]
-        prefix = f"prompt_encoder.{adapter_name}."
+        layer, prefix = model.prompt_encoder[adapter_name], f"prompt_encoder.{adapter_name}."
         # From the given state where it has them: a sharded model's own parameters are not whole.
         state = {name: state_dict.get(prefix + name, value) for name, value in layer._parameters.items()}
         return {**state, "embedding_scale": layer.get_extra_state()}
