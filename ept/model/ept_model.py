@@ -32,7 +32,7 @@ from .base_model import (
 )
 from .compilation import compile_layers
 from .generation import generate
-from .inputs import add_labels, call_inputs, divide_loss, length_of, warn_without_text
+from .inputs import call_inputs, divide_loss, extend, length_of
 from .mixed import follow_rows, heads_of_rows
 from .prompt_cache import PromptCache
 
@@ -167,10 +167,29 @@ class EPTModel(PeftModel):
             text_mask = labels == -100
             if self.training and not self._checked_labels and self.active_peft_config.r:
                 self._checked_labels = True  # once, at the first training batch: an accelerator is waited for
-                warn_without_text(text_mask, attention_mask)
+                if not bool((text_mask if attention_mask is None else text_mask & attention_mask.bool()).any()):
+                    warnings.warn(
+                        "every token is a label, and labels get no low-rank update, so that A and B learn nothing: "
+                        "mask the input text with -100 in labels, say which tokens are input text by text_mask, or "
+                        "set r=0",
+                        stacklevel=2,
+                    )
         inputs = call_inputs(self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
-        s = inputs["attention_mask"].shape[1] - length_of(input_ids, inputs_embeds) if causal else 0
-        add_labels(self._facts, inputs, labels, s, causal, logits_to_keep, self.training)
+        if causal and labels is not None:
+            s = inputs["attention_mask"].shape[1] - length_of(input_ids, inputs_embeds)
+            labels = extend(labels, s, -100)
+            if logits_to_keep is None and self.training and labels.device.type == "cpu":
+                columns = (labels != -100).any(0).nonzero()
+                if len(columns):  # the logits that the loss reads are those at the labels and one before
+                    logits_to_keep = min(labels.shape[1] - int(columns[0]) + 1, labels.shape[1])
+        if logits_to_keep and "logits_to_keep" in self._facts.forward_arguments:
+            inputs["logits_to_keep"] = logits_to_keep
+            if causal and labels is not None:
+                labels = labels[:, -logits_to_keep:]
+        if labels is not None:
+            inputs["labels"] = labels.contiguous()
+            if self.training and "use_cache" in self._facts.forward_arguments:
+                inputs.setdefault("use_cache", False)
         with heads_of_rows(adapter_names):
             output = self.base_model(**inputs)
         if num_items_in_batch is not None and labels is not None:
@@ -290,7 +309,7 @@ class EPTModel(PeftModel):
         Raises:
             ValueError: there is no such adapter.
         """
-        self._check_loaded(adapter_name)
+        self._layer(adapter_name)
         self.active_adapter = adapter_name
         _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
         for name in self.prompt_encoder:
@@ -303,7 +322,7 @@ class EPTModel(PeftModel):
         Raises:
             ValueError: there is no such adapter, or no other one would be left.
         """
-        self._check_loaded(adapter_name)
+        self._layer(adapter_name)
         if len(self.peft_config) == 1:
             raise ValueError(f"{adapter_name!r} is the only adapter: use disable_adapter() or the base model itself")
         for kept in (self.peft_config, self.prompt_encoder, self.prompt_tokens):
@@ -344,7 +363,7 @@ class EPTModel(PeftModel):
             raise ValueError(f"{save_directory} is a file; give a folder to save into")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
-            self._check_loaded(name)
+            self._layer(name)
             state = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=False)
             if is_main_process:
                 folder = save_directory if name == "default" else os.path.join(save_directory, name)
@@ -427,13 +446,11 @@ class EPTModel(PeftModel):
         """Frees what `generate(..., use_prompt_cache=True)` keeps."""
         self._prompt_caches.clear()
 
-    def _check_loaded(self, adapter_name: str) -> None:
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"no adapter named {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
-
     def _layer(self, adapter_name: str | None = None) -> EPTLayer:
+        """Returns the layer of an adapter (the active one); a `ValueError` names those that are loaded."""
         name = adapter_name or self.active_adapter
-        self._check_loaded(name)
+        if name not in self.peft_config:
+            raise ValueError(f"no adapter named {name!r}: loaded are {', '.join(self.peft_config)}")
         layer = self.prompt_encoder[name]
         assert isinstance(layer, EPTLayer)
         return layer

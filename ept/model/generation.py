@@ -41,17 +41,20 @@ def generate(model: EPTModel, input_ids: Tensor | None, args: tuple[Any, ...], k
         inputs[cache_name(model._facts)] = cached_prompt(model._prompt_caches, name, model.base_model, inputs, s)
     # generate() counts positions from the mask itself, at every step.
     inputs.pop("position_ids", None)
-    count_new_tokens(inputs, length_of(ids, embeds), model.base_model.generation_config)
+    _count_new_tokens(inputs, length_of(ids, embeds), model.base_model.generation_config)
     output = model.base_model.generate(*args, **inputs)
     if ids is None:
         return output
+    generated = output if isinstance(output, Tensor) else output.sequences
+    continued = ids.to(generated.device).repeat_interleave(len(generated) // len(ids), dim=0)
+    sequences = torch.cat([continued, generated], dim=1)
     if isinstance(output, Tensor):
-        return with_input(ids, output)
-    output.sequences = with_input(ids, output.sequences)
+        return sequences
+    output.sequences = sequences
     return output
 
 
-def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
+def _count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
     """Turns bounds on the whole length into bounds on new tokens: the base model would count the prompt too.
 
     Raises:
@@ -70,9 +73,3 @@ def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
                 f"max_length={value} leaves no room after {n} input tokens: raise it or use max_new_tokens"
             )
         inputs[new] = max(value - n, 0)
-
-
-def with_input(input_ids: Tensor, sequences: Tensor) -> Tensor:
-    """Puts the ids that generated `sequences` continue before them."""
-    repeats = sequences.shape[0] // input_ids.shape[0]
-    return torch.cat([input_ids.to(sequences.device).repeat_interleave(repeats, dim=0), sequences], dim=1)
