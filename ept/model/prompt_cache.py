@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -23,20 +23,14 @@ from .inputs import cached_length
 
 @dataclass
 class PromptCache:
-    """Keys and values that a model computed for a prompt.
+    """Keys and values that a model computed for a prompt."""
 
-    Attributes:
-        prompt: the embeddings it was made of, `[s, d]`.
-        weights: identity and version of the model's weights at that time.
-        cache: keys and values of one row, `s` positions in every layer.
-    """
-
-    prompt: Tensor
-    weights: tuple[tuple[int, int], ...]
-    cache: DynamicCache
+    prompt: Tensor  # the embeddings it was made of, [s, d]
+    weights: tuple[tuple[int, int], ...]  # the model's at that time: where each is, and how often it was written
+    cache: DynamicCache  # of one row, s positions in every layer
 
     @classmethod
-    def compute(cls, model: Any, prompt: Tensor) -> PromptCache:
+    def compute(cls, model: Any, prompt: Tensor, weights: tuple[tuple[int, int], ...]) -> PromptCache:
         """Runs `model` on the prompt `[s, d]` alone.
 
         Raises:
@@ -57,18 +51,7 @@ class PromptCache:
                 f"{type(model).__name__} keeps {found}, not keys and values of every position: call generate without "
                 "use_prompt_cache"
             )
-        return cls(prompt.clone(), _weights_of(model), cache)
-
-    def fits(self, model: nn.Module, prompt: Tensor) -> bool:
-        """Tells whether computing it again for this prompt and model would give the same."""
-        same = self.prompt.dtype == prompt.dtype and self.prompt.device == prompt.device
-        return same and torch.equal(self.prompt, prompt) and self.weights == _weights_of(model)
-
-    def for_rows(self, rows: int) -> DynamicCache:
-        """Copies it for a batch, which `generate` may extend."""
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(rows)
-        return cache
+        return cls(prompt.clone(), weights, cache)
 
 
 def cached_prompt(
@@ -82,12 +65,20 @@ def cached_prompt(
     if not s:
         return None
     embeds, config = inputs["inputs_embeds"], inputs.get("generation_config") or model.generation_config
-    kept = caches.get(name)
-    if kept is None or not kept.fits(model, embeds[0, :s]):
-        kept = caches[name] = PromptCache.compute(model, embeds[0, :s])
+    prompt, kept = embeds[0, :s], caches.get(name)
+    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    if (
+        kept is None
+        or kept.weights != weights
+        or (kept.prompt.dtype, kept.prompt.device) != (prompt.dtype, prompt.device)
+        or not torch.equal(kept.prompt, prompt)
+    ):
+        kept = caches[name] = PromptCache.compute(model, prompt, weights)
     # `generate` makes several rows of each text: beams, or sequences to return.
     copies = (inputs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
-    return kept.for_rows(len(embeds) * max(copies))
+    cache = copy.deepcopy(kept.cache)  # which `generate` extends
+    cache.batch_repeat_interleave(len(embeds) * max(copies))
+    return cache
 
 
 def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], padded: bool) -> None:
@@ -122,8 +113,3 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
             f"{name} counts positions by index or sees a window of them, and the cached prompt cannot move behind the "
             "padding of shorter rows: give rows of one length, or call generate without use_prompt_cache"
         )
-
-
-def _weights_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Identifies the weights of `model`: where each is, and how often it was written."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
