@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +30,20 @@ def best_config(
     if method not in _METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(_METHODS)}")
     fields = {"max_length": max_length, **_METHODS[method], **fields}
-    best = min(_candidates(config_class, d, budget, fields), key=lambda config: _misfit(config, d, budget))
+    lengths = [fields["num_virtual_tokens"]] if "num_virtual_tokens" in fields else range(1, max(budget // d, 1) + 1)
+    # Two spaces and their gate are at least six rows of d; a single space, without a gate, only where that is much.
+    spaces = [fields["num_spaces"]] if "num_spaces" in fields else [2, 4, 8] if budget >= 24 * d else [1, 2]
+    widths = [fields["space_dim"]] if "space_dim" in fields else [1, 2, 3, 4, 6, 8, 12, 16] if spaces != [0] else [2]
+
+    def of_sizes(s: int, K: int, h: int) -> EPTConfig:
+        config = config_class(**{**fields, "num_virtual_tokens": s, "num_spaces": K, "space_dim": h})
+        if "r" not in fields:  # the largest rank that fits, but at least 1
+            config.r = 0
+            config.r = max((budget - config.parameter_count(d)) // (config.max_length + d), 1)
+        return config
+
+    candidates = itertools.starmap(of_sizes, itertools.product(lengths, spaces, widths))
+    best = min(candidates, key=lambda config: _misfit(config, d, budget))
     if (smallest := best.parameter_count(d)) > budget:
         raise ValueError(
             f"no {method} configuration has at most {budget} parameters with width {d} and "
@@ -39,20 +51,6 @@ def best_config(
             "num_virtual_tokens"
         )
     return best
-
-
-def _candidates(config_class: type[EPTConfig], d: int, budget: int, fields: dict[str, Any]) -> Iterator[EPTConfig]:
-    """Yields every (s, K, h) worth trying, each with the largest rank that fits but at least 1, where it is open."""
-    lengths = [fields["num_virtual_tokens"]] if "num_virtual_tokens" in fields else range(1, max(budget // d, 1) + 1)
-    # Two spaces and their gate are at least six rows of d; a single space, without a gate, only where that is much.
-    spaces = [fields["num_spaces"]] if "num_spaces" in fields else [2, 4, 8] if budget >= 24 * d else [1, 2]
-    widths = [fields["space_dim"]] if "space_dim" in fields else [1, 2, 3, 4, 6, 8, 12, 16] if spaces != [0] else [2]
-    for s, K, h in itertools.product(lengths, spaces, widths):
-        config = config_class(**{**fields, "num_virtual_tokens": s, "num_spaces": K, "space_dim": h})
-        if "r" not in fields:
-            config.r = 0
-            config.r = max((budget - config.parameter_count(d)) // (config.max_length + d), 1)
-        yield config
 
 
 def _misfit(config: EPTConfig, d: int, budget: int) -> tuple[bool, float]:

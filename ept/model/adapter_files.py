@@ -48,7 +48,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
-def read_config(folder: str | os.PathLike[str], **hub: Any) -> EPTConfig:
+def read_config(folder: str | os.PathLike[str], /, **hub: Any) -> EPTConfig:
     """Reads the configuration in `folder`, a local folder or a repository on the hub.
 
     Raises:
@@ -95,17 +95,9 @@ def read_config(folder: str | os.PathLike[str], **hub: Any) -> EPTConfig:
 
 
 def read_adapter(
-    folder: str | os.PathLike[str], model: Any, is_trainable: bool, config: EPTConfig | None = None, **hub: Any
+    folder: str | os.PathLike[str], model: Any, is_trainable: bool, config: EPTConfig | None = None, /, **hub: Any
 ) -> tuple[EPTConfig, dict[str, Tensor]]:
-    """Reads configuration and weights of an adapter that fits `model`.
-
-    Args:
-        is_trainable: whether it is to be trained.
-        config: instead of the saved configuration.
-
-    Raises:
-        FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
-    """
+    """Reads configuration and weights of an adapter that fits `model`; arguments and errors as `from_pretrained`."""
     config = copy.deepcopy(config) if config is not None else read_config(folder, **hub)
     config.inference_mode = not is_trainable
     width = embedding_width(input_embedding(model))
@@ -132,20 +124,16 @@ def read_adapter(
     return config, read_weights(folder, {**config.parameter_shapes(width), **head_shapes(model, heads)}, **hub)
 
 
-def weight_shapes(folder: str | os.PathLike[str], **hub: Any) -> dict[str, tuple[int, ...]]:
+def weight_shapes(folder: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """Reads name and shape of every tensor in `folder`, from the header alone; errors as `read_weights`."""
-    with _opened(_locate(folder, WEIGHTS_NAME, hub)) as file:
+    with _opened(_locate(folder, WEIGHTS_NAME, {})) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def read_weights(folder: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], **hub: Any) -> dict[str, Tensor]:
-    """Reads the tensors in `folder`, on the CPU in the file's dtype; exactly those `expected`.
-
-    The header is checked first: no tensor is made of a file that does not hold what is expected.
-
-    Args:
-        folder: a local folder or a repository on the hub.
-        expected: name and shape of every tensor that must be there; `embedding_scale` always must.
+def read_weights(
+    folder: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], /, **hub: Any
+) -> dict[str, Tensor]:
+    """Reads the tensors in `folder`, on the CPU in the file's dtype: those `expected`, and `embedding_scale`.
 
     Raises:
         FileNotFoundError: there is no safetensors file. ValueError: it is damaged, truncated, holds other tensors, or
@@ -194,11 +182,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     write_atomically(file, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
 
 
-def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Picks from `kwargs` what the hub is asked with."""
-    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
@@ -210,6 +193,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
     """Finds the file `name` of an adapter, downloaded from the hub if `folder` is no local path."""
+    hub = {argument: hub[argument] for argument in _HUB_ARGUMENTS if hub.get(argument) is not None}
     local = Path(folder, hub.get("subfolder") or "")
     if local.is_dir():
         if (path := local / name).is_file():

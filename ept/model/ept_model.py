@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import PEFT_TYPE, EPTConfig
 from ..prompt import EPTLayer
-from .adapter_files import hub_arguments, read_adapter, read_weights, write_adapter
+from .adapter_files import read_adapter, read_weights, write_adapter
 from .adapter_lock import AdapterLock, exclusive, shared
 from .base_model import (
     examine,
@@ -394,8 +394,7 @@ class EPTModel(PeftModel):
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
-        hub = hub_arguments(kwargs)
-        config, state = read_adapter(model_id, model, is_trainable, config, **hub)
+        config, state = read_adapter(model_id, model, is_trainable, config, **kwargs)
         wrapped = cls(
             model,
             config,
@@ -422,10 +421,9 @@ class EPTModel(PeftModel):
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
-        hub = hub_arguments(kwargs)
         added = adapter_name not in self.peft_config
         if added:
-            config, state = read_adapter(model_id, self.base_model, is_trainable, **hub)
+            config, state = read_adapter(model_id, self.base_model, is_trainable, None, **kwargs)
             self._layer_options = {"initialise": False}
             try:
                 self.add_adapter(adapter_name, config)
@@ -435,7 +433,7 @@ class EPTModel(PeftModel):
         else:
             expected = get_peft_model_state_dict(self, None, adapter_name, save_embedding_layers=False)
             shapes = {name: tuple(t.shape) for name, t in expected.items() if name != "embedding_scale"}
-            state = read_weights(model_id, shapes, **hub)
+            state = read_weights(model_id, shapes, **kwargs)
         result = set_peft_model_state_dict(self, state, adapter_name)
         result.missing_keys.clear()  # PEFT lists the base model's weights here, which are not the adapter's
         if not is_trainable and added:
