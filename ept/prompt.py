@@ -170,11 +170,9 @@ class EPTLayer(BasePromptEncoder):
             raise ValueError(f"input has {longest} tokens, {remedy}")
 
     def extra_repr(self) -> str:
-        c = self.config
-        return (
-            f"d={self.d}, num_virtual_tokens={c.num_virtual_tokens}, r={c.r}, num_spaces={c.num_spaces}, "
-            f"space_dim={c.space_dim}, fusion={c.fusion}, embedding_scale={self.embedding_scale:.4g}, folded={c.folded}"
-        )
+        names = ("num_virtual_tokens", "r", "num_spaces", "space_dim", "fusion")
+        sizes = ", ".join(f"{name}={getattr(self.config, name)}" for name in names)
+        return f"d={self.d}, {sizes}, embedding_scale={self.embedding_scale:.4g}, folded={self.config.folded}"
 
     def get_extra_state(self) -> Tensor:
         """Adds ρ to the state: without it the parameters have no unit."""

@@ -59,11 +59,7 @@ def input_embedding(model: Any) -> nn.Module:
 
 
 def examine(model: Any, task_type: str) -> BaseModelFacts:
-    """Collects the facts about `model`.
-
-    Raises:
-        ValueError: the model cannot be adapted; the message says why and what would do.
-    """
+    """Collects the facts about `model`; a `ValueError` says why it cannot be adapted and what would do."""
     name = type(model).__name__
     arguments = frozenset(inspect.signature(model.forward).parameters)
     if "inputs_embeds" not in arguments:
@@ -105,11 +101,7 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
 
 
 def trained_heads(model: Any) -> list[str]:
-    """Names the top-level modules of a classifier outside its backbone: freshly initialised, to be trained and saved.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Names a classifier's top-level modules outside its backbone: freshly initialised, to be trained and saved."""
     backbone = getattr(model, "base_model_prefix", "")
     heads = [name for name, child in model.named_children() if name != backbone and [*child.parameters()]]
     if not heads:

@@ -64,14 +64,8 @@ def get_ept_model(
     Raises:
         ValueError: the model or the configuration cannot work; the message says why.
     """
-    return EPTModel(
-        model,
-        config,
-        adapter_name,
-        tokenizer=tokenizer,
-        fast_4bit=fast_4bit,
-        dequantized_cache_bytes=dequantized_cache_bytes,
-    )
+    options = {"tokenizer": tokenizer, "fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
+    return EPTModel(model, config, adapter_name, **options)
 
 
 class EPTModel(PeftModel):
@@ -153,14 +147,8 @@ class EPTModel(PeftModel):
             The base model's output.
         """
         if self._adapters_disabled:
-            given = {
-                "attention_mask": attention_mask,
-                "inputs_embeds": inputs_embeds,
-                "labels": labels,
-                "logits_to_keep": logits_to_keep,
-                "num_items_in_batch": num_items_in_batch,
-                **kwargs,
-            }
+            given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs}
+            given |= {"logits_to_keep": logits_to_keep, "num_items_in_batch": num_items_in_batch}
             return self.base_model(input_ids, **{k: v for k, v in given.items() if v is not None})
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
         if causal and text_mask is None and labels is not None:
@@ -262,10 +250,8 @@ class EPTModel(PeftModel):
     def fold(self, adapter_name: str | None = None) -> EPTModel:
         """Turns an adapter (the active one) into its inference form, one prompt and one table, in place.
 
-        Outputs stay the same up to rounding. A folded adapter can be saved and loaded, and not trained.
-
-        Returns:
-            the model.
+        Outputs stay the same up to rounding. A folded adapter can be saved and loaded, and not trained. Returns the
+        model.
         """
         name = adapter_name or self.active_adapter
         self._layer(name).fold()
@@ -395,24 +381,14 @@ class EPTModel(PeftModel):
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
         config, state = read_adapter(model_id, model, is_trainable, config, **kwargs)
-        wrapped = cls(
-            model,
-            config,
-            adapter_name,
-            initialise=False,
-            fast_4bit=fast_4bit,
-            dequantized_cache_bytes=dequantized_cache_bytes,
-        )
+        options: dict[str, Any] = {"fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
+        wrapped = cls(model, config, adapter_name, initialise=False, **options)
         set_peft_model_state_dict(wrapped, state, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
 
     @exclusive
     def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        **kwargs: Any,
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
     ) -> Any:
         """Loads a saved adapter under a new name, or its weights into the existing adapter of that name.
 

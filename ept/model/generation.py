@@ -55,11 +55,7 @@ def generate(model: EPTModel, input_ids: Tensor | None, args: tuple[Any, ...], k
 
 
 def _count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
-    """Turns bounds on the whole length into bounds on new tokens: the base model would count the prompt too.
-
-    Raises:
-        ValueError: `max_length` leaves no room after the `n` input tokens.
-    """
+    """Turns bounds on the whole length into bounds on new tokens: the base model would count the prompt too."""
     config = inputs.get("generation_config") or default
     for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         given = inputs.pop(bound, None)

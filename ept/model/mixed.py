@@ -39,8 +39,7 @@ def embed_mixed(
         embeddings `[batch, s + n, d]` with `s` the longest prompt, attention mask `[batch, s + n]`.
 
     Raises:
-        ValueError: a name is unknown, the number of names is not the batch size, a text is too long for its adapter,
-            or an adapter is folded.
+        ValueError: names are unknown or not one a row, a text is too long for its adapter, or an adapter is folded.
     """
     if len(names) != ids.shape[0]:
         raise ValueError(f"adapter_names has {len(names)} names for a batch of {ids.shape[0]} rows: give one a row")

@@ -31,11 +31,7 @@ class PromptCache:
 
     @classmethod
     def compute(cls, model: Any, prompt: Tensor, weights: tuple[tuple[int, int], ...]) -> PromptCache:
-        """Runs `model` on the prompt `[s, d]` alone.
-
-        Raises:
-            ValueError: the model keeps something else than keys and values of every position.
-        """
+        """Runs `model` on the prompt `[s, d]` alone; raises `ValueError` where it keeps other things of a position."""
         ones = torch.ones(1, len(prompt), dtype=torch.int64, device=prompt.device)
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
         positions = {}
