@@ -31,10 +31,9 @@ from .base_model import (
     wrapped_heads,
 )
 from .compilation import compile_layers
-from .generation import generate
-from .inputs import call_inputs, divide_loss, extend, length_of
+from .inputs import cache_name, call_inputs, count_new_tokens, divide_loss, extend, length_of
 from .mixed import follow_rows, heads_of_rows
-from .prompt_cache import PromptCache
+from .prompt_cache import PromptCache, cached_prompt, check_cacheable
 
 # PEFT finds the code that names an adapter's state by the adapter's type.
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
@@ -201,7 +200,44 @@ class EPTModel(PeftModel):
             ValueError: the base model cannot generate, `max_length` leaves no room for a new token, or a prompt cache
                 cannot work for this model and batch; the message says why.
         """
-        return generate(self, input_ids, args, kwargs)
+        if not hasattr(self.base_model, "generate"):
+            raise ValueError(f"{type(self.base_model).__name__} cannot generate")
+        use_prompt_cache = kwargs.pop("use_prompt_cache", False)
+        if self._adapters_disabled:
+            return self.base_model.generate(input_ids, *args, **kwargs)
+        kwargs.pop("labels", None)
+        ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        names = ("attention_mask", "inputs_embeds", "text_mask", "adapter_names")
+        mask, embeds, text_mask, adapter_names = (kwargs.pop(name, None) for name in names)
+        if "generation_config" in self.__dict__:  # set on the wrapper by a user
+            kwargs.setdefault("generation_config", self.__dict__["generation_config"])
+        if use_prompt_cache:
+            if adapter_names is not None:
+                raise ValueError(
+                    "a prompt cache holds one adapter's prompt: leave out adapter_names or use_prompt_cache"
+                )
+            padded = mask is not None and not bool(mask[:, 0].all())
+            check_cacheable(self.base_model, self._facts, kwargs, padded)
+        # A cached prompt stays first, with padding behind it.
+        inputs = call_inputs(self, ids, mask, embeds, text_mask, adapter_names, kwargs, generating=not use_prompt_cache)
+        if self.active_peft_config.task_type != "CAUSAL_LM":
+            return self.base_model.generate(*args, **inputs)
+        if use_prompt_cache:
+            s, name = self._layer().config.num_virtual_tokens, self.active_adapter
+            inputs[cache_name(self._facts)] = cached_prompt(self._prompt_caches, name, self.base_model, inputs, s)
+        # generate() counts positions from the mask itself, at every step.
+        inputs.pop("position_ids", None)
+        count_new_tokens(inputs, length_of(ids, embeds), self.base_model.generation_config)
+        output = self.base_model.generate(*args, **inputs)
+        if ids is None:
+            return output
+        generated = output if isinstance(output, Tensor) else output.sequences
+        continued = ids.to(generated.device).repeat_interleave(len(generated) // len(ids), dim=0)
+        sequences = torch.cat([continued, generated], dim=1)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
