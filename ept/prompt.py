@@ -216,8 +216,6 @@ class EPTLayer(BasePromptEncoder):
             ids = torch.randint(rows_of(embedding), (s,), generator=generator)
         return embedding(ids.to(device_of(embedding))).float().cpu() / self.embedding_scale
 
-    # The state on disk, for PEFT.
-
     @classmethod
     def _get_adapter_state_dict(
         cls,

@@ -141,13 +141,12 @@ def read_weights(
     """
     path = _locate(folder, WEIGHTS_NAME, hub)
     with _opened(path) as file:
-        header = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        found = {name: (tuple(entry.get_shape()), str(entry.get_dtype())) for name, entry in header.items()}
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         expected = {**expected, SCALE_NAME: ()}
         problems = [f"{name} is missing" for name in expected if name not in found]
         problems += [f"{shown_name(name)} is not part of it" for name in found if name not in expected]
         for name in found.keys() & expected.keys():
-            shape, dtype = found[name]
+            shape, dtype = tuple(found[name].get_shape()), str(found[name].get_dtype())
             if shape != tuple(expected[name]):
                 problems.append(f"{name} has shape {list(shape)} instead of {list(expected[name])}")
             elif dtype not in _DTYPES:

@@ -39,11 +39,7 @@ class AdapterLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the lock for a change; changes may be nested in one thread.
-
-        Raises:
-            RuntimeError: this thread is in a call, which would wait for itself.
-        """
+        """Holds the lock for a change. Changes may be nested, but not in a call of this thread: it would never end."""
         if getattr(self._in_call, "value", False):
             raise RuntimeError("adapters cannot be changed from within a call of the model: change them between calls")
         with self._condition:  # held to the end: no call can begin

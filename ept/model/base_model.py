@@ -30,12 +30,10 @@ class BaseModelFacts:
 
 
 def infer_task_type(model: Any) -> str:
-    """SEQ_2_SEQ_LM, CAUSAL_LM or SEQ_CLS, from a model, or from the configuration of one that is not loaded yet.
+    """Returns SEQ_2_SEQ_LM, CAUSAL_LM or SEQ_CLS for a model, or for the configuration of one not loaded yet.
 
-    A configuration without a language-model head is taken for a classifier's, since a head can be added.
-
-    Raises:
-        ValueError: the model is none of these.
+    A configuration without a language-model head is taken for a classifier's, since a head can be added. A model that
+    is none of these raises `ValueError`.
     """
     name = type(model).__name__
     if "ForSequenceClassification" in name:
@@ -118,10 +116,7 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
     """Lists name and shape of every tensor that an adapter with `modules_to_save=names` keeps of `model`.
 
     PEFT trains a copy of each module whose name ends in one of `names`; what it would copy is known here without
-    copying it.
-
-    Raises:
-        ValueError: a module and a part of it are both named.
+    copying it. A `ValueError` says so where a module and a part of it are both named.
     """
     modules: dict[str, nn.Module] = {}
     for key, module in model.named_modules(remove_duplicate=False):

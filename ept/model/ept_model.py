@@ -110,8 +110,6 @@ class EPTModel(PeftModel):
             self._require_gradients(adapter_name, False)
         self.train(self.training)
 
-    # Calling the model
-
     @shared
     def forward(
         self,
@@ -275,10 +273,7 @@ class EPTModel(PeftModel):
         return self
 
     def compile_layers(self, **options: Any) -> EPTModel:
-        """Compiles the frozen model's repeated layers in place and returns the model.
-
-        Options: `ept.model.compilation.compile_layers`.
-        """
+        """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model."""
         compile_layers(self.base_model, **options)
         return self
 
@@ -293,8 +288,6 @@ class EPTModel(PeftModel):
         self._layer(name).fold()
         self.peft_config[name].folded = True
         return self
-
-    # Adapters
 
     @exclusive
     def add_adapter(self, adapter_name: str, peft_config: EPTConfig, **kwargs: Any) -> None:
@@ -361,8 +354,6 @@ class EPTModel(PeftModel):
         """Turns gradients of the named adapters on or off."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self._require_gradients(name, requires_grad)
-
-    # Files
 
     def save_pretrained(
         self,

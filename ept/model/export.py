@@ -37,11 +37,7 @@ class FoldedAdapter:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
-        """Reads and folds the adapter that `save_pretrained` wrote to `folder`; needs no base model.
-
-        Raises:
-            FileNotFoundError, ValueError: the files are missing or damaged.
-        """
+        """Reads and folds the adapter that `save_pretrained` wrote to `folder`; needs no base model."""
         config, shapes = read_config(folder), weight_shapes(folder)
         widths = {shapes[name][-1] for name in ("prompt", "B", "table") if shapes.get(name)}
         if len(widths) != 1:

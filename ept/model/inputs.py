@@ -80,9 +80,7 @@ def _with_prompt(
 ) -> dict[str, Any]:
     """Returns `inputs` with the embeddings `[batch, s + n, d]` of prompt and text, their mask and positions.
 
-    Args:
-        generating: padding always goes before the prompt.
-        mixed: prompts may be shorter than `s`, with padding before them.
+    While `generating` padding always goes before the prompt; `mixed` prompts may be shorter than `s`, padded in front.
     """
     limit, length = facts.position_limit, embeds.shape[1]
     if limit is not None and length > limit:
@@ -91,10 +89,10 @@ def _with_prompt(
             f"truncate the text to {limit - s} tokens"
         )
     order = None  # Padding never stands between prompt and text where the model would notice.
-    if facts.pools_last:
-        order = _padding_order(mask, last=False)
-    elif mixed and (facts.classifies or "decoder_input_ids" in facts.forward_arguments):
-        order = _padding_order(mask, last=True)  # the first row is pooled, or encoders count positions by index
+    if facts.pools_last or (mixed and (facts.classifies or "decoder_input_ids" in facts.forward_arguments)):
+        # All padding to one end: the last row is pooled, or the first one, or encoders count positions by index.
+        is_real = mask.bool().to(torch.int8)
+        order = torch.sort(is_real, dim=1, stable=True, descending=not facts.pools_last).indices
     elif s and (generating or facts.prompt_beside_text):
         order = _beside_text_order(mask, s)
     if order is not None:
@@ -163,11 +161,6 @@ def _beside_text_order(mask: Tensor, s: int) -> Tensor | None:
         return None
     index = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(index < leading, index + s, torch.where(index < leading + s, index - leading, index))
-
-
-def _padding_order(mask: Tensor, last: bool) -> Tensor:
-    """Finds the order that moves all padding behind (`last`) or before the real rows, which keep theirs."""
-    return torch.sort(mask.bool().to(torch.int8), dim=1, stable=True, descending=last).indices
 
 
 def _model_positions(facts: BaseModelFacts, mask: Tensor) -> Tensor:

@@ -137,7 +137,9 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
 
 
 def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache_bytes: int = 0) -> int:
-    """Turns every bitsandbytes 4-bit layer of `model` into `Linear4bit`, in place.
+    """Turns every bitsandbytes 4-bit layer of `model` into `Linear4bit`, in place; returns their number.
+
+    Calling it again sets the options anew.
 
     Args:
         always: go through the operators on every device, whichever implementation runs them there. By default only
@@ -147,9 +149,6 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
             traffic in every layer, and a small layer saves one launch for fewer bytes. A layer without a compute type
             counts as float32. Kept weights serve every number of tokens; they are dropped when the model is moved or
             loaded, and never saved.
-
-    Returns:
-        the number of swapped layers. Calling it again sets the options anew.
 
     Raises:
         ValueError: `dequantized_cache_bytes` is negative.

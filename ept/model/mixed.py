@@ -17,7 +17,6 @@ from ..prompt import EPTLayer
 from .base_model import wrapped_heads
 
 _names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
-
 BASE = "__base__"  # PEFT's name for a row that no adapter applies to
 
 

@@ -55,8 +55,7 @@ def cached_prompt(
 ) -> DynamicCache | None:
     """Returns the cache of the `s` prompt rows that `inputs` begin with, for all rows of `generate`; None if s = 0.
 
-    Args:
-        caches: those kept so far, by adapter; one for the adapter `name` is added or made anew.
+    It is kept in `caches` for the adapter `name`, and made anew where it does not fit.
     """
     if not s:
         return None
@@ -80,12 +79,9 @@ def cached_prompt(
 def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], padded: bool) -> None:
     """Raises `ValueError` where `generate` after a cached prompt would differ from `generate` without.
 
-    Args:
-        model: the base model. facts: about it. inputs: what `generate` is called with.
-        padded: whether padding would stand between the prompt and the text.
+    `padded` tells whether padding would stand between the prompt and the text.
     """
-    name = type(model).__name__
-    config = model.config.get_text_config()
+    name, config = type(model).__name__, model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"the prompt of {name} stands before the encoder's input, and changes with it: use_prompt_cache is for "
