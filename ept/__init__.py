@@ -1,5 +1,4 @@
-"""Efficient Prompt Tuning: adapt a frozen language model with a short prompt, a low-rank embedding update and gated
-spaces.
+"""Efficient Prompt Tuning of frozen language models: a short prompt, a low-rank embedding update and gated spaces.
 
 `from ept import EPTConfig, EPTLayer, EPTModel, get_ept_model`. The names are loaded on first use, so that `import
 ept` alone imports no model library. Loading `EPTConfig` registers the adapter type `EPT` with PEFT.
@@ -20,12 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EPTConfig", "EPTLayer", "EPTModel", "__version__", "get_ept_model"]
 
-_HOME = {
-    "EPTConfig": ".config",
-    "EPTLayer": ".prompt",
-    "EPTModel": ".model.ept_model",
-    "get_ept_model": ".model.ept_model",
-}
+_MODEL = ".model.ept_model"
+_HOME = {"EPTConfig": ".config", "EPTLayer": ".prompt", "EPTModel": _MODEL, "get_ept_model": _MODEL}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,13 +30,20 @@ def best_config(
     if method not in _METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(_METHODS)}")
     fields = {"max_length": max_length, **_METHODS[method], **fields}
+    lengths = [fields["num_virtual_tokens"]] if "num_virtual_tokens" in fields else range(1, max(budget // d, 1) + 1)
+    # Two spaces and their gate are at least six rows of d; a single space, without a gate, only where that is much.
+    spaces = [fields["num_spaces"]] if "num_spaces" in fields else [2, 4, 8] if budget >= 24 * d else [1, 2]
+    widths = [fields["space_dim"]] if "space_dim" in fields else [1, 2, 3, 4, 6, 8, 12, 16] if spaces != [0] else [2]
 
-    def misfit(config: EPTConfig) -> tuple[bool, float]:
-        """Orders by distance from the shares what fits, and behind it by size what does not."""
-        count = config.parameter_count(d)
-        return count > budget, _distance_from_shares(config, d, budget) if count <= budget else count
+    def of_sizes(s: int, K: int, h: int) -> EPTConfig:
+        config = config_class(**{**fields, "num_virtual_tokens": s, "num_spaces": K, "space_dim": h})
+        if "r" not in fields:  # the largest rank that fits, but at least 1
+            config.r = 0
+            config.r = max((budget - config.parameter_count(d)) // (config.max_length + d), 1)
+        return config
 
-    best = min(_candidates(config_class, d, budget, fields), key=misfit)
+    candidates = itertools.starmap(of_sizes, itertools.product(lengths, spaces, widths))
+    best = min(candidates, key=lambda config: _misfit(config, d, budget))
     if (smallest := best.parameter_count(d)) > budget:
         raise ValueError(
             f"no {method} configuration has at most {budget} parameters with width {d} and "
@@ -47,23 +53,11 @@ def best_config(
     return best
 
 
-def _candidates(config_class: type[EPTConfig], d: int, budget: int, fields: dict[str, Any]) -> Iterator[EPTConfig]:
-    """Yields every (s, K, h) worth trying, each with the largest rank that fits but at least 1, where it is open."""
-    lengths = [fields["num_virtual_tokens"]] if "num_virtual_tokens" in fields else range(1, max(budget // d, 1) + 1)
-    # Two spaces and their gate are at least six rows of d; a single space, without a gate, only where that is much.
-    spaces = [fields["num_spaces"]] if "num_spaces" in fields else [2, 4, 8] if budget >= 24 * d else [1, 2]
-    widths = [fields["space_dim"]] if "space_dim" in fields else [1, 2, 3, 4, 6, 8, 12, 16] if spaces != [0] else [2]
-    for s, K, h in itertools.product(lengths, spaces, widths):
-        config = config_class(**{**fields, "num_virtual_tokens": s, "num_spaces": K, "space_dim": h})
-        if "r" not in fields:
-            config.r = 0
-            config.r = max((budget - config.parameter_count(d)) // (config.max_length + d), 1)
-        yield config
-
-
-def _distance_from_shares(config: EPTConfig, d: int, budget: int) -> float:
-    """Measures how far `config` is from spending `budget` in the usual proportions; 0 is perfect."""
+def _misfit(config: EPTConfig, d: int, budget: int) -> tuple[bool, float]:
+    """Orders what fits by its distance from the usual proportions, 0 being perfect, and behind it the rest by size."""
     sizes = {name: math.prod(shape) for name, shape in config.parameter_shapes(d).items()}
+    if (count := sum(sizes.values())) > budget:
+        return True, count
     parts = {"prompt": ("prompt",), "low-rank": ("A", "B"), "spaces": ("D", "U", "G")}
     spent = {part: sum(sizes.get(name, 0) for name in names) for part, names in parts.items()}
     shares = _SHARES if spent["spaces"] else _SHARES_WITHOUT_SPACES
@@ -72,4 +66,4 @@ def _distance_from_shares(config: EPTConfig, d: int, budget: int) -> float:
     present = {part: prompt if part == "prompt" else share * others for part, share in shares.items() if spent[part]}
     total = sum(present.values()) or 1.0
     off = sum(abs(spent[part] / budget - share / total) for part, share in present.items())
-    return off + 4 * (1 - sum(sizes.values()) / budget)
+    return False, off + 4 * (1 - count / budget)

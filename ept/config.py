@@ -37,6 +37,10 @@ _FLAGS = ("fusion", "base_dropout", "folded")
 _NUMBERS = ("alpha", "fusion_score_scale", "fusion_weight", "embedding_scale")
 
 
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class EPTConfig(PromptLearningConfig):
     """Configuration of an EPT adapter; also of prompt tuning and DePT, which are EPT with parts switched off.
@@ -45,69 +49,38 @@ class EPTConfig(PromptLearningConfig):
     field here. Raises `ValueError` or `TypeError` that names the field, its value and what is allowed.
     """
 
-    num_virtual_tokens: int = field(default=40, metadata={"help": "Length s of the short prompt; 0 for none."})
-    max_length: int = field(
-        default=256,
-        metadata={"help": "Longest input text m, in real tokens: the rows of A. Longer texts are refused when r > 0."},
+    num_virtual_tokens: int = _option(40, "Length s of the short prompt; 0 for none.")
+    max_length: int = _option(
+        256, "Longest input text m, in real tokens: the rows of A. Longer texts are refused when r > 0."
     )
-    r: int = field(
-        default=30, metadata={"help": "Rank of the update A·B of the input embeddings; 0 for none (prompt tuning)."}
+    r: int = _option(30, "Rank of the update A·B of the input embeddings; 0 for none (prompt tuning).")
+    alpha: float = _option(8.0, "The update is scaled by alpha/sqrt(r), as in DePT's code.")
+    num_spaces: int = _option(4, "Number K of gated spaces; 0 for none.")
+    space_dim: int = _option(2, "Width h of each space's bottleneck.")
+    space_activation: str = _option("gelu", f"Activation inside a space, one of {', '.join(ACTIVATIONS)}.")
+    space_gate: str = _option("learned", "How the spaces are weighed: 'learned', by a gate, or 'uniform', all alike.")
+    fusion: bool = _option(True, "Adds an attention over the low-rank update and the prompt to the prompt.")
+    fusion_dim: int = _option(0, "Width a of the learned query and key maps of the fusion; 0 for no maps.")
+    fusion_score_scale: float | None = _option(
+        None, "Factor of the fusion's scores; None for 1/sqrt(a), with a = d when there are no maps."
     )
-    alpha: float = field(default=8.0, metadata={"help": "The update is scaled by alpha/sqrt(r), as in DePT's code."})
-    num_spaces: int = field(default=4, metadata={"help": "Number K of gated spaces; 0 for none."})
-    space_dim: int = field(default=2, metadata={"help": "Width h of each space's bottleneck."})
-    space_activation: str = field(
-        default="gelu", metadata={"help": f"Activation inside a space, one of {', '.join(ACTIVATIONS)}."}
+    fusion_weight: float | None = _option(None, "The fusion's weight beta: None learns it from 0, a number fixes it.")
+    embedding_scale: float | str = _option(
+        "auto",
+        "Unit rho of the parameters, in the table's units: 'auto' takes the root mean square of the base model's "
+        "embeddings, so that one learning rate serves every model; 1.0 is the raw parametrisation.",
     )
-    space_gate: str = field(
-        default="learned",
-        metadata={"help": "How the spaces are weighed: 'learned', by a gate, or 'uniform', all alike."},
+    prompt_tuning_init: str = _option(
+        "SAMPLE_VOCAB", "How the prompt starts: SAMPLE_VOCAB (rows of the table), RANDOM (normal, of unit rho) or TEXT."
     )
-    fusion: bool = field(
-        default=True,
-        metadata={"help": "Adds an attention over the low-rank update and the prompt to the prompt."},
+    prompt_tuning_init_text: str | None = _option(
+        None, "With TEXT: the text whose token embeddings start the prompt, repeated to s rows."
     )
-    fusion_dim: int = field(
-        default=0, metadata={"help": "Width a of the learned query and key maps of the fusion; 0 for no maps."}
-    )
-    fusion_score_scale: float | None = field(
-        default=None,
-        metadata={"help": "Factor of the fusion's scores; None for 1/sqrt(a), with a = d when there are no maps."},
-    )
-    fusion_weight: float | None = field(
-        default=None,
-        metadata={"help": "The fusion's weight beta: None learns it from 0, a number fixes it."},
-    )
-    embedding_scale: float | str = field(
-        default="auto",
-        metadata={
-            "help": "Unit rho of the parameters, in the table's units: 'auto' takes the root mean square of the base "
-            "model's embeddings, so that one learning rate serves every model; 1.0 is the raw parametrisation."
-        },
-    )
-    prompt_tuning_init: str = field(
-        default="SAMPLE_VOCAB",
-        metadata={
-            "help": "How the prompt starts: SAMPLE_VOCAB (rows of the table), RANDOM (normal, of unit rho) or TEXT."
-        },
-    )
-    prompt_tuning_init_text: str | None = field(
-        default=None,
-        metadata={"help": "With TEXT: the text whose token embeddings start the prompt, repeated to s rows."},
-    )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "With TEXT: the tokenizer; None for the base model's own."}
-    )
-    base_dropout: bool = field(
-        default=False,
-        metadata={"help": "Leaves the frozen model's dropout on while training; off is more accurate."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the initialisation, the same on every device."})
-    folded: bool = field(
-        default=False,
-        metadata={
-            "help": "Set by folding: the adapter is in inference form, one prompt (s x d) and one table (m x d)."
-        },
+    tokenizer_name_or_path: str | None = _option(None, "With TEXT: the tokenizer; None for the base model's own.")
+    base_dropout: bool = _option(False, "Leaves the frozen model's dropout on while training; off is more accurate.")
+    seed: int = _option(0, "Seed of the initialisation, the same on every device.")
+    folded: bool = _option(
+        False, "Set by folding: the adapter is in inference form, one prompt (s x d) and one table (m x d)."
     )
 
     def __post_init__(self) -> None:

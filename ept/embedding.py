@@ -12,7 +12,7 @@ _ROWS_AT_ONCE = 1 << 14  # of the table, for its root mean square
 
 
 def lookup(
-    embedding: nn.Module,
+    embedding: Any,
     input_ids: Tensor | None,
     inputs_embeds: Tensor | None,
     attention_mask: Tensor | None,
@@ -44,7 +44,7 @@ def lookup(
             "masks of more dimensions cannot be extended by the prompt"
         )
     if input_ids is not None and is_plain_lookup(embedding):
-        return input_ids, _weight(embedding), attention_mask
+        return input_ids, embedding.weight, attention_mask
     rows = (given if input_ids is None else embedding(input_ids)).reshape(batch * n, width)
     return torch.arange(batch * n, device=rows.device).view(batch, n), rows, attention_mask.to(rows.device)
 
@@ -98,28 +98,19 @@ def embedding_rms(embedding: nn.Module) -> float:
     return rms
 
 
-def embedding_width(embedding: nn.Module) -> int:
+def embedding_width(embedding: Any) -> int:
     """Returns the size d of the vectors that `embedding` gives."""
-    width = getattr(embedding, "embedding_dim", None)
-    return int(width if width is not None else _weight(embedding).shape[1])
+    return int(embedding.embedding_dim if hasattr(embedding, "embedding_dim") else embedding.weight.shape[1])
 
 
-def rows_of(embedding: nn.Module) -> int:
+def rows_of(embedding: Any) -> int:
     """Returns the number of ids that `embedding` takes."""
-    rows = getattr(embedding, "num_embeddings", None)
-    return int(rows if rows is not None else _weight(embedding).shape[0])
+    return int(embedding.num_embeddings if hasattr(embedding, "num_embeddings") else embedding.weight.shape[0])
 
 
-def device_of(embedding: nn.Module) -> torch.device:
+def device_of(embedding: Any) -> torch.device:
     """Tells where ids for `embedding` belong; offloaded weights are brought from the meta device at each call."""
     hook = getattr(embedding, "_hf_hook", None)
     if (device := getattr(hook, "execution_device", None)) is not None:
         return torch.device(device)
-    weight = _weight(embedding)
-    return torch.device("cpu") if weight.is_meta else weight.device
-
-
-def _weight(embedding: nn.Module) -> Tensor:
-    weight = embedding.weight
-    assert isinstance(weight, Tensor)
-    return weight
+    return torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device

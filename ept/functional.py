@@ -18,23 +18,13 @@ from ept_kernels.four_bit.reference import check_operands
 
 class _PromptedEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input_ids: Tensor,
-        positions: Tensor,
-        table: Tensor,
-        prompt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        adapter_ids: Tensor | None,
-    ) -> Tensor:
-        needs_table = ctx.needs_input_grad[2]
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        input_ids, positions, table, prompt, A, B, scale, adapter_ids = inputs
         # Both directions need it, so it is made once.
         token_at = ept_kernels.token_at(positions, A.shape[-2]) if any(ctx.needs_input_grad[4:6]) else None
-        ctx.save_for_backward(positions, A, B, adapter_ids, token_at, input_ids if needs_table else None)
+        ctx.save_for_backward(positions, A, B, adapter_ids, token_at, input_ids if ctx.needs_input_grad[2] else None)
         ctx.scale, ctx.table_shape, ctx.prompt_dtype = scale, table.shape, prompt.dtype
-        return ept_kernels.prompted_embedding(input_ids, positions, table, prompt, A, B, scale, adapter_ids, token_at)
+        return ept_kernels.prompted_embedding(*inputs, token_at)
 
     @staticmethod
     @once_differentiable
@@ -105,27 +95,13 @@ def prompted_embedding(
 
 
 def joint_prompt(
-    prompt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    beta: Tensor,
-    W_q: Tensor,
-    W_k: Tensor,
-    D: Tensor,
-    U: Tensor,
-    G: Tensor,
-    *,
-    lowrank_scale: float,
-    embedding_scale: float,
-    score_scale: float,
-    activation: str,
+    *parts: Tensor, lowrank_scale: float, embedding_scale: float, score_scale: float, activation: str
 ) -> Tensor:
-    """Computes the joint prompt `[s, d]`, differentiable in all nine tensors.
+    """Computes the joint prompt `[s, d]` of prompt, A, B, beta, W_q, W_k, D, U and G, differentiable in all nine.
 
     Shapes and units as in `ept_kernels.joint_prompt_reference`.
     """
-    options = (lowrank_scale, embedding_scale, score_scale, activation)
-    return _JointPrompt.apply(prompt, A, B, beta, W_q, W_k, D, U, G, *options)
+    return _JointPrompt.apply(*parts, lowrank_scale, embedding_scale, score_scale, activation)
 
 
 def matmul_4bit(x: Tensor, weight: ept_kernels.FourBitWeight, bias: Tensor | None = None) -> Tensor:

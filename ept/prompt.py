@@ -48,10 +48,8 @@ class EPTLayer(BasePromptEncoder):
     ) -> None:
         super().__init__()
         self.config = copy.deepcopy(config)
-        self.d = embedding_width(embedding)
-        self.config.token_dim = self.d
-        # In a tuple, so that the embedding is not registered as a part of this module.
-        self._embedding = (embedding,)
+        self.d = self.config.token_dim = embedding_width(embedding)
+        self._embedding = (embedding,)  # in a tuple, so that it is not registered as a part of this module
         if isinstance(config.embedding_scale, str):
             self.embedding_scale = embedding_rms(embedding) if initialise else 1.0
         else:
@@ -99,8 +97,7 @@ class EPTLayer(BasePromptEncoder):
         if self.config.folded:
             tokens = table[ids].float()
             if self.config.r:
-                update = self.table.to(table.device)[positions.clamp(min=0)]
-                tokens = tokens + update * (positions >= 0)[..., None]
+                tokens = tokens + self.table.to(table.device)[positions.clamp(min=0)] * (positions >= 0)[..., None]
             embeds = torch.cat([prompt.expand(batch, -1, -1), tokens], dim=1).to(table.dtype)
         else:
             A, B = self.part("A").to(table.device), self.part("B").to(table.device)
@@ -173,11 +170,9 @@ class EPTLayer(BasePromptEncoder):
             raise ValueError(f"input has {longest} tokens, {remedy}")
 
     def extra_repr(self) -> str:
-        c = self.config
-        return (
-            f"d={self.d}, num_virtual_tokens={c.num_virtual_tokens}, r={c.r}, num_spaces={c.num_spaces}, "
-            f"space_dim={c.space_dim}, fusion={c.fusion}, embedding_scale={self.embedding_scale:.4g}, folded={c.folded}"
-        )
+        names = ("num_virtual_tokens", "r", "num_spaces", "space_dim", "fusion")
+        sizes = ", ".join(f"{name}={getattr(self.config, name)}" for name in names)
+        return f"d={self.d}, {sizes}, embedding_scale={self.embedding_scale:.4g}, folded={self.config.folded}"
 
     def get_extra_state(self) -> Tensor:
         """Adds ρ to the state: without it the parameters have no unit."""
@@ -221,8 +216,6 @@ class EPTLayer(BasePromptEncoder):
             ids = torch.randint(rows_of(embedding), (s,), generator=generator)
         return embedding(ids.to(device_of(embedding))).float().cpu() / self.embedding_scale
 
-    # The state on disk, for PEFT.
-
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -232,8 +225,7 @@ class EPTLayer(BasePromptEncoder):
         state_dict: Mapping[str, Any],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        layer = model.prompt_encoder[adapter_name]
-        prefix = f"prompt_encoder.{adapter_name}."
+        layer, prefix = model.prompt_encoder[adapter_name], f"prompt_encoder.{adapter_name}."
         # From the given state where it has them: a sharded model's own parameters are not whole.
         state = {name: state_dict.get(prefix + name, value) for name, value in layer._parameters.items()}
         return {**state, "embedding_scale": layer.get_extra_state()}

@@ -121,10 +121,8 @@ def test_given_embeddings_take_the_place_of_ids():
 def test_a_plain_loop_learns():
     """No PEFT, no transformers: the layer in front of any network."""
     torch.manual_seed(0)
-    embedding, network = (
-        make_embedding(),
-        nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 2)).requires_grad_(False),
-    )
+    embedding, network = make_embedding(), nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 2))
+    network.requires_grad_(False)
     layer = EPTLayer(EPTConfig(**SMALL), embedding)
     ids, labels = torch.randint(0, 50, (16, 6)), torch.ones(16, dtype=torch.long)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
@@ -153,12 +151,8 @@ def test_same_seed_same_parameters_and_methods_share_the_prompt():
 
 def test_initialisation_from_text_repeats_its_tokens():
     embedding = make_embedding()
-
-    def tokenizer(text, add_special_tokens):
-        return {"input_ids": [7, 8, 9]}
-
     config = EPTConfig(**SMALL, prompt_tuning_init="TEXT", prompt_tuning_init_text="a b c")
-    layer = EPTLayer(config, embedding, tokenizer=tokenizer)
+    layer = EPTLayer(config, embedding, tokenizer=lambda text, add_special_tokens: {"input_ids": [7, 8, 9]})
     torch.testing.assert_close(layer.prompt * layer.embedding_scale, embedding.weight[[7, 8, 9, 7]])
 
 
@@ -209,6 +203,7 @@ def test_padding_beyond_max_length_is_no_error():
     assert layer(ids, mask)[0].shape == (1, 16, 16)
 
 
+IDS = torch.ones(1, 3, dtype=torch.long)
 BAD = [
     (
         {"input_ids": torch.ones(2, 9, dtype=torch.long)},
@@ -219,13 +214,10 @@ BAD = [
     ({"input_ids": torch.ones(1, 3)}, r"input_ids must be integers .* torch.float32"),
     ({"inputs_embeds": torch.ones(1, 3, 15)}, r"inputs_embeds must have shape \[batch, length, 16\], got \[1, 3, 15\]"),
     (
-        {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 1, 3, 3)},
+        {"input_ids": IDS, "attention_mask": torch.ones(1, 1, 3, 3)},
         r"attention_mask must have the shape of the input, \[1, 3\], got \[1, 1, 3, 3\]",
     ),
-    (
-        {"input_ids": torch.ones(1, 3, dtype=torch.long), "text_mask": torch.ones(1, 2)},
-        r"text_mask must have shape \[1, 3\], got \[1, 2\]",
-    ),
+    ({"input_ids": IDS, "text_mask": torch.ones(1, 2)}, r"text_mask must have shape \[1, 3\], got \[1, 2\]"),
 ]
 
 

@@ -38,9 +38,8 @@ MAX_CONFIG_BYTES = 1 << 20  # a configuration has about two thousand
 _PEFT_FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "peft_version"), (str, type(None))),
     **dict.fromkeys(("prompt_tuning_init_text", "tokenizer_name_or_path"), (str, type(None))),
-    **dict.fromkeys(
-        ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"), (int, type(None))
-    ),
+    **dict.fromkeys(("token_dim", "num_layers", "num_attention_heads"), (int, type(None))),
+    "num_transformer_submodules": (int, type(None)),
     "inference_mode": (bool,),
     "auto_mapping": (dict, type(None)),
 }
@@ -48,40 +47,30 @@ _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_on
 _DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
-_CARD = """---
-library_name: peft
-tags:
-- ept
-- {method}
-{base_line}---
 
-# {title}
-
-A soft-prompt adapter for {base}, trained with Efficient Prompt Tuning ({method}).
-
-| | |
-|---|---|
-| prompt tokens | {s} |
-| rank of the embedding update | {r} |
-| spaces | {spaces} |
-| longest input text | {max_length} tokens |
-| trained parameters | {count} |
-
-```python
-from ept import EPTModel
-model = EPTModel.from_pretrained(base_model, "path/to/this/folder")
-```
-"""
-
-
-def read_config(folder: str | os.PathLike[str], **hub: Any) -> EPTConfig:
+def read_config(folder: str | os.PathLike[str], /, **hub: Any) -> EPTConfig:
     """Reads the configuration in `folder`, a local folder or a repository on the hub.
 
     Raises:
         FileNotFoundError: there is none. ValueError: it is damaged, or of another adapter type.
     """
     path = _locate(folder, CONFIG_NAME, hub)
-    values = _read_json(path)
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes, a configuration at most {MAX_CONFIG_BYTES:,}: it is damaged")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(name for name, _ in pairs)
+        if repeated := sorted(name for name, count in counts.items() if count > 1):
+            raise ValueError(f"duplicate key {listed(map(shown_name, repeated))}")
+        return dict(pairs)
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:  # what is not UTF-8, and integers of more than 4300 digits, included
+        raise ValueError(f"{path} is damaged, it is not JSON: {reason(error)}") from error
     if not isinstance(values, dict) or values.get("peft_type") != PEFT_TYPE:
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{path} is not the configuration of an {PEFT_TYPE} adapter: its peft_type is {shown(found)}")
@@ -106,17 +95,9 @@ def read_config(folder: str | os.PathLike[str], **hub: Any) -> EPTConfig:
 
 
 def read_adapter(
-    folder: str | os.PathLike[str], model: Any, is_trainable: bool, config: EPTConfig | None = None, **hub: Any
+    folder: str | os.PathLike[str], model: Any, is_trainable: bool, config: EPTConfig | None = None, /, **hub: Any
 ) -> tuple[EPTConfig, dict[str, Tensor]]:
-    """Reads configuration and weights of an adapter that fits `model`.
-
-    Args:
-        is_trainable: whether it is to be trained.
-        config: instead of the saved configuration.
-
-    Raises:
-        FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
-    """
+    """Reads configuration and weights of an adapter that fits `model`; arguments and errors as `from_pretrained`."""
     config = copy.deepcopy(config) if config is not None else read_config(folder, **hub)
     config.inference_mode = not is_trainable
     width = embedding_width(input_embedding(model))
@@ -143,20 +124,16 @@ def read_adapter(
     return config, read_weights(folder, {**config.parameter_shapes(width), **head_shapes(model, heads)}, **hub)
 
 
-def weight_shapes(folder: str | os.PathLike[str], **hub: Any) -> dict[str, tuple[int, ...]]:
+def weight_shapes(folder: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     """Reads name and shape of every tensor in `folder`, from the header alone; errors as `read_weights`."""
-    with _opened(_locate(folder, WEIGHTS_NAME, hub)) as file:
+    with _opened(_locate(folder, WEIGHTS_NAME, {})) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def read_weights(folder: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], **hub: Any) -> dict[str, Tensor]:
-    """Reads the tensors in `folder`, on the CPU in the file's dtype; exactly those `expected`.
-
-    The header is checked first: no tensor is made of a file that does not hold what is expected.
-
-    Args:
-        folder: a local folder or a repository on the hub.
-        expected: name and shape of every tensor that must be there; `embedding_scale` always must.
+def read_weights(
+    folder: str | os.PathLike[str], expected: dict[str, tuple[int, ...]], /, **hub: Any
+) -> dict[str, Tensor]:
+    """Reads the tensors in `folder`, on the CPU in the file's dtype: those `expected`, and `embedding_scale`.
 
     Raises:
         FileNotFoundError: there is no safetensors file. ValueError: it is damaged, truncated, holds other tensors, or
@@ -164,9 +141,17 @@ def read_weights(folder: str | os.PathLike[str], expected: dict[str, tuple[int, 
     """
     path = _locate(folder, WEIGHTS_NAME, hub)
     with _opened(path) as file:
-        header = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        found = {name: (tuple(entry.get_shape()), str(entry.get_dtype())) for name, entry in header.items()}
-        if problems := _mismatches(found, {**expected, SCALE_NAME: ()}):
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        expected = {**expected, SCALE_NAME: ()}
+        problems = [f"{name} is missing" for name in expected if name not in found]
+        problems += [f"{shown_name(name)} is not part of it" for name in found if name not in expected]
+        for name in found.keys() & expected.keys():
+            shape, dtype = tuple(found[name].get_shape()), str(found[name].get_dtype())
+            if shape != tuple(expected[name]):
+                problems.append(f"{name} has shape {list(shape)} instead of {list(expected[name])}")
+            elif dtype not in _DTYPES:
+                problems.append(f"{name} has dtype {dtype} instead of one of {', '.join(_DTYPES)}")
+        if problems:
             raise ValueError(f"{path} does not hold what its configuration describes: {listed(problems, '; ')}")
         state = {name: file.get_tensor(name) for name in found}
     for name, tensor in state.items():
@@ -196,11 +181,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     write_atomically(file, lambda path: save_file(contiguous, path, metadata={"format": "pt"}))
 
 
-def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Picks from `kwargs` what the hub is asked with."""
-    return {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
@@ -210,45 +190,21 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is damaged or truncated: {reason(error)}; copy or download it again") from error
 
 
-def _read_json(path: Path) -> Any:
-    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, a configuration at most {MAX_CONFIG_BYTES:,}: it is damaged")
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(name for name, _ in pairs)
-        if repeated := sorted(name for name, count in counts.items() if count > 1):
-            raise ValueError(f"duplicate key {listed(map(shown_name, repeated))}")
-        return dict(pairs)
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON number")
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # what is not UTF-8, and integers of more than 4300 digits, included
-        raise ValueError(f"{path} is damaged, it is not JSON: {reason(error)}") from error
-
-
-def _mismatches(found: dict[str, tuple[tuple[int, ...], str]], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{shown_name(name)} is not part of it" for name in found if name not in expected]
-    for name in found.keys() & expected.keys():
-        shape, dtype = found[name]
-        if shape != tuple(expected[name]):
-            problems.append(f"{name} has shape {list(shape)} instead of {list(expected[name])}")
-        elif dtype not in _DTYPES:
-            problems.append(f"{name} has dtype {dtype} instead of one of {', '.join(_DTYPES)}")
-    return problems
-
-
 def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
     """Finds the file `name` of an adapter, downloaded from the hub if `folder` is no local path."""
-    subfolder = hub.get("subfolder")
-    local = Path(folder, subfolder) if subfolder else Path(folder)
+    hub = {argument: hub[argument] for argument in _HUB_ARGUMENTS if hub.get(argument) is not None}
+    local = Path(folder, hub.get("subfolder") or "")
     if local.is_dir():
-        if (local / name).is_file():
-            return _inside(local / name, Path(folder))
+        if (path := local / name).is_file():
+            # A link may not lead out of the folder, but for the hub's cache, which keeps files as links into `blobs`.
+            root, target = Path(folder).resolve(), path.resolve()
+            caches = (parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots")
+            if not any(target.is_relative_to(place) for place in (root, *caches)):
+                raise ValueError(
+                    f"{path} is a link out of the adapter's folder and is not followed: if you trust it, copy the file "
+                    "it leads to in its place"
+                )
+            return path
         if name == WEIGHTS_NAME and (local / "adapter_model.bin").exists():
             raise FileNotFoundError(
                 f"{local} holds adapter_model.bin, a pickle, which could run code when loaded and is refused: only "
@@ -268,32 +224,34 @@ def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
         ) from error
 
 
-def _inside(path: Path, folder: Path) -> Path:
-    """Returns `path`, and raises `ValueError` where it is a link out of `folder`."""
-    # The hub's cache keeps files as links into its `blobs`.
-    root, target = folder.resolve(), path.resolve()
-    allowed = [root, *(parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots")]
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise ValueError(
-            f"{path} is a link out of the adapter's folder and is not followed: if you trust it, copy the file it "
-            "leads to in its place"
-        )
-    return path
-
-
 def _model_card(config: EPTConfig, count: int) -> str:
     method = "EPT" if config.num_spaces or config.fusion else ("DePT" if config.r else "prompt tuning")
     base = config.base_model_name_or_path
     # A name that a stranger chose goes into the card's YAML only if it is one that the hub allows.
     named = isinstance(base, str) and _HUB_NAME.fullmatch(base) is not None and not os.path.exists(base)
-    return _CARD.format(
-        method=method,
-        base_line=f"base_model: {base}\n" if named else "",
-        title=f"{method} adapter",
-        base=f"`{base}`" if named else "a model of its own (see the configuration)",
-        s=config.num_virtual_tokens,
-        r=config.r,
-        spaces=f"{config.num_spaces} of width {config.space_dim}" if config.num_spaces else "none",
-        max_length=config.max_length,
-        count=f"{count:,}",
-    )
+    base_line = f"base_model: {base}\n" if named else ""
+    return f"""---
+library_name: peft
+tags:
+- ept
+- {method}
+{base_line}---
+
+# {method} adapter
+
+A soft-prompt adapter for {f"`{base}`" if named else "a model of its own (see the configuration)"}, trained with \
+Efficient Prompt Tuning ({method}).
+
+| | |
+|---|---|
+| prompt tokens | {config.num_virtual_tokens} |
+| rank of the embedding update | {config.r} |
+| spaces | {f"{config.num_spaces} of width {config.space_dim}" if config.num_spaces else "none"} |
+| longest input text | {config.max_length} tokens |
+| trained parameters | {count:,} |
+
+```python
+from ept import EPTModel
+model = EPTModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""

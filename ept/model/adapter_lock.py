@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -39,11 +39,7 @@ class AdapterLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the lock for a change; changes may be nested in one thread.
-
-        Raises:
-            RuntimeError: this thread is in a call, which would wait for itself.
-        """
+        """Holds the lock for a change. Changes may be nested, but not in a call of this thread: it would never end."""
         if getattr(self._in_call, "value", False):
             raise RuntimeError("adapters cannot be changed from within a call of the model: change them between calls")
         with self._condition:  # held to the end: no call can begin
@@ -59,18 +55,15 @@ class AdapterLock:
         return type(self), ()  # a copy of a model has a lock of its own
 
 
-def _holding(lock: Callable[[AdapterLock], AbstractContextManager[None]]) -> Callable[[Method], Method]:
+def _holding(lock: Callable[[AdapterLock], AbstractContextManager[None]], method: Method) -> Method:
     """Decorates a method of a model to hold the model's `adapter_lock`; compiled graphs hold no locks."""
 
-    def decorate(method: Method) -> Method:
-        @wraps(method)
-        def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with nullcontext() if torch.compiler.is_compiling() else lock(self.adapter_lock):
-                return method(self, *args, **kwargs)
+    @wraps(method)
+    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with nullcontext() if torch.compiler.is_compiling() else lock(self.adapter_lock):
+            return method(self, *args, **kwargs)
 
-        return locked  # type: ignore[return-value]
-
-    return decorate
+    return locked  # type: ignore[return-value]
 
 
-shared, exclusive = _holding(AdapterLock.shared), _holding(AdapterLock.exclusive)
+shared, exclusive = partial(_holding, AdapterLock.shared), partial(_holding, AdapterLock.exclusive)

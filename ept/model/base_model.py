@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import warnings
@@ -17,33 +18,22 @@ _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 @dataclass(frozen=True)
 class BaseModelFacts:
-    """Facts that decide how a base model is called.
+    """Facts that decide how a base model is called."""
 
-    Attributes:
-        forward_arguments: names that its `forward` accepts.
-        position_offset: added to position ids (RoBERTa counts from `padding_idx + 1`).
-        position_limit: the most positions it can number, or None.
-        prompt_beside_text: True if padding must not stand between prompt and text: the model counts positions by index,
-            or sees a window of them.
-        classifies: True for a sequence classifier.
-        pools_last: True for a classifier that reads the last row.
-    """
-
-    forward_arguments: frozenset[str]
-    position_offset: int
-    position_limit: int | None
+    forward_arguments: frozenset[str]  # names that its `forward` accepts
+    position_offset: int  # added to position ids (RoBERTa counts from `padding_idx + 1`)
+    position_limit: int | None  # the most positions it can number
+    # No padding may stand between prompt and text: the model counts positions by index, or sees a window of them.
     prompt_beside_text: bool
-    classifies: bool
-    pools_last: bool
+    classifies: bool  # as a sequence classifier
+    pools_last: bool  # as a classifier that reads the last row
 
 
 def infer_task_type(model: Any) -> str:
-    """SEQ_2_SEQ_LM, CAUSAL_LM or SEQ_CLS, from a model, or from the configuration of one that is not loaded yet.
+    """Returns SEQ_2_SEQ_LM, CAUSAL_LM or SEQ_CLS for a model, or for the configuration of one not loaded yet.
 
-    A configuration without a language-model head is taken for a classifier's, since a head can be added.
-
-    Raises:
-        ValueError: the model is none of these.
+    A configuration without a language-model head is taken for a classifier's, since a head can be added. A model that
+    is none of these raises `ValueError`.
     """
     name = type(model).__name__
     if "ForSequenceClassification" in name:
@@ -67,11 +57,7 @@ def input_embedding(model: Any) -> nn.Module:
 
 
 def examine(model: Any, task_type: str) -> BaseModelFacts:
-    """Collects the facts about `model`.
-
-    Raises:
-        ValueError: the model cannot be adapted; the message says why and what would do.
-    """
+    """Collects the facts about `model`; a `ValueError` says why it cannot be adapted and what would do."""
     name = type(model).__name__
     arguments = frozenset(inspect.signature(model.forward).parameters)
     if "inputs_embeds" not in arguments:
@@ -86,9 +72,17 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
         )
     encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     if encoder_decoder != (task_type == "SEQ_2_SEQ_LM"):
-        kind = "an encoder-decoder" if encoder_decoder else "not an encoder-decoder"
-        raise ValueError(f"task_type={task_type} does not fit {name}, which is {kind}: use {_suggest(model)}")
-    offset, limit = _position_table(model)
+        kind, suggestion = "an encoder-decoder" if encoder_decoder else "not an encoder-decoder", "another model"
+        with contextlib.suppress(ValueError):
+            suggestion = infer_task_type(model)
+        raise ValueError(f"task_type={task_type} does not fit {name}, which is {kind}: use {suggestion}")
+    offset, limit = 0, None
+    for part, module in model.named_modules():
+        if part.rpartition(".")[2] in _POSITION_TABLES and isinstance(module, nn.Embedding):
+            inside = getattr(module, "offset", 0)  # added by the module itself (OPT, BART)
+            offset = 0 if module.padding_idx is None or inside else module.padding_idx + 1
+            limit = module.num_embeddings - inside - offset
+            break
     layer_types = getattr(text_config, "layer_types", None) or []
     windowed = any(kind != "full_attention" for kind in layer_types) or (
         not layer_types and getattr(text_config, "sliding_window", None) is not None
@@ -105,11 +99,7 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
 
 
 def trained_heads(model: Any) -> list[str]:
-    """Names the top-level modules of a classifier outside its backbone: freshly initialised, to be trained and saved.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Names a classifier's top-level modules outside its backbone: freshly initialised, to be trained and saved."""
     backbone = getattr(model, "base_model_prefix", "")
     heads = [name for name, child in model.named_children() if name != backbone and [*child.parameters()]]
     if not heads:
@@ -126,10 +116,7 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
     """Lists name and shape of every tensor that an adapter with `modules_to_save=names` keeps of `model`.
 
     PEFT trains a copy of each module whose name ends in one of `names`; what it would copy is known here without
-    copying it.
-
-    Raises:
-        ValueError: a module and a part of it are both named.
+    copying it. A `ValueError` says so where a module and a part of it are both named.
     """
     modules: dict[str, nn.Module] = {}
     for key, module in model.named_modules(remove_duplicate=False):
@@ -207,20 +194,3 @@ def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
                     f"dropout of {rate}: set the model's dropout to 0 for none",
                     stacklevel=2,
                 )
-
-
-def _position_table(model: nn.Module) -> tuple[int, int | None]:
-    """Finds the offset of position ids and the number of positions, where the model has a table of them."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in _POSITION_TABLES and isinstance(module, nn.Embedding):
-            inside = getattr(module, "offset", 0)  # added by the module itself (OPT, BART)
-            outside = 0 if module.padding_idx is None or inside else module.padding_idx + 1
-            return outside, module.num_embeddings - inside - outside
-    return 0, None
-
-
-def _suggest(model: nn.Module) -> str:
-    try:
-        return infer_task_type(model)
-    except ValueError:
-        return "another model"

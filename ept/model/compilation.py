@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ _KINDS_OF_LAYER = 4  # T5's: the first and the others, of encoder and decoder, a
 
 
 def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: Any) -> int:
-    """Compiles the repeated layers of `model` in place, at their first call.
+    """Compiles the repeated layers of `model` in place, at their first call; returns how many they are.
 
     Compiling one layer serves all of them, where compiling the whole model takes as long as the model is deep.
     Parameter names stay as they are, so that adapters are saved and loaded as without it.
@@ -27,9 +26,6 @@ def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: An
         options: of `torch.compile`, such as `backend`; `dynamic` is False unless given: every shape is
             compiled for itself, so that a step's result does not depend on which shapes came before it. torch's
             limit on such versions is raised to what `MAX_LENGTHS` lengths need.
-
-    Returns:
-        How many layers are compiled.
 
     Raises:
         ValueError: the model has no list of equal layers; or `cuda_graphs` where it is not on a CUDA device.
@@ -43,8 +39,8 @@ def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: An
     if not layers:
         raise ValueError(f"{type(model).__name__} has no repeated layers to compile: set compile_layers=false")
     config: Any = torch._dynamo.config
-    needed = MAX_LENGTHS * _KINDS_OF_LAYER * 2  # times 2: the last batch is smaller
-    config.recompile_limit = max(config.recompile_limit, needed)
+    # Twice as many as lengths: the last batch is smaller.
+    config.recompile_limit = max(config.recompile_limit, 2 * MAX_LENGTHS * _KINDS_OF_LAYER)
     for layer in layers:
         layer.compile(**{"dynamic": False, **options})
     if cuda_graphs:
@@ -63,11 +59,9 @@ def check_lengths(longest: int, multiple: int) -> None:
         )
 
 
-@contextmanager
-def uncompiled() -> Iterator[None]:
+def uncompiled() -> AbstractContextManager[Any]:
     """Runs compiled layers as plain PyTorch as long as the context lasts."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    return torch.compiler.set_stance("force_eager")
 
 
 def _repeated_layers(module: nn.Module) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import PEFT_TYPE, EPTConfig
 from ..prompt import EPTLayer
-from .adapter_files import hub_arguments, read_adapter, read_weights, write_adapter
+from .adapter_files import read_adapter, read_weights, write_adapter
 from .adapter_lock import AdapterLock, exclusive, shared
 from .base_model import (
     examine,
@@ -31,10 +31,9 @@ from .base_model import (
     wrapped_heads,
 )
 from .compilation import compile_layers
-from .generation import generate
-from .inputs import add_labels, call_inputs, divide_loss, length_of, warn_without_text
+from .inputs import cache_name, call_inputs, count_new_tokens, divide_loss, extend, length_of
 from .mixed import follow_rows, heads_of_rows
-from .prompt_cache import PromptCache
+from .prompt_cache import PromptCache, cached_prompt, check_cacheable
 
 # PEFT finds the code that names an adapter's state by the adapter's type.
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
@@ -64,14 +63,8 @@ def get_ept_model(
     Raises:
         ValueError: the model or the configuration cannot work; the message says why.
     """
-    return EPTModel(
-        model,
-        config,
-        adapter_name,
-        tokenizer=tokenizer,
-        fast_4bit=fast_4bit,
-        dequantized_cache_bytes=dequantized_cache_bytes,
-    )
+    options = {"tokenizer": tokenizer, "fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
+    return EPTModel(model, config, adapter_name, **options)
 
 
 class EPTModel(PeftModel):
@@ -117,8 +110,6 @@ class EPTModel(PeftModel):
             self._require_gradients(adapter_name, False)
         self.train(self.training)
 
-    # Calling the model
-
     @shared
     def forward(
         self,
@@ -153,24 +144,37 @@ class EPTModel(PeftModel):
             The base model's output.
         """
         if self._adapters_disabled:
-            given = {
-                "attention_mask": attention_mask,
-                "inputs_embeds": inputs_embeds,
-                "labels": labels,
-                "logits_to_keep": logits_to_keep,
-                "num_items_in_batch": num_items_in_batch,
-                **kwargs,
-            }
+            given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs}
+            given |= {"logits_to_keep": logits_to_keep, "num_items_in_batch": num_items_in_batch}
             return self.base_model(input_ids, **{k: v for k, v in given.items() if v is not None})
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
         if causal and text_mask is None and labels is not None:
             text_mask = labels == -100
             if self.training and not self._checked_labels and self.active_peft_config.r:
                 self._checked_labels = True  # once, at the first training batch: an accelerator is waited for
-                warn_without_text(text_mask, attention_mask)
+                if not bool((text_mask if attention_mask is None else text_mask & attention_mask.bool()).any()):
+                    warnings.warn(
+                        "every token is a label, and labels get no low-rank update, so that A and B learn nothing: "
+                        "mask the input text with -100 in labels, say which tokens are input text by text_mask, or "
+                        "set r=0",
+                        stacklevel=2,
+                    )
         inputs = call_inputs(self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
-        s = inputs["attention_mask"].shape[1] - length_of(input_ids, inputs_embeds) if causal else 0
-        add_labels(self._facts, inputs, labels, s, causal, logits_to_keep, self.training)
+        if causal and labels is not None:
+            s = inputs["attention_mask"].shape[1] - length_of(input_ids, inputs_embeds)
+            labels = extend(labels, s, -100)
+            if logits_to_keep is None and self.training and labels.device.type == "cpu":
+                columns = (labels != -100).any(0).nonzero()
+                if len(columns):  # the logits that the loss reads are those at the labels and one before
+                    logits_to_keep = min(labels.shape[1] - int(columns[0]) + 1, labels.shape[1])
+        if logits_to_keep and "logits_to_keep" in self._facts.forward_arguments:
+            inputs["logits_to_keep"] = logits_to_keep
+            if causal and labels is not None:
+                labels = labels[:, -logits_to_keep:]
+        if labels is not None:
+            inputs["labels"] = labels.contiguous()
+            if self.training and "use_cache" in self._facts.forward_arguments:
+                inputs.setdefault("use_cache", False)
         with heads_of_rows(adapter_names):
             output = self.base_model(**inputs)
         if num_items_in_batch is not None and labels is not None:
@@ -194,7 +198,44 @@ class EPTModel(PeftModel):
             ValueError: the base model cannot generate, `max_length` leaves no room for a new token, or a prompt cache
                 cannot work for this model and batch; the message says why.
         """
-        return generate(self, input_ids, args, kwargs)
+        if not hasattr(self.base_model, "generate"):
+            raise ValueError(f"{type(self.base_model).__name__} cannot generate")
+        use_prompt_cache = kwargs.pop("use_prompt_cache", False)
+        if self._adapters_disabled:
+            return self.base_model.generate(input_ids, *args, **kwargs)
+        kwargs.pop("labels", None)
+        ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
+        names = ("attention_mask", "inputs_embeds", "text_mask", "adapter_names")
+        mask, embeds, text_mask, adapter_names = (kwargs.pop(name, None) for name in names)
+        if "generation_config" in self.__dict__:  # set on the wrapper by a user
+            kwargs.setdefault("generation_config", self.__dict__["generation_config"])
+        if use_prompt_cache:
+            if adapter_names is not None:
+                raise ValueError(
+                    "a prompt cache holds one adapter's prompt: leave out adapter_names or use_prompt_cache"
+                )
+            padded = mask is not None and not bool(mask[:, 0].all())
+            check_cacheable(self.base_model, self._facts, kwargs, padded)
+        # A cached prompt stays first, with padding behind it.
+        inputs = call_inputs(self, ids, mask, embeds, text_mask, adapter_names, kwargs, generating=not use_prompt_cache)
+        if self.active_peft_config.task_type != "CAUSAL_LM":
+            return self.base_model.generate(*args, **inputs)
+        if use_prompt_cache:
+            s, name = self._layer().config.num_virtual_tokens, self.active_adapter
+            inputs[cache_name(self._facts)] = cached_prompt(self._prompt_caches, name, self.base_model, inputs, s)
+        # generate() counts positions from the mask itself, at every step.
+        inputs.pop("position_ids", None)
+        count_new_tokens(inputs, length_of(ids, embeds), self.base_model.generation_config)
+        output = self.base_model.generate(*args, **inputs)
+        if ids is None:
+            return output
+        generated = output if isinstance(output, Tensor) else output.sequences
+        continued = ids.to(generated.device).repeat_interleave(len(generated) // len(ids), dim=0)
+        sequences = torch.cat([continued, generated], dim=1)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -232,10 +273,7 @@ class EPTModel(PeftModel):
         return self
 
     def compile_layers(self, **options: Any) -> EPTModel:
-        """Compiles the frozen model's repeated layers in place and returns the model.
-
-        Options: `ept.model.compilation.compile_layers`.
-        """
+        """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model."""
         compile_layers(self.base_model, **options)
         return self
 
@@ -243,17 +281,13 @@ class EPTModel(PeftModel):
     def fold(self, adapter_name: str | None = None) -> EPTModel:
         """Turns an adapter (the active one) into its inference form, one prompt and one table, in place.
 
-        Outputs stay the same up to rounding. A folded adapter can be saved and loaded, and not trained.
-
-        Returns:
-            the model.
+        Outputs stay the same up to rounding. A folded adapter can be saved and loaded, and not trained. Returns the
+        model.
         """
         name = adapter_name or self.active_adapter
         self._layer(name).fold()
         self.peft_config[name].folded = True
         return self
-
-    # Adapters
 
     @exclusive
     def add_adapter(self, adapter_name: str, peft_config: EPTConfig, **kwargs: Any) -> None:
@@ -290,7 +324,7 @@ class EPTModel(PeftModel):
         Raises:
             ValueError: there is no such adapter.
         """
-        self._check_loaded(adapter_name)
+        self._layer(adapter_name)
         self.active_adapter = adapter_name
         _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
         for name in self.prompt_encoder:
@@ -303,7 +337,7 @@ class EPTModel(PeftModel):
         Raises:
             ValueError: there is no such adapter, or no other one would be left.
         """
-        self._check_loaded(adapter_name)
+        self._layer(adapter_name)
         if len(self.peft_config) == 1:
             raise ValueError(f"{adapter_name!r} is the only adapter: use disable_adapter() or the base model itself")
         for kept in (self.peft_config, self.prompt_encoder, self.prompt_tokens):
@@ -320,8 +354,6 @@ class EPTModel(PeftModel):
         """Turns gradients of the named adapters on or off."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             self._require_gradients(name, requires_grad)
-
-    # Files
 
     def save_pretrained(
         self,
@@ -344,7 +376,7 @@ class EPTModel(PeftModel):
             raise ValueError(f"{save_directory} is a file; give a folder to save into")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         for name in names:
-            self._check_loaded(name)
+            self._layer(name)
             state = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=False)
             if is_main_process:
                 folder = save_directory if name == "default" else os.path.join(save_directory, name)
@@ -375,26 +407,15 @@ class EPTModel(PeftModel):
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
-        hub = hub_arguments(kwargs)
-        config, state = read_adapter(model_id, model, is_trainable, config, **hub)
-        wrapped = cls(
-            model,
-            config,
-            adapter_name,
-            initialise=False,
-            fast_4bit=fast_4bit,
-            dequantized_cache_bytes=dequantized_cache_bytes,
-        )
+        config, state = read_adapter(model_id, model, is_trainable, config, **kwargs)
+        options: dict[str, Any] = {"fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
+        wrapped = cls(model, config, adapter_name, initialise=False, **options)
         set_peft_model_state_dict(wrapped, state, adapter_name)
         return wrapped if is_trainable else wrapped.eval()
 
     @exclusive
     def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        **kwargs: Any,
+        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
     ) -> Any:
         """Loads a saved adapter under a new name, or its weights into the existing adapter of that name.
 
@@ -403,10 +424,9 @@ class EPTModel(PeftModel):
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
-        hub = hub_arguments(kwargs)
         added = adapter_name not in self.peft_config
         if added:
-            config, state = read_adapter(model_id, self.base_model, is_trainable, **hub)
+            config, state = read_adapter(model_id, self.base_model, is_trainable, None, **kwargs)
             self._layer_options = {"initialise": False}
             try:
                 self.add_adapter(adapter_name, config)
@@ -416,7 +436,7 @@ class EPTModel(PeftModel):
         else:
             expected = get_peft_model_state_dict(self, None, adapter_name, save_embedding_layers=False)
             shapes = {name: tuple(t.shape) for name, t in expected.items() if name != "embedding_scale"}
-            state = read_weights(model_id, shapes, **hub)
+            state = read_weights(model_id, shapes, **kwargs)
         result = set_peft_model_state_dict(self, state, adapter_name)
         result.missing_keys.clear()  # PEFT lists the base model's weights here, which are not the adapter's
         if not is_trainable and added:
@@ -427,13 +447,11 @@ class EPTModel(PeftModel):
         """Frees what `generate(..., use_prompt_cache=True)` keeps."""
         self._prompt_caches.clear()
 
-    def _check_loaded(self, adapter_name: str) -> None:
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"no adapter named {adapter_name!r}: loaded are {', '.join(self.peft_config)}")
-
     def _layer(self, adapter_name: str | None = None) -> EPTLayer:
+        """Returns the layer of an adapter (the active one); a `ValueError` names those that are loaded."""
         name = adapter_name or self.active_adapter
-        self._check_loaded(name)
+        if name not in self.peft_config:
+            raise ValueError(f"no adapter named {name!r}: loaded are {', '.join(self.peft_config)}")
         layer = self.prompt_encoder[name]
         assert isinstance(layer, EPTLayer)
         return layer

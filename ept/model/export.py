@@ -30,23 +30,14 @@ _HEADS = "base_model."  # PEFT's prefix of trained modules of the base model
 
 @dataclass
 class FoldedAdapter:
-    """An adapter in inference form.
+    """An adapter in inference form."""
 
-    Attributes:
-        layer: folded, on the CPU; it embeds texts once it is given the base model's embedding.
-        heads: modules trained with it, such as a classification head, by their names in the base model.
-    """
-
-    layer: EPTLayer
-    heads: dict[str, Tensor]
+    layer: EPTLayer  # folded, on the CPU; it embeds texts once it is given the base model's embedding
+    heads: dict[str, Tensor]  # trained with it, such as a classification head, by their names in the base model
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
-        """Reads and folds the adapter that `save_pretrained` wrote to `folder`; needs no base model.
-
-        Raises:
-            FileNotFoundError, ValueError: the files are missing or damaged.
-        """
+        """Reads and folds the adapter that `save_pretrained` wrote to `folder`; needs no base model."""
         config, shapes = read_config(folder), weight_shapes(folder)
         widths = {shapes[name][-1] for name in ("prompt", "B", "table") if shapes.get(name)}
         if len(widths) != 1:

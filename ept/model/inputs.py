@@ -30,17 +30,39 @@ def call_inputs(
     kwargs: dict[str, Any],
     generating: bool = False,
 ) -> dict[str, Any]:
-    """Makes the base model's arguments of those that `model` was called with."""
+    """Makes the base model's arguments of those that `model` was called with.
+
+    Tokens that follow a cache of prompt and text are generated ones: they get neither prompt nor update. Their mask
+    covers text and new tokens, or prompt, text and new tokens.
+
+    Raises:
+        ValueError: the mask has another length, or the model cannot number that many positions.
+    """
     inputs = dict(kwargs)
     if inputs.pop("position_ids", None) is not None:
         warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
-    if inputs.get("encoder_outputs") is not None:
-        return after_encoder(inputs, attention_mask)
-    embedding, layer = input_embedding(model.base_model), model._layer()
-    if cached_length(model._facts, inputs):
+    if (encoded := inputs.get("encoder_outputs")) is not None:  # the encoder has run already, and has seen the prompt
+        if attention_mask is not None:
+            inputs["attention_mask"] = extend(attention_mask, encoded[0].shape[1] - attention_mask.shape[1], 1)
+        return inputs
+    facts, embedding, layer = model._facts, input_embedding(model.base_model), model._layer()
+    if cached := cached_length(facts, inputs):
         ids, table, ones = lookup(embedding, input_ids, inputs_embeds, None, layer.d)
-        s = layer.config.num_virtual_tokens
-        return after_cache(model._facts, inputs, table[ids], attention_mask, ones, s)
+        mask = extend(ones, cached, 1) if attention_mask is None else attention_mask
+        s, new = layer.config.num_virtual_tokens, ids.shape[1]
+        if mask.shape[1] == cached + new - s:
+            mask = extend(mask, s, 1)
+            order = _beside_text_order(mask, s) if s and facts.prompt_beside_text else None
+            mask = mask if order is None else mask.gather(1, order)
+        if mask.shape[1] != cached + new:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} tokens; with {cached} cached positions and {new} new tokens it "
+                f"must cover {cached + new - s} (text) or {cached + new} (prompt and text)"
+            )
+        inputs.update(inputs_embeds=table[ids], attention_mask=mask)
+        if "position_ids" in facts.forward_arguments:
+            inputs["position_ids"] = _model_positions(facts, mask)[:, -new:]
+        return inputs
     if adapter_names is None:
         embeds, mask, _ = layer(
             input_ids, attention_mask, inputs_embeds=inputs_embeds, text_mask=text_mask, embedding=embedding
@@ -50,28 +72,15 @@ def call_inputs(
         layers: Any = dict(model.prompt_encoder.items())
         embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
     s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
-    return with_prompt(model._facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
+    return _with_prompt(facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
 
 
-def with_prompt(
-    facts: BaseModelFacts,
-    inputs: dict[str, Any],
-    embeds: Tensor,
-    mask: Tensor,
-    s: int,
-    generating: bool = False,
-    mixed: bool = False,
+def _with_prompt(
+    facts: BaseModelFacts, inputs: dict[str, Any], embeds: Tensor, mask: Tensor, s: int, generating: bool, mixed: bool
 ) -> dict[str, Any]:
     """Returns `inputs` with the embeddings `[batch, s + n, d]` of prompt and text, their mask and positions.
 
-    Args:
-        facts: how the model wants to be called. inputs: other arguments of the call; changed and returned.
-        mask: `[batch, s + n]`. s: length of the (longest) prompt.
-        generating: padding always goes before the prompt.
-        mixed: prompts may be shorter than `s`, with padding before them.
-
-    Raises:
-        ValueError: the model cannot number that many positions.
+    While `generating` padding always goes before the prompt; `mixed` prompts may be shorter than `s`, padded in front.
     """
     limit, length = facts.position_limit, embeds.shape[1]
     if limit is not None and length > limit:
@@ -80,10 +89,10 @@ def with_prompt(
             f"truncate the text to {limit - s} tokens"
         )
     order = None  # Padding never stands between prompt and text where the model would notice.
-    if facts.pools_last:
-        order = _padding_order(mask, last=False)
-    elif mixed and (facts.classifies or "decoder_input_ids" in facts.forward_arguments):
-        order = _padding_order(mask, last=True)  # the first row is pooled, or encoders count positions by index
+    if facts.pools_last or (mixed and (facts.classifies or "decoder_input_ids" in facts.forward_arguments)):
+        # All padding to one end: the last row is pooled, or the first one, or encoders count positions by index.
+        is_real = mask.bool().to(torch.int8)
+        order = torch.sort(is_real, dim=1, stable=True, descending=not facts.pools_last).indices
     elif s and (generating or facts.prompt_beside_text):
         order = _beside_text_order(mask, s)
     if order is not None:
@@ -97,92 +106,12 @@ def with_prompt(
     return inputs
 
 
-def add_labels(
-    facts: BaseModelFacts,
-    inputs: dict[str, Any],
-    labels: Tensor | None,
-    s: int,
-    causal: bool,
-    logits_to_keep: int | None,
-    training: bool,
-) -> None:
-    """Adds the labels to `inputs` behind `s` prompt tokens without one, and what follows from them for the logits.
-
-    Args:
-        causal: labels belong to the input's tokens.
-        logits_to_keep: as in `EPTModel.forward`.
-    """
-    if labels is not None:
-        labels = extend(labels, s, -100) if s > 0 else labels
-        if causal and logits_to_keep is None and training and labels.device.type == "cpu":
-            columns = (labels != -100).any(0).nonzero()
-            if len(columns):  # the logits that the loss reads are those at the labels and one before
-                logits_to_keep = min(labels.shape[1] - int(columns[0]) + 1, labels.shape[1])
-    if logits_to_keep and "logits_to_keep" in facts.forward_arguments:
-        inputs["logits_to_keep"] = logits_to_keep
-        if causal and labels is not None:
-            labels = labels[:, -logits_to_keep:]
-    if labels is not None:
-        inputs["labels"] = labels.contiguous()
-        if training and "use_cache" in facts.forward_arguments:
-            inputs.setdefault("use_cache", False)
-
-
-def warn_without_text(text_mask: Tensor, attention_mask: Tensor | None) -> None:
-    """Warns of a batch in which no token is input text."""
-    text = text_mask if attention_mask is None else text_mask & attention_mask.bool()
-    if not bool(text.any()):
-        warnings.warn(
-            "every token is a label, and labels get no low-rank update, so that A and B learn nothing: mask the "
-            "input text with -100 in labels, say which tokens are input text by text_mask, or set r=0",
-            stacklevel=3,
-        )
-
-
-def after_cache(
-    facts: BaseModelFacts, inputs: dict[str, Any], embeds: Tensor, mask: Tensor | None, ones: Tensor, s: int
-) -> dict[str, Any]:
-    """Returns `inputs` for tokens that follow a cache of prompt and text: generated ones, which get no update.
-
-    Args:
-        embeds: `[batch, new, d]`. mask: of text and new tokens, or of prompt, text and new tokens; None: all are
-            real.
-        ones: `[batch, new]`, in a mask's dtype.
-
-    Raises:
-        ValueError: the mask has another length.
-    """
-    cached, new = cached_length(facts, inputs), embeds.shape[1]
-    mask = extend(ones, cached, 1) if mask is None else mask
-    if mask.shape[1] == cached + new - s:
-        mask = extend(mask, s, 1)
-        order = _beside_text_order(mask, s) if s and facts.prompt_beside_text else None
-        mask = mask if order is None else mask.gather(1, order)
-    if mask.shape[1] != cached + new:
-        raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens; with {cached} cached positions and {new} new tokens it "
-            f"must cover {cached + new - s} (text) or {cached + new} (prompt and text)"
-        )
-    inputs.update(inputs_embeds=embeds, attention_mask=mask)
-    if "position_ids" in facts.forward_arguments:
-        inputs["position_ids"] = _model_positions(facts, mask)[:, -new:]
-    return inputs
-
-
-def after_encoder(inputs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
-    """Returns `inputs` for a decoder whose encoder has run already, and has seen the prompt."""
-    if mask is not None:
-        states = inputs["encoder_outputs"][0]
-        inputs["attention_mask"] = extend(mask, states.shape[1] - mask.shape[1], 1)
-    return inputs
-
-
 def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
     """Counts the positions in the key-value cache among `inputs`; 0 without one."""
-    cache = inputs.get("past_key_values")
+    cache: Any = inputs.get("past_key_values")
     if cache is None:  # newer models take the older name as well
         cache = inputs.get(cache_name(facts))
-    return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def cache_name(facts: BaseModelFacts) -> str:
@@ -201,6 +130,23 @@ def extend(values: Tensor, s: int, fill: int) -> Tensor:
     return torch.cat([values.new_full((values.shape[0], s), fill), values], dim=1)
 
 
+def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
+    """Turns bounds on the whole length into bounds on new tokens: the base model would count the prompt too."""
+    config = inputs.get("generation_config") or default
+    for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        given = inputs.pop(bound, None)
+        if inputs.get(new) is not None or (given is None and getattr(config, new, None) is not None):
+            continue
+        value = given if given is not None else getattr(config, bound, None)
+        if not value:
+            continue
+        if bound == "max_length" and value <= n:
+            raise ValueError(
+                f"max_length={value} leaves no room after {n} input tokens: raise it or use max_new_tokens"
+            )
+        inputs[new] = max(value - n, 0)
+
+
 def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool) -> None:
     """Turns the mean over this batch's labels into their sum over `num_items`, in place."""
     counted = (labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(-100).sum()
@@ -215,11 +161,6 @@ def _beside_text_order(mask: Tensor, s: int) -> Tensor | None:
         return None
     index = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(index < leading, index + s, torch.where(index < leading + s, index - leading, index))
-
-
-def _padding_order(mask: Tensor, last: bool) -> Tensor:
-    """Finds the order that moves all padding behind (`last`) or before the real rows, which keep theirs."""
-    return torch.sort(mask.bool().to(torch.int8), dim=1, stable=True, descending=last).indices
 
 
 def _model_positions(facts: BaseModelFacts, mask: Tensor) -> Tensor:

@@ -54,7 +54,10 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         Raises:
             ValueError: the weight is not quantised, damaged, repacked for CPU inference, or wants a gradient.
         """
-        if not (self.always or _runs_triton(x.device.type)) or self._is_transposed():
+        shape, swapped = getattr(self._state(), "shape", None), (self.in_features, self.out_features)
+        # bitsandbytes computes with a weight that was quantised as [in_features, out_features] as well.
+        is_transposed = shape is not None and tuple(shape) == swapped and swapped[0] != swapped[1]
+        if not (self.always or _runs_triton(x.device.type)) or is_transposed:
             return super().forward(x)
         if self.weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -121,12 +124,6 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         state = getattr(self.weight, "quant_state", None)
         return self.quant_state if state is None else state
 
-    def _is_transposed(self) -> bool:
-        """Tells whether the weight was quantised as [in_features, out_features], which bitsandbytes computes with."""
-        shape = getattr(self._state(), "shape", None)
-        there = (self.in_features, self.out_features)
-        return shape is not None and there[0] != there[1] and tuple(shape) == there
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.drop_caches()
         return super()._apply(fn, recurse)
@@ -140,7 +137,9 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
 
 
 def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache_bytes: int = 0) -> int:
-    """Turns every bitsandbytes 4-bit layer of `model` into `Linear4bit`, in place.
+    """Turns every bitsandbytes 4-bit layer of `model` into `Linear4bit`, in place; returns their number.
+
+    Calling it again sets the options anew.
 
     Args:
         always: go through the operators on every device, whichever implementation runs them there. By default only
@@ -151,9 +150,6 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
             counts as float32. Kept weights serve every number of tokens; they are dropped when the model is moved or
             loaded, and never saved.
 
-    Returns:
-        the number of swapped layers. Calling it again sets the options anew.
-
     Raises:
         ValueError: `dequantized_cache_bytes` is negative.
     """
@@ -161,10 +157,8 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
         raise ValueError(f"dequantized_cache_bytes={dequantized_cache_bytes}, the smallest budget is 0")
     for module in model.modules():
         if type(module) in _THEIRS:
-            theirs = type(module)
-            module.__class__ = Linear4bit
-            module.__dict__["their_class"] = theirs
-            _rebind_forward(module, theirs, Linear4bit)
+            module.__dict__["their_class"] = type(module)
+            _change_class(module, Linear4bit)
     ours = [module for module in model.modules() if isinstance(module, Linear4bit)]
     left = dequantized_cache_bytes
     for module in sorted(ours, key=_dequantized_bytes):
@@ -179,12 +173,10 @@ def restore_linear4bit(model: nn.Module) -> int:
     """Undoes `swap_linear4bit`, dropping what was kept. Returns how many layers were turned back."""
     ours = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in ours:
-        theirs: Any = module.their_class
         module.drop_caches()
+        _change_class(module, module.their_class)
         for name in ("their_class", "always", "cache_bytes"):
             del module.__dict__[name]
-        module.__class__ = theirs
-        _rebind_forward(module, Linear4bit, theirs)
     return len(ours)
 
 
@@ -192,9 +184,10 @@ def _dequantized_bytes(module: Linear4bit) -> int:
     return (module.compute_dtype or torch.float32).itemsize * module.in_features * module.out_features
 
 
-def _rebind_forward(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Points accelerate's hooks at the new class: they keep the method they wrap in the module itself."""
+def _change_class(module: nn.Module, new: type[nn.Module]) -> None:
+    """Changes the class of `module`, and of the methods that accelerate's hooks wrap and keep in the module itself."""
     for name in ("forward", "_old_forward"):
         method = module.__dict__.get(name)
-        if isinstance(method, types.MethodType) and method.__func__ is old.forward:
+        if isinstance(method, types.MethodType) and method.__func__ is type(module).forward:
             module.__dict__[name] = types.MethodType(new.forward, module)
+    module.__class__ = new

@@ -17,7 +17,6 @@ from ..prompt import EPTLayer
 from .base_model import wrapped_heads
 
 _names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
-
 BASE = "__base__"  # PEFT's name for a row that no adapter applies to
 
 
@@ -39,8 +38,7 @@ def embed_mixed(
         embeddings `[batch, s + n, d]` with `s` the longest prompt, attention mask `[batch, s + n]`.
 
     Raises:
-        ValueError: a name is unknown, the number of names is not the batch size, a text is too long for its adapter,
-            or an adapter is folded.
+        ValueError: names are unknown or not one a row, a text is too long for its adapter, or an adapter is folded.
     """
     if len(names) != ids.shape[0]:
         raise ValueError(f"adapter_names has {len(names)} names for a batch of {ids.shape[0]} rows: give one a row")

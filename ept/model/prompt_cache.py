@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -23,25 +23,15 @@ from .inputs import cached_length
 
 @dataclass
 class PromptCache:
-    """Keys and values that a model computed for a prompt.
+    """Keys and values that a model computed for a prompt."""
 
-    Attributes:
-        prompt: the embeddings it was made of, `[s, d]`.
-        weights: identity and version of the model's weights at that time.
-        cache: keys and values of one row, `s` positions in every layer.
-    """
-
-    prompt: Tensor
-    weights: tuple[tuple[int, int], ...]
-    cache: DynamicCache
+    prompt: Tensor  # the embeddings it was made of, [s, d]
+    weights: tuple[tuple[int, int], ...]  # the model's at that time: where each is, and how often it was written
+    cache: DynamicCache  # of one row, s positions in every layer
 
     @classmethod
-    def compute(cls, model: Any, prompt: Tensor) -> PromptCache:
-        """Runs `model` on the prompt `[s, d]` alone.
-
-        Raises:
-            ValueError: the model keeps something else than keys and values of every position.
-        """
+    def compute(cls, model: Any, prompt: Tensor, weights: tuple[tuple[int, int], ...]) -> PromptCache:
+        """Runs `model` on the prompt `[s, d]` alone; raises `ValueError` where it keeps other things of a position."""
         ones = torch.ones(1, len(prompt), dtype=torch.int64, device=prompt.device)
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
         positions = {}
@@ -57,18 +47,7 @@ class PromptCache:
                 f"{type(model).__name__} keeps {found}, not keys and values of every position: call generate without "
                 "use_prompt_cache"
             )
-        return cls(prompt.clone(), _weights_of(model), cache)
-
-    def fits(self, model: nn.Module, prompt: Tensor) -> bool:
-        """Tells whether computing it again for this prompt and model would give the same."""
-        same = self.prompt.dtype == prompt.dtype and self.prompt.device == prompt.device
-        return same and torch.equal(self.prompt, prompt) and self.weights == _weights_of(model)
-
-    def for_rows(self, rows: int) -> DynamicCache:
-        """Copies it for a batch, which `generate` may extend."""
-        cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(rows)
-        return cache
+        return cls(prompt.clone(), weights, cache)
 
 
 def cached_prompt(
@@ -76,29 +55,33 @@ def cached_prompt(
 ) -> DynamicCache | None:
     """Returns the cache of the `s` prompt rows that `inputs` begin with, for all rows of `generate`; None if s = 0.
 
-    Args:
-        caches: those kept so far, by adapter; one for the adapter `name` is added or made anew.
+    It is kept in `caches` for the adapter `name`, and made anew where it does not fit.
     """
     if not s:
         return None
     embeds, config = inputs["inputs_embeds"], inputs.get("generation_config") or model.generation_config
-    kept = caches.get(name)
-    if kept is None or not kept.fits(model, embeds[0, :s]):
-        kept = caches[name] = PromptCache.compute(model, embeds[0, :s])
+    prompt, kept = embeds[0, :s], caches.get(name)
+    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    if (
+        kept is None
+        or kept.weights != weights
+        or (kept.prompt.dtype, kept.prompt.device) != (prompt.dtype, prompt.device)
+        or not torch.equal(kept.prompt, prompt)
+    ):
+        kept = caches[name] = PromptCache.compute(model, prompt, weights)
     # `generate` makes several rows of each text: beams, or sequences to return.
     copies = (inputs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
-    return kept.for_rows(len(embeds) * max(copies))
+    cache = copy.deepcopy(kept.cache)  # which `generate` extends
+    cache.batch_repeat_interleave(len(embeds) * max(copies))
+    return cache
 
 
 def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], padded: bool) -> None:
     """Raises `ValueError` where `generate` after a cached prompt would differ from `generate` without.
 
-    Args:
-        model: the base model. facts: about it. inputs: what `generate` is called with.
-        padded: whether padding would stand between the prompt and the text.
+    `padded` tells whether padding would stand between the prompt and the text.
     """
-    name = type(model).__name__
-    config = model.config.get_text_config()
+    name, config = type(model).__name__, model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
             f"the prompt of {name} stands before the encoder's input, and changes with it: use_prompt_cache is for "
@@ -122,8 +105,3 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
             f"{name} counts positions by index or sees a window of them, and the cached prompt cannot move behind the "
             "padding of shorter rows: give rows of one length, or call generate without use_prompt_cache"
         )
-
-
-def _weights_of(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Identifies the weights of `model`: where each is, and how often it was written."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import bitsandbytes
 import pytest
 import torch
 from four_bit_helpers import SIZES, dequantize, load_4bit, write_checkpoints
@@ -60,27 +63,21 @@ def test_bfloat16_compute(name, checkpoints):
 
 
 def test_gradients_are_those_of_the_dequantised_model(checkpoints):
-    """The 4-bit layers compute with their dequantised weights, in float32: a plain model with these has the same
-    gradients.
-    """
-    import bitsandbytes.functional as bnb
-
+    """The 4-bit layers compute with their dequantised weights, in float32: so does a plain model with these."""
     quantized = load_4bit("llama", checkpoints["llama"], "nf4", True)
     plain = make_model("llama", **SIZES["llama"])
     with torch.no_grad():
         for name, module in quantized.named_modules():
             if type(module).__name__ == "Linear4bit":
-                plain.get_submodule(name).weight.copy_(
-                    bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
-                )
+                weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                plain.get_submodule(name).weight.copy_(weight)
     gradients = []
     for base in (quantized, plain):
         model = get_ept_model(base, EPTConfig(**SMALL))
         randomise(model)
         model.train()(**make_batch("llama")).loss.backward()
         gradients.append({n: p.grad for n, p in model.prompt_encoder.named_parameters()})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_counts_4bit_parameters_as_peft_does(checkpoints):
@@ -99,15 +96,8 @@ def test_weights_repacked_by_an_earlier_inference_are_unpacked(nested, checkpoin
     exact = [dequantize(layer.weight, torch.float32) for layer in layers]
     with torch.no_grad():
         base(torch.tensor([[5, 6, 7]]))
-    repacked = [
-        m
-        for m in base.modules()
-        if getattr(getattr(getattr(m, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
-    ]
-    if repacked:
-        with pytest.warns(UserWarning, match="repacked for CPU inference"):
-            model = get_ept_model(base, EPTConfig(**SMALL))
-    else:
+    repacked = any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    with pytest.warns(UserWarning, match="repacked for CPU inference") if repacked else nullcontext():
         model = get_ept_model(base, EPTConfig(**SMALL))
     for layer, weight in zip(layers, exact):  # but for the scales, which were rounded to bfloat16 (and nested again)
         unpacked = dequantize_4bit(FourBitWeight.from_bitsandbytes(layer), torch.float32)

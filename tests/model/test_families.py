@@ -40,11 +40,8 @@ def test_trains_saves_and_loads(name, tmp_path):
     with torch.no_grad():
         expected = model(**batch).logits
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-    }
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == names
     again = EPTModel.from_pretrained(make_model(name), tmp_path, is_trainable=True)
     again.eval()
     with torch.no_grad():
@@ -61,9 +58,8 @@ def test_trains_saves_and_loads(name, tmp_path):
 def test_generates(name):
     model = get_ept_model(make_model(name), EPTConfig(**SMALL)).eval()
     batch = make_batch(name, (6, 3), "left" if name in DECODERS else "right")
-    output = model.generate(
-        batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=4, do_sample=False
-    )
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert output.shape[0] == 2
     assert output.shape[1] > (6 if name in DECODERS else 1)
 

@@ -54,11 +54,10 @@ def test_logits_and_gradients_are_those_of_bitsandbytes(name, kind, nested, chec
     ours = adapted(load_4bit(name, checkpoints[name], kind, nested))
     assert sum(isinstance(m, Linear4bit) for m in ours.modules()) >= 14
     assert not any(isinstance(m, Linear4bit) for m in theirs.modules())
-    for key, actual in results(ours, name).items():
-        torch.testing.assert_close(actual, expected[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    torch.testing.assert_close(results(ours, name), expected, rtol=1e-4, atol=1e-5)
     restore_linear4bit(ours)
     assert not any(isinstance(m, Linear4bit) for m in ours.modules())
-    assert all(torch.equal(a, expected[k]) for k, a in results(ours, name).items())
+    torch.testing.assert_close(results(ours, name), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -102,9 +101,8 @@ def test_the_base_model_saves_as_before(checkpoints, tmp_path):
     model.base_model.save_pretrained(tmp_path)
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu")
     assert not any(isinstance(m, Linear4bit) for m in again.modules())
-    state = again.state_dict()
-    assert state.keys() == expected.keys() == model.base_model.state_dict().keys()
-    assert all(torch.equal(state[k], expected[k]) for k in state)
+    assert expected.keys() == model.base_model.state_dict().keys()
+    torch.testing.assert_close(dict(again.state_dict()), dict(expected), rtol=0, atol=0)
 
 
 def test_one_trainer_run(checkpoints, tmp_path):
@@ -133,16 +131,12 @@ def test_gradient_checkpointing(checkpoints):
     model = adapted(load_4bit("llama", checkpoints["llama"]))
     expected = results(model, "llama")
     model.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    for key, actual in results(model, "llama").items():
-        torch.testing.assert_close(actual, expected[key])
+    torch.testing.assert_close(results(model.train(), "llama"), expected)
 
 
 def test_device_map_auto(checkpoints):
-    expected = results(adapted(load_4bit("t5", checkpoints["t5"])), "t5")
-    base = load_4bit("t5", checkpoints["t5"], device_map="auto")
-    for key, actual in results(adapted(base), "t5").items():
-        torch.testing.assert_close(actual, expected[key], msg=lambda m, key=key: f"{key}: {m}")
+    bases = [load_4bit("t5", checkpoints["t5"], device_map=device_map) for device_map in ("auto", "cpu")]
+    torch.testing.assert_close(*(results(adapted(base), "t5") for base in bases))
 
 
 def test_dispatched_by_accelerate(checkpoints):
@@ -171,8 +165,7 @@ def test_fully_sharded(storage, checkpoints):
             fully_shard(block, mesh=mesh)
         assert all(not hasattr(m.weight, "quant_state") for m in base.modules() if isinstance(m, Linear4bit))
         for _ in range(2):
-            for key, actual in results(model, "llama").items():
-                torch.testing.assert_close(actual, expected[key], msg=lambda m, key=key: f"{key}: {m}")
+            torch.testing.assert_close(results(model, "llama"), expected)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -182,8 +175,7 @@ def test_compiled_layers(checkpoints):
     model = adapted(load_4bit("llama", checkpoints["llama"]))
     expected = results(model, "llama")
     model.compile_layers(backend="aot_eager", fullgraph=True)
-    for key, actual in results(model, "llama").items():
-        torch.testing.assert_close(actual, expected[key], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results(model, "llama"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_saved_does_not_grow_with_the_4bit_layers(checkpoints, tmp_path):
@@ -223,8 +215,7 @@ def test_lora_on_top(checkpoints):
         assert type(model.base_model.model.model.layers[0].self_attn.q_proj).__module__ == "peft.tuners.lora.bnb"
         model(**batch).loss.backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_dequantized_cache(checkpoints):
@@ -232,8 +223,7 @@ def test_dequantized_cache(checkpoints):
     expected = results(model, "t5")
     budget = 5 * 64 * 64 * 4
     swap_linear4bit(model, always=True, dequantized_cache_bytes=budget)
-    for key, actual in results(model, "t5").items():
-        torch.testing.assert_close(actual, expected[key], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results(model, "t5"), expected, rtol=1e-4, atol=1e-5)
     kept = [m.__dict__["_dequantized"] for m in model.modules() if "_dequantized" in m.__dict__]
     assert len(kept) == 5
     assert sum(W.nbytes for W in kept) == budget

@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 import time
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from tiny_models import ONE_A_TASK, TASK_OF, make_batch, make_model, randomise
 from ept import EPTConfig, EPTModel, get_ept_model
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-# Every adapter is of another size; one has no prompt, one no low-rank update.
+# Every adapter is of another size; one has no prompt, one no low-rank update, one a prompt alone.
 SIZES = [
     {"num_virtual_tokens": 5, "r": 3, "max_length": 12},
     {"num_virtual_tokens": 2, "r": 1, "max_length": 30, "alpha": 3.0},
     {"num_virtual_tokens": 7, "r": 0, "max_length": 8, "fusion": False},
     {"num_virtual_tokens": 0, "r": 2, "max_length": 9},
+    {"num_virtual_tokens": 6, "r": 0, "fusion": False, "num_spaces": 0},
 ]
 
 
@@ -47,37 +49,41 @@ def load_all(name, folders):
     return model.eval()
 
 
-def alone(model, adapter, call):
-    before = model.active_adapter
-    model.set_adapter(adapter, inference_mode=True)
-    try:
-        return call()
-    finally:
-        model.set_adapter(before, inference_mode=True)
+@contextmanager
+def active(model, adapter):
+    """Lets the adapter answer, or for `__base__` the bare model."""
+    with model.disable_adapter() if adapter == "__base__" else nullcontext():
+        if adapter != "__base__":
+            model.set_adapter(adapter, inference_mode=True)
+        yield
 
 
-@pytest.mark.parametrize("name", [*ONE_A_TASK, "bart", "gpt2", "gemma3", "llama_classifier"])
+@pytest.mark.parametrize("name", [*ONE_A_TASK, "bart", "gpt2", "mistral", "gemma3", "llama_classifier"])
 def test_mixed_batch_of_saved_adapters_of_every_size(name, folders):
     """Logits, and for what generates tokens, are those of each adapter alone, heads included."""
     model = load_all(name, folders(name, SIZES))
     decoder = TASK_OF[name] == "CAUSAL_LM"
-    batch = make_batch(name, (8, 4, 6, 5), "left" if decoder else "right")
-    names = ["a1", "a0", "a3", "a2"]
+    names = ["a1", "a0", "__base__", "a3", "a2", "a4"]
+    batch = make_batch(name, (8, 4, 9, 6, 5, 7), "left" if decoder else "right")
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     with torch.no_grad():
         mixed = model(**batch, adapter_names=names).logits
     for row, adapter in enumerate(names):
         one = {k: v[row : row + 1] for k, v in batch.items()}
-        with torch.no_grad():
-            expected = alone(model, adapter, lambda one=one: model(**one).logits)[0]
+        if decoder and adapter == "__base__":  # whose positions nobody counts from the mask
+            one["position_ids"] = (one["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad(), active(model, adapter):
+            expected = model(**one).logits[0]
         last = int(one["attention_mask"].sum()) if decoder else len(expected)
         torch.testing.assert_close(mixed[row][-last:], expected[-last:], rtol=1e-4, atol=1e-5)
     if TASK_OF[name] == "SEQ_CLS":
         return
     generated = model.generate(**inputs, adapter_names=names, **GREEDY)
     for row, adapter in enumerate(names):
-        one = {k: v[row : row + 1] for k, v in inputs.items()}
-        assert torch.equal(generated[row], alone(model, adapter, lambda one=one: model.generate(**one, **GREEDY))[0])
+        with active(model, adapter):
+            assert torch.equal(
+                generated[row], model.generate(**{k: v[row : row + 1] for k, v in inputs.items()}, **GREEDY)[0]
+            )
 
 
 def test_a_folded_adapter_is_refused_in_a_mixed_batch(folders):

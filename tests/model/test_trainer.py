@@ -1,6 +1,4 @@
-"""The Trainer that people know, without this project's command line: checkpoints, resuming, evaluation,
-accumulation.
-"""
+"""The Trainer that people know, without this project's command line: checkpoints, resuming, evaluation."""
 
 from __future__ import annotations
 
@@ -65,11 +63,8 @@ def make_trainer(name: str, folder: Path, trainer_class: Any = Trainer, callback
 
 
 def adapter_of(trainer: Any) -> dict[str, torch.Tensor]:
-    return {
-        n: p.detach().clone()
-        for n, p in trainer.model.named_parameters()
-        if "prompt_encoder" in n or "modules_to_save" in n
-    }
+    parameters = trainer.model.named_parameters()
+    return {n: p.detach().clone() for n, p in parameters if "prompt_encoder" in n or "modules_to_save" in n}
 
 
 @pytest.mark.parametrize("name", ONE_A_TASK)
@@ -110,11 +105,9 @@ def test_accumulated_small_batches_give_the_gradient_of_the_large_one(name, tmp_
         before = adapter_of(trainer)
         trainer.train()
         after = adapter_of(trainer)
-        gradients.append({n: before[n] - after[n] for n in before})
-        loss = trainer.state.log_history[-1]["train_loss"]
-        gradients[-1]["loss"] = torch.tensor(loss)
-    for n, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][n], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=n: f"{n}: {m}")
+        loss = torch.tensor(trainer.state.log_history[-1]["train_loss"])
+        gradients.append({"loss": loss, **{n: before[n] - after[n] for n in before}})
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_best_checkpoint_is_restored(tmp_path):
@@ -144,5 +137,4 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
         trainer = make_trainer("llama", tmp_path, gradient_checkpointing=checkpointing, save_strategy="no")
         trainer.train()
         weights.append(adapter_of(trainer))
-    for name in weights[0]:
-        torch.testing.assert_close(weights[1][name], weights[0][name])
+    torch.testing.assert_close(*weights)
