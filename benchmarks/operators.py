@@ -15,10 +15,9 @@ from ept_kernels import launch
 from ept_kernels.dev.problems import as_tuple
 
 from .problems import Prepared, prepare
-from .record import Row
+from .record import Row, Work
 from .shapes import OURS, OURS_AGAIN, PRODUCTS, TABLES, Case
 from .timing import Call, Clock, DeviceClock, Timing, device_launches, peak_bytes, time_in_turn
-from .work import Work
 
 CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # timing of one version of one case
 
@@ -30,7 +29,7 @@ def works_of(table: str, device: str) -> list[Work]:
         prepared = prepare(case, device, compile_allowed=table != "reduced")
         yield from measure(case, prepared, device, CASE_SECONDS[table], measure_ceilings(table, device)[0])
 
-    ceilings = Work("ceilings", lambda: measure_ceilings(table, device)[1], {"section": "ceilings"})
+    ceilings = Work("ceilings", lambda: measure_ceilings(table, device)[1])
     cases = TABLES[table]()
     return [ceilings, *(Work(f"kernels/{c.id}", functools.partial(measured, c), described(c)) for c in cases)]
 

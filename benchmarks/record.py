@@ -1,4 +1,4 @@
-"""A record of measurements: one file of JSON lines that survives an interruption at any moment.
+"""A record of measurements: one file of JSON lines that survives an interruption at any moment, and its units of work.
 
 It begins with a header (command, device, versions, a fingerprint of the sources); then every unit of work writes a
 `begin` line, its results, and an `end` line, each forced to the disk as it is written. A unit without its `end` was
@@ -11,21 +11,22 @@ import functools
 import hashlib
 import json
 import os
-import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ept.utils.environment import hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD_NAME = "report.jsonl"
-MAX_ATTEMPTS = 2  # to measure a unit whose process dies; then that is its result
 
 # The libraries whose version every row carries.
 ROW_VERSIONS = ("python", "ept", "torch", "triton", "transformers", "bitsandbytes", "peft")
@@ -33,22 +34,24 @@ ROW_VERSIONS = ("python", "ept", "torch", "triton", "transformers", "bitsandbyte
 Row = dict[str, Any]
 
 
-def device_name(device: str) -> str:
-    """Returns `cpu`, or the GPU's own name."""
-    import torch
+@dataclass(frozen=True)
+class Work:
+    """One unit of a record.
 
-    return "cpu" if device == "cpu" else torch.cuda.get_device_name()
+    Attributes:
+        unit: its name, `section/…`. rows: measures it. described: fields of all its rows beside section and case.
+        needs: a package without which it is skipped. on_request: measured only where `--only` names it.
+    """
 
-
-def device_folder(name: str) -> Path:
-    """Returns the folder of a device's records: `benchmarks/results/<device>`."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    unit: str
+    rows: Callable[[], Iterable[Row]]
+    described: Row = field(default_factory=dict, hash=False)
+    needs: str = ""
+    on_request: bool = False
 
 
 def check_device(device: str) -> None:
     """Raises `SystemExit` with the remedy where `device` is `cuda` and torch sees none."""
-    import torch
-
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
             f"torch {torch.__version__} sees no CUDA device: run this on a machine with a GPU and a CUDA build of "
@@ -73,7 +76,7 @@ def measured_with(device: str, reduced: bool) -> Row:
     """Returns the fields of every row: device, versions, and whether sizes were reduced (no figure means anything)."""
     found = versions()
     return {
-        "device": device_name(device),
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "device_type": device,
         "reduced": reduced,
         "versions": {name: found.get(name) for name in ROW_VERSIONS},
@@ -190,12 +193,3 @@ class Record:
         self.append({"line": "begin", "unit": name})
         yield lambda result: self.append({"line": "result", "unit": name, **result})
         self.append({"line": "end", "unit": name})
-
-    def give_up(self, name: str, result: Row) -> bool:
-        """Returns True, with a failed `result` written, where `name` was begun `MAX_ATTEMPTS` times and never ended."""
-        if self.attempts(name) < MAX_ATTEMPTS:
-            return False
-        reason = f"the process ended {MAX_ATTEMPTS} times while measuring it"
-        with self.unit(name) as add:
-            add({**result, "status": "failed", "reason": reason})
-        return True

@@ -29,9 +29,8 @@ from ept.tasks.encoding import encode_split
 from . import mixed_adapters, operator_overhead
 from .goals import BARE_STEP, EPT_METHOD, LLAMA_STEP, T5_STEP
 from .json_records import profile_row
-from .record import ROOT, Row
+from .record import ROOT, Row, Work
 from .timing import Call, Clock, ratio, summary, time_in_turn
-from .work import Work
 
 METHODS = ("pt", "dept", "ept", "peft-pt")
 VS_PEFT = ("peft-pt", "ept")
@@ -83,8 +82,7 @@ def works_of(table: str, device: str) -> list[Work]:
 def _step(
     unit: str, measure: Callable[..., Iterator[Row]], *, needs: str = "", on_request: bool = False, **size: Any
 ) -> Work:
-    described = {"section": "steps", "case": unit}
-    return Work(unit, functools.partial(measure, **size), described, needs=needs, on_request=on_request)
+    return Work(unit, functools.partial(measure, **size), needs=needs, on_request=on_request)
 
 
 def profiled(*, groups: tuple[tuple[str, ...], ...] = (METHODS,), rows: Any = None, **config: Any) -> Iterator[Row]:

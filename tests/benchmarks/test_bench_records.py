@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import record as records
-from benchmarks.record import MAX_ATTEMPTS, ROOT, Record
+from benchmarks.record import ROOT, Record, Work
+from benchmarks.run import MAX_ATTEMPTS, run
 
 HEADER = {
     "line": "header",
@@ -79,21 +81,22 @@ def test_a_record_of_something_else_is_kept_aside(tmp_path: Path, key: str, valu
 
 
 def test_a_unit_whose_process_keeps_dying_is_given_up_with_a_reason(tmp_path: Path) -> None:
+    def dies() -> list[dict[str, Any]]:
+        raise SystemExit(1)
+
     record = Record.resume(tmp_path / "r.jsonl", HEADER)
-    for attempt in range(MAX_ATTEMPTS):
-        assert not record.give_up("a", {"case": "a"}), attempt
-        with pytest.raises(SystemExit), record.unit("a"):
-            raise SystemExit(1)
-    assert record.give_up("a", {"case": "a"})
-    assert record.finished("a")
+    for _ in range(MAX_ATTEMPTS):
+        with pytest.raises(SystemExit):
+            run(record, [Work("steps/a", dies)], {}, seconds=60)
+        assert not record.finished("steps/a")
+    assert run(record, [Work("steps/a", dies)], {}, seconds=60) == 0
+    assert record.finished("steps/a")
     (row,) = record.results()
-    assert (row["status"], row["case"]) == ("failed", "a")
+    assert (row["status"], row["section"], row["case"]) == ("failed", "steps", "steps/a")
     assert f"{MAX_ATTEMPTS} times" in row["reason"]
 
 
 def test_a_missing_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"sees no CUDA device.*--device cpu"):
         records.check_device("cuda")

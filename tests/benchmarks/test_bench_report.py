@@ -13,8 +13,7 @@ import pytest
 
 from benchmarks import checks, gpu_report, record, shapes
 from benchmarks import run as benchmarks_run
-from benchmarks.record import ROOT, Record
-from benchmarks.work import Work, run
+from benchmarks.record import ROOT, Record, Work
 
 SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
 
@@ -141,7 +140,7 @@ def test_pytest_results_are_counted(tmp_path: Path) -> None:
     file.write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
     )
-    row = next(checks.run_tests((str(file),), "cpu", time.monotonic() + 60))
+    row = checks.run_tests((str(file),), "cpu", time.monotonic() + 60)[0]
     assert row["status"] == "failed"
     assert row["summary"] == "1 passed, 1 failed, 1 skipped"
 
@@ -149,9 +148,9 @@ def test_pytest_results_are_counted(tmp_path: Path) -> None:
 def test_what_the_clock_cut_off_is_run_again(tmp_path: Path) -> None:
     written = Record(tmp_path / "r.jsonl")
     answers = [{"status": "failed", "reason": "late", "timed_out": True}, {"status": "ok", "reason": ""}]
-    tests = Work("tests/a", lambda: [answers.pop(0)], {"section": "tests", "case": "tests/a"})
+    tests = Work("tests/a", lambda: [answers.pop(0)])
     for expected in ("failed", "ok", "ok"):
-        run(written, [tests], {}, seconds=60)
+        benchmarks_run.run(written, [tests], {}, seconds=60)
         assert [row["status"] for row in written.results()] == [expected]
     assert not answers
 
