@@ -19,28 +19,23 @@ def peft_embedding(arguments: Arguments) -> Call:
     """Does what `PeftModelForSeq2SeqLM.forward` does between ids and `inputs_embeds`."""
     encoders = [_peft_encoder(prompt, table) for _, _, table, prompt, *_ in arguments]
 
+    @torch.no_grad()
     def call(i: int) -> Tensor:
         ids, _, table = arguments[i][:3]
-        with torch.no_grad():
-            return _peft_forward(encoders[i], ids.shape[0], torch.nn.functional.embedding(ids, table))
+        return _peft_forward(encoders[i], ids.shape[0], torch.nn.functional.embedding(ids, table))
 
     return call
 
 
-def peft_embedding_backward(arguments: Arguments, prompt: int) -> Call:
+def peft_embedding_backward(arguments: Arguments) -> Call:
     """Takes autograd through the same: the gradient of the prompt; the embeddings of the tokens are frozen."""
     graphs = []
-    for gradient, *_ in arguments:
-        batch, rows, width = gradient.shape
-        encoder = _peft_encoder(torch.zeros(prompt, width, device=gradient.device), gradient)
-        embeds = _peft_forward(encoder, batch, gradient.new_zeros(batch, rows - prompt, width))
-        graphs.append((embeds, encoder.embedding.weight))
-
-    def call(i: int) -> Tensor:
-        embeds, weight = graphs[i]
-        return torch.autograd.grad(embeds, weight, arguments[i][0], retain_graph=True)[0]
-
-    return call
+    for gradient, positions, *_ in arguments:
+        batch, tokens = positions.shape
+        encoder = _peft_encoder(gradient[0, tokens:], gradient)
+        embeds = _peft_forward(encoder, batch, torch.zeros_like(gradient[:, :tokens]))
+        graphs.append((embeds, encoder.embedding.weight, gradient))
+    return _gradients(graphs)
 
 
 def _peft_encoder(prompt: Tensor, like: Tensor) -> Any:
@@ -76,12 +71,7 @@ def bitsandbytes_matmul(arguments: Arguments) -> Call:
     import bitsandbytes
 
     states = [(x, *_packed_and_state(weight, x.dtype)) for x, weight in arguments]
-
-    def call(i: int) -> Tensor:
-        with torch.no_grad():
-            return bitsandbytes.matmul_4bit(*states[i])
-
-    return call
+    return torch.no_grad()(lambda i: bitsandbytes.matmul_4bit(*states[i]))
 
 
 def bitsandbytes_matmul_backward(arguments: Arguments) -> Call:
@@ -93,12 +83,12 @@ def bitsandbytes_matmul_backward(arguments: Arguments) -> Call:
         x = gradient.new_zeros(gradient.shape[0], weight.columns, requires_grad=True)
         out = bitsandbytes.matmul_4bit(x, *_packed_and_state(weight, gradient.dtype))
         graphs.append((out, x, gradient))
+    return _gradients(graphs)
 
-    def call(i: int) -> Tensor:
-        out, x, gradient = graphs[i]
-        return torch.autograd.grad(out, x, gradient, retain_graph=True)[0]
 
-    return call
+def _gradients(graphs: list[tuple[Tensor, Tensor, Tensor]]) -> Call:
+    """Takes the gradient through a graph, given as its output, the input asked for, and the gradient of the output."""
+    return lambda i: torch.autograd.grad(*graphs[i], retain_graph=True)[0]
 
 
 def _packed_and_state(weight: FourBitWeight, dtype: torch.dtype) -> tuple[Tensor, Any]:

@@ -5,10 +5,9 @@ The inputs are those of `ept_kernels.dev.problems`; the libraries we are compare
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ import ept_kernels
 from ept_kernels.dev.problems import FourBit, JointPrompt, PackedEmbedding, PromptedEmbedding
 
 from . import counts, peers
+from .peers import Arguments
 from .shapes import BITSANDBYTES, COMPILED, DENSE, EAGER, OURS, OURS_AGAIN, PEFT, Case
 from .timing import Call
 
@@ -28,8 +28,6 @@ CPU_CACHE = 32 << 20  # assumed: PyTorch does not tell the size of a CPU's last-
 
 # ‖out − reference‖ / ‖reference‖ that a version may reach before its time counts.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-Arguments = Sequence[tuple[Any, ...]]
 
 
 @dataclass
@@ -52,15 +50,15 @@ class Prepared:
     must_equal: str = ""
 
 
-def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared | None:
-    """Makes `case` ready on `device`; None where the operator does not exist."""
+def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared:
+    """Makes `case` ready on `device`; every version is skipped where the operator does not exist."""
     if not hasattr(ept_kernels, case.kernel):
-        return None
+        reason = f"this version of ept_kernels has no {case.kernel}"
+        return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, reason))
     if "4bit" in case.kernel:
-        make = _four_bit
+        prepared = _four_bit(case, device)
     else:
-        make = _joint_prompt if case.kernel == "joint_prompt" else _embedding
-    prepared = make(case, device)
+        prepared = (_joint_prompt if case.kernel == "joint_prompt" else _embedding)(case, device)
     if not compile_allowed and prepared.calls.pop(COMPILED, None):
         prepared.skipped[COMPILED] = "not compiled in a reduced run"
     return prepared
@@ -71,29 +69,27 @@ def _embedding(case: Case, device: str) -> Prepared:
     dtype = getattr(torch, case.dtype)
     batch, n, d, vocabulary, s, r = case.size.values()
     problem: Any = PromptedEmbedding(n, d, s, n, r, batch, "none", dtype, vocabulary=vocabulary)
+    table, peer = None, peers.peft_embedding
     if case.kernel == "prompted_embedding_backward":
-        problem = problem.backward
+        problem, peer = problem.backward, peers.peft_embedding_backward
         counted = counts.prompted_embedding_backward(batch, n, d, s, r, n, dtype.itemsize)
-        arguments = input_sets(lambda seed: problem.inputs(device, seed), counted, device)
-        peer = functools.partial(peers.peft_embedding_backward, arguments, s)
     else:
         # One table for all sets where it is larger than the cache, since their ids differ.
-        shared = vocabulary * d * dtype.itemsize >= 2 * last_level_cache(device)
-        table = torch.randn(vocabulary, d, device=device, dtype=dtype) if shared else None
+        if vocabulary * d * dtype.itemsize >= 2 * last_level_cache(device):
+            table = torch.randn(vocabulary, d, device=device, dtype=dtype)
         if case.kernel == "prompted_embedding_packed":
             lengths = torch.linspace(max(1, n // 4), n, batch).round().long().tolist()
             problem = PackedEmbedding(tuple(lengths), s, d, r, dtype, vocabulary=vocabulary)
         ids = problem.inputs(device, 0, table)[0]
-        distinct = ids.unique().numel()
+        rest = d, s, r, n, ids.unique().numel(), dtype.itemsize
         if case.kernel == "prompted_embedding_packed":
-            counted = counts.prompted_embedding_packed(batch, ids.numel(), n, d, s, r, n, distinct, dtype.itemsize)
+            counted = counts.prompted_embedding_packed(batch, ids.numel(), n, *rest)
         else:
-            counted = counts.prompted_embedding(batch, n, d, s, r, n, distinct, dtype.itemsize)
-        arguments = input_sets(lambda seed: problem.inputs(device, seed, table), counted, device)
-        peer = functools.partial(peers.peft_embedding, arguments)
+            counted = counts.prompted_embedding(batch, n, *rest)
+    arguments = input_sets(lambda seed: problem.inputs(device, seed, table), counted, device)
     prepared = _prepared(case, arguments, counted)
     if PEFT in case.providers:
-        _add_peer(prepared, PEFT, peer)
+        _add_peer(prepared, PEFT, peer, arguments)
     return prepared
 
 
@@ -133,23 +129,24 @@ def _four_bit(case: Case, device: str) -> Prepared:
     dtype = getattr(torch, case.dtype)
     quant_type, _, nested = case.scheme.partition(" ")
     problem = FourBit(rows, columns, tuple(tokens), quant_type, nested=bool(nested), dtype=dtype)
+    sizes = *tokens, rows, columns, problem.block_size, problem.nested, dtype.itemsize
     if case.kernel == "dequantize_4bit":
-        counted = counts.dequantize_4bit(rows, columns, problem.block_size, bool(nested), dtype.itemsize)
+        counted = counts.dequantize_4bit(*sizes)
         arguments = input_sets(lambda seed: (problem.weight(device, seed), dtype), counted, device)
         prepared = _prepared(case, arguments, counted)
         prepared.must_equal = BITSANDBYTES
-        _add_peer(prepared, BITSANDBYTES, lambda: peers.bitsandbytes_dequantize(arguments))
+        _add_peer(prepared, BITSANDBYTES, peers.bitsandbytes_dequantize, arguments)
         return prepared
 
     backward = case.kernel == "matmul_4bit_backward"
-    counted = counts.matmul_4bit(*tokens, rows, columns, problem.block_size, bool(nested), dtype.itemsize)
+    counted = counts.matmul_4bit(*sizes)
     width = rows if backward else columns
     arguments = input_sets(
         lambda seed: (problem.random(width, device, seed), problem.weight(device, seed)), counted, device
     )
     prepared = _prepared(case, arguments, counted)
     peer = peers.bitsandbytes_matmul_backward if backward else peers.bitsandbytes_matmul
-    _add_peer(prepared, BITSANDBYTES, lambda: peer(arguments))
+    _add_peer(prepared, BITSANDBYTES, peer, arguments)
     dense = [ept_kernels.dequantize_4bit_reference(weight, dtype) for _, weight in arguments]
     prepared.calls[DENSE] = lambda i: arguments[i][0] @ (dense[i] if backward else dense[i].mT)
     return prepared
@@ -179,14 +176,13 @@ def _prepared(
     )
 
 
-def _add_peer(prepared: Prepared, provider: str, make: Callable[[], Call]) -> None:
+def _add_peer(prepared: Prepared, provider: str, make: Callable[[Arguments], Call], arguments: Arguments) -> None:
     """Adds a version that needs a library, or the reason why that library cannot be used."""
-    library = provider.lower()
-    if importlib.util.find_spec(library) is None:
-        prepared.skipped[provider] = f"{library} is not installed"
+    if importlib.util.find_spec(provider.lower()) is None:
+        prepared.skipped[provider] = f"{provider.lower()} is not installed"
         return
     try:
-        prepared.calls[provider] = make()
+        prepared.calls[provider] = make(arguments)
     except Exception as error:  # whatever a peer raises here is the reason that its row gives
         prepared.skipped[provider] = f"{type(error).__name__}: {error}"
 

@@ -35,7 +35,7 @@ def measured(session: tuple[str, str, list[Row]]) -> Any:
             held[case.id] = {row["provider"]: {**operators.described(case), **row, **about} for row in found}, prepared
             rows.extend(held[case.id][0].values())
         by_provider, prepared = held[case.id]
-        return by_provider[provider], prepared and prepared.calls.get(provider)
+        return by_provider[provider], prepared.calls.get(provider)
 
     yield measure
     held.clear()
