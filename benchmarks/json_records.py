@@ -1,11 +1,11 @@
 """The records that are one JSON file each, as the rows of a report: those of `ept profile`, and earlier ones of steps.
 
-A file is known by its name: what no name here fits is listed by `unknown`, so that no record is passed over in
-silence.
+A file is known by its name.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,71 +15,33 @@ from ept.profile.clock import PHASES
 from ept.profile.report import draw_phases, draw_sweep, title
 
 from .goals import BARE_STEP, EPT_METHOD
-from .plots import draw_steps
+from .plots import Plot, draw_steps
 from .record import Row
 from .tables import BARE_TITLE, OPTIONS_TITLE, bare_text, markdown, mebibytes, options_text, spread
 
 OVERHEAD = "step_overhead.json"
 
 
-class Plot(NamedTuple):
-    """Ending of the file's name, the caption, and the function that draws a record into a PNG."""
-
-    name: str
-    caption: str
-    draw: Callable[[Row, Path], None]
-
-
 class Kind(NamedTuple):
-    """`pattern` of a file's name, title and text of its section, and its plot if it has one."""
+    """`pattern` of a file's name, title and text of its section, and its plot (of record and file) if it has one."""
 
     pattern: str
     title: str
     text: Callable[[Row], str]
-    plot: Callable[[Row], Plot] | None = None
+    plot: Callable[[Row, str], Plot] | None = None
 
 
-def known(folder: Path) -> list[tuple[Path, Kind]]:
-    """Returns the records of `folder` that have a section, each with the first kind it fits, in the page's order."""
+def sorted_by_kind(folder: Path) -> tuple[list[tuple[Path, Kind]], list[Path]]:
+    """Returns the records of `folder`, each with the first kind it fits, in the page's order, and those of no kind."""
     found: dict[Path, Kind] = {}
     for kind in KINDS:
         for file in sorted(folder.glob(kind.pattern)):
             found.setdefault(file, kind)
-    return list(found.items())
-
-
-def unknown(folder: Path) -> str:
-    """Returns a table of the records that have no section of their own; empty where there are none."""
-    lines = []
-    for file in sorted({*folder.glob("*.json")} - {file for file, _ in known(folder)}):
-        command = read(file).get("command")
-        lines.append([f"`{file.name}`", f"`{command}`" if command else "–"])
-    return markdown(["record", "command"], lines) if lines else ""
+    return list(found.items()), sorted({*folder.glob("*.json")} - {*found})
 
 
 def read(file: Path) -> Row:
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def section(file: Path, kind: Kind, plot: Callable[[str], str]) -> str:
-    """Returns the section of one record.
-
-    Args:
-        plot: from a plot's name, its path as the page refers to it.
-    """
-    record = read(file)
-    parts = [f"### {kind.title}\n", kind.text(record)]
-    if kind.plot is not None:
-        drawn = kind.plot(record)
-        parts.append(f"![{drawn.caption}]({plot(plot_name(file, drawn))})\n\n{drawn.caption}\n")
-    about = record if "hardware" in record else record["cases"][0]
-    parts.append(f"Record `{file.name}`: {measured_with(about, record['command'])}")
-    return "\n".join(parts)
-
-
-def plot_name(file: Path, plot: Plot) -> str:
-    """Returns a name that tells the plot of one record from those of others."""
-    return f"{file.stem}-{plot.name}".replace("_", "-")
 
 
 def measured_with(record: Row, command: str, when: str = "") -> str:
@@ -188,9 +150,9 @@ def _vs_peft_text(record: Row) -> str:
     )
 
 
-def _vs_peft_plot(record: Row) -> Plot:
+def _vs_peft_plot(record: Row, file: str) -> Plot:
     caption = "Time of a training step of EPT and of PEFT's prompt tuning, and where it goes."
-    return Plot("vs-peft", caption, lambda record, path: draw_steps(step_rows(record), path))
+    return Plot(f"{file}-vs-peft", caption, functools.partial(draw_steps, step_rows(record)))
 
 
 def _profile_text(record: Row) -> str:
@@ -223,10 +185,12 @@ def _is_swept(record: Row) -> bool:
     return len({method["method"] for method in record["methods"]}) < len(record["methods"])
 
 
-def _profile_plot(record: Row) -> Plot:
+def _profile_plot(record: Row, file: str) -> Plot:
     if _is_swept(record):
-        return Plot("length", "Time of a training step over the prompt's length.", draw_sweep)
-    return Plot("phases", "Time of a training step by method, and where it goes.", draw_phases)
+        caption = "Time of a training step over the prompt's length."
+        return Plot(f"{file}-length", caption, functools.partial(draw_sweep, record))
+    caption = "Time of a training step by method, and where it goes."
+    return Plot(f"{file}-phases", caption, functools.partial(draw_phases, record))
 
 
 KINDS = (

@@ -7,14 +7,12 @@ python -m benchmarks.performance_page --check    ends with 1 where the page is n
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from . import json_records
 from .json_records import OVERHEAD, measured_with, overhead_row
-from .plots import drawable
+from .plots import Plot, drawable
 from .record import RECORD_NAME, RESULTS, ROOT, Record, Row
 from .tables import (
     BARE_TITLE,
@@ -31,12 +29,6 @@ from .tables import (
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = "performance"  # folder beside the page
-
-CAPTIONS = {
-    "bandwidth": "Bandwidth over size: the least bytes that the operator must move, over its time.",
-    "speedup": "Products with 4-bit weights: time of bitsandbytes over ours, over the number of tokens.",
-    "steps": "Time of a whole training step by method, and where it goes.",
-}
 
 HEAD = """\
 # Performance
@@ -70,26 +62,16 @@ def render(results: Path = RESULTS) -> str:
     gpus = [folder for folder in folders if folder.name != "cpu"]
     every = [row for folder in folders for row in rows_of(folder)]
     parts = [HEAD, "## Goals\n", goal_table(every) + "\n"]
-    parts += [_device(folder) for folder in gpus] or [f"## GPU\n\n{NO_GPU}"]
-    parts += [_device(folder) for folder in folders if folder.name == "cpu"]
+    parts += [_device(folder)[0] for folder in gpus] or [f"## GPU\n\n{NO_GPU}"]
+    parts += [_device(folder)[0] for folder in folders if folder.name == "cpu"]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
     """Draws every plot that the records allow, beside `page`."""
-    plots: dict[Path, Callable[[Path], None]] = {}
-    for folder in _folders(results):
-        rows = rows_of(folder)
-        for name, function in drawable(rows).items():
-            plots[page.parent / _plot(folder, name)] = functools.partial(function, rows)
-        for file, kind in json_records.known(folder):
-            if kind.plot is not None:
-                record = json_records.read(file)
-                plot = kind.plot(record)
-                path = page.parent / _plot(folder, json_records.plot_name(file, plot))
-                plots[path] = functools.partial(plot.draw, record)
-    for path, draw_into in plots.items():
-        draw_into(path)
+    plots = {page.parent / path: plot for folder in _folders(results) for path, plot in _device(folder)[1].items()}
+    for path, plot in plots.items():
+        plot.draw(path)
     return list(plots)
 
 
@@ -115,44 +97,53 @@ def rows_of(folder: Path) -> list[Row]:
     return rows
 
 
-def _device(folder: Path) -> str:
+def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
+    """Returns what the page says of one device, and the plots in it by their path as the page refers to them."""
     rows = rows_of(folder)
     header = Record(folder / RECORD_NAME).header()
     name = header["device"] if header else folder.name
     parts = [f"## {name if name != 'cpu' else 'CPU'}\n"]
+    plots: dict[str, Plot] = {}
+
+    def shown(plot: Plot) -> str:
+        path = f"{PLOTS}/{folder.name}-{plot.name}.png"
+        plots[path] = plot
+        return f"![{plot.caption}]({path})\n\n{plot.caption}\n"
+
     if name == "cpu":
         parts.append(CPU_NOTE)
     if header:
         parts.append(measured_with(header, header["command"], header["started"][:10]))
-    parts += [f"![{CAPTIONS[plot]}]({_plot(folder, plot)})\n\n{CAPTIONS[plot]}\n" for plot in drawable(rows)]
-    parts += [f"### {title}\n\n{text.rstrip()}\n" for title, text in _sections(rows) if text]
-    for file, kind in json_records.known(folder):
-        parts.append(json_records.section(file, kind, lambda name: _plot(folder, name)))
-    others = json_records.unknown(folder)
-    if others:
-        parts.append(f"### Further records\n\n{others}\n")
-    return "\n".join(parts)
+    parts += map(shown, drawable(rows))
 
-
-def _sections(rows: list[Row]) -> list[tuple[str, str]]:
-    """Returns title and text of every section of a report; without a text where it has no rows."""
-    checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
-    checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
     steps = [row for row in rows if row["section"] == "steps"]
     bare, gains = ([row for row in steps if field in row] for field in ("ratio_to_bare", "gain"))
-    return [
-        ("Checks on this device", markdown(["check", "result"], checked) if checked else ""),
-        ("Ceilings", ceiling_table(rows)),
-        ("Kernels", peer_table(rows)),
-        ("Training steps", step_table(rows)),
-        (OPTIONS_TITLE, options_text(gains) if gains else ""),
-        (BARE_TITLE, bare_text(bare)),
-        ("Not measured", "\n".join(f"* {line}" for line in reasons(rows))),
-    ]
+    checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
+    checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
+    sections = {
+        "Checks on this device": markdown(["check", "result"], checked) if checked else "",
+        "Ceilings": ceiling_table(rows),
+        "Kernels": peer_table(rows),
+        "Training steps": step_table(rows),
+        OPTIONS_TITLE: options_text(gains) if gains else "",
+        BARE_TITLE: bare_text(bare),
+        "Not measured": "\n".join(f"* {line}" for line in reasons(rows)),
+    }
+    parts += [f"### {title}\n\n{text.rstrip()}\n" for title, text in sections.items() if text]
 
-
-def _plot(folder: Path, name: str) -> str:
-    return f"{PLOTS}/{folder.name}-{name}.png"
+    known, unknown = json_records.sorted_by_kind(folder)
+    for file, kind in known:
+        record = json_records.read(file)
+        parts.append(f"### {kind.title}\n\n{kind.text(record)}")
+        if kind.plot is not None:
+            parts.append(shown(kind.plot(record, file.stem.replace("_", "-"))))
+        about = record if "hardware" in record else record["cases"][0]
+        parts.append(f"Record `{file.name}`: {measured_with(about, record['command'])}")
+    if unknown:
+        commands = [json_records.read(file).get("command") for file in unknown]
+        lines = [[f"`{file.name}`", f"`{command}`" if command else "–"] for file, command in zip(unknown, commands)]
+        parts.append(f"### Further records\n\n{markdown(['record', 'command'], lines)}\n")
+    return "\n".join(parts), plots
 
 
 def main() -> int:

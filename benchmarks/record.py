@@ -50,6 +50,14 @@ class Work:
     on_request: bool = False
 
 
+def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """Returns rows by case and version, in the order measured."""
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["provider"]] = row
+    return cases
+
+
 def check_device(device: str) -> None:
     """Raises `SystemExit` with the remedy where `device` is `cuda` and torch sees none."""
     if device == "cuda" and not torch.cuda.is_available():
