@@ -30,8 +30,15 @@ def measure(
     """Yields both ways for every number of adapters, on the shape of SmolLM2-135M with random weights."""
     device = default_device()
     size = {"rows": rows, "batch": batch, "length": LENGTH, "num_virtual_tokens": VIRTUAL_TOKENS, "rank": RANK}
+    config = EPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, max_length=LENGTH, r=RANK)
     for number in adapters:
-        model = _model(layers, number, device)
+        model = get_ept_model(
+            build_shape(SHAPE, dtype=torch.float32, device=device, layers=layers), config, "a0"
+        ).eval()
+        for other in range(1, number):
+            model.add_adapter(f"a{other}", config)
+        for parameter in model.prompt_encoder.parameters():  # none is left at its neutral start
+            parameter.add_(0.1 * torch.randn(parameter.shape, device="cpu").to(device))
         ids = torch.randint(model.config.vocab_size, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
         calls = ways(model, ids.to(device), batch)
         torch.testing.assert_close(calls["mixed"](0), calls["switching"](0), rtol=1e-3, atol=1e-3)
@@ -47,18 +54,6 @@ def measure(
                 "size": size,
                 "dtype": "float32",
             }
-
-
-def _model(layers: int | None, adapters: int, device: torch.device) -> EPTModel:
-    """Makes a model of random weights with adapters a0, a1, …, none at its neutral start."""
-    base = build_shape(SHAPE, dtype=torch.float32, device=device, layers=layers)
-    config = EPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, max_length=LENGTH, r=RANK)
-    model = get_ept_model(base, config, "a0")
-    for number in range(1, adapters):
-        model.add_adapter(f"a{number}", config)
-    for parameter in model.prompt_encoder.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, device="cpu").to(device))
-    return model.eval()
 
 
 def ways(model: EPTModel, ids: torch.Tensor, batch: int) -> dict[str, Call]:
