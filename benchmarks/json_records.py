@@ -23,12 +23,11 @@ OVERHEAD = "step_overhead.json"
 
 
 class Kind(NamedTuple):
-    """`pattern` of a file's name, title and text of its section, and its plot (of record and file) if it has one."""
+    """`pattern` of a file's name, title and text of its section."""
 
     pattern: str
     title: str
     text: Callable[[Row], str]
-    plot: Callable[[Row, str], Plot] | None = None
 
 
 def sorted_by_kind(folder: Path) -> tuple[list[tuple[Path, Kind]], list[Path]]:
@@ -58,16 +57,15 @@ def measured_with(record: Row, command: str, when: str = "") -> str:
 
 def profile_row(method: Row, record: Row) -> Row:
     """Makes a row of one method of an `ept profile` record."""
+    kept = ("tokens_per_second", "trainable_parameters", "num_virtual_tokens")
     return {
         "provider": method["method"],
-        **_seconds(method["step_ms"]),
+        **{name: 1e-3 * method["step_ms"][name] for name in ("median", "p20", "p80")},
         "samples": len(method["step_ms"]["samples"]),
         "phases": {name: 1e-3 * value for name, value in method["phases_ms"].items()},
         "peak_bytes": method["peak_memory_bytes"],
         "peak_kind": record["peak_memory_kind"],
-        "tokens_per_second": method["tokens_per_second"],
-        "trainable_parameters": method["trainable_parameters"],
-        "num_virtual_tokens": method["num_virtual_tokens"],
+        **{name: method[name] for name in kept},
         "model": record["model"],
         "size": {"batch": record["batch"], "length": record["length"]},
     }
@@ -90,7 +88,6 @@ def overhead_row(record: Row) -> Row:
         "case": BARE_STEP,
         "provider": EPT_METHOD,
         "median": 1e-3 * record["ept_step_ms"],
-        "bare_median": 1e-3 * record["bare_step_ms"],
         "ratio_to_bare": over["median"],
         "ratio_p20": over["p20"],
         "ratio_p80": over["p80"],
@@ -101,30 +98,24 @@ def overhead_row(record: Row) -> Row:
     }
 
 
-def option_rows(record: Row) -> list[Row]:
-    """Makes a row an option of a record of what each gains, and one for each without a figure."""
+def _options_text(record: Row) -> str:
+    """Shows an earlier record of what each option gains."""
+    size = {"batch": record["batch"], "length": record["length"]}
+    about = {"size": size, "dtype": record["dtype"], "method": record["method"]}
     rows = [
         {
             "provider": option["option"],
-            "status": "ok",
             "setting": option["setting"],
-            **_seconds(option["on_ms"]),
-            **{f"off_{name}": value for name, value in _seconds(option["off_ms"]).items()},
+            "median": 1e-3 * option["on_ms"]["median"],
+            "off_median": 1e-3 * option["off_ms"]["median"],
             "gain": option["gain"],
             "samples": option["pairs"],
             "model": option["shape"],
-            "size": {"batch": record["batch"], "length": record["length"]},
-            "dtype": record["dtype"],
-            "method": record["method"],
+            **about,
         }
         for option in record["options"]
     ]
-    left_out = record["not_measured"].items()
-    return rows + [{"provider": name, "status": "skipped", "reason": reason} for name, reason in left_out]
-
-
-def _seconds(spread: Row) -> Row:
-    return {name: 1e-3 * spread[name] for name in ("median", "p20", "p80")}
+    return options_text([*rows, *({"provider": name, "reason": why} for name, why in record["not_measured"].items())])
 
 
 def _vs_peft_text(record: Row) -> str:
@@ -148,11 +139,6 @@ def _vs_peft_text(record: Row) -> str:
         f"{record['cases'][0]['peak_memory_kind']}, EPT's over PEFT's.\n\n{markdown(head, lines)}\n\n"
         + "".join(about.values())
     )
-
-
-def _vs_peft_plot(record: Row, file: str) -> Plot:
-    caption = "Time of a training step of EPT and of PEFT's prompt tuning, and where it goes."
-    return Plot(f"{file}-vs-peft", caption, functools.partial(draw_steps, step_rows(record)))
 
 
 def _profile_text(record: Row) -> str:
@@ -185,18 +171,26 @@ def _is_swept(record: Row) -> bool:
     return len({method["method"] for method in record["methods"]}) < len(record["methods"])
 
 
-def _profile_plot(record: Row, file: str) -> Plot:
-    if _is_swept(record):
+def plot_of(record: Row, file: Path) -> Plot | None:
+    """Returns the plot of a record if it has one, with a name that tells it from those of other files."""
+    if "cases" in record:
+        caption = "Time of a training step of EPT and of PEFT's prompt tuning, and where it goes."
+        plot = Plot("vs-peft", caption, functools.partial(draw_steps, step_rows(record)))
+    elif "methods" not in record:
+        return None
+    elif _is_swept(record):
         caption = "Time of a training step over the prompt's length."
-        return Plot(f"{file}-length", caption, functools.partial(draw_sweep, record))
-    caption = "Time of a training step by method, and where it goes."
-    return Plot(f"{file}-phases", caption, functools.partial(draw_phases, record))
+        plot = Plot("length", caption, functools.partial(draw_sweep, record))
+    else:
+        caption = "Time of a training step by method, and where it goes."
+        plot = Plot("phases", caption, functools.partial(draw_phases, record))
+    return plot._replace(name=f"{file.stem}-{plot.name}".replace("_", "-"))
 
 
 KINDS = (
     Kind(OVERHEAD, BARE_TITLE, lambda record: bare_text([overhead_row(record)])),
-    Kind("training_step.json", "EPT's step against PEFT's prompt tuning", _vs_peft_text, _vs_peft_plot),
-    Kind("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile_text, _profile_plot),
-    Kind("profile*.json", "`ept profile`: where a step's time goes", _profile_text, _profile_plot),
-    Kind("step_options.json", OPTIONS_TITLE, lambda record: options_text(option_rows(record))),
+    Kind("training_step.json", "EPT's step against PEFT's prompt tuning", _vs_peft_text),
+    Kind("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile_text),
+    Kind("profile*.json", "`ept profile`: where a step's time goes", _profile_text),
+    Kind("step_options.json", OPTIONS_TITLE, _options_text),
 )

@@ -121,7 +121,7 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
     checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
     checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
     sections = {
-        "Checks on this device": markdown(["check", "result"], checked) if checked else "",
+        "Checks on this device": markdown(["check", "result"], checked),
         "Ceilings": ceiling_table(rows),
         "Kernels": peer_table(rows),
         "Training steps": step_table(rows),
@@ -135,13 +135,13 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
     for file, kind in known:
         record = json_records.read(file)
         parts.append(f"### {kind.title}\n\n{kind.text(record)}")
-        if kind.plot is not None:
-            parts.append(shown(kind.plot(record, file.stem.replace("_", "-"))))
+        plot = json_records.plot_of(record, file)
+        parts += [shown(plot)] if plot else []
         about = record if "hardware" in record else record["cases"][0]
         parts.append(f"Record `{file.name}`: {measured_with(about, record['command'])}")
-    if unknown:
-        commands = [json_records.read(file).get("command") for file in unknown]
-        lines = [[f"`{file.name}`", f"`{command}`" if command else "–"] for file, command in zip(unknown, commands)]
+    commands = [(file.name, json_records.read(file).get("command")) for file in unknown]
+    if commands:
+        lines = [[f"`{file}`", f"`{command}`" if command else "–"] for file, command in commands]
         parts.append(f"### Further records\n\n{markdown(['record', 'command'], lines)}\n")
     return "\n".join(parts), plots
 

@@ -16,7 +16,9 @@ PEERS_FIRST = ("reference", "torch.compile", "bitsandbytes", "PEFT", "unquantise
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return tables.markdown(header, rows, aligned=True)
+    """Returns an aligned table; nothing where it has no rows."""
+    lines = list(rows)
+    return tables.markdown(header, lines, aligned=True) if lines else ""
 
 
 def seconds(value: float) -> str:
@@ -72,7 +74,7 @@ def peer_table(results: Iterable[Row]) -> str:
             ]
         )
     header = ["case", "ours", "20–80 %", "by", "rate", "of ceiling", "peak memory", "again"]
-    return markdown([*header, *(f"vs {peer}" for peer in peers)], lines) if lines else ""
+    return markdown([*header, *(f"vs {peer}" for peer in peers)], lines)
 
 
 def reasons(results: Iterable[Row]) -> list[str]:
@@ -96,7 +98,7 @@ def ceiling_table(results: Iterable[Row]) -> str:
             copied = "bytes_per_second" in row
             rate = f"{row['bytes_per_second'] / 1e9:.1f} GB/s" if copied else operations(row["operations_per_second"])
             lines.append([row["ceiling"], rate, *(seconds(row[name]) for name in ("p20", "median", "p80"))])
-    return markdown(["ceiling", "rate", "20 %", "median", "80 %"], lines) if lines else ""
+    return markdown(["ceiling", "rate", "20 %", "median", "80 %"], lines)
 
 
 def step_table(results: Iterable[Row]) -> str:
@@ -108,7 +110,7 @@ def step_table(results: Iterable[Row]) -> str:
             low_high = f"{seconds(row['p20'])} – {seconds(row['p80'])}" if "p20" in row else "–"
             memory = mebibytes(row.get("peak_bytes"))
             lines.append([row["case"], row["provider"], seconds(row["median"]), low_high, memory, tokens])
-    return markdown(["step", "method", "time", "20–80 %", "peak memory", "text tokens/s"], lines) if lines else ""
+    return markdown(["step", "method", "time", "20–80 %", "peak memory", "text tokens/s"], lines)
 
 
 def option_table(results: Iterable[Row]) -> str:
@@ -119,7 +121,7 @@ def option_table(results: Iterable[Row]) -> str:
             setting = f"`{row['setting']}`" if "=" in row["setting"] else row["setting"]
             times = seconds(row["off_median"]), seconds(row["median"])
             lines.append([row["provider"], setting, row["model"], *times, spread(row["gain"], 3, " ×")])
-    return markdown(["option", "setting", "shape", "without", "with", "gain (20–80 %)"], lines) if lines else ""
+    return markdown(["option", "setting", "shape", "without", "with", "gain (20–80 %)"], lines)
 
 
 def goal_table(results: Iterable[Row]) -> str:
