@@ -1,13 +1,12 @@
-"""Cases made ready to run: several sets of inputs, the least work they take, and a call for each of our versions.
-
-The inputs are those of `ept_kernels.dev.problems`; the libraries we are compared with stand in `peers.py`.
+"""Cases made ready to run: several sets of inputs, the least work they take, and a call for each version, ours and of
+the libraries we are compared with: PEFT's prompt, and bitsandbytes' 4-bit weights.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +14,10 @@ import torch
 from torch import Tensor
 
 import ept_kernels
+from ept_kernels import FourBitWeight
 from ept_kernels.dev.problems import FourBit, JointPrompt, PackedEmbedding, PromptedEmbedding
 
-from . import counts, peers
-from .peers import Arguments
+from . import counts
 from .shapes import BITSANDBYTES, COMPILED, DENSE, EAGER, OURS, OURS_AGAIN, PEFT, Case
 from .timing import Call
 
@@ -28,6 +27,8 @@ CPU_CACHE = 32 << 20  # assumed: PyTorch does not tell the size of a CPU's last-
 
 # ‖out − reference‖ / ‖reference‖ that a version may reach before its time counts.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+Arguments = Sequence[tuple[Any, ...]]
 
 
 @dataclass
@@ -69,9 +70,9 @@ def _embedding(case: Case, device: str) -> Prepared:
     dtype = getattr(torch, case.dtype)
     batch, n, d, vocabulary, s, r = case.size.values()
     problem: Any = PromptedEmbedding(n, d, s, n, r, batch, "none", dtype, vocabulary=vocabulary)
-    table, peer = None, peers.peft_embedding
+    table, peer = None, _peft_embedding
     if case.kernel == "prompted_embedding_backward":
-        problem, peer = problem.backward, peers.peft_embedding_backward
+        problem, peer = problem.backward, _peft_embedding_backward
         counted = counts.prompted_embedding_backward(batch, n, d, s, r, n, dtype.itemsize)
     else:
         # One table for all sets where it is larger than the cache, since their ids differ.
@@ -135,7 +136,7 @@ def _four_bit(case: Case, device: str) -> Prepared:
         arguments = input_sets(lambda seed: (problem.weight(device, seed), dtype), counted, device)
         prepared = _prepared(case, arguments, counted)
         prepared.must_equal = BITSANDBYTES
-        _add_peer(prepared, BITSANDBYTES, peers.bitsandbytes_dequantize, arguments)
+        _add_peer(prepared, BITSANDBYTES, _bitsandbytes_dequantize, arguments)
         return prepared
 
     backward = case.kernel == "matmul_4bit_backward"
@@ -145,7 +146,7 @@ def _four_bit(case: Case, device: str) -> Prepared:
         lambda seed: (problem.random(width, device, seed), problem.weight(device, seed)), counted, device
     )
     prepared = _prepared(case, arguments, counted)
-    peer = peers.bitsandbytes_matmul_backward if backward else peers.bitsandbytes_matmul
+    peer = _bitsandbytes_matmul_backward if backward else _bitsandbytes_matmul
     _add_peer(prepared, BITSANDBYTES, peer, arguments)
     dense = [ept_kernels.dequantize_4bit_reference(weight, dtype) for _, weight in arguments]
     prepared.calls[DENSE] = lambda i: arguments[i][0] @ (dense[i] if backward else dense[i].mT)
@@ -187,10 +188,111 @@ def _add_peer(prepared: Prepared, provider: str, make: Callable[[Arguments], Cal
         prepared.skipped[provider] = f"{type(error).__name__}: {error}"
 
 
+def _peft_embedding(arguments: Arguments) -> Call:
+    """Does what `PeftModelForSeq2SeqLM.forward` does between ids and `inputs_embeds`."""
+    encoders = [_peft_encoder(prompt, table) for _, _, table, prompt, *_ in arguments]
+
+    @torch.no_grad()
+    def call(i: int) -> Tensor:
+        ids, _, table = arguments[i][:3]
+        return _peft_forward(encoders[i], ids.shape[0], torch.nn.functional.embedding(ids, table))
+
+    return call
+
+
+def _peft_embedding_backward(arguments: Arguments) -> Call:
+    """Takes autograd through the same: the gradient of the prompt; the embeddings of the tokens are frozen."""
+    graphs = []
+    for gradient, positions, *_ in arguments:
+        batch, tokens = positions.shape
+        encoder = _peft_encoder(gradient[0, tokens:], gradient)
+        embeds = _peft_forward(encoder, batch, torch.zeros_like(gradient[:, :tokens]))
+        graphs.append((embeds, encoder.embedding.weight, gradient))
+    return _gradients(graphs)
+
+
+def _peft_encoder(prompt: Tensor, like: Tensor) -> Any:
+    from peft import PromptEmbedding, PromptTuningConfig
+
+    config = PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM",
+        num_virtual_tokens=prompt.shape[0],
+        token_dim=prompt.shape[1],
+        num_transformer_submodules=1,
+        prompt_tuning_init="RANDOM",
+    )
+    encoder = PromptEmbedding(config, None).to(like.device)
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(prompt)
+    return encoder
+
+
+def _peft_forward(encoder: Any, batch: int, tokens: Tensor) -> Tensor:
+    indices = torch.arange(encoder.embedding.num_embeddings, device=tokens.device).expand(batch, -1)
+    return torch.cat((encoder(indices).to(tokens.dtype), tokens), dim=1)
+
+
+def _bitsandbytes_dequantize(arguments: Arguments) -> Call:
+    from bitsandbytes import functional
+
+    states = [_packed_and_state(weight, dtype) for weight, dtype in arguments]
+    return lambda i: functional.dequantize_4bit(*states[i])
+
+
+def _bitsandbytes_matmul(arguments: Arguments) -> Call:
+    """Leaves the choice between its fused kernel and dequantisation to bitsandbytes, as without gradients."""
+    import bitsandbytes
+
+    states = [(x, *_packed_and_state(weight, x.dtype)) for x, weight in arguments]
+    return torch.no_grad()(lambda i: bitsandbytes.matmul_4bit(*states[i]))
+
+
+def _bitsandbytes_matmul_backward(arguments: Arguments) -> Call:
+    """Takes autograd through `MatMul4Bit`: the gradient of the input."""
+    import bitsandbytes
+
+    graphs = []
+    for gradient, weight in arguments:
+        x = gradient.new_zeros(gradient.shape[0], weight.columns, requires_grad=True)
+        out = bitsandbytes.matmul_4bit(x, *_packed_and_state(weight, gradient.dtype))
+        graphs.append((out, x, gradient))
+    return _gradients(graphs)
+
+
+def _gradients(graphs: list[tuple[Tensor, Tensor, Tensor]]) -> Call:
+    """Takes the gradient through a graph, given as its output, the input asked for, and the gradient of the output."""
+    return lambda i: torch.autograd.grad(*graphs[i], retain_graph=True)[0]
+
+
+def _packed_and_state(weight: FourBitWeight, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """Returns the packed weight and its quant state as bitsandbytes takes them, over the same bytes."""
+    from bitsandbytes import functional
+
+    nested = None
+    if weight.nested_code is not None:
+        nested = functional.QuantState(
+            absmax=weight.nested_absmax,
+            code=weight.nested_code,
+            blocksize=weight.nested_block_size,
+            dtype=torch.float32,
+        )
+    state = functional.QuantState(
+        absmax=weight.absmax,
+        shape=torch.Size((weight.rows, weight.columns)),
+        code=functional.get_4bit_type(weight.quant_type, device=weight.packed.device),
+        blocksize=weight.block_size,
+        quant_type=weight.quant_type,
+        dtype=dtype,
+        offset=weight.nested_offset,
+        state2=nested,
+    )
+    return weight.packed.view(-1, 1), state
+
+
 def input_sets(inputs: Callable[[int], tuple[Any, ...]], counted: counts.Counts, device: str) -> list[tuple[Any, ...]]:
     """Makes sets of inputs, by seed, that together are larger than the cache and no larger than `MAX_BYTES`."""
     first = inputs(0)
-    parts = [part for x in first for part in (x.tensors if isinstance(x, ept_kernels.FourBitWeight) else [x])]
+    parts = [part for x in first for part in (x.tensors if isinstance(x, FourBitWeight) else [x])]
     held = sum(part.nbytes for part in parts if isinstance(part, Tensor))
     number = copies(counted.bytes, last_level_cache(device), min(MAX_SETS, max(2, MAX_BYTES // max(held, 1))))
     return [first, *map(inputs, range(1, number))]

@@ -67,11 +67,7 @@ def test_peak_bytes_counts_outputs_and_temporaries_that_live_together() -> None:
 
 def prepared(ours) -> Prepared:
     return Prepared(
-        calls={"ours": ours},
-        sets=1,
-        counted=counts.Counts(100, 0),
-        reference=lambda: torch.ones(4),
-        tolerance=1e-4,
+        calls={"ours": ours}, sets=1, counted=counts.Counts(100, 0), reference=lambda: torch.ones(4), tolerance=1e-4
     )
 
 
