@@ -132,24 +132,22 @@ def _four_bit(case: Case, device: str) -> Prepared:
     problem = FourBit(rows, columns, tuple(tokens), quant_type, nested=bool(nested), dtype=dtype)
     sizes = *tokens, rows, columns, problem.block_size, problem.nested, dtype.itemsize
     if case.kernel == "dequantize_4bit":
-        counted = counts.dequantize_4bit(*sizes)
+        counted, peer = counts.dequantize_4bit(*sizes), _bitsandbytes_dequantize
         arguments = input_sets(lambda seed: (problem.weight(device, seed), dtype), counted, device)
-        prepared = _prepared(case, arguments, counted)
-        prepared.must_equal = BITSANDBYTES
-        _add_peer(prepared, BITSANDBYTES, _bitsandbytes_dequantize, arguments)
-        return prepared
-
-    backward = case.kernel == "matmul_4bit_backward"
-    counted = counts.matmul_4bit(*sizes)
-    width = rows if backward else columns
-    arguments = input_sets(
-        lambda seed: (problem.random(width, device, seed), problem.weight(device, seed)), counted, device
-    )
+    else:
+        backward = case.kernel == "matmul_4bit_backward"
+        width, peer = (rows, _bitsandbytes_matmul_backward) if backward else (columns, _bitsandbytes_matmul)
+        counted = counts.matmul_4bit(*sizes)
+        arguments = input_sets(
+            lambda seed: (problem.random(width, device, seed), problem.weight(device, seed)), counted, device
+        )
     prepared = _prepared(case, arguments, counted)
-    peer = _bitsandbytes_matmul_backward if backward else _bitsandbytes_matmul
     _add_peer(prepared, BITSANDBYTES, peer, arguments)
-    dense = [ept_kernels.dequantize_4bit_reference(weight, dtype) for _, weight in arguments]
-    prepared.calls[DENSE] = lambda i: arguments[i][0] @ (dense[i] if backward else dense[i].mT)
+    if case.kernel == "dequantize_4bit":
+        prepared.must_equal = BITSANDBYTES
+    else:
+        dense = [ept_kernels.dequantize_4bit_reference(weight, dtype) for _, weight in arguments]
+        prepared.calls[DENSE] = lambda i: arguments[i][0] @ (dense[i] if backward else dense[i].mT)
     return prepared
 
 
@@ -190,12 +188,12 @@ def _add_peer(prepared: Prepared, provider: str, make: Callable[[Arguments], Cal
 
 def _peft_embedding(arguments: Arguments) -> Call:
     """Does what `PeftModelForSeq2SeqLM.forward` does between ids and `inputs_embeds`."""
-    encoders = [_peft_encoder(prompt, table) for _, _, table, prompt, *_ in arguments]
+    forwards = [_peft_prompt(prompt, table)[0] for _, _, table, prompt, *_ in arguments]
 
     @torch.no_grad()
     def call(i: int) -> Tensor:
         ids, _, table = arguments[i][:3]
-        return _peft_forward(encoders[i], ids.shape[0], torch.nn.functional.embedding(ids, table))
+        return forwards[i](torch.nn.functional.embedding(ids, table))
 
     return call
 
@@ -204,32 +202,28 @@ def _peft_embedding_backward(arguments: Arguments) -> Call:
     """Takes autograd through the same: the gradient of the prompt; the embeddings of the tokens are frozen."""
     graphs = []
     for gradient, positions, *_ in arguments:
-        batch, tokens = positions.shape
-        encoder = _peft_encoder(gradient[0, tokens:], gradient)
-        embeds = _peft_forward(encoder, batch, torch.zeros_like(gradient[:, :tokens]))
-        graphs.append((embeds, encoder.embedding.weight, gradient))
+        tokens = positions.shape[1]
+        forward, weight = _peft_prompt(gradient[0, tokens:], gradient)
+        graphs.append((forward(torch.zeros_like(gradient[:, :tokens])), weight, gradient))
     return _gradients(graphs)
 
 
-def _peft_encoder(prompt: Tensor, like: Tensor) -> Any:
+def _peft_prompt(prompt: Tensor, like: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Returns PEFT's way from the tokens' embeddings to those with `prompt` before them, and its parameter."""
     from peft import PromptEmbedding, PromptTuningConfig
 
-    config = PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM",
-        num_virtual_tokens=prompt.shape[0],
-        token_dim=prompt.shape[1],
-        num_transformer_submodules=1,
-        prompt_tuning_init="RANDOM",
-    )
+    sizes = {"num_virtual_tokens": prompt.shape[0], "token_dim": prompt.shape[1], "num_transformer_submodules": 1}
+    config = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", prompt_tuning_init="RANDOM", **sizes)
     encoder = PromptEmbedding(config, None).to(like.device)
+    weight = encoder.embedding.weight
     with torch.no_grad():
-        encoder.embedding.weight.copy_(prompt)
-    return encoder
+        weight.copy_(prompt)
 
+    def forward(tokens: Tensor) -> Tensor:
+        indices = torch.arange(len(weight), device=tokens.device).expand(len(tokens), -1)
+        return torch.cat((encoder(indices).to(tokens.dtype), tokens), dim=1)
 
-def _peft_forward(encoder: Any, batch: int, tokens: Tensor) -> Tensor:
-    indices = torch.arange(encoder.embedding.num_embeddings, device=tokens.device).expand(batch, -1)
-    return torch.cat((encoder(indices).to(tokens.dtype), tokens), dim=1)
+    return forward, weight
 
 
 def _bitsandbytes_dequantize(arguments: Arguments) -> Call:
