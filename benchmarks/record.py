@@ -58,6 +58,22 @@ def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     return cases
 
 
+def profile_row(method: Row, record: Row) -> Row:
+    """Makes a row of one method of an `ept profile` record: milliseconds become seconds."""
+    kept = ("tokens_per_second", "trainable_parameters", "num_virtual_tokens")
+    return {
+        "provider": method["method"],
+        **{name: 1e-3 * method["step_ms"][name] for name in ("median", "p20", "p80")},
+        "samples": len(method["step_ms"]["samples"]),
+        "phases": {name: 1e-3 * value for name, value in method["phases_ms"].items()},
+        "peak_bytes": method["peak_memory_bytes"],
+        "peak_kind": record["peak_memory_kind"],
+        **{name: method[name] for name in kept},
+        "model": record["model"],
+        "size": {"batch": record["batch"], "length": record["length"]},
+    }
+
+
 def check_device(device: str) -> None:
     """Raises `SystemExit` with the remedy where `device` is `cuda` and torch sees none."""
     if device == "cuda" and not torch.cuda.is_available():

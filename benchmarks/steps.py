@@ -28,8 +28,7 @@ from ept.tasks.encoding import encode_split
 
 from . import mixed_adapters, operator_overhead
 from .goals import BARE_STEP, EPT_METHOD, LLAMA_STEP, T5_STEP
-from .json_records import profile_row
-from .record import ROOT, Row, Work
+from .record import ROOT, Row, Work, profile_row
 from .timing import Call, Clock, ratio, summary, time_in_turn
 
 METHODS = ("pt", "dept", "ept", "peft-pt")

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from profile_records import compared, profiled
 
 from benchmarks import plots, shapes
-from benchmarks.json_records import step_rows
+from benchmarks.performance_page import step_rows
 from ept.profile.report import draw_phases, draw_sweep
 
 
