@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from profile_records import MACHINE, compared, profiled, spread
+from profile_records import MACHINE, compared, kernel_row, profiled, spread
 
 from benchmarks import performance_page, shapes
 from benchmarks.record import RECORD_NAME, Record
@@ -58,21 +58,13 @@ def synthetic(tmp_path: Path) -> Path:
     record = Record.resume(folder / RECORD_NAME, {**header, **about})
     timing = {"p20": 0.9, "p80": 1.2, "host_bound": False, "status": "ok", "reason": "", "backend": "triton"}
     rates = {"ceilings": {"bytes_per_second": 4e9}, "bound": "memory", "fraction_of_ceiling": 0.5}
+    measured = {**timing, **rates, "peak_bytes": 3 << 20, **about}
     cases = [shapes.embedding("prompted_embedding", "T5-base", batch, 128) for batch in (1, 2)]
     cases += [case for case in shapes.products("T5-base", 768, 768, (1, 16)) if case.kernel == "matmul_4bit"]
     for number, case in enumerate(cases, 1):
         with record.unit(case.id) as add:
             for provider, slower in (("ours", 1), ("ours again", 1), ("reference", 3), ("bitsandbytes", 2)):
-                size = {"bytes": number * 10**6, "bytes_per_second": 2e9 / slower, "median": 1.0 * slower}
-                size["peak_bytes"] = 3 << 20
-                row = {
-                    "case": case.id,
-                    "kernel": case.kernel,
-                    "size": case.size,
-                    "dtype": case.dtype,
-                    "scheme": case.scheme,
-                }
-                add({"section": "kernels", "provider": provider, **row, **size, **timing, **rates, **about})
+                add(kernel_row(case, provider, slower, number * 10**6, bytes_per_second=2e9 / slower, **measured))
     with record.unit("steps/t5-base") as add:
         for method, time in (("ept", 0.5), ("peft-pt", 1.0)):
             phases = {"base_forward": time / 2, "base_backward": time / 2}
