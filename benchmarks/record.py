@@ -85,14 +85,9 @@ def check_device(device: str) -> None:
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
     """Returns the command that gives a record again. Paths are relative to the repository; of others only the name."""
-    shown = []
-    for argument in arguments:
-        path = Path(argument)
-        if os.sep in argument:
-            path = path.resolve()
-            argument = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-        shown.append(argument)
-    return f"python {program} {shlex.join(shown)}".rstrip()
+    paths = {argument: Path(argument).resolve() for argument in arguments if os.sep in argument}
+    shown = {name: str(path.relative_to(ROOT)) if ROOT in path.parents else path.name for name, path in paths.items()}
+    return f"python {program} {shlex.join(shown.get(argument, argument) for argument in arguments)}".rstrip()
 
 
 @functools.cache
@@ -136,11 +131,9 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists():
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                path.write_bytes(content[:whole])
+        content = path.read_bytes() if path.exists() else b""
+        if not content.endswith(b"\n") and content:
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
 
     @classmethod
     def resume(cls, path: Path, header: Row) -> Record:
@@ -149,8 +142,8 @@ class Record:
         """
         record = cls(path)
         same = ("sources", "device", "device_type", "reduced", "versions")
-        found = record.header()
-        if found is None or any(found.get(key) != header[key] for key in same):
+        found = record.header() or {}
+        if any(found.get(key) != header[key] for key in same):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 kept = path.with_name(f"previous-{path.name}")
@@ -166,21 +159,18 @@ class Record:
             os.fsync(file.fileno())
 
     def lines(self) -> list[Row]:
-        if not self.path.exists():
-            return []
-        found = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        found: list[Row] = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             try:
                 found.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(
-                    f"{self.path}, line {number} is no JSON ({error}): delete the file and measure again"
+                    f"{self.path}, line {len(found) + 1} is no JSON ({error}): delete the file and measure again"
                 ) from error
         return found
 
     def header(self) -> Row | None:
-        lines = self.lines()
-        return lines[0] if lines and lines[0].get("line") == "header" else None
+        return next((line for line in self.lines()[:1] if line.get("line") == "header"), None)
 
     def results(self) -> list[Row]:
         """Returns the results of every finished unit; of a unit that was measured again, the last ones."""
@@ -201,14 +191,15 @@ class Record:
         begun: dict[str, list[Row]] = {}
         finished: dict[str, list[Row]] = {}
         for line in self.lines():
+            unit = line.get("unit", "")
             if line["line"] == "begin":
-                attempts[line["unit"]] += 1
-                begun[line["unit"]] = []
+                attempts[unit] += 1
+                begun[unit] = []
             elif line["line"] == "result":
-                begun[line["unit"]].append(line)
+                begun[unit].append(line)
             elif line["line"] == "end":
-                attempts[line["unit"]] -= 1
-                finished[line["unit"]] = begun.pop(line["unit"])
+                attempts[unit] -= 1
+                finished[unit] = begun.pop(unit)
         return attempts, finished
 
     @contextmanager

@@ -92,12 +92,15 @@ def reasons(results: Iterable[Row]) -> list[str]:
 
 def ceiling_table(results: Iterable[Row]) -> str:
     """Shows the ceilings that were measured, and their spread."""
-    lines = []
-    for row in results:
-        if row["section"] == "ceilings":
-            copied = "bytes_per_second" in row
-            rate = f"{row['bytes_per_second'] / 1e9:.1f} GB/s" if copied else operations(row["operations_per_second"])
-            lines.append([row["ceiling"], rate, *(seconds(row[name]) for name in ("p20", "median", "p80"))])
+    lines = [
+        [
+            row["ceiling"],
+            f"{row['bytes_per_second'] / 1e9:.1f} GB/s" if "bytes" in row else operations(row["operations_per_second"]),
+            *(seconds(row[name]) for name in ("p20", "median", "p80")),
+        ]
+        for row in results
+        if row["section"] == "ceilings" and row["status"] == "ok"
+    ]
     return markdown(["ceiling", "rate", "20 %", "median", "80 %"], lines)
 
 

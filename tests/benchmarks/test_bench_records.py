@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,8 @@ from benchmarks import record as records
 from benchmarks.record import ROOT, Record, Work
 from benchmarks.run import MAX_ATTEMPTS, run
 
-HEADER = {
-    "line": "header",
-    "sources": "0123",
-    "device": "cpu",
-    "device_type": "cpu",
-    "reduced": True,
-    "versions": {"torch": "2.13.0"},
-}
+ABOUT = {"sources": "0123", "device": "cpu", "device_type": "cpu", "reduced": True}
+HEADER: dict[str, Any] = {"line": "header", **ABOUT, "versions": {"torch": "2.13.0"}}
 
 
 def test_results_of_a_unit_count_only_once_it_has_ended(tmp_path: Path) -> None:
@@ -28,13 +23,12 @@ def test_results_of_a_unit_count_only_once_it_has_ended(tmp_path: Path) -> None:
     with record.unit("a") as add:
         add({"value": 1})
 
-    def interrupted() -> None:
-        with record.unit("b") as add:
-            add({"value": 2})
-            raise KeyboardInterrupt
+    def interrupted() -> Iterator[dict[str, Any]]:
+        yield {"value": 2}
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        run(record, [Work("b", interrupted)], {}, seconds=60)
     again = Record.resume(tmp_path / "r.jsonl", HEADER)
     assert [row["value"] for row in again.results()] == [1]
     assert (again.finished("a"), again.finished("b"), again.attempts("b")) == (True, False, 1)
