@@ -64,18 +64,19 @@ def ways(model: EPTModel, ids: torch.Tensor, batch: int) -> dict[str, Call]:
     def answer(rows: list[int], **options: Any) -> torch.Tensor:
         return model(ids[rows], logits_to_keep=1, use_cache=False, **options).logits[:, -1]
 
+    def in_batches(rows: list[int]) -> list[list[int]]:
+        return [rows[start : start + batch] for start in range(0, len(rows), batch)]
+
     def mixed(_: int) -> torch.Tensor:
-        starts = range(0, len(ids), batch)
-        chunks = [list(range(start, min(start + batch, len(ids)))) for start in starts]
-        return torch.cat([answer(rows, adapter_names=[names[row] for row in rows]) for rows in chunks])
+        batches = in_batches(list(range(len(ids))))
+        return torch.cat([answer(rows, adapter_names=[names[row] for row in rows]) for rows in batches])
 
     def switching(_: int) -> torch.Tensor:
         answers = torch.empty(len(ids), model.config.vocab_size, device=ids.device)
         for adapter in adapters:
             model.set_adapter(adapter, inference_mode=True)
-            own = [row for row, name in enumerate(names) if name == adapter]
-            for start in range(0, len(own), batch):
-                answers[own[start : start + batch]] = answer(own[start : start + batch])
+            for rows in in_batches([row for row, name in enumerate(names) if name == adapter]):
+                answers[rows] = answer(rows)
         return answers
 
     return {"mixed": mixed, "switching": switching}

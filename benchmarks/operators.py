@@ -16,7 +16,7 @@ from ept_kernels.dev.problems import as_tuple
 from .problems import Prepared, prepare
 from .record import Row, Work
 from .shapes import OURS, OURS_AGAIN, PRODUCTS, TABLES, Case
-from .timing import Call, Clock, DeviceClock, Timing, device_launches, peak_bytes, time_in_turn
+from .timing import Call, Clock, DeviceClock, device_launches, peak_bytes, time_in_turn
 
 CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # timing of one version of one case
 
@@ -63,25 +63,20 @@ CEILING_SIZES = {
 def measure_ceilings(table: str, device: str) -> tuple[Ceilings, list[Row]]:
     """Measures the ceilings of `device` at the sizes of `table`, with a row for each."""
     size, edge, dtypes, seconds = CEILING_SIZES[table]
-
-    def timed(call: Call) -> Timing:
-        return time_in_turn({"only": call}, clock_of(device), seconds=seconds)["only"]
-
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = timed(lambda _: target.copy_(source))
-    bandwidth = 2 * size / timing.median
-    rows = [{"ceiling": "copy", "bytes": 2 * size, "bytes_per_second": bandwidth, **timing.as_dict()}]
-    rates = {}
+    calls: dict[str, tuple[Call, str, int]] = {"copy": (lambda _: target.copy_(source), "bytes", 2 * size)}
     for name in dtypes:
         # Random: products of zeros can run faster than real ones.
         a, b = (torch.randn(edge, edge, device=device).to(getattr(torch, name)) for _ in range(2))
-        timing = timed(lambda _, a=a, b=b: a @ b)
-        operations = 2 * edge**3
-        rates[name] = operations / timing.median
-        row = {"ceiling": f"{name} product", "operations": operations, "operations_per_second": rates[name]}
-        rows.append({**row, **timing.as_dict()})
-    return Ceilings(bandwidth, rates), rows
+        calls[f"{name} product"] = (lambda _, a=a, b=b: a @ b), "operations", 2 * edge**3
+    rows = []
+    for ceiling, (call, unit, amount) in calls.items():
+        timing = time_in_turn({"only": call}, clock_of(device), seconds=seconds)["only"]
+        rate = {unit: amount, f"{unit}_per_second": amount / timing.median}
+        rows.append({"ceiling": ceiling, **rate, **timing.as_dict()})
+    rates = {name: row["operations_per_second"] for name, row in zip(dtypes, rows[1:])}
+    return Ceilings(rows[0]["bytes_per_second"], rates), rows
 
 
 def clock_of(device: str) -> Clock:

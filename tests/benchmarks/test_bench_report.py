@@ -105,20 +105,16 @@ def test_all_sections_end_in_time_even_where_nothing_does(tmp_path: Path, monkey
     assert gpu_report.TOTAL <= 8 * 60 - 15
 
 
-def test_full_size_on_a_cpu_is_refused() -> None:
-    command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu"]
+@pytest.mark.parametrize(
+    "options, message",
+    [((), "goes with --reduced"), (("--reduced",), "--reduced needs --output")],
+    ids=["full size on a CPU", "reduced among the real ones"],
+)
+def test_a_record_that_would_mean_nothing_is_refused(options: tuple[str, ...], message: str) -> None:
+    command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "goes with --reduced" in done.stderr
-
-
-def test_a_reduced_record_among_the_real_ones_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--device", "cpu", "--reduced"])
-    with pytest.raises(SystemExit, match="2"):
-        gpu_report.main()
-    assert "--reduced needs --output" in capsys.readouterr().err
+    assert message in done.stderr
 
 
 def test_a_command_that_outlasts_its_time_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
