@@ -23,13 +23,17 @@ CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # timing of one vers
 
 def works_of(table: str, device: str) -> list[Work]:
     """Returns the ceilings and every case of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
-
-    def measured(case: Case) -> Iterator[Row]:
-        prepared = prepare(case, device, compile_allowed=table != "reduced")
-        yield from measure(case, prepared, device, CASE_SECONDS[table], measure_ceilings(table, device)[0])
-
-    works = [Work(f"kernels/{c.id}", functools.partial(measured, c), described(c)) for c in TABLES[table]()]
+    works = [
+        Work(f"kernels/{case.id}", lambda case=case: prepare_and_measure(case, table, device)[1], described(case))
+        for case in TABLES[table]()
+    ]
     return [Work("ceilings", lambda: measure_ceilings(table, device)[1]), *works]
+
+
+def prepare_and_measure(case: Case, table: str, device: str) -> tuple[Prepared, Iterator[Row]]:
+    """Returns a case made ready, and the rows of its versions, measured as they are asked for."""
+    prepared = prepare(case, device, compile_allowed=table != "reduced")
+    return prepared, measure(case, prepared, device, CASE_SECONDS[table], measure_ceilings(table, device)[0])
 
 
 def described(case: Case) -> Row:

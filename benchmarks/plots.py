@@ -11,7 +11,7 @@ from ept.profile.report import PHASE_COLOURS
 from ept.utils.plots import plot
 
 from .record import Row, by_case
-from .shapes import BITSANDBYTES, COMPILED, DENSE, EAGER, OURS, OURS_AGAIN, PEFT, PRODUCTS
+from .shapes import BITSANDBYTES, COMPILED, EAGER, OURS, OURS_AGAIN, PEFT, PRODUCTS
 
 COLOURS = {
     OURS: "#1f77b4",
@@ -19,7 +19,6 @@ COLOURS = {
     COMPILED: "#ff7f0e",
     BITSANDBYTES: "#d62728",
     PEFT: "#9467bd",
-    DENSE: "#2ca02c",
 }
 METHOD_TITLES = {
     "pt": "prompt tuning",

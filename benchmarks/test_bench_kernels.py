@@ -32,10 +32,8 @@ def test_version(case: Case, provider: str, benchmark: Any, request: pytest.Fixt
     device, table, rows = request.config.stash[SESSION]
     if case.id not in HELD:  # all versions of a case are measured at the first one asked for
         HELD.clear()  # frees the last case's inputs before the next one's are made
-        prepared = problems.prepare(case, device, compile_allowed=table != "reduced")
         about = {**operators.described(case), **measured_with(device, table == "reduced")}
-        ceilings, _ = operators.measure_ceilings(table, device)
-        found = operators.measure(case, prepared, device, operators.CASE_SECONDS[table], ceilings)
+        prepared, found = operators.prepare_and_measure(case, table, device)
         HELD[case.id] = {row["provider"]: {**about, **row} for row in found}, prepared
         rows.extend(HELD[case.id][0].values())
     by_provider, prepared = HELD[case.id]

@@ -96,10 +96,9 @@ def test_a_kernels_row_shows_rate_ceiling_and_memory(synthetic: Path) -> None:
     head = next(line for line in lines if line.startswith("| case"))
     line = next(line for line in lines if line.startswith("| prompted_embedding/T5-base"))
     cells = dict(zip((cell.strip() for cell in head.split("|")), (cell.strip() for cell in line.split("|"))))
-    assert cells["rate"] == "2 GB/s"
-    assert cells["of ceiling"] == "50 % memory"
-    assert cells["peak memory"] == "3 MiB"
-    assert (cells["again"], cells["vs reference"], cells["vs bitsandbytes"]) == ("1.00 ×", "3.00 ×", "2.00 ×")
+    shown = {"rate": "2 GB/s", "of ceiling": "50 % memory", "peak memory": "3 MiB"}
+    shown |= {"again": "1.00 ×", "vs reference": "3.00 ×", "vs bitsandbytes": "2.00 ×"}
+    assert {name: cells[name] for name in shown} == shown
 
 
 def cells(text: str, start: str) -> list[str]:
