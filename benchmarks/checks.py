@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,7 @@ import torch
 import ept_kernels
 from ept_kernels.dev.problems import FourBit
 
-from .record import ROOT, Row
-from .work import Work
+from .record import ROOT, Row, Work
 
 # pytest's arguments by unit and table.
 TESTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -43,16 +42,13 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def works_of(table: str, device: str) -> list[Work]:
     """Returns the test runs and the memory check as units of a record."""
     deadline = time.monotonic() + TESTS_SECONDS
-    tests = [
-        Work(unit, functools.partial(run_tests, arguments, device, deadline), {"section": "tests", "case": unit})
-        for unit, arguments in TESTS.get(table, {}).items()
-    ]
-    name = "sanitizer/dequantize_4bit"
-    return [*tests, Work(name, functools.partial(_sanitize, device), {"section": "sanitizer", "case": name})]
+    tests = TESTS.get(table, {}).items()
+    works = [Work(unit, functools.partial(run_tests, arguments, device, deadline)) for unit, arguments in tests]
+    return [*works, Work("sanitizer/dequantize_4bit", functools.partial(_sanitize, device))]
 
 
-def run_tests(arguments: Sequence[str], device: str, deadline: float) -> Iterator[Row]:
-    """Yields the outcome of one pytest run."""
+def run_tests(arguments: Sequence[str], device: str, deadline: float) -> list[Row]:
+    """Returns the outcome of one pytest run."""
     seconds = max(MIN_SECONDS, deadline - time.monotonic())
     variables = environment(**({"EPT_KERNELS": "triton"} if device == "cuda" else {}))
     with tempfile.TemporaryDirectory() as folder:
@@ -61,25 +57,22 @@ def run_tests(arguments: Sequence[str], device: str, deadline: float) -> Iterato
         row = run_command([sys.executable, "-m", "pytest", *options, *arguments], variables, seconds)
         if report.exists():
             suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
-            tests, failures, errors, skipped = (
-                int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")
-            )
-            passed = tests - failures - errors - skipped
-            row["summary"] = f"{passed} passed, {failures + errors} failed, {skipped} skipped"
-    yield row
+            tests, failed, errors, skipped = (int(suite.get(n, 0)) for n in ("tests", "failures", "errors", "skipped"))
+            passed = tests - failed - errors - skipped
+            row["summary"] = f"{passed} passed, {failed + errors} failed, {skipped} skipped"
+    return [row]
 
 
-def _sanitize(device: str) -> Iterator[Row]:
-    """Yields what compute-sanitizer says of reads and writes out of bounds."""
+def _sanitize(device: str) -> list[Row]:
+    """Returns what compute-sanitizer says of reads and writes out of bounds."""
     tool = shutil.which("compute-sanitizer")
     if device != "cuda" or tool is None:
         lacks = "compute-sanitizer is not on the PATH" if device == "cuda" else "compute-sanitizer needs a GPU"
-        yield {"status": "skipped", "reason": lacks}
-        return
+        return [{"status": "skipped", "reason": lacks}]
     command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-m", "benchmarks.checks"]
     # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
     variables = environment(EPT_KERNELS="triton", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    yield {"tool": "compute-sanitizer memcheck", **run_command(command, variables, SANITIZER_SECONDS)}
+    return [{"tool": "compute-sanitizer memcheck", **run_command(command, variables, SANITIZER_SECONDS)}]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -93,13 +86,12 @@ def run_command(command: Sequence[str], variables: dict[str, str], seconds: floa
     """Returns `status` and `reason` of a command that should end with code 0 in time; its last lines if it did not."""
     began = time.monotonic()
     code, output = call(command, variables, seconds, capture=True)
-    took = time.monotonic() - began
+    row: Row = {"status": "failed", "reason": f"ended with code {code}", "seconds": time.monotonic() - began}
     if code is None:
-        return {"status": "failed", "reason": f"not finished after {seconds:.0f} s", "timed_out": True, "seconds": took}
+        return {**row, "reason": f"not finished after {seconds:.0f} s", "timed_out": True}
     if code == 0:
-        return {"status": "ok", "reason": "", "seconds": took}
-    lines = "\n".join(output.strip().splitlines()[-15:])
-    return {"status": "failed", "reason": f"ended with code {code}", "seconds": took, "output": lines}
+        return {**row, "status": "ok", "reason": ""}
+    return {**row, "output": "\n".join(output.strip().splitlines()[-15:])}
 
 
 def call(
@@ -108,16 +100,12 @@ def call(
     """Returns exit code and output of a command; None where it took longer than `seconds`: then it and all that it
     started are ended.
     """
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if capture else {}
+    options: Row = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if capture else {}
+    if sys.platform == "linux":
+        # The child ends where its parent is killed, so that two runs never write to one record.
+        options["preexec_fn"] = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
     process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=variables,
-        **output,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        preexec_fn=_end_with_parent,
+        command, cwd=ROOT, env=variables, **options, text=True, errors="replace", start_new_session=True
     )
     try:
         printed, _ = process.communicate(timeout=seconds)
@@ -128,12 +116,6 @@ def call(
             return None, ""
         raise
     return process.returncode, printed or ""
-
-
-def _end_with_parent() -> None:
-    """Ends a child where its parent is killed, so that two runs never write to one record (on Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Options of `pytest benchmarks`, its cases, and the table at its end."""
+"""Options of `pytest benchmarks`, and the table at its end."""
 
 from __future__ import annotations
 
@@ -6,47 +6,30 @@ import os
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.record import Row
 from benchmarks.shapes import TABLES
 
-KEY = pytest.StashKey[tuple[str, str, list[Row]]]()  # device, table of cases, all rows measured
+SESSION = pytest.StashKey[tuple[str, str, list[Row]]]()  # device, table of cases, all rows measured
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--cases", choices=sorted(TABLES), help="table of cases; default: gpu where there is a GPU, cpu elsewhere"
-    )
+    default = "default: gpu where there is a GPU, cpu elsewhere"
+    parser.addoption("--cases", choices=sorted(TABLES), help=f"table of cases; {default}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, table = ("cuda", "gpu") if torch.cuda.is_available() else ("cpu", "cpu")
     if device == "cuda":
         os.environ.setdefault("EPT_KERNELS", "triton")  # read when ept_kernels is imported
-    config.stash[KEY] = device, config.getoption("--cases") or ("gpu" if device == "cuda" else "cpu"), []
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    pairs = [
-        pytest.param(case, provider, id=f"{case.id}-{provider}".replace("/", "-"))
-        for case in TABLES[metafunc.config.stash[KEY][1]]()
-        for provider in case.providers
-    ]
-    metafunc.parametrize("case, provider", pairs)
-
-
-@pytest.fixture(scope="module")
-def session(request: pytest.FixtureRequest) -> tuple[str, str, list[Row]]:
-    """Returns the device, the table of cases, and the list that all rows go into."""
-    return request.config.stash[KEY]
+    config.stash[SESSION] = device, config.getoption("--cases") or table, []
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     from benchmarks.tables import peer_table
 
-    _, table, rows = config.stash[KEY]
+    _, table, rows = config.stash[SESSION]
     if rows:
         reduced = " (reduced sizes: no figure means anything)" if table == "reduced" else ""
         terminalreporter.section(f"kernels against peers, {rows[0]['device']}{reduced}")

@@ -28,9 +28,9 @@ def prompted_embedding(
     element. Without a low-rank part (rank 0) no positions are read.
     """
     index = ID_BYTES * batch * length * (2 if rank else 1)
-    output = batch * (prompt + length) * width * item
-    read = index + distinct * width * item + _parameters(prompt, positions, rank, width)
-    return Counts(read + output, 2 * min(positions, length) * rank * width)
+    rows = distinct + batch * (prompt + length)
+    moved = index + rows * width * item + _parameters(prompt, positions, rank, width)
+    return Counts(moved, 2 * min(positions, length) * rank * width)
 
 
 def prompted_embedding_packed(
@@ -40,9 +40,9 @@ def prompted_embedding_packed(
     follow from the `texts + 1` offsets.
     """
     index = ID_BYTES * (tokens + texts + 1)
-    output = (tokens + texts * prompt) * width * item
-    read = index + distinct * width * item + _parameters(prompt, positions, rank, width)
-    return Counts(read + output, 2 * min(positions, longest) * rank * width)
+    rows = distinct + tokens + texts * prompt
+    moved = index + rows * width * item + _parameters(prompt, positions, rank, width)
+    return Counts(moved, 2 * min(positions, longest) * rank * width)
 
 
 def prompted_embedding_backward(
@@ -53,9 +53,9 @@ def prompted_embedding_backward(
     """
     gradient = batch * (prompt + length) * width
     index = ID_BYTES * batch * length if rank else 0
-    low_rank = PARAMETER_BYTES * (positions * rank + rank * width)
-    written = _parameters(prompt, positions, rank, width)
-    return Counts(gradient * item + index + low_rank + written, gradient + 4 * min(positions, length) * rank * width)
+    parameters = _parameters(0, positions, rank, width) + _parameters(prompt, positions, rank, width)
+    operations = gradient + 4 * min(positions, length) * rank * width
+    return Counts(gradient * item + index + parameters, operations)
 
 
 def joint_prompt(prompt: int, positions: int, rank: int, width: int, columns: int, spaces: int) -> Counts:
@@ -68,10 +68,8 @@ def joint_prompt(prompt: int, positions: int, rank: int, width: int, columns: in
     between = positions * rank * rank + 2 * prompt * positions * rank
     expand = prompt * width * (rank + prompt + columns)
     parameters = _parameters(prompt, positions, rank, width) + PARAMETER_BYTES * width * (2 * columns + spaces)
-    row = PARAMETER_BYTES * prompt * width
-    forward = parameters + row
-    backward = 2 * parameters + row
-    return Counts(forward + backward, 3 * 2 * (reduce + between + expand))
+    # Forward: parameters read, a row of width · prompt written; backward: both read, the parameters' gradients written.
+    return Counts(3 * parameters + 2 * PARAMETER_BYTES * prompt * width, 3 * 2 * (reduce + between + expand))
 
 
 def four_bit_weight(rows: int, columns: int, block_size: int, nested: bool, nested_block_size: int = 256) -> int:

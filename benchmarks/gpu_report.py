@@ -12,17 +12,17 @@ pytest will do, and what is missing beside them is skipped, with the reason in t
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels/torch-ext"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.checks import call, environment
-from benchmarks.record import RECORD_NAME, Record, Row, check_device, command_line, device_folder, device_name, header
+from benchmarks.record import RECORD_NAME, RESULTS, Record, Row, check_device, command_line, header
 from benchmarks.shapes import TABLES
 from benchmarks.tables import goal_table, markdown, option_table, reasons, step_table
 
@@ -70,10 +70,6 @@ def summary(results: list[Row], reduced: bool) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -87,11 +83,12 @@ def main() -> int:
     if arguments.reduced and arguments.output is None:
         parser.error("--reduced needs --output: its figures mean nothing and belong beside no real ones")
     check_device(arguments.device)
-    output = arguments.output or device_folder(device_name(arguments.device)) / RECORD_NAME
+    head = header(command_line("benchmarks/gpu_report.py", sys.argv[1:]), arguments.device, arguments.reduced)
+    folder = re.sub(r"[^a-z0-9]+", "-", head["device"].lower()).strip("-")
+    output = arguments.output or RESULTS / folder / RECORD_NAME
     if arguments.fresh:
         output.unlink(missing_ok=True)
-    command = command_line("benchmarks/gpu_report.py", sys.argv[1:])
-    record = Record.resume(output.resolve(), header(command, arguments.device, arguments.reduced))
+    record = Record.resume(output.resolve(), head)
     measure(record, arguments.device, arguments.reduced, arguments.scale)
     results = record.results()
     print(f"\n{summary(results, arguments.reduced)}\n\nrecord: {output}")
@@ -99,5 +96,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: what was started is ended too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended too
     sys.exit(main())

@@ -30,8 +30,15 @@ def measure(
     """Yields both ways for every number of adapters, on the shape of SmolLM2-135M with random weights."""
     device = default_device()
     size = {"rows": rows, "batch": batch, "length": LENGTH, "num_virtual_tokens": VIRTUAL_TOKENS, "rank": RANK}
+    config = EPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, max_length=LENGTH, r=RANK)
     for number in adapters:
-        model = _model(layers, number, device)
+        model = get_ept_model(
+            build_shape(SHAPE, dtype=torch.float32, device=device, layers=layers), config, "a0"
+        ).eval()
+        for other in range(1, number):
+            model.add_adapter(f"a{other}", config)
+        for parameter in model.prompt_encoder.parameters():  # none is left at its neutral start
+            parameter.add_(0.1 * torch.randn(parameter.shape, device="cpu").to(device))
         ids = torch.randint(model.config.vocab_size, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
         calls = ways(model, ids.to(device), batch)
         torch.testing.assert_close(calls["mixed"](0), calls["switching"](0), rtol=1e-3, atol=1e-3)
@@ -49,18 +56,6 @@ def measure(
             }
 
 
-def _model(layers: int | None, adapters: int, device: torch.device) -> EPTModel:
-    """Makes a model of random weights with adapters a0, a1, …, none at its neutral start."""
-    base = build_shape(SHAPE, dtype=torch.float32, device=device, layers=layers)
-    config = EPTConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL_TOKENS, max_length=LENGTH, r=RANK)
-    model = get_ept_model(base, config, "a0")
-    for number in range(1, adapters):
-        model.add_adapter(f"a{number}", config)
-    for parameter in model.prompt_encoder.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, device="cpu").to(device))
-    return model.eval()
-
-
 def ways(model: EPTModel, ids: torch.Tensor, batch: int) -> dict[str, Call]:
     """Returns the two ways to answer all rows of `ids` `[rows, n]`, each to the last logits `[rows, vocabulary]`."""
     adapters = list(model.peft_config)
@@ -69,18 +64,19 @@ def ways(model: EPTModel, ids: torch.Tensor, batch: int) -> dict[str, Call]:
     def answer(rows: list[int], **options: Any) -> torch.Tensor:
         return model(ids[rows], logits_to_keep=1, use_cache=False, **options).logits[:, -1]
 
+    def in_batches(rows: list[int]) -> list[list[int]]:
+        return [rows[start : start + batch] for start in range(0, len(rows), batch)]
+
     def mixed(_: int) -> torch.Tensor:
-        starts = range(0, len(ids), batch)
-        chunks = [list(range(start, min(start + batch, len(ids)))) for start in starts]
-        return torch.cat([answer(rows, adapter_names=[names[row] for row in rows]) for rows in chunks])
+        batches = in_batches(list(range(len(ids))))
+        return torch.cat([answer(rows, adapter_names=[names[row] for row in rows]) for rows in batches])
 
     def switching(_: int) -> torch.Tensor:
         answers = torch.empty(len(ids), model.config.vocab_size, device=ids.device)
         for adapter in adapters:
             model.set_adapter(adapter, inference_mode=True)
-            own = [row for row, name in enumerate(names) if name == adapter]
-            for start in range(0, len(own), batch):
-                answers[own[start : start + batch]] = answer(own[start : start + batch])
+            for rows in in_batches([row for row, name in enumerate(names) if name == adapter]):
+                answers[rows] = answer(rows)
         return answers
 
     return {"mixed": mixed, "switching": switching}

@@ -35,7 +35,19 @@ PROBLEMS: tuple[Problem, ...] = (EMBEDDING, EMBEDDING.backward, JOINT, JOINT.bac
 def measure(*, rounds: int) -> Iterator[Row]:
     """Yields a row a way; `overhead` is its time beyond the next barer way's, round by round."""
     device = default_device()
-    cases = _ways_of_nothing(device) | {problem.operator: _ways(problem, device) for problem in PROBLEMS}
+    args, out = EMBEDDING.inputs(device), torch.empty(1, device=device)
+    signature = "(" + str(ept_kernels.prompted_embedding._schema).partition("(")[2]
+
+    def nothing(*_: Any) -> Tensor:
+        return out
+
+    plain = library.register(f"benchmark_nothing{signature}", nothing, nothing)
+    custom = torch.library.custom_op("ept_benchmark::nothing", nothing, mutates_args=(), schema=signature)
+    cases: dict[str, dict[str, Call]] = {
+        "nothing": {"operator": lambda _: plain(*args), "implementation": lambda _: nothing(*args)},
+        "nothing, custom_op": {"operator": lambda _: custom(*args), "implementation": lambda _: nothing(*args)},
+    }
+    cases |= {problem.operator: _ways(problem, device) for problem in PROBLEMS}
     for name, ways in cases.items():
         times = time_in_turn(ways, ThreadClock(device.type, CALLS), rounds=rounds, warmup=2 * CALLS)
         for way, barer in itertools.zip_longest(ways, list(ways)[1:]):
@@ -57,18 +69,3 @@ def _ways(problem: Problem, device: torch.device) -> dict[str, Call]:
             launcher(*args)
         ways["launch"] = lambda _: [one.kernel[one.grid](*one.args, **one.meta) for one in launched]
     return ways
-
-
-def _ways_of_nothing(device: torch.device) -> dict[str, dict[str, Call]]:
-    args, out = EMBEDDING.inputs(device), torch.empty(1, device=device)
-    signature = "(" + str(ept_kernels.prompted_embedding._schema).partition("(")[2]
-
-    def nothing(*_: Any) -> Tensor:
-        return out
-
-    plain = library.register(f"benchmark_nothing{signature}", nothing, nothing)
-    custom = torch.library.custom_op("ept_benchmark::nothing", nothing, mutates_args=(), schema=signature)
-    return {
-        "nothing": {"operator": lambda _: plain(*args), "implementation": lambda _: nothing(*args)},
-        "nothing, custom_op": {"operator": lambda _: custom(*args), "implementation": lambda _: nothing(*args)},
-    }

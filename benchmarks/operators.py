@@ -6,39 +6,40 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-import ept_kernels
 from ept_kernels import launch
 from ept_kernels.dev.problems import as_tuple
 
 from .problems import Prepared, prepare
-from .record import Row
+from .record import Row, Work
 from .shapes import OURS, OURS_AGAIN, PRODUCTS, TABLES, Case
-from .timing import Call, Clock, DeviceClock, Timing, device_launches, peak_bytes, time_in_turn
-from .work import Work
+from .timing import Call, Clock, DeviceClock, device_launches, peak_bytes, time_in_turn
 
 CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # timing of one version of one case
 
 
 def works_of(table: str, device: str) -> list[Work]:
     """Returns the ceilings and every case of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
+    works = [
+        Work(f"kernels/{case.id}", lambda case=case: prepare_and_measure(case, table, device)[1], described(case))
+        for case in TABLES[table]()
+    ]
+    return [Work("ceilings", lambda: measure_ceilings(table, device)[1]), *works]
 
-    def measured(case: Case) -> Iterator[Row]:
-        prepared = prepare(case, device, compile_allowed=table != "reduced")
-        yield from measure(case, prepared, device, CASE_SECONDS[table], measure_ceilings(table, device)[0])
 
-    ceilings = Work("ceilings", lambda: measure_ceilings(table, device)[1], {"section": "ceilings"})
-    cases = TABLES[table]()
-    return [ceilings, *(Work(f"kernels/{c.id}", functools.partial(measured, c), described(c)) for c in cases)]
+def prepare_and_measure(case: Case, table: str, device: str) -> tuple[Prepared, Iterator[Row]]:
+    """Returns a case made ready, and the rows of its versions, measured as they are asked for."""
+    prepared = prepare(case, device, compile_allowed=table != "reduced")
+    return prepared, measure(case, prepared, device, CASE_SECONDS[table], measure_ceilings(table, device)[0])
 
 
 def described(case: Case) -> Row:
     """Returns the fields of all rows of a case."""
-    names = ("kernel", "model", "size", "dtype", "scheme")
-    return {"section": "kernels", "case": case.id, **{name: getattr(case, name) for name in names}}
+    fields = {name: value for name, value in vars(case).items() if name != "providers"}
+    return {"section": "kernels", "case": case.id, **fields}
 
 
 class Ceilings(NamedTuple):
@@ -66,47 +67,33 @@ CEILING_SIZES = {
 def measure_ceilings(table: str, device: str) -> tuple[Ceilings, list[Row]]:
     """Measures the ceilings of `device` at the sizes of `table`, with a row for each."""
     size, edge, dtypes, seconds = CEILING_SIZES[table]
-
-    def timed(call: Call) -> Timing:
-        return time_in_turn({"only": call}, clock_of(device), seconds=seconds)["only"]
-
     source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    timing = timed(lambda _: target.copy_(source))
-    bandwidth = 2 * size / timing.median
-    rows = [{"ceiling": "copy", "bytes": 2 * size, "bytes_per_second": bandwidth, **timing.as_dict()}]
-    rates = {}
+    calls: dict[str, tuple[Call, str, int]] = {"copy": (lambda _: target.copy_(source), "bytes", 2 * size)}
     for name in dtypes:
         # Random: products of zeros can run faster than real ones.
         a, b = (torch.randn(edge, edge, device=device).to(getattr(torch, name)) for _ in range(2))
-        timing = timed(lambda _, a=a, b=b: a @ b)
-        operations = 2 * edge**3
-        rates[name] = operations / timing.median
-        row = {"ceiling": f"{name} product", "operations": operations, "operations_per_second": rates[name]}
-        rows.append({**row, **timing.as_dict()})
-    return Ceilings(bandwidth, rates), rows
+        calls[f"{name} product"] = (lambda _, a=a, b=b: a @ b), "operations", 2 * edge**3
+    rows = []
+    for ceiling, (call, unit, amount) in calls.items():
+        timing = time_in_turn({"only": call}, clock_of(device), seconds=seconds)["only"]
+        rate = {unit: amount, f"{unit}_per_second": amount / timing.median}
+        rows.append({"ceiling": ceiling, **rate, **timing.as_dict()})
+    rates = {name: row["operations_per_second"] for name, row in zip(dtypes, rows[1:])}
+    return Ceilings(rows[0]["bytes_per_second"], rates), rows
 
 
 def clock_of(device: str) -> Clock:
     return DeviceClock(device) if device == "cuda" else Clock(device)
 
 
-def measure(
-    case: Case, prepared: Prepared | None, device: str, seconds: float, ceilings: Ceilings
-) -> Iterator[dict[str, Any]]:
+def measure(case: Case, prepared: Prepared, device: str, seconds: float, ceilings: Ceilings) -> Iterator[Row]:
     """Yields a row for every version that `case` names.
 
     `status` is `ok`, `skipped` (it cannot run here) or `failed` (it raised, or its result was wrong: then it is
     not timed), with the `reason`.
-
-    Args:
-        prepared: None where the operator does not exist: all are skipped.
     """
     rows: dict[str, Row] = {provider: {"provider": provider, "status": "skipped"} for provider in case.providers}
-    if prepared is None:
-        for row in rows.values():
-            yield {**row, "reason": f"this version of ept_kernels has no {case.kernel}"}
-        return
     for provider, reason in prepared.skipped.items():
         rows[provider]["reason"] = reason
     expected = as_tuple(prepared.reference())
@@ -115,18 +102,38 @@ def measure(
     del expected
     right = {name: call for name, call in prepared.calls.items() if rows[name]["status"] == "ok"}
     timings = time_in_turn(right, clock_of(device), sets=prepared.sets, seconds=seconds) if right else {}
+    moved, operations = prepared.counted
+    floor, bound = ceilings.floor(moved, operations, case.dtype)
     for provider, timing in timings.items():
         row, call = rows[provider], right[provider]
-        row.update(timing.as_dict(), **_against_ceilings(prepared, timing.median, ceilings, case.dtype))
-        row["peak_bytes"] = peak_bytes(call, device)
-        if provider in (OURS, OURS_AGAIN):
-            row["backend"] = _backend(call, device)
+        row |= {
+            **timing.as_dict(),
+            "bytes": moved,
+            "operations": operations,
+            "bytes_per_second": moved / timing.median,
+            "operations_per_second": operations / timing.median,
+            "bound": bound,
+            "fraction_of_ceiling": floor / timing.median,
+            "fraction_of_bandwidth": moved / ceilings.bytes_per_second / timing.median,
+            "ceilings": {
+                "bytes_per_second": ceilings.bytes_per_second,
+                "operations_per_second": ceilings.operations_per_second[case.dtype],
+            },
+            "peak_bytes": peak_bytes(call, device),
+        }
+        if provider in (OURS, OURS_AGAIN):  # what really ran: a kernel of ours was launched, or not
+            before = launch.launches()
+            call(0)
+            row["backend"] = "triton" if launch.launches() > before else "reference"
         if provider == OURS and case.kernel not in PRODUCTS:  # a profile costs more than the measurement
             row["launches"] = device_launches(call, device)
     yield from rows.values()
 
 
 def _check(provider: str, call: Call, expected: tuple[torch.Tensor, ...], prepared: Prepared) -> Row:
+    def equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
     try:
         outputs = as_tuple(call(0))
         error = max(relative_error(out, ref) for out, ref in zip(outputs, expected))
@@ -135,43 +142,16 @@ def _check(provider: str, call: Call, expected: tuple[torch.Tensor, ...], prepar
             limit = f"the tolerance is {prepared.tolerance:.1e}"
             found.update(status="failed", reason=f"relative error {error:.1e} against the reference, {limit}")
         if provider == OURS:
-            found["repeats_bit_equal"] = _equal(outputs, as_tuple(call(0)))
+            found["repeats_bit_equal"] = equal(outputs, as_tuple(call(0)))
             peer = prepared.must_equal
             if peer in prepared.calls:
-                found[f"bit_equal_to_{peer}"] = _equal(outputs, as_tuple(prepared.calls[peer](0)))
+                found[f"bit_equal_to_{peer}"] = equal(outputs, as_tuple(prepared.calls[peer](0)))
         return found
     except Exception as error:  # a version that raises is a result; the others are still measured
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # raises where the error broke the device's context: then this process must end
         first = str(error).partition("\n")[0]
         return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
-
-
-def _against_ceilings(prepared: Prepared, seconds: float, ceilings: Ceilings, dtype: str) -> Row:
-    moved, operations = prepared.counted
-    floor, bound = ceilings.floor(moved, operations, dtype)
-    return {
-        "bytes": moved,
-        "operations": operations,
-        "bytes_per_second": moved / seconds,
-        "operations_per_second": operations / seconds,
-        "bound": bound,
-        "fraction_of_ceiling": floor / seconds,
-        "fraction_of_bandwidth": moved / ceilings.bytes_per_second / seconds,
-        "ceilings": {
-            "bytes_per_second": ceilings.bytes_per_second,
-            "operations_per_second": ceilings.operations_per_second[dtype],
-        },
-    }
-
-
-def _backend(call: Call, device: str) -> str:
-    """Returns what really ran: `triton` when a kernel of this package was launched."""
-    if ept_kernels.backend(device) == "reference":
-        return "reference"
-    before = launch.launches()
-    call(0)
-    return "triton" if launch.launches() > before else "reference"
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
@@ -183,7 +163,3 @@ def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     difference = torch.linalg.vector_norm(out.double() - reference.double()).item()
     norm = torch.linalg.vector_norm(reference.double()).item()
     return difference / norm if norm else difference
-
-
-def _equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -8,35 +8,23 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import json_records
-from .json_records import OVERHEAD, measured_with, overhead_row
-from .plots import drawable
-from .record import RECORD_NAME, RESULTS, ROOT, Record, Row
-from .tables import (
-    BARE_TITLE,
-    OPTIONS_TITLE,
-    bare_text,
-    ceiling_table,
-    goal_table,
-    markdown,
-    options_text,
-    peer_table,
-    reasons,
-    step_table,
-)
+from ept.profile.clock import PHASES
+from ept.profile.report import draw_phases, draw_sweep, title
+
+from . import tables
+from .goals import BARE_STEP, EPT_METHOD
+from .plots import Plot, draw_steps, drawable
+from .record import RECORD_NAME, RESULTS, ROOT, Record, Row, profile_row
+from .tables import markdown, spread
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = "performance"  # folder beside the page
-
-CAPTIONS = {
-    "bandwidth": "Bandwidth over size: the least bytes that the operator must move, over its time.",
-    "speedup": "Products with 4-bit weights: time of bitsandbytes over ours, over the number of tokens.",
-    "steps": "Time of a whole training step by method, and where it goes.",
-}
+OVERHEAD = "step_overhead.json"
 
 HEAD = """\
 # Performance
@@ -69,27 +57,17 @@ def render(results: Path = RESULTS) -> str:
     folders = _folders(results)
     gpus = [folder for folder in folders if folder.name != "cpu"]
     every = [row for folder in folders for row in rows_of(folder)]
-    parts = [HEAD, "## Goals\n", goal_table(every) + "\n"]
-    parts += [_device(folder) for folder in gpus] or [f"## GPU\n\n{NO_GPU}"]
-    parts += [_device(folder) for folder in folders if folder.name == "cpu"]
+    parts = [HEAD, "## Goals\n", tables.goal_table(every) + "\n"]
+    parts += [_device(folder)[0] for folder in gpus] or [f"## GPU\n\n{NO_GPU}"]
+    parts += [_device(folder)[0] for folder in folders if folder.name == "cpu"]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
     """Draws every plot that the records allow, beside `page`."""
-    plots: dict[Path, Callable[[Path], None]] = {}
-    for folder in _folders(results):
-        rows = rows_of(folder)
-        for name, function in drawable(rows).items():
-            plots[page.parent / _plot(folder, name)] = functools.partial(function, rows)
-        for file, kind in json_records.known(folder):
-            if kind.plot is not None:
-                record = json_records.read(file)
-                plot = kind.plot(record)
-                path = page.parent / _plot(folder, json_records.plot_name(file, plot))
-                plots[path] = functools.partial(plot.draw, record)
-    for path, draw_into in plots.items():
-        draw_into(path)
+    plots = {page.parent / path: plot for folder in _folders(results) for path, plot in _device(folder)[1].items()}
+    for path, plot in plots.items():
+        plot.draw(path)
     return list(plots)
 
 
@@ -103,7 +81,7 @@ def rows_of(folder: Path) -> list[Row]:
     rows = Record(folder / RECORD_NAME).results()
     overhead = folder / OVERHEAD
     if overhead.exists():
-        record = json_records.read(overhead)
+        record = json.loads(overhead.read_text(encoding="utf-8"))
         about = {"device_type": "cuda" if record["hardware"]["gpus"] else "cpu", "reduced": False}
         # First, so that the report's own row, if any, is the one that counts.
         rows.insert(0, {**overhead_row(record), **about, "section": "bare", "status": "ok", "reason": ""})
@@ -115,44 +93,171 @@ def rows_of(folder: Path) -> list[Row]:
     return rows
 
 
-def _device(folder: Path) -> str:
+def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
+    """Returns what the page says of one device, and the plots in it by their path as the page refers to them."""
     rows = rows_of(folder)
     header = Record(folder / RECORD_NAME).header()
     name = header["device"] if header else folder.name
     parts = [f"## {name if name != 'cpu' else 'CPU'}\n"]
+    plots: dict[str, Plot] = {}
+
+    def shown(plot: Plot) -> str:
+        path = f"{PLOTS}/{folder.name}-{plot.name}.png"
+        plots[path] = plot
+        return f"![{plot.caption}]({path})\n\n{plot.caption}\n"
+
     if name == "cpu":
         parts.append(CPU_NOTE)
     if header:
         parts.append(measured_with(header, header["command"], header["started"][:10]))
-    parts += [f"![{CAPTIONS[plot]}]({_plot(folder, plot)})\n\n{CAPTIONS[plot]}\n" for plot in drawable(rows)]
-    parts += [f"### {title}\n\n{text.rstrip()}\n" for title, text in _sections(rows) if text]
-    for file, kind in json_records.known(folder):
-        parts.append(json_records.section(file, kind, lambda name: _plot(folder, name)))
-    others = json_records.unknown(folder)
-    if others:
-        parts.append(f"### Further records\n\n{others}\n")
-    return "\n".join(parts)
+    parts += map(shown, drawable(rows))
 
-
-def _sections(rows: list[Row]) -> list[tuple[str, str]]:
-    """Returns title and text of every section of a report; without a text where it has no rows."""
-    checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
-    checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
     steps = [row for row in rows if row["section"] == "steps"]
     bare, gains = ([row for row in steps if field in row] for field in ("ratio_to_bare", "gain"))
+    checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
+    checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
+    sections = {
+        "Checks on this device": markdown(["check", "result"], checked),
+        "Ceilings": tables.ceiling_table(rows),
+        "Kernels": tables.peer_table(rows),
+        "Training steps": tables.step_table(rows),
+        tables.OPTIONS_TITLE: tables.options_text(gains) if gains else "",
+        tables.BARE_TITLE: tables.bare_text(bare),
+        "Not measured": "\n".join(f"* {line}" for line in tables.reasons(rows)),
+    }
+    parts += [f"### {name}\n\n{text.rstrip()}\n" for name, text in sections.items() if text]
+
+    records = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    for pattern, heading, section in KINDS:
+        for file in [file for file in records if file.match(pattern)]:
+            record = records.pop(file)
+            text, plot = section(record)
+            parts.append(f"### {heading}\n\n{text}")
+            if plot is not None:  # its name tells it from those of other files
+                parts.append(shown(plot._replace(name=f"{file.stem}-{plot.name}".replace("_", "-"))))
+            about = record if "hardware" in record else record["cases"][0]
+            parts.append(f"Record `{file.name}`: {measured_with(about, record['command'])}")
+    if records:
+        commands = [(f"`{file.name}`", record.get("command")) for file, record in records.items()]
+        lines = [[name, f"`{command}`" if command else "–"] for name, command in commands]
+        parts.append(f"### Further records\n\n{markdown(['record', 'command'], lines)}\n")
+    return "\n".join(parts), plots
+
+
+def measured_with(record: Row, command: str, when: str = "") -> str:
+    """Returns command, machine and versions in a line."""
+    hardware = record["hardware"]
+    named = "".join(f", {gpu['name']}" for gpu in hardware.get("gpus") or ())
+    machine = f"{hardware['processor']}{named}, {hardware['threads']} threads on {hardware['cores']} cores"
+    versions = ", ".join(f"{name} {version or 'not installed'}" for name, version in record["versions"].items())
+    return f"`{command}`{when and ', '}{when}, {machine}; {versions}.\n"
+
+
+# The records that are one JSON file each: those of `ept profile`, and earlier ones of steps.
+
+
+Section = tuple[str, Plot | None]
+
+
+def step_rows(record: Row) -> list[Row]:
+    """Makes rows of an earlier record of EPT's step against PEFT's, which `draw_steps` draws."""
+    cases = [(case, f"{case['case']}, padded to {case['data']['padding']}") for case in record["cases"]]
     return [
-        ("Checks on this device", markdown(["check", "result"], checked) if checked else ""),
-        ("Ceilings", ceiling_table(rows)),
-        ("Kernels", peer_table(rows)),
-        ("Training steps", step_table(rows)),
-        (OPTIONS_TITLE, options_text(gains) if gains else ""),
-        (BARE_TITLE, bare_text(bare)),
-        ("Not measured", "\n".join(f"* {line}" for line in reasons(rows))),
+        {**profile_row(method, case), "section": "steps", "status": "ok", "case": name}
+        for case, name in cases
+        for method in case["methods"]
     ]
 
 
-def _plot(folder: Path, name: str) -> str:
-    return f"{PLOTS}/{folder.name}-{name}.png"
+def overhead_row(record: Row) -> Row:
+    """Makes a row of a record of EPT's step beside the bare model's."""
+    over = record["ratio"]
+    return {
+        "case": BARE_STEP,
+        "provider": EPT_METHOD,
+        "median": 1e-3 * record["ept_step_ms"],
+        "ratio_to_bare": over["median"],
+        "ratio_p20": over["p20"],
+        "ratio_p80": over["p80"],
+        "samples": over["pairs"],
+        "model": record["model"],
+        "size": {"batch": record["batch"], "length": record["text_tokens"], "positions": record["positions"]},
+        "dtype": record["dtype"],
+    }
+
+
+def _options(record: Row) -> Section:
+    """Shows an earlier record of what each option gains."""
+    size = {"batch": record["batch"], "length": record["length"]}
+    about = {"size": size, "dtype": record["dtype"], "method": record["method"]}
+    rows = [{"provider": name, "reason": reason} for name, reason in record["not_measured"].items()]
+    for option in record["options"]:
+        times = {"median": 1e-3 * option["on_ms"]["median"], "off_median": 1e-3 * option["off_ms"]["median"]}
+        named = {"provider": option["option"], "samples": option["pairs"], "model": option["shape"]}
+        rows.append({**named, **times, "setting": option["setting"], "gain": option["gain"], **about})
+    return tables.options_text(rows), None
+
+
+def _vs_peft(record: Row) -> Section:
+    """Shows EPT's step against PEFT's, a line a case and padding."""
+    lines, about = [], {}
+    for case in record["cases"]:
+        by_name = {method["method"]: method for method in case["methods"]}
+        ept, peft, data = by_name["ept"], by_name["peft-pt"], case["data"]
+        text_tokens = f"{data['text_tokens_a_batch']:.0f} of {data['padded_tokens_a_batch']:.0f}"
+        times = [spread(method["step_ms"], 0) for method in (ept, peft)]
+        over, memory = spread(case["ept_over_peft"], 3, " ×"), ept["peak_memory_bytes"] / peft["peak_memory_bytes"]
+        lines.append([case["case"], data["padding"], text_tokens, *times, over, f"{memory:.2f} ×"])
+        about[case["case"]] = (
+            f"* {case['case']}: {case['model']['class']}, {case['model']['dtype']}, {case['batch']} rows of at most "
+            f"{case['length']} tokens, {case['steps']} steps of each method and policy\n"
+        )
+    head = ["case", "padded to", "text tokens of a batch", "EPT, ms", "PEFT, ms", "EPT over PEFT", "memory"]
+    text = (
+        "EPT (40 tokens, rank 30) and PEFT's prompt tuning (100 tokens) take their steps in turn, on the same batches\n"
+        "with the same logits; the ratio is taken turn by turn: below 1 EPT is faster. Median (20 to 80 %). Memory:\n"
+        f"{record['cases'][0]['peak_memory_kind']}, EPT's over PEFT's.\n\n{markdown(head, lines)}\n\n"
+        + "".join(about.values())
+    )
+    caption = "Time of a training step of EPT and of PEFT's prompt tuning, and where it goes."
+    return text, Plot("vs-peft", caption, functools.partial(draw_steps, step_rows(record)))
+
+
+def _profile(record: Row) -> Section:
+    """Shows a record of `ept profile`: its steps and, of one prompt length, where their time goes."""
+    head = ["method", "parameters", "step, ms", "text tokens/s", "peak memory", f"as fast as {record['reference']}"]
+    lines = [
+        [
+            method["label"],
+            f"{method['trainable_parameters']:,}",
+            spread(method["step_ms"], 0 if method["step_ms"]["median"] >= 100 else 2),
+            f"{method['tokens_per_second']:,.0f}",
+            tables.mebibytes(method["peak_memory_bytes"]),
+            spread(method["speedup"], 2, " ×"),
+        ]
+        for method in record["methods"]
+    ]
+    steps = f"{title(record)}. Median (20 to 80 %) of {record['steps']} steps.\n\n{markdown(head, lines)}\n"
+    if len({method["method"] for method in record["methods"]}) < len(record["methods"]):
+        caption = "Time of a training step over the prompt's length."
+        return steps, Plot("length", caption, functools.partial(draw_sweep, record))
+    phases = [
+        [m["label"], *(f"{m['phases_ms'][phase]:.2f}" for phase in PHASES), f"{m['phases_over_step']:.3f}"]
+        for m in record["methods"]
+    ]
+    text = f"Where a step's time goes, in milliseconds:\n\n{markdown(['method', *PHASES, 'sum / step'], phases)}\n"
+    caption = "Time of a training step by method, and where it goes."
+    return f"{steps}\n{text}", Plot("phases", caption, functools.partial(draw_phases, record))
+
+
+# Pattern of a file's name, of which the first that fits counts; title and content of its section.
+KINDS: tuple[tuple[str, str, Callable[[Row], Section]], ...] = (
+    (OVERHEAD, tables.BARE_TITLE, lambda record: (tables.bare_text([overhead_row(record)]), None)),
+    ("training_step.json", "EPT's step against PEFT's prompt tuning", _vs_peft),
+    ("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile),
+    ("profile*.json", "`ept profile`: where a step's time goes", _profile),
+    ("step_options.json", tables.OPTIONS_TITLE, _options),
+)
 
 
 def main() -> int:

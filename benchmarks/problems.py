@@ -1,11 +1,9 @@
-"""Cases made ready to run: several sets of inputs, the least work they take, and a call for each of our versions.
-
-The inputs are those of `ept_kernels.dev.problems`; the libraries we are compared with stand in `peers.py`.
+"""Cases made ready to run: several sets of inputs, the least work they take, and a call for each version, ours and of
+the libraries we are compared with: PEFT's prompt, and bitsandbytes' 4-bit weights.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -16,9 +14,10 @@ import torch
 from torch import Tensor
 
 import ept_kernels
+from ept_kernels import FourBitWeight
 from ept_kernels.dev.problems import FourBit, JointPrompt, PackedEmbedding, PromptedEmbedding
 
-from . import counts, peers
+from . import counts
 from .shapes import BITSANDBYTES, COMPILED, DENSE, EAGER, OURS, OURS_AGAIN, PEFT, Case
 from .timing import Call
 
@@ -52,15 +51,15 @@ class Prepared:
     must_equal: str = ""
 
 
-def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared | None:
-    """Makes `case` ready on `device`; None where the operator does not exist."""
+def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared:
+    """Makes `case` ready on `device`; every version is skipped where the operator does not exist."""
     if not hasattr(ept_kernels, case.kernel):
-        return None
+        reason = f"this version of ept_kernels has no {case.kernel}"
+        return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, reason))
     if "4bit" in case.kernel:
-        make = _four_bit
+        prepared = _four_bit(case, device)
     else:
-        make = _joint_prompt if case.kernel == "joint_prompt" else _embedding
-    prepared = make(case, device)
+        prepared = (_joint_prompt if case.kernel == "joint_prompt" else _embedding)(case, device)
     if not compile_allowed and prepared.calls.pop(COMPILED, None):
         prepared.skipped[COMPILED] = "not compiled in a reduced run"
     return prepared
@@ -71,29 +70,27 @@ def _embedding(case: Case, device: str) -> Prepared:
     dtype = getattr(torch, case.dtype)
     batch, n, d, vocabulary, s, r = case.size.values()
     problem: Any = PromptedEmbedding(n, d, s, n, r, batch, "none", dtype, vocabulary=vocabulary)
+    table, peer = None, _peft_embedding
     if case.kernel == "prompted_embedding_backward":
-        problem = problem.backward
+        problem, peer = problem.backward, _peft_embedding_backward
         counted = counts.prompted_embedding_backward(batch, n, d, s, r, n, dtype.itemsize)
-        arguments = input_sets(lambda seed: problem.inputs(device, seed), counted, device)
-        peer = functools.partial(peers.peft_embedding_backward, arguments, s)
     else:
         # One table for all sets where it is larger than the cache, since their ids differ.
-        shared = vocabulary * d * dtype.itemsize >= 2 * last_level_cache(device)
-        table = torch.randn(vocabulary, d, device=device, dtype=dtype) if shared else None
+        if vocabulary * d * dtype.itemsize >= 2 * last_level_cache(device):
+            table = torch.randn(vocabulary, d, device=device, dtype=dtype)
         if case.kernel == "prompted_embedding_packed":
             lengths = torch.linspace(max(1, n // 4), n, batch).round().long().tolist()
             problem = PackedEmbedding(tuple(lengths), s, d, r, dtype, vocabulary=vocabulary)
         ids = problem.inputs(device, 0, table)[0]
-        distinct = ids.unique().numel()
+        rest = d, s, r, n, ids.unique().numel(), dtype.itemsize
         if case.kernel == "prompted_embedding_packed":
-            counted = counts.prompted_embedding_packed(batch, ids.numel(), n, d, s, r, n, distinct, dtype.itemsize)
+            counted = counts.prompted_embedding_packed(batch, ids.numel(), n, *rest)
         else:
-            counted = counts.prompted_embedding(batch, n, d, s, r, n, distinct, dtype.itemsize)
-        arguments = input_sets(lambda seed: problem.inputs(device, seed, table), counted, device)
-        peer = functools.partial(peers.peft_embedding, arguments)
+            counted = counts.prompted_embedding(batch, n, *rest)
+    arguments = input_sets(lambda seed: problem.inputs(device, seed, table), counted, device)
     prepared = _prepared(case, arguments, counted)
     if PEFT in case.providers:
-        _add_peer(prepared, PEFT, peer)
+        _add_peer(prepared, PEFT, peer, arguments)
     return prepared
 
 
@@ -133,25 +130,24 @@ def _four_bit(case: Case, device: str) -> Prepared:
     dtype = getattr(torch, case.dtype)
     quant_type, _, nested = case.scheme.partition(" ")
     problem = FourBit(rows, columns, tuple(tokens), quant_type, nested=bool(nested), dtype=dtype)
+    sizes = *tokens, rows, columns, problem.block_size, problem.nested, dtype.itemsize
     if case.kernel == "dequantize_4bit":
-        counted = counts.dequantize_4bit(rows, columns, problem.block_size, bool(nested), dtype.itemsize)
+        counted, peer = counts.dequantize_4bit(*sizes), _bitsandbytes_dequantize
         arguments = input_sets(lambda seed: (problem.weight(device, seed), dtype), counted, device)
-        prepared = _prepared(case, arguments, counted)
-        prepared.must_equal = BITSANDBYTES
-        _add_peer(prepared, BITSANDBYTES, lambda: peers.bitsandbytes_dequantize(arguments))
-        return prepared
-
-    backward = case.kernel == "matmul_4bit_backward"
-    counted = counts.matmul_4bit(*tokens, rows, columns, problem.block_size, bool(nested), dtype.itemsize)
-    width = rows if backward else columns
-    arguments = input_sets(
-        lambda seed: (problem.random(width, device, seed), problem.weight(device, seed)), counted, device
-    )
+    else:
+        backward = case.kernel == "matmul_4bit_backward"
+        width, peer = (rows, _bitsandbytes_matmul_backward) if backward else (columns, _bitsandbytes_matmul)
+        counted = counts.matmul_4bit(*sizes)
+        arguments = input_sets(
+            lambda seed: (problem.random(width, device, seed), problem.weight(device, seed)), counted, device
+        )
     prepared = _prepared(case, arguments, counted)
-    peer = peers.bitsandbytes_matmul_backward if backward else peers.bitsandbytes_matmul
-    _add_peer(prepared, BITSANDBYTES, lambda: peer(arguments))
-    dense = [ept_kernels.dequantize_4bit_reference(weight, dtype) for _, weight in arguments]
-    prepared.calls[DENSE] = lambda i: arguments[i][0] @ (dense[i] if backward else dense[i].mT)
+    _add_peer(prepared, BITSANDBYTES, peer, arguments)
+    if case.kernel == "dequantize_4bit":
+        prepared.must_equal = BITSANDBYTES
+    else:
+        dense = [ept_kernels.dequantize_4bit_reference(weight, dtype) for _, weight in arguments]
+        prepared.calls[DENSE] = lambda i: arguments[i][0] @ (dense[i] if backward else dense[i].mT)
     return prepared
 
 
@@ -179,22 +175,118 @@ def _prepared(
     )
 
 
-def _add_peer(prepared: Prepared, provider: str, make: Callable[[], Call]) -> None:
+def _add_peer(prepared: Prepared, provider: str, make: Callable[[Arguments], Call], arguments: Arguments) -> None:
     """Adds a version that needs a library, or the reason why that library cannot be used."""
-    library = provider.lower()
-    if importlib.util.find_spec(library) is None:
-        prepared.skipped[provider] = f"{library} is not installed"
+    if importlib.util.find_spec(provider.lower()) is None:
+        prepared.skipped[provider] = f"{provider.lower()} is not installed"
         return
     try:
-        prepared.calls[provider] = make()
+        prepared.calls[provider] = make(arguments)
     except Exception as error:  # whatever a peer raises here is the reason that its row gives
         prepared.skipped[provider] = f"{type(error).__name__}: {error}"
+
+
+def _peft_embedding(arguments: Arguments) -> Call:
+    """Does what `PeftModelForSeq2SeqLM.forward` does between ids and `inputs_embeds`."""
+    forwards = [_peft_prompt(prompt, table)[0] for _, _, table, prompt, *_ in arguments]
+
+    @torch.no_grad()
+    def call(i: int) -> Tensor:
+        ids, _, table = arguments[i][:3]
+        return forwards[i](torch.nn.functional.embedding(ids, table))
+
+    return call
+
+
+def _peft_embedding_backward(arguments: Arguments) -> Call:
+    """Takes autograd through the same: the gradient of the prompt; the embeddings of the tokens are frozen."""
+    graphs = []
+    for gradient, positions, *_ in arguments:
+        tokens = positions.shape[1]
+        forward, weight = _peft_prompt(gradient[0, tokens:], gradient)
+        graphs.append((forward(torch.zeros_like(gradient[:, :tokens])), weight, gradient))
+    return _gradients(graphs)
+
+
+def _peft_prompt(prompt: Tensor, like: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Returns PEFT's way from the tokens' embeddings to those with `prompt` before them, and its parameter."""
+    from peft import PromptEmbedding, PromptTuningConfig
+
+    sizes = {"num_virtual_tokens": prompt.shape[0], "token_dim": prompt.shape[1], "num_transformer_submodules": 1}
+    config = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", prompt_tuning_init="RANDOM", **sizes)
+    encoder = PromptEmbedding(config, None).to(like.device)
+    weight = encoder.embedding.weight
+    with torch.no_grad():
+        weight.copy_(prompt)
+
+    def forward(tokens: Tensor) -> Tensor:
+        indices = torch.arange(len(weight), device=tokens.device).expand(len(tokens), -1)
+        return torch.cat((encoder(indices).to(tokens.dtype), tokens), dim=1)
+
+    return forward, weight
+
+
+def _bitsandbytes_dequantize(arguments: Arguments) -> Call:
+    from bitsandbytes import functional
+
+    states = [_packed_and_state(weight, dtype) for weight, dtype in arguments]
+    return lambda i: functional.dequantize_4bit(*states[i])
+
+
+def _bitsandbytes_matmul(arguments: Arguments) -> Call:
+    """Leaves the choice between its fused kernel and dequantisation to bitsandbytes, as without gradients."""
+    import bitsandbytes
+
+    states = [(x, *_packed_and_state(weight, x.dtype)) for x, weight in arguments]
+    return torch.no_grad()(lambda i: bitsandbytes.matmul_4bit(*states[i]))
+
+
+def _bitsandbytes_matmul_backward(arguments: Arguments) -> Call:
+    """Takes autograd through `MatMul4Bit`: the gradient of the input."""
+    import bitsandbytes
+
+    graphs = []
+    for gradient, weight in arguments:
+        x = gradient.new_zeros(gradient.shape[0], weight.columns, requires_grad=True)
+        out = bitsandbytes.matmul_4bit(x, *_packed_and_state(weight, gradient.dtype))
+        graphs.append((out, x, gradient))
+    return _gradients(graphs)
+
+
+def _gradients(graphs: list[tuple[Tensor, Tensor, Tensor]]) -> Call:
+    """Takes the gradient through a graph, given as its output, the input asked for, and the gradient of the output."""
+    return lambda i: torch.autograd.grad(*graphs[i], retain_graph=True)[0]
+
+
+def _packed_and_state(weight: FourBitWeight, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """Returns the packed weight and its quant state as bitsandbytes takes them, over the same bytes."""
+    from bitsandbytes import functional
+
+    nested = None
+    if weight.nested_code is not None:
+        nested = functional.QuantState(
+            absmax=weight.nested_absmax,
+            code=weight.nested_code,
+            blocksize=weight.nested_block_size,
+            dtype=torch.float32,
+        )
+    state = functional.QuantState(
+        absmax=weight.absmax,
+        shape=torch.Size((weight.rows, weight.columns)),
+        code=functional.get_4bit_type(weight.quant_type, device=weight.packed.device),
+        blocksize=weight.block_size,
+        quant_type=weight.quant_type,
+        dtype=dtype,
+        offset=weight.nested_offset,
+        state2=nested,
+    )
+    return weight.packed.view(-1, 1), state
 
 
 def input_sets(inputs: Callable[[int], tuple[Any, ...]], counted: counts.Counts, device: str) -> list[tuple[Any, ...]]:
     """Makes sets of inputs, by seed, that together are larger than the cache and no larger than `MAX_BYTES`."""
     first = inputs(0)
-    parts = [part for x in first for part in (x.tensors if isinstance(x, ept_kernels.FourBitWeight) else [x])]
+    parts = [part for x in first for part in (x.tensors if isinstance(x, FourBitWeight) else [x])]
     held = sum(part.nbytes for part in parts if isinstance(part, Tensor))
     number = copies(counted.bytes, last_level_cache(device), min(MAX_SETS, max(2, MAX_BYTES // max(held, 1))))
     return [first, *map(inputs, range(1, number))]

@@ -1,4 +1,4 @@
-"""A record of measurements: one file of JSON lines that survives an interruption at any moment.
+"""A record of measurements: one file of JSON lines that survives an interruption at any moment, and its units of work.
 
 It begins with a header (command, device, versions, a fingerprint of the sources); then every unit of work writes a
 `begin` line, its results, and an `end` line, each forced to the disk as it is written. A unit without its `end` was
@@ -11,21 +11,22 @@ import functools
 import hashlib
 import json
 import os
-import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ept.utils.environment import hardware, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD_NAME = "report.jsonl"
-MAX_ATTEMPTS = 2  # to measure a unit whose process dies; then that is its result
 
 # The libraries whose version every row carries.
 ROW_VERSIONS = ("python", "ept", "torch", "triton", "transformers", "bitsandbytes", "peft")
@@ -33,22 +34,48 @@ ROW_VERSIONS = ("python", "ept", "torch", "triton", "transformers", "bitsandbyte
 Row = dict[str, Any]
 
 
-def device_name(device: str) -> str:
-    """Returns `cpu`, or the GPU's own name."""
-    import torch
+@dataclass(frozen=True)
+class Work:
+    """One unit of a record.
 
-    return "cpu" if device == "cpu" else torch.cuda.get_device_name()
+    Attributes:
+        unit: its name, `section/…`. rows: measures it. described: fields of all its rows beside section and case.
+        needs: a package without which it is skipped. on_request: measured only where `--only` names it.
+    """
+
+    unit: str
+    rows: Callable[[], Iterable[Row]]
+    described: Row = field(default_factory=dict, hash=False)
+    needs: str = ""
+    on_request: bool = False
 
 
-def device_folder(name: str) -> Path:
-    """Returns the folder of a device's records: `benchmarks/results/<device>`."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """Returns rows by case and version, in the order measured."""
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["provider"]] = row
+    return cases
+
+
+def profile_row(method: Row, record: Row) -> Row:
+    """Makes a row of one method of an `ept profile` record: milliseconds become seconds."""
+    kept = ("tokens_per_second", "trainable_parameters", "num_virtual_tokens")
+    return {
+        "provider": method["method"],
+        **{name: 1e-3 * method["step_ms"][name] for name in ("median", "p20", "p80")},
+        "samples": len(method["step_ms"]["samples"]),
+        "phases": {name: 1e-3 * value for name, value in method["phases_ms"].items()},
+        "peak_bytes": method["peak_memory_bytes"],
+        "peak_kind": record["peak_memory_kind"],
+        **{name: method[name] for name in kept},
+        "model": record["model"],
+        "size": {"batch": record["batch"], "length": record["length"]},
+    }
 
 
 def check_device(device: str) -> None:
     """Raises `SystemExit` with the remedy where `device` is `cuda` and torch sees none."""
-    import torch
-
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
             f"torch {torch.__version__} sees no CUDA device: run this on a machine with a GPU and a CUDA build of "
@@ -58,14 +85,9 @@ def check_device(device: str) -> None:
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
     """Returns the command that gives a record again. Paths are relative to the repository; of others only the name."""
-    shown = []
-    for argument in arguments:
-        path = Path(argument)
-        if os.sep in argument:
-            path = path.resolve()
-            argument = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-        shown.append(argument)
-    return f"python {program} {shlex.join(shown)}".rstrip()
+    paths = {argument: Path(argument).resolve() for argument in arguments if os.sep in argument}
+    shown = {name: str(path.relative_to(ROOT)) if ROOT in path.parents else path.name for name, path in paths.items()}
+    return f"python {program} {shlex.join(shown.get(argument, argument) for argument in arguments)}".rstrip()
 
 
 @functools.cache
@@ -73,7 +95,7 @@ def measured_with(device: str, reduced: bool) -> Row:
     """Returns the fields of every row: device, versions, and whether sizes were reduced (no figure means anything)."""
     found = versions()
     return {
-        "device": device_name(device),
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "device_type": device,
         "reduced": reduced,
         "versions": {name: found.get(name) for name in ROW_VERSIONS},
@@ -109,11 +131,9 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.exists():
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                path.write_bytes(content[:whole])
+        content = path.read_bytes() if path.exists() else b""
+        if not content.endswith(b"\n") and content:
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
 
     @classmethod
     def resume(cls, path: Path, header: Row) -> Record:
@@ -122,8 +142,8 @@ class Record:
         """
         record = cls(path)
         same = ("sources", "device", "device_type", "reduced", "versions")
-        found = record.header()
-        if found is None or any(found.get(key) != header[key] for key in same):
+        found = record.header() or {}
+        if any(found.get(key) != header[key] for key in same):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 kept = path.with_name(f"previous-{path.name}")
@@ -139,21 +159,18 @@ class Record:
             os.fsync(file.fileno())
 
     def lines(self) -> list[Row]:
-        if not self.path.exists():
-            return []
-        found = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        found: list[Row] = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             try:
                 found.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(
-                    f"{self.path}, line {number} is no JSON ({error}): delete the file and measure again"
+                    f"{self.path}, line {len(found) + 1} is no JSON ({error}): delete the file and measure again"
                 ) from error
         return found
 
     def header(self) -> Row | None:
-        lines = self.lines()
-        return lines[0] if lines and lines[0].get("line") == "header" else None
+        return next((line for line in self.lines()[:1] if line.get("line") == "header"), None)
 
     def results(self) -> list[Row]:
         """Returns the results of every finished unit; of a unit that was measured again, the last ones."""
@@ -174,14 +191,15 @@ class Record:
         begun: dict[str, list[Row]] = {}
         finished: dict[str, list[Row]] = {}
         for line in self.lines():
+            unit = line.get("unit", "")
             if line["line"] == "begin":
-                attempts[line["unit"]] += 1
-                begun[line["unit"]] = []
+                attempts[unit] += 1
+                begun[unit] = []
             elif line["line"] == "result":
-                begun[line["unit"]].append(line)
+                begun[unit].append(line)
             elif line["line"] == "end":
-                attempts[line["unit"]] -= 1
-                finished[line["unit"]] = begun.pop(line["unit"])
+                attempts[unit] -= 1
+                finished[unit] = begun.pop(unit)
         return attempts, finished
 
     @contextmanager
@@ -190,12 +208,3 @@ class Record:
         self.append({"line": "begin", "unit": name})
         yield lambda result: self.append({"line": "result", "unit": name, **result})
         self.append({"line": "end", "unit": name})
-
-    def give_up(self, name: str, result: Row) -> bool:
-        """Returns True, with a failed `result` written, where `name` was begun `MAX_ATTEMPTS` times and never ended."""
-        if self.attempts(name) < MAX_ATTEMPTS:
-            return False
-        reason = f"the process ended {MAX_ATTEMPTS} times while measuring it"
-        with self.unit(name) as add:
-            add({**result, "status": "failed", "reason": reason})
-        return True

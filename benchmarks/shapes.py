@@ -19,18 +19,15 @@ class ModelShape(NamedTuple):
     layers: tuple[tuple[int, int], ...]
 
 
-MODELS = {
+KNOWN = {
     "T5-base": ModelShape(768, 32128, ((768, 768), (3072, 768), (768, 3072))),
     "T5-large": ModelShape(1024, 32128, ((1024, 1024), (4096, 1024), (1024, 4096))),
     "T5-11B": ModelShape(1024, 32128, ((16384, 1024), (1024, 16384), (65536, 1024), (1024, 65536))),
     "Llama-2-7B": ModelShape(4096, 32000, ((4096, 4096), (11008, 4096), (4096, 11008))),
     "Llama-3-8B": ModelShape(4096, 128256, ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))),
-    "tiny": ModelShape(
-        32, 128, ((128, 64),)
-    ),  # on a CPU bitsandbytes 0.50 is wrong where a row is shorter than a block
 }
-
-KNOWN = tuple(MODELS)[:-1]
+# On a CPU bitsandbytes 0.50 is wrong where a row is shorter than a block.
+MODELS = {**KNOWN, "tiny": ModelShape(32, 128, ((128, 64),))}
 
 # Versions of one case that are held against each other. "ours again" is ours a second time: the noise.
 OURS, OURS_AGAIN, EAGER, COMPILED = "ours", "ours again", "reference", "torch.compile"
@@ -38,6 +35,7 @@ BITSANDBYTES, PEFT, DENSE = "bitsandbytes", "PEFT", "unquantised"
 PROMPT_PROVIDERS = (OURS, OURS_AGAIN, EAGER)
 FOUR_BIT_PROVIDERS = (OURS, OURS_AGAIN, BITSANDBYTES)
 PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
+EMBEDDINGS = ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed")
 
 
 @dataclass(frozen=True)
@@ -103,39 +101,32 @@ def products(model: str, rows: int, columns: int, tokens: tuple[int, ...], dtype
 # What the goals are about.
 ALL_M = tuple(2**power for power in range(14))  # 1 … 8192
 FEW_M = (1, 32, 256, 2048)
-GOAL_FORWARD = embedding("prompted_embedding", "Llama-2-7B", 32, 512, compiled=True)
-GOAL_BACKWARD = embedding("prompted_embedding_backward", "Llama-2-7B", 32, 512, compiled=True)
+GOAL_FORWARD, GOAL_BACKWARD = (embedding(kernel, "Llama-2-7B", 32, 512, compiled=True) for kernel in EMBEDDINGS[:2])
 GOAL_JOINT = (joint("T5-base"), joint("Llama-2-7B"))
 GOAL_DEQUANTIZE = dequantize("Llama-3-8B", 4096, 4096, compiled=True)
 GOAL_DEQUANTIZE_LARGE = dequantize("Llama-3-8B", 14336, 4096, compiled=True)
-GOAL_PRODUCTS = tuple(
-    case
-    for rows, columns in ((4096, 4096), (4096, 14336), (14336, 4096))
-    for case in products("Llama-3-8B", rows, columns, ALL_M)
-)
+GOAL_LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096))
+GOAL_PRODUCTS = [case for layer in GOAL_LAYERS for case in products("Llama-3-8B", *layer, ALL_M)]
 
 
 def gpu_cases() -> list[Case]:
     """Returns everything, for a GPU."""
     cases = [GOAL_FORWARD, GOAL_BACKWARD, *GOAL_JOINT, GOAL_DEQUANTIZE, GOAL_DEQUANTIZE_LARGE, *GOAL_PRODUCTS]
-    for kernel in ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed"):
-        for model in KNOWN:
-            cases.append(embedding(kernel, model, 32, 256, compiled=model == "T5-base"))
-        cases.append(embedding(kernel, "T5-base", 32, 256, dtype="float32"))
-        cases.append(embedding(kernel, "T5-base", 32, 256, dtype="float16"))
-    for kernel in ("prompted_embedding", "prompted_embedding_backward"):
+    for kernel in EMBEDDINGS:
+        cases += [embedding(kernel, model, 32, 256, compiled=model == "T5-base") for model in KNOWN]
+        cases += [embedding(kernel, "T5-base", 32, 256, dtype=dtype) for dtype in ("float32", "float16")]
+    for kernel in EMBEDDINGS[:2]:
         cases += [embedding(kernel, "Llama-2-7B", batch, 512) for batch in (1, 2, 4, 8, 16, 64)]
         cases += [embedding(kernel, model, 32, 256, prompt=100, rank=0) for model in ("T5-base", "Llama-2-7B")]
     cases.append(joint("T5-large", compiled=False))
     cases.append(joint("Llama-3-8B", prompt=100, rank=60, spaces=8, space_width=4, compiled=False))
-    for model in KNOWN:
-        cases += [dequantize(model, rows, columns) for rows, columns in MODELS[model].layers]
+    cases += [dequantize(model, *layer) for model, shape in KNOWN.items() for layer in shape.layers]
     cases += [dequantize("Llama-2-7B", 4096, 4096, dtype=dtype) for dtype in ("float16", "float32")]
     cases += [dequantize("Llama-2-7B", 4096, 4096, scheme=scheme) for scheme in ("nf4", "fp4", "fp4 nested")]
     for model in ("Llama-2-7B", "T5-base", "T5-large", "T5-11B"):
-        for rows, columns in MODELS[model].layers:
-            if (rows, columns) != (4096, 4096):  # measured for every M above
-                cases += products(model, rows, columns, FEW_M)
+        for layer in KNOWN[model].layers:
+            if layer != (4096, 4096):  # measured for every M above
+                cases += products(model, *layer, FEW_M)
     for dtype in ("float16", "float32"):
         cases += products("T5-base", 3072, 768, FEW_M, dtype)
     return _distinct(cases)
@@ -146,30 +137,27 @@ def cpu_cases() -> list[Case]:
     case of every kernel comes before all others, so that a run that is cut short has each.
     """
     cases = []
-    for kernel in ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed"):
+    for kernel in EMBEDDINGS:
         cases.append(embedding(kernel, "T5-base", 8, 128, compiled=True, dtype="float32"))
         cases.append(embedding(kernel, "Llama-2-7B", 2, 128, dtype="float32"))
-    for kernel in ("prompted_embedding", "prompted_embedding_backward"):
+    for kernel in EMBEDDINGS[:2]:
         cases.append(embedding(kernel, "T5-base", 8, 128, prompt=100, rank=0, dtype="float32"))
         cases += [embedding(kernel, "T5-base", batch, 128, dtype="float32") for batch in (1, 4, 16)]
     cases += [joint("T5-base"), joint("Llama-2-7B", compiled=False)]
-    for rows, columns in ((768, 768), (3072, 768), (1024, 4096)):
-        model = "T5-base" if columns == 768 else "Llama-3-8B"
-        cases.append(dequantize(model, rows, columns, dtype="float32"))
-        cases += products(model, rows, columns, (1, 64), "float32")
+    for model, *layer in (("T5-base", 768, 768), ("T5-base", 3072, 768), ("Llama-3-8B", 1024, 4096)):
+        cases += [dequantize(model, *layer, dtype="float32"), *products(model, *layer, (1, 64), "float32")]
     first = {case.kernel: case for case in reversed(cases)}
     return _distinct([*reversed(first.values()), *cases])
 
 
 def reduced_cases() -> list[Case]:
     """Returns every kernel once or twice at sizes that take no time."""
-    kernels = ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed")
-    small = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=4, dtype="float32") for kernel in kernels]
-    plain = [embedding(kernel, "tiny", 2, 8, prompt=3, rank=0, dtype="float32") for kernel in kernels[:2]]
-    tiny_joint = joint("tiny", prompt=3, rank=4, spaces=2, positions=8, compiled=False)
-    rows, columns = MODELS["tiny"].layers[0]
-    four_bit = [dequantize("tiny", rows, columns, dtype="float32"), *products("tiny", rows, columns, (1, 4), "float32")]
-    return [*small, *plain, tiny_joint, *four_bit]
+    tiny: dict[str, Any] = {"model": "tiny", "batch": 2, "length": 8, "prompt": 3, "dtype": "float32"}
+    cases = [embedding(kernel, rank=4, **tiny) for kernel in EMBEDDINGS]
+    cases += [embedding(kernel, rank=0, **tiny) for kernel in EMBEDDINGS[:2]]
+    cases.append(joint("tiny", prompt=3, rank=4, spaces=2, positions=8, compiled=False))
+    (layer,) = MODELS["tiny"].layers
+    return [*cases, dequantize("tiny", *layer, dtype="float32"), *products("tiny", *layer, (1, 4), "float32")]
 
 
 TABLES = {"gpu": gpu_cases, "cpu": cpu_cases, "reduced": reduced_cases}

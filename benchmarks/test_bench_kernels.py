@@ -10,51 +10,43 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import operators, problems
+from benchmarks.conftest import SESSION
 from benchmarks.record import Row, measured_with
-from benchmarks.shapes import Case
+from benchmarks.shapes import TABLES, Case
 
-ROUNDS = 5
-
-
-@pytest.fixture(scope="module")
-def measured(session: tuple[str, str, list[Row]]) -> Any:
-    """Gives a version's row and its call; all versions of a case are measured at the first one asked for."""
-    from benchmarks import operators, problems
-
-    device, table, rows = session
-    about = measured_with(device, table == "reduced")
-    held: dict[str, tuple[dict[str, Row], Any]] = {}
-
-    def measure(case: Case, provider: str) -> tuple[Row, Any]:
-        if case.id not in held:
-            held.clear()  # frees the last case's inputs before the next one's are made
-            prepared = problems.prepare(case, device, compile_allowed=table != "reduced")
-            ceilings, _ = operators.measure_ceilings(table, device)
-            found = operators.measure(case, prepared, device, operators.CASE_SECONDS[table], ceilings)
-            held[case.id] = {row["provider"]: {**operators.described(case), **row, **about} for row in found}, prepared
-            rows.extend(held[case.id][0].values())
-        by_provider, prepared = held[case.id]
-        return by_provider[provider], prepared and prepared.calls.get(provider)
-
-    yield measure
-    held.clear()
+HELD: dict[str, tuple[dict[str, Row], problems.Prepared]] = {}  # the last case: its rows by version, and its calls
 
 
-def test_version(case: Case, provider: str, measured: Any, benchmark: Any, session: Any) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = TABLES[metafunc.config.stash[SESSION][1]]()
+    pairs = [(case, provider) for case in cases for provider in case.providers]
+    names = [f"{case.id}-{provider}".replace("/", "-") for case, provider in pairs]
+    metafunc.parametrize("case, provider", pairs, ids=names)
+
+
+def test_version(case: Case, provider: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """Skips with the reason where a version cannot run, fails where it is wrong."""
-    import torch
-
-    row, call = measured(case, provider)
+    device, table, rows = request.config.stash[SESSION]
+    if case.id not in HELD:  # all versions of a case are measured at the first one asked for
+        HELD.clear()  # frees the last case's inputs before the next one's are made
+        about = {**operators.described(case), **measured_with(device, table == "reduced")}
+        prepared, found = operators.prepare_and_measure(case, table, device)
+        HELD[case.id] = {row["provider"]: {**about, **row} for row in found}, prepared
+        rows.extend(HELD[case.id][0].values())
+    by_provider, prepared = HELD[case.id]
+    row = by_provider[provider]
     if row["status"] == "skipped":
         pytest.skip(row["reason"])
     assert row["status"] == "ok", row["reason"]
 
     def synchronised() -> None:
-        call(0)
-        if session[0] == "cuda":
+        prepared.calls[provider](0)
+        if device == "cuda":
             torch.cuda.synchronize()
 
     benchmark.group = case.id
     benchmark.extra_info.update(row)
-    benchmark.pedantic(synchronised, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(synchronised, rounds=5, warmup_rounds=1)

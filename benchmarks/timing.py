@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ept.profile.clock import summary
+from ept.profile.trace import allocated_by
 
 Call = Callable[[int], Any]  # takes the number of an input set
 
@@ -33,7 +34,7 @@ class Timing:
         clock: `device events`, `wall clock` or `thread time`.
     """
 
-    samples: tuple[float, ...]
+    samples: list[float]
     call: float | None
     host_bound: bool
     clock: str
@@ -44,8 +45,7 @@ class Timing:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields of a record's row."""
-        about = {"call": self.call, "samples": len(self.samples), "host_bound": self.host_bound, "clock": self.clock}
-        return {**summary(self.samples), **about}
+        return {**summary(self.samples), **vars(self), "samples": len(self.samples)}
 
 
 def ratio(over: Timing, under: Timing) -> dict[str, float]:
@@ -82,9 +82,10 @@ def time_in_turn(
             call()
     batch, turns = dict.fromkeys(calls, 1), dict.fromkeys(calls, rounds or 0)
     if rounds is None:
-        once = {name: max(clock.back_to_back(call, 3), 1e-7) for name, call in rotating.items()}
-        batch = {name: max(1, min(clock.max_batch, round(2e-3 / t))) for name, t in once.items()}
-        turns = {name: max(5, min(100, round(seconds / (batch[name] * t)))) for name, t in once.items()}
+        for name, call in rotating.items():
+            once = max(clock.back_to_back(call, 3), 1e-7)
+            batch[name] = max(1, min(clock.max_batch, round(2e-3 / once)))
+            turns[name] = max(5, min(100, round(seconds / (batch[name] * once))))
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
     host: dict[str, list[float]] = {name: [] for name in calls}
@@ -98,15 +99,8 @@ def time_in_turn(
             host_bound[name] |= gap
             if index < HOST_ROUNDS and clock.separate_host_time:
                 host[name].append(clock.back_to_back(rotating[name], batch[name]))
-    return {
-        name: Timing(
-            tuple(samples[name]),
-            call=statistics.median(host[name]) if host[name] else None,
-            host_bound=host_bound[name],
-            clock=clock.name,
-        )
-        for name in calls
-    }
+    with_host = {name: statistics.median(times) if times else None for name, times in host.items()}
+    return {name: Timing(samples[name], with_host[name], host_bound[name], clock.name) for name in calls}
 
 
 class Clock:
@@ -159,60 +153,37 @@ class DeviceClock(Clock):
 
     def sample(self, call: Callable[[], Any], batch: int) -> tuple[list[float], bool]:
         # A spin kernel holds the device while the host enqueues. Where it was too short, the batch is taken once more
-        # behind a spin that is certainly long enough.
-        times, enqueued = self._behind_spin(call, batch, 1.5 * batch * self.back_to_back(call, 2))
-        if times is None:
-            times, enqueued = self._behind_spin(call, batch, 4 * enqueued)
-        if times is None:
-            events = self._enqueue(call, batch)
+        # behind a spin that is certainly long enough, and where even that was not, without one.
+        spin = 1.5 * batch * self.back_to_back(call, 2)
+        attempt = 0
+        while True:
+            attempt += 1
             torch.cuda.synchronize()
-            return _elapsed(events), True
-        return times, False
-
-    def _behind_spin(self, call: Callable[[], Any], batch: int, spin: float) -> tuple[list[float] | None, float]:
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int(spin * SPIN_HERTZ))
-        start = time.perf_counter()
-        events = self._enqueue(call, batch)
-        enqueued = time.perf_counter() - start
-        kept_full = not events[0].query()
-        torch.cuda.synchronize()
-        return (_elapsed(events) if kept_full else None), enqueued
-
-    def _enqueue(self, call: Callable[[], Any], batch: int) -> list[torch.cuda.Event]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(batch + 1)]
-        events[0].record()
-        for event in events[1:]:
-            call()
-            event.record()
-        return events
-
-
-def _elapsed(events: list[torch.cuda.Event]) -> list[float]:
-    return [1e-3 * before.elapsed_time(after) for before, after in pairwise(events)]
+            if attempt < 3:
+                torch.cuda._sleep(int(spin * SPIN_HERTZ))
+            start = time.perf_counter()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(batch + 1)]
+            events[0].record()
+            for event in events[1:]:
+                call()
+                event.record()
+            spin = 4 * (time.perf_counter() - start)
+            kept_full = not events[0].query()
+            torch.cuda.synchronize()
+            if kept_full or attempt == 3:
+                return [1e-3 * before.elapsed_time(after) for before, after in pairwise(events)], attempt == 3
 
 
 def peak_bytes(call: Call, device: str) -> int:
     """Returns the most bytes that one call holds at a time beyond what it was given: outputs and temporaries."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call(0)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        result = call(0)
-    del result
-    held = peak = 0
-    assert profiled.profiler is not None
-    events = profiled.profiler.kineto_results.events()  # the summary of profiled.events() drops the single allocations
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    if device != "cuda":
+        return allocated_by(lambda: call(0))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def device_launches(call: Call, device: str) -> int | None:

@@ -1,9 +1,10 @@
-"""Records as `ept profile` writes them, measured by nobody."""
+"""Rows and records as benchmarks and `ept profile` write them, measured by nobody."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.shapes import Case
 from ept.profile.clock import PHASES
 
 SHARES = (0.01, 0.01, 0.4, 0.5, 0.02, 0.06)  # of the phases of a step
@@ -51,3 +52,10 @@ def compared(case: str, padding: str, *methods: tuple[str, int, float]) -> dict[
     record = profiled(*methods)
     record["data"]["padding"] = padding
     return {"case": case, "padding": padding, "ept_over_peft": spread(0.6), **record}
+
+
+def kernel_row(case: Case, provider: str, median: float, moved: int, **other: Any) -> dict[str, Any]:
+    """Makes a row of an operator that has moved so many bytes."""
+    about = {name: getattr(case, name) for name in ("kernel", "size", "dtype", "scheme")}
+    found = {"section": "kernels", "status": "ok", "backend": "triton", "median": float(median), "bytes": moved}
+    return {"case": case.id, **about, "provider": provider, **found, **other}

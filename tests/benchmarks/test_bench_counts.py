@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import ept_kernels
 from benchmarks import counts
 from ept_kernels.dev.problems import FourBit
 
@@ -13,10 +14,8 @@ def test_prompted_embedding_of_the_goal_reads_and_writes_what_was_worked_out_by_
     counted = counts.prompted_embedding(
         batch=32, length=512, width=4096, prompt=40, rank=30, positions=512, distinct=32 * 512, item=2
     )
-    rows = 32 * 512 * 4096 * 2  # 134 MB of table rows
-    out = 32 * 552 * 4096 * 2  # 145 MB
-    index = 2 * 32 * 512 * 8
-    parameters = 4 * (40 * 4096 + 512 * 30 + 30 * 4096)
+    rows, out = 32 * 512 * 4096 * 2, 32 * 552 * 4096 * 2  # 134 MB of table rows, 145 MB
+    index, parameters = 2 * 32 * 512 * 8, 4 * (40 * 4096 + 512 * 30 + 30 * 4096)
     assert counted.bytes == rows + out + index + parameters
     assert counted.operations == 2 * 512 * 30 * 4096
 
@@ -28,8 +27,6 @@ def test_rank_zero_reads_neither_positions_nor_factors(rank: int, extra: int) ->
 
 
 def test_packed_counts_as_many_output_rows_as_the_operator_writes() -> None:
-    import ept_kernels
-
     lengths, width, prompt, rank = torch.tensor([3, 8]), 32, 3, 4
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     tokens = int(lengths.sum())
@@ -42,8 +39,6 @@ def test_packed_counts_as_many_output_rows_as_the_operator_writes() -> None:
 
 
 def test_backward_counts_its_inputs_and_outputs_once() -> None:
-    import ept_kernels
-
     batch, length, width, prompt, rank = 2, 8, 32, 3, 4
     gradient = torch.randn(batch, prompt + length, width)
     positions = torch.arange(length).expand(batch, -1).contiguous()

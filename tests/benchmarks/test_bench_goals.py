@@ -12,16 +12,8 @@ from benchmarks.tables import goal_table
 
 
 def row(case: str, provider: str, median: float, **other: Any) -> dict[str, Any]:
-    return {
-        "case": case,
-        "provider": provider,
-        "median": median,
-        "status": "ok",
-        "device_type": "cuda",
-        "reduced": False,
-        "backend": "triton",
-        **other,
-    }
+    ok = {"status": "ok", "device_type": "cuda", "reduced": False, "backend": "triton"}
+    return {"case": case, "provider": provider, "median": median, **ok, **other}
 
 
 def pair(case: str, ours: float, peer: float, **other: Any) -> list[dict[str, Any]]:
@@ -67,11 +59,11 @@ def test_every_goal_has_one_threshold_and_speaks_of_cases_that_are_measured() ->
 
 
 def test_the_goals_on_products_cover_every_m() -> None:
-    by_what = {goal.what: goal for goal in GOALS}
-    assert len(by_what["matmul_4bit, M 1 to 8192"].cases) == 3 * 14
-    assert len(by_what["matmul_4bit, M 16 to 64"].cases) == 3 * 3
-    assert len(by_what["matmul_4bit_backward, M 1 to 64"].cases) == 3 * 7
-    assert len(by_what["matmul_4bit_backward, M 1 to 512"].cases) == 3 * 10
+    numbers = {goal.what: len(goal.cases) for goal in GOALS}
+    assert numbers["matmul_4bit, M 1 to 8192"] == 3 * 14
+    assert numbers["matmul_4bit, M 16 to 64"] == 3 * 3
+    assert numbers["matmul_4bit_backward, M 1 to 64"] == 3 * 7
+    assert numbers["matmul_4bit_backward, M 1 to 512"] == 3 * 10
 
 
 def test_cases_of_goals_come_first_and_every_case_once() -> None:

@@ -7,37 +7,23 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
-from profile_records import compared, profiled
+from profile_records import compared, kernel_row, profiled
 
 from benchmarks import plots, shapes
-from benchmarks.json_records import step_rows
+from benchmarks.performance_page import step_rows
 from ept.profile.report import draw_phases, draw_sweep
 
 
 def kernel_rows() -> list[dict[str, Any]]:
     """Returns every case of a full report, measured by nobody."""
-    rows = []
-    for case in shapes.gpu_cases():
-        moved = 1000 * sum(case.size.values())
-        for place, provider in enumerate(case.providers, 1):
-            rows.append(
-                {
-                    "section": "kernels",
-                    "status": "ok",
-                    "case": case.id,
-                    "kernel": case.kernel,
-                    "size": case.size,
-                    "dtype": case.dtype,
-                    "scheme": case.scheme,
-                    "provider": provider,
-                    "backend": "triton",
-                    "median": float(place),
-                    "bytes": moved,
-                    "bytes_per_second": 4e12 / place,
-                    "ceilings": {"bytes_per_second": 4.3e12},
-                }
-            )
-    return rows
+    ceilings = {"bytes_per_second": 4.3e12}
+    return [
+        kernel_row(
+            case, provider, place, 1000 * sum(case.size.values()), bytes_per_second=4e12 / place, ceilings=ceilings
+        )
+        for case in shapes.gpu_cases()
+        for place, provider in enumerate(case.providers, 1)
+    ]
 
 
 FOUR = [("pt", 100, 12345.6), ("dept", 60, 9000.0), ("ept", 40, 7000.0), ("peft-pt", 100, 13e3)]

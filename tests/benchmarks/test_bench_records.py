@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import record as records
-from benchmarks.record import MAX_ATTEMPTS, ROOT, Record
+from benchmarks.record import ROOT, Record, Work
+from benchmarks.run import MAX_ATTEMPTS, run
 
-HEADER = {
-    "line": "header",
-    "sources": "0123",
-    "device": "cpu",
-    "device_type": "cpu",
-    "reduced": True,
-    "versions": {"torch": "2.13.0"},
-}
+ABOUT = {"sources": "0123", "device": "cpu", "device_type": "cpu", "reduced": True}
+HEADER: dict[str, Any] = {"line": "header", **ABOUT, "versions": {"torch": "2.13.0"}}
 
 
 def test_results_of_a_unit_count_only_once_it_has_ended(tmp_path: Path) -> None:
@@ -26,13 +23,12 @@ def test_results_of_a_unit_count_only_once_it_has_ended(tmp_path: Path) -> None:
     with record.unit("a") as add:
         add({"value": 1})
 
-    def interrupted() -> None:
-        with record.unit("b") as add:
-            add({"value": 2})
-            raise KeyboardInterrupt
+    def interrupted() -> Iterator[dict[str, Any]]:
+        yield {"value": 2}
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        run(record, [Work("b", interrupted)], {}, seconds=60)
     again = Record.resume(tmp_path / "r.jsonl", HEADER)
     assert [row["value"] for row in again.results()] == [1]
     assert (again.finished("a"), again.finished("b"), again.attempts("b")) == (True, False, 1)
@@ -79,21 +75,22 @@ def test_a_record_of_something_else_is_kept_aside(tmp_path: Path, key: str, valu
 
 
 def test_a_unit_whose_process_keeps_dying_is_given_up_with_a_reason(tmp_path: Path) -> None:
+    def dies() -> list[dict[str, Any]]:
+        raise SystemExit(1)
+
     record = Record.resume(tmp_path / "r.jsonl", HEADER)
-    for attempt in range(MAX_ATTEMPTS):
-        assert not record.give_up("a", {"case": "a"}), attempt
-        with pytest.raises(SystemExit), record.unit("a"):
-            raise SystemExit(1)
-    assert record.give_up("a", {"case": "a"})
-    assert record.finished("a")
+    for _ in range(MAX_ATTEMPTS):
+        with pytest.raises(SystemExit):
+            run(record, [Work("steps/a", dies)], {}, seconds=60)
+        assert not record.finished("steps/a")
+    assert run(record, [Work("steps/a", dies)], {}, seconds=60) == 0
+    assert record.finished("steps/a")
     (row,) = record.results()
-    assert (row["status"], row["case"]) == ("failed", "a")
+    assert (row["status"], row["section"], row["case"]) == ("failed", "steps", "steps/a")
     assert f"{MAX_ATTEMPTS} times" in row["reason"]
 
 
 def test_a_missing_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"sees no CUDA device.*--device cpu"):
         records.check_device("cuda")

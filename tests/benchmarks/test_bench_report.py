@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,8 +14,7 @@ import pytest
 
 from benchmarks import checks, gpu_report, record, shapes
 from benchmarks import run as benchmarks_run
-from benchmarks.record import ROOT, Record
-from benchmarks.work import Work, run
+from benchmarks.record import ROOT, Record, Work
 
 SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
 
@@ -105,20 +105,16 @@ def test_all_sections_end_in_time_even_where_nothing_does(tmp_path: Path, monkey
     assert gpu_report.TOTAL <= 8 * 60 - 15
 
 
-def test_full_size_on_a_cpu_is_refused() -> None:
-    command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu"]
+@pytest.mark.parametrize(
+    "options, message",
+    [((), "goes with --reduced"), (("--reduced",), "--reduced needs --output")],
+    ids=["full size on a CPU", "reduced among the real ones"],
+)
+def test_a_record_that_would_mean_nothing_is_refused(options: tuple[str, ...], message: str) -> None:
+    command = [sys.executable, "benchmarks/gpu_report.py", "--device", "cpu", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "goes with --reduced" in done.stderr
-
-
-def test_a_reduced_record_among_the_real_ones_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--device", "cpu", "--reduced"])
-    with pytest.raises(SystemExit, match="2"):
-        gpu_report.main()
-    assert "--reduced needs --output" in capsys.readouterr().err
+    assert message in done.stderr
 
 
 def test_a_command_that_outlasts_its_time_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
@@ -141,7 +137,7 @@ def test_pytest_results_are_counted(tmp_path: Path) -> None:
     file.write_text(
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
     )
-    row = next(checks.run_tests((str(file),), "cpu", time.monotonic() + 60))
+    row = checks.run_tests((str(file),), "cpu", time.monotonic() + 60)[0]
     assert row["status"] == "failed"
     assert row["summary"] == "1 passed, 1 failed, 1 skipped"
 
@@ -149,19 +145,17 @@ def test_pytest_results_are_counted(tmp_path: Path) -> None:
 def test_what_the_clock_cut_off_is_run_again(tmp_path: Path) -> None:
     written = Record(tmp_path / "r.jsonl")
     answers = [{"status": "failed", "reason": "late", "timed_out": True}, {"status": "ok", "reason": ""}]
-    tests = Work("tests/a", lambda: [answers.pop(0)], {"section": "tests", "case": "tests/a"})
+    tests = Work("tests/a", lambda: [answers.pop(0)])
     for expected in ("failed", "ok", "ok"):
-        run(written, [tests], {}, seconds=60)
+        benchmarks_run.run(written, [tests], {}, seconds=60)
         assert [row["status"] for row in written.results()] == [expected]
     assert not answers
 
 
 def test_every_command_line_names_a_file_that_exists() -> None:
-    for units in checks.TESTS.values():
-        for arguments in units.values():
-            for argument in arguments:
-                if argument.startswith("tests/"):
-                    assert (ROOT / argument).exists(), argument
+    units = [arguments for units in checks.TESTS.values() for arguments in units.values()]
+    for argument in itertools.chain.from_iterable(units):
+        assert not argument.startswith("tests/") or (ROOT / argument).exists(), argument
 
 
 def test_what_the_memory_checker_watches_equals_the_reference(capsys: pytest.CaptureFixture[str]) -> None:

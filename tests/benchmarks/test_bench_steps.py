@@ -17,18 +17,8 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
     """Returns the units on request, at sizes that mean nothing."""
     output = tmp_path_factory.mktemp("steps") / "record.jsonl"
     with pytest.MonkeyPatch.context() as patch:
-        command = [
-            "run",
-            "steps",
-            "--reduced",
-            "--output",
-            str(output),
-            "--only",
-            "bare",
-            "options",
-            "adapters",
-            "operators",
-        ]
+        command = ["run", "steps", "--reduced", "--output", str(output)]
+        command += ["--only", "bare", "options", "adapters", "operators"]
         patch.setattr(sys, "argv", command)
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         run.main()

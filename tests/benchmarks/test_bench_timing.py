@@ -1,15 +1,21 @@
-"""Timing and measuring on a CPU: rotation, order, quantiles, memory, and wrong versions refused."""
+"""Timing and measuring on a CPU: rotation, order, quantiles, memory, wrong versions, and `pytest benchmarks`."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import counts, operators, shapes
 from benchmarks.problems import Prepared, copies, prepare
+from benchmarks.record import ROOT
 from benchmarks.timing import Clock, ThreadClock, peak_bytes, ratio, summary, time_in_turn
 
 CEILINGS = operators.Ceilings(1e9, {"float32": 1e9})
@@ -66,13 +72,7 @@ def test_peak_bytes_counts_outputs_and_temporaries_that_live_together() -> None:
 
 
 def prepared(ours) -> Prepared:
-    return Prepared(
-        calls={"ours": ours},
-        sets=1,
-        counted=counts.Counts(100, 0),
-        reference=lambda: torch.ones(4),
-        tolerance=1e-4,
-    )
+    return Prepared({"ours": ours}, 1, counts.Counts(100, 0), reference=lambda: torch.ones(4), tolerance=1e-4)
 
 
 WRONG = {
@@ -128,3 +128,24 @@ def test_floor_takes_the_larger_of_both_ceilings() -> None:
 )
 def test_input_sets_together_exceed_the_cache(touched: int, cache: int, maximum: int, sets: int) -> None:
     assert copies(touched, cache, maximum) == sets
+
+
+NEEDED = ("median", "p20", "p80", "bytes", "operations", "fraction_of_ceiling", "peak_bytes", "device", "versions")
+
+
+def test_a_suite_of_pytest_benchmark_runs_and_its_rows_are_whole(tmp_path: Path) -> None:
+    output = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "dequantize", "--cases", "reduced", "-q"]
+    command += ["-p", "no:cacheprovider", f"--benchmark-json={output}"]
+    # pytest-benchmark writes nothing where it takes itself for a worker of this test run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernels against peers, cpu (reduced sizes: no figure means anything)" in done.stdout
+    rows = [run["extra_info"] for run in json.loads(output.read_text(encoding="utf-8"))["benchmarks"]]
+    (case,) = (case for case in shapes.reduced_cases() if case.kernel == "dequantize_4bit")
+    assert {row["provider"] for row in rows} == set(case.providers)
+    for row in rows:
+        assert row["status"] == "ok"
+        assert not [name for name in NEEDED if row.get(name) is None]
+        assert min(row["median"], row["bytes"], row["peak_bytes"]) > 0
