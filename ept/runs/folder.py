@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ..utils.files import sync, sync_folder, sync_tree, write_atomically
-from .config import RunConfig, load_run_config
+from .config import RunConfig
 
 # A resumed run may change these: they change memory and disk, not what is trained.
 MAY_CHANGE = ("training.gradient_checkpointing", "training.eval_batch_size", "training.save_total_limit")
@@ -110,18 +110,6 @@ class RunFolder:
         """Returns the checkpoint that is being written, or that a killed run was writing."""
         found = checkpoint_folders(self.checkpoints).values()
         return next((path for path in found if not (path / SEAL).exists()), None)
-
-    def load_config(self) -> RunConfig:
-        """Returns the configuration of the run in this folder.
-
-        Raises:
-            FileNotFoundError: it holds no run.
-        """
-        if not self.config.is_file():
-            raise FileNotFoundError(
-                f"{self.path} holds no run: there is no config.yaml (`ept train --output` makes one)"
-            )
-        return load_run_config(self.config)
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:

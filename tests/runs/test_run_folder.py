@@ -63,7 +63,7 @@ def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:
     changed = load_run_config(None, [f"{key}={str(value).lower()}" for key, value in other.items()])
     folder.check(changed, resume=True, overwrite=False)
     folder.begin(changed, resume=True)
-    assert folder.load_config().training.eval_batch_size == 1
+    assert load_run_config(folder.config).training.eval_batch_size == 1
 
 
 def test_an_overwritten_run_cut_short_leaves_no_checkpoint_to_another_configuration(
