@@ -33,19 +33,9 @@ def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_t
         ValueError: as `task_of`, `load_task` and `fit_rows`.
     """
     task = task_of(config)
-    data = load_task(
-        task,
-        data_dir=config.data_dir,
-        train_file=config.train_file,
-        validation_file=config.validation_file,
-        test_file=config.test_file,
-        labels=config.labels,
-        max_train=config.max_train,
-        max_validation=config.max_validation,
-        max_test=config.max_test,
-        k_shot=config.k_shot,
-        shot_seed=seed,
-    )
+    where = config.model_dump(include={"data_dir", "train_file", "validation_file", "test_file", "labels", "k_shot"})
+    limits = config.model_dump(include={"max_train", "max_validation", "max_test"})
+    data = load_task(task, **where, **limits, shot_seed=seed)
     max_length, truncate = max_length_of(config, task), config.on_too_long == "truncate"
     splits, rates = {}, {}
     for name in SPLITS:

@@ -86,31 +86,36 @@ def load_base_model(
     if model.load_in_4bit:
         if model.gguf_file is not None:
             raise ValueError("model.load_in_4bit and model.gguf_file exclude each other: leave one out")
+        heads = None
+        if task_type == "SEQ_CLS":  # a classifier's heads are trained, and so must not be quantised
+            config = _from_pretrained(AutoConfig, model)
+            with torch.device("meta"):
+                skeleton = AutoModelForSequenceClassification.from_config(config)
+            heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
         compute_dtype = torch.bfloat16 if model.dtype == "auto" else options["dtype"]
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=model.quant_type,
             bnb_4bit_use_double_quant=model.double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=_heads(model) if task_type == "SEQ_CLS" else None,
+            llm_int8_skip_modules=heads,
         )
         options["device_map"] = {"": device}
     base = _from_pretrained(MODEL_CLASSES[task_type], model, **options)
     if model.gguf_file is not None:
-        base = _plain(base, name=str(model.name_or_path))
+        # transformers leaves the mark "quantized" on the models that it unpacks: make one without it of their weights.
+        config = copy.deepcopy(base.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = type(base).from_pretrained(None, config=config, state_dict=base.state_dict(), dtype=base.dtype)
+        plain.generation_config = base.generation_config
+        plain.name_or_path = plain.config._name_or_path = str(model.name_or_path)
+        base = plain
     if task_type == "SEQ_CLS" and base.config.pad_token_id is None:
         base.config.pad_token_id = pad_token_id  # decoders pool at the last real token
     if not model.load_in_4bit:
         base.to(device)
     return base.eval()
-
-
-def _heads(model: ModelConfig) -> list[str]:
-    """Names a classifier's heads: they are trained, and so must not be quantised."""
-    config = _from_pretrained(AutoConfig, model)
-    with torch.device("meta"):
-        skeleton = AutoModelForSequenceClassification.from_config(config)
-    return [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
 
 
 def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
@@ -128,14 +133,3 @@ def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" ...")
         raise ValueError(f"cannot load {name!r} with {cls.__name__}: {reason}") from error
-
-
-def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Takes the mark "quantized" away, which transformers leaves on models unpacked from GGUF."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
-    plain.generation_config = model.generation_config
-    plain.name_or_path = plain.config._name_or_path = name
-    return plain

@@ -6,7 +6,7 @@ a loss divided over all accumulated batches. What PEFT does with masks and posit
 
 from __future__ import annotations
 
-import math
+from bisect import bisect
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +85,9 @@ def p_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, 
     def count(h: int) -> int:
         return tokens * d + (d * h + h) + (h * h + h) + (h * d + d)
 
-    h = d
-    if budget is not None:
-        if count(1) > budget:
-            raise ValueError(
-                f"p-tuning with {tokens} virtual tokens has at least {count(1)} parameters, budget={budget}"
-            )
-        linear = 2 * d + 2
-        h = int((math.sqrt(linear**2 + 4 * (budget - tokens * d - d)) - linear) / 2)
-        h -= count(h) > budget  # the root was rounded up
+    h = d if budget is None else bisect(range(budget), budget, key=count) - 1
+    if h < 1:
+        raise ValueError(f"p-tuning with {tokens} virtual tokens has at least {count(1)} parameters, budget={budget}")
     return PromptEncoderConfig(
         task_type=task_type, num_virtual_tokens=tokens, num_transformer_submodules=1, encoder_hidden_size=h
     )

@@ -71,8 +71,12 @@ class Processes:
     def leave(self) -> None:
         """Waits until every rank has come to the end of its run. The connection ends with the process."""
         if self.world_size > 1:
+            from torch.distributed import destroy_process_group
+
             self.gather(None)
-            _disconnect_at_exit()
+            # No sooner: a second connection through the launcher's store would meet the addresses of the first.
+            atexit.unregister(destroy_process_group)  # once, whatever number of runs
+            atexit.register(destroy_process_group)
 
 
 def join() -> Processes:
@@ -145,11 +149,3 @@ def _message_group() -> Any:
     import torch.distributed as dist
 
     return dist.new_group(backend="gloo")
-
-
-@cache
-def _disconnect_at_exit() -> None:
-    """Disconnects no sooner: a second connection through the launcher's store would meet the addresses of the first."""
-    import torch.distributed as dist
-
-    atexit.register(dist.destroy_process_group)

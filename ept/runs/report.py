@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from ..utils.plots import plot
@@ -32,13 +33,18 @@ def learning_curve(
     scores = [(event["step"], event[f"eval_{metric}"]) for event in events if f"eval_{metric}" in event]
     best = max((score for _, score in scores), default=float("nan"))
     with plot(file, title, panels=2, height=6.0) as (upper, lower):
-        upper.plot(*_columns(losses), color="tab:blue", marker="." if len(losses) < 50 else None)
+        upper.plot(*np.reshape(losses, (-1, 2)).T, color="tab:blue", marker="." if len(losses) < 50 else None)
         upper.set_ylabel("training loss (nats)")
-        lower.plot(*_columns(scores), color="tab:green", marker="o", label=f"{metric} on validation, best {best:.3f}")
+        lower.plot(
+            *np.reshape(scores, (-1, 2)).T,
+            color="tab:green",
+            marker="o",
+            label=f"{metric} on validation, best {best:.3f}",
+        )
         lower.axhline(majority, color="tab:gray", linestyle="--", label=f"majority class on test {majority:.3f}")
         if test:
             label = "on test, before and after" if len(test) > 1 else "on test"
-            lower.scatter(*_columns(test), color="tab:red", marker="*", s=120, zorder=3, label=label)
+            lower.scatter(*np.reshape(test, (-1, 2)).T, color="tab:red", marker="*", s=120, zorder=3, label=label)
         lower.set_ylabel(f"{metric} (fraction)" if metric != "matthews_correlation" else "Matthews correlation (-1..1)")
         lower.set_xlabel("optimiser step")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -66,7 +72,3 @@ def results_table(results: dict[str, Any]) -> Table:
     memory = f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"
     rows.append((f"peak memory ({results['peak_memory_kind']})", memory))
     return properties(rows, f"{results['method']} on {results['task']}", left=1)
-
-
-def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in points], [value for _, value in points]

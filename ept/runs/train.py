@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from ..model.compilation import compile_layers
 from ..utils.environment import hardware, peak_memory, versions
 from ..utils.files import write_atomically
 from .adapters import load_untrained
+from .callbacks import locate_best
 from .config import RunConfig
 from .data import RunData, load_run_data
 from .failures import check_writable, with_advice, writing
@@ -113,9 +114,11 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         torch.cuda.reset_peak_memory_stats()
     with writing(folder, processes.is_rank_zero):
         if checkpoint and is_over(checkpoint):  # it was ended while scoring, or just before
-            trainer.load_result(checkpoint)
+            state = trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            locate_best(state, folder)
+            trainer._load_from_checkpoint(state.best_model_checkpoint or str(checkpoint))
         else:
-            with trainer.progress:
+            with trainer.progress.bar:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         memory, memory_kind = peak_memory()
         processes.from_rank_zero(lambda: save_adapter(run.model, folder.adapter))
