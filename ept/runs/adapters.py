@@ -39,10 +39,7 @@ def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length
     """Makes the adapter's configuration, an `EPTConfig` or one of PEFT's, for the frozen model `base`.
 
     With `settings.budget` the sizes that are not set are chosen so that the trainable parameters (heads apart) come as
-    near to it as they can without exceeding it.
-
-    Raises:
-        ValueError: nothing fits the budget; the message names the smallest that would do.
+    near to it as they can without exceeding it. Raises ValueError where nothing fits, with the smallest that would do.
     """
     method = get_method(settings.name)
     build = getattr(module_of(method), method.built_by.partition(":")[2])

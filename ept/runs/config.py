@@ -138,10 +138,7 @@ class MethodConfig(Section):
         """Returns the `EPTConfig` fields that the run sets."""
         return self.model_dump(exclude={"name", "budget"}, exclude_none=True)
 
-    @model_validator(mode="after")
-    def _check(self) -> MethodConfig:
-        check_settings(self)
-        return self
+    _check = model_validator(mode="after")(check_settings)
 
 
 class TrainingConfig(Section):
@@ -192,10 +189,8 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if self.compile_layers and self.pad_to_multiple_of is None:
-            raise ValueError(
-                "training.compile_layers compiles every length for itself: set training.pad_to_multiple_of too, "
-                "such as 64"
-            )
+            missing = "set training.pad_to_multiple_of too, such as 64"
+            raise ValueError(f"training.compile_layers compiles every length for itself: {missing}")
         if self.cuda_graphs and not self.compile_layers:
             raise ValueError("training.cuda_graphs replays compiled layers: set training.compile_layers=true too")
         if self.cuda_graphs and self.gradient_checkpointing:
@@ -277,12 +272,11 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()
+        problem = f"nested more than {MAX_DEPTH} levels deep" if self.depth >= MAX_DEPTH else None
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None, None, f"aliases (*{shown_name(event.anchor)}) are not read: write the value out", event.start_mark
-            )
-        if self.depth >= MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} levels deep", event.start_mark)
+            problem = f"aliases (*{shown_name(event.anchor)}) are not read: write the value out"
+        if problem:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1

@@ -20,17 +20,13 @@ class RunData:
     """The splits of a run, made by `with_texts`, and the share of shortened texts in each."""
 
     data: TaskData
-    max_length: int
     truncation_rate: dict[str, float]
 
 
 def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_type: str, seed: int = 0) -> RunData:
     """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`).
 
-    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else.
-
-    Raises:
-        ValueError: as `task_of`, `load_task` and `fit_rows`.
+    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else. Raises as `load_task` and `fit_rows`.
     """
     task = task_of(config)
     where = config.model_dump(include={"data_dir", "train_file", "validation_file", "test_file", "labels", "k_shot"})
@@ -42,7 +38,7 @@ def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_t
         split = getattr(data, name)
         fitted = fit_rows(task, list(split), tokenizer, task_type, max_length, truncate=truncate, source=name)
         splits[name], rates[name] = with_texts(split, fitted)
-    return RunData(replace(data, **splits), max_length, rates)
+    return RunData(replace(data, **splits), rates)
 
 
 def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
@@ -68,11 +64,7 @@ def describe(data: TaskData) -> dict[str, Any]:
 
 
 def task_of(config: DataConfig) -> Task:
-    """Finds the named task, or makes the local one that template and label words describe.
-
-    Raises:
-        ValueError: neither is given, or there is no such task.
-    """
+    """Finds the named task, or makes the local one that template and label words describe; else ValueError."""
     if config.task is not None:
         return get_task(config.task)
     if config.template is None or config.label_words is None:

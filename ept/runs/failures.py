@@ -33,10 +33,8 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
     """Adds to errors of the machine's what to do about them, and which checkpoint is left.
 
-    Raises:
-        MemoryError: there was no memory left.
-        OSError: a file of the run could not be written.
-        FloatingPointError: as it came, with the checkpoint added.
+    Raises MemoryError where no memory was left, OSError where a file of the run could not be written, and
+    FloatingPointError as it came, with the checkpoint added.
     """
     try:
         yield
@@ -92,22 +90,14 @@ def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
 
 
 def check_writable(folder: RunFolder) -> None:
-    """Checks, before anything is loaded, that the folder can be written, or made.
-
-    Raises:
-        OSError: it cannot.
-    """
+    """Raises OSError, before anything is loaded, where the folder can be neither written nor made."""
     place = _existing(folder.path)
     if not os.access(place, os.W_OK | os.X_OK):
         raise OSError(_refused(folder.path, f"{place} is not writable"))
 
 
 def check_finite(model: torch.nn.Module, step: int, config: RunConfig) -> None:
-    """Checks the trained parameters, before a checkpoint of them replaces a good one.
-
-    Raises:
-        FloatingPointError: a trainable parameter is NaN or infinite.
-    """
+    """Raises FloatingPointError for a NaN or infinite parameter, before a checkpoint of it replaces a good one."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise FloatingPointError(

@@ -8,24 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.base_model import infer_task_type
 from .config import ModelConfig
 from .processes import is_cpu_requested, local_rank, world_size
 
 MODEL_CLASSES = {
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
 }
 
@@ -39,11 +31,7 @@ def default_device() -> torch.device:
 
 
 def task_type_of(model: ModelConfig) -> str:
-    """Returns the task type that the configuration names, else the one that the model's own configuration implies.
-
-    Raises:
-        ValueError: there is no such model.
-    """
+    """Returns the task type that the configuration names, else the one that the model's own implies; or ValueError."""
     if model.task_type is not None:
         return model.task_type
     if model.gguf_file is not None:
@@ -54,12 +42,11 @@ def task_type_of(model: ModelConfig) -> str:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, with a padding token (the end token where the model has none).
 
-    Raises:
-        ValueError: it cannot be loaded, or has neither a padding nor an end token.
+    Raises ValueError where it cannot be loaded, or has neither of the two.
     """
     if model.tokenizer_name_or_path is not None:
         model = ModelConfig(name_or_path=model.tokenizer_name_or_path)
-    tokenizer = _from_pretrained(AutoTokenizer, model)
+    tokenizer = _from_pretrained(transformers.AutoTokenizer, model)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {model.name_or_path} has neither a padding nor an end token")
@@ -73,9 +60,7 @@ def load_base_model(
     """Loads the base model in eval mode on `device` (None: the accelerator, else the CPU).
 
     A GGUF file is unpacked into a plain float model of the same class; `load_in_4bit` quantises through bitsandbytes.
-
-    Raises:
-        ValueError: it cannot be loaded.
+    Raises ValueError where it cannot be loaded.
     """
     device = device or default_device()
     options: dict[str, Any] = {"dtype": model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)}
@@ -93,7 +78,7 @@ def load_base_model(
                 skeleton = AutoModelForSequenceClassification.from_config(config)
             heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
         compute_dtype = torch.bfloat16 if model.dtype == "auto" else options["dtype"]
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=model.quant_type,
             bnb_4bit_use_double_quant=model.double_quant,

@@ -158,8 +158,7 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> Predictor:
 def trained_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
     """Finds the configuration of a run's folder, with `overrides` over it, and the folder of its adapter.
 
-    Raises:
-        FileNotFoundError: the folder holds no run, or one without an adapter.
+    Raises FileNotFoundError where the folder holds no run, or one without an adapter.
     """
     folder = RunFolder(run_dir)
     if not folder.config.is_file():

@@ -49,9 +49,7 @@ class Processes:
     def together(self, make: Callable[[], T]) -> T:
         """Returns `make()`, called on every rank.
 
-        Raises:
-            Exception: what it raised; on several ranks that fail, the first of them.
-            SystemExit: it failed on another rank, which reports it.
+        Raises what it raised, on the first of the ranks where it failed, and SystemExit on all others.
         """
         value, error = None, None
         try:
@@ -82,10 +80,8 @@ class Processes:
 def join() -> Processes:
     """Connects the processes that a launcher has started; returns this one alone where none has.
 
-    The accelerator numbered LOCAL_RANK becomes the current one.
-
-    Raises:
-        ValueError: they are to share one model (FSDP, DeepSpeed), or the launcher has not started them.
+    The accelerator numbered LOCAL_RANK becomes the current one. Raises ValueError where the processes are to share one
+    model (FSDP, DeepSpeed), or the launcher has not started them.
     """
     # `accelerate launch --cpu --num_processes N` starts N processes only under mpirun.
     if is_cpu_requested() and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -129,15 +125,6 @@ def local_rank() -> int:
 def is_cpu_requested() -> bool:
     """Tells whether `accelerate launch --cpu` has started this process."""
     return _is_on("ACCELERATE_USE_CPU")
-
-
-def same_launch(words: str) -> str:
-    """Returns the command that runs `ept` with these words in as many processes as now."""
-    if world_size() == 1:
-        return f"`ept {words}`"
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(world_size()):
-        return f"the same launch with `-m ept {words}`"
-    return f"`torchrun --nproc-per-node {world_size()} -m ept {words}`"
 
 
 def _is_on(variable: str) -> bool:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import BatchSampler
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerControl,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..model.compilation import check_lengths
@@ -33,11 +26,9 @@ if TYPE_CHECKING:
     from .train import PreparedRun
 
 # transformers renames the argument on its way to version 6.
-_CHECKPOINTING = next(
-    field.name
-    for field in fields(TrainingArguments)
-    if field.name in ("activation_checkpointing", "gradient_checkpointing")
-)
+_CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, _CHECKPOINTING):
+    _CHECKPOINTING = "gradient_checkpointing"
 # Settings that are called the same here and there.
 SAME_NAME = {
     *("num_train_epochs", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
