@@ -43,10 +43,8 @@ def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_t
 
 def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
     """Gives `split` these texts and, in column `text_ids`, their tokens; returns the share of cut texts with it."""
-    columns = {"text": [row.text for row in fitted], TEXT_IDS: [row.ids for row in fitted]}
-    split = split.remove_columns("text")
-    for name, values in columns.items():
-        split = split.add_column(name, values)
+    split = split.remove_columns("text").add_column("text", [row.text for row in fitted])
+    split = split.add_column(TEXT_IDS, [row.ids for row in fitted])
     return split, sum(row.is_cut for row in fitted) / max(len(fitted), 1)
 
 

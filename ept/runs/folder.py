@@ -109,6 +109,7 @@ class RunFolder:
         checkpoint = self.last_checkpoint() if resume else None
         best = read_state(checkpoint).get("best_global_step") if checkpoint else None
         delete_surplus(self.checkpoints, checkpoint, config.training.save_total_limit, best)
+        MetricsLog(self.metrics).keep_until(int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else 0)
         return checkpoint
 
     def last_checkpoint(self) -> Path | None:
@@ -211,16 +212,13 @@ class MetricsLog:
 
     def keep_until(self, step: int) -> None:
         """Drops what was logged after `step`: a resumed run logs it again."""
-        if not self.writes:
-            return
         kept = [event for event in self.read() if event["step"] <= step]
         write_atomically(self.file, "".join(json.dumps(event) + "\n" for event in kept))
 
     def append(self, event: dict[str, Any]) -> None:
-        if not self.writes:
-            return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        if self.writes:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -20,7 +20,7 @@ from .callbacks import locate_best
 from .config import RunConfig
 from .data import RunData, load_run_data, max_length_of
 from .failures import check_writable, with_advice, writing
-from .folder import PREFIX, MetricsLog, RunFolder, is_over, save_adapter
+from .folder import RunFolder, is_over, save_adapter
 from .loading import load_tokenizer, task_type_of
 from .predict import Predictor
 from .processes import Processes, join
@@ -84,18 +84,19 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
 def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: bool, overwrite: bool) -> dict[str, Any]:
     processes = signals.processes
 
-    def check() -> None:
-        check_writable(folder)
-        folder.check(config, resume, overwrite, processes.world_size)
-
-    processes.from_rank_zero(check)
+    processes.from_rank_zero(lambda: check_writable(folder))
+    processes.from_rank_zero(lambda: folder.check(config, resume, overwrite, processes.world_size))
     trainer = processes.together(lambda: PromptTrainer(config, prepare(config, processes), folder))
     trainer.add_callback(signals)
     run, recorder, log = trainer.run, trainer.recorder, trainer.recorder.log
 
     checkpoint = processes.from_rank_zero(lambda: folder.begin(config, resume))
-    log.keep_until(int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else 0)
-    before = _score_before(log, run, config)
+    before: dict[str, float] = {}  # of the untrained adapter; a resumed run reads them from its log
+    if config.training.score_before:
+        logged = processes.from_rank_zero(lambda: [event["before"] for event in log.read() if "before" in event])
+        before = logged[0] if logged else run.score(run.run_data.data.test, progress="scoring the untrained adapter")
+        if not logged:
+            log.append({"step": 0, "before": before})
     if config.training.tensorboard and processes.is_rank_zero:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -151,15 +152,3 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
     processes.leave()
     return results
-
-
-def _score_before(log: MetricsLog, run: PreparedRun, config: RunConfig) -> dict[str, float]:
-    """Returns the test metrics of the untrained adapter, if wanted; a resumed run reads them from its log."""
-    if not config.training.score_before:
-        return {}
-    logged = run.processes.from_rank_zero(lambda: [event["before"] for event in log.read() if "before" in event])
-    if logged:
-        return logged[0]
-    before = run.score(run.run_data.data.test, progress="scoring the untrained adapter")
-    log.append({"step": 0, "before": before})
-    return before
