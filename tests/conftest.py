@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import FAMILIES, run_config, save_data, save_model
 
+from ept.runs.report import learning_curve
 from ept.runs.train import train
 
 
@@ -24,8 +25,10 @@ def models(tiny: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, models: dict[str, Path]) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    for family in FAMILIES:
-        train(run_config(models[family], data, folder / family))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ept.runs.train.learning_curve", learning_curve)  # whatever module asks first for the runs
+        for family in FAMILIES:
+            train(run_config(models[family], data, folder / family))
     return {family: folder / family for family in FAMILIES}
 
 

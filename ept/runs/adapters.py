@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import EPTConfig
 from ..model.ept_model import EPTModel, get_ept_model
-from .config import MethodConfig, ModelConfig, RunConfig
+from .config import MethodConfig, RunConfig
 from .loading import load_base_model
 from .method_table import METHODS, Method, get_method
+
+FOUR_BIT = {"fast_4bit", "dequantized_cache_bytes"}  # how the 4-bit layers of the base model are to run
 
 
 def load_untrained(
@@ -23,24 +25,21 @@ def load_untrained(
     base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
     adapter = adapter_config(config.method, base, task_type, max_length, config.seed)
     attach = module_of(METHODS[config.method.name]).attach
-    return attach(base, adapter, seed=config.seed, tokenizer=tokenizer, **_four_bit(config.model))
+    return attach(base, adapter, seed=config.seed, tokenizer=tokenizer, **config.model.model_dump(include=FOUR_BIT))
 
 
 def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
     """Loads the base model with the adapter saved in the folder `adapter`, ready for inference."""
     base = load_base_model(config.model, task_type, num_labels, pad_token_id)
     attach_trained = module_of(METHODS[config.method.name]).attach_trained
-    return attach_trained(base, adapter, **_four_bit(config.model)).eval()
+    return attach_trained(base, adapter, **config.model.model_dump(include=FOUR_BIT)).eval()
 
 
 def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length: int, seed: int) -> PeftConfig:
     """Makes the adapter's configuration, an `EPTConfig` or one of PEFT's, for the frozen model `base`.
 
     With `settings.budget` the sizes that are not set are chosen so that the trainable parameters (heads apart) come as
-    near to it as they can without exceeding it.
-
-    Raises:
-        ValueError: nothing fits the budget; the message names the smallest that would do.
+    near to it as they can without exceeding it. Raises ValueError where nothing fits, with the smallest that would do.
     """
     method = get_method(settings.name)
     build = getattr(module_of(method), method.built_by.partition(":")[2])
@@ -50,11 +49,6 @@ def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length
 def module_of(method: Method) -> Any:
     """Imports the file that builds `method`, with its `attach` and `attach_trained`; ours are below."""
     return importlib.import_module(f"ept.runs.{method.built_by.partition(':')[0]}")
-
-
-def _four_bit(model: ModelConfig) -> dict[str, Any]:
-    """Says how the 4-bit layers of the base model are to run."""
-    return {"fast_4bit": model.fast_4bit, "dequantized_cache_bytes": model.dequantized_cache_bytes}
 
 
 def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, max_length: int, seed: int) -> EPTConfig:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from ..utils.files import sync
 from .config import RunConfig
 from .failures import check_finite, divergence_advice
 from .folder import PREFIX, MetricsLog, RunFolder, delete_surplus, read_seal, seal
-from .processes import Processes
+
+if TYPE_CHECKING:
+    from .trainer import PromptTrainer
 
 
 class Recorder(TrainerCallback):
@@ -93,21 +96,13 @@ class ProgressBar(TrainerCallback):
         self.console = Console(stderr=True, quiet=not shown)
         self.live = shown and self.console.is_terminal
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(TextColumn("{task.description}"), *columns, console=self.console)
-        self.task = self.bar.add_task("training")
+        described = TextColumn("{task.description}")
+        self.bar = Progress(described, *columns, console=self.console, disable=not self.live)
+        self.task = self.bar.add_task("training", total=None)
         self.loss = self.score = ""
-
-    def __enter__(self) -> ProgressBar:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.live:
-            self.bar.stop()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
-        if self.live:
-            self.bar.start()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
@@ -128,10 +123,8 @@ class WholeCheckpoints(TrainerCallback):
     Those are the sum of the losses since the last log, of each rank, and where the best checkpoint is.
     """
 
-    def __init__(
-        self, trainer: Trainer, config: RunConfig, folder: RunFolder, log: MetricsLog, processes: Processes
-    ) -> None:
-        self.trainer, self.config, self.folder, self.log, self.processes = trainer, config, folder, log, processes
+    def __init__(self, trainer: PromptTrainer) -> None:
+        self.trainer, self.folder, self.processes = trainer, trainer.folder, trainer.run.processes
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         locate_best(state, self.folder)
@@ -141,15 +134,16 @@ class WholeCheckpoints(TrainerCallback):
             self.trainer._globalstep_last_logged = kept["loss_since"]
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        check_finite(self.trainer.model, state.global_step, self.config)
+        config = self.trainer.run_config
+        check_finite(self.trainer.model, state.global_step, config)
         # All ranks have written their parts once all have given their sums.
         losses = self.processes.gather(float(self.trainer._tr_loss))
         if self.processes.is_rank_zero:
-            self.log.sync()
+            sync(self.trainer.recorder.log.file)  # before a checkpoint of a later step counts
             checkpoint = self.folder.checkpoints / f"{PREFIX}{state.global_step}"
             seal(checkpoint, loss_sums=losses, loss_since=self.trainer._globalstep_last_logged)
-            limit = self.config.training.save_total_limit
-            delete_surplus(self.folder.checkpoints, checkpoint, limit, state.best_global_step)
+            limit, best = config.training.save_total_limit, state.best_global_step
+            delete_surplus(self.folder.checkpoints, checkpoint, limit, best)
 
 
 def locate_best(state: TrainerState, folder: RunFolder) -> None:

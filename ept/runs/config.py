@@ -138,10 +138,7 @@ class MethodConfig(Section):
         """Returns the `EPTConfig` fields that the run sets."""
         return self.model_dump(exclude={"name", "budget"}, exclude_none=True)
 
-    @model_validator(mode="after")
-    def _check(self) -> MethodConfig:
-        check_settings(self)
-        return self
+    _check = model_validator(mode="after")(check_settings)
 
 
 class TrainingConfig(Section):
@@ -192,10 +189,8 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if self.compile_layers and self.pad_to_multiple_of is None:
-            raise ValueError(
-                "training.compile_layers compiles every length for itself: set training.pad_to_multiple_of too, "
-                "such as 64"
-            )
+            missing = "set training.pad_to_multiple_of too, such as 64"
+            raise ValueError(f"training.compile_layers compiles every length for itself: {missing}")
         if self.cuda_graphs and not self.compile_layers:
             raise ValueError("training.cuda_graphs replays compiled layers: set training.compile_layers=true too")
         if self.cuda_graphs and self.gradient_checkpointing:
@@ -224,9 +219,30 @@ class RunConfig(Section):
             FileNotFoundError: there is no such file.
             ValueError: not YAML, an unknown key (names the nearest known one), a value of the wrong type or range.
         """
-        values = _read_yaml(file) if file is not None else {}
+        values: Any = {}
+        if file is not None:
+            if not file.is_file():
+                raise FileNotFoundError(f"no configuration file {file}")
+            if (size := file.stat().st_size) > MAX_FILE_BYTES:
+                raise ValueError(f"{file} has {size:,} bytes, a configuration at most {MAX_FILE_BYTES:,}")
+            if (values := _parse_yaml(file.read_bytes(), str(file))) is None:
+                values = {}
+            if not isinstance(values, dict):
+                raise ValueError(f"{file} holds {_describe(values)}, expected a mapping such as `model: {{...}}`")
         for override in overrides:
-            _apply_override(values, override)
+            key, separator, text = override.partition("=")
+            if not separator or not key.strip():
+                raise ValueError(f"cannot read the override {override!r}: write it as dotted.key=value")
+            value = _parse_yaml(text, f"the value of {shown_name(key)!r}")
+            *sections, name = key.strip().split(".")
+            keys = values
+            for section in sections:
+                if keys.get(section) is None:
+                    keys[section] = {}
+                if not isinstance(keys[section], dict):
+                    raise ValueError(f"cannot set {key}: {section} is {_describe(keys[section])}, not a section")
+                keys = keys[section]
+            keys[name] = value
         return cls.from_dict(values)
 
     @classmethod
@@ -249,19 +265,6 @@ class RunConfig(Section):
 load_run_config = RunConfig.load
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"no configuration file {file}")
-    if (size := file.stat().st_size) > MAX_FILE_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes, a configuration at most {MAX_FILE_BYTES:,}")
-    values = _parse_yaml(file.read_bytes(), str(file))
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {_describe(values)}, expected a mapping such as `model: {{...}}`")
-    return values
-
-
 class _PlainLoader(yaml.SafeLoader):
     """PyYAML's safe loader without aliases (whose expansion may be exponential), repeated keys and deep nesting."""
 
@@ -269,12 +272,11 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()
+        problem = f"nested more than {MAX_DEPTH} levels deep" if self.depth >= MAX_DEPTH else None
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(
-                None, None, f"aliases (*{shown_name(event.anchor)}) are not read: write the value out", event.start_mark
-            )
-        if self.depth >= MAX_DEPTH:
-            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} levels deep", event.start_mark)
+            problem = f"aliases (*{shown_name(event.anchor)}) are not read: write the value out"
+        if problem:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -299,21 +301,6 @@ def _parse_yaml(text: str | bytes, name: str) -> Any:
     # A malformed number, date or flag raises whatever PyYAML's conversion of it ran into.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"cannot read {name} as YAML: {reason(error)}") from error
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key.strip():
-        raise ValueError(f"cannot read the override {override!r}: write it as dotted.key=value")
-    value = _parse_yaml(text, f"the value of {shown_name(key)!r}")
-    *sections, name = key.strip().split(".")
-    for section in sections:
-        if values.get(section) is None:
-            values[section] = {}
-        if not isinstance(values[section], dict):
-            raise ValueError(f"cannot set {key}: {section} is {_describe(values[section])}, not a section")
-        values = values[section]
-    values[name] = value
 
 
 def _message(cls: type[RunConfig], values: dict[str, Any], error: Any) -> str:
@@ -349,30 +336,22 @@ _LIMITS = {
     "greater_than_equal": "must not be negative",
     "less_than_equal": "must be at most {le}",
 }
-_WORDS = {
-    str: ("a text", "texts"),
-    int: ("a whole number", "whole numbers"),
-    float: ("a number", "numbers"),
-    bool: ("true or false", "flags"),
-    types.NoneType: ("null", "nulls"),
-    Any: ("a value", "values"),
-}
+_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Any: "a value"}
 
 
-def _expected(hint: Any, plural: bool = False) -> str:
+def _expected(hint: Any) -> str:
     """Describes a type to the writer of a file, such as `a list of texts or null`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _expected(arguments[0], plural)
+        return _expected(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_expected(argument, plural) for argument in arguments)
+        return " or ".join(map(_expected, arguments))
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
-    if origin is list:
-        return f"{'lists' if plural else 'a list'} of {_expected(arguments[0], plural=True)}"
-    if origin is dict:
-        return f"a mapping to {_expected(arguments[1], plural=True)}"
-    return _WORDS.get(hint, ("a section with keys", "sections"))[plural]
+    if origin in (list, dict):
+        one, of, parts = _expected(arguments[-1]).partition(" of ")
+        return f"{'a list of' if origin is list else 'a mapping to'} {one.removeprefix('a ')}s{of}{parts}"
+    return "null" if hint is types.NoneType else _WORDS.get(hint, "a section with keys")
 
 
 def _describe(value: Any) -> str:

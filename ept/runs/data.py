@@ -20,47 +20,31 @@ class RunData:
     """The splits of a run, made by `with_texts`, and the share of shortened texts in each."""
 
     data: TaskData
-    max_length: int
     truncation_rate: dict[str, float]
 
 
 def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_type: str, seed: int = 0) -> RunData:
     """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`).
 
-    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else.
-
-    Raises:
-        ValueError: as `task_of`, `load_task` and `fit_rows`.
+    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else. Raises as `load_task` and `fit_rows`.
     """
     task = task_of(config)
-    data = load_task(
-        task,
-        data_dir=config.data_dir,
-        train_file=config.train_file,
-        validation_file=config.validation_file,
-        test_file=config.test_file,
-        labels=config.labels,
-        max_train=config.max_train,
-        max_validation=config.max_validation,
-        max_test=config.max_test,
-        k_shot=config.k_shot,
-        shot_seed=seed,
-    )
+    where = config.model_dump(include={"data_dir", "train_file", "validation_file", "test_file", "labels", "k_shot"})
+    limits = config.model_dump(include={"max_train", "max_validation", "max_test"})
+    data = load_task(task, **where, **limits, shot_seed=seed)
     max_length, truncate = max_length_of(config, task), config.on_too_long == "truncate"
     splits, rates = {}, {}
     for name in SPLITS:
         split = getattr(data, name)
         fitted = fit_rows(task, list(split), tokenizer, task_type, max_length, truncate=truncate, source=name)
         splits[name], rates[name] = with_texts(split, fitted)
-    return RunData(replace(data, **splits), max_length, rates)
+    return RunData(replace(data, **splits), rates)
 
 
 def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
     """Gives `split` these texts and, in column `text_ids`, their tokens; returns the share of cut texts with it."""
-    columns = {"text": [row.text for row in fitted], TEXT_IDS: [row.ids for row in fitted]}
-    split = split.remove_columns("text")
-    for name, values in columns.items():
-        split = split.add_column(name, values)
+    split = split.remove_columns("text").add_column("text", [row.text for row in fitted])
+    split = split.add_column(TEXT_IDS, [row.ids for row in fitted])
     return split, sum(row.is_cut for row in fitted) / max(len(fitted), 1)
 
 
@@ -78,11 +62,7 @@ def describe(data: TaskData) -> dict[str, Any]:
 
 
 def task_of(config: DataConfig) -> Task:
-    """Finds the named task, or makes the local one that template and label words describe.
-
-    Raises:
-        ValueError: neither is given, or there is no such task.
-    """
+    """Finds the named task, or makes the local one that template and label words describe; else ValueError."""
     if config.task is not None:
         return get_task(config.task)
     if config.template is None or config.label_words is None:

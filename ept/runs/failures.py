@@ -33,20 +33,37 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
     """Adds to errors of the machine's what to do about them, and which checkpoint is left.
 
-    Raises:
-        MemoryError: there was no memory left.
-        OSError: a file of the run could not be written.
-        FloatingPointError: as it came, with the checkpoint added.
+    Raises MemoryError where no memory was left, OSError where a file of the run could not be written, and
+    FloatingPointError as it came, with the checkpoint added.
     """
     try:
         yield
     except Exception as error:
+        checkpoint = folder.last_checkpoint()
+        left = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
+        going_on = "; --resume continues from there" if checkpoint else ""
         if isinstance(error, FloatingPointError):  # which would come again
-            raise FloatingPointError(f"{error}. {_last_good(folder)[0]}") from error
+            raise FloatingPointError(f"{error}. {left}") from error
         if _is_out_of_memory(error):
-            raise MemoryError(f"{_memory_advice(config)}. {''.join(_last_good(folder))}") from error
-        if isinstance(error, OSError) and (advice := _disk_advice(error, folder)):
-            raise OSError(f"{advice}. {''.join(_last_good(folder))}") from error
+            training, data = config.training, config.data
+            gentler = "" if training.gradient_checkpointing else "set training.gradient_checkpointing=true or "
+            smaller = "" if data.max_length is None else f" ({data.max_length})"
+            quantised = "" if config.model.load_in_4bit else ", or set model.load_in_4bit=true"
+            raise MemoryError(
+                f"out of memory: {gentler}lower training.eval_batch_size ({training.eval_batch_size}), which --resume "
+                f"allows; or start anew with a smaller training.batch_size ({training.batch_size}) and more "
+                f"training.gradient_accumulation_steps ({training.gradient_accumulation_steps}), a smaller "
+                f"data.max_length{smaller}{quantised}. {left}{going_on}"
+            ) from error
+        if isinstance(error, OSError):
+            name = error.filename
+            place = Path(os.fsdecode(name)) if isinstance(name, str | bytes) else folder.path
+            if error.errno in _FULL:
+                free = shutil.disk_usage(_existing(place)).free / 1e6
+                advice = f"{error.strerror} ({free:,.1f} MB are free): {_FULL[error.errno]}"
+                raise OSError(f"cannot write {place}: {advice}. {left}{going_on}") from error
+            if error.errno in _REFUSED and (place == folder.path or folder.path in place.parents):
+                raise OSError(f"{_refused(place, str(error.strerror))}. {left}{going_on}") from error
         raise
 
 
@@ -73,22 +90,14 @@ def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
 
 
 def check_writable(folder: RunFolder) -> None:
-    """Checks, before anything is loaded, that the folder can be written, or made.
-
-    Raises:
-        OSError: it cannot.
-    """
+    """Raises OSError, before anything is loaded, where the folder can be neither written nor made."""
     place = _existing(folder.path)
     if not os.access(place, os.W_OK | os.X_OK):
         raise OSError(_refused(folder.path, f"{place} is not writable"))
 
 
 def check_finite(model: torch.nn.Module, step: int, config: RunConfig) -> None:
-    """Checks the trained parameters, before a checkpoint of them replaces a good one.
-
-    Raises:
-        FloatingPointError: a trainable parameter is NaN or infinite.
-    """
+    """Raises FloatingPointError for a NaN or infinite parameter, before a checkpoint of it replaces a good one."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise FloatingPointError(
@@ -108,38 +117,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
-
-
-def _memory_advice(config: RunConfig) -> str:
-    training, data = config.training, config.data
-    gentler = "" if training.gradient_checkpointing else "set training.gradient_checkpointing=true or "
-    smaller = "" if data.max_length is None else f" ({data.max_length})"
-    quantised = "" if config.model.load_in_4bit else ", or set model.load_in_4bit=true"
-    return (
-        f"out of memory: {gentler}lower training.eval_batch_size ({training.eval_batch_size}), which --resume allows; "
-        f"or start anew with a smaller training.batch_size ({training.batch_size}) and more "
-        f"training.gradient_accumulation_steps ({training.gradient_accumulation_steps}), a smaller "
-        f"data.max_length{smaller}{quantised}"
-    )
-
-
-def _disk_advice(error: OSError, folder: RunFolder) -> str | None:
-    """Says what to do where a file of the run could not be written; None for other errors."""
-    place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder.path
-    if error.errno in _FULL:
-        free = shutil.disk_usage(_existing(place)).free / 1e6
-        return f"cannot write {place}: {error.strerror} ({free:,.1f} MB are free): {_FULL[error.errno]}"
-    if error.errno in _REFUSED and (place == folder.path or folder.path in place.parents):
-        return _refused(place, str(error.strerror))
-    return None
-
-
-def _last_good(folder: RunFolder) -> tuple[str, str]:
-    """Says which checkpoint is left, and how to go on from it."""
-    checkpoint = folder.last_checkpoint()
-    if checkpoint is None:
-        return "There is no checkpoint yet", ""
-    return f"The last good checkpoint is {checkpoint}", "; --resume continues from there"
 
 
 def _refused(place: Path, why: str) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from ..utils.files import sync, sync_folder, sync_tree, write_atomically
-from .config import RunConfig, load_run_config
+from ..utils.files import sync_folder, sync_tree, write_atomically
+from .config import RunConfig
 
 # A resumed run may change these: they change memory and disk, not what is trained.
 MAY_CHANGE = ("training.gradient_checkpointing", "training.eval_batch_size", "training.save_total_limit")
@@ -65,7 +65,17 @@ class RunFolder:
                 f"the run in {self.path} is finished: `ept evaluate {self.path}` scores it, --overwrite starts it anew"
             )
         if self.config.exists():
-            changed = _differences(yaml.safe_load(self.config.read_text(encoding="utf-8")), config.to_dict())
+            old, pairs = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}, []
+            for name, new in config.to_dict().items():
+                if isinstance(new, dict) and isinstance(old.get(name), dict):
+                    pairs += [(f"{name}.{key}", old[name].get(key), value) for key, value in new.items()]
+                else:
+                    pairs.append((name, old.get(name), new))
+            changed = [
+                f"{name} (was {before!r}, now {now!r})"
+                for name, before, now in pairs
+                if before != now and name not in (*MAY_CHANGE, "output_dir")
+            ]
             if changed:
                 raise ValueError(
                     f"cannot resume {self.path}: its configuration differs in {'; '.join(changed)}. "
@@ -99,6 +109,7 @@ class RunFolder:
         checkpoint = self.last_checkpoint() if resume else None
         best = read_state(checkpoint).get("best_global_step") if checkpoint else None
         delete_surplus(self.checkpoints, checkpoint, config.training.save_total_limit, best)
+        MetricsLog(self.metrics).keep_until(int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else 0)
         return checkpoint
 
     def last_checkpoint(self) -> Path | None:
@@ -110,18 +121,6 @@ class RunFolder:
         """Returns the checkpoint that is being written, or that a killed run was writing."""
         found = checkpoint_folders(self.checkpoints).values()
         return next((path for path in found if not (path / SEAL).exists()), None)
-
-    def load_config(self) -> RunConfig:
-        """Returns the configuration of the run in this folder.
-
-        Raises:
-            FileNotFoundError: it holds no run.
-        """
-        if not self.config.is_file():
-            raise FileNotFoundError(
-                f"{self.path} holds no run: there is no config.yaml (`ept train --output` makes one)"
-            )
-        return load_run_config(self.config)
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
@@ -143,21 +142,21 @@ def seal(checkpoint: Path, **kept: Any) -> None:
 def read_seal(checkpoint: Path) -> dict[str, Any]:
     """Returns the content of `whole.json`: `step`, `files` and what `seal` was given to keep; empty without one."""
     try:
-        sealed = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
+        sealed: dict[str, Any] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return sealed if isinstance(sealed, dict) else {}
+    return sealed
 
 
 def is_whole(checkpoint: Path) -> bool:
     """Tells whether the checkpoint was written to its end and none of its files has changed since."""
     sealed = read_seal(checkpoint)
-    files = sealed.get("files")
-    if not isinstance(files, dict) or f"{PREFIX}{sealed.get('step')}" != checkpoint.name:
-        return False
-    if not all(name in files and (checkpoint / name).is_file() for name in (*NEEDED, *files)):
-        return False
-    return all(file == _size_and_checksum(checkpoint / name) for name, file in files.items())
+    files = sealed.get("files", {})
+    return (
+        checkpoint.name == f"{PREFIX}{sealed.get('step')}"
+        and all(name in files and (checkpoint / name).is_file() for name in (*NEEDED, *files))
+        and all(file == _size_and_checksum(checkpoint / name) for name, file in files.items())
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -213,21 +212,13 @@ class MetricsLog:
 
     def keep_until(self, step: int) -> None:
         """Drops what was logged after `step`: a resumed run logs it again."""
-        if not self.writes:
-            return
         kept = [event for event in self.read() if event["step"] <= step]
         write_atomically(self.file, "".join(json.dumps(event) + "\n" for event in kept))
 
     def append(self, event: dict[str, Any]) -> None:
-        if not self.writes:
-            return
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
-
-    def sync(self) -> None:
-        """Waits until all of it is on the disk, as it must be before a checkpoint of a later step counts."""
-        if self.writes and self.file.exists():
-            sync(self.file)
+        if self.writes:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -239,18 +230,3 @@ def save_adapter(model: Any, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     sync_folder(folder.parent)
-
-
-def _differences(saved: Any, given: dict[str, Any]) -> list[str]:
-    changed = []
-    for name, new in given.items():
-        old = (saved or {}).get(name)
-        values = [(name, old, new)]
-        if isinstance(new, dict) and isinstance(old, dict):
-            values = [(f"{name}.{key}", old.get(key), new[key]) for key in new]
-        changed += [
-            f"{path} (was {before!r}, now {now!r})"
-            for path, before, now in values
-            if before != now and path not in (*MAY_CHANGE, "output_dir")
-        ]
-    return changed

@@ -8,24 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import transformers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.base_model import infer_task_type
 from .config import ModelConfig
 from .processes import is_cpu_requested, local_rank, world_size
 
 MODEL_CLASSES = {
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
 }
 
@@ -39,11 +31,7 @@ def default_device() -> torch.device:
 
 
 def task_type_of(model: ModelConfig) -> str:
-    """Returns the task type that the configuration names, else the one that the model's own configuration implies.
-
-    Raises:
-        ValueError: there is no such model.
-    """
+    """Returns the task type that the configuration names, else the one that the model's own implies; or ValueError."""
     if model.task_type is not None:
         return model.task_type
     if model.gguf_file is not None:
@@ -54,12 +42,11 @@ def task_type_of(model: ModelConfig) -> str:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, with a padding token (the end token where the model has none).
 
-    Raises:
-        ValueError: it cannot be loaded, or has neither a padding nor an end token.
+    Raises ValueError where it cannot be loaded, or has neither of the two.
     """
     if model.tokenizer_name_or_path is not None:
         model = ModelConfig(name_or_path=model.tokenizer_name_or_path)
-    tokenizer = _from_pretrained(AutoTokenizer, model)
+    tokenizer = _from_pretrained(transformers.AutoTokenizer, model)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {model.name_or_path} has neither a padding nor an end token")
@@ -73,9 +60,7 @@ def load_base_model(
     """Loads the base model in eval mode on `device` (None: the accelerator, else the CPU).
 
     A GGUF file is unpacked into a plain float model of the same class; `load_in_4bit` quantises through bitsandbytes.
-
-    Raises:
-        ValueError: it cannot be loaded.
+    Raises ValueError where it cannot be loaded.
     """
     device = device or default_device()
     options: dict[str, Any] = {"dtype": model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)}
@@ -86,31 +71,36 @@ def load_base_model(
     if model.load_in_4bit:
         if model.gguf_file is not None:
             raise ValueError("model.load_in_4bit and model.gguf_file exclude each other: leave one out")
+        heads = None
+        if task_type == "SEQ_CLS":  # a classifier's heads are trained, and so must not be quantised
+            config = _from_pretrained(AutoConfig, model)
+            with torch.device("meta"):
+                skeleton = AutoModelForSequenceClassification.from_config(config)
+            heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
         compute_dtype = torch.bfloat16 if model.dtype == "auto" else options["dtype"]
-        options["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=model.quant_type,
             bnb_4bit_use_double_quant=model.double_quant,
             bnb_4bit_compute_dtype=compute_dtype,
-            llm_int8_skip_modules=_heads(model) if task_type == "SEQ_CLS" else None,
+            llm_int8_skip_modules=heads,
         )
         options["device_map"] = {"": device}
     base = _from_pretrained(MODEL_CLASSES[task_type], model, **options)
     if model.gguf_file is not None:
-        base = _plain(base, name=str(model.name_or_path))
+        # transformers leaves the mark "quantized" on the models that it unpacks: make one without it of their weights.
+        config = copy.deepcopy(base.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = type(base).from_pretrained(None, config=config, state_dict=base.state_dict(), dtype=base.dtype)
+        plain.generation_config = base.generation_config
+        plain.name_or_path = plain.config._name_or_path = str(model.name_or_path)
+        base = plain
     if task_type == "SEQ_CLS" and base.config.pad_token_id is None:
         base.config.pad_token_id = pad_token_id  # decoders pool at the last real token
     if not model.load_in_4bit:
         base.to(device)
     return base.eval()
-
-
-def _heads(model: ModelConfig) -> list[str]:
-    """Names a classifier's heads: they are trained, and so must not be quantised."""
-    config = _from_pretrained(AutoConfig, model)
-    with torch.device("meta"):
-        skeleton = AutoModelForSequenceClassification.from_config(config)
-    return [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
 
 
 def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
@@ -128,14 +118,3 @@ def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" ...")
         raise ValueError(f"cannot load {name!r} with {cls.__name__}: {reason}") from error
-
-
-def _plain(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Takes the mark "quantized" away, which transformers leaves on models unpacked from GGUF."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), dtype=model.dtype)
-    plain.generation_config = model.generation_config
-    plain.name_or_path = plain.config._name_or_path = name
-    return plain

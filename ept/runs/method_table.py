@@ -73,7 +73,7 @@ _ALL = (
     Method("ept", "EPT", "adapters:ept", _EPT, roles=_EPT_ROLES, profiled_as="ept"),
     Method("prompt-tuning", "PEFT prompt tuning", "peft_models:prompt_tuning", _TOKENS, 100, profiled_as="peft-pt"),
     Method("p-tuning", "PEFT p-tuning", "peft_models:p_tuning", _TOKENS, 20),
-    Method("mpt", "PEFT multitask prompt tuning", "peft_models:multitask_prompt_tuning", _TOKENS, 100),
+    Method("mpt", "PEFT multitask prompt tuning", "peft_models:prompt_tuning", _TOKENS, 100),
     Method("lora", "PEFT LoRA", "peft_models:lora", _LOW_RANK, 0),
     _ablation("ept-no-fusion", "EPT without fusion", _FUSION, fusion=False),
     _ablation("ept-no-spaces", "EPT without spaces", _SPACES, num_spaces=0),
@@ -92,11 +92,12 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def check_settings(config: MethodConfig) -> None:
-    """Raises ValueError for an unknown method, and for a setting that it has no part for."""
+def check_settings(config: MethodConfig) -> MethodConfig:
+    """Returns `config`; raises ValueError for an unknown method, and for a setting that it has no part for."""
     method = get_method(config.name)
     for name, value in config.fields_given().items():
         if name in method.fixed and value != method.fixed[name]:
             raise ValueError(f"method.{name} cannot be set for method.name={method.name}, which fixes it")
         if name not in method.settable and name not in method.fixed:
             raise ValueError(f"method.{name} cannot be set for method.name={method.name}, which has no such part")
+    return config

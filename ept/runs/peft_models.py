@@ -6,21 +6,13 @@ a loss divided over all accumulated batches. What PEFT does with masks and posit
 
 from __future__ import annotations
 
-import math
+from bisect import bisect
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    LoraConfig,
-    MultitaskPromptTuningConfig,
-    PeftConfig,
-    PeftModel,
-    PeftType,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-)
+from peft import PeftConfig, PeftModel, PeftType
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -40,7 +32,7 @@ PROMPT_SHARE = 0.4
 def attach(base: Any, config: PeftConfig, *, seed: int = 0, **_: Any) -> PeftModel:
     """Puts a fresh adapter of PEFT's on `base`, drawn with `seed`."""
     torch.manual_seed(seed)
-    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
+    kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     return type(kind.__name__, (_LikeEPTModel, kind), {})(base, config)
 
 
@@ -57,44 +49,37 @@ def attach_trained(base: Any, folder: Path, **_: Any) -> PeftModel:
 
 
 def prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    return PromptTuningConfig(
-        task_type=task_type,
-        num_virtual_tokens=_fitting_tokens(method, settings, fixed=0, each=_width(base)),
-        num_transformer_submodules=1,
-        prompt_tuning_init="SAMPLE_VOCAB",
-    )
-
-
-def multitask_prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    d = _width(base)
-    return MultitaskPromptTuningConfig(  # one task: a shared prompt times the product of a column and a row
-        task_type=task_type,
-        num_virtual_tokens=_fitting_tokens(method, settings, fixed=d, each=d + 1),
-        num_transformer_submodules=1,
-        num_tasks=1,
-        num_ranks=1,
-    )
+    """Takes as many virtual tokens as are asked for, or else as fit the budget."""
+    d, tokens, budget = embedding_width(input_embedding(base)), settings.num_virtual_tokens, settings.budget
+    # Multitask, of one task: a shared prompt times the product of a column and a row.
+    fixed, each = (d, d + 1) if method.name == "mpt" else (0, d)
+    if budget is None:
+        tokens = tokens or method.usual_tokens
+    elif (smallest := fixed + (tokens or 1) * each) > budget:
+        raise ValueError(
+            f"{method.name} with {tokens or 1} virtual tokens has {smallest} parameters, method.budget={budget}"
+        )
+    else:
+        tokens = tokens or (budget - fixed) // each
+    options: Any = {"task_type": task_type, "num_virtual_tokens": tokens, "num_transformer_submodules": 1}
+    if method.name == "mpt":
+        return peft.MultitaskPromptTuningConfig(**options, num_tasks=1, num_ranks=1)
+    return peft.PromptTuningConfig(**options, prompt_tuning_init="SAMPLE_VOCAB")
 
 
 def p_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
     """Takes the widest encoder, linear layers d → h → h → d with biases, that fits the budget."""
-    d, budget = _width(base), settings.budget
+    d, budget = embedding_width(input_embedding(base)), settings.budget
     usual = method.usual_tokens if budget is None else max(1, int(PROMPT_SHARE * budget / d))
     tokens = settings.num_virtual_tokens or usual
 
     def count(h: int) -> int:
         return tokens * d + (d * h + h) + (h * h + h) + (h * d + d)
 
-    h = d
-    if budget is not None:
-        if count(1) > budget:
-            raise ValueError(
-                f"p-tuning with {tokens} virtual tokens has at least {count(1)} parameters, budget={budget}"
-            )
-        linear = 2 * d + 2
-        h = int((math.sqrt(linear**2 + 4 * (budget - tokens * d - d)) - linear) / 2)
-        h -= count(h) > budget  # the root was rounded up
-    return PromptEncoderConfig(
+    h = d if budget is None else bisect(range(budget), budget, key=count) - 1
+    if h < 1:
+        raise ValueError(f"p-tuning with {tokens} virtual tokens has at least {count(1)} parameters, budget={budget}")
+    return peft.PromptEncoderConfig(
         task_type=task_type, num_virtual_tokens=tokens, num_transformer_submodules=1, encoder_hidden_size=h
     )
 
@@ -121,24 +106,7 @@ def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_:
                 "raise the budget or lower method.r"
             )
     alpha = {} if settings.alpha is None else {"lora_alpha": settings.alpha}
-    return LoraConfig(task_type=task_type, r=rank, target_modules=names, **alpha)
-
-
-def _width(base: Any) -> int:
-    return embedding_width(input_embedding(base))
-
-
-def _fitting_tokens(method: Method, settings: MethodConfig, fixed: int, each: int) -> int:
-    """Returns the number of virtual tokens: the one asked for, if it fits the budget, or as many as fit."""
-    tokens, budget = settings.num_virtual_tokens, settings.budget
-    if budget is None:
-        return tokens or method.usual_tokens
-    smallest = fixed + (tokens or 1) * each
-    if smallest > budget:
-        raise ValueError(
-            f"{method.name} with {tokens or 1} virtual tokens has {smallest} parameters, method.budget={budget}"
-        )
-    return tokens or (budget - fixed) // each
+    return peft.LoraConfig(task_type=task_type, r=rank, target_modules=names, **alpha)
 
 
 class _LikeEPTModel(PeftModel):

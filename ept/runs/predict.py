@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,17 +54,14 @@ class Predictor:
         if self.task_type == "SEQ_CLS" and scoring is not None:
             raise ValueError(f"scoring={scoring!r} is not available for {self.task_type}: leave it out")
         self.generates = (scoring or ("generate" if self.task_type == "SEQ_2_SEQ_LM" else "rank")) == "generate"
-        self.answers: list[list[int]] = []  # tokens of the labels
+        self.answers: list[list[int]] = []  # tokens of the labels of a language model
         if self.task_type != "SEQ_CLS":
             self.answers = encode_labels(self.tokenizer, self.labels, self.task_type)
 
     def fit(self, rows: Sequence[Mapping[str, Any]], source: str, task: Task | None = None) -> list[FittedText]:
         """Renders each row, with the template of `task` or else its own, and tokenises it; raises as `fit_rows`."""
-        limits: dict[str, Any] = {
-            "max_length": self.max_length,
-            "truncate": self.config.data.on_too_long == "truncate",
-        }
-        return fit_rows(task or self.task, rows, self.tokenizer, self.task_type, source=source, **limits)
+        truncate, task = self.config.data.on_too_long == "truncate", task or self.task
+        return fit_rows(task, rows, self.tokenizer, self.task_type, self.max_length, truncate=truncate, source=source)
 
     def predict(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[int]:
         """Predicts the index in `labels` for each text's tokens; -1 where a generated answer is none of them.
@@ -75,20 +71,51 @@ class Predictor:
         """
         # Neighbours of like length need less padding.
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        size = self.config.training.eval_batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        own: dict[int, int] = {}
-        with _evaluating(self.model), uncompiled():  # evaluation has shapes of its own, each of which would be compiled
-            for batch in _tracked(self.processes.share(batches), progress if self.processes.is_rank_zero else None):
-                own.update(zip(batch, self.predict_batch([encoded[index] for index in batch])))
+        size, console, own = self.config.training.eval_batch_size, Console(stderr=True), dict[int, int]()
+        batches = self.processes.share([order[start : start + size] for start in range(0, len(order), size)])
+        shows = progress is not None and self.processes.is_rank_zero and console.is_terminal
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), uncompiled():  # evaluation has shapes of its own, each of which would be compiled
+                for batch in track(batches, progress or "", console=console, transient=True, disable=not shows):
+                    own.update(zip(batch, self.predict_batch([encoded[index] for index in batch])))
+        finally:
+            self.model.train(was_training)
         found = {index: label for part in self.processes.gather(own) for index, label in part.items()}
         return [found[index] for index in range(len(encoded))]
 
     def predict_batch(self, inputs: Sequence[list[int]]) -> list[int]:
         """Predicts the labels of a few texts in one go."""
         if self.task_type == "SEQ_CLS":
-            return self._by_head(inputs)
-        return self._by_generation(inputs) if self.generates else self._by_likelihood(inputs)
+            logits, values = self.model(**self._batch(inputs)).logits, self.task.values
+            if not values:
+                return logits.argmax(-1).tolist()
+            return [self._nearest(number) for number in logits[:, 0].float().clamp(values[0], values[-1]).tolist()]
+        if self.generates:
+            longest = max(len(answer) for answer in self.answers)
+            ids = self.model.generate(**self._batch(inputs), max_new_tokens=longest + 1, do_sample=False, num_beams=1)
+            if self.task_type == "CAUSAL_LM":  # trained without an end token: what follows the label does not count
+                new = ids[:, max(len(text) for text in inputs) :].tolist()
+                return [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
+            found = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            index = {label: i for i, label in enumerate(self.labels)}
+            return [index.get(answer, self._nearest(answer)) for answer in found]
+        if self.task_type == "CAUSAL_LM" and len({(*answer[:-1], len(answer)) for answer in self.answers}) == 1:
+            # Labels that differ in their last token only: one forward ranks them all, what they share cancels.
+            batch = self._batch(inputs, self.answers[0][:-1])
+            logits = self.model(**batch, logits_to_keep=1).logits[:, -1]  # [B, vocabulary]
+            return logits[:, [answer[-1] for answer in self.answers]].argmax(-1).tolist()
+        likelihoods = []  # log p(answer | text) of each answer: [B]
+        for answer in self.answers:
+            target = torch.tensor(answer, device=self.model.device).repeat(len(inputs), 1)  # [B, k]
+            if self.task_type == "SEQ_2_SEQ_LM":
+                logits = self.model(**self._batch(inputs), labels=target).logits  # [B, k, vocabulary]
+            else:
+                logits = self.model(**self._batch(inputs, answer), logits_to_keep=len(answer) + 1).logits[:, :-1]
+            each = logits.float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+            likelihoods.append(each.sum(-1))
+        return torch.stack(likelihoods, -1).argmax(-1).tolist()
 
     def score(self, split: Any, progress: str | None = None) -> dict[str, float]:
         """Computes the task's metrics on a split that `with_texts` has made, and the share of `unparsable` answers."""
@@ -114,45 +141,10 @@ class Predictor:
             batch["text_mask"] = pad([[1] * len(ids) + [0] * len(answer) for ids in inputs], 0, left).bool()
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
-    def _by_head(self, inputs: Sequence[list[int]]) -> list[int]:
-        logits = self.model(**self._batch(inputs)).logits
-        values = self.task.values
-        if not values:
-            return logits.argmax(-1).tolist()
-        return [self._nearest(number) for number in logits[:, 0].float().clamp(values[0], values[-1]).tolist()]
-
-    def _by_generation(self, inputs: Sequence[list[int]]) -> list[int]:
-        longest = max(len(answer) for answer in self.answers)
-        ids = self.model.generate(**self._batch(inputs), max_new_tokens=longest + 1, do_sample=False, num_beams=1)
-        if self.task_type == "CAUSAL_LM":  # trained without an end token: what follows the label does not count
-            new = ids[:, max(len(text) for text in inputs) :].tolist()
-            return [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
-        found = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        index = {label: i for i, label in enumerate(self.labels)}
-        return [index.get(answer, self._nearest(answer)) for answer in found]
-
     def _nearest(self, answer: Any) -> int:
         """Finds the label of a regression nearest to a number; `UNPARSABLE` for anything else."""
         found = nearest_value(answer, self.task.values) if self.task.values else None
         return UNPARSABLE if found is None else found
-
-    def _by_likelihood(self, inputs: Sequence[list[int]]) -> list[int]:
-        if self.task_type == "CAUSAL_LM" and len({(*answer[:-1], len(answer)) for answer in self.answers}) == 1:
-            # Labels that differ in their last token only: one forward ranks them all, what they share cancels.
-            batch = self._batch(inputs, self.answers[0][:-1])
-            logits = self.model(**batch, logits_to_keep=1).logits[:, -1]  # [B, vocabulary]
-            last = torch.tensor([answer[-1] for answer in self.answers], device=logits.device)
-            return logits[:, last].argmax(-1).tolist()
-        return torch.stack([self._likelihood(inputs, answer) for answer in self.answers], -1).argmax(-1).tolist()
-
-    def _likelihood(self, inputs: Sequence[list[int]], answer: list[int]) -> torch.Tensor:
-        """Returns log p(answer | text) of each text: [B]."""
-        target = torch.tensor(answer, device=self.model.device).repeat(len(inputs), 1)  # [B, k]
-        if self.task_type == "SEQ_2_SEQ_LM":
-            logits = self.model(**self._batch(inputs), labels=target).logits  # [B, k, vocabulary]
-        else:
-            logits = self.model(**self._batch(inputs, answer), logits_to_keep=len(answer) + 1).logits[:, :-1]
-        return logits.float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
 def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> Predictor:
@@ -166,32 +158,14 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> Predictor:
 def trained_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
     """Finds the configuration of a run's folder, with `overrides` over it, and the folder of its adapter.
 
-    Raises:
-        FileNotFoundError: the folder holds no run, or one without an adapter.
+    Raises FileNotFoundError where the folder holds no run, or one without an adapter.
     """
     folder = RunFolder(run_dir)
-    folder.load_config()  # says so where there is none
+    if not folder.config.is_file():
+        raise FileNotFoundError(f"{run_dir} holds no run: there is no config.yaml (`ept train --output` makes one)")
     config = load_run_config(folder.config, overrides)
     if not folder.adapter.is_dir():
         raise FileNotFoundError(
             f"the run in {run_dir} has no adapter yet: `ept train --output {run_dir} --resume` finishes it"
         )
     return config, folder.adapter
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def _tracked(batches: Sequence[list[int]], description: str | None) -> Any:
-    console = Console(stderr=True)
-    if description is None or not console.is_terminal:
-        return batches
-    return track(batches, description, console=console, transient=True)

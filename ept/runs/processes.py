@@ -49,9 +49,7 @@ class Processes:
     def together(self, make: Callable[[], T]) -> T:
         """Returns `make()`, called on every rank.
 
-        Raises:
-            Exception: what it raised; on several ranks that fail, the first of them.
-            SystemExit: it failed on another rank, which reports it.
+        Raises what it raised, on the first of the ranks where it failed, and SystemExit on all others.
         """
         value, error = None, None
         try:
@@ -71,17 +69,19 @@ class Processes:
     def leave(self) -> None:
         """Waits until every rank has come to the end of its run. The connection ends with the process."""
         if self.world_size > 1:
+            from torch.distributed import destroy_process_group
+
             self.gather(None)
-            _disconnect_at_exit()
+            # No sooner: a second connection through the launcher's store would meet the addresses of the first.
+            atexit.unregister(destroy_process_group)  # once, whatever number of runs
+            atexit.register(destroy_process_group)
 
 
 def join() -> Processes:
     """Connects the processes that a launcher has started; returns this one alone where none has.
 
-    The accelerator numbered LOCAL_RANK becomes the current one.
-
-    Raises:
-        ValueError: they are to share one model (FSDP, DeepSpeed), or the launcher has not started them.
+    The accelerator numbered LOCAL_RANK becomes the current one. Raises ValueError where the processes are to share one
+    model (FSDP, DeepSpeed), or the launcher has not started them.
     """
     # `accelerate launch --cpu --num_processes N` starts N processes only under mpirun.
     if is_cpu_requested() and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -127,15 +127,6 @@ def is_cpu_requested() -> bool:
     return _is_on("ACCELERATE_USE_CPU")
 
 
-def same_launch(words: str) -> str:
-    """Returns the command that runs `ept` with these words in as many processes as now."""
-    if world_size() == 1:
-        return f"`ept {words}`"
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(world_size()):
-        return f"the same launch with `-m ept {words}`"
-    return f"`torchrun --nproc-per-node {world_size()} -m ept {words}`"
-
-
 def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
@@ -145,11 +136,3 @@ def _message_group() -> Any:
     import torch.distributed as dist
 
     return dist.new_group(backend="gloo")
-
-
-@cache
-def _disconnect_at_exit() -> None:
-    """Disconnects no sooner: a second connection through the launcher's store would meet the addresses of the first."""
-    import torch.distributed as dist
-
-    atexit.register(dist.destroy_process_group)

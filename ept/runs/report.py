@@ -5,40 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from ..utils.plots import plot
 from ..utils.tables import properties
+from .method_table import METHODS
 
 
-def learning_curve(
-    events: list[dict[str, Any]],
-    file: Path,
-    metric: str,
-    majority: float,
-    title: str = "",
-    test: list[tuple[int, float]] | None = None,
-) -> None:
-    """Draws training loss and validation score over the steps into a PNG.
+def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: Path) -> None:
+    """Draws training loss and validation score over the steps into a PNG, from the results and the log of a run.
 
-    Args:
-        events: lines of `metrics.jsonl`; those with `loss` and with `eval_<metric>` are drawn.
-        majority: score of always answering the commonest label, drawn as a line.
-        test: (step, score) on the test split, drawn as stars: before training and at the best step.
+    The score of always answering the commonest label is a line, the scores on the test split are stars.
     """
     from matplotlib.ticker import MaxNLocator
 
+    metric, best_step = results["metric"], results["best_step"] or results["steps"]
+    title = f"{METHODS[results['method']].title} on {results['task']}: {results['trainable_parameters']:,} parameters"
+    test = [(step, results[key]) for step, key in ((0, "score_before"), (best_step, "score"))]
+    test = [(step, score) for step, score in test if score is not None]
     losses = [(event["step"], event["loss"]) for event in events if "loss" in event]
     scores = [(event["step"], event[f"eval_{metric}"]) for event in events if f"eval_{metric}" in event]
     best = max((score for _, score in scores), default=float("nan"))
     with plot(file, title, panels=2, height=6.0) as (upper, lower):
-        upper.plot(*_columns(losses), color="tab:blue", marker="." if len(losses) < 50 else None)
+        upper.plot(*np.reshape(losses, (-1, 2)).T, color="tab:blue", marker="." if len(losses) < 50 else None)
         upper.set_ylabel("training loss (nats)")
-        lower.plot(*_columns(scores), color="tab:green", marker="o", label=f"{metric} on validation, best {best:.3f}")
-        lower.axhline(majority, color="tab:gray", linestyle="--", label=f"majority class on test {majority:.3f}")
-        if test:
-            label = "on test, before and after" if len(test) > 1 else "on test"
-            lower.scatter(*_columns(test), color="tab:red", marker="*", s=120, zorder=3, label=label)
+        lower.plot(
+            *np.reshape(scores, (-1, 2)).T,
+            color="tab:green",
+            marker="o",
+            label=f"{metric} on validation, best {best:.3f}",
+        )
+        label = f"majority class on test {results['majority']:.3f}"
+        lower.axhline(results["majority"], color="tab:gray", linestyle="--", label=label)
+        label = "on test, before and after" if len(test) > 1 else "on test"
+        lower.scatter(*zip(*test), color="tab:red", marker="*", s=120, zorder=3, label=label)
         lower.set_ylabel(f"{metric} (fraction)" if metric != "matthews_correlation" else "Matthews correlation (-1..1)")
         lower.set_xlabel("optimiser step")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -66,7 +67,3 @@ def results_table(results: dict[str, Any]) -> Table:
     memory = f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"
     rows.append((f"peak memory ({results['peak_memory_kind']})", memory))
     return properties(rows, f"{results['method']} on {results['task']}", left=1)
-
-
-def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in points], [value for _, value in points]

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .folder import RunFolder
-from .processes import Processes, same_launch
+from .processes import Processes, world_size
 
 NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -21,12 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.number = number
-
-    @property
-    def exit_code(self) -> int:
-        """The code that shells give to a program that the signal ended."""
-        return 128 + self.number
+        self.exit_code = 128 + number  # as shells give it to a program that the signal ended
 
 
 class StopSignals(TrainerCallback):
@@ -84,7 +79,13 @@ class StopSignals(TrainerCallback):
             raise Interrupted(self._message(self.received), self.received)
 
     def resume_command(self) -> str:
-        return same_launch(f"train --resume --output {shlex.quote(str(self.folder.path))}")
+        """Returns the command that continues the run in as many processes as now."""
+        words = f"ept train --resume --output {shlex.quote(str(self.folder.path))}"
+        if world_size() == 1:
+            return f"`{words}`"
+        if os.environ.get("LOCAL_WORLD_SIZE") != str(world_size()):
+            return f"the same launch with `-m {words}`"
+        return f"`torchrun --nproc-per-node {world_size()} -m {words}`"
 
     def _receive(self, number: int, frame: Any) -> None:
         alone = self.processes.world_size == 1

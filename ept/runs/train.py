@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from ..model.compilation import compile_layers
 from ..utils.environment import hardware, peak_memory, versions
 from ..utils.files import write_atomically
 from .adapters import load_untrained
+from .callbacks import locate_best
 from .config import RunConfig
-from .data import RunData, load_run_data
+from .data import RunData, load_run_data, max_length_of
 from .failures import check_writable, with_advice, writing
-from .folder import PREFIX, MetricsLog, RunFolder, is_over, save_adapter
+from .folder import RunFolder, is_over, save_adapter
 from .loading import load_tokenizer, task_type_of
-from .method_table import METHODS
 from .predict import Predictor
 from .processes import Processes, join
 from .report import learning_curve
@@ -42,18 +42,12 @@ def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRu
     task_type = task_type_of(config.model)
     tokenizer = load_tokenizer(config.model)
     run_data = load_run_data(config.data, tokenizer, task_type, config.seed)
-    model = load_untrained(config, task_type, run_data.data.task.num_outputs, run_data.max_length, tokenizer)
+    task = run_data.data.task
+    model = load_untrained(config, task_type, task.num_outputs, max_length_of(config.data, task), tokenizer)
     if config.training.compile_layers:
         compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)
-    return PreparedRun(
-        config=config,
-        task=run_data.data.task,
-        task_type=task_type,
-        tokenizer=tokenizer,
-        model=model,
-        processes=processes or Processes(),
-        run_data=run_data,
-    )
+    parts: Any = {"task": task, "task_type": task_type, "tokenizer": tokenizer, "model": model}
+    return PreparedRun(config=config, run_data=run_data, processes=processes or Processes(), **parts)
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -80,9 +74,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     if config.output_dir is None:
         raise ValueError("output_dir is not set: give --output DIR")
     if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "training.tensorboard needs the package tensorboard: pip install tensorboard, or set it to false"
-        )
+        remedy = "pip install tensorboard, or set it to false"
+        raise ValueError(f"training.tensorboard needs the package tensorboard: {remedy}")
     folder, processes = RunFolder(Path(config.output_dir)), join()
     with StopSignals(folder, processes) as signals, with_advice(config, folder):
         return _train(config, folder, signals, resume, overwrite)
@@ -91,18 +84,19 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
 def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: bool, overwrite: bool) -> dict[str, Any]:
     processes = signals.processes
 
-    def check() -> None:
-        check_writable(folder)
-        folder.check(config, resume, overwrite, processes.world_size)
-
-    processes.from_rank_zero(check)
+    processes.from_rank_zero(lambda: check_writable(folder))
+    processes.from_rank_zero(lambda: folder.check(config, resume, overwrite, processes.world_size))
     trainer = processes.together(lambda: PromptTrainer(config, prepare(config, processes), folder))
     trainer.add_callback(signals)
     run, recorder, log = trainer.run, trainer.recorder, trainer.recorder.log
 
     checkpoint = processes.from_rank_zero(lambda: folder.begin(config, resume))
-    log.keep_until(int(checkpoint.name.removeprefix(PREFIX)) if checkpoint else 0)
-    before = _score_before(log, run, config)
+    before: dict[str, float] = {}  # of the untrained adapter; a resumed run reads them from its log
+    if config.training.score_before:
+        logged = processes.from_rank_zero(lambda: [event["before"] for event in log.read() if "before" in event])
+        before = logged[0] if logged else run.score(run.run_data.data.test, progress="scoring the untrained adapter")
+        if not logged:
+            log.append({"step": 0, "before": before})
     if config.training.tensorboard and processes.is_rank_zero:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -113,15 +107,18 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         torch.cuda.reset_peak_memory_stats()
     with writing(folder, processes.is_rank_zero):
         if checkpoint and is_over(checkpoint):  # it was ended while scoring, or just before
-            trainer.load_result(checkpoint)
+            state = trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            locate_best(state, folder)
+            trainer._load_from_checkpoint(state.best_model_checkpoint or str(checkpoint))
         else:
-            with trainer.progress:
+            with trainer.progress.bar:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         memory, memory_kind = peak_memory()
         processes.from_rank_zero(lambda: save_adapter(run.model, folder.adapter))
     after = run.score(run.run_data.data.test, progress="scoring the trained adapter")
 
-    data, metric, rows = run.run_data.data, run.run_data.data.task.metrics[0], config.training.batch_size
+    data, training = run.run_data.data, config.training
+    metric, rows = data.task.metrics[0], training.batch_size * training.gradient_accumulation_steps
     results = {
         "method": config.method.name,
         "model": config.model.name_or_path,
@@ -139,40 +136,19 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         "peak_memory_bytes": max(processes.gather(memory)),
         "peak_memory_kind": memory_kind,
         "processes": processes.world_size,
-        "global_batch_size": rows * config.training.gradient_accumulation_steps * processes.world_size,
+        "global_batch_size": rows * processes.world_size,
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
         "test_metrics": after,
         "test_metrics_before": before,
         "rows": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
         "truncation_rate": run.run_data.truncation_rate,
-        "max_length": run.run_data.max_length,
+        "max_length": run.max_length,
         "versions": versions(),
         "hardware": hardware(),
         "config": config.to_dict(),
     }
     if processes.is_rank_zero:
-        best = results["best_step"] or results["steps"]
-        learning_curve(
-            log.read(),
-            folder.curve,
-            metric=metric,
-            majority=results["majority"],
-            title=f"{METHODS[config.method.name].title} on {data.task.name}: "
-            f"{results['trainable_parameters']:,} parameters",
-            test=[*([(0, before[metric])] if before else []), (best, results["score"])],
-        )
+        learning_curve(results, log.read(), folder.curve)
         write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
     processes.leave()
     return results
-
-
-def _score_before(log: MetricsLog, run: PreparedRun, config: RunConfig) -> dict[str, float]:
-    """Returns the test metrics of the untrained adapter, if wanted; a resumed run reads them from its log."""
-    if not config.training.score_before:
-        return {}
-    logged = run.processes.from_rank_zero(lambda: [event["before"] for event in log.read() if "before" in event])
-    if logged:
-        return logged[0]
-    before = run.score(run.run_data.data.test, progress="scoring the untrained adapter")
-    log.append({"step": 0, "before": before})
-    return before

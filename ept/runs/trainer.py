@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import BatchSampler
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..model.compilation import check_lengths
 from ..tasks.encoding import Collator, encode_split
-from .callbacks import ProgressBar, Recorder, WholeCheckpoints, locate_best
+from .callbacks import ProgressBar, Recorder, WholeCheckpoints
 from .config import RunConfig
 from .folder import MetricsLog, RunFolder
 from .loading import default_device
@@ -35,11 +26,14 @@ if TYPE_CHECKING:
     from .train import PreparedRun
 
 # transformers renames the argument on its way to version 6.
-_CHECKPOINTING = next(
-    field.name
-    for field in fields(TrainingArguments)
-    if field.name in ("activation_checkpointing", "gradient_checkpointing")
-)
+_CHECKPOINTING = "activation_checkpointing"
+if not hasattr(TrainingArguments, _CHECKPOINTING):
+    _CHECKPOINTING = "gradient_checkpointing"
+# Settings that are called the same here and there.
+SAME_NAME = {
+    *("num_train_epochs", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
+    *("max_grad_norm", "eval_steps", "logging_steps", "bf16", "fp16", "optim"),
+}
 FILLER_LABELS = "filler_labels"
 
 
@@ -77,7 +71,7 @@ class PromptTrainer(Trainer):
                 *([EarlyStoppingCallback(early_stopping_patience=patience)] if patience is not None else []),
             ],
         )
-        self.add_callback(WholeCheckpoints(self, config, folder, self.recorder.log, run.processes))
+        self.add_callback(WholeCheckpoints(self))
         self.remove_callback(PrinterCallback)  # prints to standard output
         # EPTModel.forward divides by num_items_in_batch for every model, whatever the base model's signature says.
         self.model_accepts_loss_kwargs = True
@@ -114,12 +108,6 @@ class PromptTrainer(Trainer):
         if filler is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         return super().compute_loss(model, {**inputs, "labels": filler}, *args, **kwargs) * 0.0
-
-    def load_result(self, checkpoint: Path) -> None:
-        """Loads what a training that was over at `checkpoint` ends with: the best weights, and the state."""
-        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        locate_best(self.state, self.folder)
-        self._load_from_checkpoint(self.state.best_model_checkpoint or str(checkpoint))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -234,29 +222,19 @@ def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> Tra
     arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=training.max_steps or -1,
-        num_train_epochs=training.num_train_epochs,
+        **training.model_dump(include=SAME_NAME),
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.eval_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        warmup_steps=training.warmup_steps,
         lr_scheduler_type=training.lr_scheduler,
-        max_grad_norm=training.max_grad_norm,
         eval_strategy="steps",
-        eval_steps=training.eval_steps,
         save_strategy="steps",
         save_steps=training.eval_steps,
-        logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,
         load_best_model_at_end=True,
         metric_for_best_model=metric,
         greater_is_better=True,
         use_cpu=default_device().type == "cpu",
-        bf16=training.bf16,
-        fp16=training.fp16,
         **{_CHECKPOINTING: training.gradient_checkpointing},
-        optim=training.optim,
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,  # every parameter of an adapter takes part in every step

@@ -39,7 +39,7 @@ def refused(*arguments: Any) -> str:
 
 
 @pytest.fixture
-def config_file(tmp_path: Path, models: dict[str, Path], data: Path) -> Path:
+def config_file(no_curves: None, tmp_path: Path, models: dict[str, Path], data: Path) -> Path:
     config = run_config(models["bert"], data, None, "training.max_steps=6", "training.eval_steps=3")
     file = tmp_path / "run.yaml"
     file.write_text(config.to_yaml(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What many tests of runs ask for: each family in turn, and the configuration of a short run."""
+"""Fixtures of tests of runs: each family in turn, and the configuration of a short run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def family(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def configure(models: dict[str, Path], data: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+def configure(no_curves: None, models: dict[str, Path], data: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Makes the configuration of a run of a family, with settings, in `tmp_path` under a name (None: nowhere)."""
 
     def make(family: str, *settings: str, name: str | None = "run") -> RunConfig:

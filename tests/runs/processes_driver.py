@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from four_bit_helpers import load_4bit
-from run_checks import Killed
+from run_checks import break_at, kill
 from test_linear4bit_models import adapted, results
 from tiny_runs import run_config
 from torch.distributed.device_mesh import init_device_mesh
@@ -48,20 +49,6 @@ def spy(seen: dict[str, Any]) -> None:
     Predictor.predict_batch, PromptTrainer.train = noted, trained  # type: ignore[method-assign]
 
 
-def break_at(step: int, error: Exception, ranks: Sequence[int]) -> None:
-    """Makes the processes `ranks` raise `error` in their batch number `step`, from now on."""
-    take, calls = PromptTrainer.training_step, 0
-
-    def breaking(self: PromptTrainer, *args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == step and RANK in ranks:
-            raise error
-        return take(self, *args, **kwargs)
-
-    PromptTrainer.training_step = breaking  # type: ignore[method-assign]
-
-
 def sharded(folder: Path, storage: torch.dtype) -> dict[str, Any]:
     """Measures how far logits and gradients over 4-bit layers of a decoder, sharded with FSDP2, are from whole layers',
     and which share of each layer's packed weight this process keeps.
@@ -88,13 +75,8 @@ def main(folder: Path) -> None:
     seen |= {key: finished[key] for key in ("score", "best_validation", "steps", "processes", "global_batch_size")}
     (folder / f"seen_{RANK}.json").write_text(json.dumps(seen), encoding="utf-8")
 
-    step = PromptTrainer.training_step
-    break_at(14, Killed(), ranks=(0, 1))  # in step 7, after the checkpoint of step 5
-    try:
-        train(configs["resumed"])
-    except Killed:
-        (folder / f"killed_{RANK}").touch()
-    PromptTrainer.training_step = step  # type: ignore[method-assign]
+    kill(configs["resumed"], step=14)  # in step 7, after the checkpoint of step 5
+    (folder / f"killed_{RANK}").touch()
     train(configs["resumed"], resume=True)
 
     processes = join()
@@ -102,7 +84,8 @@ def main(folder: Path) -> None:
     (folder / f"sharded_{RANK}.json").write_text(json.dumps(found), encoding="utf-8")
     processes.leave()
 
-    break_at(3, ValueError("it breaks here"), ranks=(1,))
+    if RANK == 1:
+        break_at(3, ValueError("it breaks here"), pytest.MonkeyPatch())
     configs["broken"].output_dir = None
     file = folder / f"broken_{RANK}.yaml"
     file.write_text(configs["broken"].to_yaml(), encoding="utf-8")

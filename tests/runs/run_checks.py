@@ -80,19 +80,23 @@ class Killed(Exception):
     pass
 
 
-def kill(config: RunConfig, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains until the start of batch number `step`, where the run dies."""
-    take = PromptTrainer.training_step
-    calls = 0
+def break_at(step: int, error: Exception, patch: pytest.MonkeyPatch) -> None:
+    """Makes training raise `error` at the start of batch number `step`, counted from now on."""
+    take, calls = PromptTrainer.training_step, 0
 
-    def killed(self: PromptTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def breaking(self: PromptTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == step:
-            raise Killed
+            raise error
         return take(self, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(PromptTrainer, "training_step", killed)
+    patch.setattr(PromptTrainer, "training_step", breaking)
+
+
+def kill(config: RunConfig, step: int) -> None:
+    """Trains until the start of batch number `step`, where the run dies."""
+    with pytest.MonkeyPatch.context() as patch:
+        break_at(step, Killed(), patch)
         with pytest.raises(Killed):
             train(config)

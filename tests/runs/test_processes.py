@@ -31,20 +31,14 @@ from ept.runs.trainer import FILLER_LABELS, SharedBatches, collate_share
 HERE = Path(__file__).resolve().parent
 # AdamW divides by the gradient's size: where that is small by cancellation, a step of full length is mostly rounding.
 SHORT = (
-    "training.eval_batch_size=5",
-    "training.eval_steps=5",
-    "training.logging_steps=5",
-    "training.learning_rate=0.01",
-    "training.low_rank_learning_rate=0.003",
+    *("training.eval_batch_size=5", "training.eval_steps=5", "training.logging_steps=5"),
+    *("training.learning_rate=0.01", "training.low_rank_learning_rate=0.003"),
 )
+GROUPED = ("training.group_by_length=true", "training.early_stopping_patience=2")
 # of each run: model, settings, rows of an optimiser step. 97 rows: the last step of an epoch of 8 has one, for one
 # of the two processes
 RUNS: dict[str, tuple[str, tuple[str, ...], int]] = {
-    "grouped": (
-        "llama",
-        (*SHORT, "training.max_steps=30", "training.group_by_length=true", "training.early_stopping_patience=2"),
-        8,
-    ),
+    "grouped": ("llama", (*SHORT, "training.max_steps=30", *GROUPED), 8),
     "resumed": ("t5", (*SHORT, "training.max_steps=10", "training.gradient_accumulation_steps=2"), 16),
     "broken": ("bert", (*SHORT, "training.max_steps=10"), 8),
     "plain": ("bert", (*SHORT, "training.max_steps=15", "training.weight_decay=0.01"), 8),
@@ -74,7 +68,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], rows: Path) -> Path:
+def alone(no_curves: None, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path], rows: Path) -> Path:
     """Carries out the same runs in this process alone; `scored.json` has the texts that the grouped one scored."""
     folder = tmp_path_factory.mktemp("alone")
     scored: list[list[int]] = []

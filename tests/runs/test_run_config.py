@@ -34,6 +34,10 @@ REFUSED = {
     'output_dir="\\ud800"': "surrogates not allowed",
     "method.r=-1": "method.r must not be negative, got -1",
     f"seed={2**32}": "seed must be at most 4294967295, got 4294967296",
+    "training.compile_layers=true": "set training.pad_to_multiple_of too",
+    "training.pad_to_multiple_of=0": "training.pad_to_multiple_of must be greater than 0, got 0",
+    "training.optim=sgd": "training.optim: expected one of adamw_torch_fused, adamw_torch",
+    "training.cuda_graphs=true": "training.cuda_graphs replays compiled layers: set training.compile_layers=true",
     "data.template='{a": "cannot read the value of 'data.template' as YAML",
 }
 
@@ -48,6 +52,9 @@ def test_refused(override: str, message: str) -> None:
 def test_exclusive_keys() -> None:
     with pytest.raises(ValueError, match=r"training\.bf16 and training\.fp16 exclude each other"):
         load_run_config(None, ["training.bf16=true", "training.fp16=true"])
+    compiled = ["training.compile_layers=true", "training.pad_to_multiple_of=16", "training.cuda_graphs=true"]
+    with pytest.raises(ValueError, match="gradient_checkpointing exclude each other"):
+        load_run_config(None, [*compiled, "training.gradient_checkpointing=true"])
     with pytest.raises(ValueError, match=r"data\.task and data\.template exclude each other"):
         load_run_config(None, ["data.task=glue/sst2", "data.template='{text}'"])
 

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from run_checks import Step, assert_same_step, assert_same_weights, first_step, kill
+from tiny_models import make_model
 from tiny_runs import FAMILIES, run_config
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ept.runs.config import RunConfig, load_run_config
+from ept.model import compilation
+from ept.model.compilation import compile_layers
+from ept.runs.config import RunConfig
 from ept.runs.folder import RunFolder
 from ept.runs.train import prepare, train
 from ept.runs.trainer import EpochLengthGroupedSampler, PromptTrainer
@@ -77,14 +81,12 @@ def test_parts_of_a_batch_accumulate_to_the_same(
 @pytest.mark.parametrize(
     "option", [pytest.param(o, marks=pytest.mark.slow) if o == "compiled" else o for o in OPTIONS | GROUPED]
 )
-def test_a_killed_run_resumes_to_the_same_weights(
-    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
-) -> None:
+def test_a_killed_run_resumes_to_the_same_weights(configure: Configure, tmp_path: Path, option: str) -> None:
     """Past the end of an epoch of 6 steps, and from the middle of the second one."""
     settings = ["training.max_steps=12", "training.eval_steps=4", *(OPTIONS | GROUPED)[option]]
     train(configure("llama", *settings, name="whole"))
     config = configure("llama", *settings, name="killed")
-    kill(config, step=11, monkeypatch=monkeypatch)
+    kill(config, step=11)
     torch._dynamo.reset()  # as in a new process: what was compiled before must not matter
     train(config, resume=True)
     for part in ("checkpoints/checkpoint-12", "adapter"):
@@ -107,15 +109,35 @@ def test_compiled_layers_are_compiled_and_evaluation_is_not(configure: Configure
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["training.compile_layers=true"], "set training.pad_to_multiple_of too"),
-    (["training.pad_to_multiple_of=0"], "training.pad_to_multiple_of must be greater than 0, got 0"),
-    (["training.optim=sgd"], "training.optim: expected one of adamw_torch_fused, adamw_torch"),
-])  # fmt: skip
-def test_refused_values(overrides: list[str], message: str) -> None:
-    with pytest.raises(ValueError) as error:
-        load_run_config(None, overrides)
-    assert message in str(error.value)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_layers_get_the_mode_and_every_call_of_the_model_begins_a_step(
+    monkeypatch: pytest.MonkeyPatch, cuda_graphs: bool
+) -> None:
+    compiled: list[dict[str, Any]] = []
+    begun: list[int] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(options))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    monkeypatch.setattr(compilation, "_check_device", lambda device: None)
+    model = make_model("llama")
+    count = compile_layers(model, cuda_graphs=cuda_graphs)
+    mode = {"mode": "reduce-overhead"} if cuda_graphs else {}
+    assert compiled == [{"dynamic": False, **mode}] * count
+    for _ in range(3):
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert len(begun) == (3 if cuda_graphs else 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_cuda_graphs_leave_gradients_the_same(plain: dict[str, Step], configure: Configure, tmp_path: Path) -> None:
+    """Over four parts of a batch, all of one length: a layer is warmed up, recorded, and replayed twice."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    graphs = ("training.compile_layers=true", "training.pad_to_multiple_of=16", "training.cuda_graphs=true")
+    config = configure("llama", *ONE_STEP, *graphs)
+    assert_same_step(first_step(config, tmp_path / "graphs", batch_size=2, accumulation=4), plain["llama"])
+    assert counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_too_many_compiled_lengths_are_refused(

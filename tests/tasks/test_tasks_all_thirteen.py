@@ -163,10 +163,8 @@ def base_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name, family", CASES)
-def test_a_whole_run(
-    name: str, family: str, base_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ept.runs.train.learning_curve", lambda *_, **__: None)  # takes a third of the time
+@pytest.mark.usefixtures("no_curves")
+def test_a_whole_run(name: str, family: str, base_models: Path, tmp_path: Path) -> None:
     task = get_task(name)
     (tmp_path / "data").mkdir()
     settings = [

@@ -1,4 +1,4 @@
-"""Real processes of `ept`, and the tiny model that they train."""
+"""Real processes of `ept`, and the run that nothing interrupts."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from pathlib import Path
 
 import pytest
 from forks import Forks, Whole
-from tiny_runs import run_config, save_model
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("model") / "llama")
+from tiny_runs import run_config
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +18,11 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory, forks: Forks, model: Path, data: Path) -> Whole:
+def whole(tmp_path_factory: pytest.TempPathFactory, forks: Forks, models: dict[str, Path], data: Path) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     whole = Whole(folder / "run", ["train", "--config", str(folder / "run.yaml"), "--output"])
     steps = (f"training.max_steps={whole.steps}", f"training.eval_steps={whole.every}", "training.logging_steps=3")
-    (folder / "run.yaml").write_text(run_config(model, data, None, *steps).to_yaml(), encoding="utf-8")
+    (folder / "run.yaml").write_text(run_config(models["llama"], data, None, *steps).to_yaml(), encoding="utf-8")
     code, said = forks.run(*whole.command, whole.folder)
     assert code == 0, said
     return whole

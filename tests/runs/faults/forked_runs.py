@@ -18,15 +18,8 @@ from typing import Any, NoReturn
 
 # A run imports these on its way.
 IMPORTED = (
-    *(
-        "ept.cli.main",
-        "ept.compare.plan",
-        "ept.compare.tables",
-        "ept.compare.execute",
-        "ept.compare.figures",
-        "ept.runs.train",
-        "datasets",
-    ),
+    *("ept.cli.main", "ept.compare.plan", "ept.compare.tables", "ept.compare.execute", "ept.compare.figures"),
+    *("ept.runs.train", "datasets"),
     *("matplotlib.backends.backend_agg", "rich.table", "transformers.models.llama.modeling_llama"),
     *("transformers.models.auto.modeling_auto", "torch.utils.data", "torch.distributed.fsdp", "safetensors.torch"),
 )

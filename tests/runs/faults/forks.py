@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from same_run import assert_same_run
+
 from ept.runs.folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
@@ -93,6 +95,12 @@ class Whole:
     command: list[str]
     steps: int = 45
     every: int = 4
+
+    def finish(self, forks: Forks, run: Path) -> None:
+        """Lets the interrupted run in `run` go on to its end: it leaves what this one has left."""
+        code, said = forks.run(*self.command, run, "--resume")
+        assert code == 0, said
+        assert_same_run(run, self.folder)
 
     def started(self, forks: Forks, run: Path, step: int) -> Path:
         """Makes the same run in `run`, killed soon after `step` was logged; returns its last whole checkpoint."""

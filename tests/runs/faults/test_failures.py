@@ -18,13 +18,15 @@ import torch
 from forks import Forks, Whole
 from run_checks import events
 from safetensors import SafetensorError
-from same_run import WEIGHTS_AND_STATES, assert_same_run, content
+from same_run import WEIGHTS_AND_STATES, content
 
 from ept.runs.config import RunConfig, load_run_config
 from ept.runs.failures import check_writable, with_advice, writing
 from ept.runs.folder import RunFolder, checkpoint_folders, is_whole
 from ept.runs.train import train
 from ept.runs.trainer import PromptTrainer
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def one_line(said: str) -> str:
@@ -57,9 +59,7 @@ def test_a_file_that_may_not_grow(forks: Forks, whole: Whole, tmp_path: Path) ->
     assert "MB are free): look for a full disk, a quota, or a limit of a file's size (ulimit -f)" in message
     assert goes_on(checkpoint) in message
     only_whole(run, checkpoint)
-    code, said = forks.run(*whole.command, run, "--resume")
-    assert code == 0, said
-    assert_same_run(run, whole.folder)
+    whole.finish(forks, run)
 
 
 @pytest.fixture
@@ -97,9 +97,7 @@ def test_a_full_disk_and_a_read_only_one(forks: Forks, whole: Whole, small_disk:
 
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     (small_disk / "filler").unlink()
-    code, said = forks.run(*whole.command, run, "--resume")
-    assert code == 0, said
-    assert_same_run(run, whole.folder)
+    whole.finish(forks, run)
 
 
 def test_data_removed_before_the_resume(forks: Forks, whole: Whole, data: Path, tmp_path: Path) -> None:
@@ -156,12 +154,10 @@ def test_no_memory_left(whole: Whole, tmp_path: Path, monkeypatch: pytest.Monkey
         with pytest.raises(MemoryError) as error:
             train(config)
     message, checkpoint = str(error.value), run / "checkpoints" / "checkpoint-8"
-    assert message.startswith(
-        "out of memory: set training.gradient_checkpointing=true or lower training.eval_batch_size ("
-    )
-    assert "start anew with a smaller training.batch_size (16) and more training.gradient_accumulation_steps (1)" in (
-        message
-    )
+    remedy = "set training.gradient_checkpointing=true or lower training.eval_batch_size ("
+    assert message.startswith(f"out of memory: {remedy}")
+    start = "start anew with a smaller training.batch_size (16) and more training.gradient_accumulation_steps (1)"
+    assert start in message
     assert message.endswith(goes_on(checkpoint))
     only_whole(run, checkpoint)
 
@@ -201,9 +197,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(forks: Forks, whole: Whole, tm
     before = RunFolder(run).last_checkpoint()
     assert before is not None
     assert before != newest
-    code, said = forks.run(*whole.command, run, "--resume")
-    assert code == 0, said
-    assert_same_run(run, whole.folder)
+    whole.finish(forks, run)
 
 
 def real_memory_error() -> RuntimeError:
@@ -240,16 +234,9 @@ def test_errors_of_libraries_come_with_advice(
     assert found.value.__cause__ is not None
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("x"),
-        RuntimeError("shape"),
-        PermissionError(errno.EACCES, "Denied", "/else"),
-        OSError("x"),
-        KeyError(1),
-    ],
-)
+@pytest.mark.parametrize("error", [
+    ValueError("x"), RuntimeError("shape"), PermissionError(errno.EACCES, "Denied", "/else"), OSError("x"), KeyError(1),
+])  # fmt: skip
 def test_other_errors_stay_as_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as found, with_advice(RunConfig(), RunFolder(RUN)), writing(RunFolder(RUN)):
         raise error

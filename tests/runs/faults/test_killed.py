@@ -19,7 +19,6 @@ from typing import NamedTuple
 import pytest
 from forked_runs import logged_step
 from forks import Forks, Running, Whole
-from same_run import assert_same_run
 
 from ept.runs.folder import SEAL, RunFolder, checkpoint_folders
 
@@ -102,9 +101,7 @@ def test_a_run_killed_at_random_moments(forks: Forks, whole: Whole, tmp_path: Pa
     assert survived.total() == KILLS
     assert left >= KILLS // 6, "too few kills came while a checkpoint was being written"
 
-    code, said = forks.run(*whole.command, run, "--resume")
-    assert code == 0, said
-    assert_same_run(run, whole.folder)
+    whole.finish(forks, run)
 
 
 def test_a_run_killed_before_its_last_checkpoint_had_replaced_older_ones(
@@ -117,6 +114,4 @@ def test_a_run_killed_before_its_last_checkpoint_had_replaced_older_ones(
     last = run / "checkpoints" / f"checkpoint-{whole.steps}"
     shutil.copytree(last, last.with_name(f"checkpoint-{whole.steps - 1}"))
 
-    code, said = forks.run(*whole.command, run, "--resume")
-    assert code == 0, said
-    assert_same_run(run, whole.folder)
+    whole.finish(forks, run)

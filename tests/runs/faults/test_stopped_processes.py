@@ -72,10 +72,10 @@ def launched(output: Path, *words: str) -> Iterator[Launch]:
 
 
 @pytest.mark.slow
-def test_stopped_processes_agree_and_go_on(model: Path, data: Path, tmp_path: Path) -> None:
+def test_stopped_processes_agree_and_go_on(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     settings = (f"training.max_steps={STEPS}", "training.eval_steps=40", "training.logging_steps=3")
-    config.write_text(run_config(model, data, None, *settings).to_yaml(), encoding="utf-8")
+    config.write_text(run_config(models["llama"], data, None, *settings).to_yaml(), encoding="utf-8")
     run, whole = tmp_path / "a run", tmp_path / "whole"
     train = ("train", "--config", str(config), "--output")
     words = ["--nproc-per-node", "2", "-m", "ept", *train, str(run)]
