@@ -10,7 +10,6 @@ import torch
 
 from ..tasks.encoding import Collator, encode_texts
 
-PADDINGS = ("none", "longest", "max_length")
 ANSWER_TOKENS = 2  # of a random row
 _FIRST_ID = 3  # the ids before it are special tokens in most vocabularies
 

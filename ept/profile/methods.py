@@ -70,10 +70,6 @@ class Method:
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
-    @property
-    def trainable_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters)
-
     def enter(self, base: Any) -> None:
         """Turns the 4-bit layers of the shared model into the method's, in place, before its steps."""
         if self.fast_4bit is not None:
