@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet, show_config
 
@@ -17,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def compare(
-    config: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="The comparison's configuration.")] = None,
+    config: Annotated[Path | None, Option(metavar="FILE.yaml", help="The comparison's configuration.")] = None,
     set_: SetOption = None,
     data: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="DIR", help="Folder with a folder for each task (glue/sst2), in place of the hub (data.data_dir)."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The comparison's folder (output_dir).")] = None,
+    output: Annotated[Path | None, Option(metavar="DIR", help="The comparison's folder (output_dir).")] = None,
     executor: Annotated[
-        str | None, typer.Option(help="local: one run after another; ray: side by side (compare.executor).")
+        str | None, Option(help="local: one run after another; ray: side by side (compare.executor).")
     ] = None,
     print_config: PrintConfigOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, write nothing.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the runs, write nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Compare methods over tasks: scores, parameters, step times.

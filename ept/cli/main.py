@@ -6,6 +6,7 @@ import os
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 
 from ept.runs.processes import rank
@@ -60,20 +61,16 @@ def _version(value: bool) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("predict")(predict.predict)
-app.command("compare")(compare.compare)
-app.command("export")(export.export)
-app.command("profile")(profile.profile)
+for command in (train.train, evaluate.evaluate, predict.predict, compare.compare, export.export, profile.profile):
+    app.command()(command)
 app.add_typer(tasks.app, name="tasks")
-app.command("env")(env.env)
+app.command()(env.env)
 
 
 if __name__ == "__main__":

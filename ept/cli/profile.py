@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json as json_format
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
 
 from .common import JsonOption, SetOption, answer, overrides, quiet
 
@@ -21,65 +23,53 @@ RECORD = "profile.json"
 def profile(
     context: typer.Context,
     shape: Annotated[
-        str | None,
-        typer.Option(help="A model's shape with random weights, such as t5-base or llama-2-7b; no download."),
+        str | None, Option(help="A model's shape with random weights, such as t5-base or llama-2-7b; no download.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A model to load: a folder or a hub name.")] = None,
+    model: Annotated[str | None, Option(help="A model to load: a folder or a hub name.")] = None,
     methods: Annotated[
         str,
-        typer.Option(
-            help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20."
-        ),
+        Option(help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20."),
     ] = "pt,dept,ept,peft-pt",
     sweep: Annotated[
         str | None,
-        typer.Option(
-            metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."
-        ),
+        Option(metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    quantization: Annotated[str | None, typer.Option(help="nf4 or fp4: 4-bit weights through bitsandbytes.")] = None,
+    dtype: Annotated[str, Option(help="float32 or bfloat16.")] = "float32",
+    quantization: Annotated[str | None, Option(help="nf4 or fp4: 4-bit weights through bitsandbytes.")] = None,
     fast_4bit: Annotated[
-        bool, typer.Option(help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'.")
+        bool, Option(help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'.")
     ] = True,
-    attn_implementation: Annotated[
-        str | None, typer.Option(help="eager, sdpa, ...; else transformers' choice.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="Keep only the first layers of a shape, so many.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
-    length: Annotated[int, typer.Option(help="Text tokens of a row, at most.")] = 128,
+    attn_implementation: Annotated[str | None, Option(help="eager, sdpa, ...; else transformers' choice.")] = None,
+    layers: Annotated[int | None, Option(help="Keep only the first layers of a shape, so many.")] = None,
+    batch: Annotated[int, Option(help="Rows of a batch.")] = 8,
+    length: Annotated[int, Option(help="Text tokens of a row, at most.")] = 128,
     padding: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
             "their longest row or to --length. Default: none; with data, longest."
         ),
     ] = None,
-    logits: Annotated[
-        str, typer.Option(help="A decoder's logits: at the labels only, or at all positions.")
-    ] = "labels",
-    task: Annotated[
-        str | None, typer.Option(help="Take the lengths from a task's train split (see `ept tasks`).")
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the task's data.")] = None,
+    logits: Annotated[str, Option(help="A decoder's logits: at the labels only, or at all positions.")] = "labels",
+    task: Annotated[str | None, Option(help="Take the lengths from a task's train split (see `ept tasks`).")] = None,
+    data_dir: Annotated[Path | None, Option(help="Folder of the task's data.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Take the lengths from the column `text` of a file (jsonl, json, csv, parquet).")
+        Path | None, Option(help="Take the lengths from the column `text` of a file (jsonl, json, csv, parquet).")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="With --task or --data: the tokenizer, where it is not the model's.")
+        str | None, Option(help="With --task or --data: the tokenizer, where it is not the model's.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="Take model and data from a run's configuration.")
+        Path | None, Option(metavar="FILE.yaml", help="Take model and data from a run's configuration.")
     ] = None,
     set_: SetOption = None,
-    steps: Annotated[int, typer.Option(help="Measured steps of each method.")] = 10,
-    warmup: Annotated[int, typer.Option(help="Unmeasured steps before them.")] = 2,
-    seed: Annotated[int, typer.Option(help="Draws lengths, ids and rows.")] = 0,
+    steps: Annotated[int, Option(help="Measured steps of each method.")] = 10,
+    warmup: Annotated[int, Option(help="Unmeasured steps before them.")] = 2,
+    seed: Annotated[int, Option(help="Draws lengths, ids and rows.")] = 0,
     output: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help=f"Write {RECORD}, the plots and (without --sweep) Chrome traces here."),
+        Path | None, Option(metavar="DIR", help=f"Write {RECORD}, the plots and (without --sweep) Chrome traces here.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the profile in the folder.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the profile in the folder.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Measure training steps of several methods side by side.
@@ -91,12 +81,8 @@ def profile(
         raise FileExistsError(f"{output} holds a profile: choose another --output, or replace it with --overwrite")
     if data is not None and task is not None:
         raise ValueError("--data and --task exclude each other: give one")
-    given = {
-        "model.name_or_path": model,
-        "model.tokenizer_name_or_path": tokenizer,
-        "data.task": task,
-        "data.data_dir": data_dir,
-    }
+    given: dict[str, object] = {"model.name_or_path": model, "model.tokenizer_name_or_path": tokenizer}
+    given |= {"data.task": task, "data.data_dir": data_dir}
     with quiet():
         from rich.console import Console
 
@@ -111,23 +97,14 @@ def profile(
         run = load_run_config(config, overrides(set_, given))
         has_data = data is not None or run.data.task is not None or run.data.template is not None
         names = tuple(methods.split(","))
-        settings = ProfileConfig(
-            shape=shape,
-            model=run.model if shape is None or config is None else ModelConfig(),  # the file is for its data only
-            dtype=dtype,
-            quantization=quantization,
-            fast_4bit=fast_4bit,
-            attn_implementation=attn_implementation,
-            layers=layers,
-            methods=at_lengths(_sweep_values(sweep), names) if sweep is not None else names,
-            batch=batch,
-            length=length,
-            padding=padding or ("longest" if has_data else "none"),
-            logits=logits,
-            steps=steps,
-            warmup=warmup,
-            seed=seed,
-        )
+        # Most settings are options of the same name.
+        same: dict[str, Any] = {field.name: context.params.get(field.name) for field in fields(ProfileConfig)}
+        others = {
+            "model": run.model if shape is None or config is None else ModelConfig(),  # the file is for its data only
+            "methods": at_lengths(sweep, names) if sweep is not None else names,
+            "padding": padding or ("longest" if has_data else "none"),
+        }
+        settings = ProfileConfig(**same | others)
         settings.check()
         traces = None if sweep is not None else output  # a trace of every method at every length would be too much
         with Console(stderr=True).status("building the model") as status:
@@ -174,7 +151,7 @@ def _command(context: typer.Context) -> str:
     words = ["ept", "profile"]
     for option in context.command.params:
         value = context.params.get(str(option.name))
-        if value is None or value == option.default or option.name in ("output", "overwrite", "json", "context"):
+        if value is None or value == option.default or option.name in ("output", "overwrite", "json"):
             continue
         if isinstance(value, bool):
             words.append(option.opts[0] if value else option.secondary_opts[0])
@@ -182,14 +159,3 @@ def _command(context: typer.Context) -> str:
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 words += [option.opts[0], str(item)]
     return shlex.join(words)
-
-
-def _sweep_values(text: str) -> list[int]:
-    name, _, values = text.partition("=")
-    try:
-        numbers = [int(value) for value in values.split(",")]
-    except ValueError:
-        numbers = []
-    if name != "num_virtual_tokens" or not numbers or min(numbers) < 1:
-        raise ValueError(f"cannot read --sweep {text!r}: write it as num_virtual_tokens=10,20,40")
-    return numbers

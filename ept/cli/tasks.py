@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from .common import JsonOption, answer, quiet, shares
 
@@ -34,24 +35,22 @@ def tasks(context: typer.Context, json: JsonOption = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A task's name, such as glue/sst2.")],
+    name: Annotated[str, Argument(help="A task's name, such as glue/sst2.")],
     data: Annotated[
-        Path | None, typer.Option("--data", "--data-dir", metavar="DIR", help="Folder of the task's rows.")
+        Path | None, Option("--data", "--data-dir", metavar="DIR", help="Folder of the task's rows.")
     ] = None,
-    hub: Annotated[bool, typer.Option("--hub", help="Load the rows from the hub.")] = False,
+    hub: Annotated[bool, Option("--hub", help="Load the rows from the hub.")] = False,
     tokenizer: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--tokenizer",
             "--model",
             metavar="NAME",
             help="Model whose tokenizer counts the tokens: folder or hub name.",
         ),
     ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Limit of a text in tokens, in place of the task's own.")
-    ] = None,
-    labels: Annotated[str, typer.Option(help="digits or words: how the examples' targets are written.")] = "digits",
+    max_length: Annotated[int | None, Option(help="Limit of a text in tokens, in place of the task's own.")] = None,
+    labels: Annotated[str, Option(help="digits or words: how the examples' targets are written.")] = "digits",
     json: JsonOption = False,
 ) -> None:
     """Show a task: its template, labels and metrics.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
 from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet, shares, show_config
 
@@ -14,18 +14,16 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="The run's configuration.")] = None,
+    config: Annotated[Path | None, Option(metavar="FILE.yaml", help="The run's configuration.")] = None,
     set_: SetOption = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder (output_dir).")] = None,
+    output: Annotated[Path | None, Option(metavar="DIR", help="The run's folder (output_dir).")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in the folder from its last checkpoint.")
+        bool, Option("--resume", help="Continue the run in the folder from its last checkpoint.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run in the folder and start anew.")
-    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete the run in the folder and start anew.")] = False,
     print_config: PrintConfigOption = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load everything, show what would be trained, write nothing.")
+        bool, Option("--dry-run", help="Load everything, show what would be trained, write nothing.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -46,9 +44,7 @@ def train(
         show_config(json, run_config)
         return
     if dry_run:
-        with quiet():
-            summary = _describe(run_config)
-        answer(json, summary, *_shown(summary))
+        _describe(run_config, json)
         return
     with quiet():
         from torch.distributed.elastic.multiprocessing.errors import record
@@ -62,30 +58,28 @@ def train(
         answer(json, results, results_table(results), f"saved in {run_config.output_dir}")
 
 
-def _describe(config: RunConfig) -> dict[str, Any]:
-    """Describes what a run would train, and on what; loads tokenizer, data and model, writes nothing."""
-    from ept.runs.data import describe
-    from ept.runs.train import prepare
+def _describe(config: RunConfig, json: bool) -> None:
+    """Shows what a run would train, and on what; loads tokenizer, data and model, writes nothing."""
+    with quiet():
+        from ept.runs.data import describe
+        from ept.runs.train import prepare
+        from ept.utils.tables import properties
 
-    run = prepare(config)
-    return {
-        "task": run.task.name,
-        "task_type": run.task_type,
-        "metric": run.task.metrics[0],
-        **describe(run.run_data.data),
-        "labels": list(run.labels),
-        "max_length": run.max_length,
-        "truncation_rate": run.run_data.truncation_rate,
-        "method": config.method.name,
-        "model": config.model.name_or_path,
-        "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
-        "adapter": {key: value for key, value in run.model.active_peft_config.to_dict().items() if value is not None},
-    }
-
-
-def _shown(summary: dict[str, Any]) -> list[Any]:
-    from ept.utils.tables import properties
-
+        run = prepare(config)
+        adapter = run.model.active_peft_config.to_dict()
+        summary = {
+            "task": run.task.name,
+            "task_type": run.task_type,
+            "metric": run.task.metrics[0],
+            **describe(run.run_data.data),
+            "labels": list(run.labels),
+            "max_length": run.max_length,
+            "truncation_rate": run.run_data.truncation_rate,
+            "method": config.method.name,
+            "model": config.model.name_or_path,
+            "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
+            "adapter": {key: value for key, value in adapter.items() if value is not None},
+        }
     examples = [
         f"example {number}\n  text:   {example['text']!r}\n  target: {example['target']!r}"
         for number, example in enumerate(summary["examples"], start=1)
@@ -99,4 +93,4 @@ def _shown(summary: dict[str, Any]) -> list[Any]:
         ("trainable parameters", f"{summary['trainable_parameters']:,}"),
     ]
     table = properties(rows, f"dry run: {summary['method']} on {summary['task']}")
-    return [*examples, table, "nothing was written"]
+    answer(json, summary, *examples, table, "nothing was written")

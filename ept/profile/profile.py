@@ -188,10 +188,18 @@ def profile(
     }
 
 
-def sweep(values: Sequence[int], methods: Sequence[str]) -> tuple[str, ...]:
-    """Names every method at every prompt length, for `ProfileConfig.methods`; its own length is ignored."""
+def sweep(text: str, methods: Sequence[str]) -> tuple[str, ...]:
+    """Names every method at every prompt length of `text`, for `ProfileConfig.methods`; its own length is ignored.
+
+    Raises:
+        ValueError: `text` is not written like `num_virtual_tokens=10,20,40`.
+    """
+    key, _, listed = text.partition("=")
+    lengths = [length.strip() for length in listed.split(",")]
+    if key != "num_virtual_tokens" or not all(length.isdecimal() and int(length) for length in lengths):
+        raise ValueError(f"cannot read --sweep {text!r}: write it as num_virtual_tokens=10,20,40")
     names = [MethodSpec.parse(method).name for method in methods]
-    return tuple(f"{name}:{value}" for name in names for value in values)
+    return tuple(f"{name}:{length}" for name in names for length in lengths)
 
 
 def load(config: ProfileConfig, device: torch.device) -> Any:

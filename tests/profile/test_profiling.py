@@ -189,7 +189,7 @@ def test_traces_name_our_operators(tmp_path: Path) -> None:
 
 
 def test_a_sweep_takes_every_length_in_the_same_turns(tmp_path: Path) -> None:
-    names = sweep([4, 40], ["ept", "pt:7"])
+    names = sweep("num_virtual_tokens=4,40", ["ept", "pt:7"])
     assert names == ("ept:4", "ept:40", "pt:4", "pt:40")
     record = profile(config(methods=names), base=make_model("llama"))
     assert [method["label"] for method in record["methods"]] == ["ept:4", "ept", "pt:4", "pt:40"]
