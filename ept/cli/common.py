@@ -38,11 +38,6 @@ def answer(json: bool, value: Any, *shown: Any) -> None:
         typer.echo(part) if isinstance(part, str) else Console().print(part)
 
 
-def show_config(json: bool, config: Any) -> None:
-    """Prints a run's or a comparison's configuration, as YAML or as JSON."""
-    answer(json, config.to_dict(), config.to_yaml().rstrip("\n"))
-
-
 def shares(values: Mapping[str, float]) -> str:
     """Writes fractions as percentages, each after its name."""
     return ", ".join(f"{name} {share:.1%}" for name, share in values.items())

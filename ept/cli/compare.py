@@ -5,16 +5,12 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer import Option
 
-from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet, show_config
-
-if TYPE_CHECKING:
-    from ept.compare.config import ComparisonConfig
-    from ept.compare.plan import PlannedRun
+from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet
 
 
 def compare(
@@ -44,10 +40,22 @@ def compare(
     given = {"data.data_dir": data, "output_dir": output, "compare.executor": executor}
     comparison = load_comparison(config, overrides(set_, given))
     if print_config:
-        show_config(json, comparison)
+        answer(json, comparison.to_dict(), comparison.to_yaml().rstrip("\n"))
         return
     if dry_run:
-        _list_runs(comparison, json)
+        from ept.compare.plan import finished, plan, search_seeds
+
+        described, lines = [], []
+        runs = plan(comparison)
+        for run in runs:
+            state = "finished" if finished(run) else "begun" if run.folder.exists() else "to do"
+            described.append({"run": run.description, "state": state, "config": run.config.to_dict()})
+            lines.append(f"{state:9} {run.description}")
+        seeds = len(comparison.compare.seeds) - len(search_seeds(comparison))
+        later = seeds * len({run.group for run in runs})
+        if later:
+            lines.append(f"and {later} more, for {seeds} more seeds at the chosen learning rates")
+        answer(json, {"runs": described, "runs_at_chosen_rates": later}, *lines, "nothing was written")
         return
     with quiet():
         from ept.compare.figures import draw
@@ -71,19 +79,3 @@ def compare(
         typer.echo(f"failed: {record.run.description}: {record.outcome.error}  (in {record.run.folder})", err=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _list_runs(comparison: ComparisonConfig, json: bool) -> None:
-    from ept.compare.plan import finished, plan, search_seeds
-
-    def state(run: PlannedRun) -> str:
-        return "finished" if finished(run) else "begun" if run.folder.exists() else "to do"
-
-    listed = [(run, state(run)) for run in plan(comparison)]
-    seeds = len(comparison.compare.seeds) - len(search_seeds(comparison))
-    later = seeds * len({run.group for run, _ in listed})
-    lines = [f"{state:9} {run.description}" for run, state in listed]
-    if later:
-        lines.append(f"and {later} more, for {seeds} more seeds at the chosen learning rates")
-    described = [{"run": run.description, "state": state, "config": run.config.to_dict()} for run, state in listed]
-    answer(json, {"runs": described, "runs_at_chosen_rates": later}, *lines, "nothing was written")

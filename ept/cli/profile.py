@@ -6,16 +6,12 @@ import json as json_format
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Option
 
 from .common import JsonOption, SetOption, answer, overrides, quiet
-
-if TYPE_CHECKING:
-    from ept.profile.profile import ProfileConfig
-    from ept.runs.config import RunConfig
 
 RECORD = "profile.json"
 
@@ -86,6 +82,7 @@ def profile(
     with quiet():
         from rich.console import Console
 
+        from ept.profile.batches import data_rows
         from ept.profile.profile import ProfileConfig, load, task_type_of_base
         from ept.profile.profile import profile as measure
         from ept.profile.profile import sweep as at_lengths
@@ -109,7 +106,9 @@ def profile(
         traces = None if sweep is not None else output  # a trace of every method at every length would be too much
         with Console(stderr=True).status("building the model") as status:
             base = load(settings, default_device())
-            rows = _rows(settings, run, data, task_type_of_base(base)) if has_data else None
+            task_type = task_type_of_base(base)
+            count = batch * (steps + warmup)
+            rows = data_rows(run, data, task_type, length, seed, count) if has_data else None
             record = measure(settings, rows=rows, base=base, traces=traces, progress=status.update)
         record = {"command": _command(context), **record}
         if output is not None:
@@ -120,30 +119,6 @@ def profile(
             write_atomically(output / RECORD, json_format.dumps(record, indent=2) + "\n")
     saved = [f"saved in {output}"] if output is not None else []
     answer(json, record, steps_table(record), phases_table(record), *saved)
-
-
-def _rows(settings: ProfileConfig, run: RunConfig, data: Path | None, task_type: str) -> list[Any]:
-    """Draws rows from the data that the command names, no more than are measured."""
-    from ept.profile.batches import text_rows
-    from ept.runs.data import load_run_data
-    from ept.runs.loading import load_tokenizer
-    from ept.tasks import read_rows
-    from ept.tasks.encoding import encode_split
-
-    if run.model.name_or_path is None and run.model.tokenizer_name_or_path is None:
-        raise ValueError("a shape has no tokenizer of its own: name one with --tokenizer to measure on data")
-    tokenizer = load_tokenizer(run.model)
-    count = settings.batch * (settings.steps + settings.warmup)
-    if data is not None:
-        read = read_rows(data)
-        if "text" not in read[0]:
-            raise ValueError(f"{data}: no column text (found: {', '.join(map(str, read[0]))})")
-        texts = [str(row["text"]) for row in read]
-        return text_rows(texts, tokenizer, task_type, settings.length, settings.seed, count)
-    run.data.max_length = settings.length
-    loaded = load_run_data(run.data, tokenizer, task_type).data
-    chosen = loaded.train.shuffle(seed=settings.seed).select(range(min(count, len(loaded.train))))
-    return list(encode_split(chosen, tokenizer, loaded.labels, task_type))
 
 
 def _command(context: typer.Context) -> str:

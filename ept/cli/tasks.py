@@ -58,7 +58,7 @@ def show(
     With its rows: the rows of each split, the label balance and two formatted examples. With a tokenizer as well: the
     share of texts that are too long.
     """
-    from ept.tasks import get_task
+    from ept.tasks import get_task, load_task
 
     task = get_task(name)
     if labels not in ("digits", "words"):
@@ -83,7 +83,19 @@ def show(
     }
     if data is not None or hub:
         with quiet():
-            description.update(_about_rows(task, data, tokenizer, limit, labels))
+            from ept.runs.config import DataConfig, ModelConfig
+            from ept.runs.data import describe, load_run_data
+            from ept.runs.loading import load_tokenizer, task_type_of
+
+            where: dict[str, Any] = {"data_dir": str(data) if data is not None else None, "labels": labels}
+            if tokenizer is None:
+                loaded = load_task(task, **where)
+            else:
+                model = ModelConfig(name_or_path=tokenizer)
+                config = DataConfig(task=task.name, max_length=limit, **where)
+                run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
+                loaded, description["truncation_rate"] = run_data.data, run_data.truncation_rate
+            description.update(describe(loaded))
     lines = {
         "template": repr(task.template),
         "labels": _labels(task),
@@ -99,25 +111,6 @@ def show(
     shown = [(name, text) for name, text in lines.items() if text]
     shown += [("example", f"{example['text']!r} -> {example['target']!r}") for example in description["examples"]]
     answer(json, description, task.name, *(f"  {name + ':':11} {text}" for name, text in shown))
-
-
-def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: int, labels: str) -> dict[str, Any]:
-    """Loads the task's rows and describes them; counts tokens where a tokenizer is named."""
-    from ept.runs.config import DataConfig, ModelConfig
-    from ept.runs.data import describe, load_run_data
-    from ept.runs.loading import load_tokenizer, task_type_of
-    from ept.tasks import load_task
-
-    where = None if folder is None else str(folder)
-    found: dict[str, Any] = {}
-    if tokenizer is None:
-        data = load_task(task, data_dir=where, labels=labels)  # type: ignore[arg-type]
-    else:
-        model = ModelConfig(name_or_path=tokenizer)
-        config = DataConfig(task=task.name, data_dir=where, labels=labels, max_length=limit)  # type: ignore[arg-type]
-        run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
-        data, found["truncation_rate"] = run_data.data, run_data.truncation_rate
-    return {**found, **describe(data)}
 
 
 def _labels(task: Task, digits: bool = True) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet, shares, show_config
+from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet, shares
 
 if TYPE_CHECKING:
     from ept.runs.config import RunConfig
@@ -41,7 +41,7 @@ def train(
     if (print_config or dry_run) and rank() != 0:
         return
     if print_config:
-        show_config(json, run_config)
+        answer(json, run_config.to_dict(), run_config.to_yaml().rstrip("\n"))
         return
     if dry_run:
         _describe(run_config, json)
