@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from .common import JsonOption, SetOption, answer, quiet
-
-if TYPE_CHECKING:
-    from ept.model.export import FoldedAdapter
-    from ept.runs.config import RunConfig
 
 
 def export(
@@ -35,9 +31,13 @@ def export(
         raise ValueError("--model is for the embeddings of texts: give --texts too, or leave it out")
     with quiet():
         from ept.model.adapter_files import CONFIG_NAME
+        from ept.model.base_model import input_embedding
         from ept.model.export import EMBEDS_NAME, INFO_NAME, TENSORS_NAME, FoldedAdapter, write_embeds, write_folded
+        from ept.runs.config import ModelConfig
         from ept.runs.folder import RunFolder
+        from ept.runs.loading import load_base_model, load_tokenizer, task_type_of
         from ept.runs.predict import trained_run
+        from ept.tasks.encoding import encode_texts
 
         there = [name for name in (TENSORS_NAME, INFO_NAME, EMBEDS_NAME) if (output / name).exists()]
         if there and not overwrite:
@@ -50,36 +50,28 @@ def export(
         elif set_:
             raise ValueError(f"--set changes a run's configuration, and {source} is an adapter: use --model")
         adapter = FoldedAdapter.read(folder)
-        embeds = _embed(adapter, config, model, texts) if texts is not None else []
+        embeds: list[Any] = []
+        if texts is not None:
+            try:
+                lines = texts.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{texts} is not UTF-8 text: {error}") from error
+            if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+                raise ValueError(f"{texts}, line {empty[0]} is empty: every line is one input text")
+            if not lines:
+                raise ValueError(f"{texts} is empty: every line is one input text")
+            # Never the base model that an adapter names: it may come from anywhere.
+            described = config.model if config is not None else ModelConfig(dtype="auto")
+            described.name_or_path = model or described.name_or_path
+            if described.name_or_path is None:
+                raise ValueError("the embeddings of texts need the base model: give --model")
+            task_type = adapter.layer.config.task_type or task_type_of(described)
+            tokenizer = load_tokenizer(described)
+            base = load_base_model(described, task_type, num_labels=2, pad_token_id=int(tokenizer.pad_token_id))
+            embeds = adapter.embed(encode_texts(tokenizer, lines, task_type), input_embedding(base))
         (output / EMBEDS_NAME).unlink(missing_ok=True)  # an earlier export's, of other texts
         files = write_folded(adapter, output)
         if embeds:
             files.append(write_embeds(embeds, output))
     paths = [str(file) for file in files]
     answer(json, {"files": paths, "texts": len(embeds), **adapter.info()}, *paths)
-
-
-def _embed(adapter: FoldedAdapter, config: RunConfig | None, model: str | None, file: Path) -> list[Any]:
-    """Embeds each line of `file`, tokenised as in training; the base model is never one that an adapter names."""
-    from ept.model.base_model import input_embedding
-    from ept.runs.config import ModelConfig
-    from ept.runs.loading import load_base_model, load_tokenizer, task_type_of
-    from ept.tasks.encoding import encode_texts
-
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
-        raise ValueError(f"{file}, line {empty[0]} is empty: every line is one input text")
-    if not lines:
-        raise ValueError(f"{file} is empty: every line is one input text")
-    described = config.model if config is not None else ModelConfig(dtype="auto")
-    if model is not None:
-        described.name_or_path = model
-    if described.name_or_path is None:
-        raise ValueError("the embeddings of texts need the base model: give --model")
-    task_type = adapter.layer.config.task_type or task_type_of(described)
-    tokenizer = load_tokenizer(described)
-    base = load_base_model(described, task_type, num_labels=2, pad_token_id=int(tokenizer.pad_token_id))
-    return adapter.embed(encode_texts(tokenizer, lines, task_type), input_embedding(base))

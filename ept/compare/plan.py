@@ -155,32 +155,30 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
             "--executor ray carries runs out side by side"
         )
     outcomes: dict[Path, Outcome] = {}
+
+    def carry_out(runs: list[PlannedRun]) -> None:
+        folders = {run.folder: run for run in runs}  # two points of the comparison may be one run
+        waiting = {folder: run for folder, run in folders.items() if folder not in outcomes and not finished(run)}
+        for folder in folders.keys() - outcomes.keys() - waiting.keys():
+            outcomes[folder] = Outcome.of(folder)
+        if done := len(folders) - len(waiting):
+            report(f"{done} of {len(folders)} runs are finished already")
+        jobs = [run.config.to_dict() for run in waiting.values()]
+        for number, outcome in enumerate(run_all(jobs, config.compare.executor, config.compare.cpus_per_run), start=1):
+            outcomes[outcome.folder] = outcome
+            report(f"[{number}/{len(waiting)}] {waiting[outcome.folder].description}: {outcome.summary}")
+
     searched = plan(config)
-    _carry_out(config, searched, outcomes, report)
+    carry_out(searched)
     best = best_rates(searched, outcomes)
     rest = plan(config, [seed for seed in config.compare.seeds if seed not in search_seeds(config)])
     rest = [run for run in rest if run.rates == best.get(run.group)]
-    _carry_out(config, rest, outcomes, report)
+    carry_out(rest)
     return [Record(run, outcomes[run.folder], run.rates == best.get(run.group)) for run in [*searched, *rest]]
 
 
 def finished(run: PlannedRun) -> bool:
     return RunFolder(run.folder).results.is_file()
-
-
-def _carry_out(
-    config: ComparisonConfig, runs: list[PlannedRun], outcomes: dict[Path, Outcome], report: Callable[[str], None]
-) -> None:
-    folders = {run.folder: run for run in runs}  # two points of the comparison may be one run
-    waiting = {folder: run for folder, run in folders.items() if folder not in outcomes and not finished(run)}
-    for folder in folders.keys() - outcomes.keys() - waiting.keys():
-        outcomes[folder] = Outcome.of(folder)
-    if done := len(folders) - len(waiting):
-        report(f"{done} of {len(folders)} runs are finished already")
-    jobs = [run.config.to_dict() for run in waiting.values()]
-    for number, outcome in enumerate(run_all(jobs, config.compare.executor, config.compare.cpus_per_run), start=1):
-        outcomes[outcome.folder] = outcome
-        report(f"[{number}/{len(waiting)}] {waiting[outcome.folder].description}: {outcome.summary}")
 
 
 def best_rates(runs: list[PlannedRun], outcomes: dict[Path, Outcome]) -> dict[Group, Rates]:
@@ -190,14 +188,12 @@ def best_rates(runs: list[PlannedRun], outcomes: dict[Path, Outcome]) -> dict[Gr
     """
     scores: dict[Group, dict[Rates, list[float | None]]] = {}
     for run in runs:
-        results = outcomes[run.folder].results
-        score = None if results is None else results["best_validation"]
-        scores.setdefault(run.group, {}).setdefault(run.rates, []).append(score)
+        results = outcomes[run.folder].results or {"best_validation": None}
+        scores.setdefault(run.group, {}).setdefault(run.rates, []).append(results["best_validation"])
     best = {}
     for group, by_rates in scores.items():
         whole = {rates: found for rates, found in by_rates.items() if None not in found} or by_rates
         known = {rates: [score for score in found if score is not None] for rates, found in whole.items()}
-        means = {rates: statistics.fmean(found) for rates, found in known.items() if found}
-        if means:
+        if means := {rates: statistics.fmean(found) for rates, found in known.items() if found}:
             best[group] = max(means, key=means.__getitem__)
     return best

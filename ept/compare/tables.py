@@ -164,23 +164,17 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
 
 
 def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Setting], command: str) -> list[Path]:
-    """Writes `comparison.csv` and `comparison.md`; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows, page = folder / "comparison.csv", folder / "comparison.md"
-    write_atomically(rows, csv_text(records))
-    write_atomically(page, markdown(records, settings, command))
-    return [rows, page]
+    """Writes `comparison.csv` and `comparison.md`; returns their paths.
 
-
-def csv_text(records: Sequence[Record]) -> str:
-    """Writes a line for each run; scores as fractions, times in milliseconds and seconds, memory in bytes."""
+    The first has a line for each run: scores as fractions, times in milliseconds and seconds, memory in bytes.
+    """
     columns = (
         "sweep", "value", "task", "method", "model", "seed", "learning_rate", "low_rank_learning_rate", "chosen",
         "status", "metric", "validation", "score", "majority", "trainable_parameters", "step_time_ms",
         "train_seconds", "peak_memory_bytes", "steps", "best_step", "train_rows", "test_rows", "error", "folder",
     )  # fmt: skip
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for record in records:
         run, found = record.run, record.outcome.results or {}
@@ -198,7 +192,11 @@ def csv_text(records: Sequence[Record]) -> str:
             "folder": run.folder.name,
         }
         writer.writerow({**found, **vars(run), **values})
-    return file.getvalue()
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet, page = folder / "comparison.csv", folder / "comparison.md"
+    write_atomically(sheet, text.getvalue())
+    write_atomically(page, markdown(records, settings, command))
+    return [sheet, page]
 
 
 def markdown(records: Sequence[Record], settings: Sequence[Setting], command: str) -> str:
