@@ -50,9 +50,8 @@ def record(
     if score is None:
         return Record(run, Outcome(run.folder, None, "RuntimeError: out | of memory"), chosen)
     (run.folder / "adapter").mkdir(parents=True)
-    (run.folder / "adapter/adapter_config.json").write_text(
-        json.dumps({"num_virtual_tokens": 7, "r": 3, "num_spaces": 4 * (method == "ept"), "space_dim": 2}), "utf-8"
-    )
+    adapter = {"num_virtual_tokens": 7, "r": 3, "num_spaces": 4 * (method == "ept"), "space_dim": 2}
+    (run.folder / "adapter/adapter_config.json").write_text(json.dumps(adapter), "utf-8")
     results = {
         "task": task,
         "metric": "accuracy",
@@ -105,15 +104,8 @@ def test_table(records):
     base, swept = summarise(records)
     header, rows = scores_table(base)
     assert header == ["method", "parameters", "sizes", "glue/sst2", "super_glue/cb", "mean", "step (ms)"]
-    assert rows[0] == [
-        "prompt tuning",
-        "100",
-        "s=7 r=3",
-        "65.0 ± 63.5",
-        "50.0 (1 of 2 seeds)",
-        "55.0 (1 of 2 seeds)",
-        "5.0",
-    ]
+    scores = ["65.0 ± 63.5", "50.0 (1 of 2 seeds)", "55.0 (1 of 2 seeds)"]
+    assert rows[0] == ["prompt tuning", "100", "s=7 r=3", *scores, "5.0"]
     assert rows[1][2] == "s=7 r=3 K=4 h=2"
     assert rows[2] == ["PEFT LoRA", "", "", "failed", "failed", "failed", ""]
     assert scores_table(swept)[1][0][3:6] == ["10.0", "failed", "failed"]
@@ -146,11 +138,9 @@ def test_for_machines(records):
     found = json.loads(json.dumps(as_json(records, summarise(records))))
     assert found["runs"] == 11
     assert [failure["error"] for failure in found["failed"]] == ["RuntimeError: out | of memory"] * 2
-    assert found["settings"][0]["methods"][1]["mean"] == {
-        "mean": pytest.approx(0.75),
-        "half_width": pytest.approx(0.6353, abs=1e-4),
-        "n": 2,
-    }
+    half_width = pytest.approx(0.6353, abs=1e-4)
+    mean = {"mean": pytest.approx(0.75), "half_width": half_width, "n": 2}
+    assert found["settings"][0]["methods"][1]["mean"] == mean
 
 
 def test_nothing_finished(tmp_path):

@@ -56,11 +56,10 @@ def test_all_together_and_nothing(tmp_path):
 
 def test_methods_at_one_budget_stand_side_by_side():
     """Their parameters differ by a few: drawn where they are, one would hide the other."""
-    places = side_by_side([1000, 990, 50_000, 995], step=0.01)
+    sizes = [1000, 990, 50_000, 995]
+    places = side_by_side(sizes, step=0.01)
     assert places[2] == 50_000
-    assert [place / size for place, size in zip(places, [1000, 990, 50_000, 995])] == pytest.approx(
-        [10**-0.01, 1, 1, 10**0.01]
-    )
+    assert [place / size for place, size in zip(places, sizes)] == pytest.approx([10**-0.01, 1, 1, 10**0.01])
     many = side_by_side([1000] * 40, step=0.1)
     assert many == sorted(many)
     assert 500 < many[0] < many[-1] < 2000  # within the figure
