@@ -9,17 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer import Option
 
-SetOption = Annotated[
-    list[str] | None,
-    Option("--set", metavar="KEY=VALUE", help="Set one dotted key, e.g. method.r=30. Repeatable."),
-]
-JsonOption = Annotated[bool, Option("--json", help="Print JSON on standard output, everything else on standard error.")]
-PrintConfigOption = Annotated[bool, Option("--print-config", help="Print the whole configuration as YAML and exit.")]
+SET: Any = Option(None, "--set", metavar="KEY=VALUE", help="Set one dotted key, e.g. method.r=30. Repeatable.")
+JSON: Any = Option(False, "--json", help="Print JSON on standard output, everything else on standard error.")
+PRINT_CONFIG: Any = Option(False, "--print-config", help="Print the whole configuration as YAML and exit.")
 
 
 def overrides(set_: list[str] | None, options: Mapping[str, object]) -> list[str]:

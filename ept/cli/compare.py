@@ -5,30 +5,24 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from typer import Option
 
-from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet
+from .common import JSON, PRINT_CONFIG, SET, answer, overrides, quiet
 
 
 def compare(
-    config: Annotated[Path | None, Option(metavar="FILE.yaml", help="The comparison's configuration.")] = None,
-    set_: SetOption = None,
-    data: Annotated[
-        Path | None,
-        Option(
-            metavar="DIR", help="Folder with a folder for each task (glue/sst2), in place of the hub (data.data_dir)."
-        ),
-    ] = None,
-    output: Annotated[Path | None, Option(metavar="DIR", help="The comparison's folder (output_dir).")] = None,
-    executor: Annotated[
-        str | None, Option(help="local: one run after another; ray: side by side (compare.executor).")
-    ] = None,
-    print_config: PrintConfigOption = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="List the runs, write nothing.")] = False,
-    json: JsonOption = False,
+    config: Path | None = Option(None, metavar="FILE.yaml", help="The comparison's configuration."),
+    set_: list[str] | None = SET,
+    data: Path | None = Option(
+        None, metavar="DIR", help="Folder with a folder for each task (glue/sst2), in place of the hub (data.data_dir)."
+    ),
+    output: Path | None = Option(None, metavar="DIR", help="The comparison's folder (output_dir)."),
+    executor: str | None = Option(None, help="local: one run after another; ray: side by side (compare.executor)."),
+    print_config: bool = PRINT_CONFIG,
+    dry_run: bool = Option(False, "--dry-run", help="List the runs, write nothing."),
+    json: bool = JSON,
 ) -> None:
     """Compare methods over tasks: scores, parameters, step times.
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 from typer import Argument, Option
 
-from .common import JsonOption, SetOption, answer, overrides, quiet
+from .common import JSON, SET, answer, overrides, quiet
 
 
 def evaluate(
-    run_dir: Annotated[Path, Argument(help="Folder of a finished run.")],
-    split: Annotated[str, Option(help="train, validation or test.")] = "test",
-    data_dir: Annotated[Path | None, Option(help="Folder of data in place of the run's own.")] = None,
-    file: Annotated[
-        Path | None, Option(help="One labelled file (jsonl, json, csv, parquet) in place of a split.")
-    ] = None,
-    scoring: Annotated[str | None, Option(help="generate or rank, in place of the task type's own way.")] = None,
-    set_: SetOption = None,
-    json: JsonOption = False,
+    run_dir: Path = Argument(help="Folder of a finished run."),
+    split: str = Option("test", help="train, validation or test."),
+    data_dir: Path | None = Option(None, help="Folder of data in place of the run's own."),
+    file: Path | None = Option(None, help="One labelled file (jsonl, json, csv, parquet) in place of a split."),
+    scoring: str | None = Option(None, help="generate or rank, in place of the task type's own way."),
+    set_: list[str] | None = SET,
+    json: bool = JSON,
 ) -> None:
     """Score a trained run on its test split, or on other data."""
     if split not in ("train", "validation", "test"):

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from typer import Argument, Option
 
-from .common import JsonOption, SetOption, answer, quiet
+from .common import JSON, SET, answer, quiet
 
 
 def export(
-    source: Annotated[Path, Argument(help="Folder of a finished run, or of an adapter.")],
-    output: Annotated[Path, Option(help="Folder to write into; made if missing.")],
-    texts: Annotated[
-        Path | None, Option(help="A text file: also write the embeddings of each line, as a model's input.")
-    ] = None,
-    model: Annotated[
-        str | None, Option(help="With --texts: the base model, a folder or hub name; a run names its own.")
-    ] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace what an earlier export wrote there.")] = False,
-    set_: SetOption = None,
-    json: JsonOption = False,
+    source: Path = Argument(help="Folder of a finished run, or of an adapter."),
+    output: Path = Option(help="Folder to write into; made if missing."),
+    texts: Path | None = Option(None, help="A text file: also write the embeddings of each line, as a model's input."),
+    model: str | None = Option(None, help="With --texts: the base model, a folder or hub name; a run names its own."),
+    overwrite: bool = Option(False, "--overwrite", help="Replace what an earlier export wrote there."),
+    set_: list[str] | None = SET,
+    json: bool = JSON,
 ) -> None:
     """Fold an adapter for other engines, and embed texts with it.
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 from typer import Argument, Option
 
-from .common import JsonOption, SetOption, answer, quiet
+from .common import JSON, SET, answer, quiet
 
 
 def predict(
-    run_dir: Annotated[Path, Argument(help="Folder of a finished run.")],
-    texts: Annotated[list[str] | None, Argument(metavar="[TEXT]...", help="Texts to label.")] = None,
-    file: Annotated[
-        Path | None, Option(help="A file (jsonl, json, csv, parquet) with the task's columns, or a column `text`.")
-    ] = None,
-    set_: SetOption = None,
-    json: JsonOption = False,
+    run_dir: Path = Argument(help="Folder of a finished run."),
+    texts: list[str] | None = Argument(None, metavar="[TEXT]...", help="Texts to label."),
+    file: Path | None = Option(
+        None, help="A file (jsonl, json, csv, parquet) with the task's columns, or a column `text`."
+    ),
+    set_: list[str] | None = SET,
+    json: bool = JSON,
 ) -> None:
     """Label texts with a trained run.
 

@@ -6,67 +6,58 @@ import json as json_format
 import shlex
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer import Option
 
-from .common import JsonOption, SetOption, answer, overrides, quiet
+from .common import JSON, SET, answer, overrides, quiet
 
 RECORD = "profile.json"
 
 
 def profile(
     context: typer.Context,
-    shape: Annotated[
-        str | None, Option(help="A model's shape with random weights, such as t5-base or llama-2-7b; no download.")
-    ] = None,
-    model: Annotated[str | None, Option(help="A model to load: a folder or a hub name.")] = None,
-    methods: Annotated[
-        str,
-        Option(help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20."),
-    ] = "pt,dept,ept,peft-pt",
-    sweep: Annotated[
-        str | None,
-        Option(metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."),
-    ] = None,
-    dtype: Annotated[str, Option(help="float32 or bfloat16.")] = "float32",
-    quantization: Annotated[str | None, Option(help="nf4 or fp4: 4-bit weights through bitsandbytes.")] = None,
-    fast_4bit: Annotated[
-        bool, Option(help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'.")
-    ] = True,
-    attn_implementation: Annotated[str | None, Option(help="eager, sdpa, ...; else transformers' choice.")] = None,
-    layers: Annotated[int | None, Option(help="Keep only the first layers of a shape, so many.")] = None,
-    batch: Annotated[int, Option(help="Rows of a batch.")] = 8,
-    length: Annotated[int, Option(help="Text tokens of a row, at most.")] = 128,
-    padding: Annotated[
-        str | None,
-        Option(
-            help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
-            "their longest row or to --length. Default: none; with data, longest."
-        ),
-    ] = None,
-    logits: Annotated[str, Option(help="A decoder's logits: at the labels only, or at all positions.")] = "labels",
-    task: Annotated[str | None, Option(help="Take the lengths from a task's train split (see `ept tasks`).")] = None,
-    data_dir: Annotated[Path | None, Option(help="Folder of the task's data.")] = None,
-    data: Annotated[
-        Path | None, Option(help="Take the lengths from the column `text` of a file (jsonl, json, csv, parquet).")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, Option(help="With --task or --data: the tokenizer, where it is not the model's.")
-    ] = None,
-    config: Annotated[
-        Path | None, Option(metavar="FILE.yaml", help="Take model and data from a run's configuration.")
-    ] = None,
-    set_: SetOption = None,
-    steps: Annotated[int, Option(help="Measured steps of each method.")] = 10,
-    warmup: Annotated[int, Option(help="Unmeasured steps before them.")] = 2,
-    seed: Annotated[int, Option(help="Draws lengths, ids and rows.")] = 0,
-    output: Annotated[
-        Path | None, Option(metavar="DIR", help=f"Write {RECORD}, the plots and (without --sweep) Chrome traces here.")
-    ] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace the profile in the folder.")] = False,
-    json: JsonOption = False,
+    shape: str | None = Option(
+        None, help="A model's shape with random weights, such as t5-base or llama-2-7b; no download."
+    ),
+    model: str | None = Option(None, help="A model to load: a folder or a hub name."),
+    methods: str = Option(
+        "pt,dept,ept,peft-pt",
+        help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20.",
+    ),
+    sweep: str | None = Option(
+        None, metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."
+    ),
+    dtype: str = Option("float32", help="float32 or bfloat16."),
+    quantization: str | None = Option(None, help="nf4 or fp4: 4-bit weights through bitsandbytes."),
+    fast_4bit: bool = Option(True, help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'."),
+    attn_implementation: str | None = Option(None, help="eager, sdpa, ...; else transformers' choice."),
+    layers: int | None = Option(None, help="Keep only the first layers of a shape, so many."),
+    batch: int = Option(8, help="Rows of a batch."),
+    length: int = Option(128, help="Text tokens of a row, at most."),
+    padding: str | None = Option(
+        None,
+        help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
+        "their longest row or to --length. Default: none; with data, longest.",
+    ),
+    logits: str = Option("labels", help="A decoder's logits: at the labels only, or at all positions."),
+    task: str | None = Option(None, help="Take the lengths from a task's train split (see `ept tasks`)."),
+    data_dir: Path | None = Option(None, help="Folder of the task's data."),
+    data: Path | None = Option(
+        None, help="Take the lengths from the column `text` of a file (jsonl, json, csv, parquet)."
+    ),
+    tokenizer: str | None = Option(None, help="With --task or --data: the tokenizer, where it is not the model's."),
+    config: Path | None = Option(None, metavar="FILE.yaml", help="Take model and data from a run's configuration."),
+    set_: list[str] | None = SET,
+    steps: int = Option(10, help="Measured steps of each method."),
+    warmup: int = Option(2, help="Unmeasured steps before them."),
+    seed: int = Option(0, help="Draws lengths, ids and rows."),
+    output: Path | None = Option(
+        None, metavar="DIR", help=f"Write {RECORD}, the plots and (without --sweep) Chrome traces here."
+    ),
+    overwrite: bool = Option(False, "--overwrite", help="Replace the profile in the folder."),
+    json: bool = JSON,
 ) -> None:
     """Measure training steps of several methods side by side.
 
@@ -110,7 +101,17 @@ def profile(
             count = batch * (steps + warmup)
             rows = data_rows(run, data, task_type, length, seed, count) if has_data else None
             record = measure(settings, rows=rows, base=base, traces=traces, progress=status.update)
-        record = {"command": _command(context), **record}
+        words = ["ept", "profile"]  # and the options that were given, but for where the record goes
+        for option in context.command.params:
+            value = context.params.get(str(option.name))
+            if value is None or value == option.default or option.name in ("output", "overwrite", "json"):
+                continue
+            if isinstance(value, bool):
+                words.append(option.opts[0] if value else option.secondary_opts[0])
+            else:
+                for item in value if isinstance(value, (list, tuple)) else [value]:
+                    words += [option.opts[0], str(item)]
+        record = {"command": shlex.join(words), **record}
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             draw_phases(record, output / "phases.png")
@@ -119,18 +120,3 @@ def profile(
             write_atomically(output / RECORD, json_format.dumps(record, indent=2) + "\n")
     saved = [f"saved in {output}"] if output is not None else []
     answer(json, record, steps_table(record), phases_table(record), *saved)
-
-
-def _command(context: typer.Context) -> str:
-    """Writes the command that gives the record again: the options that were given, but for where it goes."""
-    words = ["ept", "profile"]
-    for option in context.command.params:
-        value = context.params.get(str(option.name))
-        if value is None or value == option.default or option.name in ("output", "overwrite", "json"):
-            continue
-        if isinstance(value, bool):
-            words.append(option.opts[0] if value else option.secondary_opts[0])
-        else:
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                words += [option.opts[0], str(item)]
-    return shlex.join(words)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer import Argument, Option
 
-from .common import JsonOption, answer, quiet, shares
+from .common import JSON, answer, quiet, shares
 
 if TYPE_CHECKING:
     from ept.tasks import Task
@@ -17,7 +17,7 @@ app = typer.Typer(help="List the known tasks; `ept tasks show NAME` shows one.",
 
 
 @app.callback()
-def tasks(context: typer.Context, json: JsonOption = False) -> None:
+def tasks(context: typer.Context, json: bool = JSON) -> None:
     if context.invoked_subcommand is not None:
         return
     from ept.tasks import TASKS
@@ -35,23 +35,19 @@ def tasks(context: typer.Context, json: JsonOption = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, Argument(help="A task's name, such as glue/sst2.")],
-    data: Annotated[
-        Path | None, Option("--data", "--data-dir", metavar="DIR", help="Folder of the task's rows.")
-    ] = None,
-    hub: Annotated[bool, Option("--hub", help="Load the rows from the hub.")] = False,
-    tokenizer: Annotated[
-        str | None,
-        Option(
-            "--tokenizer",
-            "--model",
-            metavar="NAME",
-            help="Model whose tokenizer counts the tokens: folder or hub name.",
-        ),
-    ] = None,
-    max_length: Annotated[int | None, Option(help="Limit of a text in tokens, in place of the task's own.")] = None,
-    labels: Annotated[str, Option(help="digits or words: how the examples' targets are written.")] = "digits",
-    json: JsonOption = False,
+    name: str = Argument(help="A task's name, such as glue/sst2."),
+    data: Path | None = Option(None, "--data", "--data-dir", metavar="DIR", help="Folder of the task's rows."),
+    hub: bool = Option(False, "--hub", help="Load the rows from the hub."),
+    tokenizer: str | None = Option(
+        None,
+        "--tokenizer",
+        "--model",
+        metavar="NAME",
+        help="Model whose tokenizer counts the tokens: folder or hub name.",
+    ),
+    max_length: int | None = Option(None, help="Limit of a text in tokens, in place of the task's own."),
+    labels: str = Option("digits", help="digits or words: how the examples' targets are written."),
+    json: bool = JSON,
 ) -> None:
     """Show a task: its template, labels and metrics.
 

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from typer import Option
 
-from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet, shares
+from .common import JSON, PRINT_CONFIG, SET, answer, overrides, quiet, shares
 
 if TYPE_CHECKING:
     from ept.runs.config import RunConfig
 
 
 def train(
-    config: Annotated[Path | None, Option(metavar="FILE.yaml", help="The run's configuration.")] = None,
-    set_: SetOption = None,
-    output: Annotated[Path | None, Option(metavar="DIR", help="The run's folder (output_dir).")] = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Continue the run in the folder from its last checkpoint.")
-    ] = False,
-    overwrite: Annotated[bool, Option("--overwrite", help="Delete the run in the folder and start anew.")] = False,
-    print_config: PrintConfigOption = False,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Load everything, show what would be trained, write nothing.")
-    ] = False,
-    json: JsonOption = False,
+    config: Path | None = Option(None, metavar="FILE.yaml", help="The run's configuration."),
+    set_: list[str] | None = SET,
+    output: Path | None = Option(None, metavar="DIR", help="The run's folder (output_dir)."),
+    resume: bool = Option(False, "--resume", help="Continue the run in the folder from its last checkpoint."),
+    overwrite: bool = Option(False, "--overwrite", help="Delete the run in the folder and start anew."),
+    print_config: bool = PRINT_CONFIG,
+    dry_run: bool = Option(False, "--dry-run", help="Load everything, show what would be trained, write nothing."),
+    json: bool = JSON,
 ) -> None:
     """Train an adapter and score it before and after.
 
