@@ -9,20 +9,14 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from typer import Option
 
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Set one dotted key, e.g. method.r=30. Repeatable."),
-]
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print JSON on standard output, everything else on standard error.")
-]
-PrintConfigOption = Annotated[
-    bool, typer.Option("--print-config", help="Print the whole configuration as YAML and exit.")
-]
+SET: Any = Option(None, "--set", metavar="KEY=VALUE", help="Set one dotted key, e.g. method.r=30. Repeatable.")
+JSON: Any = Option(False, "--json", help="Print JSON on standard output, everything else on standard error.")
+PRINT_CONFIG: Any = Option(False, "--print-config", help="Print the whole configuration as YAML and exit.")
 
 
 def overrides(set_: list[str] | None, options: Mapping[str, object]) -> list[str]:
@@ -33,17 +27,12 @@ def overrides(set_: list[str] | None, options: Mapping[str, object]) -> list[str
 
 def answer(json: bool, value: Any, *shown: Any) -> None:
     """Prints a command's answer on standard output: `value` as JSON, or else tables and lines of text."""
-    from ept.utils.tables import print_table
+    from rich.console import Console
 
     if json:
         shown = (json_format.dumps(value, indent=2, ensure_ascii=False),)
     for part in shown:
-        typer.echo(part) if isinstance(part, str) else print_table(part)
-
-
-def show_config(json: bool, config: Any) -> None:
-    """Prints a run's or a comparison's configuration, as YAML or as JSON."""
-    answer(json, config.to_dict(), config.to_yaml().rstrip("\n"))
+        typer.echo(part) if isinstance(part, str) else Console().print(part)
 
 
 def shares(values: Mapping[str, float]) -> str:

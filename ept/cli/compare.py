@@ -5,33 +5,24 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
-from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet, show_config
-
-if TYPE_CHECKING:
-    from ept.compare.config import ComparisonConfig
-    from ept.compare.plan import PlannedRun
+from .common import JSON, PRINT_CONFIG, SET, answer, overrides, quiet
 
 
 def compare(
-    config: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="The comparison's configuration.")] = None,
-    set_: SetOption = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder with a folder for each task (glue/sst2), in place of the hub (data.data_dir)."
-        ),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The comparison's folder (output_dir).")] = None,
-    executor: Annotated[
-        str | None, typer.Option(help="local: one run after another; ray: side by side (compare.executor).")
-    ] = None,
-    print_config: PrintConfigOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, write nothing.")] = False,
-    json: JsonOption = False,
+    config: Path | None = Option(None, metavar="FILE.yaml", help="The comparison's configuration."),
+    set_: list[str] | None = SET,
+    data: Path | None = Option(
+        None, metavar="DIR", help="Folder with a folder for each task (glue/sst2), in place of the hub (data.data_dir)."
+    ),
+    output: Path | None = Option(None, metavar="DIR", help="The comparison's folder (output_dir)."),
+    executor: str | None = Option(None, help="local: one run after another; ray: side by side (compare.executor)."),
+    print_config: bool = PRINT_CONFIG,
+    dry_run: bool = Option(False, "--dry-run", help="List the runs, write nothing."),
+    json: bool = JSON,
 ) -> None:
     """Compare methods over tasks: scores, parameters, step times.
 
@@ -43,10 +34,22 @@ def compare(
     given = {"data.data_dir": data, "output_dir": output, "compare.executor": executor}
     comparison = load_comparison(config, overrides(set_, given))
     if print_config:
-        show_config(json, comparison)
+        answer(json, comparison.to_dict(), comparison.to_yaml().rstrip("\n"))
         return
     if dry_run:
-        _list_runs(comparison, json)
+        from ept.compare.plan import finished, plan, search_seeds
+
+        described, lines = [], []
+        runs = plan(comparison)
+        for run in runs:
+            state = "finished" if finished(run) else "begun" if run.folder.exists() else "to do"
+            described.append({"run": run.description, "state": state, "config": run.config.to_dict()})
+            lines.append(f"{state:9} {run.description}")
+        seeds = len(comparison.compare.seeds) - len(search_seeds(comparison))
+        later = seeds * len({run.group for run in runs})
+        if later:
+            lines.append(f"and {later} more, for {seeds} more seeds at the chosen learning rates")
+        answer(json, {"runs": described, "runs_at_chosen_rates": later}, *lines, "nothing was written")
         return
     with quiet():
         from ept.compare.figures import draw
@@ -70,19 +73,3 @@ def compare(
         typer.echo(f"failed: {record.run.description}: {record.outcome.error}  (in {record.run.folder})", err=True)
     if failed:
         raise typer.Exit(1)
-
-
-def _list_runs(comparison: ComparisonConfig, json: bool) -> None:
-    from ept.compare.plan import finished, plan, search_seeds
-
-    def state(run: PlannedRun) -> str:
-        return "finished" if finished(run) else "begun" if run.folder.exists() else "to do"
-
-    listed = [(run, state(run)) for run in plan(comparison)]
-    seeds = len(comparison.compare.seeds) - len(search_seeds(comparison))
-    later = seeds * len({run.group for run, _ in listed})
-    lines = [f"{state:9} {run.description}" for run, state in listed]
-    if later:
-        lines.append(f"and {later} more, for {seeds} more seeds at the chosen learning rates")
-    described = [{"run": run.description, "state": state, "config": run.config.to_dict()} for run, state in listed]
-    answer(json, {"runs": described, "runs_at_chosen_rates": later}, *lines, "nothing was written")

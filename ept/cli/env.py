@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .common import JsonOption, answer, quiet
+from .common import JSON, answer, quiet
 
 
-def env(json: JsonOption = False) -> None:
+def env(json: bool = JSON) -> None:
     """Show versions, devices and operators, for a bug report."""
     with quiet():
         from ept.runs.loading import default_device

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from .common import JsonOption, SetOption, answer, overrides, quiet
-
-SPLITS = ("train", "validation", "test")
+from .common import JSON, SET, answer, overrides, quiet
 
 
 def evaluate(
-    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of data in place of the run's own.")] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="One labelled file (jsonl, json, csv, parquet) in place of a split.")
-    ] = None,
-    scoring: Annotated[str | None, typer.Option(help="generate or rank, in place of the task type's own way.")] = None,
-    set_: SetOption = None,
-    json: JsonOption = False,
+    run_dir: Path = Argument(help="Folder of a finished run."),
+    split: str = Option("test", help="train, validation or test."),
+    data_dir: Path | None = Option(None, help="Folder of data in place of the run's own."),
+    file: Path | None = Option(None, help="One labelled file (jsonl, json, csv, parquet) in place of a split."),
+    scoring: str | None = Option(None, help="generate or rank, in place of the task type's own way."),
+    set_: list[str] | None = SET,
+    json: bool = JSON,
 ) -> None:
     """Score a trained run on its test split, or on other data."""
-    if split not in SPLITS:
-        raise ValueError(f"--split {split}: choose one of {', '.join(SPLITS)}")
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"--split {split}: choose one of train, validation, test")
     if file is not None and data_dir is not None:
         raise ValueError("--file and --data-dir exclude each other: give one")
     with quiet():
@@ -47,18 +42,6 @@ def evaluate(
             rows, truncation_rate = getattr(run_data.data, split), run_data.truncation_rate[split]
         metrics = run.score(rows, progress="scoring")
     name = split if file is None else str(file)
-    answer(
-        json,
-        {
-            "task": run.task.name,
-            "data": name,
-            "rows": len(rows),
-            "truncation_rate": truncation_rate,
-            "metrics": metrics,
-        },
-        table(
-            ("metric", "value"),
-            [(metric, f"{value:.4f}") for metric, value in metrics.items()],
-            f"{run.task.name}, {name}, {len(rows):,} rows",
-        ),
-    )
+    task, shown = run.task.name, [(metric, f"{value:.4f}") for metric, value in metrics.items()]
+    report = {"task": task, "data": name, "rows": len(rows), "truncation_rate": truncation_rate, "metrics": metrics}
+    answer(json, report, table(("metric", "value"), shown, f"{task}, {name}, {len(rows):,} rows"))

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
+from typer import Argument, Option
 
-from .common import JsonOption, SetOption, answer, quiet
-
-if TYPE_CHECKING:
-    from ept.model.export import FoldedAdapter
-    from ept.runs.config import RunConfig
+from .common import JSON, SET, answer, quiet
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="Folder of a finished run, or of an adapter.")],
-    output: Annotated[Path, typer.Option(help="Folder to write into; made if missing.")],
-    texts: Annotated[
-        Path | None, typer.Option(help="A text file: also write the embeddings of each line, as a model's input.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="With --texts: the base model, a folder or hub name; a run names its own."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier export wrote there.")] = False,
-    set_: SetOption = None,
-    json: JsonOption = False,
+    source: Path = Argument(help="Folder of a finished run, or of an adapter."),
+    output: Path = Option(help="Folder to write into; made if missing."),
+    texts: Path | None = Option(None, help="A text file: also write the embeddings of each line, as a model's input."),
+    model: str | None = Option(None, help="With --texts: the base model, a folder or hub name; a run names its own."),
+    overwrite: bool = Option(False, "--overwrite", help="Replace what an earlier export wrote there."),
+    set_: list[str] | None = SET,
+    json: bool = JSON,
 ) -> None:
     """Fold an adapter for other engines, and embed texts with it.
 
@@ -35,62 +26,48 @@ def export(
     if texts is None and model is not None:
         raise ValueError("--model is for the embeddings of texts: give --texts too, or leave it out")
     with quiet():
+        from ept.model.adapter_files import CONFIG_NAME
+        from ept.model.base_model import input_embedding
         from ept.model.export import EMBEDS_NAME, INFO_NAME, TENSORS_NAME, FoldedAdapter, write_embeds, write_folded
+        from ept.runs.config import ModelConfig
+        from ept.runs.folder import RunFolder
+        from ept.runs.loading import load_base_model, load_tokenizer, task_type_of
+        from ept.runs.predict import trained_run
+        from ept.tasks.encoding import encode_texts
 
         there = [name for name in (TENSORS_NAME, INFO_NAME, EMBEDS_NAME) if (output / name).exists()]
         if there and not overwrite:
             raise FileExistsError(f"{output} already holds {', '.join(there)}: --overwrite replaces them")
-        config, folder = _run_of(source, set_ or [])
+        config, folder = None, source
+        if not (source / CONFIG_NAME).is_file():
+            if not RunFolder(source).config.is_file():
+                raise FileNotFoundError(f"{source} holds neither a run (config.yaml) nor an adapter ({CONFIG_NAME})")
+            config, folder = trained_run(source, set_ or [])
+        elif set_:
+            raise ValueError(f"--set changes a run's configuration, and {source} is an adapter: use --model")
         adapter = FoldedAdapter.read(folder)
-        embeds = _embed(adapter, config, model, _lines(texts)) if texts is not None else []
+        embeds: list[Any] = []
+        if texts is not None:
+            try:
+                lines = texts.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{texts} is not UTF-8 text: {error}") from error
+            if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+                raise ValueError(f"{texts}, line {empty[0]} is empty: every line is one input text")
+            if not lines:
+                raise ValueError(f"{texts} is empty: every line is one input text")
+            # Never the base model that an adapter names: it may come from anywhere.
+            described = config.model if config is not None else ModelConfig(dtype="auto")
+            described.name_or_path = model or described.name_or_path
+            if described.name_or_path is None:
+                raise ValueError("the embeddings of texts need the base model: give --model")
+            task_type = adapter.layer.config.task_type or task_type_of(described)
+            tokenizer = load_tokenizer(described)
+            base = load_base_model(described, task_type, num_labels=2, pad_token_id=int(tokenizer.pad_token_id))
+            embeds = adapter.embed(encode_texts(tokenizer, lines, task_type), input_embedding(base))
         (output / EMBEDS_NAME).unlink(missing_ok=True)  # an earlier export's, of other texts
         files = write_folded(adapter, output)
         if embeds:
             files.append(write_embeds(embeds, output))
     paths = [str(file) for file in files]
     answer(json, {"files": paths, "texts": len(embeds), **adapter.info()}, *paths)
-
-
-def _run_of(source: Path, overrides: list[str]) -> tuple[RunConfig | None, Path]:
-    """Finds the configuration of the run in `source` and its adapter's folder; of an adapter None and `source`."""
-    from ept.model.adapter_files import CONFIG_NAME
-    from ept.runs.folder import RunFolder
-    from ept.runs.predict import trained_run
-
-    if (source / CONFIG_NAME).is_file():
-        if overrides:
-            raise ValueError(f"--set changes a run's configuration, and {source} is an adapter: use --model")
-        return None, source
-    if not RunFolder(source).config.is_file():
-        raise FileNotFoundError(f"{source} holds neither a run (config.yaml) nor an adapter ({CONFIG_NAME})")
-    return trained_run(source, overrides)
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
-        raise ValueError(f"{file}, line {empty[0]} is empty: every line is one input text")
-    if not lines:
-        raise ValueError(f"{file} is empty: every line is one input text")
-    return lines
-
-
-def _embed(adapter: FoldedAdapter, config: RunConfig | None, model: str | None, lines: list[str]) -> list[Any]:
-    """Embeds each line, tokenised as in training; the base model is never one that an adapter names."""
-    from ept.model.base_model import input_embedding
-    from ept.runs.config import ModelConfig
-    from ept.runs.loading import load_base_model, load_tokenizer, task_type_of
-    from ept.tasks.encoding import encode_texts
-
-    described = config.model if config is not None else ModelConfig(dtype="auto")
-    if model is not None:
-        described.name_or_path = model
-    if described.name_or_path is None:
-        raise ValueError("the embeddings of texts need the base model: give --model")
-    task_type = adapter.layer.config.task_type or task_type_of(described)
-    tokenizer = load_tokenizer(described)
-    base = load_base_model(described, task_type, num_labels=2, pad_token_id=int(tokenizer.pad_token_id))
-    return adapter.embed(encode_texts(tokenizer, lines, task_type), input_embedding(base))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 
 from ept.runs.processes import rank
@@ -59,21 +60,15 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
+    version: bool = Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
 ) -> None:
     pass
 
 
-app.command("train")(train.train)
-app.command("evaluate")(evaluate.evaluate)
-app.command("predict")(predict.predict)
-app.command("compare")(compare.compare)
-app.command("export")(export.export)
-app.command("profile")(profile.profile)
+for command in (train.train, evaluate.evaluate, predict.predict, compare.compare, export.export, profile.profile):
+    app.command()(command)
 app.add_typer(tasks.app, name="tasks")
-app.command("env")(env.env)
+app.command()(env.env)
 
 
 if __name__ == "__main__":

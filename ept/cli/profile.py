@@ -4,83 +4,60 @@ from __future__ import annotations
 
 import json as json_format
 import shlex
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import typer
+from typer import Option
 
-from .common import JsonOption, SetOption, answer, overrides, quiet
-
-if TYPE_CHECKING:
-    from ept.profile.profile import ProfileConfig
-    from ept.runs.config import RunConfig
+from .common import JSON, SET, answer, overrides, quiet
 
 RECORD = "profile.json"
 
 
 def profile(
     context: typer.Context,
-    shape: Annotated[
-        str | None,
-        typer.Option(help="A model's shape with random weights, such as t5-base or llama-2-7b; no download."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="A model to load: a folder or a hub name.")] = None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20."
-        ),
-    ] = "pt,dept,ept,peft-pt",
-    sweep: Annotated[
-        str | None,
-        typer.Option(
-            metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    quantization: Annotated[str | None, typer.Option(help="nf4 or fp4: 4-bit weights through bitsandbytes.")] = None,
-    fast_4bit: Annotated[
-        bool, typer.Option(help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'.")
-    ] = True,
-    attn_implementation: Annotated[
-        str | None, typer.Option(help="eager, sdpa, ...; else transformers' choice.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="Keep only the first layers of a shape, so many.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
-    length: Annotated[int, typer.Option(help="Text tokens of a row, at most.")] = 128,
-    padding: Annotated[
-        str | None,
-        typer.Option(
-            help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
-            "their longest row or to --length. Default: none; with data, longest."
-        ),
-    ] = None,
-    logits: Annotated[
-        str, typer.Option(help="A decoder's logits: at the labels only, or at all positions.")
-    ] = "labels",
-    task: Annotated[
-        str | None, typer.Option(help="Take the lengths from a task's train split (see `ept tasks`).")
-    ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the task's data.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Take the lengths from the column `text` of a file (jsonl, json, csv, parquet).")
-    ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="With --task or --data: the tokenizer, where it is not the model's.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="Take model and data from a run's configuration.")
-    ] = None,
-    set_: SetOption = None,
-    steps: Annotated[int, typer.Option(help="Measured steps of each method.")] = 10,
-    warmup: Annotated[int, typer.Option(help="Unmeasured steps before them.")] = 2,
-    seed: Annotated[int, typer.Option(help="Draws lengths, ids and rows.")] = 0,
-    output: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help=f"Write {RECORD}, the plots and (without --sweep) Chrome traces here."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the profile in the folder.")] = False,
-    json: JsonOption = False,
+    shape: str | None = Option(
+        None, help="A model's shape with random weights, such as t5-base or llama-2-7b; no download."
+    ),
+    model: str | None = Option(None, help="A model to load: a folder or a hub name."),
+    methods: str = Option(
+        "pt,dept,ept,peft-pt",
+        help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20.",
+    ),
+    sweep: str | None = Option(
+        None, metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."
+    ),
+    dtype: str = Option("float32", help="float32 or bfloat16."),
+    quantization: str | None = Option(None, help="nf4 or fp4: 4-bit weights through bitsandbytes."),
+    fast_4bit: bool = Option(True, help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'."),
+    attn_implementation: str | None = Option(None, help="eager, sdpa, ...; else transformers' choice."),
+    layers: int | None = Option(None, help="Keep only the first layers of a shape, so many."),
+    batch: int = Option(8, help="Rows of a batch."),
+    length: int = Option(128, help="Text tokens of a row, at most."),
+    padding: str | None = Option(
+        None,
+        help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
+        "their longest row or to --length. Default: none; with data, longest.",
+    ),
+    logits: str = Option("labels", help="A decoder's logits: at the labels only, or at all positions."),
+    task: str | None = Option(None, help="Take the lengths from a task's train split (see `ept tasks`)."),
+    data_dir: Path | None = Option(None, help="Folder of the task's data."),
+    data: Path | None = Option(
+        None, help="Take the lengths from the column `text` of a file (jsonl, json, csv, parquet)."
+    ),
+    tokenizer: str | None = Option(None, help="With --task or --data: the tokenizer, where it is not the model's."),
+    config: Path | None = Option(None, metavar="FILE.yaml", help="Take model and data from a run's configuration."),
+    set_: list[str] | None = SET,
+    steps: int = Option(10, help="Measured steps of each method."),
+    warmup: int = Option(2, help="Unmeasured steps before them."),
+    seed: int = Option(0, help="Draws lengths, ids and rows."),
+    output: Path | None = Option(
+        None, metavar="DIR", help=f"Write {RECORD}, the plots and (without --sweep) Chrome traces here."
+    ),
+    overwrite: bool = Option(False, "--overwrite", help="Replace the profile in the folder."),
+    json: bool = JSON,
 ) -> None:
     """Measure training steps of several methods side by side.
 
@@ -91,15 +68,12 @@ def profile(
         raise FileExistsError(f"{output} holds a profile: choose another --output, or replace it with --overwrite")
     if data is not None and task is not None:
         raise ValueError("--data and --task exclude each other: give one")
-    given = {
-        "model.name_or_path": model,
-        "model.tokenizer_name_or_path": tokenizer,
-        "data.task": task,
-        "data.data_dir": data_dir,
-    }
+    given: dict[str, object] = {"model.name_or_path": model, "model.tokenizer_name_or_path": tokenizer}
+    given |= {"data.task": task, "data.data_dir": data_dir}
     with quiet():
         from rich.console import Console
 
+        from ept.profile.batches import data_rows
         from ept.profile.profile import ProfileConfig, load, task_type_of_base
         from ept.profile.profile import profile as measure
         from ept.profile.profile import sweep as at_lengths
@@ -111,30 +85,33 @@ def profile(
         run = load_run_config(config, overrides(set_, given))
         has_data = data is not None or run.data.task is not None or run.data.template is not None
         names = tuple(methods.split(","))
-        settings = ProfileConfig(
-            shape=shape,
-            model=run.model if shape is None or config is None else ModelConfig(),  # the file is for its data only
-            dtype=dtype,
-            quantization=quantization,
-            fast_4bit=fast_4bit,
-            attn_implementation=attn_implementation,
-            layers=layers,
-            methods=at_lengths(_sweep_values(sweep), names) if sweep is not None else names,
-            batch=batch,
-            length=length,
-            padding=padding or ("longest" if has_data else "none"),
-            logits=logits,
-            steps=steps,
-            warmup=warmup,
-            seed=seed,
-        )
+        # Most settings are options of the same name.
+        same: dict[str, Any] = {field.name: context.params.get(field.name) for field in fields(ProfileConfig)}
+        others = {
+            "model": run.model if shape is None or config is None else ModelConfig(),  # the file is for its data only
+            "methods": at_lengths(sweep, names) if sweep is not None else names,
+            "padding": padding or ("longest" if has_data else "none"),
+        }
+        settings = ProfileConfig(**same | others)
         settings.check()
         traces = None if sweep is not None else output  # a trace of every method at every length would be too much
         with Console(stderr=True).status("building the model") as status:
             base = load(settings, default_device())
-            rows = _rows(settings, run, data, task_type_of_base(base)) if has_data else None
+            task_type = task_type_of_base(base)
+            count = batch * (steps + warmup)
+            rows = data_rows(run, data, task_type, length, seed, count) if has_data else None
             record = measure(settings, rows=rows, base=base, traces=traces, progress=status.update)
-        record = {"command": _command(context), **record}
+        words = ["ept", "profile"]  # and the options that were given, but for where the record goes
+        for option in context.command.params:
+            value = context.params.get(str(option.name))
+            if value is None or value == option.default or option.name in ("output", "overwrite", "json"):
+                continue
+            if isinstance(value, bool):
+                words.append(option.opts[0] if value else option.secondary_opts[0])
+            else:
+                for item in value if isinstance(value, (list, tuple)) else [value]:
+                    words += [option.opts[0], str(item)]
+        record = {"command": shlex.join(words), **record}
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             draw_phases(record, output / "phases.png")
@@ -143,53 +120,3 @@ def profile(
             write_atomically(output / RECORD, json_format.dumps(record, indent=2) + "\n")
     saved = [f"saved in {output}"] if output is not None else []
     answer(json, record, steps_table(record), phases_table(record), *saved)
-
-
-def _rows(settings: ProfileConfig, run: RunConfig, data: Path | None, task_type: str) -> list[Any]:
-    """Draws rows from the data that the command names, no more than are measured."""
-    from ept.profile.batches import text_rows
-    from ept.runs.data import load_run_data
-    from ept.runs.loading import load_tokenizer
-    from ept.tasks import read_rows
-    from ept.tasks.encoding import encode_split
-
-    if run.model.name_or_path is None and run.model.tokenizer_name_or_path is None:
-        raise ValueError("a shape has no tokenizer of its own: name one with --tokenizer to measure on data")
-    tokenizer = load_tokenizer(run.model)
-    count = settings.batch * (settings.steps + settings.warmup)
-    if data is not None:
-        read = read_rows(data)
-        if "text" not in read[0]:
-            raise ValueError(f"{data}: no column text (found: {', '.join(map(str, read[0]))})")
-        texts = [str(row["text"]) for row in read]
-        return text_rows(texts, tokenizer, task_type, settings.length, settings.seed, count)
-    run.data.max_length = settings.length
-    loaded = load_run_data(run.data, tokenizer, task_type).data
-    chosen = loaded.train.shuffle(seed=settings.seed).select(range(min(count, len(loaded.train))))
-    return list(encode_split(chosen, tokenizer, loaded.labels, task_type))
-
-
-def _command(context: typer.Context) -> str:
-    """Writes the command that gives the record again: the options that were given, but for where it goes."""
-    words = ["ept", "profile"]
-    for option in context.command.params:
-        value = context.params.get(str(option.name))
-        if value is None or value == option.default or option.name in ("output", "overwrite", "json", "context"):
-            continue
-        if isinstance(value, bool):
-            words.append(option.opts[0] if value else option.secondary_opts[0])
-        else:
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                words += [option.opts[0], str(item)]
-    return shlex.join(words)
-
-
-def _sweep_values(text: str) -> list[int]:
-    name, _, values = text.partition("=")
-    try:
-        numbers = [int(value) for value in values.split(",")]
-    except ValueError:
-        numbers = []
-    if name != "num_virtual_tokens" or not numbers or min(numbers) < 1:
-        raise ValueError(f"cannot read --sweep {text!r}: write it as num_virtual_tokens=10,20,40")
-    return numbers

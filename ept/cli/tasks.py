@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer import Argument, Option
 
-from .common import JsonOption, answer, quiet, shares
+from .common import JSON, answer, quiet, shares
 
 if TYPE_CHECKING:
     from ept.tasks import Task
@@ -16,7 +17,7 @@ app = typer.Typer(help="List the known tasks; `ept tasks show NAME` shows one.",
 
 
 @app.callback()
-def tasks(context: typer.Context, json: JsonOption = False) -> None:
+def tasks(context: typer.Context, json: bool = JSON) -> None:
     if context.invoked_subcommand is not None:
         return
     from ept.tasks import TASKS
@@ -34,32 +35,26 @@ def tasks(context: typer.Context, json: JsonOption = False) -> None:
 
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A task's name, such as glue/sst2.")],
-    data: Annotated[
-        Path | None, typer.Option("--data", "--data-dir", metavar="DIR", help="Folder of the task's rows.")
-    ] = None,
-    hub: Annotated[bool, typer.Option("--hub", help="Load the rows from the hub.")] = False,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            "--tokenizer",
-            "--model",
-            metavar="NAME",
-            help="Model whose tokenizer counts the tokens: folder or hub name.",
-        ),
-    ] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Limit of a text in tokens, in place of the task's own.")
-    ] = None,
-    labels: Annotated[str, typer.Option(help="digits or words: how the examples' targets are written.")] = "digits",
-    json: JsonOption = False,
+    name: str = Argument(help="A task's name, such as glue/sst2."),
+    data: Path | None = Option(None, "--data", "--data-dir", metavar="DIR", help="Folder of the task's rows."),
+    hub: bool = Option(False, "--hub", help="Load the rows from the hub."),
+    tokenizer: str | None = Option(
+        None,
+        "--tokenizer",
+        "--model",
+        metavar="NAME",
+        help="Model whose tokenizer counts the tokens: folder or hub name.",
+    ),
+    max_length: int | None = Option(None, help="Limit of a text in tokens, in place of the task's own."),
+    labels: str = Option("digits", help="digits or words: how the examples' targets are written."),
+    json: bool = JSON,
 ) -> None:
     """Show a task: its template, labels and metrics.
 
     With its rows: the rows of each split, the label balance and two formatted examples. With a tokenizer as well: the
     share of texts that are too long.
     """
-    from ept.tasks import get_task
+    from ept.tasks import get_task, load_task
 
     task = get_task(name)
     if labels not in ("digits", "words"):
@@ -84,7 +79,19 @@ def show(
     }
     if data is not None or hub:
         with quiet():
-            description.update(_about_rows(task, data, tokenizer, limit, labels))
+            from ept.runs.config import DataConfig, ModelConfig
+            from ept.runs.data import describe, load_run_data
+            from ept.runs.loading import load_tokenizer, task_type_of
+
+            where: dict[str, Any] = {"data_dir": str(data) if data is not None else None, "labels": labels}
+            if tokenizer is None:
+                loaded = load_task(task, **where)
+            else:
+                model = ModelConfig(name_or_path=tokenizer)
+                config = DataConfig(task=task.name, max_length=limit, **where)
+                run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
+                loaded, description["truncation_rate"] = run_data.data, run_data.truncation_rate
+            description.update(describe(loaded))
     lines = {
         "template": repr(task.template),
         "labels": _labels(task),
@@ -100,25 +107,6 @@ def show(
     shown = [(name, text) for name, text in lines.items() if text]
     shown += [("example", f"{example['text']!r} -> {example['target']!r}") for example in description["examples"]]
     answer(json, description, task.name, *(f"  {name + ':':11} {text}" for name, text in shown))
-
-
-def _about_rows(task: Task, folder: Path | None, tokenizer: str | None, limit: int, labels: str) -> dict[str, Any]:
-    """Loads the task's rows and describes them; counts tokens where a tokenizer is named."""
-    from ept.runs.config import DataConfig, ModelConfig
-    from ept.runs.data import describe, load_run_data
-    from ept.runs.loading import load_tokenizer, task_type_of
-    from ept.tasks import load_task
-
-    where = None if folder is None else str(folder)
-    found: dict[str, Any] = {}
-    if tokenizer is None:
-        data = load_task(task, data_dir=where, labels=labels)  # type: ignore[arg-type]
-    else:
-        model = ModelConfig(name_or_path=tokenizer)
-        config = DataConfig(task=task.name, data_dir=where, labels=labels, max_length=limit)  # type: ignore[arg-type]
-        run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
-        data, found["truncation_rate"] = run_data.data, run_data.truncation_rate
-    return {**found, **describe(data)}
 
 
 def _labels(task: Task, digits: bool = True) -> str:

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
-import typer
+from typer import Option
 
-from .common import JsonOption, PrintConfigOption, SetOption, answer, overrides, quiet, shares, show_config
+from .common import JSON, PRINT_CONFIG, SET, answer, overrides, quiet, shares
 
 if TYPE_CHECKING:
     from ept.runs.config import RunConfig
 
 
 def train(
-    config: Annotated[Path | None, typer.Option(metavar="FILE.yaml", help="The run's configuration.")] = None,
-    set_: SetOption = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder (output_dir).")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in the folder from its last checkpoint.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete the run in the folder and start anew.")
-    ] = False,
-    print_config: PrintConfigOption = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load everything, show what would be trained, write nothing.")
-    ] = False,
-    json: JsonOption = False,
+    config: Path | None = Option(None, metavar="FILE.yaml", help="The run's configuration."),
+    set_: list[str] | None = SET,
+    output: Path | None = Option(None, metavar="DIR", help="The run's folder (output_dir)."),
+    resume: bool = Option(False, "--resume", help="Continue the run in the folder from its last checkpoint."),
+    overwrite: bool = Option(False, "--overwrite", help="Delete the run in the folder and start anew."),
+    print_config: bool = PRINT_CONFIG,
+    dry_run: bool = Option(False, "--dry-run", help="Load everything, show what would be trained, write nothing."),
+    json: bool = JSON,
 ) -> None:
     """Train an adapter and score it before and after.
 
@@ -43,12 +37,10 @@ def train(
     if (print_config or dry_run) and rank() != 0:
         return
     if print_config:
-        show_config(json, run_config)
+        answer(json, run_config.to_dict(), run_config.to_yaml().rstrip("\n"))
         return
     if dry_run:
-        with quiet():
-            summary = _describe(run_config)
-        answer(json, summary, *_shown(summary))
+        _describe(run_config, json)
         return
     with quiet():
         from torch.distributed.elastic.multiprocessing.errors import record
@@ -62,30 +54,28 @@ def train(
         answer(json, results, results_table(results), f"saved in {run_config.output_dir}")
 
 
-def _describe(config: RunConfig) -> dict[str, Any]:
-    """Describes what a run would train, and on what; loads tokenizer, data and model, writes nothing."""
-    from ept.runs.data import describe
-    from ept.runs.train import prepare
+def _describe(config: RunConfig, json: bool) -> None:
+    """Shows what a run would train, and on what; loads tokenizer, data and model, writes nothing."""
+    with quiet():
+        from ept.runs.data import describe
+        from ept.runs.train import prepare
+        from ept.utils.tables import properties
 
-    run = prepare(config)
-    return {
-        "task": run.task.name,
-        "task_type": run.task_type,
-        "metric": run.task.metrics[0],
-        **describe(run.run_data.data),
-        "labels": list(run.labels),
-        "max_length": run.max_length,
-        "truncation_rate": run.run_data.truncation_rate,
-        "method": config.method.name,
-        "model": config.model.name_or_path,
-        "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
-        "adapter": {key: value for key, value in run.model.active_peft_config.to_dict().items() if value is not None},
-    }
-
-
-def _shown(summary: dict[str, Any]) -> list[Any]:
-    from ept.utils.tables import properties
-
+        run = prepare(config)
+        adapter = run.model.active_peft_config.to_dict()
+        summary = {
+            "task": run.task.name,
+            "task_type": run.task_type,
+            "metric": run.task.metrics[0],
+            **describe(run.run_data.data),
+            "labels": list(run.labels),
+            "max_length": run.max_length,
+            "truncation_rate": run.run_data.truncation_rate,
+            "method": config.method.name,
+            "model": config.model.name_or_path,
+            "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
+            "adapter": {key: value for key, value in adapter.items() if value is not None},
+        }
     examples = [
         f"example {number}\n  text:   {example['text']!r}\n  target: {example['target']!r}"
         for number, example in enumerate(summary["examples"], start=1)
@@ -99,4 +89,4 @@ def _shown(summary: dict[str, Any]) -> list[Any]:
         ("trainable parameters", f"{summary['trainable_parameters']:,}"),
     ]
     table = properties(rows, f"dry run: {summary['method']} on {summary['task']}")
-    return [*examples, table, "nothing was written"]
+    answer(json, summary, *examples, table, "nothing was written")

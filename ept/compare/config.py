@@ -53,8 +53,8 @@ class CompareConfig(Section):
     def _check(self) -> CompareConfig:
         for name in self.methods:
             get_method(name)
-        listed: dict[str, list[Any]] = {"methods": self.methods, "seeds": self.seeds, "tasks": self.tasks}
-        for key, values in listed.items():
+        for key in ("methods", "seeds", "tasks"):
+            values = getattr(self, key)
             if not values and key != "tasks":
                 raise ValueError(f"compare.{key} is empty: name at least one")
             if len(set(values)) < len(values):

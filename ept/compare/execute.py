@@ -15,8 +15,6 @@ from typing import Any
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
 
-ERROR_FILE = "error.txt"
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -46,53 +44,22 @@ class Outcome:
         return f"{found['metric']} {found['score']:.4f}{validation}, {found['train_seconds']:.0f} s"
 
 
-def run_all(jobs: Sequence[dict[str, Any]], executor: str, cpus_per_run: int = 1) -> Iterator[Outcome]:
+def run_all(jobs: Sequence[dict[str, Any]], executor: str, cpus_per_run: int) -> Iterator[Outcome]:
     """Yields the outcome of each run (a `RunConfig` as a dictionary), as they come in.
+
+    With Ray each run has a process of its own, and a GPU of its own where there are any. Ray joins the cluster that
+    RAY_ADDRESS names, else starts one on this machine; the output folder must be the same for all machines.
 
     Raises:
         ValueError: Ray is asked for and not installed.
     """
-    if executor == "ray":
-        if importlib.util.find_spec("ray") is None:
-            raise ValueError(
-                "compare.executor=ray needs the package ray: pip install 'ept-tuning[ray]', or set it to local"
-            )
-        return _through_ray(jobs, cpus_per_run)
-    return map(execute, jobs)
-
-
-def execute(job: dict[str, Any]) -> Outcome:
-    """Trains one run, or resumes it; an error becomes part of the outcome, its traceback `error.txt` in the folder.
-
-    A run that another comparison in the same folder has finished since the jobs were listed is taken as it is.
-    """
-    import torch
-
-    from ..runs.train import train
-
-    folder = Path(job["output_dir"])
-    if RunFolder(folder).results.is_file():
-        return Outcome.of(folder)
-    (folder / ERROR_FILE).unlink(missing_ok=True)
-    try:
-        return Outcome(folder, train(RunConfig.from_dict(job), resume=True))
-    except Exception as error:
-        with contextlib.suppress(OSError):  # of a full disk, say, which is what the error may be
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / ERROR_FILE).write_text(traceback.format_exc(), encoding="utf-8")
-        return Outcome.failed(folder, error)
-    finally:  # the next run needs the memory
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[Outcome]:
-    """Starts each run in a process of its own, with a GPU of its own where there are any.
-
-    Joins the cluster that RAY_ADDRESS names, else starts one on this machine; the output folder must be the same for
-    all machines.
-    """
+    if executor == "local":
+        yield from map(execute, jobs)
+        return
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError(
+            "compare.executor=ray needs the package ray: pip install 'ept-tuning[ray]', or set it to local"
+        )
     import ray
 
     started = not ray.is_initialized()
@@ -112,3 +79,30 @@ def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[
     finally:
         if started:
             ray.shutdown()
+
+
+def execute(job: dict[str, Any]) -> Outcome:
+    """Trains one run, or resumes it; an error becomes part of the outcome, its traceback `error.txt` in the folder.
+
+    A run that another comparison in the same folder has finished since the jobs were listed is taken as it is.
+    """
+    import torch
+
+    from ..runs.train import train
+
+    folder = Path(job["output_dir"])
+    if RunFolder(folder).results.is_file():
+        return Outcome.of(folder)
+    error_file = folder / "error.txt"
+    error_file.unlink(missing_ok=True)
+    try:
+        return Outcome(folder, train(RunConfig.from_dict(job), resume=True))
+    except Exception as error:
+        with contextlib.suppress(OSError):  # of a full disk, say, which is what the error may be
+            folder.mkdir(parents=True, exist_ok=True)
+            error_file.write_text(traceback.format_exc(), encoding="utf-8")
+        return Outcome.failed(folder, error)
+    finally:  # the next run needs the memory
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

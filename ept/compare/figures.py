@@ -24,7 +24,6 @@ X_LABELS = {
     "num_spaces": "number of spaces K",
     "r": "rank r",
 }
-ROUND_NUMBERS = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
 SIZE_SWEEPS = (None, "budget", "num_virtual_tokens", "num_spaces", "r")
 """Points that differ in the adapter's size alone."""
 
@@ -35,37 +34,32 @@ def draw(settings: Sequence[Setting], folder: Path, published: bool = False) -> 
     Args:
         published: adds published T5-Base results to the figure of score against parameters, where they cover the tasks.
     """
+    settings = [setting for setting in settings if any(m.mean for m in setting.methods)]
     files = []
-    sized = [setting for setting in settings if setting.sweep in SIZE_SWEEPS and _methods(setting)]
-    if sized:
-        files.append(score_against_parameters(sized, folder / "score_against_parameters.png", published))
-    models = _swept(settings, "model")
-    if models:
-        files.append(methods_by_model(models, folder / "methods_by_model.png"))
-    for sweep in X_LABELS:
-        points = _swept(settings, sweep)
-        if points:
-            files.append(score_against(sweep, points, folder / f"score_against_{sweep}.png"))
+    if sized := [setting for setting in settings if setting.sweep in SIZE_SWEEPS]:
+        files.append(folder / "score_against_parameters.png")
+        score_against_parameters(sized, files[-1], published)
+    for sweep in ("model", *X_LABELS):
+        if points := [setting for setting in settings if setting.sweep == sweep]:
+            files.append(folder / ("methods_by_model.png" if sweep == "model" else f"score_against_{sweep}.png"))
+            methods_by_model(points, files[-1]) if sweep == "model" else score_against(sweep, points, files[-1])
     return files
 
 
-def score_against_parameters(settings: Sequence[Setting], file: Path, published: bool) -> Path:
+def score_against_parameters(settings: Sequence[Setting], file: Path, published: bool) -> None:
     """Draws a point for each method and size: mean score with its interval over trainable parameters."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    ours = {
-        name: {m.parameters: m.mean for s in settings for m in _methods(s) if m.method == name and m.mean is not None}
-        for name in _names(settings)
-    }
+    ours = {name: {m.parameters: mean for _, m, mean in found} for name, found in _by_method(settings).items()}
     theirs = published_scores(settings[0].tasks) if published else []
     sizes = [size for found in ours.values() for size in found] + [size for _, size, _ in theirs]
     ends = (min(sizes) / 2, max(sizes) * 2)  # methods at one budget differ by a few parameters: no axis for these alone
     places = iter(side_by_side(sizes, step=0.018 * math.log10(ends[1] / ends[0])))
-    size = {"width": 10 if published else 7, "height": max(4.2, 0.5 + 0.18 * (len(ours) + len(theirs)))}
-    with _scores(file, settings, **size) as (axes,):
+    height = max(4.2, 0.5 + 0.18 * (len(ours) + len(theirs)))
+    with _scores(file, settings, width=10 if published else 7, height=height) as (axes,):
         for name, found in ours.items():
-            points = [(next(places), mean) for mean in found.values()]
-            _series(axes, name, sorted(points, key=lambda point: point[0]), line=len(found) > 1)
+            points = sorted(((next(places), mean) for mean in found.values()), key=lambda point: point[0])
+            _series(axes, name, points, line=len(found) > 1)
         for number, (label, _, score) in enumerate(theirs, start=1):
             style = {"marker": f"${number}$", "color": "black", "linewidths": 0.1, "s": 50 if number < 10 else 90}
             axes.scatter([next(places)], [score], label=f"published, T5-Base: {label}", **style)
@@ -74,9 +68,9 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
         axes.set_xlabel("trainable parameters (equal budgets side by side)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         if ends[1] / ends[0] < 100:
-            axes.set_xticks([value for value in ROUND_NUMBERS if ends[0] <= value <= ends[1]])
+            round_numbers = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
+            axes.set_xticks([value for value in round_numbers if ends[0] <= value <= ends[1]])
             axes.xaxis.set_minor_formatter(NullFormatter())
-    return file
 
 
 def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[float]:
@@ -96,41 +90,36 @@ def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[
     return places
 
 
-def methods_by_model(settings: Sequence[Setting], file: Path) -> Path:
+def methods_by_model(settings: Sequence[Setting], file: Path) -> None:
     """Draws a group of bars for each base model, one bar a method."""
-    names = _names(settings)
-    width = 0.8 / len(names)
+    by_method = _by_method(settings)
+    width = 0.8 / len(by_method)
     with _scores(file, settings) as (axes,):
-        for place, name in enumerate(names):
-            aside = (place - (len(names) - 1) / 2) * width
-            means = [(i, m.mean) for i, s in enumerate(settings) for m in _methods(s) if m.method == name and m.mean]
-            heights, reach = _bars([mean for _, mean in means])
-            style = {"color": _colour(name), "label": METHODS[name].title, "capsize": 3}
-            axes.bar([i + aside for i, _ in means], heights, width, yerr=reach, **style)
+        for place, (name, found) in enumerate(by_method.items()):
+            aside = (place - (len(by_method) - 1) / 2) * width
+            heights, reach = _bars([mean for _, _, mean in found])
+            _, style = _style(name)
+            axes.bar([group + aside for group, _, _ in found], heights, width, yerr=reach, capsize=3, **style)
         axes.set_xticks(range(len(settings)), [Path(str(setting.value)).name for setting in settings])
         axes.set_xlabel("base model")
-    return file
 
 
-def score_against(sweep: str, settings: Sequence[Setting], file: Path) -> Path:
+def score_against(sweep: str, settings: Sequence[Setting], file: Path) -> None:
     """Draws a line for each method over the swept value; for the prompt's length its step time as well."""
+    settings = sorted(settings, key=lambda setting: setting.value)
+    values = [setting.value for setting in settings]
+    by_method = _by_method(settings)
     timed = sweep == "num_virtual_tokens"
-    names = _names(settings)
-    logarithmic = all(setting.value > 0 for setting in settings)
+    logarithmic = min(values) > 0
     with _scores(file, settings, panels=2 if timed else 1, height=8.4 if timed else 4.2) as panels:
-        for place, name in enumerate(names):
-            aside = 0.06 * (place - (len(names) - 1) / 2)  # side by side, so that the bars do not hide each other
-            found = [
-                (s.value * 2**aside if logarithmic else s.value + aside, m)
-                for s in settings
-                for m in _methods(s)
-                if m.method == name
-            ]
-            _series(panels[0], name, [(value, m.mean) for value, m in found if m.mean is not None])
+        for place, (name, found) in enumerate(by_method.items()):
+            aside = 0.06 * (place - (len(by_method) - 1) / 2)  # side by side, so that the bars do not hide each other
+            xs = [values[i] * 2**aside if logarithmic else values[i] + aside for i, _, _ in found]
+            _series(panels[0], name, [(x, mean) for x, (_, _, mean) in zip(xs, found)])
             if timed:
-                times = [(value, m.step_time_ms) for value, m in found if m.step_time_ms is not None]
-                panels[1].plot([value for value, _ in times], [time for _, time in times], **_style(name))
-        values = [setting.value for setting in settings]
+                times = [(x, m.step_time_ms) for x, (_, m, _) in zip(xs, found) if m.step_time_ms is not None]
+                marker, style = _style(name)
+                panels[1].plot([x for x, _ in times], [time for _, time in times], marker=marker, **style)
         for axes in panels:
             if logarithmic:
                 axes.set_xscale("log", base=2)
@@ -140,30 +129,16 @@ def score_against(sweep: str, settings: Sequence[Setting], file: Path) -> Path:
             panels[1].set_ylabel("median step (ms)")
             panels[1].set_ylim(bottom=0)
         panels[-1].set_xlabel(X_LABELS[sweep])
-    return file
 
 
-def _swept(settings: Sequence[Setting], sweep: str) -> list[Setting]:
-    """Selects the points of one sweep that have results, in rising order of numbers."""
-    points = [setting for setting in settings if setting.sweep == sweep and _methods(setting)]
-    numbers = all(isinstance(point.value, (int, float)) for point in points)
-    return sorted(points, key=lambda point: point.value) if numbers else points
-
-
-def _methods(setting: Setting) -> list[MethodSummary]:
-    """Selects the methods that have a mean over all tasks."""
-    return [m for m in setting.methods if m.mean is not None]
-
-
-def _names(settings: Sequence[Setting]) -> list[str]:
-    return list(dict.fromkeys(m.method for setting in settings for m in _methods(setting)))
-
-
-def _title(setting: Setting) -> str:
-    tasks = setting.tasks[0] if len(setting.tasks) == 1 else f"mean over {len(setting.tasks)} tasks"
-    means = [m.mean for m in _methods(setting) if m.mean is not None]
-    seeds = max(mean.n for mean in means)
-    return f"{tasks}, {seeds} seeds, bars: 95 % interval within 0 .. 100" if seeds > 1 else f"{tasks}, 1 seed"
+def _by_method(settings: Sequence[Setting]) -> dict[str, list[tuple[int, MethodSummary, Interval]]]:
+    """Lists for each method where it has a mean over all tasks: the setting's place, the summary, and the mean."""
+    found: dict[str, list[tuple[int, MethodSummary, Interval]]] = {}
+    for place, setting in enumerate(settings):
+        for method in setting.methods:
+            if method.mean is not None:
+                found.setdefault(method.method, []).append((place, method, method.mean))
+    return found
 
 
 def _bars(means: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
@@ -174,28 +149,30 @@ def _bars(means: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
     return heights, [down, [min(half, 100 - height) for half, height in zip(halves, heights)]]
 
 
-def _colour(name: str) -> Any:
+def _style(name: str) -> tuple[str, dict[str, Any]]:
+    """Returns a method's marker, and its colour and label: the same in every figure."""
     from matplotlib import colormaps
 
     place = list(METHODS).index(name)
-    return colormaps["tab10"](place) if place < 10 else colormaps["Dark2"](place - 10)
-
-
-def _style(name: str, line: bool = True) -> dict[str, Any]:
-    marker = MARKERS[list(METHODS).index(name) % len(MARKERS)]
-    return {"color": _colour(name), "marker": marker, "linestyle": "-" if line else "", "label": METHODS[name].title}
+    colour = colormaps["tab10"](place) if place < 10 else colormaps["Dark2"](place - 10)
+    return MARKERS[place % len(MARKERS)], {"color": colour, "label": METHODS[name].title}
 
 
 def _series(axes: Any, name: str, points: Sequence[tuple[Any, Interval]], line: bool = True) -> None:
-    if points:
-        heights, reach = _bars([mean for _, mean in points])
-        axes.errorbar([x for x, _ in points], heights, yerr=reach, capsize=3, **_style(name, line))
+    heights, reach = _bars([mean for _, mean in points])
+    marker, style = _style(name)
+    style.update(marker=marker, linestyle="-" if line else "", capsize=3)
+    axes.errorbar([x for x, _ in points], heights, yerr=reach, **style)
 
 
 @contextmanager
 def _scores(file: Path, settings: Sequence[Setting], **options: Any) -> Iterator[list[Any]]:
     """Opens a plot whose first panel is of scores, with the names of the methods beside it."""
-    with plot(file, _title(settings[0]), legend="beside", **options) as panels:
+    tasks = settings[0].tasks
+    seeds = max(m.mean.n for m in settings[0].methods if m.mean)
+    title = tasks[0] if len(tasks) == 1 else f"mean over {len(tasks)} tasks"
+    title += f", {seeds} seeds, bars: 95 % interval within 0 .. 100" if seeds > 1 else ", 1 seed"
+    with plot(file, title, legend="beside", **options) as panels:
         yield panels
         panels[0].set_ylabel("score on test (%)")
         panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 102))

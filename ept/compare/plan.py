@@ -7,6 +7,7 @@ interrupted one resumes, and one whose configuration changed is another run.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterable
@@ -21,6 +22,8 @@ from ..runs.processes import world_size
 from .config import SWEPT, ComparisonConfig, rates_of
 from .execute import Outcome, run_all
 
+Rates = tuple[float, float]
+"""Learning rates: of the prompt, and of all else."""
 Group = tuple[str | None, Any, str, str]
 """Sweep, its value, task, method: the runs that differ in seed and learning rates only."""
 
@@ -34,7 +37,7 @@ class PlannedRun:
     sweep: str | None
     value: Any
     seed: int
-    rates: tuple[float, float]
+    rates: Rates
     config: RunConfig
 
     @property
@@ -82,17 +85,15 @@ def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[P
     points: list[tuple[str | None, Any]] = [(None, None)] if config.model.name_or_path or not compare.sweep else []
     points += [(name, value) for name, values in compare.sweep.items() for value in values]
     default = (config.training.learning_rate, config.training.low_rank_learning_rate)
+    seeds = search_seeds(config) if seeds is None else seeds
     runs = []
-    for sweep, value in points:
+    for (sweep, value), task, seed, method in itertools.product(points, tasks, seeds, compare.methods):
         section, _, key = SWEPT[sweep].partition(".") if sweep else ("", "", "")
-        for task in tasks:
-            for seed in search_seeds(config) if seeds is None else seeds:
-                for method in compare.methods:
-                    if section == "method" and key not in METHODS[method].settable | {"budget"}:
-                        continue
-                    for rates in rates_of(compare, method, default):
-                        run_config = _run_config(config, method, task, sweep, value, seed, rates)
-                        runs.append(PlannedRun(method, task, sweep, value, seed, rates, run_config))
+        if section == "method" and key not in METHODS[method].settable | {"budget"}:
+            continue
+        for rates in rates_of(compare, method, default):
+            run_config = _run_config(config, method, task, sweep, value, seed, rates)
+            runs.append(PlannedRun(method, task, sweep, value, seed, rates, run_config))
     return runs
 
 
@@ -101,13 +102,7 @@ def search_seeds(config: ComparisonConfig) -> list[int]:
 
 
 def _run_config(
-    config: ComparisonConfig,
-    method: str,
-    task: str,
-    sweep: str | None,
-    value: Any,
-    seed: int,
-    rates: tuple[float, float],
+    config: ComparisonConfig, method: str, task: str, sweep: str | None, value: Any, seed: int, rates: Rates
 ) -> RunConfig:
     values = config.to_dict()
     values.pop("compare")
@@ -115,7 +110,17 @@ def _run_config(
     given = {name: setting for name, setting in config.method.fields_given().items() if name in known}
     values["method"] = {"name": method, "budget": config.method.budget, **given}
     if task != "local":
-        values["data"].update(task=task, data_dir=_data_dir(config, task))
+        values["data"]["task"] = task
+        if config.data.data_dir is not None:
+            root = Path(config.data.data_dir)
+            own = root / task
+            if not own.is_dir() and len(config.compare.tasks) > 1:
+                raise ValueError(
+                    f"data.data_dir={root} has no folder {task}: one folder a task is needed, such as {own}"
+                )
+            values["data"]["data_dir"] = str(
+                own if own.is_dir() else root
+            )  # the folder of a single task itself will do
     if sweep == "model" and value != config.model.name_or_path:
         values["model"].update(gguf_file=None, revision=None, tokenizer_name_or_path=None)
     elif sweep is None and config.model.name_or_path is None:
@@ -131,24 +136,6 @@ def _run_config(
     name = f"{task.replace('/', '_')}-{method}-seed{seed}-{digest}"
     values["output_dir"] = str(Path(str(config.output_dir)) / "runs" / name)
     return RunConfig.from_dict(values)
-
-
-def _data_dir(config: ComparisonConfig, task: str) -> str | None:
-    """Finds the task's folder inside `data.data_dir`, by its name; with a single task that folder itself will do.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if config.data.data_dir is None:
-        return None
-    root = Path(config.data.data_dir)
-    if (root / task).is_dir():
-        return str(root / task)
-    if len(config.compare.tasks) > 1:
-        raise ValueError(
-            f"data.data_dir={root} has no folder {task}: one folder a task is needed, such as {root / task}"
-        )
-    return str(root)
 
 
 def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda line: None) -> list[Record]:
@@ -168,12 +155,25 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
             "--executor ray carries runs out side by side"
         )
     outcomes: dict[Path, Outcome] = {}
+
+    def carry_out(runs: list[PlannedRun]) -> None:
+        folders = {run.folder: run for run in runs}  # two points of the comparison may be one run
+        waiting = {folder: run for folder, run in folders.items() if folder not in outcomes and not finished(run)}
+        for folder in folders.keys() - outcomes.keys() - waiting.keys():
+            outcomes[folder] = Outcome.of(folder)
+        if done := len(folders) - len(waiting):
+            report(f"{done} of {len(folders)} runs are finished already")
+        jobs = [run.config.to_dict() for run in waiting.values()]
+        for number, outcome in enumerate(run_all(jobs, config.compare.executor, config.compare.cpus_per_run), start=1):
+            outcomes[outcome.folder] = outcome
+            report(f"[{number}/{len(waiting)}] {waiting[outcome.folder].description}: {outcome.summary}")
+
     searched = plan(config)
-    _carry_out(config, searched, outcomes, report)
+    carry_out(searched)
     best = best_rates(searched, outcomes)
     rest = plan(config, [seed for seed in config.compare.seeds if seed not in search_seeds(config)])
     rest = [run for run in rest if run.rates == best.get(run.group)]
-    _carry_out(config, rest, outcomes, report)
+    carry_out(rest)
     return [Record(run, outcomes[run.folder], run.rates == best.get(run.group)) for run in [*searched, *rest]]
 
 
@@ -181,36 +181,19 @@ def finished(run: PlannedRun) -> bool:
     return RunFolder(run.folder).results.is_file()
 
 
-def _carry_out(
-    config: ComparisonConfig, runs: list[PlannedRun], outcomes: dict[Path, Outcome], report: Callable[[str], None]
-) -> None:
-    folders = {run.folder: run for run in runs}  # two points of the comparison may be one run
-    waiting = {folder: run for folder, run in folders.items() if folder not in outcomes and not finished(run)}
-    for folder in folders.keys() - outcomes.keys() - waiting.keys():
-        outcomes[folder] = Outcome.of(folder)
-    if done := len(folders) - len(waiting):
-        report(f"{done} of {len(folders)} runs are finished already")
-    jobs = [run.config.to_dict() for run in waiting.values()]
-    for number, outcome in enumerate(run_all(jobs, config.compare.executor, config.compare.cpus_per_run), start=1):
-        outcomes[outcome.folder] = outcome
-        report(f"[{number}/{len(waiting)}] {waiting[outcome.folder].description}: {outcome.summary}")
-
-
-def best_rates(runs: list[PlannedRun], outcomes: dict[Path, Outcome]) -> dict[Group, tuple[float, float]]:
+def best_rates(runs: list[PlannedRun], outcomes: dict[Path, Outcome]) -> dict[Group, Rates]:
     """Chooses for each group the learning rates with the best mean score on validation; of equals the first.
 
     Rates that failed with a seed are passed over, unless all did.
     """
-    scores: dict[Group, dict[tuple[float, float], list[float | None]]] = {}
+    scores: dict[Group, dict[Rates, list[float | None]]] = {}
     for run in runs:
-        results = outcomes[run.folder].results
-        score = None if results is None else results["best_validation"]
-        scores.setdefault(run.group, {}).setdefault(run.rates, []).append(score)
+        results = outcomes[run.folder].results or {"best_validation": None}
+        scores.setdefault(run.group, {}).setdefault(run.rates, []).append(results["best_validation"])
     best = {}
     for group, by_rates in scores.items():
         whole = {rates: found for rates, found in by_rates.items() if None not in found} or by_rates
         known = {rates: [score for score in found if score is not None] for rates, found in whole.items()}
-        means = {rates: statistics.fmean(found) for rates, found in known.items() if found}
-        if means:
+        if means := {rates: statistics.fmean(found) for rates, found in known.items() if found}:
             best[group] = max(means, key=means.__getitem__)
     return best

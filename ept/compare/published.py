@@ -1,10 +1,10 @@
 """Published results for T5-Base, to be drawn beside ours and marked as theirs.
 
-`published_t5_base.csv` holds scores in percent: Pearson for STS-B, F1 for MultiRC, Matthews for CoLA, accuracy for the
-others (for CB too, where ours is macro-F1). Sources: a, the comparison table in the repository of ACCEPT
-(AI-Application-and-Integration-Lab/Accept, image/cp1.png), which collects the methods' own papers; b, the same table,
-and equal to the checkpoints in the repository of DePT (ZhengxiangShi/DePT). They come from other splits' seeds, other
-training budgets, and single runs for some; EPT's own table is not public in text form.
+`published_t5_base.csv` holds a row for each method, with its scores in percent: Pearson for STS-B, F1 for MultiRC,
+Matthews for CoLA, accuracy for the others (for CB too, where ours is macro-F1). Sources: a, the comparison table in the
+repository of ACCEPT (AI-Application-and-Integration-Lab/Accept, image/cp1.png), which collects the methods' own papers;
+b, the same table, and equal to the checkpoints in the repository of DePT (ZhengxiangShi/DePT). They come from other
+splits' seeds, other training budgets, and single runs for some; EPT's own table is not public in text form.
 """
 
 from __future__ import annotations
@@ -14,19 +14,12 @@ import statistics
 from collections.abc import Sequence
 from importlib.resources import files
 
-FILE = "published_t5_base.csv"
-
-
-def published_rows() -> list[dict[str, str]]:
-    """Reads a row for each method: `method`, `parameters`, `source` and a score in percent a task, empty for none."""
-    text = files("ept.compare").joinpath(FILE).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
-
 
 def published_scores(tasks: Sequence[str]) -> list[tuple[str, int, float]]:
     """Lists (method, parameters, mean score in percent) of every method that has a result for each of `tasks`."""
+    text = files("ept.compare").joinpath("published_t5_base.csv").read_text(encoding="utf-8")
     return [
         (row["method"], int(row["parameters"]), statistics.fmean(float(row[task]) for task in tasks))
-        for row in published_rows()
+        for row in csv.DictReader(text.splitlines())
         if all(row.get(task) for task in tasks)
     ]

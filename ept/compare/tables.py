@@ -71,10 +71,10 @@ def paired_test(first: str, one: Scores, second: str, other: Scores) -> PairedTe
     common = sorted(set(one) & set(other))
     if not common:
         return None
-    differences = [one[key] - other[key] for key in common]
-    p = None
-    if len(common) > 1 and max(differences) - min(differences) > 1e-12:
-        p = float(ttest_rel([one[key] for key in common], [other[key] for key in common]).pvalue)
+    ours, theirs = [one[key] for key in common], [other[key] for key in common]
+    differences = [a - b for a, b in zip(ours, theirs)]
+    has_spread = max(differences) - min(differences) > 1e-12  # never of a single pair
+    p = float(ttest_rel(ours, theirs).pvalue) if has_spread else None
     return PairedTest(first, second, interval(differences), p)
 
 
@@ -117,16 +117,20 @@ class Setting:
 
 def summarise(records: Sequence[Record]) -> list[Setting]:
     """Makes an entry for each point of the comparison, in the order of the runs; failed runs do not take part."""
+    points: dict[tuple[str | None, Any], list[Record]] = {}
+    for record in records:
+        points.setdefault((record.run.sweep, record.run.value), []).append(record)
     settings = []
-    for (sweep, value), group in _grouped(records, lambda record: (record.run.sweep, record.run.value)):
+    for (sweep, value), group in points.items():
         tasks = list(dict.fromkeys(record.run.task for record in group))
         kept = [record for record in group if record.chosen and record.outcome.results]
-        methods = [_method(name, found, tasks) for name, found in _grouped(kept, lambda record: record.run.method)]
+        by_method: dict[str, list[Record]] = {}
+        for record in kept:
+            by_method.setdefault(record.run.method, []).append(record)
+        methods = [_method(name, found, tasks) for name, found in by_method.items()]
         pairs = itertools.combinations(methods, 2)
         tests = [paired_test(a.method, a.scores, b.method, b.scores) for b, a in pairs]
-        failed = dict.fromkeys(record.run.method for record in group)
-        for method in methods:
-            del failed[method.method]
+        failed = [name for name in dict.fromkeys(record.run.method for record in group) if name not in by_method]
         rows = dict.fromkeys(
             f"{found['task']} ({found['metric']}): "
             + ", ".join(f"{count:,} {split}" for split, count in found["rows"].items())
@@ -134,17 +138,8 @@ def summarise(records: Sequence[Record]) -> list[Setting]:
             if (found := record.outcome.results)
         )
         seeds = len({record.run.seed for record in group})
-        settings.append(
-            Setting(sweep, value, tasks, methods, [*filter(None, tests)], list(failed), seeds, "; ".join(rows))
-        )
+        settings.append(Setting(sweep, value, tasks, methods, [*filter(None, tests)], failed, seeds, "; ".join(rows)))
     return settings
-
-
-def _grouped(records: Sequence[Record], key: Any) -> list[tuple[Any, list[Record]]]:
-    groups: dict[Any, list[Record]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
-    return list(groups.items())
 
 
 def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> MethodSummary:
@@ -169,23 +164,17 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
 
 
 def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Setting], command: str) -> list[Path]:
-    """Writes `comparison.csv` and `comparison.md`; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows, page = folder / "comparison.csv", folder / "comparison.md"
-    write_atomically(rows, csv_text(records))
-    write_atomically(page, markdown(records, settings, command))
-    return [rows, page]
+    """Writes `comparison.csv` and `comparison.md`; returns their paths.
 
-
-def csv_text(records: Sequence[Record]) -> str:
-    """Writes a line for each run; scores as fractions, times in milliseconds and seconds, memory in bytes."""
+    The first has a line for each run: scores as fractions, times in milliseconds and seconds, memory in bytes.
+    """
     columns = (
         "sweep", "value", "task", "method", "model", "seed", "learning_rate", "low_rank_learning_rate", "chosen",
         "status", "metric", "validation", "score", "majority", "trainable_parameters", "step_time_ms",
         "train_seconds", "peak_memory_bytes", "steps", "best_step", "train_rows", "test_rows", "error", "folder",
     )  # fmt: skip
-    file = io.StringIO()
-    writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for record in records:
         run, found = record.run, record.outcome.results or {}
@@ -203,24 +192,34 @@ def csv_text(records: Sequence[Record]) -> str:
             "folder": run.folder.name,
         }
         writer.writerow({**found, **vars(run), **values})
-    return file.getvalue()
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet, page = folder / "comparison.csv", folder / "comparison.md"
+    write_atomically(sheet, text.getvalue())
+    write_atomically(page, markdown(records, settings, command))
+    return [sheet, page]
 
 
 def markdown(records: Sequence[Record], settings: Sequence[Setting], command: str) -> str:
     """Writes the whole comparison as one page."""
-    parts = ["# Comparison", f"```sh\n{command}\n```", _about(records)]
+    about = "No run has finished."
+    if found := [record.outcome.results for record in records if record.outcome.results]:
+        versions = ", ".join(f"{name} {version}" for name, version in found[-1]["versions"].items() if version)
+        machine = ", ".join(f"{name} {value}" for name, value in found[-1]["hardware"].items() if value)
+        seeds = ", ".join(map(str, dict.fromkeys(record.run.seed for record in records)))
+        about = (
+            f"Scores are the task's first metric on the test split in percent, mean ± half of the 95 % interval (t) "
+            f"over the seeds {seeds}, all that finished. Learning rates are chosen on the validation split. The step "
+            f"time is a median and includes no evaluation. Versions: {versions}. Machine: {machine}."
+        )
+    parts = ["# Comparison", f"```sh\n{command}\n```", about]
     for setting in settings:
         parts += [f"## {setting.title}", setting.rows and f"Rows: {setting.rows}.", table(*scores_table(setting))]
         if setting.tests:
-            rows = [
-                [
-                    f"{METHODS[test.first].title} − {METHODS[test.second].title}",
-                    test.difference.text(),
-                    "-" if test.p is None else f"{test.p:.3f}",
-                    str(test.difference.n),
-                ]
-                for test in setting.tests
-            ]
+            rows = []
+            for test in setting.tests:
+                difference, p = test.difference, "-" if test.p is None else f"{test.p:.3f}"
+                names = f"{METHODS[test.first].title} − {METHODS[test.second].title}"
+                rows.append([names, difference.text(), p, str(difference.n)])
             parts += ["Paired t-test over the pairs (task, seed):"]
             parts += [table(["difference", "points", "p (two-sided)", "n"], rows)]
     rates = [
@@ -237,20 +236,6 @@ def markdown(records: Sequence[Record], settings: Sequence[Setting], command: st
         lines = [f"* {r.run.description}: {r.outcome.error} (`{r.run.folder.name}`)" for r in failed]
         parts += [f"## {len(failed)} of {len(records)} runs failed", "\n".join(lines)]
     return "\n\n".join(filter(None, parts)) + "\n"
-
-
-def _about(records: Sequence[Record]) -> str:
-    found = [record.outcome.results for record in records if record.outcome.results]
-    if not found:
-        return "No run has finished."
-    versions = ", ".join(f"{name} {version}" for name, version in found[-1]["versions"].items() if version)
-    machine = ", ".join(f"{name} {value}" for name, value in found[-1]["hardware"].items() if value)
-    seeds = ", ".join(map(str, dict.fromkeys(record.run.seed for record in records)))
-    return (
-        f"Scores are the task's first metric on the test split in percent, mean ± half of the 95 % interval (t) over "
-        f"the seeds {seeds}, all that finished. Learning rates are chosen on the validation split. The step time is a "
-        f"median and includes no evaluation. Versions: {versions}. Machine: {machine}."
-    )
 
 
 def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
@@ -280,20 +265,16 @@ def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
 def as_json(records: Sequence[Record], settings: Sequence[Setting]) -> dict[str, Any]:
     """Returns the same for machines; scores as fractions."""
 
-    def summary(m: MethodSummary) -> dict[str, Any]:
-        scores = [{"task": task, "seed": seed, "score": score} for (task, seed), score in m.scores.items()]
-        return asdict(m) | {"scores": scores}
-
+    described = []
+    for setting in settings:
+        methods = [asdict(method) for method in setting.methods]
+        for method in methods:
+            scores = method["scores"].items()
+            method["scores"] = [{"task": task, "seed": seed, "score": score} for (task, seed), score in scores]
+        tests = [asdict(test) for test in setting.tests]
+        described.append({"sweep": setting.sweep, "value": setting.value, "methods": methods, "tests": tests})
     return {
-        "settings": [
-            {
-                "sweep": s.sweep,
-                "value": s.value,
-                "methods": [summary(m) for m in s.methods],
-                "tests": [asdict(test) for test in s.tests],
-            }
-            for s in settings
-        ],
+        "settings": described,
         "runs": len(records),
         "failed": [
             {"run": r.run.description, "error": r.outcome.error, "folder": str(r.run.folder)}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..tasks.encoding import Collator, encode_texts
+from ..runs.config import RunConfig
+from ..runs.data import load_run_data
+from ..runs.loading import load_tokenizer
+from ..tasks import read_rows
+from ..tasks.encoding import Collator, encode_split, encode_texts
 
-PADDINGS = ("none", "longest", "max_length")
 ANSWER_TOKENS = 2  # of a random row
 _FIRST_ID = 3  # the ids before it are special tokens in most vocabularies
 
@@ -66,29 +70,37 @@ def make_batches(
         raise ValueError(f"{len(rows)} rows do not fill a batch of {batch}: take a smaller batch or more data")
     if padding == "none" and len({len(row["input_ids"]) for row in rows}) > 1:
         raise ValueError("padding=none needs rows of one length, these differ: use longest or max_length")
-    collate = Collator(
-        task_type,
-        pad_token_id,
-        pad_to_multiple_of=width if padding == "max_length" else None,
-        label_only_logits=not all_logits,
-    )
+    multiple = width if padding == "max_length" else None
+    collate = Collator(task_type, pad_token_id, pad_to_multiple_of=multiple, label_only_logits=not all_logits)
     in_order = itertools.cycle(rows)
     collated = [collate(list(itertools.islice(in_order, batch))) for _ in range(count)]
     return [{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in made.items()} for made in collated]
 
 
-def text_rows(
-    texts: Sequence[str], tokenizer: Any, task_type: str, max_length: int, seed: int, count: int
-) -> list[Row]:
-    """Draws at most `count` rows of real texts, cut to `max_length` tokens, each with a random answer.
+def data_rows(run: RunConfig, file: Path | None, task_type: str, length: int, seed: int, count: int) -> list[Row]:
+    """Draws at most `count` rows of a run's train split or, where there is one, of the column `text` of `file`.
 
-    Answers are random because only their length matters; a decoder's stands after the text.
+    Texts are cut to `length` tokens. Those of a file get random answers, as only their length matters; a decoder's
+    stands after the text.
+
+    Raises:
+        ValueError: no tokenizer is named, or the file has no column `text`.
     """
+    if run.model.name_or_path is None and run.model.tokenizer_name_or_path is None:
+        raise ValueError("a shape has no tokenizer of its own: name one with --tokenizer to measure on data")
+    tokenizer = load_tokenizer(run.model)
+    if file is None:
+        run.data.max_length = length
+        data = load_run_data(run.data, tokenizer, task_type).data
+        chosen = data.train.shuffle(seed=seed).select(range(min(count, len(data.train))))
+        return list(encode_split(chosen, tokenizer, data.labels, task_type))
+    read = read_rows(file)
+    if "text" not in read[0]:
+        raise ValueError(f"{file}: no column text (found: {', '.join(map(str, read[0]))})")
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(texts), generator=generator)[:count].tolist()
+    texts = [str(read[index]["text"]) for index in torch.randperm(len(read), generator=generator)[:count].tolist()]
     rows = []
-    for ids in encode_texts(tokenizer, [texts[index] for index in chosen], task_type):
+    for ids in encode_texts(tokenizer, texts, task_type):
         answer = torch.randint(_FIRST_ID, len(tokenizer), (ANSWER_TOKENS,), generator=generator).tolist()
-        ids = ids[:max_length]
-        rows.append({"input_ids": ids + answer if task_type == "CAUSAL_LM" else ids, "labels": answer})
+        rows.append({"input_ids": ids[:length] + (answer if task_type == "CAUSAL_LM" else []), "labels": answer})
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -53,10 +54,7 @@ def time_step(method: Method, base: Any, batch: dict[str, Any], device: torch.de
             now = time.perf_counter()
         marks.append((phase, now))
 
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize(device)
-
+    wait = functools.partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
     with _marked(method, base, mark):
         wait()
         start = time.perf_counter()

@@ -6,7 +6,7 @@ without a cache, gradients clipped to norm 1, and fused AdamW: what differs is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,17 +62,9 @@ class Method:
     spec: MethodSpec
     model: Any
     prompt_of: tuple[Any, str]
-    fast_4bit: bool | None = None
-    parameters: list[torch.nn.Parameter] = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
-
-    @property
-    def trainable_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters)
+    fast_4bit: bool | None
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
 
     def enter(self, base: Any) -> None:
         """Turns the 4-bit layers of the shared model into the method's, in place, before its steps."""
@@ -106,4 +98,6 @@ def make_method(spec: MethodSpec, base: Any, task_type: str, max_length: int, fa
     model = module_of(method).attach(base, config, fast_4bit=False)  # the base model is shared: see Method.enter
     is_ours = isinstance(model, EPTModel)
     prompt_of = (model.prompt_encoder["default"], "joint_prompt") if is_ours else (model, "get_prompt")
-    return Method(spec, model, prompt_of, fast_4bit and is_ours)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    return Method(spec, model, prompt_of, fast_4bit and is_ours, parameters, optimizer)

@@ -14,15 +14,19 @@ from ..model.base_model import infer_task_type
 from ..runs.config import ModelConfig
 from ..runs.loading import default_device, load_base_model, task_type_of
 from ..utils.environment import hardware, versions
-from .batches import PADDINGS, Row, make_batches, random_rows
+from .batches import Row, make_batches, random_rows
 from .clock import PHASES, StepTime, summary, take_step, time_step
 from .methods import PROFILE_METHODS, Method, MethodSpec, make_method
 from .shapes import build_shape
 from .trace import allocated_by, trace_step
 
-DTYPES = ("float32", "bfloat16")
-QUANTIZATIONS = ("nf4", "fp4")
-LOGITS = ("labels", "all")
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "dtype": ("float32", "bfloat16"),
+    "quantization": (None, "nf4", "fp4"),
+    "padding": ("none", "longest", "max_length"),
+    "logits": ("labels", "all"),
+}
+MINIMA = {"batch": 1, "steps": 2, "warmup": 1}
 
 
 @dataclass
@@ -55,16 +59,10 @@ class ProfileConfig:
             raise ValueError("give exactly one of a shape (random weights) and a model to load")
         if self.layers is not None and self.shape is None:
             raise ValueError("layers shortens a shape; a loaded model is measured whole")
-        choices: dict[str, tuple[str | None, ...]] = {
-            "dtype": DTYPES,
-            "quantization": (None, *QUANTIZATIONS),
-            "padding": PADDINGS,
-            "logits": LOGITS,
-        }
-        for name, allowed in choices.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(str, allowed))}")
-        for name, minimum in {"batch": 1, "steps": 2, "warmup": 1}.items():
+        for name, minimum in MINIMA.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
         specs = [MethodSpec.parse(text) for text in self.methods]
@@ -142,7 +140,9 @@ def profile(
 
     measured = batches[config.warmup :]
     text_tokens = statistics.mean(int(batch["attention_mask"].sum()) for batch in measured)
-    reference = _reference(specs)
+    # Speed-ups are over prompt tuning at its usual length, else at another, else over the first method.
+    reference = min(range(len(specs)), key=lambda i: (specs[i].label != "pt", specs[i].name != "pt"))
+    on_gpu = device.type == "cuda"
     return {
         "model": {
             "name": f"{config.shape} (random weights)" if config.shape is not None else config.model.name_or_path,
@@ -154,7 +154,7 @@ def profile(
             "fast_4bit": fast_4bit,
             "attention": base.config._attn_implementation,
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type.upper(),
         "batch": config.batch,
         "length": config.length,
         "data": {
@@ -169,14 +169,14 @@ def profile(
         "warmup": config.warmup,
         "reference": specs[reference].label,
         "peak_memory_kind": "most CUDA memory allocated during a step, weights included"
-        if device.type == "cuda"
+        if on_gpu
         else "most memory allocated by a step above what was there before it (torch profiler)",
         "methods": [
             {
                 "label": method.spec.label,
                 "method": method.spec.name,
                 "num_virtual_tokens": method.spec.num_virtual_tokens,
-                "trainable_parameters": method.trainable_parameters,
+                "trainable_parameters": sum(parameter.numel() for parameter in method.parameters),
                 "tokens_per_second": 1e3 * text_tokens / statistics.median(t.step for t in own),
                 "peak_memory_bytes": peak,
                 **_statistics(own, times[reference]),
@@ -188,10 +188,18 @@ def profile(
     }
 
 
-def sweep(values: Sequence[int], methods: Sequence[str]) -> tuple[str, ...]:
-    """Names every method at every prompt length, for `ProfileConfig.methods`; its own length is ignored."""
+def sweep(text: str, methods: Sequence[str]) -> tuple[str, ...]:
+    """Names every method at every prompt length of `text`, for `ProfileConfig.methods`; its own length is ignored.
+
+    Raises:
+        ValueError: `text` is not written like `num_virtual_tokens=10,20,40`.
+    """
+    key, _, listed = text.partition("=")
+    lengths = [length.strip() for length in listed.split(",")]
+    if key != "num_virtual_tokens" or not all(length.isdecimal() and int(length) for length in lengths):
+        raise ValueError(f"cannot read --sweep {text!r}: write it as num_virtual_tokens=10,20,40")
     names = [MethodSpec.parse(method).name for method in methods]
-    return tuple(f"{name}:{value}" for name in names for value in values)
+    return tuple(f"{name}:{length}" for name in names for length in lengths)
 
 
 def load(config: ProfileConfig, device: torch.device) -> Any:
@@ -226,14 +234,6 @@ def _statistics(own: list[StepTime], reference: list[StepTime]) -> dict[str, Any
         "phases_over_step": sum(phases.values()) / step["median"],
         "speedup": summary([theirs.step / ours.step for ours, theirs in zip(own, reference)]),
     }
-
-
-def _reference(specs: Sequence[MethodSpec]) -> int:
-    """Chooses what speed-ups are over: prompt tuning at its usual length, else at another, else the first method."""
-    labels, names = [spec.label for spec in specs], [spec.name for spec in specs]
-    if "pt" in labels:
-        return labels.index("pt")
-    return names.index("pt") if "pt" in names else 0
 
 
 def _peak_memory(method: Method, batch: dict[str, Any], device: torch.device, traces: Path | None) -> int:

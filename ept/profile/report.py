@@ -18,13 +18,8 @@ _NAMES = {"pt": "PT", "dept": "DePT", "ept": "EPT", "peft-pt": "PEFT's PT"}
 
 def steps_table(report: dict[str, Any]) -> Table:
     """Returns a row for each method: parameters, step time with its spread, throughput, memory, speed-up."""
-    columns = (
-        "parameters",
-        "step, ms\n(20-80 %)",
-        "text\ntokens/s",
-        "peak\nMiB",
-        f"times as fast\nas {report['reference']}",
-    )
+    faster = f"times as fast\nas {report['reference']}"
+    columns = ("parameters", "step, ms\n(20-80 %)", "text\ntokens/s", "peak\nMiB", faster)
     rows = [
         (
             f"{method['trainable_parameters']:,}",
@@ -51,7 +46,7 @@ def phases_table(report: dict[str, Any]) -> Table:
 
 def draw_phases(report: dict[str, Any], file: Path) -> None:
     """Draws a stacked bar for each method into a PNG."""
-    methods = list(reversed(report["methods"]))  # the first on top
+    methods = report["methods"][::-1]  # the first on top
     labels = [f"{_NAMES[m['method']]}, {m['num_virtual_tokens']} tokens" for m in methods]
     left = [0.0] * len(methods)
     with plot(file, title(report), width=8, height=1.8 + 0.45 * len(methods), legend_columns=4) as (axes,):
@@ -98,14 +93,8 @@ def _by_method(
     report: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[str]], text: str, caption: str | None = None
 ) -> Table:
     names = [f"{method['method']}:{method['num_virtual_tokens']}" for method in report["methods"]]
-    built = table(
-        ("method", *columns),
-        [(name, *row) for name, row in zip(names, rows)],
-        text,
-        box=None,
-        padding=(0, 1, 0, 0),
-        caption=caption,
-    )
+    whole = [(name, *row) for name, row in zip(names, rows)]
+    built = table(("method", *columns), whole, text, box=None, padding=(0, 1, 0, 0), caption=caption)
     for column in built.columns:
         column.no_wrap = True
     return built

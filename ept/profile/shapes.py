@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import nn
 
 from ..model.base_model import freeze
@@ -17,14 +19,9 @@ _STD = 0.02  # of the random weights of a 4-bit model, as most decoders are init
 
 _T5 = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 _LLAMA = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "tie_word_embeddings",
-)
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "tie_word_embeddings",
+)  # fmt: skip
 # Values of `_T5` and `_LLAMA`, from the models' published configurations.
 SHAPES: dict[str, tuple[int, ...]] = {
     "t5-small": (512, 64, 2048, 6, 8),
@@ -69,17 +66,31 @@ def build_shape(
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
         skeleton = model_class.from_config(config, dtype=dtype, **options)
-    _check_memory(name, skeleton, dtype, quantization, device)
+    # The layers that transformers would load in 4 bits.
+    kept = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())
+    head = skeleton.get_output_embeddings()
+    linears = {
+        name: module
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] not in kept
+    }
+    quantized = sum(linear.weight.numel() for linear in linears.values()) if quantization else 0
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
+    needed = (total - quantized) * dtype.itemsize + quantized * 9 // 16  # 4 bits and 1/64 of an absmax in 8 bits
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"the weights of {name} take {needed / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: choose "
+            "bfloat16 or nf4, fewer layers, or a smaller shape"
+        )
     torch.manual_seed(SEED)
     if quantization is None:
         with device:
             model = model_class.from_config(config, dtype=dtype, **options)
     else:
-        from accelerate import init_empty_weights  # type: ignore[import-untyped]
-
         with init_empty_weights(include_buffers=False):  # the rotary frequencies are computed, not loaded
             model = model_class.from_config(config, dtype=dtype, **options)
-        _fill_quantized(model, dtype, quantization, device)
+        _fill_quantized(model, linears, dtype, quantization, device)
     model.eval()
     freeze(model)
     return model
@@ -106,64 +117,31 @@ def shape_config(name: str, layers: int | None = None) -> Any:
     return config
 
 
-def _quantized_linears(model: Any) -> dict[str, nn.Linear]:
-    """Finds the layers that transformers would load in 4 bits, by name."""
-    head = model.get_output_embeddings()
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and name.rpartition(".")[2] not in kept
-    }
-
-
-def _fill_quantized(model: Any, dtype: torch.dtype, quant_type: str, device: torch.device) -> None:
+def _fill_quantized(
+    model: Any, linears: dict[str, nn.Linear], dtype: torch.dtype, quant_type: str, device: torch.device
+) -> None:
     """Fills the empty weights at random, one layer at a time, so that no whole float model is ever held."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for name, linear in _quantized_linears(model).items():
+    for name, linear in linears.items():
         weight = torch.randn(linear.weight.shape, dtype=dtype, device=device) * _STD
         layer = Linear4bit(
             linear.in_features,
             linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=dtype,
+            linear.bias is not None,
+            dtype,
             quant_type=quant_type,
             device="meta",
         )
-        layer.weight = Params4bit(
-            weight, requires_grad=False, quant_type=quant_type, compress_statistics=True, module=layer
-        ).to(device)
+        params = Params4bit(weight, requires_grad=False, quant_type=quant_type, compress_statistics=True, module=layer)
+        layer.weight = params.to(device)
         model.set_submodule(name, layer)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                value = torch.ones(parameter.shape, dtype=dtype, device=device)
+                value = torch.full(parameter.shape, float(name != "bias"), dtype=dtype, device=device)
                 if parameter.dim() > 1:
                     value.normal_(0.0, _STD)
-                elif name == "bias":
-                    value.zero_()
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
     model.to(device)
     model.tie_weights()
-
-
-def _check_memory(name: str, skeleton: Any, dtype: torch.dtype, quantization: str | None, device: torch.device) -> None:
-    quantized = sum(m.weight.numel() for m in _quantized_linears(skeleton).values()) if quantization else 0
-    total = sum(parameter.numel() for parameter in skeleton.parameters())
-    needed = (total - quantized) * dtype.itemsize + quantized * 9 // 16  # 4 bits and 1/64 of an absmax in 8 bits
-    free = _free_memory(device)
-    if needed > free:
-        raise ValueError(
-            f"the weights of {name} take {needed / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: choose "
-            "bfloat16 or nf4, fewer layers, or a smaller shape"
-        )
-
-
-def _free_memory(device: torch.device) -> int:
-    """Returns the bytes that can still be allocated on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil  # type: ignore[import-untyped]
-
-    return psutil.virtual_memory().available

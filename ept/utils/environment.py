@@ -29,10 +29,13 @@ def hardware() -> dict[str, Any]:
     """Describes the machine: processor, cores, and GPUs with their memory in bytes."""
     import torch
 
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": models[0] if models else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
@@ -51,10 +54,3 @@ def peak_memory() -> tuple[int, str]:
 
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kibibytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process resident"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -29,15 +29,19 @@ def write_atomically(file: Path, content: str | Callable[[Path], object]) -> Non
     sync_folder(file.parent)
 
 
-def sync(file: Path) -> None:
-    """Waits until the content of `file` is on the disk."""
-    _fsync(file, os.O_RDWR)
+def sync(path: Path, flags: int = os.O_RDWR) -> None:
+    """Waits until the content of a file is on the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     """Waits until the names in `folder` are on the disk, where the file system can do that for folders."""
     with contextlib.suppress(OSError):
-        _fsync(folder, os.O_RDONLY)
+        sync(folder, os.O_RDONLY)
 
 
 def sync_tree(folder: Path) -> None:
@@ -48,11 +52,3 @@ def sync_tree(folder: Path) -> None:
         elif path.is_dir():
             sync_folder(path)
     sync_folder(folder)
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

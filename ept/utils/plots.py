@@ -10,9 +10,6 @@ from typing import Any
 
 from .files import write_atomically
 
-CHARACTERS_PER_INCH = 10.5  # of a title
-LEGENDS: dict[str, Any] = {"below": "outside lower center", "beside": "outside right upper"}
-
 
 @contextmanager
 def plot(
@@ -52,16 +49,11 @@ def plot(
         for handle, label in zip(*panel.get_legend_handles_labels()):
             labelled.setdefault(label, handle)
     if title:
-        figure.suptitle(textwrap.fill(title, int(CHARACTERS_PER_INCH * width)), fontsize="medium")
+        figure.suptitle(textwrap.fill(title, int(10.5 * width)), fontsize="medium")  # an inch holds so many characters
     if labelled:
-        figure.legend(
-            labelled.values(),
-            labelled,
-            loc=LEGENDS[legend],
-            ncols=legend_columns if legend == "below" else 1,
-            frameon=False,
-            fontsize="small",
-        )
+        places: dict[str, Any] = {"below": "outside lower center", "beside": "outside right upper"}
+        style: dict[str, Any] = {"ncols": legend_columns if legend == "below" else 1, "frameon": False}
+        figure.legend(labelled.values(), labelled, loc=places[legend], fontsize="small", **style)
     file.parent.mkdir(parents=True, exist_ok=True)
     # "tight" grows the picture where a label or the legend would be cut off. Without the software's version two
     # machines write the same bytes.

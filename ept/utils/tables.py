@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,12 +31,6 @@ def properties(pairs: Rows, title: str | None = None, left: int = 2) -> Table:
     built = table(("", ""), pairs, title, left, show_header=False)
     built.columns[0].style = "bold"
     return built
-
-
-def print_table(*tables: Table) -> None:
-    """Prints to standard output."""
-    for each in tables:
-        Console().print(each)
 
 
 def markdown(header: Sequence[str], rows: Rows, aligned: bool = False) -> str:

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from test_commands import refused, succeed
+from test_commands import as_json, refused, succeed
 
 REDUCED = ("profile", "--shape", "t5-small", "--layers", 1, "--batch", 2, "--length", 16, "--warmup", 1)
 
 
 def test_ept_is_faster_than_prompt_tuning_and_its_phases_add_up() -> None:
-    report = json.loads(succeed(*REDUCED, "--steps", 5, "--methods", "pt,dept,ept,peft-pt", "--json").stdout)
+    report = as_json(*REDUCED, "--steps", 5, "--methods", "pt,dept,ept,peft-pt")
     methods = {method["label"]: method for method in report["methods"]}
     assert list(methods) == ["pt", "dept", "ept", "peft-pt"]
     step = {label: method["step_ms"]["median"] for label, method in methods.items()}
@@ -27,8 +27,8 @@ def test_ept_is_faster_than_prompt_tuning_and_its_phases_add_up() -> None:
 def test_a_loaded_model_on_a_tasks_rows(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "profile"
     source = ("--model", models["llama"], "--task", "glue/sst2", "--data-dir", data)
-    arguments = ("profile", *source, "--methods", "pt:4,ept:2", "--batch", 4, "--length", 16, "--steps", 2)
-    arguments += ("--output", folder)
+    sizes = ("--methods", "pt:4,ept:2", "--batch", 4, "--length", 16, "--steps", 2)
+    arguments = ("profile", *source, *sizes, "--output", folder)
     shown = succeed(*arguments).stdout
     assert shown.count("pt:4") == 3  # a row of each table, and the reference of the speed-up
     assert shown.count("ept:2") == 2
@@ -39,8 +39,7 @@ def test_a_loaded_model_on_a_tasks_rows(models: dict[str, Path], data: Path, tmp
     assert report["data"]["padding_side"] == "left"
     assert report["data"]["text_tokens_a_batch"] < report["data"]["padded_tokens_a_batch"] <= 4 * 17
     assert "holds a profile: choose another --output, or replace it with --overwrite" in refused(*arguments)
-    swept = succeed(*arguments, "--sweep", "num_virtual_tokens=2,4", "--overwrite", "--json")
-    report = json.loads(swept.stdout)
+    report = as_json(*arguments, "--sweep", "num_virtual_tokens=2,4", "--overwrite")
     assert "--sweep num_virtual_tokens=2,4" in report["command"]
     assert str(folder) not in report["command"]
     assert [method["label"] for method in report["methods"]] == ["pt:2", "pt:4", "ept:2", "ept:4"]
@@ -52,14 +51,14 @@ def test_a_shape_on_a_files_texts(models: dict[str, Path], tmp_path: Path) -> No
     file.write_text("\n".join(json.dumps({"text": "the film was " + "very " * n}) for n in range(9)), encoding="utf-8")
     source = ("--data", file, "--tokenizer", models["t5"])
     options = (*source, "--padding", "max_length", "--steps", 2, "--methods", "pt:3", "--no-fast-4bit")
-    report = json.loads(succeed(*REDUCED, *options, "--json").stdout)
+    report = as_json(*REDUCED, *options)
     assert "--no-fast-4bit" in report["command"].split()
     assert report["data"]["padded_tokens_a_batch"] == 2 * 16
     assert 2 * 4 <= report["data"]["text_tokens_a_batch"] <= 2 * 12
     assert "name one with --tokenizer" in refused(*REDUCED, "--data", file)
     (tmp_path / "other.jsonl").write_text('{"sentence": "a"}', encoding="utf-8")
-    message = refused(*REDUCED, "--tokenizer", models["t5"], "--data", tmp_path / "other.jsonl")
-    assert "no column text (found: sentence)" in message
+    other = ("--tokenizer", models["t5"], "--data", tmp_path / "other.jsonl")
+    assert "no column text (found: sentence)" in refused(*REDUCED, *other)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -4,20 +4,14 @@ import json
 
 import datasets
 import pytest
-from typer.testing import CliRunner
+from test_commands import as_json, refused, succeed
 
-from ept.cli.main import app
-
-
-def show(*arguments):
-    return CliRunner().invoke(app, ["tasks", "show", *map(str, arguments)])
+SHOW_SST2 = ("tasks", "show", "glue/sst2")
 
 
 def test_with_rows_and_a_tokenizer(tiny):
     data = tiny / "data/glue/sst2"
-    shown = json.loads(
-        show("glue/sst2", "--data", data, "--tokenizer", tiny / "t5", "--max-length", 8, "--json").stdout
-    )
+    shown = as_json(*SHOW_SST2, "--data", data, "--tokenizer", tiny / "t5", "--max-length", 8)
     assert shown["rows"] == {"train": 96, "validation": 24, "test": 32}
     assert shown["label_balance"] == {"negative": 0.5, "positive": 0.5}
     assert [example["target"] for example in shown["examples"]] == ["0", "1"]
@@ -26,7 +20,8 @@ def test_with_rows_and_a_tokenizer(tiny):
     share = sum(2 + len(text.split()) + 1 > 8 for text in texts) / len(texts)
     assert 0 < share < 1
     assert shown["truncation_rate"]["train"] == pytest.approx(share)
-    text = show("glue/sst2", "--data", data, "--model", tiny / "t5", "--max-length", 8, "--labels", "words").stdout
+    options = ("--data", data, "--model", tiny / "t5", "--max-length", 8, "--labels", "words")
+    text = succeed(*SHOW_SST2, *options).stdout
     for part in ("max length: 8 tokens", f"too long:   train {share:.1%}", "negative 50.0%", "-> 'negative'"):
         assert part in text
 
@@ -36,7 +31,7 @@ def test_rows_from_the_hub(monkeypatch):
     splits = {"train": rows[:12], "validation": rows[12:]}
     hub = datasets.DatasetDict({name: datasets.Dataset.from_list(found) for name, found in splits.items()})
     monkeypatch.setattr(datasets, "load_dataset", lambda path, config: hub)
-    text = show("glue/stsb", "--hub").stdout
+    text = succeed("tasks", "show", "glue/stsb", "--hub").stdout
     assert "labels:     0.0 .. 5.0 in steps of 0.2" in text
     assert "'sentence1: a 1 sentence2: b' -> '0.2'" in text
     assert "0-1 33.3%" in text
@@ -48,32 +43,18 @@ def test_the_two_examples_have_different_labels(tmp_path):
     held_out = json.dumps({"sentence": "other", "label": 1}) + "\n"
     for split in ("validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text(held_out.replace("other", split), encoding="utf-8")
-    shown = json.loads(show("glue/sst2", "--data", tmp_path, "--json").stdout)
-    assert [e["text"] for e in shown["examples"]] == ["sentence: text 0", "sentence: text 3"]
-    assert [e["target"] for e in shown["examples"]] == ["1", "0"]
+    examples = as_json(*SHOW_SST2, "--data", tmp_path)["examples"]
+    assert [(e["text"], e["target"]) for e in examples] == [("sentence: text 0", "1"), ("sentence: text 3", "0")]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]), encoding="utf-8")
-    assert [e["target"] for e in json.loads(show("glue/sst2", "--data", tmp_path, "--json").stdout)["examples"]] == [
-        "1",
-        "1",
-    ]
+    assert [e["target"] for e in as_json(*SHOW_SST2, "--data", tmp_path)["examples"]] == ["1", "1"]
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--tokenizer", "x"], "--tokenizer counts tokens of rows: give --data DIR or --hub as well"),
-        (["--data", "x", "--hub"], "--data and --hub exclude each other"),
-        (["--labels", "letters"], "--labels letters: choose digits or words"),
-        (["--max-length", "0"], "--max-length 0"),
-        (["--data", "nowhere"], "nowhere: no such folder"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    (["--tokenizer", "x"], "--tokenizer counts tokens of rows: give --data DIR or --hub as well"),
+    (["--data", "x", "--hub"], "--data and --hub exclude each other"),
+    (["--labels", "letters"], "--labels letters: choose digits or words"),
+    (["--max-length", "0"], "--max-length 0"),
+    (["--data", "nowhere"], "nowhere: no such folder"),
+])  # fmt: skip
 def test_refused(arguments, message):
-    result = show("glue/sst2", *arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-
-
-def test_help_and_list():
-    result = CliRunner().invoke(app, ["tasks", "--json"])
-    assert len(json.loads(result.stdout)) == 13
+    assert message in refused(*SHOW_SST2, *arguments)

@@ -21,6 +21,9 @@ from ept.runs.train import PromptTrainer
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("no_curves")
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed: `make ray` runs it"
+)
 PARTS = ["ept", "ept-no-fusion", "ept-no-spaces", "ept-uniform-gate", "ept-fixed-beta", "ept-raw-scale"]
 
 
@@ -68,12 +71,8 @@ def once(no_curves, tiny, tmp_path_factory):
 
 def test_rates_are_searched_with_the_first_seed(once):
     _, records, lines = once
-    assert [(r.run.method, r.run.seed) for r in records] == [
-        *[("pt", 0)] * 2,
-        *[("ept", 0)] * 2,
-        ("pt", 1),
-        ("ept", 1),
-    ]
+    runs = [(r.run.method, r.run.seed) for r in records]
+    assert runs == [*[("pt", 0)] * 2, *[("ept", 0)] * 2, ("pt", 1), ("ept", 1)]
     assert all(r.outcome.results is not None for r in records)
     for method in ("pt", "ept"):
         mine = [r for r in records if r.run.method == method]
@@ -233,18 +232,14 @@ def test_without_ray(tiny, tmp_path, monkeypatch):
         carry_out(tiny, tmp_path, "compare.executor=ray")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed: `make ray` runs it"
-)
+@needs_ray
 def test_ray_gives_the_same_table(once, tiny, tmp_path):
     records, lines = carry_out(tiny, tmp_path, "compare.executor=ray")
     assert len(lines) == 6
     assert found(records) == found(once[1])
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed: `make ray` runs it"
-)
+@needs_ray
 def test_ray_reports_failing_runs(tiny, tmp_path):
     records, _ = carry_out(tiny, tmp_path, "compare.executor=ray", "compare.methods=[pt]", "method.budget=1")
     assert len(records) == 2

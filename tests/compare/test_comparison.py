@@ -1,15 +1,13 @@
 """Intervals and tests against known values, and the tables."""
 
 import csv
-import io
 import json
-from pathlib import Path
 
 import pytest
 
 from ept.compare.execute import Outcome
 from ept.compare.plan import PlannedRun, Record
-from ept.compare.tables import as_json, csv_text, interval, markdown, paired_test, scores_table, summarise, write_tables
+from ept.compare.tables import as_json, interval, markdown, paired_test, scores_table, summarise, write_tables
 from ept.runs.config import RunConfig
 
 
@@ -52,9 +50,8 @@ def record(
     if score is None:
         return Record(run, Outcome(run.folder, None, "RuntimeError: out | of memory"), chosen)
     (run.folder / "adapter").mkdir(parents=True)
-    (run.folder / "adapter/adapter_config.json").write_text(
-        json.dumps({"num_virtual_tokens": 7, "r": 3, "num_spaces": 4 * (method == "ept"), "space_dim": 2}), "utf-8"
-    )
+    adapter = {"num_virtual_tokens": 7, "r": 3, "num_spaces": 4 * (method == "ept"), "space_dim": 2}
+    (run.folder / "adapter/adapter_config.json").write_text(json.dumps(adapter), "utf-8")
     results = {
         "task": task,
         "metric": "accuracy",
@@ -107,15 +104,8 @@ def test_table(records):
     base, swept = summarise(records)
     header, rows = scores_table(base)
     assert header == ["method", "parameters", "sizes", "glue/sst2", "super_glue/cb", "mean", "step (ms)"]
-    assert rows[0] == [
-        "prompt tuning",
-        "100",
-        "s=7 r=3",
-        "65.0 ± 63.5",
-        "50.0 (1 of 2 seeds)",
-        "55.0 (1 of 2 seeds)",
-        "5.0",
-    ]
+    scores = ["65.0 ± 63.5", "50.0 (1 of 2 seeds)", "55.0 (1 of 2 seeds)"]
+    assert rows[0] == ["prompt tuning", "100", "s=7 r=3", *scores, "5.0"]
     assert rows[1][2] == "s=7 r=3 K=4 h=2"
     assert rows[2] == ["PEFT LoRA", "", "", "failed", "failed", "failed", ""]
     assert scores_table(swept)[1][0][3:6] == ["10.0", "failed", "failed"]
@@ -123,9 +113,10 @@ def test_table(records):
 
 def test_page_and_csv(records, tmp_path):
     settings = summarise(records)
-    page = markdown(records, settings, "ept compare --config x.yaml")
+    command = "ept compare --config x.yaml"
+    page = markdown(records, settings, command)
     for part in (
-        "ept compare --config x.yaml",
+        command,
         "torch 9.9",
         "1,234 test",
         "| EPT − prompt tuning | 16.7 ± 14.3 | 0.038 | 3 |",
@@ -134,25 +125,22 @@ def test_page_and_csv(records, tmp_path):
         "| r = 2 | glue/sst2 | EPT | 0.1 | 0.001 |",
     ):
         assert part in page
-    lines = list(csv.DictReader(io.StringIO(csv_text(records))))
+    table, written = write_tables(tmp_path / "new", records, settings, command)
+    assert (table, written.read_text("utf-8")) == (tmp_path / "new/comparison.csv", page)
+    lines = list(csv.DictReader(table.read_text("utf-8").splitlines()))
     assert len(lines) == len(records)
     assert [line["status"] for line in lines].count("failed") == 2
     assert (lines[2]["score"], lines[2]["trainable_parameters"], lines[2]["test_rows"]) == ("0.8", "99", "1234")
     assert lines[0]["low_rank_learning_rate"] == ""  # prompt tuning has nothing else
-    table, written = write_tables(tmp_path / "new", records, settings, "ept compare --config x.yaml")
-    assert written.read_text("utf-8") == page
-    assert table == Path(tmp_path / "new/comparison.csv")
 
 
 def test_for_machines(records):
     found = json.loads(json.dumps(as_json(records, summarise(records))))
     assert found["runs"] == 11
     assert [failure["error"] for failure in found["failed"]] == ["RuntimeError: out | of memory"] * 2
-    assert found["settings"][0]["methods"][1]["mean"] == {
-        "mean": pytest.approx(0.75),
-        "half_width": pytest.approx(0.6353, abs=1e-4),
-        "n": 2,
-    }
+    half_width = pytest.approx(0.6353, abs=1e-4)
+    mean = {"mean": pytest.approx(0.75), "half_width": half_width, "n": 2}
+    assert found["settings"][0]["methods"][1]["mean"] == mean
 
 
 def test_nothing_finished(tmp_path):

@@ -1,10 +1,12 @@
 """Each figure is drawn when there are runs for it, and published results only on request."""
 
+from importlib.resources import files
+
 import matplotlib.image
 import pytest
 
 from ept.compare.figures import draw, side_by_side
-from ept.compare.published import published_rows, published_scores
+from ept.compare.published import published_scores
 from ept.compare.tables import MethodSummary, Setting, interval
 from ept.tasks import TASKS
 
@@ -54,11 +56,10 @@ def test_all_together_and_nothing(tmp_path):
 
 def test_methods_at_one_budget_stand_side_by_side():
     """Their parameters differ by a few: drawn where they are, one would hide the other."""
-    places = side_by_side([1000, 990, 50_000, 995], step=0.01)
+    sizes = [1000, 990, 50_000, 995]
+    places = side_by_side(sizes, step=0.01)
     assert places[2] == 50_000
-    assert [place / size for place, size in zip(places, [1000, 990, 50_000, 995])] == pytest.approx(
-        [10**-0.01, 1, 1, 10**0.01]
-    )
+    assert [place / size for place, size in zip(places, sizes)] == pytest.approx([10**-0.01, 1, 1, 10**0.01])
     many = side_by_side([1000] * 40, step=0.1)
     assert many == sorted(many)
     assert 500 < many[0] < many[-1] < 2000  # within the figure
@@ -88,5 +89,6 @@ def test_published_table_agrees_with_its_own_means():
         assert found_super[name] == pytest.approx(wanted_super, abs=0.11), name
     assert "LST" in found
     assert "LST" not in found_super
-    assert set(published_rows()[0]) == {"method", "parameters", "source", *TASKS}
+    header = files("ept.compare").joinpath("published_t5_base.csv").read_text("utf-8").splitlines()[0]
+    assert set(header.split(",")) == {"method", "parameters", "source", *TASKS}
     assert published_scores(["local"]) == []

@@ -30,19 +30,10 @@ def config(**changes: Any) -> ProfileConfig:
     return ProfileConfig(model=ModelConfig(name_or_path="tiny"), **given)
 
 
-def batches_of(name: str, padding: str = "none", all_logits: bool = False, count: int = 1) -> list[dict[str, Any]]:
-    rows = random_rows(3 * count, TASK_OF[name], VOCAB, 12, padding != "none", seed=0)
-    return make_batches(
-        rows,
-        batch=3,
-        count=count,
-        task_type=TASK_OF[name],
-        pad_token_id=0,
-        padding=padding,
-        width=12,
-        all_logits=all_logits,
-        device=CPU,
-    )
+def batch_of(name: str, padding: str = "none", all_logits: bool = False) -> dict[str, Any]:
+    rows = random_rows(3, TASK_OF[name], VOCAB, 12, padding != "none", seed=0)
+    how: dict[str, Any] = {"pad_token_id": 0, "padding": padding, "width": 12, "all_logits": all_logits}
+    return make_batches(rows, batch=3, count=1, task_type=TASK_OF[name], device=CPU, **how)[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -64,9 +55,8 @@ def test_a_record_is_whole(name: str, padding: str) -> None:
         assert tuple(method["phases_ms"]) == PHASES
         assert all(time > 0 for time in method["phases_ms"].values())
         assert 0.95 <= method["phases_over_step"] <= 1.0
-        assert method["tokens_per_second"] == pytest.approx(
-            1e3 * record["data"]["text_tokens_a_batch"] / step["median"]
-        )
+        tokens = record["data"]["text_tokens_a_batch"]
+        assert method["tokens_per_second"] == pytest.approx(1e3 * tokens / step["median"])
     peak = {method["method"]: method["peak_memory_bytes"] for method in record["methods"]}
     assert 0 < peak["ept"] < peak["dept"] < peak["pt"]
     data = record["data"]
@@ -83,7 +73,7 @@ def test_a_record_is_whole(name: str, padding: str) -> None:
 def test_every_method_gives_the_base_model_the_same_work(name: str) -> None:
     base = make_model(name)
     methods = [make_method(MethodSpec.parse(text), base, TASK_OF[name], 12) for text in PROFILE_METHODS]
-    (batch,) = batches_of(name, "longest")
+    batch = batch_of(name, "longest")
     seen: dict[str, Any] = {}
 
     def look(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -97,6 +87,9 @@ def test_every_method_gives_the_base_model_the_same_work(name: str) -> None:
     work = {}
     for method in methods:
         time_step(method, base, batch, CPU)
+        owner, maker = method.prompt_of
+        assert maker not in owner.__dict__  # the marks leave nothing behind
+        assert not base._forward_pre_hooks
         s, n = method.spec.num_virtual_tokens, batch["input_ids"].shape[1]
         assert seen["positions"] == s + n
         assert seen["real"] == 3 * s + int(batch["attention_mask"].sum())
@@ -115,7 +108,7 @@ def test_prompt_tuning_and_pefts_have_one_loss_and_one_step(name: str, all_logit
     embedding = theirs.model.prompt_encoder["default"].embedding.weight
     with torch.no_grad():
         embedding.copy_(layer.prompt * layer.embedding_scale)
-    (batch,) = batches_of(name, all_logits=all_logits)
+    batch = batch_of(name, all_logits=all_logits)
     losses = [method.loss(batch) for method in (ours, theirs)]
     torch.testing.assert_close(losses[0], losses[1])
     for loss in losses:
@@ -138,17 +131,6 @@ def test_pefts_prompt_tuning_runs_on_bitsandbytes_layers(fast_4bit: bool) -> Non
     ours = linear4bit.Linear4bit if fast_4bit else bitsandbytes.nn.Linear4bit
     assert used == [ours, bitsandbytes.nn.Linear4bit] * 3 + [ours, bitsandbytes.nn.Linear4bit]
     assert record["model"]["fast_4bit"] is fast_4bit
-
-
-@pytest.mark.parametrize("method", PROFILE_METHODS)
-def test_the_marks_leave_nothing_behind(method: str) -> None:
-    base = make_model("llama")
-    made = make_method(MethodSpec.parse(method), base, "CAUSAL_LM", 12)
-    (batch,) = batches_of("llama")
-    time_step(made, base, batch, CPU)
-    owner, name = made.prompt_of
-    assert name not in owner.__dict__
-    assert not base._forward_pre_hooks
 
 
 def test_statistics_pair_the_steps_of_a_turn() -> None:
@@ -179,17 +161,12 @@ def test_traces_name_our_operators(tmp_path: Path) -> None:
     profile(config(methods=("ept", "peft-pt")), base=make_model("t5"), traces=tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"trace_ept.json", "trace_peft-pt.json"}
     events = json.loads((tmp_path / "trace_ept.json").read_text(encoding="utf-8"))["traceEvents"]
-    operators = {event.get("name") for event in events}
-    assert {
-        "ept::joint_prompt",
-        "ept::joint_prompt_backward",
-        "ept::prompted_embedding",
-        "ept::prompted_embedding_backward",
-    } <= operators
+    ours = {f"ept::{name}{end}" for name in ("joint_prompt", "prompted_embedding") for end in ("", "_backward")}
+    assert ours <= {event.get("name") for event in events}
 
 
 def test_a_sweep_takes_every_length_in_the_same_turns(tmp_path: Path) -> None:
-    names = sweep([4, 40], ["ept", "pt:7"])
+    names = sweep("num_virtual_tokens=4,40", ["ept", "pt:7"])
     assert names == ("ept:4", "ept:40", "pt:4", "pt:40")
     record = profile(config(methods=names), base=make_model("llama"))
     assert [method["label"] for method in record["methods"]] == ["ept:4", "ept", "pt:4", "pt:40"]
