@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+TRAIN_FILE = f"train{{{','.join(READERS)}}}"
 LARGE = 10_000
 """From this many train rows on, validation rows are taken from train and the validation split is the test split."""
 LARGE_VALIDATION = 1_000
@@ -48,11 +49,10 @@ class TaskData:
 
     def balance(self) -> dict[str, float]:
         """Gives the share of each label among the train rows, by its word; a regression's range is cut into five."""
-        task, labels = self.task, list(self.train["label"])
-        names = task.label_words
-        if task.values:
-            low, width = task.values[0], (task.values[-1] - task.values[0]) / BALANCE_INTERVALS
-            labels = [min(int((task.values[label] - low) / width), BALANCE_INTERVALS - 1) for label in labels]
+        names, labels, values = self.task.label_words, list(self.train["label"]), self.task.values
+        if values:
+            low, width = values[0], (values[-1] - values[0]) / BALANCE_INTERVALS
+            labels = [min(int((values[label] - low) / width), BALANCE_INTERVALS - 1) for label in labels]
             names = tuple(f"{low + i * width:g}-{low + (i + 1) * width:g}" for i in range(BALANCE_INTERVALS))
         counts = Counter(labels)
         return {name: counts[i] / len(labels) for i, name in enumerate(names)}
@@ -99,7 +99,7 @@ def load_task(
     Raises ValueError for bad content (with file and row), FileNotFoundError for a file or split that is not there, and
     ConnectionError where the hub cannot be reached.
     """
-    target_strings = task.labels(labels)
+    targets = task.labels(labels)
     limits = {"train": max_train, "validation": max_validation, "test": max_test}
     for split, limit in limits.items():
         if limit is not None and limit < 1:
@@ -120,9 +120,7 @@ def load_task(
             splits[split] = [row for row in splits[split] if id(row) in kept]
     if k_shot is not None:
         splits["train"] = few_shot(task, splits["train"], k_shot, shot_seed)
-    return TaskData(
-        task=task, labels=target_strings, **{split: dataset(rows, target_strings) for split, rows in splits.items()}
-    )
+    return TaskData(task, **{split: dataset(rows, targets) for split, rows in splits.items()}, labels=targets)
 
 
 def load_split(task: Task, path: File, *, labels: Literal["digits", "words"] = "digits") -> Dataset:
@@ -136,13 +134,12 @@ def _raw_splits(
     """Reads the splits that are there: the source of each, for messages, and its rows."""
     given = {split: Path(file) for split, file in files.items() if file is not None}
     names = ", ".join(f"{split}_file" for split in given)
-    forms = f"train{{{','.join(READERS)}}}"
     if data_dir is not None:
         folder = Path(data_dir)
         if given:
             raise ValueError(f"data_dir={str(data_dir)!r} and {names}: give one or the other")
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder: data_dir must hold {forms}")
+            raise FileNotFoundError(f"{folder}: no such folder: data_dir must hold {TRAIN_FILE}")
         for split, hub_name in zip(SPLITS, task.split_names):
             paths = [folder / f"{name}{suffix}" for name in (hub_name, split) for suffix in READERS]
             found = [path for path in dict.fromkeys(paths) if path.is_file()]
@@ -153,7 +150,7 @@ def _raw_splits(
                 given[split] = found[0]
         if "train" not in given:
             present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            raise FileNotFoundError(f"{folder} has no train split: it needs {forms}, it holds {present}")
+            raise FileNotFoundError(f"{folder} has no train split: it needs {TRAIN_FILE}, it holds {present}")
     elif given and "train" not in given:
         raise ValueError(f"{names} without train_file: give train_file as well")
     if given:
@@ -171,7 +168,7 @@ def _hub_splits(task: Task, path: str, config: str) -> dict[str, tuple[str, list
     except OSError as error:  # datasets' own errors for an unreachable hub and for a missing data set are OSErrors
         raise ConnectionError(
             f"cannot load {path} ({config}) from the hub: {error}. Without a connection give data_dir, a folder with "
-            f"train{{{','.join(READERS)}}} and validation, test alike, with the columns "
+            f"{TRAIN_FILE} and validation, test alike, with the columns "
             f"{', '.join((*task.source_columns, task.label_column))}"
         ) from error
     if task.split_names[0] not in loaded:

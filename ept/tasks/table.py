@@ -32,8 +32,8 @@ def _task(name: str, columns: str, words: str, metrics: str = "accuracy", **fiel
 
 def strip_markup(row: Mapping[str, Any]) -> dict[str, Any]:
     """Takes the HTML marks out of MultiRC's columns: `<br>` becomes a space, `<b>` and `</b>` go."""
-    columns = ("question", "answer", "paragraph")
-    return {c: re.sub(r"</?b>", "", re.sub(r"<br\s*/?>", " ", as_text(c, row[c]))) for c in columns}
+    texts = {column: as_text(column, row[column]) for column in ("question", "answer", "paragraph")}
+    return {column: re.sub(r"</?b>", "", re.sub(r"<br\s*/?>", " ", text)) for column, text in texts.items()}
 
 
 def mark_spans(row: Mapping[str, Any]) -> dict[str, str]:

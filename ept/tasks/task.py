@@ -98,21 +98,20 @@ class Task:
     @cached_property
     def _classes(self) -> dict[str, int]:
         """The class that each spelling of a raw label stands for; a literal spelling wins over a derived one."""
-        raw_labels: Sequence[tuple[str | int | bool, int]] = self.label_map or tuple(enumerate(range(self.num_labels)))
         classes: dict[str, int] = {}
-        for raw, index in raw_labels:
-            if classes.setdefault(_spellings(raw)[0], index) != index:
+        derived: dict[str, int] = {}
+        for raw, index in self.label_map or enumerate(range(self.num_labels)):
+            literal, *others = _spellings(raw)
+            if classes.setdefault(literal, index) != index:
                 raise ValueError(f"label {raw!r} stands for two label words: write it once (1 and '1' are one label)")
+            derived = {**dict.fromkeys(others, index), **derived}
         for index, word in enumerate(self.label_words if not self.label_map else ()):
             if classes.setdefault(word.strip(), index) != index:
                 raise ValueError(
                     f"label word '{word}' is also the number of another label: say which raw label gets which "
                     f"word, as in label_words={{{word}: '{word}'}}"
                 )
-        for raw, index in raw_labels:
-            for spelling in _spellings(raw)[1:]:
-                classes.setdefault(spelling, index)
-        return classes
+        return derived | classes
 
 
 def nearest_value(number: Any, values: Sequence[float]) -> int | None:

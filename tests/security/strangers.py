@@ -94,9 +94,15 @@ def weights(draw: st.DrawFn, good: bytes) -> bytes:
         special = draw(st.sampled_from([b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f"]))
         return good[: 8 + length] + data[:at] + special + data[at + 4 :]
     entries: dict[str, Any] = json.loads(header)
+    dtypes = ["F64", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F4", "I64", "I32", "U8", "BOOL", "C64", "U16", "F32"]
+    fields = {
+        "dtype": st.sampled_from(dtypes) | _texts,
+        "shape": st.lists(_sizes, max_size=4) | values,
+        "data_offsets": st.lists(st.integers(0, len(data) + 8) | _sizes, min_size=2, max_size=2) | values,
+    }
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(sorted(entries)))
-        what = draw(st.sampled_from(["dtype", "shape", "offsets", "rename", "drop", "add", "any", "metadata"]))
+        what = draw(st.sampled_from([*fields, "rename", "drop", "add", "any", "metadata"]))
         if what == "metadata":
             entries["__metadata__"] = draw(values)
         elif what == "add":
@@ -107,14 +113,8 @@ def weights(draw: st.DrawFn, good: bytes) -> bytes:
             entries[draw(_texts)] = entries.pop(name)
         elif what == "any" or not isinstance(entries[name], dict):
             entries[name] = draw(values)
-        elif what == "dtype":
-            kinds = ["F64", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F4", "I64", "I32", "U8", "BOOL", "C64", "U16", "F32"]
-            entries[name] = {**entries[name], "dtype": draw(st.sampled_from(kinds) | _texts)}
-        elif what == "shape":
-            entries[name] = {**entries[name], "shape": draw(st.lists(_sizes, max_size=4) | values)}
-        elif what == "offsets":
-            ends = draw(st.lists(st.integers(0, len(data) + 8) | _sizes, min_size=2, max_size=2) | values)
-            entries[name] = {**entries[name], "data_offsets": ends}
+        elif what in fields:
+            entries[name] = {**entries[name], what: draw(fields[what])}
     if draw(st.booleans()):
         entries = lie_consistently(entries)
     changed = json.dumps(entries).encode()
