@@ -15,9 +15,9 @@ from pathlib import Path
 import headlines_data as source
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from ept.runs.config import RunConfig, load_run_config
+from ept.runs.config import load_run_config
 
 CONFIG = Path(__file__).with_name("headlines.yaml")
 EXAMPLES = 5
@@ -26,22 +26,32 @@ console = Console()
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, written anew each time")
+    parser.add_argument("--seed", type=int, default=0, help="draws the split, the initialisation and the order of rows")
+    arguments = parser.parse_args()
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no 4-bit weights here: it may lack kernels
     started = time.perf_counter()
     model_file = source.package_file(source.MODEL_PACKAGE, source.MODEL_FILE)
-    data_file = source.package_file(source.DATA_PACKAGE, source.DATA_FILE)
 
     console.rule("Efficient Prompt Tuning: which headlines are sarcastic?")
-    rows = source.read_headlines(data_file)
+    rows = source.read_headlines(source.package_file(source.DATA_PACKAGE, source.DATA_FILE))
     data = arguments.output / "data"
     counts = source.write_splits(rows, data, arguments.seed)
     console.print(
         f"Data: {len(rows):,} different headlines, split by a hash of their text into "
         f"{counts['train']:,} to train on, {counts['validation']:,} to validate on, {counts['test']:,} held out."
     )
-    config = run_config(arguments, model_file, data)
+    config = load_run_config(CONFIG)
+    config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
+    config.data.data_dir = str(data)
+    config.output_dir, config.seed = str(arguments.output), arguments.seed
+    if arguments.steps is not None:
+        config.training.max_steps = arguments.steps
 
     from ept.cli.common import quiet
     from ept.runs.loading import default_device
@@ -56,36 +66,13 @@ def main() -> None:
     with quiet():
         results = train(config, overwrite=True)
     console.print(results_table(results))
-    gain = 100 * (results["score"] - results["majority"])
-    held_out = results["rows"]["test"]
+    gain, held_out = 100 * (results["score"] - results["majority"]), results["rows"]["test"]
     console.print(f"{gain:+.1f} points over always giving the commoner label, on {held_out} held-out headlines.\n")
     show_examples(arguments.output)
     console.print()
     for name, file in {"Adapter": "adapter", "Results": "results.json", "Learning curve": "learning_curve.png"}.items():
         console.print(f"{name + ':':15} {arguments.output / file}")
     console.print(f"Done in {time.perf_counter() - started:.0f} s.")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
-    output = Path("runs/demo")
-    parser.add_argument("--output", type=Path, default=output, help="folder of the run, written anew each time")
-    parser.add_argument("--seed", type=int, default=0, help="draws the split, the initialisation and the order of rows")
-    return parser.parse_args()
-
-
-def run_config(arguments: argparse.Namespace, model_file: Path, data: Path) -> RunConfig:
-    """Loads `headlines.yaml` and fills in model, data and output folder."""
-    config = load_run_config(CONFIG)
-    config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
-    config.data.data_dir = str(data)
-    config.output_dir, config.seed = str(arguments.output), arguments.seed
-    if arguments.steps is not None:
-        if arguments.steps < 1:
-            raise SystemExit(f"--steps must be at least 1, got {arguments.steps}")
-        config.training.max_steps = arguments.steps
-    return config
 
 
 def show_examples(folder: Path) -> None:
@@ -98,10 +85,8 @@ def show_examples(folder: Path) -> None:
         run = open_run(folder)
     rows = read_rows(folder / "data" / "test.jsonl")[:EXAMPLES]
     predictions = run.predict([row.ids for row in run.fit(rows, "test")])
-    table = Table(title="Held-out headlines, judged by the adapter loaded back from disk", show_lines=True)
-    table.add_column("headline")
-    table.add_column("sarcastic?", justify="center")
-    table.add_column("truth", justify="center")
+    columns = (Column("headline"), Column("sarcastic?", justify="center"), Column("truth", justify="center"))
+    table = Table(*columns, title="Held-out headlines, judged by the adapter loaded back from disk", show_lines=True)
     for row, prediction in zip(rows, predictions):
         colour = "green" if prediction == row["label"] else "red"
         table.add_row(escape(row["headline"]), f"[{colour}]{run.labels[prediction]}[/]", run.labels[row["label"]])

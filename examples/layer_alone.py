@@ -26,9 +26,8 @@ def main(steps: int = 300) -> tuple[float, float]:
 
     config = EPTConfig(num_virtual_tokens=4, max_length=TOKENS, r=4, num_spaces=2, space_dim=2)
     layer = EPTLayer(config, embedding)
-    prompt = [parameter for name, parameter in layer.named_parameters() if name == "prompt"]
     others = [parameter for name, parameter in layer.named_parameters() if name != "prompt"]
-    optimizer = torch.optim.AdamW([{"params": prompt, "lr": 0.05}, {"params": others, "lr": 0.01}])
+    optimizer = torch.optim.AdamW([{"params": [layer.prompt], "lr": 0.05}, {"params": others, "lr": 0.01}])
 
     def logits(input_ids: torch.Tensor) -> torch.Tensor:
         inputs_embeds, attention_mask, _ = layer(input_ids)

@@ -48,52 +48,20 @@ def save_tokenizer(folder: Path, end_token: bool) -> None:
 def save_model(family: str, folder: Path) -> Path:
     """A tiny model in a folder, with its tokenizer."""
     torch.manual_seed(1)
-    size, tokens = len(VOCABULARY), {"pad_token_id": 0, "eos_token_id": 1}
+    shared = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "eos_token_id": 1}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes["max_position_embeddings"] = 128
     model: Any
     if family == "llama":
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=size,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=128,
-                initializer_range=0.05,
-                tie_word_embeddings=False,
-                bos_token_id=None,
-                **tokens,
-            )
-        )
+        own = {"num_key_value_heads": 2, "initializer_range": 0.05, "tie_word_embeddings": False, "bos_token_id": None}
+        model = LlamaForCausalLM(LlamaConfig(**shared, **sizes, **own))
     elif family == "t5":
+        own = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "initializer_factor": 1.0}
         model = T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=size,
-                d_model=32,
-                d_kv=8,
-                d_ff=64,
-                num_layers=2,
-                num_heads=4,
-                initializer_factor=1.0,
-                decoder_start_token_id=0,
-                tie_word_embeddings=False,
-                **tokens,
-            )
+            T5Config(**shared, **own, decoder_start_token_id=0, tie_word_embeddings=False)
         )
     else:
-        model = BertForSequenceClassification(
-            BertConfig(
-                vocab_size=size,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=128,
-                initializer_range=0.3,
-                **tokens,
-            )
-        )
+        model = BertForSequenceClassification(BertConfig(**shared, **sizes, initializer_range=0.3))
     teach(model, family)
     model.save_pretrained(folder)
     save_tokenizer(folder, end_token=family != "llama")
@@ -120,18 +88,12 @@ def teach(model: Any, family: str, steps: int = 150) -> None:
             rows.append((text.split(), ["01"[label] if asked else "?", "</s>"]))
         ids = [[VOCABULARY.get(word, VOCABULARY["<unk>"]) for word in text] for text, _ in rows]
         answers = [[VOCABULARY[word] for word in answer] for _, answer in rows]
-        if family == "bert":
-            batch = [
-                {"input_ids": [*text, 1], "labels": int(answer[0] == VOCABULARY["1"])}
-                for text, answer in zip(ids, answers)
-            ]
-        elif family == "t5":
-            batch = [{"input_ids": [*text, 1], "labels": answer} for text, answer in zip(ids, answers)]
-        else:
-            batch = [{"input_ids": text + answer, "labels": answer} for text, answer in zip(ids, answers)]
-        inputs = Collator(FAMILIES[family], VOCABULARY["<pad>"])(batch)
-        inputs.pop("logits_to_keep", None)
-        model(**inputs).loss.backward()
+        inputs = [[*text, *answer] if family == "llama" else [*text, 1] for text, answer in zip(ids, answers)]
+        targets = [int(answer[0] == VOCABULARY["1"]) if family == "bert" else answer for answer in answers]
+        batch = [{"input_ids": text, "labels": target} for text, target in zip(inputs, targets)]
+        made = Collator(FAMILIES[family], VOCABULARY["<pad>"])(batch)
+        made.pop("logits_to_keep", None)
+        model(**made).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     if family == "bert":

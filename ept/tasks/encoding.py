@@ -14,7 +14,7 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .rows import fit_to_length, is_rendered, render
+from .rows import fit_to_length, render
 from .task import Task
 
 IGNORE = -100  # the label of a position that has no part in the loss
@@ -49,7 +49,14 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
     if task_type == "SEQ_2_SEQ_LM":
         encoded = [list(tokenizer(text_target=label)["input_ids"]) for label in labels]
     else:
-        encoded = [_continuation(tokenizer, label) for label in labels]
+        # As " label" follows a text, whatever mark the tokenizer puts at the start of a string.
+        before = tokenizer("a", add_special_tokens=False)["input_ids"]
+        encoded = [tokenizer(f"a {label}", add_special_tokens=False)["input_ids"] for label in labels]
+        for index, ids in enumerate(encoded):
+            if ids[: len(before)] == before and len(ids) > len(before):
+                encoded[index] = ids[len(before) :]
+            else:
+                encoded[index] = tokenizer(f" {labels[index]}", add_special_tokens=False)["input_ids"]
     for label, ids in zip(labels, encoded):
         if not ids:
             raise ValueError(f"the label {label!r} has no tokens")
@@ -64,15 +71,6 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
     return encoded
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, label: str) -> list[int]:
-    """Tokenises " label" as it follows a text, whatever mark the tokenizer puts at the start of a string."""
-    before = tokenizer("a", add_special_tokens=False)["input_ids"]
-    after = tokenizer(f"a {label}", add_special_tokens=False)["input_ids"]
-    if after[: len(before)] == before and len(after) > len(before):
-        return list(after[len(before) :])
-    return list(tokenizer(f" {label}", add_special_tokens=False)["input_ids"])
-
-
 def fit_rows(
     task: Task,
     rows: Sequence[Mapping[str, Any]],
@@ -85,7 +83,7 @@ def fit_rows(
 ) -> list[FittedText]:
     """Renders and tokenises each row, once unless it is too long: `max_length` counts start and end tokens.
 
-    `rows` are as they lie in a data file, or those of a `TaskData` split, whose `text` is rendered already.
+    `rows` are as they lie in a data file, or those of a `TaskData` split.
 
     Raises:
         ValueError: a row has no text, or is too long and not to be truncated; names `source`, the row (counted from 0),
@@ -94,7 +92,7 @@ def fit_rows(
     texts = []
     for index, row in enumerate(rows):
         try:
-            texts.append(row["text"] if is_rendered(task, row) else render(task, row))
+            texts.append(render(task, row))
         except ValueError as error:
             raise ValueError(f"{source} row {index}: {error}") from error
     fitted = [FittedText(text, ids, False) for text, ids in zip(texts, encode_texts(tokenizer, texts, task_type))]
@@ -122,8 +120,7 @@ def encode_split(
 ) -> datasets.Dataset:
     """Makes columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length` from `text_ids` and `label`.
 
-    For CAUSAL_LM `input_ids` ends with the target, and `labels` holds the target alone. For SEQ_CLS and a regression
-    `labels` is the number among `values` that the class stands for.
+    For SEQ_CLS and a regression `labels` is the number among `values` that the class stands for.
     """
     answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
     targets: Sequence[Any] = answers or values or range(len(labels))
@@ -134,12 +131,11 @@ def encode_split(
     return datasets.Dataset.from_dict({**columns, "length": list(map(len, inputs))})
 
 
-def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, multiple: int = 1) -> torch.Tensor:
-    """Makes one int64 tensor [B, n] of sequences; n is the length of the longest, rounded up to a `multiple`."""
-    length = -(-max(map(len, sequences)) // multiple) * multiple
+def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, length: int = 0) -> torch.Tensor:
+    """Makes one int64 tensor [B, n] of sequences; n is the length of the longest, and at least `length`."""
+    length = max(length, *map(len, sequences))
     fill = [[value] * (length - len(sequence)) for sequence in sequences]
-    padded = [[*f, *s] if left else [*s, *f] for f, s in zip(fill, sequences)]
-    return torch.tensor(padded, dtype=torch.long)
+    return torch.tensor([[*f, *s] if left else [*s, *f] for f, s in zip(fill, sequences)], dtype=torch.long)
 
 
 @dataclass
@@ -163,22 +159,19 @@ class Collator:
     label_only_logits: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        left = self.task_type == "CAUSAL_LM"
-        multiple = self.pad_to_multiple_of or 1
-        inputs = [row["input_ids"] for row in rows]
-        labels = [row["labels"] for row in rows]
+        left, multiple = self.task_type == "CAUSAL_LM", self.pad_to_multiple_of or 1
+        inputs, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
+        length = -(-max(map(len, inputs)) // multiple) * multiple
         batch: dict[str, Any] = {
-            "input_ids": pad(inputs, self.pad_token_id, left, multiple),
-            "attention_mask": pad([[1] * len(ids) for ids in inputs], 0, left, multiple),
+            "input_ids": pad(inputs, self.pad_token_id, left, length),
+            "attention_mask": pad([[1] * len(ids) for ids in inputs], 0, left, length),
         }
         if self.task_type == "SEQ_CLS":
             batch["labels"] = torch.tensor(labels, dtype=torch.float if isinstance(labels[0], float) else torch.long)
-            return batch
-        answer = max(self.answer_tokens, *map(len, labels))
-        if self.task_type == "SEQ_2_SEQ_LM":
-            batch["labels"] = pad([[*label, *[IGNORE] * (answer - len(label))] for label in labels], IGNORE)
+        elif self.task_type == "SEQ_2_SEQ_LM":
+            batch["labels"] = pad(labels, IGNORE, length=self.answer_tokens)
         else:
-            full = [[IGNORE] * (len(ids) - len(label)) + list(label) for ids, label in zip(inputs, labels)]
-            batch["labels"] = pad(full, IGNORE, left, multiple)
-            batch["logits_to_keep"] = min(answer + 1, batch["labels"].shape[1]) if self.label_only_logits else 0
+            batch["labels"] = pad(labels, IGNORE, left, length)
+            answer = max(self.answer_tokens, *map(len, labels))
+            batch["logits_to_keep"] = min(answer + 1, length) if self.label_only_logits else 0
         return batch

@@ -38,30 +38,20 @@ def read_rows(path: File) -> list[Row]:
     return rows
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"line {number}", _parse_json(line, path, number)
-
-
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     text = path.read_text(encoding="utf-8-sig")
-    if not text.lstrip().startswith("["):  # the hub's .json files are often JSON lines
-        yield from _read_jsonl(path)
-        return
-    for number, row in enumerate(_parse_json(text, path, 1), start=1):
-        yield f"row {number}", row
-
-
-def _parse_json(text: str, path: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(
-            f"{path}, line {line}: not JSON ({error.msg} at column {error.colno}): correct the line or remove it"
-        ) from error
+    is_array = path.suffix == ".json" and text.lstrip().startswith("[")  # the hub's .json files are often JSON lines
+    for number, piece in enumerate([text] if is_array else text.split("\n"), start=1):
+        try:
+            parsed = json.loads(piece) if piece.strip() else []
+        except json.JSONDecodeError as error:
+            place = f"{path}, line {number + error.lineno - 1}"
+            message = f"{place}: not JSON ({error.msg} at column {error.colno}): correct the line or remove it"
+            raise ValueError(message) from error
+        if is_array:
+            yield from ((f"row {i}", row) for i, row in enumerate(parsed, start=1))
+        elif piece.strip():
+            yield f"line {number}", parsed
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -96,7 +86,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _read_jsonl,
+    ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

@@ -53,7 +53,35 @@ def compute_metrics(
                     f"{what} {position} is {index}, outside {low} .. {num_labels - 1} for {num_labels} labels: "
                     "map it to a label's index first"
                 )
-    return {name: float(_score(name, predictions, references, num_labels, values, groups)) for name in names}
+
+    from scipy import stats  # here, as both take a second to import and `ept.tasks` is imported for its table alone
+    from sklearn import metrics
+
+    pairs = list(zip(predictions, references))
+    as_wrong_class = [(right + 1) % num_labels if found == UNPARSABLE else found for found, right in pairs]
+    scores: dict[str, float] = {}
+    for name in names:
+        if name == "accuracy":
+            score = metrics.accuracy_score(references, predictions)
+        elif name == "f1":
+            score = metrics.f1_score(references, as_wrong_class, labels=[0, 1], average="binary", zero_division=0.0)
+        elif name == "f1_macro":
+            labels = list(range(num_labels))
+            score = metrics.f1_score(references, predictions, labels=labels, average="macro", zero_division=0.0)
+        elif name == "matthews_correlation":
+            score = metrics.matthews_corrcoef(references, as_wrong_class)
+        elif name == "exact_match":
+            mistaken = {group for group, (found, right) in zip(groups, pairs) if found != right}
+            score = (len(set(groups)) - len(mistaken)) / len(set(groups))
+        else:
+            numbers = [UNPARSABLE_VALUE if found == UNPARSABLE else values[found] for found in predictions]
+            right_numbers = [values[right] for right in references]
+            score = 0.0  # a model that always gives the same answer has learned nothing
+            if len(set(numbers)) > 1 and len(set(right_numbers)) > 1:
+                correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
+                score = correlate(numbers, right_numbers).statistic
+        scores[name] = 0.0 if math.isnan(score) else float(score)
+    return scores
 
 
 def check_metrics(names: Sequence[str], num_labels: int, is_regression: bool = False) -> None:
@@ -68,37 +96,3 @@ def check_metrics(names: Sequence[str], num_labels: int, is_regression: bool = F
             raise ValueError(f"metric 'f1' is for 2 labels, the task has {num_labels}: use 'f1_macro'")
         if name in CORRELATIONS and not is_regression:
             raise ValueError(f"metric '{name}' is for a regression, the task has {num_labels} labels: use 'accuracy'")
-
-
-def _score(
-    name: str,
-    predictions: Sequence[int],
-    references: Sequence[int],
-    num_labels: int,
-    values: Sequence[float],
-    groups: Sequence[int],
-) -> float:
-    from scipy import stats  # here, as both take a second to import and `ept.tasks` is imported for its table alone
-    from sklearn import metrics
-
-    pairs = list(zip(predictions, references))
-    if name == "accuracy":
-        return metrics.accuracy_score(references, predictions)
-    if name == "f1_macro":
-        labels = list(range(num_labels))
-        return metrics.f1_score(references, predictions, labels=labels, average="macro", zero_division=0.0)
-    if name == "exact_match":
-        mistaken = {group for group, (found, right) in zip(groups, pairs) if found != right}
-        return (len(set(groups)) - len(mistaken)) / len(set(groups))
-    if name in CORRELATIONS:
-        numbers = [UNPARSABLE_VALUE if found == UNPARSABLE else values[found] for found in predictions]
-        right_numbers = [values[right] for right in references]
-        if len(set(numbers)) < 2 or len(set(right_numbers)) < 2:
-            return 0.0  # a model that always gives the same answer has learned nothing
-        correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
-        correlation = correlate(numbers, right_numbers).statistic
-        return 0.0 if math.isnan(correlation) else correlation
-    as_wrong_class = [(right + 1) % num_labels if found == UNPARSABLE else found for found, right in pairs]
-    if name == "f1":
-        return metrics.f1_score(references, as_wrong_class, labels=[0, 1], average="binary", zero_division=0.0)
-    return metrics.matthews_corrcoef(references, as_wrong_class)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from .files import Row
 from .task import Task
-from .template import fill, shorten
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,26 +25,21 @@ def render(task: Task, row: Mapping[str, Any]) -> str:
     `row` is either a row as it lies in the data file (the task's preprocessing is applied) or one of a `TaskData` split
     (its `fields` are used as they are). Raises ValueError when a column is missing, holds no text, or all are empty.
     """
-    return fill(task.template, text_fields(task, row))
+    return task.template.format_map(text_fields(task, row))
 
 
 def text_fields(task: Task, row: Mapping[str, Any]) -> dict[str, str]:
     """Gives the strings of the task's text columns, preprocessed; takes and raises what `render` does."""
-    if is_rendered(task, row):
-        return {column: row[FIELDS][column] for column in task.columns}
+    kept = row.get(FIELDS)
+    if "text" in row and isinstance(kept, Mapping) and set(task.columns) <= set(kept):
+        return {column: kept[column] for column in task.columns}
     _check_columns(task, task.source_columns, row)
     values = row if task.preprocess is None else task.preprocess(row)
-    fields = {column: _as_text(column, values[column]) for column in task.columns}
+    fields = {column: as_text(column, values[column]) for column in task.columns}
     if not any(value.strip() for value in fields.values()):
         columns = ", ".join(f"'{column}'" for column in task.columns)
         raise ValueError(f"empty text (column {columns}): drop the row or give it text")
     return fields
-
-
-def is_rendered(task: Task, row: Mapping[str, Any]) -> bool:
-    """Tells whether a row is of a `TaskData` split: it has `text` and the `fields` that was rendered from."""
-    kept = row.get(FIELDS)
-    return "text" in row and isinstance(kept, Mapping) and set(task.columns) <= set(kept)
 
 
 def _check_columns(task: Task, columns: Sequence[str], row: Mapping[str, Any]) -> None:
@@ -61,7 +55,8 @@ def _check_columns(task: Task, columns: Sequence[str], row: Mapping[str, Any]) -
             raise ValueError(f"no column '{column}'; columns found: {found}. {remedy}")
 
 
-def _as_text(column: str, value: Any) -> str:
+def as_text(column: str, value: Any) -> str:
+    """Gives a cell's text; raises ValueError for a list or another structure."""
     if value is None:
         return ""
     if isinstance(value, (str, int, float)):
@@ -74,9 +69,45 @@ def fit_to_length(
 ) -> tuple[str, bool]:
     """Renders `row` in at most `max_length` tokens, no special tokens counted, and tells whether that took a cut.
 
-    See `template.shorten` for where the columns are cut and what is raised.
+    The longest column loses its end first, down to the next longest, then both, and so on: each keeps as many tokens as
+    one common cap allows. The template's own words stay. Fast tokenizers cut at token boundaries, others at word
+    boundaries. Raises ValueError when the template leaves no room for text, and as `render`.
     """
-    return shorten(task.template, text_fields(task, row), tokenizer, max_length)
+    template, fields = task.template, text_fields(task, row)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    text = template.format_map(fields)
+    if count(text) <= max_length:
+        return text, False
+    own = count(template.format_map(dict.fromkeys(fields, "")))
+    remedy = f"within max_length={max_length}: shorten the template {template!r} or raise max_length"
+    if own >= max_length:
+        raise ValueError(f"the template alone has {own} tokens, which leaves no room for text {remedy}")
+    ends = {column: [0] for column in fields}  # of each column, where a cut after 0, 1, .. tokens falls
+    for column, value in fields.items():
+        if tokenizer.is_fast:
+            encoding = tokenizer(value, add_special_tokens=False, return_offsets_mapping=True)
+            ends[column] += [end for _, end in encoding["offset_mapping"]]
+        else:  # inside a word: fall back to the end of the one before
+            for word in re.finditer(r"\S+", value):
+                ends[column] += [ends[column][-1]] * (count(word.group()) - 1) + [word.end()]
+
+    def cut(cap: int) -> dict[str, str]:
+        return {c: v if cap >= len(ends[c]) - 1 else v[: ends[c][cap]].rstrip() for c, v in fields.items()}
+
+    fits, too_long = 0, min(max_length + 1, max(map(len, ends.values())) - 1)
+    while too_long - fits > 1:  # tokens may merge or split at the seams, so each candidate is counted as a whole
+        cap = (fits + too_long) // 2
+        candidate = template.format_map(cut(cap))
+        if count(candidate) <= max_length:
+            fits, text = cap, candidate
+        else:
+            too_long = cap
+    if not any(value.strip() for value in cut(fits).values()):
+        raise ValueError(f"no part of the text fits beside the template's {own} tokens {remedy}")
+    return text, True
 
 
 def examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
@@ -88,13 +119,16 @@ def examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
             fields = text_fields(task, row)
             label = task.label_class(row[task.label_column])
             if label is None:
-                raise ValueError(
-                    f"label {row[task.label_column]!r} (column '{task.label_column}') is outside the set: "
-                    f"allowed are {task.allowed_labels}"
-                )
+                allowed = ", ".join(repr(raw) for raw, _ in task.label_map)
+                if task.values:
+                    allowed = f"numbers {task.values[0]} .. {task.values[-1]}"
+                elif not task.label_map:
+                    allowed = f"0 .. {task.num_labels - 1} or {', '.join(map(repr, task.label_words))}"
+                name = f"label {row[task.label_column]!r} (column '{task.label_column}')"
+                raise ValueError(f"{name} is outside the set: allowed are {allowed}")
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
-        example = {"text": fill(task.template, fields), "label": label, FIELDS: fields}
+        example = {"text": task.template.format_map(fields), "label": label, FIELDS: fields}
         if task.group_columns:
             example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
         found.append(example)
@@ -116,34 +150,3 @@ def dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
         for row in rows:
             row[GROUP] = numbers.setdefault(row[GROUP], len(numbers))
     return Dataset.from_list(rows)
-
-
-def strip_markup(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes the HTML marks out of MultiRC's columns: `<br>` becomes a space, `<b>` and `</b>` go."""
-    columns = ("question", "answer", "paragraph")
-    return {c: re.sub(r"</?b>", "", re.sub(r"<br\s*/?>", " ", _as_text(c, row[c]))) for c in columns}
-
-
-def mark_spans(row: Mapping[str, Any]) -> dict[str, str]:
-    """Marks WSC's noun as `* noun *` and its pronoun as `# pronoun #`, as T5's preprocessing does.
-
-    `spanN_index` counts words between white space. Where the span is not at its index (in a few rows of the set without
-    corrections), its nearest occurrence is marked; raises ValueError when there is none.
-    """
-    text = row["text"]
-    inserts: list[tuple[int, str]] = []
-    for number, mark in ((1, "*"), (2, "#")):
-        start, end = _find_span(text, row[f"span{number}_text"], int(row[f"span{number}_index"]))
-        inserts += [(start, f"{mark} "), (end, f" {mark}")]
-    for position, mark in sorted(inserts, reverse=True):
-        text = text[:position] + mark + text[position:]
-    return {"text": text}
-
-
-def _find_span(text: str, span: str, index: int) -> tuple[int, int]:
-    pattern = re.compile(r"\s+".join(map(re.escape, span.split())) + r"(?!\w)", re.IGNORECASE)
-    starts = [word.start() for word in re.finditer(r"\S+", text)]
-    hits = [(abs(i - index), hit.span()) for i, start in enumerate(starts) if (hit := pattern.match(text, start))]
-    if not span.strip() or not hits:
-        raise ValueError(f"span {span!r} does not occur in the text {text!r}: correct the span or drop the row")
-    return min(hits)[1]

@@ -8,8 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
+from statistics import multimode
 from typing import TYPE_CHECKING, Any, Literal
 
 from .files import READERS, File, Row, read_rows
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+TRAIN_FILE = f"train{{{','.join(READERS)}}}"
 LARGE = 10_000
 """From this many train rows on, validation rows are taken from train and the validation split is the test split."""
 LARGE_VALIDATION = 1_000
@@ -47,21 +49,18 @@ class TaskData:
 
     def balance(self) -> dict[str, float]:
         """Gives the share of each label among the train rows, by its word; a regression's range is cut into five."""
-        task, labels = self.task, list(self.train["label"])
-        names = task.label_words
-        if task.values:
-            low, width = task.values[0], (task.values[-1] - task.values[0]) / BALANCE_INTERVALS
-            labels = [min(int((task.values[label] - low) / width), BALANCE_INTERVALS - 1) for label in labels]
+        names, labels, values = self.task.label_words, list(self.train["label"]), self.task.values
+        if values:
+            low, width = values[0], (values[-1] - values[0]) / BALANCE_INTERVALS
+            labels = [min(int((values[label] - low) / width), BALANCE_INTERVALS - 1) for label in labels]
             names = tuple(f"{low + i * width:g}-{low + (i + 1) * width:g}" for i in range(BALANCE_INTERVALS))
         counts = Counter(labels)
         return {name: counts[i] / len(labels) for i, name in enumerate(names)}
 
     def majority(self) -> float:
         """Scores the commonest train label (the lowest of equals) as every answer on `test`, by the first metric."""
-        counts = Counter(self.train["label"])
-        commonest = min(counts, key=lambda label: (-counts[label], label))
         metric, references = self.task.metrics[0], list(self.test["label"])
-        answers = [commonest] * len(references)
+        answers = [min(multimode(self.train["label"]))] * len(references)
         return compute_metrics([metric], answers, references, self.task.num_labels, values=self.task.values)[metric]
 
 
@@ -100,26 +99,28 @@ def load_task(
     Raises ValueError for bad content (with file and row), FileNotFoundError for a file or split that is not there, and
     ConnectionError where the hub cannot be reached.
     """
-    target_strings = task.labels(labels)
+    targets = task.labels(labels)
     limits = {"train": max_train, "validation": max_validation, "test": max_test}
     for split, limit in limits.items():
         if limit is not None and limit < 1:
             raise ValueError(f"max_{split}={limit}: give at least 1 row, or None for all")
 
     raw = _raw_splits(task, data_dir, dict(zip(SPLITS, (train_file, validation_file, test_file))))
-    if "test" in raw and _is_hidden(task, raw["test"][1]):
-        logger.info("%s: the labels are hidden, the test split is made from the others", raw["test"][0])
+    source, rows = raw.get("test", ("", []))
+    test_labels = [row[task.label_column] for row in rows if task.label_column in row]
+    # Hidden: all are missing, or -1 without that being one of the task's labels.
+    if test_labels and all(str(v) in ("None", "", "-1", "-1.0") and task.label_class(v) is None for v in test_labels):
+        logger.info("%s: the labels are hidden, the test split is made from the others", source)
         del raw["test"]
     splits = {split: examples(task, rows, source) for split, (source, rows) in raw.items()}
     splits = _without_overlap(_three_splits(task, splits, seed))
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
-            splits[split] = [splits[split][i] for i in sorted(_drawn(splits[split], limit, seed)[0])]
+            kept = {id(row) for row in _drawn(splits[split], limit, seed)[0]}
+            splits[split] = [row for row in splits[split] if id(row) in kept]
     if k_shot is not None:
         splits["train"] = few_shot(task, splits["train"], k_shot, shot_seed)
-    return TaskData(
-        task=task, labels=target_strings, **{split: dataset(rows, target_strings) for split, rows in splits.items()}
-    )
+    return TaskData(task, **{split: dataset(rows, targets) for split, rows in splits.items()}, labels=targets)
 
 
 def load_split(task: Task, path: File, *, labels: Literal["digits", "words"] = "digits") -> Dataset:
@@ -132,39 +133,31 @@ def _raw_splits(
 ) -> dict[str, tuple[str, list[Row]]]:
     """Reads the splits that are there: the source of each, for messages, and its rows."""
     given = {split: Path(file) for split, file in files.items() if file is not None}
-    if data_dir is not None and given:
-        raise ValueError(
-            f"data_dir={str(data_dir)!r} and {', '.join(f'{s}_file' for s in given)}: give one or the other"
-        )
+    names = ", ".join(f"{split}_file" for split in given)
     if data_dir is not None:
-        given = _files_of(task, Path(data_dir))
+        folder = Path(data_dir)
+        if given:
+            raise ValueError(f"data_dir={str(data_dir)!r} and {names}: give one or the other")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder: data_dir must hold {TRAIN_FILE}")
+        for split, hub_name in zip(SPLITS, task.split_names):
+            paths = [folder / f"{name}{suffix}" for name in (hub_name, split) for suffix in READERS]
+            found = [path for path in dict.fromkeys(paths) if path.is_file()]
+            found = [path for path in found if path.stem == found[0].stem]
+            if len(found) > 1:
+                raise ValueError(f"{folder} holds {', '.join(p.name for p in found)}: keep one file for each split")
+            if found:
+                given[split] = found[0]
+        if "train" not in given:
+            present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            raise FileNotFoundError(f"{folder} has no train split: it needs {TRAIN_FILE}, it holds {present}")
     elif given and "train" not in given:
-        raise ValueError(f"{', '.join(f'{split}_file' for split in given)} without train_file: give train_file as well")
+        raise ValueError(f"{names} without train_file: give train_file as well")
     if given:
         return {split: (str(path), read_rows(path)) for split, path in given.items()}
     if task.hub is None:
         raise ValueError(f"task '{task.name}' is not on the hub: give data_dir or train_file")
     return _hub_splits(task, *task.hub)
-
-
-def _files_of(task: Task, folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder: data_dir must hold train{{{','.join(READERS)}}}")
-    found: dict[str, Path] = {}
-    for split, hub_name in zip(SPLITS, task.split_names):
-        for name in dict.fromkeys((hub_name, split)):
-            paths = [path for suffix in READERS if (path := folder / f"{name}{suffix}").is_file()]
-            if len(paths) > 1:
-                raise ValueError(f"{folder} holds {', '.join(p.name for p in paths)}: keep one file for each split")
-            if paths:
-                found[split] = paths[0]
-                break
-    if "train" not in found:
-        present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(
-            f"{folder} has no train split: it needs train{{{','.join(READERS)}}}, it holds {present}"
-        )
-    return found
 
 
 def _hub_splits(task: Task, path: str, config: str) -> dict[str, tuple[str, list[Row]]]:
@@ -175,7 +168,7 @@ def _hub_splits(task: Task, path: str, config: str) -> dict[str, tuple[str, list
     except OSError as error:  # datasets' own errors for an unreachable hub and for a missing data set are OSErrors
         raise ConnectionError(
             f"cannot load {path} ({config}) from the hub: {error}. Without a connection give data_dir, a folder with "
-            f"train{{{','.join(READERS)}}} and validation, test alike, with the columns "
+            f"{TRAIN_FILE} and validation, test alike, with the columns "
             f"{', '.join((*task.source_columns, task.label_column))}"
         ) from error
     if task.split_names[0] not in loaded:
@@ -187,46 +180,30 @@ def _hub_splits(task: Task, path: str, config: str) -> dict[str, tuple[str, list
     }
 
 
-def _is_hidden(task: Task, rows: Sequence[Row]) -> bool:
-    """Tells whether every label is missing, or -1 without that being one of the task's labels."""
-    labels = [row[task.label_column] for row in rows if task.label_column in row]
-    return bool(labels) and all(str(v) in ("None", "", "-1", "-1.0") and task.label_class(v) is None for v in labels)
-
-
 def _three_splits(task: Task, splits: Mapping[str, list[Row]], seed: int) -> dict[str, list[Row]]:
     """Makes the splits that are missing, by the rule in `load_task`."""
-
-    def take(rows: list[Row], count: int) -> tuple[list[Row], list[Row]]:
-        drawn, rest = _drawn(rows, count, seed)
-        return [rows[i] for i in drawn], [rows[i] for i in rest]
-
     train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
     if validation is None and test is None:
-        return _hash_split(train, seed)
+        keys = [row.get(GROUP) or text_key(row["text"]) for row in train]  # equal texts stay together
+        distinct = sorted(set(keys), key=lambda key: blake2b(f"{seed}\n{key}".encode(), digest_size=16).digest())
+        if len(distinct) < 3:
+            raise ValueError(f"{len(distinct)} distinct texts cannot fill train, validation and test: give at least 3")
+        logger.info("no validation and no test split: 80/10/10 of the %d distinct texts, by hash", len(distinct))
+        held_out = max(1, round(HELD_OUT_FRACTION * len(distinct)))
+        ranges = (distinct[2 * held_out :], distinct[held_out : 2 * held_out], distinct[:held_out])
+        split_of = {key: split for split, members in zip(SPLITS, ranges) for key in members}
+        return {split: [row for row, key in zip(train, keys) if split_of[key] == split] for split in SPLITS}
     if validation is None:
-        validation, train = take(train, max(1, round(HELD_OUT_FRACTION * len(train))))
+        validation, train = _drawn(train, max(1, round(HELD_OUT_FRACTION * len(train))), seed)
         logger.info("no validation split: %d of the train rows serve as one", len(validation))
     elif test is None and len(train) >= LARGE and task.split_rule == "size":
         test = validation
-        validation, train = take(train, LARGE_VALIDATION)
+        validation, train = _drawn(train, LARGE_VALIDATION, seed)
         logger.info("no test split: it is the validation split, %d train rows are validation", len(validation))
     elif test is None:
         logger.info("no test split: half of the %d validation rows serve as one", len(validation))
-        validation, test = take(validation, len(validation) // 2)
+        validation, test = _drawn(validation, len(validation) // 2, seed)
     return dict(zip(SPLITS, (train, validation, test or [])))
-
-
-def _hash_split(rows: list[Row], seed: int) -> dict[str, list[Row]]:
-    """Splits 80/10/10 over the distinct texts in the order of their seeded hashes; equal texts stay together."""
-    keys = [row.get(GROUP) or text_key(row["text"]) for row in rows]
-    distinct = sorted(set(keys), key=lambda key: blake2b(f"{seed}\n{key}".encode(), digest_size=16).digest())
-    if len(distinct) < 3:
-        raise ValueError(f"{len(distinct)} distinct texts cannot fill train, validation and test: give at least 3")
-    logger.info("no validation and no test split: 80/10/10 of the %d distinct texts, by hash", len(distinct))
-    held_out = max(1, round(HELD_OUT_FRACTION * len(distinct)))
-    ranges = (distinct[2 * held_out :], distinct[held_out : 2 * held_out], distinct[:held_out])
-    split_of = {key: split for split, members in zip(SPLITS, ranges) for key in members}
-    return {split: [row for row, key in zip(rows, keys) if split_of[key] == split] for split in SPLITS}
 
 
 def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
@@ -251,18 +228,18 @@ def _permutation(size: int, seed: int) -> list[int]:
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def _drawn(rows: Sequence[Row], count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Draws the positions of `count` rows, and of the rest, in random order; the rows of a group stay together.
+def _drawn(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Draws `count` rows, and gives them and the rest in random order; the rows of a group stay together.
 
     Groups are drawn while they fit into `count`, and the first one in any case.
     """
-    groups: dict[Any, list[int]] = defaultdict(list)
+    groups: dict[Any, list[Row]] = defaultdict(list)
     for position, row in enumerate(rows):
-        groups[row.get(GROUP, position)].append(position)
+        groups[row.get(GROUP, position)].append(row)
     members = list(groups.values())
     shuffled = [members[i] for i in _permutation(len(members), seed)]
     cut = bisect_right(list(accumulate(map(len, shuffled))), count) or min(count, 1)
-    return [i for group in shuffled[:cut] for i in group], [i for group in shuffled[cut:] for i in group]
+    return list(chain(*shuffled[:cut])), list(chain(*shuffled[cut:]))
 
 
 def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
@@ -271,21 +248,19 @@ def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
     Raises:
         ValueError: that is no row a class, or a class has fewer rows.
     """
-    middle = (task.values[0] + task.values[-1]) / 2 if task.values else None
-    classes = task.num_labels if middle is None else 2
+    values = task.values
+    classes = 2 if values else task.num_labels
     each = k // classes
     if each < 1:
         raise ValueError(f"k_shot={k} is no row for each of {classes} labels: give at least {classes}")
-    drawn: dict[int, list[int]] = {index: [] for index in range(classes)}
+    members: dict[int, list[int]] = {index: [] for index in range(classes)}
     for position in _permutation(len(rows), seed):
         label = rows[position]["label"]
-        members = drawn[label if middle is None else int(task.values[label] > middle)]
-        if len(members) < each:
-            members.append(position)
-    fewest = min(map(len, drawn.values()))
+        members[int(values[label] > (values[0] + values[-1]) / 2) if values else label].append(position)
+    fewest = min(map(len, members.values()))
     if fewest < each:
         raise ValueError(
             f"k_shot={k} needs {each} train rows of each label, one label has {fewest}: "
             f"give at most k_shot={fewest * classes}"
         )
-    return [rows[position] for position in sorted(i for members in drawn.values() for i in members)]
+    return [rows[position] for position in sorted(i for drawn in members.values() for i in drawn[:each])]

@@ -59,7 +59,8 @@ class Task:
         if self.max_length < 1:
             raise ValueError(f"max_length={self.max_length}: give at least 1 token")
         check_metrics(self.metrics, self.num_labels, is_regression=bool(self.values))
-        self._classes  # raises on an ambiguous label_map  # noqa: B018
+        if not self.values:
+            self._classes  # raises on an ambiguous label_map  # noqa: B018
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -94,35 +95,23 @@ class Task:
             return nearest_value(value, self.values)
         return next((self._classes[form] for form in _spellings(value) if form in self._classes), None)
 
-    @property
-    def allowed_labels(self) -> str:
-        """Lists the raw labels that the task takes, for messages."""
-        if self.values:
-            return f"numbers {self.values[0]} .. {self.values[-1]}"
-        if self.label_map:
-            return ", ".join(repr(raw) for raw, _ in self.label_map)
-        return f"0 .. {self.num_labels - 1} or {', '.join(repr(word) for word in self.label_words)}"
-
     @cached_property
     def _classes(self) -> dict[str, int]:
         """The class that each spelling of a raw label stands for; a literal spelling wins over a derived one."""
-        if self.values:
-            return {}
-        raw_labels: Sequence[tuple[str | int | bool, int]] = self.label_map or tuple(enumerate(range(self.num_labels)))
         classes: dict[str, int] = {}
-        for raw, index in raw_labels:
-            if classes.setdefault(_spellings(raw)[0], index) != index:
+        derived: dict[str, int] = {}
+        for raw, index in self.label_map or enumerate(range(self.num_labels)):
+            literal, *others = _spellings(raw)
+            if classes.setdefault(literal, index) != index:
                 raise ValueError(f"label {raw!r} stands for two label words: write it once (1 and '1' are one label)")
+            derived = {**dict.fromkeys(others, index), **derived}
         for index, word in enumerate(self.label_words if not self.label_map else ()):
             if classes.setdefault(word.strip(), index) != index:
                 raise ValueError(
                     f"label word '{word}' is also the number of another label: say which raw label gets which "
                     f"word, as in label_words={{{word}: '{word}'}}"
                 )
-        for raw, index in raw_labels:
-            for spelling in _spellings(raw)[1:]:
-                classes.setdefault(spelling, index)
-        return classes
+        return derived | classes
 
 
 def nearest_value(number: Any, values: Sequence[float]) -> int | None:
@@ -174,7 +163,7 @@ def local_task(
     if not isinstance(label_words, (Mapping, Sequence)) or isinstance(label_words, str):
         raise ValueError(f"label_words={label_words!r}: give a list of words or a mapping {{raw label: word}}")
     is_mapping = isinstance(label_words, Mapping)
-    named: dict[Any, str] = dict(label_words.items() if is_mapping else enumerate(label_words))  # type: ignore[union-attr]
+    named: dict[Any, str] = dict(label_words if isinstance(label_words, Mapping) else enumerate(label_words))
     for raw, word in named.items():
         if not _spellings(raw):
             raise ValueError(f"label_words has the raw label {raw!r}: raw labels are strings, integers or booleans")

@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_example(name: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs the script in this interpreter, which has its libraries loaded; gives what it printed."""
-    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-    return capsys.readouterr().out
-
-
-def test_quickstart_learns_and_loads_back(capsys: pytest.CaptureFixture[str]) -> None:
-    output = run_example("quickstart.py", capsys)
-    before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", output).groups())  # type: ignore[union-attr]
-    assert after < before - 0.5, output
-    assert "answers [7, 7]" in output
+# script, the two numbers that it prints, by how much one is higher, and what else it prints
+LEARN = [
+    ("quickstart.py", r"loss (?P<high>[\d.]+) -> (?P<low>[\d.]+)", 0.5, "answers [7, 7]"),
+    ("layer_alone.py", r"before (?P<low>[\d.]+), after (?P<high>[\d.]+)", 0.1, ""),
+]
 
 
-def test_layer_alone_learns(capsys: pytest.CaptureFixture[str]) -> None:
-    output = run_example("layer_alone.py", capsys)
-    before, after = map(float, re.search(r"before ([\d.]+), after ([\d.]+)", output).groups())  # type: ignore[union-attr]
-    assert after > before + 0.1, output
+@pytest.mark.parametrize("script, pattern, gain, other", LEARN)
+def test_it_learns(script: str, pattern: str, gain: float, other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")  # here, where the libraries are loaded
+    output = capsys.readouterr().out
+    found = re.search(pattern, output)
+    assert found is not None
+    assert float(found["high"]) > float(found["low"]) + gain, output
+    assert other in output
 
 
 def test_demo_explains_itself() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])}
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "--steps" in done.stdout
+    assert "--steps" in run_python(str(ROOT / "examples" / "demo.py"), "--help").stdout
 
 
 def test_headlines_config_is_valid() -> None:
@@ -62,9 +52,8 @@ def headlines_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def sample(headline: str, label: str) -> str:
-    return json.dumps(
-        {"input": [{"role": "system", "content": "?"}, {"role": "user", "content": headline}], "ideal": label}
-    )
+    messages = [{"role": "system", "content": "?"}, {"role": "user", "content": headline}]
+    return json.dumps({"input": messages, "ideal": label})
 
 
 def test_repeated_headlines_are_kept_once_and_contradictions_dropped(headlines_data: Any, tmp_path: Path) -> None:
@@ -88,24 +77,18 @@ def test_splits_depend_on_seed_and_text_alone(headlines_data: Any, tmp_path: Pat
     rows = [{"headline": f"headline {number}", "label": number % 2} for number in range(2000)]
     counts = headlines_data.write_splits(rows, tmp_path / "a", seed=3)
     assert headlines_data.write_splits(reversed(rows), tmp_path / "b", seed=3) == counts
-    splits = {}
+    texts: list[str] = []
     for split, count in counts.items():
-        splits[split], again = (
-            {
-                json.loads(line)["headline"]
-                for line in (tmp_path / name / f"{split}.jsonl").read_text("utf-8").splitlines()
-            }
-            for name in ("a", "b")
-        )
-        assert splits[split] == again
-        assert len(again) == count
-    assert sum(counts.values()) == len(set.union(*splits.values())) == len(rows)
+        lines, again = ((tmp_path / name / f"{split}.jsonl").read_text("utf-8").splitlines() for name in ("a", "b"))
+        assert sorted(lines) == sorted(again)
+        assert len({*lines}) == count
+        texts += [json.loads(line)["headline"] for line in lines]
+    assert sum(counts.values()) == len({*texts}) == len(rows)
     assert counts["test"] == pytest.approx(200, abs=60)
     assert counts["validation"] == pytest.approx(100, abs=45)
-    assert headlines_data.split_of("Headline  7", 3) == headlines_data.split_of("headline 7", 3)
-    assert any(
-        headlines_data.split_of(f"headline {n}", 3) != headlines_data.split_of(f"headline {n}", 4) for n in range(99)
-    )
+    split_of = headlines_data.split_of
+    assert split_of("Headline  7", 3) == split_of("headline 7", 3)
+    assert any(split_of(f"headline {n}", 3) != split_of(f"headline {n}", 4) for n in range(99))
 
 
 def test_a_missing_package_is_named_with_the_remedy(headlines_data: Any) -> None:

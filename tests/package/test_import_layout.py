@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
+from checkout import ROOT, run_python
 
 LIBRARIES = {"transformers", "peft", "datasets", "bitsandbytes", "accelerate", "sklearn", "matplotlib"}
-
-
-def run_from_root(code: str) -> str:
-    """Runs `code` in a fresh interpreter started in the repository root (which is then on `sys.path`)."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{code}\nfailed with:\n{done.stderr}"
-    return done.stdout.strip()
 
 
 OURS_FIRST = """
 import json, sys
 def loaded(): return sorted({name.partition('.')[0] for name in sys.modules})
 import ept_kernels
-answers = {'kernels': loaded()}
+answers = {'ept_kernels': loaded()}
 import ept
 answers['ept'] = loaded()
 import ept.tasks
-answers['tasks'] = loaded()
+answers['ept.tasks'] = loaded()
 from ept import EPTConfig, EPTLayer, EPTModel, get_ept_model
 answers['names'] = [public.__name__ for public in (EPTConfig, EPTLayer, EPTModel, get_ept_model)]
 answers['all'] = list(ept.__all__)
@@ -60,21 +47,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answers(folder: Path) -> dict[str, Any]:
     """Asks one interpreter in the repository root that imports our packages before any other."""
-    return json.loads(run_from_root(OURS_FIRST.replace("FOLDER", repr(str(folder)))).splitlines()[-1])
+    return json.loads(run_python("-c", OURS_FIRST.replace("FOLDER", repr(str(folder)))).stdout.splitlines()[-1])
 
 
-def test_ept_kernels_needs_neither_ept_nor_model_libraries(answers: dict[str, Any]) -> None:
-    assert "ept_kernels" in answers["kernels"]
-    assert not {"ept", *LIBRARIES} & set(answers["kernels"])
-
-
-def test_bare_import_of_ept_loads_no_model_library(answers: dict[str, Any]) -> None:
-    assert "ept" in answers["ept"]
-    assert not LIBRARIES & set(answers["ept"])
-
-
-def test_the_table_of_tasks_loads_no_model_library(answers: dict[str, Any]) -> None:
-    assert not {"datasets", "sklearn", "transformers"} & set(answers["tasks"])
+@pytest.mark.parametrize(
+    "package, strangers",
+    [("ept_kernels", {"ept", *LIBRARIES}), ("ept", LIBRARIES), ("ept.tasks", {"datasets", "sklearn", "transformers"})],
+)
+def test_an_import_loads_no_model_library(answers: dict[str, Any], package: str, strangers: set[str]) -> None:
+    assert package.partition(".")[0] in answers[package]
+    assert not strangers & set(answers[package])
 
 
 def test_public_names_resolve(answers: dict[str, Any]) -> None:
@@ -85,7 +67,7 @@ def test_public_names_resolve(answers: dict[str, Any]) -> None:
 def test_transformers_and_peft_import_in_either_order(answers: dict[str, Any], folder: Path) -> None:
     """PEFT knows the adapter type once ept is imported, before PEFT or after it."""
     assert answers["adapter"] == "EPTConfig"
-    assert run_from_root(THEIRS_FIRST.replace("FOLDER", repr(str(folder)))) == "EPTConfig"
+    assert run_python("-c", THEIRS_FIRST.replace("FOLDER", repr(str(folder)))).stdout.strip() == "EPTConfig"
 
 
 def test_kernels_is_no_package() -> None:
@@ -99,7 +81,7 @@ def test_hugging_face_kernels_is_not_shadowed(tmp_path: Path) -> None:
     package.mkdir()
     (package / "__init__.py").write_text("CUDAProperties = 'from the real package'\n", encoding="utf-8")
     code = f"import sys; sys.path.append({str(tmp_path)!r}); from kernels import CUDAProperties; print(CUDAProperties)"
-    assert run_from_root(code) == "from the real package"
+    assert run_python("-c", code).stdout.strip() == "from the real package"
 
 
 def test_kernel_metadata_agrees_with_the_build_file() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import struct
 from typing import Any
 
@@ -20,26 +21,15 @@ _TELLING = [
     *("__import__('os').system('id')", "\x1b[2J\x00", "\ud800", "a/b\n---\nlicense: mit", "é" * 300, "x" * 1_200_000),
 ]
 _sizes = st.sampled_from([-1, 0, 1, 2, 3, 5, 12, 32, 2**31 - 1, 2**31, 10**9, 10**12, 2**63, 10**400])
-_numbers = st.one_of(
-    _sizes,
-    st.integers(),
-    st.floats(),
-    st.sampled_from([1e-320, 1e308, -0.0, float("nan"), float("inf"), float("-inf")]),
-)
+_rare = st.sampled_from([1e-320, 1e308, -0.0, float("nan"), float("inf"), float("-inf")])
+_numbers = st.one_of(_sizes, st.integers(), st.floats(), _rare)
 _texts = st.one_of(st.sampled_from(_TELLING), st.text(max_size=30))
 _leaves = st.one_of(st.none(), st.booleans(), _numbers, _texts)
 values = st.one_of(
     _leaves,
     st.recursive(_leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_texts, inner, max_size=4)),
-    st.integers(2, 600).map(lambda depth: nested(depth)),
+    st.integers(2, 600).map(lambda depth: json.loads("[" * depth + "0" + "]" * depth)),
 )
-
-
-def nested(depth: int) -> Any:
-    value: Any = 0
-    for _ in range(depth):
-        value = [value]
-    return value
 
 
 @st.composite
@@ -52,16 +42,16 @@ def damaged_bytes(draw: st.DrawFn, content: bytes) -> bytes:
         for position in draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=8)):
             changed[position] ^= 1 << draw(st.integers(0, 7))
         return bytes(changed)
+    if kind == "replace":
+        return draw(st.binary(max_size=200))
     length = draw(st.integers(0, 64))
-    if kind == "cut":
-        return content[:at] + content[at + length :]
-    if kind == "insert":
-        return content[:at] + draw(st.binary(max_size=64)) + content[at:]
-    if kind == "truncate":
-        return content[:at]
-    if kind == "repeat":
-        return content[:at] + content[at : at + length] * 3 + content[at:]
-    return draw(st.binary(max_size=200))
+    ends = {
+        "cut": content[at + length :],
+        "insert": draw(st.binary(max_size=64)) + content[at:],
+        "truncate": b"",
+        "repeat": content[at : at + length] * 3 + content[at:],
+    }
+    return content[:at] + ends[kind]
 
 
 @st.composite
@@ -104,9 +94,15 @@ def weights(draw: st.DrawFn, good: bytes) -> bytes:
         special = draw(st.sampled_from([b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f"]))
         return good[: 8 + length] + data[:at] + special + data[at + 4 :]
     entries: dict[str, Any] = json.loads(header)
+    dtypes = ["F64", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F4", "I64", "I32", "U8", "BOOL", "C64", "U16", "F32"]
+    fields = {
+        "dtype": st.sampled_from(dtypes) | _texts,
+        "shape": st.lists(_sizes, max_size=4) | values,
+        "data_offsets": st.lists(st.integers(0, len(data) + 8) | _sizes, min_size=2, max_size=2) | values,
+    }
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from(sorted(entries)))
-        what = draw(st.sampled_from(["dtype", "shape", "offsets", "rename", "drop", "add", "any", "metadata"]))
+        what = draw(st.sampled_from([*fields, "rename", "drop", "add", "any", "metadata"]))
         if what == "metadata":
             entries["__metadata__"] = draw(values)
         elif what == "add":
@@ -117,15 +113,8 @@ def weights(draw: st.DrawFn, good: bytes) -> bytes:
             entries[draw(_texts)] = entries.pop(name)
         elif what == "any" or not isinstance(entries[name], dict):
             entries[name] = draw(values)
-        elif what == "dtype":
-            kinds = ["F64", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F4", "I64", "I32", "U8", "BOOL", "C64", "U16", "F32"]
-            entries[name] = {**entries[name], "dtype": draw(st.sampled_from(kinds) | _texts)}
-        elif what == "shape":
-            shape = draw(st.lists(_sizes, max_size=4) | values)
-            entries[name] = {**entries[name], "shape": shape}
-        elif what == "offsets":
-            ends = draw(st.lists(st.integers(0, len(data) + 8) | _sizes, min_size=2, max_size=2) | values)
-            entries[name] = {**entries[name], "data_offsets": ends}
+        elif what in fields:
+            entries[name] = {**entries[name], what: draw(fields[what])}
     if draw(st.booleans()):
         entries = lie_consistently(entries)
     changed = json.dumps(entries).encode()
@@ -141,11 +130,9 @@ def lie_consistently(entries: dict[str, Any]) -> dict[str, Any]:
         shape = entry.get("shape") if isinstance(entry, dict) else None
         if name == "__metadata__" or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
             continue
-        size = bits.get(entry.get("dtype") if isinstance(entry.get("dtype"), str) else "", 8)
-        for n in shape:
-            size *= n
-        entry["data_offsets"] = [start, start + size // 8]
-        start += size // 8
+        size = math.prod(shape) * bits.get(str(entry.get("dtype")), 8) // 8
+        entry["data_offsets"] = [start, start + size]
+        start += size
     return entries
 
 

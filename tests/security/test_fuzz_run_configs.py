@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 from strangers import run_configurations
-from watch import watched
+from watch import MAX_MESSAGE, watched
 
 from ept.runs.config import RunConfig, load_run_config
 
-LONGEST_MESSAGE = 4000
 GOOD = {
     "model": {"name_or_path": "somewhere/model", "dtype": "float32", "load_in_4bit": False},
     "data": {"template": "{a}", "label_words": ["no", "yes"], "max_length": 32, "metric": ["accuracy"]},
@@ -23,19 +22,18 @@ def test_changed_run_configurations(tmp_path, fuzz):
     file = tmp_path / "run.yaml"
 
     def check(content: bytes) -> str:
+        file.unlink(missing_ok=True)  # a file written over takes fifty times as long
         file.write_bytes(content)
-        refusal = None
         with watched(tmp_path) as offences:
             try:
-                config = load_run_config(file)
+                read: RunConfig | ValueError = load_run_config(file)
             except ValueError as error:
-                refusal = error
+                read = error
         assert not offences
-        if refusal is None:
-            assert isinstance(config, RunConfig)
+        assert type(read) in (RunConfig, ValueError), repr(read)
+        if isinstance(read, RunConfig):
             return "read"
-        assert type(refusal) is ValueError, repr(refusal)
-        assert 0 < len(str(refusal)) <= LONGEST_MESSAGE
+        assert 0 < len(str(read)) <= MAX_MESSAGE
         return "refused"
 
     load_run_config(None)  # imports what reading imports

@@ -10,17 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "ept").rglob("*.py"), *(ROOT / "kernels" / "torch-ext").rglob("*.py")])
 
-# A function by the last part of its name and, where others share that, by the part before.
 FORBIDDEN = {
     "torch.load": "unpickles: adapters are safetensors",
-    "pickle.load": "runs code",
-    "pickle.loads": "runs code",
-    "yaml.unsafe_load": "makes objects",
-    "yaml.full_load": "makes objects",
-    "os.system": "runs a shell",
-    "eval": "runs code",
-    "exec": "runs code",
+    **dict.fromkeys(("yaml.unsafe_load", "yaml.full_load"), "makes objects"),
+    **dict.fromkeys(("pickle.load", "pickle.loads", "os.system", "eval", "exec"), "runs code"),
 }
+ONLY = {"trust_remote_code": "False", "weights_only": "True", "shell": "False"}  # keywords and their one value
 
 
 def _name(node: ast.expr) -> str:
@@ -30,20 +25,17 @@ def _name(node: ast.expr) -> str:
 
 
 def offences(source: str) -> list[str]:
-    """Forbidden calls in `source`, and any mention of `trust_remote_code` but to say no."""
+    """Finds forbidden calls in `source`, and keywords with another value than their `ONLY` one."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and (name := _name(node.func)) in FORBIDDEN:
             found.append(f"line {node.lineno}: {name} {FORBIDDEN[name]}")
         if isinstance(node, ast.Call) and _name(node.func) == "yaml.load" and "_PlainLoader" not in ast.unparse(node):
             found.append(f"line {node.lineno}: yaml.load with a loader of objects")
-        if isinstance(node, ast.keyword):
-            if node.arg == "trust_remote_code" and ast.unparse(node.value) != "False":
-                found.append(f"line {node.value.lineno}: trust_remote_code={ast.unparse(node.value)}")
-            if node.arg == "weights_only" and ast.unparse(node.value) != "True":
-                found.append(f"line {node.value.lineno}: weights_only={ast.unparse(node.value)}")
-            if node.arg == "shell" and ast.unparse(node.value) != "False":
-                found.append(f"line {node.value.lineno}: shell={ast.unparse(node.value)}")
+        if isinstance(node, ast.keyword) and ast.unparse(node.value) != ONLY.get(
+            str(node.arg), ast.unparse(node.value)
+        ):
+            found.append(f"line {node.value.lineno}: {node.arg}={ast.unparse(node.value)}")
     return found
 
 
@@ -58,13 +50,7 @@ def test_no_source_runs_what_a_file_says(path):
 
 @pytest.mark.parametrize(
     "source",
-    [
-        "import torch\ntorch.load(p)",
-        "eval(x)",
-        "f(trust_remote_code=config.x)",
-        "yaml.load(t, yaml.Loader)",
-        "g(shell=True)",
-    ],
+    ["torch.load(p)", "eval(x)", "f(trust_remote_code=config.x)", "yaml.load(t, yaml.Loader)", "g(shell=True)"],
 )
 def test_the_check_finds_what_it_looks_for(source):
     assert offences(source)

@@ -7,13 +7,14 @@ import re
 import shutil
 import socket
 import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_models import make_batch, make_model, randomise
-from watch import LargestTensor, watched
+from watch import MAX_MESSAGE, LargestTensor, watched
 
 from ept import EPTConfig, EPTModel, get_ept_model
 from ept.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_config, write_adapter
@@ -73,17 +74,11 @@ def test_saving_does_not_write_through_links(folder, tmp_path):
 
 CLAIMS = [
     {"max_length": 2**31 - 1},
-    {"r": 10**9},
-    {"num_virtual_tokens": 10**9},
-    {"num_spaces": 10**9},
-    {"space_dim": 10**9},
-    {"fusion_dim": 10**9},
+    *({name: 10**9} for name in ("r", "num_virtual_tokens", "num_spaces", "space_dim", "fusion_dim")),
     {"folded": True, "num_virtual_tokens": 10**9, "max_length": 10**9},
     {"num_virtual_tokens": 10**12},
     {"max_length": 10**400},
-    {"modules_to_save": ["model"]},
-    {"modules_to_save": ["lm_head"]},
-    {"modules_to_save": ["proj"]},
+    *({"modules_to_save": [name]} for name in ("model", "lm_head", "proj")),
 ]
 
 
@@ -99,15 +94,14 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_made(
 
 def test_heads_of_other_shapes_are_refused_before_a_copy_is_made(tmp_path):
     get_ept_model(make_model("bert"), EPTConfig(num_virtual_tokens=3, max_length=6, r=2)).save_pretrained(tmp_path)
-    edit(tmp_path, modules_to_save=["encoder", "classifier"])
-    with pytest.raises(ValueError, match=r"base_model.bert.encoder.layer.0.* is missing"):
-        load(tmp_path, "bert")
-    edit(tmp_path, modules_to_save=["bert", "encoder"])
-    with pytest.raises(ValueError, match=r"modules_to_save names bert\.encoder and also bert, which holds it"):
-        load(tmp_path, "bert")
-    edit(tmp_path, modules_to_save="classifier")
-    with pytest.raises(ValueError, match="modules_to_save must be a list of names of modules, got 'classifier'"):
-        load(tmp_path, "bert")
+    for names, message in (
+        (["encoder", "classifier"], r"base_model.bert.encoder.layer.0.* is missing"),
+        (["bert", "encoder"], r"modules_to_save names bert\.encoder and also bert, which holds it"),
+        ("classifier", "modules_to_save must be a list of names of modules, got 'classifier'"),
+    ):
+        edit(tmp_path, modules_to_save=names)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path, "bert")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -154,26 +148,21 @@ def test_names_in_a_configuration_are_never_looked_up(folder, monkeypatch):
     assert model.peft_config["default"].auto_mapping is None
 
 
-CARD_NAMES = {
-    "someone/model-1.5_b": "base_model: someone/model-1.5_b\n",
-    "a/b\n---\n# Buy now": "",
-    "a/b: {evil: true}": "",
-    "a/[x](http://evil.example)": "",
-    "a/b`</script>": "",
-    "é/b": "",
-    "../b": "",
-    7: "",
-}
+GOOD_NAME = "someone/model-1.5_b"
+CARD_NAMES = [
+    *(GOOD_NAME, "a/b\n---\n# Buy now", "a/b: {evil: true}", "a/[x](http://evil.example)", "a/b`</script>", "é/b"),
+    *("../b", 7),
+]
 
 
-@pytest.mark.parametrize("name, line", CARD_NAMES.items(), ids=[str(i) for i in range(len(CARD_NAMES))])
-def test_names_do_not_get_into_the_card_unless_the_hub_allows_them(tmp_path, name, line):
+@pytest.mark.parametrize("name", CARD_NAMES, ids=range(len(CARD_NAMES)))
+def test_names_do_not_get_into_the_card_unless_the_hub_allows_them(tmp_path, name):
     config = EPTConfig(num_virtual_tokens=3, r=0, fusion=False, num_spaces=0, base_model_name_or_path=name)
     write_adapter(tmp_path, config, {"prompt": torch.ones(3, 4), "embedding_scale": torch.ones(())})
     _, front, body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     expected = {"library_name": "peft", "tags": ["ept", "prompt tuning"]}
-    assert yaml.safe_load(front) == (expected | {"base_model": name} if line else expected)
-    assert (str(name) in body) == bool(line)
+    assert yaml.safe_load(front) == (expected | {"base_model": name} if name == GOOD_NAME else expected)
+    assert (str(name) in body) == (name == GOOD_NAME)
 
 
 NO_ALIASES = "aliases (*a) are not read: write the value out"
@@ -199,31 +188,30 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("text, message", BOMBS.values(), ids=BOMBS)
-def test_run_configurations_cannot_blow_up(tmp_path, text, message):
-    file = tmp_path / "run.yaml"
-    file.write_text(text, encoding="utf-8")
+@contextmanager
+def refused_within(size, message):
+    """Expects a short refusal for which at most `size` bytes of memory are taken."""
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match=re.escape(message)) as error:
-            load_run_config(file)
-        peak = tracemalloc.get_traced_memory()[1]
+            yield
+        assert tracemalloc.get_traced_memory()[1] < size
     finally:
         tracemalloc.stop()
-    assert len(str(error.value)) < 4000
-    assert peak < 100 * len(text) + 5_000_000
+    assert len(str(error.value)) < MAX_MESSAGE
+
+
+@pytest.mark.parametrize("text, message", BOMBS.values(), ids=BOMBS)
+def test_run_configurations_cannot_blow_up(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    with refused_within(100 * len(text) + 5_000_000, message):
+        load_run_config(tmp_path / "run.yaml")
 
 
 def test_a_configuration_of_megabytes_is_refused_unread(folder):
     (folder / CONFIG_NAME).write_text(json.dumps({"peft_type": "EPT", "x": ["a" * 1000] * 2000}))
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match="a configuration at most 1,048,576: it is damaged"):
-            read_config(folder)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 1_000_000
+    with refused_within(1_000_000, "a configuration at most 1,048,576: it is damaged"):
+        read_config(folder)
 
 
 def test_a_loaded_adapter_answers(folder):

@@ -21,19 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Events that reading an adapter has no cause for; a prefix stands for all that begin with it.
 _NEVER = (
-    *(
-        "subprocess.",
-        "os.system",
-        "os.exec",
-        "os.posix_spawn",
-        "os.fork",
-        "os.remove",
-        "os.rename",
-        "os.mkdir",
-        "os.rmdir",
-    ),
-    *("os.link", "os.symlink", "os.chmod", "os.truncate", "shutil.", "socket.", "urllib.", "pickle.find_class"),
+    *("subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.remove", "os.rename", "os.mkdir"),
+    *("os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate", "shutil.", "socket.", "urllib."),
+    "pickle.find_class",
 )
+MAX_MESSAGE = 4000
 _LIBRARIES = tuple(
     str(Path(path).resolve())
     for path in {*sysconfig.get_paths().values(), *(p for p in sys.path if p), str(Path(__file__).parents[2])}

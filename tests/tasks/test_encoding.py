@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock, call
 
 import pytest
@@ -30,7 +31,7 @@ ROWS = [{"text": "the film was good", "label": 1}, {"text": "bad", "label": 0}]
 LABELS = ["0", "very very good"]  # of unequal length
 
 
-def batch(tokenizer: PreTrainedTokenizerBase, task_type: str) -> dict[str, object]:
+def batch(tokenizer: PreTrainedTokenizerBase, task_type: str) -> dict[str, Any]:
     fitted = fit_rows(TASK, ROWS, tokenizer, task_type, 8, truncate=False, source="train")
     split = {"text_ids": [row.ids for row in fitted], "label": [row["label"] for row in ROWS]}
     encoded = encode_split(Dataset.from_dict(split), tokenizer, LABELS, task_type)
@@ -41,9 +42,9 @@ def test_causal_batch_is_padded_on_the_left_and_labels_only_the_answer(tokenizer
     made = batch(tokenizer, "CAUSAL_LM")
     first = ids("the film was good very very good")
     second = ids("bad 0")
-    assert made["input_ids"].tolist() == [first, [0] * 5 + second]  # type: ignore[attr-defined]
-    assert made["attention_mask"].tolist() == [[1] * 7, [0] * 5 + [1] * 2]  # type: ignore[attr-defined]
-    assert made["labels"].tolist() == [[-100] * 4 + first[4:], [-100] * 6 + second[1:]]  # type: ignore[attr-defined]
+    assert made["input_ids"].tolist() == [first, [0] * 5 + second]
+    assert made["attention_mask"].tolist() == [[1] * 7, [0] * 5 + [1] * 2]
+    assert made["labels"].tolist() == [[-100] * 4 + first[4:], [-100] * 6 + second[1:]]
     assert made["logits_to_keep"] == 4
     assert type(made["logits_to_keep"]) is int
 
@@ -51,17 +52,16 @@ def test_causal_batch_is_padded_on_the_left_and_labels_only_the_answer(tokenizer
 def test_seq2seq_batch_is_padded_on_the_right(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, end_token=True)
     made = batch(AutoTokenizer.from_pretrained(tmp_path), "SEQ_2_SEQ_LM")
-    assert made["input_ids"].tolist() == [ids("the film was good </s>"), [*ids("bad </s>"), 0, 0, 0]]  # type: ignore[attr-defined]
-    assert made["labels"].tolist() == [ids("very very good </s>"), [*ids("0 </s>"), -100, -100]]  # type: ignore[attr-defined]
+    assert made["input_ids"].tolist() == [ids("the film was good </s>"), [*ids("bad </s>"), 0, 0, 0]]
+    assert made["labels"].tolist() == [ids("very very good </s>"), [*ids("0 </s>"), -100, -100]]
     assert set(made) == {"input_ids", "attention_mask", "labels"}
 
 
 def test_classifier_batch_has_class_indices(tokenizer: PreTrainedTokenizerBase) -> None:
     made = batch(tokenizer, "SEQ_CLS")
-    assert torch.equal(made["labels"], torch.tensor([1, 0]))  # type: ignore[arg-type]
-    assert made["attention_mask"].sum(1).tolist() == [
-        len(i) for i in encode_texts(tokenizer, [row["text"] for row in ROWS], "SEQ_CLS")
-    ]  # type: ignore[attr-defined]
+    assert torch.equal(made["labels"], torch.tensor([1, 0]))
+    encoded = encode_texts(tokenizer, [row["text"] for row in ROWS], "SEQ_CLS")
+    assert made["attention_mask"].sum(1).tolist() == list(map(len, encoded))
 
 
 def test_too_long_text_is_refused_with_row_tokens_and_limit(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -63,6 +63,10 @@ def hub_rows(name, split):
     return rows
 
 
+def labelled_splits(name):
+    return ("train", *(["validation_matched", "validation_mismatched"] if name == "glue/mnli" else ["validation"]))
+
+
 @pytest.fixture(params=sorted(TASKS))
 def name(request):
     return request.param
@@ -81,16 +85,12 @@ def test_from_the_hub(name, monkeypatch):
 
     def load_dataset(*arguments):
         calls.append(arguments)
-        splits = {"train": "train"}
-        if name == "glue/mnli":
-            splits |= {"validation_matched": "matched", "validation_mismatched": "mismatched"}
-        else:
-            splits |= {"validation": "validation", "test": "test"}
-        loaded = {split: datasets.Dataset.from_list(hub_rows(name, rows)) for split, rows in splits.items()}
-        if "test" in loaded:  # the hub hides the test labels
-            hidden = [{**row, "label": -1.0 if name == "glue/stsb" else -1} for row in loaded["test"]]
-            loaded["test"] = datasets.Dataset.from_list(hidden)
-        return datasets.DatasetDict(loaded)
+        loaded = {split: hub_rows(name, split) for split in (*labelled_splits(name), "test")}
+        for row in loaded["test"]:
+            row["label"] = -1.0 if name == "glue/stsb" else -1
+        if name == "glue/mnli":  # whose hidden splits have other names
+            loaded["test_matched"] = loaded.pop("test")
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in loaded.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     check(load_task(get_task(name)), name)
@@ -100,10 +100,7 @@ def test_from_the_hub(name, monkeypatch):
 
 
 def write_folder(folder, name):
-    splits = (
-        ("train", "validation_matched", "validation_mismatched") if name == "glue/mnli" else ("train", "validation")
-    )
-    for split in splits:
+    for split in labelled_splits(name):
         lines = [json.dumps(row) for row in hub_rows(name, split)]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -168,15 +165,9 @@ def test_a_whole_run(name: str, family: str, base_models: Path, tmp_path: Path) 
     task = get_task(name)
     (tmp_path / "data").mkdir()
     settings = [
-        f"model.name_or_path={base_models / family}",
-        f"data.task={name}",
-        f"data.data_dir={write_folder(tmp_path / 'data', name)}",
-        "method.num_virtual_tokens=3",
-        "method.r=2",
-        "training.max_steps=2",
-        "training.eval_steps=2",
-        "training.score_before=false",
-        f"output_dir={tmp_path / 'run'}",
+        *(f"model.name_or_path={base_models / family}", f"output_dir={tmp_path / 'run'}", f"data.task={name}"),
+        *(f"data.data_dir={write_folder(tmp_path / 'data', name)}", "method.num_virtual_tokens=3", "method.r=2"),
+        *("training.max_steps=2", "training.eval_steps=2", "training.score_before=false"),
     ]
     results = train(load_run_config(None, settings))
     assert (results["task"], results["metric"], results["max_length"]) == (name, task.metrics[0], task.max_length)

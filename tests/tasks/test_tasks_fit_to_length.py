@@ -74,39 +74,40 @@ def test_random_rows(tokenizer):
     assert shortened > 20
 
 
-def test_only_the_longest_column_is_cut_and_the_room_is_used():
-    task = local_task("question: {q} passage: {p}", LABELS)
-    row = {"q": "one two three", "p": " ".join(f"w{i}" for i in range(50))}
-    assert fit_to_length(task, row, word_level(), 10) == ("question: one two three passage: w0 w1 w2 w3 w4", True)
+COUNTED = {"q": "one two three", "p": " ".join(f"w{i}" for i in range(50))}
+ASKED, SLOW = "is this sarcastic or not? {s}", {"s": "one two three"}
+LOADED = {"text": "s: one two three", "label": 0, "fields": {"text": "one two three"}}
+# template, row, tokenizer, limit, text
+CUT = {
+    "longest column": ("question: {q} passage: {p}", COUNTED, word_level, 10,
+                       "question: one two three passage: w0 w1 w2 w3 w4"),
     # the question is longer than an equal share: both end at three words
-    assert fit_to_length(task, row, word_level(), 7) == ("question: one two passage: w0 w1", True)
+    "equal shares": ("question: {q} passage: {p}", COUNTED, word_level, 7, "question: one two passage: w0 w1"),
+    "slow tokenizers cut at words": ("s: {s}", SLOW, ByT5Tokenizer, 12, "s: one two"),
+    "inside a word": ("s: {s}", SLOW, ByT5Tokenizer, 9, "s: one"),
+    "a row of task data is its fields": ("s: {text}", LOADED, word_level, 3, "s: one two"),
+    "a column used twice": ("{a} again: {a}", {"a": "1 2 3 4 5"}, word_level, 6, "1 2 again: 1 2"),
+    "room for one": (ASKED, {"s": "word and more"}, word_level, 6, "is this sarcastic or not? word"),
+}  # fmt: skip
 
 
-def test_slow_tokenizer_cuts_at_words():
-    task = local_task("s: {s}", LABELS)
-    assert fit_to_length(task, {"s": "one two three"}, ByT5Tokenizer(), 12) == ("s: one two", True)
-    assert fit_to_length(task, {"s": "one two three"}, ByT5Tokenizer(), 9) == ("s: one", True)
+@pytest.mark.parametrize("template, row, make, max_length, text", CUT.values(), ids=CUT)
+def test_cut(template, row, make, max_length, text):
+    assert fit_to_length(local_task(template, LABELS), row, make(), max_length) == (text, True)
 
 
-def test_a_row_of_task_data_is_its_fields():
-    task = local_task("s: {text}", LABELS)
-    row = {"text": "s: one two three", "label": 0, "fields": {"text": "one two three"}}
-    assert render(task, row) == "s: one two three"
-    assert fit_to_length(task, row, word_level(), 3) == ("s: one two", True)
+def test_a_row_of_task_data_is_rendered_from_its_fields():
+    assert render(local_task("s: {text}", LABELS), LOADED) == "s: one two three"
 
 
-def test_a_column_used_twice():
-    task = local_task("{a} again: {a}", LABELS)
-    assert fit_to_length(task, {"a": "1 2 3 4 5"}, word_level(), 6) == ("1 2 again: 1 2", True)
+NO_ROOM = [
+    (ASKED, "word", word_level, 5, r"the template alone has 5 tokens.*max_length=5: shorten the template"),
+    ("s: {s}", "unbreakable", ByT5Tokenizer, 8, "no part of the text fits beside the template's 3 tokens within "
+                                                "max_length=8"),
+]  # fmt: skip
 
 
-def test_template_without_room_for_text():
-    task = local_task("is this sarcastic or not? {s}", LABELS)
-    with pytest.raises(ValueError, match=r"the template alone has 5 tokens.*max_length=5: shorten the template"):
-        fit_to_length(task, {"s": "word"}, word_level(), 5)
-    assert fit_to_length(task, {"s": "word and more"}, word_level(), 6) == ("is this sarcastic or not? word", True)
-
-
-def test_no_word_fits():
-    with pytest.raises(ValueError, match="no part of the text fits beside the template's 3 tokens within max_length=8"):
-        fit_to_length(local_task("s: {s}", LABELS), {"s": "unbreakable"}, ByT5Tokenizer(), 8)
+@pytest.mark.parametrize("template, text, make, max_length, message", NO_ROOM)
+def test_no_room_for_text(template, text, make, max_length, message):
+    with pytest.raises(ValueError, match=message):
+        fit_to_length(local_task(template, LABELS), {"s": text}, make(), max_length)

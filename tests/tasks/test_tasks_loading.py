@@ -46,6 +46,10 @@ def texts(split):
     return list(split["text"])
 
 
+def sizes(data):
+    return [len(split) for split in (data.train, data.validation, data.test)]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_data_dir(tmp_path, suffix):
     rows = sst2_rows(0, 12)
@@ -55,13 +59,9 @@ def test_data_dir(tmp_path, suffix):
     data = load_task(SST2, data_dir=tmp_path)
     assert isinstance(data, TaskData)
     assert (data.task, data.labels) == (SST2, ("0", "1"))
-    assert [len(split) for split in (data.train, data.validation, data.test)] == [12, 4, 2]
-    assert data.train[0] == {
-        "text": 'sentence: NA, "quoted"\nsecond line, 007',
-        "label": 0,
-        "fields": {"sentence": 'NA, "quoted"\nsecond line, 007'},
-        "target": "0",
-    }
+    assert sizes(data) == [12, 4, 2]
+    text = rows[0]["sentence"]
+    assert data.train[0] == {"text": f"sentence: {text}", "label": 0, "fields": {"sentence": text}, "target": "0"}
     assert data.train[1]["text"] == "sentence: None"
     assert list(data.train["label"]) == [0, 1] * 6
     assert list(load_task(SST2, data_dir=str(tmp_path), labels="words").test["target"]) == ["negative", "positive"]
@@ -74,7 +74,7 @@ def test_files(tmp_path):
         "test_file": str(write(tmp_path / "c.parquet", sst2_rows(7, 3))),
     }
     data = load_task(SST2, **files)
-    assert [len(split) for split in (data.train, data.validation, data.test)] == [5, 2, 3]
+    assert sizes(data) == [5, 2, 3]
 
 
 def test_json_lines_in_a_json_file_and_blank_lines_and_byte_order_mark(tmp_path):
@@ -87,31 +87,26 @@ def test_columns_that_share_a_name_with_ours(tmp_path):
     task = local_task("{text} / {target} / {fields}", ["no", "yes"])
     rows = [{"text": f"t{i}", "target": i, "fields": "f", "label": "yes"} for i in range(3)]
     split = load_split(task, write(tmp_path / "rows.jsonl", rows), labels="words")
-    assert split[2] == {
-        "text": "t2 / 2 / f",
-        "label": 1,
-        "target": "yes",
-        "fields": {"text": "t2", "target": "2", "fields": "f"},
-    }
+    fields = {"text": "t2", "target": "2", "fields": "f"}
+    assert split[2] == {"text": "t2 / 2 / f", "label": 1, "target": "yes", "fields": fields}
 
 
 def test_load_split_keeps_every_row_in_order(tmp_path):
     rows = sst2_rows(0, 3) * 2
-    assert texts(load_split(SST2, write(tmp_path / "x.jsonl", rows))) == [
-        f"sentence: {row['sentence']}" for row in rows
-    ]
+    split = load_split(SST2, write(tmp_path / "x.jsonl", rows))
+    assert texts(split) == [f"sentence: {row['sentence']}" for row in rows]
 
 
 @pytest.fixture
 def hub(monkeypatch):
     """Stands in for datasets.load_dataset, which gives the splits that a test puts into this dictionary."""
     splits = {}
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, config: as_dataset_dict(splits))
+
+    def load_dataset(path, config):
+        return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return splits
-
-
-def as_dataset_dict(splits):
-    return datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
 
 
 def test_hub_splits_of_mnli(hub):
@@ -124,7 +119,7 @@ def test_hub_splits_of_mnli(hub):
     data = load_task(get_task("glue/mnli"))
     assert texts(data.validation)[0] == "premise: validation_mismatched 0 hypothesis: h"
     assert texts(data.test)[0] == "premise: validation_matched 0 hypothesis: h"
-    assert (len(data.train), len(data.validation), len(data.test)) == (3, 3, 3)
+    assert sizes(data) == [3, 3, 3]
 
 
 def test_mnli_from_a_folder_with_either_names(tmp_path):
@@ -176,20 +171,20 @@ def test_large_set_takes_validation_from_train(tmp_path):
     assert len(data.train) == 9000
     write(folder / "train.jsonl", train[:-1])
     data = load_task(SST2, data_dir=folder)
-    assert (len(data.train), len(data.validation), len(data.test)) == (9999, 25, 25)
+    assert sizes(data) == [9999, 25, 25]
 
 
 def test_multirc_is_halved_whatever_its_size(tmp_path):
     rows = [{"paragraph": f"p{i}", "question": "q", "answer": "a", "label": i % 2} for i in range(10_010)]
     folder = write_splits(tmp_path, train=rows[:10_000], validation=rows[10_000:])
     data = load_task(get_task("super_glue/multirc"), data_dir=folder)
-    assert (len(data.train), len(data.validation), len(data.test)) == (10_000, 5, 5)
+    assert sizes(data) == [10_000, 5, 5]
 
 
 def test_missing_validation_is_a_tenth_of_train(tmp_path):
     folder = write_splits(tmp_path, train=sst2_rows(0, 40), test=sst2_rows(100, 3))
     data = load_task(SST2, data_dir=folder)
-    assert (len(data.train), len(data.validation), len(data.test)) == (36, 4, 3)
+    assert sizes(data) == [36, 4, 3]
     assert set(texts(data.train)) | set(texts(data.validation)) == {f"sentence: film number {i}" for i in range(40)}
     assert texts(load_task(SST2, data_dir=folder, seed=1).validation) != texts(data.validation)
 
@@ -205,29 +200,24 @@ def test_single_file_split_by_hash(tmp_path):
 
     random.Random(0).shuffle(rows)
     again = load_task(SST2, train_file=write(tmp_path / "b.csv", rows))
-    assert [Counter(texts(s)) for s in (again.train, again.validation, again.test)] == [
-        Counter(texts(s)) for s in (data.train, data.validation, data.test)
-    ]
+    for split in ("train", "validation", "test"):
+        assert Counter(texts(getattr(again, split))) == Counter(texts(getattr(data, split)))
     other = load_task(SST2, train_file=tmp_path / "a.jsonl", seed=1)
     assert set(texts(other.test)) != set(texts(data.test))
 
 
 def test_no_text_in_two_splits(tmp_path, caplog):
-    train = sst2_rows(0, 20)
-    folder = write_splits(
-        tmp_path,
-        train=[
-            *train,
-            {"sentence": "IN  validation", "label": 0},
-            {"sentence": "in Test ", "label": 1},
-            {"sentence": "Only in test", "label": 1},
-        ],
-        validation=[*sst2_rows(100, 5), {"sentence": "in validation", "label": 0}, {"sentence": "in test", "label": 0}],
-        test=[*sst2_rows(200, 5), {"sentence": "in test", "label": 1}, {"sentence": "only in test", "label": 1}],
-    )
+    shared = {
+        "train": ("IN  validation", "in Test ", "Only in test"),
+        "validation": ("in validation", "in test"),
+        "test": ("in test", "only in test"),
+    }
+    own = {"train": sst2_rows(0, 20), "validation": sst2_rows(100, 5), "test": sst2_rows(200, 5)}
+    rows = {split: own[split] + [{"sentence": text, "label": 1} for text in found] for split, found in shared.items()}
+    folder = write_splits(tmp_path, **rows)
     with caplog.at_level(logging.WARNING, logger="ept.tasks.splits"):
         data = load_task(SST2, data_dir=folder)
-    assert (len(data.train), len(data.validation), len(data.test)) == (20, 6, 7)
+    assert sizes(data) == [20, 6, 7]
     assert [record.getMessage() for record in caplog.records] == [
         "dropped 3 of 23 train rows: their text is also in validation or test",
         "dropped 1 of 7 validation rows: their text is also in test",
@@ -246,7 +236,7 @@ def test_max_rows(tmp_path):
     everything = load_task(SST2, data_dir=folder)
     limits = {"max_train": 10, "max_validation": 7, "max_test": 100}
     data = load_task(SST2, data_dir=folder, **limits)
-    assert (len(data.train), len(data.validation), len(data.test)) == (10, 7, 20)
+    assert sizes(data) == [10, 7, 20]
     assert len(set(texts(data.train))) == 10
     assert set(texts(data.train)) <= set(texts(everything.train))
     assert texts(data.train) != texts(everything.train)[:10]
@@ -265,84 +255,84 @@ def test_hidden_label_is_an_ordinary_one_where_the_task_has_it(tmp_path):
     assert set(data.test["target"]) == {"down"}
 
 
-def test_majority_accuracy(tmp_path):
-    rows = sst2_rows(0, 20)
-    train = [{**row, "label": int(i < 4)} for i, row in enumerate(rows[:10])]  # commonest: 0
-    test = [{**row, "label": int(i < 3)} for i, row in enumerate(rows[15:])]  # 2 of 5 are 0
-    data = load_task(SST2, data_dir=write_splits(tmp_path, train=train, validation=rows[10:15], test=test))
-    assert data.majority() == pytest.approx(2 / 5)
-
-
-def test_majority_macro_f1(tmp_path):
-    def rows(name, labels):
-        return [{"premise": f"{name} {i}", "hypothesis": "h", "label": label} for i, label in enumerate(labels)]
-
-    folder = write_splits(
-        tmp_path, train=rows("a", [2, 1, 1, 0]), validation=rows("b", [0]), test=rows("c", [0, 1, 1, 2])
-    )
+# task, labels of train and of test, score of the commonest train label
+MAJORITIES = [
+    (SST2, [1] * 4 + [0] * 6, [1, 1, 1, 0, 0], 2 / 5),
     # always 1: precision 1/2, recall 1, F1 2/3 for one class of three
-    assert load_task(CB, data_dir=folder).majority() == pytest.approx(2 / 9)
+    (CB, [2, 1, 1, 0], [0, 1, 1, 2], 2 / 9),
+]
+
+
+@pytest.mark.parametrize("task, train, test, score", MAJORITIES)
+def test_majority(tmp_path, task, train, test, score):
+    labels = {"train": train, "validation": [0], "test": test}
+    rows = {
+        split: [{**dict.fromkeys(task.columns, f"{split} {i}"), "label": label} for i, label in enumerate(found)]
+        for split, found in labels.items()
+    }
+    assert load_task(task, data_dir=write_splits(tmp_path, **rows)).majority() == pytest.approx(score)
 
 
 GOOD = '{"sentence": "fine", "label": 1}\n'
 BAD_FILES = [
-    ("t.jsonl", "", ValueError, "the file is empty: it needs at least 1 row"),
-    ("t.jsonl", "\n \n", ValueError, "the file is empty"),
-    ("t.json", "[]", ValueError, "the file is empty"),
-    ("t.csv", "", ValueError, "the file is empty"),
-    ("t.csv", "sentence,label\n", ValueError, "the file is empty"),
-    ("t.jsonl", GOOD + "\n{broken\n", ValueError, r"t.jsonl, line 3: not JSON \(.* at column 2\)"),
-    ("t.jsonl", GOOD + "[1, 2]\n", ValueError, "t.jsonl, line 2: list, not an object"),
-    ("t.json", "[{},\n", ValueError, "t.json, line 2: not JSON"),
-    ("t.json", "[1]", ValueError, "t.json, row 1: int, not an object"),
-    ("t.csv", "sentence,label\na,1\nb,c,0\n", ValueError, "t.csv, line 3: the header has 2 columns, this line has 3"),
-    ("t.csv", "sentence,label\na\n", ValueError, "t.csv, line 2: the header has 2 columns, this line has 1"),
-    ("t.csv", 'sentence,label\n"a,1\n', ValueError, "t.csv, line 2: not CSV"),
-    ("t.csv", "sentence,label,label\na,1,1\n", ValueError, "the header sentence,label,label names a column twice"),
-    ("t.parquet", "PAR1 nothing", ValueError, "t.parquet: not a whole Parquet file"),
-    ("t.jsonl", b'{"sentence": "\xff"}', ValueError, "byte 0xff is not UTF-8"),
-    ("t.tsv", "sentence\tlabel\n", ValueError, "unsupported suffix '.tsv': use one of .jsonl, .json, .csv, .parquet"),
-    ("t.jsonl", None, FileNotFoundError, "t.jsonl: no such file"),
-    (
-        "t.jsonl",
-        '{"text": "a", "label": 1}\n',
-        ValueError,
-        "row 1: no column 'sentence'; columns found: 'text', 'label",
-    ),
-    ("t.jsonl", '{"sentence": "a", "y": 1}\n', ValueError, "row 1: no column 'label'; columns found: 'sentence', 'y'"),
-    ("t.jsonl", GOOD + '{"label": 1}\n', ValueError, "row 2: no column 'sentence'"),
-    ("t.jsonl", GOOD + '{"sentence": "a", "label": 2}\n', ValueError, r"row 2: label 2 .* allowed are 0 \.\. 1"),
-    ("t.jsonl", '{"sentence": "a", "label": "good"}\n', ValueError, "row 1: label 'good' .* 'negative', 'positive'"),
-    ("t.jsonl", '{"sentence": "a", "label": null}\n', ValueError, "row 1: label None"),
-    ("t.jsonl", '{"sentence": "a", "label": -1}\n', ValueError, "row 1: label -1"),
-    ("t.jsonl", '{"sentence": "a", "label": [1]}\n', ValueError, r"row 1: label \[1\]"),
-    ("t.jsonl", GOOD + '{"sentence": " \\n", "label": 1}\n', ValueError, r"row 2: empty text \(column 'sentence'\)"),
-    ("t.jsonl", '{"sentence": null, "label": 1}\n', ValueError, "row 1: empty text"),
-    ("t.jsonl", '{"sentence": ["a"], "label": 1}\n', ValueError, "row 1: column 'sentence' holds a list, not text"),
-    ("t.jsonl", GOOD * 9, ValueError, "1 distinct texts cannot fill train, validation and test: give at least 3"),
+    ("t.jsonl", "", "the file is empty: it needs at least 1 row"),
+    ("t.jsonl", "\n \n", "the file is empty"),
+    ("t.json", "[]", "the file is empty"),
+    ("t.csv", "", "the file is empty"),
+    ("t.csv", "sentence,label\n", "the file is empty"),
+    ("t.jsonl", GOOD + "\n{broken\n", r"t.jsonl, line 3: not JSON \(.* at column 2\)"),
+    ("t.jsonl", GOOD + '{"sentence":\n', "t.jsonl, line 2: not JSON"),
+    ("t.jsonl", GOOD + "[1, 2]\n", "t.jsonl, line 2: list, not an object"),
+    ("t.json", "[{},\n", "t.json, line 2: not JSON"),
+    ("t.json", "[1]", "t.json, row 1: int, not an object"),
+    ("t.csv", "sentence,label\na,1\nb,c,0\n", "t.csv, line 3: the header has 2 columns, this line has 3"),
+    ("t.csv", "sentence,label\na\n", "t.csv, line 2: the header has 2 columns, this line has 1"),
+    ("t.csv", 'sentence,label\n"a,1\n', "t.csv, line 2: not CSV"),
+    ("t.csv", "sentence,label,label\na,1,1\n", "the header sentence,label,label names a column twice"),
+    ("t.parquet", "PAR1 nothing", "t.parquet: not a whole Parquet file"),
+    ("t.jsonl", b'{"sentence": "\xff"}', "byte 0xff is not UTF-8"),
+    ("t.tsv", "sentence\tlabel\n", "unsupported suffix '.tsv': use one of .jsonl, .json, .csv, .parquet"),
+    ("t.jsonl", None, "t.jsonl: no such file"),
+    ("t.jsonl", '{"text": "a", "label": 1}\n', "row 1: no column 'sentence'; columns found: 'text', 'label"),
+    ("t.jsonl", '{"sentence": "a", "y": 1}\n', "row 1: no column 'label'; columns found: 'sentence', 'y'"),
+    ("t.jsonl", GOOD + '{"label": 1}\n', "row 2: no column 'sentence'"),
+    ("t.jsonl", GOOD + '{"sentence": "a", "label": 2}\n', r"row 2: label 2 .* allowed are 0 \.\. 1"),
+    ("t.jsonl", '{"sentence": "a", "label": "good"}\n', "row 1: label 'good' .* 'negative', 'positive'"),
+    ("t.jsonl", '{"sentence": "a", "label": null}\n', "row 1: label None"),
+    ("t.jsonl", '{"sentence": "a", "label": -1}\n', "row 1: label -1"),
+    ("t.jsonl", '{"sentence": "a", "label": [1]}\n', r"row 1: label \[1\]"),
+    ("t.jsonl", GOOD + '{"sentence": " \\n", "label": 1}\n', r"row 2: empty text \(column 'sentence'\)"),
+    ("t.jsonl", '{"sentence": null, "label": 1}\n', "row 1: empty text"),
+    ("t.jsonl", '{"sentence": ["a"], "label": 1}\n', "row 1: column 'sentence' holds a list, not text"),
+    ("t.jsonl", GOOD * 9, "1 distinct texts cannot fill train, validation and test: give at least 3"),
 ]
 
 
-@pytest.mark.parametrize("name, content, error, message", BAD_FILES)
-def test_bad_file(tmp_path, name, content, error, message):
+@pytest.mark.parametrize("name, content, message", BAD_FILES)
+def test_bad_file(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(error, match=message):
+    with pytest.raises(FileNotFoundError if content is None else ValueError, match=message):
         load_task(SST2, train_file=tmp_path / name)
 
 
-def test_template_that_names_a_missing_column(tmp_path):
-    path = write(tmp_path / "t.jsonl", [{"title": "a", "label": 1}])
-    message = r"no column 'headline'; columns found: 'title', 'label'. The template '\{headline\}\?'"
-    with pytest.raises(ValueError, match=message):
-        load_task(local_task("{headline}?", ["no", "yes"]), train_file=path)
+# template, label words, the label of a row with the column `text`
+BAD_ROWS = [
+    ("{title}?", ["a", "b"], 1, r"no column 'title'; columns found: 'text', 'label'. The template '\{title\}\?'"),
+    (
+        "{text}",
+        {"x": "a", "y": "b"},
+        "z",
+        r"row 1: label 'z' \(column 'label'\) is outside the set: allowed are 'x', 'y'",
+    ),
+]
 
 
-def test_allowed_labels_of_a_mapping(tmp_path):
-    path = write(tmp_path / "t.jsonl", [{"text": "a", "label": "meh"}])
-    message = r"row 1: label 'meh' \(column 'label'\) is outside the set: allowed are 'pos', 'neg'"
+@pytest.mark.parametrize("template, label_words, label, message", BAD_ROWS)
+def test_bad_row_of_a_local_task(tmp_path, template, label_words, label, message):
+    path = write(tmp_path / "t.jsonl", [{"text": "t", "label": label}])
     with pytest.raises(ValueError, match=message):
-        load_task(local_task("{text}", {"pos": "good", "neg": "bad"}), train_file=path)
+        load_task(local_task(template, label_words), train_file=path)
 
 
 def test_one_blank_column_of_two_is_allowed(tmp_path):

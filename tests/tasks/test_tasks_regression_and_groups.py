@@ -48,11 +48,8 @@ def test_a_bad_score_names_the_range(tmp_path):
 
 
 def scores(count, seed):
-    chance = np.random.default_rng(seed)
-    return [
-        {"sentence1": f"{seed} a {i}", "sentence2": "b", "label": round(float(chance.uniform(0, 5)), 3)}
-        for i in range(count)
-    ]
+    drawn = np.random.default_rng(seed).uniform(0, 5, count).round(3).tolist()
+    return [{"sentence1": f"{seed} a {i}", "sentence2": "b", "label": score} for i, score in enumerate(drawn)]
 
 
 def test_stsb_balance_and_majority(tmp_path):
