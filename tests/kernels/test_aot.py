@@ -17,6 +17,11 @@ from ept_kernels import launch
 from ept_kernels.dev import aot, tune
 from ept_kernels.dev.problems import every_four_bit_problem
 
+# Of these the assembler otherwise spills a few.
+MAY_TAKE_ALL_REGISTERS = {
+    *(f"joint_prompt{part}_kernel" for part in ("", "_products", "_backward")),
+    *(f"matmul_4bit{part}_kernel" for part in ("", "_backward")),
+}
 FINE = {"kernel": "k", "target": "sm_80", "spilled_bytes": 0, "shared_bytes": 100, "shared_limit": 100}
 
 
@@ -79,7 +84,8 @@ def test_every_kernel_is_among_the_cases_and_every_name_occurs_once(architecture
     # Nested absmax is rounded as in a dequantisation, and the assembler may use all registers where it has to.
     four_bit = [c for c in cases if "4bit" in c.name and "reduce" not in c.name]
     assert [c.meta["enable_fp_fusion"] for c in four_bit] == [False] * len(four_bit)
-    long = [c for c in cases if c.name.startswith(("joint_prompt", "matmul_4bit_backward"))]
+    mixed = [c for c in cases if c.name.startswith("prompted_embedding n") and "adapters" in c.name]
+    long = [*mixed, *(c for c in cases if c.kernel.fn.__name__ in MAY_TAKE_ALL_REGISTERS)]
     assert {c.meta.get("maxnreg") for c in long} == {255 if architecture == "cuda" else None}
     assert {c.meta.get("maxnreg") for c in cases if c not in long} == {None}
     assert {c.meta["PRECISION"] for c in cases if "PRECISION" in c.meta} == {"tf32", "bf16x6"}

@@ -106,9 +106,8 @@ def _plan(
         "NESTED_BLOCK_SIZE": nested_block_size,
         "OPERAND": TRITON_TYPES[operand_type(dtype, device)],
         "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
+        **all_registers(device),  # the assembler otherwise spills a few on sm_80
     }
-    if "backward" in kernel:  # of which the assembler spills a few registers on sm_80 (Triton 3.6)
-        options |= all_registers(device)
     return Plan(triton.cdiv(results, config[across]), triton.cdiv(tiles, tiles_a_split), tiles_a_split, options)
 
 

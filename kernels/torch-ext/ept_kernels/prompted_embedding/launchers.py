@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, cached_choice, config_for, key, launch, on_device, padded, precision
+from ..launch import Config, all_registers, cached_choice, config_for, key, launch, on_device, padded, precision
 from .backward import (
     prompted_embedding_backward_kernel,
     prompted_embedding_reduce_kernel,
@@ -47,6 +47,8 @@ def prompted_embedding(
     m, r = A.shape[-2:]
     out = table.new_empty(batch, s + n, d)
     config, options = _chosen("prompted_embedding", d, r, table.dtype, table.dtype, table.device)
+    if adapter_ids is not None:
+        options = options | all_registers(table.device)  # the assembler otherwise spills a few on sm_100
     runs, tiles = _runs(triton.cdiv(n, config["BLOCK_T"]), config["ITERS"])
     groups = triton.cdiv(s, config["BLOCK_T"]) + runs
     grid = (triton.cdiv(d, config["BLOCK_D"]) * groups * batch,)
