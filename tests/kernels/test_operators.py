@@ -40,9 +40,8 @@ JOINT = [
 
 
 def joint_prompt(*arguments):
-    *parameters, lowrank_scale, embedding_scale, score_scale, activation = arguments
-    scales = {"lowrank_scale": lowrank_scale, "embedding_scale": embedding_scale, "score_scale": score_scale}
-    return functional.joint_prompt(*parameters, **scales, activation=activation)
+    options = dict(zip(("lowrank_scale", "embedding_scale", "score_scale", "activation"), arguments[9:], strict=True))
+    return functional.joint_prompt(*arguments[:9], **options)
 
 
 def formula(p, A, B, beta, W_q, W_k, D, U, G, lowrank_scale, embedding_scale, score_scale, activation):

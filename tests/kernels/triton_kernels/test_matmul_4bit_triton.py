@@ -39,7 +39,6 @@ NF4, FP4 = "nf4", "fp4"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FUSED, LIBRARY = "fused", "library"
 
-
 PROBLEMS = [
     # fused: one tile, several tiles and splits, parts of tiles, blocks larger and smaller than a tile
     FourBit(64, 128, (1,), NF4, 64, True, F32, bias=F32),

@@ -18,7 +18,6 @@ from ept_kernels.prompted_embedding.reference import token_at_reference
 
 FLOAT32_TOLERANCE = 1e-5  # of the sum of the magnitudes that were added up
 
-
 PROBLEMS = [
     PromptedEmbedding(),
     # sizes: narrow, odd, wider than a tile, more rows than a run of tiles

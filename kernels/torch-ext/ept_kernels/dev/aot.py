@@ -218,8 +218,11 @@ def _nvidia_facts(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = ([tools / "cuobjdump", "--dump-resource-usage", file.name], [tools / "nvdisasm", "-c", file.name])
-        usage, code = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+        commands = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
+        usage, code = (
+            subprocess.run([str(tools / tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in commands
+        )
     registers = int(re.findall(r"\bREG:(\d+)", usage)[-1])
     local = int(re.findall(r"\bLOCAL:(\d+)", usage)[-1]) + int(re.findall(r"\bSTACK:(\d+)", usage)[-1])
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
