@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ept_kernels import launch
 from ept_kernels.dev import aot, tune
-from ept_kernels.dev.problems import JointPrompt, every_four_bit_problem
+from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, PromptedEmbedding
 
 FINE = {"kernel": "k", "target": "sm_80", "spilled_bytes": 0, "shared_bytes": 100, "shared_limit": 100}
 
@@ -45,14 +45,14 @@ def test_a_spill_is_found(target):
 def test_problems_are_spills_and_too_much_shared_memory():
     assert aot.problems(FINE) == []
     assert aot.problems({**FINE, "spilled_bytes": 4}) == ["k spills 4 bytes on sm_80"]
-    assert (
-        "takes 101 bytes of shared memory on sm_80, the limit is 100" in aot.problems({**FINE, "shared_bytes": 101})[0]
-    )
+    (too_much,) = aot.problems({**FINE, "shared_bytes": 101})
+    assert "takes 101 bytes of shared memory on sm_80, the limit is 100" in too_much
 
 
 @pytest.mark.parametrize("row, failed", [(FINE, False), ({**FINE, "spilled_bytes": 4}, True)], ids=["fine", "spill"])
 def test_the_command_fails_on_a_problem(row, failed, monkeypatch, capsys):
     row = {**row, "registers": 1, "instructions": 1, "per_weight": ""}
+    monkeypatch.setattr(aot, "cases", lambda *arguments: [case(1)])
     monkeypatch.setattr(aot, "compile_all", lambda chosen, jobs: [row] if list(chosen) else [])
     monkeypatch.setattr(sys, "argv", ["aot"])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -62,16 +62,27 @@ def test_the_command_fails_on_a_problem(row, failed, monkeypatch, capsys):
     assert f"{int(failed)} problems" in capsys.readouterr().out
 
 
+def forms(*problems):
+    """Lists what Triton compiles for the launches of `problems`."""
+    return {case.form for problem in problems for case in aot.record(problem, "cuda")}
+
+
 @pytest.mark.parametrize("change", [{"s": 100}, {"m": 63}, {"r": 60}, {"s": 1, "m": 1, "r": 1}, {"K": 7}], ids=str)
 def test_a_compiled_joint_prompt_serves_all_lengths_and_ranks(change):
     """What is compiled depends on neither s, m nor r, nor on how many gates there are up to 32."""
-
-    def forms(problem):
-        return {case.form for p in (problem, problem.backward) for case in aot.record(p, "cuda")}
-
     problem = JointPrompt(s=40, m=256, r=30)
-    assert len(forms(problem)) == 7  # six kernels, of which that of the rows differs in the backward
-    assert forms(replace(problem, **change)) == forms(problem)
+    other = replace(problem, **change)
+    assert len(forms(problem, problem.backward)) == 7  # six kernels, of which that of the rows differs in the backward
+    assert forms(other, other.backward) == forms(problem, problem.backward)
+
+
+def test_another_batch_or_length_compiles_no_kernel_anew():
+    seen = []
+    for batch, n in ((3, 9), (1, 9), (16, 9), (3, 1), (3, 16), (3, 33), (2, 160)):
+        padded = PromptedEmbedding(n, batch=batch, m=160)
+        seen.append(forms(padded, padded.backward, PackedEmbedding((160, *(n,) * batch))))
+        assert seen[-1] == seen[0], f"{batch} texts of {n} tokens"
+    assert len(seen[0]) == 5
 
 
 @pytest.mark.parametrize("architecture", ["cuda", "gfx942"])
@@ -98,7 +109,7 @@ def test_every_kernel_is_among_the_cases_and_every_name_occurs_once(architecture
 
 
 def test_nothing_runs_and_nothing_is_remembered_while_launches_are_recorded():
-    (problem,) = {p for p in aot.compiled_problems() if p.name == "dequantize_4bit"} or {aot.compiled_problems()[-1]}
+    problem = aot.compiled_problems()[-1]
     before = launch.launches()
     (case,) = aot.record(problem, "gfx942", {"dequantize_4bit/64-bit": {"ITERS": 2}}, note=" (x)")
     assert launch.launches() == before + 1
@@ -108,7 +119,9 @@ def test_nothing_runs_and_nothing_is_remembered_while_launches_are_recorded():
 
 
 def test_every_kind_of_4_bit_weight_is_compiled_on_request(monkeypatch):
-    monkeypatch.setattr(aot, "every_four_bit_problem", lambda: list(every_four_bit_problem())[:20])
+    few, of_weights = aot.compiled_problems()[-3:], aot.every_four_bit_problem()[:20]
+    monkeypatch.setattr(aot, "compiled_problems", lambda: few)
+    monkeypatch.setattr(aot, "every_four_bit_problem", lambda: of_weights)
     usual, every = aot.cases("cuda"), aot.cases("cuda", every=True)
     assert every[: len(usual)] == usual
     with_bias = [c for c in every[len(usual) :] if "bias" in c.name and c.kernel.fn.__name__ == "matmul_4bit_kernel"]

@@ -16,10 +16,7 @@ def backend_of(monkeypatch):
     def of(device_type: str, choice: str = "", interpret: bool = False, triton: bool = True) -> str:
         monkeypatch.setattr(library, "_choice", choice)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
-        if interpret:
-            monkeypatch.setenv("TRITON_INTERPRET", "1")
-        else:
-            monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
         return library._backend.__wrapped__(device_type)
 
     return of

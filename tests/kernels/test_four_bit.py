@@ -132,31 +132,23 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("message", DAMAGES)
-def test_a_damaged_state_is_refused(message):
+DAMAGED_DATA = {
+    "the storage's dtype is torch.int64": lambda data: data.to(torch.int64),
+    "not contiguous": lambda data: data.repeat(1, 2)[:, :1],
+    "packed.shape is (1023,), expected (1024,)": lambda data: data[:-1],
+    "packed.shape is (1025,), expected (1024,)": lambda data: torch.cat([data, data[:1]]),
+}
+
+
+@pytest.mark.parametrize("message", [*DAMAGES, *DAMAGED_DATA])
+def test_a_damaged_weight_is_refused(message):
     theirs = quantize(32, 64)
-    DAMAGES[message](theirs.quant_state)
+    DAMAGES.get(message, lambda state: None)(theirs.quant_state)
+    data = DAMAGED_DATA.get(message, lambda data: data)(theirs.data)
     with pytest.raises(ValueError) as error:
-        FourBitWeight.from_bitsandbytes(theirs)
+        FourBitWeight.from_bitsandbytes(Params4bit(data, quant_state=theirs.quant_state, bnb_quantized=True))
     assert message in str(error.value)
     assert "expected" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        (lambda data: data.to(torch.int64), "the storage's dtype is torch.int64"),
-        (lambda data: data.repeat(1, 2)[:, :1], "not contiguous"),
-        (lambda data: data[:-1], "packed.shape is (1023,), expected (1024,)"),
-        (lambda data: torch.cat([data, data[:1]]), "packed.shape is (1025,), expected (1024,)"),
-    ],
-)
-def test_a_damaged_weight_is_refused(data, message):
-    theirs = quantize(32, 64)
-    damaged = Params4bit(data(theirs.data), quant_state=theirs.quant_state, bnb_quantized=True)
-    with pytest.raises(ValueError) as error:
-        FourBitWeight.from_bitsandbytes(damaged)
-    assert message in str(error.value)
 
 
 def test_spare_bytes_of_the_last_storage_element_are_left_out():

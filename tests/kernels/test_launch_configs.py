@@ -25,23 +25,17 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The configuration file of a device that this machine need not have."""
     path = tmp_path / "Some_GPU.json"
     monkeypatch.setattr(launch, "config_file", lambda device: path)
-    for cache in (launch._measured, launch._read_once):
-        cache.cache_clear()
+    launch._measured.cache_clear()
     yield path
-    for cache in (launch._measured, launch._read_once):
-        cache.cache_clear()
+    launch._measured.cache_clear()
 
 
 @pytest.mark.parametrize(
     "kernel, size, expected",
     [
         ("one", 768, {"BLOCK": 16, "num_warps": 4}),
-        (
-            "one",
-            1500,
-            {"BLOCK": 16, "num_warps": 4},
-        ),  # nearer by the ratio, though not by the difference, would be 4096
-        ("one", 2000, {"BLOCK": 128, "num_warps": 8}),
+        ("one", 1500, {"BLOCK": 16, "num_warps": 4}),
+        ("one", 2000, {"BLOCK": 128, "num_warps": 8}),  # nearer by the ratio, not by the difference
         ("one", 100_000, {"BLOCK": 128, "num_warps": 8}),
         ("two/16-bit", (5000, 50), {"BLOCK": 2, "num_warps": 4}),
         ("two/16-bit", (700, 64), {"BLOCK": 3, "num_warps": 4}),
@@ -97,36 +91,28 @@ def test_a_damaged_file_is_named_and_not_used(file, content, detail):
     assert len(caught) == 1
 
 
-def test_what_is_tried_comes_first_and_the_caches_follow(file):
+def test_what_is_tried_comes_first_what_is_adopted_counts_as_measured_and_the_caches_follow(file):
     file.write_text(json.dumps({"kernels": MEASURED}), encoding="utf-8")
 
     @launch.cached_choice
-    def chosen(kernel: str) -> dict[str, int]:
-        return launch.config_for(kernel, 768, GPU, DEFAULT)
+    def chosen(kernel: str, size: int = 768, device: torch.device = GPU) -> dict[str, int]:
+        return launch.config_for(kernel, size, device, DEFAULT)
+
+    def blocks(*arguments) -> list[int]:
+        return [chosen(*a)["BLOCK"] for a in arguments]
 
     before = chosen("one")
-    with launch.trying("one", {"num_warps": 2}), launch.trying("two", {"BLOCK": 8}):
+    with launch.configured({"one": {"num_warps": 2}, "two": {"BLOCK": 8}}):
         assert chosen("one") == {"BLOCK": 64, "num_warps": 2}
         assert chosen("two") == {"BLOCK": 8, "num_warps": 4}
     assert chosen("one") == before == {"BLOCK": 16, "num_warps": 4}
-
-
-def test_what_is_adopted_counts_as_measured_at_its_size(file):
-    file.write_text(json.dumps({"kernels": MEASURED}), encoding="utf-8")
-
-    @launch.cached_choice
-    def chosen(kernel: str, size: int, device: torch.device = GPU) -> int:
-        return launch.config_for(kernel, size, device, DEFAULT)["BLOCK"]
-
-    assert [chosen("one", size) for size in (768, 4096)] == [16, 128]
+    sizes, on_cpu = (("one", 768), ("one", 4096)), ("one", 768, torch.device("cpu"))
+    assert blocks(*sizes) == [16, 128]
     with launch.trying("one", {"BLOCK": 7}, (4096,)), launch.trying("new", {"BLOCK": 9}, (8,)):
-        assert [chosen("one", size) for size in (768, 4096)] == [16, 7]
-        assert chosen("new", 100) == 9
-        assert chosen("one", 768, torch.device("cpu")) == 7  # a CPU has nothing else
+        assert blocks(*sizes, ("new", 100), on_cpu) == [16, 7, 9, 7]  # a CPU has nothing else
         with launch.trying("one", {"BLOCK": 5}):
-            assert chosen("one", 4096) == 5
-    assert [chosen("one", size) for size in (768, 4096)] == [16, 128]
-    assert chosen("new", 100) == chosen("one", 768, torch.device("cpu")) == 64
+            assert blocks(("one", 4096)) == [5]
+    assert blocks(*sizes, ("new", 100), on_cpu) == [16, 128, 64, 64]
 
 
 def test_every_shipped_file_is_sound_and_known_to_the_tuner():

@@ -1,4 +1,4 @@
-"""The operators against the method's formulas written out, against float64, and against PyTorch's own checks."""
+"""Operators and layer against the method's formulas written out, against float64, and against PyTorch's own checks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from layer_checks import make_ids, make_layer
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import ept_kernels
 from ept import functional
-from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding, in_float64, opcheck_problems, strided
+from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding, as_tuple, in_float64, opcheck_problems, strided
 from ept_kernels.joint_prompt.reference import ACTIVATIONS, NORM_EPS
 
 F64 = torch.float64
@@ -38,9 +40,8 @@ JOINT = [
 
 
 def joint_prompt(*arguments):
-    *parameters, lowrank_scale, embedding_scale, score_scale, activation = arguments
-    scales = {"lowrank_scale": lowrank_scale, "embedding_scale": embedding_scale, "score_scale": score_scale}
-    return functional.joint_prompt(*parameters, **scales, activation=activation)
+    options = dict(zip(("lowrank_scale", "embedding_scale", "score_scale", "activation"), arguments[9:], strict=True))
+    return functional.joint_prompt(*arguments[:9], **options)
 
 
 def formula(p, A, B, beta, W_q, W_k, D, U, G, lowrank_scale, embedding_scale, score_scale, activation):
@@ -66,20 +67,20 @@ def formula(p, A, B, beta, W_q, W_k, D, U, G, lowrank_scale, embedding_scale, sc
     return embedding_scale * total
 
 
-@pytest.mark.parametrize("problem", JOINT, ids=lambda p: p.name)
-def test_joint_prompt_is_the_formula(problem):
-    inputs = problem.inputs()
-    torch.testing.assert_close(joint_prompt(*inputs), formula(*inputs), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("problem", JOINT, ids=lambda p: p.name)
-def test_joint_prompt_gradients_are_those_of_the_formula(problem):
-    inputs, options = [x.requires_grad_() for x in problem.parameters()], problem.options()
-    weight = problem.grad_output()
-    expected = torch.autograd.grad((formula(*inputs, *options) * weight).sum(), inputs, allow_unused=True)
-    actual = torch.autograd.grad((joint_prompt(*inputs, *options) * weight).sum(), inputs)
-    for a, e, x in zip(actual, expected, inputs, strict=True):
+def assert_is_the_formula(actual, expected, inputs):
+    """The value, and the gradients by `inputs` of a weighted sum."""
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(expected.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad((actual * weight).sum(), inputs)
+    of_formula = torch.autograd.grad((expected * weight).sum(), inputs, allow_unused=True)
+    for a, e, x in zip(gradients, of_formula, inputs, strict=True):
         torch.testing.assert_close(a, torch.zeros_like(x) if e is None else e, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("problem", JOINT, ids=lambda p: p.name)
+def test_joint_prompt_and_its_gradients_are_those_of_the_formula(problem):
+    inputs, options = [x.requires_grad_() for x in problem.parameters()], problem.options()
+    assert_is_the_formula(joint_prompt(*inputs, *options), formula(*inputs, *options), inputs)
 
 
 def test_joint_prompt_gradient_is_finite_where_the_update_is_zero():
@@ -116,7 +117,6 @@ EMBEDDINGS = {
     "mixed adapters": embedding(adapters=2),
     "mixed prompts": embedding(adapters=2, r=0),
 }
-by_name = pytest.mark.parametrize("problem", EMBEDDINGS.values(), ids=EMBEDDINGS)
 
 
 def embedding_formula(ids, positions, table, prompt, A, B, scale, adapter_ids):
@@ -133,24 +133,12 @@ def embedding_formula(ids, positions, table, prompt, A, B, scale, adapter_ids):
     return torch.stack(rows)
 
 
-@by_name
-def test_prompted_embedding_is_the_formula(problem):
-    inputs = problem.inputs()
-    expected = embedding_formula(*inputs)
-    torch.testing.assert_close(functional.prompted_embedding(*inputs), expected, rtol=1e-12, atol=1e-12)
-
-
-@by_name
-def test_prompted_embedding_gradients_are_those_of_the_formula(problem):
+@pytest.mark.parametrize("problem", EMBEDDINGS.values(), ids=EMBEDDINGS)
+def test_prompted_embedding_and_its_gradients_are_those_of_the_formula(problem):
     ids, positions, table, prompt, A, B, scale, adapter_ids = problem.inputs()
     leaves = [x.requires_grad_() for x in (table, prompt, A, B)]
-    expected_output = embedding_formula(ids, positions, *leaves, scale, adapter_ids)
-    weight = torch.randn(expected_output.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
-    expected = torch.autograd.grad((expected_output * weight).sum(), leaves, allow_unused=True)
-    output = functional.prompted_embedding(ids, positions, *leaves, scale, adapter_ids)
-    actual = torch.autograd.grad((output * weight).sum(), leaves)
-    for a, e, x in zip(actual, expected, leaves, strict=True):
-        torch.testing.assert_close(a, torch.zeros_like(x) if e is None else e, rtol=1e-10, atol=1e-10)
+    arguments = (ids, positions, *leaves, scale, adapter_ids)
+    assert_is_the_formula(functional.prompted_embedding(*arguments), embedding_formula(*arguments), leaves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -213,6 +201,24 @@ def test_the_backward_works_where_autograd_is_shut_out(mode):
     assert all(torch.equal(a, b) for a, b in zip(counted, expected, strict=True))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"fusion_dim": 0}, {"num_spaces": 1}, {"fusion": False}, {"r": 0}],
+    ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()) or "all parts",
+)
+def test_the_layers_gradients_pass_gradcheck(options):
+    """All parameters' against finite differences, in float64."""
+    layer, (ids, mask) = make_layer(**options).double(), make_ids()
+    names, values = zip(*layer.named_parameters(), strict=True)
+    named = {"embedding": layer._embedding[0].double()}
+
+    def output(*parameters: torch.Tensor) -> torch.Tensor:
+        return functional_call(layer, dict(zip(names, parameters, strict=True)), (ids, mask), named)[0]
+
+    assert output(*values).requires_grad
+    assert torch.autograd.gradcheck(output, tuple(x.detach().requires_grad_() for x in values), fast_mode=True)
+
+
 def test_second_derivative_is_refused():
     inputs = [x.requires_grad_() for x in joint().parameters()]
     output = joint_prompt(*inputs, *joint().options())
@@ -222,10 +228,15 @@ def test_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("problem", opcheck_problems(), ids=lambda p: p.name)
-def test_opcheck(problem):
+def test_operators_pass_opcheck_and_are_within_their_problems_tolerance(problem):
     operator = getattr(torch.ops.ept, problem.operator).default
-    results = torch.library.opcheck(operator, problem.inputs())
-    assert set(results.values()) == {"SUCCESS"}, results
+    checked = torch.library.opcheck(operator, problem.inputs())
+    assert set(checked.values()) == {"SUCCESS"}, checked
+    inputs = problem.inputs(seed=3)
+    for actual, exact in zip(as_tuple(operator(*inputs)), problem.expected(*inputs), strict=True):
+        allowed = problem.tolerance(actual.dtype) * float(exact.abs().max()) if exact.numel() else 0.0
+        assert actual.shape == exact.shape
+        assert (actual.double() - exact).abs().le(allowed).all()
 
 
 def test_every_operator_is_opchecked():
@@ -243,13 +254,3 @@ def test_the_card_lists_every_operator_with_the_arguments_of_its_schema():
         arguments |= of_weight if "weight" in arguments else set()
         assert arguments - {"weight"} == {argument.name for argument in operator.default._schema.arguments}, name
     assert len(operators) == card.count("\n| `")
-
-
-@pytest.mark.parametrize("problem", opcheck_problems(), ids=lambda p: p.name)
-def test_operators_are_within_their_problems_tolerance(problem):
-    inputs = problem.inputs(seed=3)
-    results = getattr(torch.ops.ept, problem.operator)(*inputs)
-    for actual, exact in zip(results if isinstance(results, tuple) else (results,), problem.expected(*inputs)):
-        allowed = problem.tolerance(actual.dtype) * float(exact.abs().max()) if exact.numel() else 0.0
-        assert actual.shape == exact.shape
-        assert (actual.double() - exact).abs().le(allowed).all()

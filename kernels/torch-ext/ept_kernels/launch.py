@@ -23,7 +23,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -31,16 +31,8 @@ CONFIGS = Path(__file__).parent / "configs"
 
 Config = dict[str, int]
 Size = tuple[int, ...]
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel, grid, arguments, meta-parameters
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-class Launch(NamedTuple):
-    """One launch of a kernel, as the launcher gives it to Triton."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    meta: dict[str, Any]
 
 
 class _State:
@@ -61,7 +53,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         return
     _State.launches += 1
     if _State.recorded is not None:
-        _State.recorded.append(Launch(kernel, grid, args, meta))
+        _State.recorded.append((kernel, grid, args, meta))
         return
     compiled = kernel[grid](*args, **meta)
     if _State.compiled is not None:
@@ -113,12 +105,14 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
         return {**default, **tried}
     known = dict(_State.adopted.get(kernel, {}))
     if device.type != "cpu":
-        known = {**_measured(device).get(kernel, {}), **known}
-    size = size if isinstance(size, tuple) else (size,)
-    measured = {key: config for key, config in known.items() if len(key) == len(size)}
-    if not measured:
-        return default
-    return {**default, **measured[min(measured, key=lambda key: _distance(key, size))]}
+        known = {**_measured(config_file(device)).get(kernel, {}), **known}
+    wanted = size if isinstance(size, tuple) else (size,)
+
+    def distance(key: Size) -> float:
+        return sum(math.log(a / max(b, 1)) ** 2 for a, b in zip(key, wanted, strict=True))
+
+    nearest = min((key for key in known if len(key) == len(wanted)), key=distance, default=None)
+    return default if nearest is None else {**default, **known[nearest]}
 
 
 def cached_choice(function: _Function) -> _Function:
@@ -142,6 +136,15 @@ def trying(kernel: str, config: Config, size: Size | None = None) -> Iterator[No
     finally:
         del held[place]
         _forget_choices()
+
+
+@contextlib.contextmanager
+def configured(configs: dict[str, Config]) -> Iterator[None]:
+    """Makes several kernels take `configs` at every size."""
+    with contextlib.ExitStack() as stack:
+        for kernel, config in configs.items():
+            stack.enter_context(trying(kernel, config))
+        yield
 
 
 def key(kernel: str, dtype: torch.dtype) -> str:
@@ -193,14 +196,23 @@ def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
     Raises:
         ValueError: the file is not as this module's docstring says; the message names the place.
     """
+    found: dict[str, dict[Size, Config]] = {}
     try:
-        kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
-        return {kernel: dict(_checked(*item) for item in sizes.items()) for kernel, sizes in kernels.items()}
+        for kernel, sizes in json.loads(path.read_text(encoding="utf-8"))["kernels"].items():
+            found[kernel] = {}
+            for key, config in sizes.items():
+                size = tuple(int(number) for number in key.split("x"))
+                if min(size) < 1:
+                    raise ValueError(f"size {key!r}: its numbers have to be 1 or more")
+                if not config or any(type(value) is not int or value < 0 for _, value in config.items()):
+                    raise ValueError(f"configuration {config}: its values have to be whole numbers from 0 up")
+                found[kernel][size] = config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"{path} is damaged ({detail}): write it again with `python -m ept_kernels.dev.tune`, or delete it"
         ) from error
+    return found
 
 
 def config_file(device: torch.device) -> Path:
@@ -210,12 +222,7 @@ def config_file(device: torch.device) -> Path:
 
 
 @functools.cache
-def _measured(device: torch.device) -> dict[str, dict[Size, Config]]:
-    return _read_once(config_file(device))
-
-
-@functools.cache
-def _read_once(path: Path) -> dict[str, dict[Size, Config]]:
+def _measured(path: Path) -> dict[str, dict[Size, Config]]:
     """Warns once a device model, however many such devices and kernels there are."""
     if not path.is_file():
         warnings.warn(
@@ -234,16 +241,3 @@ def _read_once(path: Path) -> dict[str, dict[Size, Config]]:
 def _forget_choices() -> None:
     for cached in _choices:
         cached.cache_clear()
-
-
-def _checked(key: str, config: Any) -> tuple[Size, Config]:
-    size = tuple(int(number) for number in key.split("x"))
-    if min(size) < 1:
-        raise ValueError(f"size {key!r}: its numbers have to be 1 or more")
-    if not config or any(type(value) is not int or value < 0 for _, value in config.items()):
-        raise ValueError(f"configuration {config}: its values have to be whole numbers from 0 up")
-    return size, config
-
-
-def _distance(key: Size, size: Size) -> float:
-    return sum(math.log(a / max(b, 1)) ** 2 for a, b in zip(key, size, strict=True))

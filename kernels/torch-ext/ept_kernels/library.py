@@ -119,18 +119,13 @@ def _dispatch(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
         if function is None:
             launcher = launcher_of(name) if _backend(device_type) == "triton" else None
             function = functions[device_type] = launcher or reference
-        if function is not reference and _has_float64(args):
-            function = reference
+        if function is not reference:
+            for x in args:  # any() would make a generator at every call
+                if isinstance(x, torch.Tensor) and x.dtype is torch.float64:
+                    function = reference
         if not torch.is_autocast_enabled(device_type):
             return function(*args)
         with torch.autocast(device_type, enabled=False):
             return function(*args)
 
     return call
-
-
-def _has_float64(args: tuple[Any, ...]) -> bool:
-    for x in args:  # noqa: SIM110 - any() would make a generator at every call
-        if isinstance(x, torch.Tensor) and x.dtype is torch.float64:
-            return True
-    return False

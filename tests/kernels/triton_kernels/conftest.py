@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from ept_kernels import launch
+from ept_kernels.launch import configured
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -30,15 +30,6 @@ LARGE = {
     "joint_prompt": {"BLOCK_S": 32, "BLOCK_D": 1024},
     "joint_prompt_backward": {"BLOCK_D": 2048},
 }
-
-
-@contextlib.contextmanager
-def configured(configs: dict[str, dict[str, int]]) -> Iterator[None]:
-    """Makes the joint prompt's kernels take `configs`."""
-    with contextlib.ExitStack() as stack:
-        for kernel, config in configs.items():
-            stack.enter_context(launch.trying(kernel, config))
-        yield
 
 
 @pytest.fixture
@@ -63,6 +54,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max // 2)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty)
+
+
+def launches_of(function: Callable[..., Any], *arguments: Any) -> int:
+    """Calls `function` and counts the kernels that it launches."""
+    before = launch.launches()
+    function(*arguments)
+    return launch.launches() - before
 
 
 def mostly_untouched(elements: int, dtype: torch.dtype) -> torch.Tensor:

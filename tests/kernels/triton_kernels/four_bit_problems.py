@@ -89,6 +89,20 @@ def _watch_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "launch", watched)
 
 
+def raise_programs(monkeypatch: pytest.MonkeyPatch, *by: int) -> None:
+    """Makes the interpreter raise the number of every program by so many along each axis: only the last ones run."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    number = type(interpreter_builder).create_get_program_id
+
+    def raised(axis: int) -> Any:
+        handle = number(interpreter_builder, axis)
+        handle.data = handle.data + by[axis]
+        return handle
+
+    monkeypatch.setattr(interpreter_builder, "create_get_program_id", raised)
+
+
 def _extent(x: Tensor) -> tuple[int, int]:
     """First address of `x` and the one after its last."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))

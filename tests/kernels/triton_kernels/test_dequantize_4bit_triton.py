@@ -11,19 +11,14 @@ import math
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from conftest import INTERPRETED, mostly_untouched
-from four_bit_problems import (
-    covers,
-    dequantized_by_bitsandbytes,
-    units_apart,
-    watched_memory,
-)
+from conftest import INTERPRETED, launches_of, mostly_untouched
+from four_bit_problems import dequantized_by_bitsandbytes, raise_programs, units_apart, watched_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import ept_kernels
-from ept_kernels import FourBitWeight, launch
+from ept_kernels import FourBitWeight
 from ept_kernels.dev.problems import FourBit
 from ept_kernels.four_bit import dequantize as kernels
 from ept_kernels.launch import trying
@@ -39,6 +34,7 @@ def problem_of(rows, columns, quant_type=NF4, block_size=64, nested=True, dtype=
     return FourBit(rows, columns, (), *kind, shift=shift, operator="dequantize_4bit")
 
 
+# Sizes and addresses; test_every_combination_equals_bitsandbytes has the kinds of weights.
 PROBLEMS = [
     # whole words and whole tiles
     problem_of(32, 128, NF4, 64, True, F16),
@@ -52,24 +48,18 @@ PROBLEMS = [
     problem_of(3, 1504, NF4, 4096, False, F16),
     problem_of(9, 648, FP4, 4096, True, F32),
     problem_of(77, 104, NF4, 512, True, F32),
-    problem_of(11, 200, NF4, 128, True, F32),
     problem_of(11, 200, NF4, 128, False, BF16),
-    problem_of(21, 24, FP4, 64, False, BF16),
-    problem_of(10, 104, NF4, 512, False, BF16),
     # no whole words
     problem_of(1, 1, NF4, 64, False, F32),
     problem_of(1, 3, FP4, 4096, False, BF16),
     problem_of(33, 31, NF4, 32, True, F16),
     problem_of(5, 67, FP4, 64, True, F32),
-    problem_of(5, 67, FP4, 128, False, F16),
     problem_of(67, 65, FP4, 512, True, F16),
-    problem_of(3, 35, NF4, 32, False, F16),
     problem_of(61, 47, NF4, 128, True, torch.float64),
     # whole words at an odd address
     problem_of(8, 64, NF4, 64, True, F16, shift=1),
     problem_of(8, 64, FP4, 32, False, F32, shift=2),
 ]
-by_name = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 
 
 def run(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
@@ -85,16 +75,11 @@ def assert_equal_bits(actual: Tensor, expected: Tensor) -> None:
         assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {actual.numel()} differ"
 
 
-@by_name
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 def test_equals_bitsandbytes(problem, device):
     weight = problem.weight(device)
     expected = dequantized_by_bitsandbytes(weight, F32 if problem.dtype == torch.float64 else problem.dtype)
     assert_equal_bits(run(weight, problem.dtype), expected.to(problem.dtype))
-
-
-def test_problems_cover_what_is_promised():
-    promised = {"block_size": {32, 64, 128, 512, 4096}, "nested": {True, False}, "dtype": {F32, F16, BF16}}
-    assert not covers(PROBLEMS, quant_type={NF4, FP4}, **promised)
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128, 512, 4096])
@@ -115,28 +100,22 @@ def test_levels_are_bitsandbytes_own(quant_type, device):
     assert torch.equal(run(weight, F32).view(torch.int32), expected.view(torch.int32))
 
 
-def test_product_and_sum_of_nested_absmax_are_rounded_separately(device, monkeypatch):
-    """Numbers for which a fused multiply-add gives other bits, and the option that keeps Triton from fusing."""
+def test_product_and_sum_of_nested_absmax_are_rounded_separately(device):
+    """Numbers for which a fused multiply-add gives other bits; test_aot.py looks at the option against that."""
     weight = problem_of(4, 64).weight(device)
     weight.nested_code.fill_(1 + 2**-12)
     weight.nested_absmax.fill_(1 + 2**-12)
     weight.nested_offset.fill_(-1.0)
     assert torch.tensor((1 + 2**-12) ** 2).item() != (1 + 2**-12) ** 2  # the product has to be rounded
     assert torch.equal(run(weight, F32), dequantized_by_bitsandbytes(weight, F32))
-    options = []
-    monkeypatch.setattr(kernels, "launch", lambda *args, **meta: options.append(meta))
-    run(weight, F32)
-    assert [meta["enable_fp_fusion"] for meta in options] == [False]
 
 
 @pytest.mark.parametrize("rows, columns, expected", [(8, 64, 1), (5, 67, 1), (0, 64, 0), (8, 0, 0)])
 def test_number_of_launches(rows, columns, expected, device):
     weight = problem_of(rows or 8, columns or 64).weight(device)
-    weight = weight.tensors, weight.sizes[:3]
-    before = launch.launches()
-    out = kernels.dequantize_4bit(*weight[0], *weight[1], rows, columns, F16)
-    assert launch.launches() - before == expected
-    assert out.shape == (rows, columns)
+    arguments = (*weight.tensors, *weight.sizes[:3], rows, columns, F16)
+    assert launches_of(kernels.dequantize_4bit, *arguments) == expected
+    assert kernels.dequantize_4bit(*arguments).shape == (rows, columns)
 
 
 def test_two_runs_give_equal_bits(device):
@@ -145,7 +124,7 @@ def test_two_runs_give_equal_bits(device):
 
 
 @pytest.mark.parametrize("config", [{"UNITS": 32, "ITERS": 1}, {"UNITS": 512, "ITERS": 3}, {"ITERS": 8}], ids=str)
-@pytest.mark.parametrize("problem", [PROBLEMS[3], PROBLEMS[9], PROBLEMS[16]], ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", [PROBLEMS[3], PROBLEMS[9], PROBLEMS[13]], ids=lambda p: p.name)
 def test_any_launch_configuration_is_right(config, problem, device):
     """A tuner may choose any of them."""
     with trying(f"dequantize_4bit/{8 * problem.dtype.itemsize}-bit", config):
@@ -199,7 +178,7 @@ def test_any_damaged_weight_is_refused_or_read_within_its_tensors(device, damage
     torch.testing.assert_close(run(weight, F32), expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[17]], ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", [PROBLEMS[0], PROBLEMS[14]], ids=lambda p: p.name)
 def test_operator(problem, device):
     weight = problem.weight(device)
     torch.library.opcheck(torch.ops.ept.dequantize_4bit.default, (*weight.tensors, *weight.sizes, problem.dtype))
@@ -211,44 +190,26 @@ def test_offsets_have_64_bits(columns, device, monkeypatch):
     """The last tiles of a weight of more than 2³² elements. Under the interpreter only those are computed: the number
     of every program is raised.
     """
-    rows, block_size = 2**16 + 1, 4096
+    rows, block_size, tail = 2**16 + 1, 4096, 5000  # elements that are not zero
     elements = rows * columns
-    blocks = math.ceil(elements / block_size)
-    tail = 5000  # elements
-    bytes_ = torch.randint(0, 256, (tail // 2,), dtype=torch.uint8)
+    packed = torch.zeros(0 if INTERPRETED else (elements + 1) // 2, dtype=torch.uint8, device=device)
     if INTERPRETED:
         packed = mostly_untouched((elements + 1) // 2, torch.uint8)
         out = mostly_untouched(elements, F16).view(rows, columns)
-        new_empty = torch.Tensor.new_empty
+        new_empty, launch_all = torch.Tensor.new_empty, kernels.launch
         monkeypatch.setattr(
-            torch.Tensor,
-            "new_empty",
-            lambda x, *shape, **kw: out if shape == out.shape else new_empty(x, *shape, **kw),
+            torch.Tensor, "new_empty", lambda x, *size, **kw: out if size == out.shape else new_empty(x, *size, **kw)
         )
-    else:
-        packed = torch.zeros((elements + 1) // 2, dtype=torch.uint8, device=device)
-    packed[-bytes_.numel() :] = bytes_.to(device)
-    absmax = torch.rand(blocks, device=device)
-    weight = FourBitWeight(packed, absmax, NF4, block_size, rows, columns)
-    words = elements % 8 == 0
-    if INTERPRETED:
-        from triton.runtime.interpreter import interpreter_builder
-
         config = kernels.CONFIGS["dequantize_4bit"]
-        programs = math.ceil(elements / (config["UNITS"] * (8 if words else 2) * config["ITERS"]))
+        programs = math.ceil(elements / (config["UNITS"] * (2 if elements % 8 else 8) * config["ITERS"]))
         few = -(-2 * tail // (config["UNITS"] * 2))
-        number = interpreter_builder.create_get_program_id
-
-        def raised(axis: int):
-            handle = number(axis)
-            handle.data = handle.data + (programs - few)
-            return handle
-
-        monkeypatch.setattr(interpreter_builder, "create_get_program_id", raised)
-        launch_all = kernels.launch
+        raise_programs(monkeypatch, programs - few)
         monkeypatch.setattr(
-            kernels, "launch", lambda kernel, grid, *args, **meta: launch_all(kernel, (few,), *args, **meta)
+            kernels, "launch", lambda kernel, _, *args, **meta: launch_all(kernel, (few,), *args, **meta)
         )
+    packed[-tail // 2 :] = torch.randint(0, 256, (tail // 2,), dtype=torch.uint8).to(device)
+    absmax = torch.rand(math.ceil(elements / block_size), device=device)
+    weight = FourBitWeight(packed, absmax, NF4, block_size, rows, columns)
     out = run(weight, F16).flatten()
     start = (elements - tail) // 2 * 2 + 2  # an even element within the random bytes
     nibbles = torch.stack([packed[start // 2 :] >> 4, packed[start // 2 :] & 15], 1).flatten()[: elements - start]

@@ -13,12 +13,8 @@ from four_bit_problems import watched_memory
 
 from ept_kernels import launch
 from ept_kernels.dev.problems import FourBit
-from ept_kernels.four_bit import (
-    matmul as matmul_4bit_triton,
-)
-from ept_kernels.four_bit import (
-    paths as four_bit_paths,
-)
+from ept_kernels.four_bit import matmul as matmul_4bit_triton
+from ept_kernels.four_bit import paths as four_bit_paths
 from ept_kernels.four_bit.paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, chosen_path, path_of
 from ept_kernels.four_bit.splits import Weight
 from ept_kernels.launch import trying
@@ -52,7 +48,7 @@ def table(tmp_path, monkeypatch):
     path = tmp_path / "Some_GPU.json"
     path.write_text(json.dumps({"device": "Some GPU", "kernels": TABLE}), encoding="utf-8")
     monkeypatch.setattr(launch, "config_file", lambda device: path)
-    caches = (launch._measured, launch._read_once, chosen_path)
+    caches = (launch._measured, chosen_path)
     for cache in caches:
         cache.cache_clear()
     yield

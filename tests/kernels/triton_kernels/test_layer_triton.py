@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from layer_checks import WIDTH, assert_same, check_captured, check_compiled, make_ids, make_layer, step
+from conftest import launches_of
+from layer_checks import assert_same, check_captured, check_compiled, make_ids, make_layer, step
 
 import ept_kernels
 from ept import functional
-from ept.embedding import text_positions
 from ept_kernels import launch
+from ept_kernels.dev.problems import PromptedEmbedding
 
 pytestmark = pytest.mark.usefixtures("large_blocks")
 
@@ -19,13 +21,9 @@ pytestmark = pytest.mark.usefixtures("large_blocks")
 def test_tensors_go_through_the_kernels_and_float64_does_not(device):
     assert ept_kernels.backend(device) == "triton"
     layer, batch = make_layer(device), make_ids(device)
-    before = launch.launches()
-    layer(*batch)
-    assert launch.launches() > before
-    before = launch.launches()
-    embedding = copy.deepcopy(layer._embedding[0]).double()
-    layer.double()(*batch, embedding=embedding)
-    assert launch.launches() == before + 1  # the table of positions: integers whatever the layer's type
+    assert launches_of(layer, *batch) > 0
+    exact = partial(layer.double(), embedding=copy.deepcopy(layer._embedding[0]).double())
+    assert launches_of(exact, *batch) == 1  # the table of positions: integers whatever the layer's type
 
 
 def test_autocast_does_not_reach_into_the_launchers(device):
@@ -35,37 +33,29 @@ def test_autocast_does_not_reach_into_the_launchers(device):
         assert torch.equal(layer(*batch)[0], expected)
 
 
-def arguments_of(name, device):
-    layer = make_layer(device).requires_grad_(False)
-    ids, mask = make_ids(device)
-    positions = text_positions(mask)
-    table = layer._embedding[0].weight
-    cu_seqlens = torch.tensor([0, 9, 18, 27], device=device)
-    return {
-        "prompted_embedding": (ids, positions, table, layer.prompt, layer.A, layer.B, 0.5),
-        "prompted_embedding_packed": (ids.flatten(), cu_seqlens, table, layer.prompt, layer.A, layer.B, 0.5),
-        "prompted_embedding_backward": (torch.ones(3, 14, WIDTH, device=device), positions, layer.A, layer.B, 0.5),
-    }[name]
+EMBEDDING = PromptedEmbedding(n=9)
 
 
 @pytest.mark.parametrize(
-    "name, most",
-    [("prompted_embedding", 2), ("prompted_embedding_packed", 1), ("prompted_embedding_backward", 3)],
+    "problem, launches",
+    [(EMBEDDING, 2), (EMBEDDING.packed, 1), (EMBEDDING.backward, 3)],
+    ids=lambda x: getattr(x, "operator", str(x)),
 )
-def test_number_of_launches_through_the_operators(name, most, device):
-    before = launch.launches()
-    getattr(ept_kernels, name)(*arguments_of(name, device))
-    assert launch.launches() - before == most
+def test_operators_launch_as_often_as_promised_and_pass_opcheck(problem, launches, device):
+    operator, inputs = getattr(ept_kernels, problem.operator), problem.inputs(device)
+    assert launches_of(operator, *inputs) == launches
+    results = torch.library.opcheck(operator, inputs)
+    assert set(results.values()) == {"SUCCESS"}, results
 
 
-def test_layer_takes_at_most_three_launches_forward_and_five_backward(device):
+def test_layer_takes_six_launches_forward_and_seven_backward(device):
+    """The joint prompt's four and five, and the embedding's two each; the table of positions is made once."""
     layer, batch = make_layer(device), make_ids(device)
     before = launch.launches()
     output = layer(*batch)[0]
     between = launch.launches()
     output.sum().backward()
-    assert between - before <= 3
-    assert launch.launches() - between <= 5
+    assert (between - before, launch.launches() - between) == (6, 7)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +76,6 @@ def test_layer_and_its_gradients_equal_float64_autograd_of_the_references(option
         monkeypatch.setattr(functional, name, getattr(ept_kernels, f"{name}_reference"))
     assert_same(actual, step(exact, *batch), tolerance=1e-5)
     assert launch.launches() == launched
-
-
-def test_two_runs_give_equal_bits(device):
-    runs = [step(make_layer(device), *make_ids(device)) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-@pytest.mark.parametrize("name", ["prompted_embedding", "prompted_embedding_packed", "prompted_embedding_backward"])
-def test_opcheck_on_the_kernels(name, device):
-    results = torch.library.opcheck(getattr(ept_kernels, name), arguments_of(name, device))
-    assert set(results.values()) == {"SUCCESS"}, results
 
 
 def test_layer_compiles_as_one_graph_for_all_lengths(device):

@@ -8,9 +8,10 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import INTERPRETED
+from four_bit_problems import dequantized_by_bitsandbytes
 
 from ept.model.linear4bit import swap_linear4bit
-from ept_kernels import launch
+from ept_kernels import FourBitWeight, launch
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -26,7 +27,7 @@ def test_layer_computes_as_bitsandbytes(columns, rows, nested, bias, device):
     swap_linear4bit(ours)  # without `always`: the kernels are taken because they run here
     results = []
     x = torch.randn(5, columns, device=device)
-    weight = _dequantized(theirs)
+    weight = dequantized_by_bitsandbytes(FourBitWeight.from_bitsandbytes(theirs), torch.float32)
     for layer in (ours, lambda t: torch.nn.functional.linear(t, weight, theirs.bias)):
         leaf = x.clone().requires_grad_()
         before = launch.launches()
@@ -37,11 +38,3 @@ def test_layer_computes_as_bitsandbytes(columns, rows, nested, bias, device):
     tolerance = 1e-5 if INTERPRETED else 2e-3  # a GPU may multiply float32 in its faster, rounded way
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=10 * tolerance)
-
-
-def _dequantized(layer: bitsandbytes.nn.Linear4bit) -> torch.Tensor:
-    """bitsandbytes' dequantised weight, as one long row (its CPU code mistakes blocks that straddle rows)."""
-    state = copy.copy(layer.weight.quant_state)
-    state.shape = torch.Size((1, layer.in_features * layer.out_features))
-    flat = bitsandbytes.functional.dequantize_4bit(layer.weight.data, state)
-    return flat.view(layer.out_features, layer.in_features)

@@ -18,8 +18,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from conftest import INTERPRETED, mostly_untouched, rounding
-from four_bit_problems import covers, watched_memory
+from conftest import INTERPRETED, launches_of, mostly_untouched, rounding
+from four_bit_problems import covers, raise_programs, watched_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -38,7 +38,6 @@ __all__ = ["watched_memory"]
 NF4, FP4 = "nf4", "fp4"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 FUSED, LIBRARY = "fused", "library"
-
 
 PROBLEMS = [
     # fused: one tile, several tiles and splits, parts of tiles, blocks larger and smaller than a tile
@@ -69,7 +68,6 @@ PROBLEMS = [
     FourBit(64, 128, (0,), bias=F16),
     FourBit(64, 128, (3, 0), dtype=BF16),
 ]
-by_name = pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
 
 
 def path(problem: FourBit) -> str:
@@ -83,7 +81,7 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The heuristics' paths and configurations, whatever was measured on this device. On a GPU float32 is left to the
     library: what bitsandbytes makes of it is not tested here.
     """
-    monkeypatch.setattr(launch, "_measured", lambda device: {})
+    monkeypatch.setattr(launch, "_measured", lambda path: {})
     launch._forget_choices()
     with contextlib.ExitStack() as stack:
         if not INTERPRETED:
@@ -157,13 +155,9 @@ def test_levels_of_a_tile_are_bitsandbytes_own(quant_type, device):
     assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
 
 
-@by_name
-def test_product(problem, device):
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_product_and_input_gradient(problem, device):
     check_forward(problem, device)
-
-
-@by_name
-def test_input_gradient(problem, device):
     check_backward(problem, device)
 
 
@@ -215,11 +209,7 @@ def test_problems_cover_what_is_promised():
 def test_number_of_launches(problem, launches, device):
     weight, x = problem.weight(device), problem.random(problem.columns, device)
     grad, bias = problem.random(problem.rows, device), problem.bias_tensor(device)
-    before = launch.launches()
-    forward(x, weight, bias)
-    between = launch.launches()
-    backward(grad, weight)
-    assert (between - before, launch.launches() - between) == (launches, 1)
+    assert (launches_of(forward, x, weight, bias), launches_of(backward, grad, weight)) == (launches, 1)
     weight = four_bit_products.Weight(*weight.tensors, *weight.sizes)
     taken = four_bit_paths.path_of(weight, math.prod(problem.tokens), F16)
     assert taken == (four_bit_paths.FUSED if path(problem) == FUSED else four_bit_paths.LIBRARY)
@@ -227,11 +217,8 @@ def test_number_of_launches(problem, launches, device):
 
 @pytest.mark.parametrize("problem", [PROBLEMS[1], PROBLEMS[4], PROBLEMS[16]], ids=lambda p: p.name)
 def test_two_runs_give_equal_bits(problem, device):
-    weight, x, grad = (
-        problem.weight(device),
-        problem.random(problem.columns, device),
-        problem.random(problem.rows, device),
-    )
+    weight = problem.weight(device)
+    x, grad = problem.random(problem.columns, device), problem.random(problem.rows, device)
     assert torch.equal(forward(x, weight, None), forward(x, weight, None))
     assert torch.equal(backward(grad, weight), backward(grad, weight))
 
@@ -302,31 +289,15 @@ def test_operators(problem, device):
     assert torch.equal(ept_kernels.matmul_4bit_backward(grad, weight), backward(grad, weight))
 
 
-def test_nested_absmax_is_rounded_as_in_a_dequantisation(device):
-    """Product and sum one after the other: the interpreter never fuses them, so the option itself is looked at."""
-    weight = FourBit(64, 128).weight(device)
-    weight = four_bit_products.Weight(*weight.tensors, *weight.sizes)
-    assert four_bit_products.plan(5, weight, F16).options["enable_fp_fusion"] is False
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can run one program of a grid")
 @pytest.mark.parametrize("splits, elements", [(3, 2**30), (1, 2**31 + 1024)])
 def test_offsets_of_partial_sums_have_64_bits(splits, elements, device, monkeypatch):
     """The last tile of results whose partial sums, or which themselves, go beyond 2³¹."""
-    from triton.runtime.interpreter import interpreter_builder
-
     config = four_bit_products.CONFIGS["matmul_4bit_reduce"]
     partial = mostly_untouched(splits * elements, F32).view(splits, elements)
     out = mostly_untouched(elements, F32)
     partial[:, -5:] = torch.randn(splits, 5)
-    number = type(interpreter_builder).create_get_program_id
-
-    def raised(axis: int) -> Any:
-        handle = number(interpreter_builder, axis)
-        handle.data = handle.data + elements // config["BLOCK_E"] - 1
-        return handle
-
-    monkeypatch.setattr(interpreter_builder, "create_get_program_id", raised)
+    raise_programs(monkeypatch, elements // config["BLOCK_E"] - 1)
     kernel = four_bit_products.matmul_4bit_reduce_kernel
     four_bit_products.launch(kernel, (1,), partial, None, out, splits, elements, 4096, **config)
     torch.testing.assert_close(out[-5:], partial[:, -5:].sum(0))
@@ -338,8 +309,6 @@ def test_offsets_have_64_bits(device, monkeypatch):
     """The last tiles of a weight of more than 2³³ bytes, so of more words than 32 bits count, in memory that is mostly
     untouched: numbers of programs are raised to theirs.
     """
-    from triton.runtime.interpreter import interpreter_builder
-
     rows, columns, block = 2**13 + 3, 2**21, 4096
     tail = FourBit(3, columns, block_size=block, nested=False).weight()
     packed = mostly_untouched(rows * columns // 2, torch.uint8)
@@ -349,14 +318,7 @@ def test_offsets_have_64_bits(device, monkeypatch):
     weight = FourBitWeight(packed, absmax, NF4, block, rows, columns)
     W = ept_kernels.dequantize_4bit_reference(tail, F32)
 
-    number = type(interpreter_builder).create_get_program_id
-
-    def raised(axis: int) -> Any:
-        handle = number(interpreter_builder, axis)
-        handle.data = handle.data + (rows // 16, columns // 4096 - 1, 0)[axis]
-        return handle
-
-    monkeypatch.setattr(interpreter_builder, "create_get_program_id", raised)
+    raise_programs(monkeypatch, rows // 16, columns // 4096 - 1, 0)
     x = torch.randn(2, columns)
     out = mostly_untouched(columns // 4096 * 2 * rows, F32).view(-1, 2, rows)
     pointers = four_bit_products.Weight(*weight.tensors, *weight.sizes).pointers()

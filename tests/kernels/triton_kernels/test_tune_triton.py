@@ -36,11 +36,11 @@ def test_the_command_says_that_the_interpreter_measures_nothing(tmp_path, device
     if device.type != "cpu":
         pytest.skip("only under the interpreter")
     path = tmp_path / "out.json"
-    tune.main(["--device", "cpu", "--kernels", "token_at,packed", "--samples", "1", "--output", str(path)])
+    tune.main(["--device", "cpu", "--kernels", "reduce,packed", "--samples", "1", "--output", str(path)])
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["device"].startswith("cpu, Triton's interpreter")
     assert {kernel.split("/")[0] for kernel in launch.load_configs(path)} == {
-        "prompted_embedding_token_at",
+        "prompted_embedding_reduce",
         "prompted_embedding_packed",
     }
     assert "say nothing about a GPU" in capsys.readouterr().out

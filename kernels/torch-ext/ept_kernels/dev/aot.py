@@ -12,7 +12,6 @@ try. Both take long. What is wrong with a candidate is printed and is no failure
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -42,10 +41,6 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32, 227 * 1024),
     "gfx942": ("hip", "gfx942", 64, 64 * 1024),
 }
-
-
-# The same for all targets of one architecture, as far as launchers are concerned.
-ARCHITECTURES = {"cuda": "cuda", "hip": "gfx942"}
 
 
 class Case(NamedTuple):
@@ -81,9 +76,7 @@ def record(problem: Problem, architecture: str, configs: dict[str, Config] | Non
     launcher = launcher_of(problem.operator)
     assert launcher is not None, f"{problem.operator} has no kernels"
     inputs = problem.inputs()
-    with launch.recording(architecture) as launched, contextlib.ExitStack() as stack:
-        for kernel, config in (configs or {}).items():
-            stack.enter_context(launch.trying(kernel, config))
+    with launch.recording(architecture) as launched, launch.configured(configs or {}):
         launcher(*inputs)
     found = []
     for kernel, grid, args, meta in launched:
@@ -114,9 +107,7 @@ def shipped_cases(architecture: str) -> list[Case]:
     found = []
     for path in sorted(launch.CONFIGS.glob("*.json")):
         for kernel, sizes in launch.load_configs(path).items():
-            if "." in kernel:  # a measured number, not a kernel
-                continue
-            for size, config in sizes.items():
+            for size, config in sizes.items() if "." not in kernel else ():  # with a dot: a measured number
                 if (kernel, size) not in known:
                     raise ValueError(
                         f"{path} has {kernel} at {size}, which the tuner does not know: remove the entry, or tune anew"
@@ -127,12 +118,9 @@ def shipped_cases(architecture: str) -> list[Case]:
 
 def candidate_cases(architecture: str) -> list[Case]:
     """Lists every kernel in every configuration that the tuner may try, each form once."""
-    found = []
-    for tunable in tunables():
-        if "." not in tunable.kernel:  # a kernel, not a measured number
-            for config in tunable.candidates:
-                found += _recorded(tunable, architecture, config, f" {config}")
-    return _distinct(found)
+    kernels = [tunable for tunable in tunables() if "." not in tunable.kernel]  # with a dot: a measured number
+    tried = ((tunable, config) for tunable in kernels for config in tunable.candidates)
+    return _distinct([case for t, config in tried for case in _recorded(t, architecture, config, f" {config}")])
 
 
 def _recorded(tunable: Tunable, architecture: str, config: Config, note: str) -> list[Case]:
@@ -185,7 +173,11 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
     finally:
         driver._active = before
     facts = _amd_facts(compiled.asm["amdgcn"]) if backend == "hip" else _nvidia_facts(compiled.asm["cubin"])
-    warps, weights = compiled.metadata.num_warps, _decoded_weights(case.meta)
+    warps, meta, weights = compiled.metadata.num_warps, case.meta, 0  # weights: those that a program decodes
+    if "UNITS" in meta:
+        weights = meta["UNITS"] * 2 * meta["BYTES"] * meta["ITERS"]
+    elif "OPERAND" in meta:
+        weights = meta["BLOCK_N"] * meta["BLOCK_K"]
     return {
         "kernel": case.name,
         "target": target,
@@ -197,13 +189,6 @@ def compile_case(case: Case, target: str) -> dict[str, Any]:
         "num_warps": warps,
         "num_stages": compiled.metadata.num_stages,
     }
-
-
-def _decoded_weights(meta: dict[str, Any]) -> int:
-    """Counts the 4-bit weights that a program decodes where its code is run through once."""
-    if "UNITS" in meta:
-        return meta["UNITS"] * 2 * meta["BYTES"] * meta["ITERS"]
-    return meta["BLOCK_N"] * meta["BLOCK_K"] if "OPERAND" in meta else 0
 
 
 def problems(row: dict[str, Any]) -> list[str]:
@@ -227,11 +212,17 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _nvidia_facts(cubin: bytes) -> dict[str, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        usage = _run("cuobjdump", "--dump-resource-usage", str(path))
-        code = _run("nvdisasm", "-c", str(path))
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
+        usage, code = (
+            subprocess.run([str(tools / tool), option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in commands
+        )
     registers = int(re.findall(r"\bREG:(\d+)", usage)[-1])
     local = int(re.findall(r"\bLOCAL:(\d+)", usage)[-1]) + int(re.findall(r"\bSTACK:(\d+)", usage)[-1])
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
@@ -251,16 +242,6 @@ def _amd_facts(assembly: str) -> dict[str, int]:
     return {"registers": registers, "spilled_bytes": max(4 * spilled, scratch), "instructions": instructions}
 
 
-def _run(tool: str, *arguments: str) -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    done = subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{tool} failed: {done.stderr.strip()}")
-    return done.stdout
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -275,7 +256,9 @@ def main() -> None:
     targets = arguments.targets.split(",")
 
     def compiled(cases_of: Callable[[str], list[Case]]) -> list[dict[str, Any]]:
-        by_backend = {backend: cases_of(ARCHITECTURES[backend]) for backend in {TARGETS[t][0] for t in targets}}
+        # Launchers choose alike for all targets of one backend.
+        names = {"cuda": "cuda", "hip": "gfx942"}
+        by_backend = {backend: cases_of(names[backend]) for backend in {TARGETS[t][0] for t in targets}}
         wanted = [(case, t) for t in targets for case in by_backend[TARGETS[t][0]] if arguments.only in case.name]
         return compile_all(wanted, arguments.jobs)
 

@@ -20,7 +20,7 @@ from ..four_bit.weight import BLOCK_SIZES, FourBitWeight
 from ..library import reference_of
 
 # Largest error of a result, in units of its largest magnitude: one unit in the last place of 16 bits.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.int32: 0.0}
 
 NESTED_BLOCK_SIZE = 256
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16)  # that a 4-bit weight is multiplied with by a kernel of ours
@@ -34,6 +34,7 @@ class Problem(ABC):
     """One call of the operator `operator`."""
 
     operator: str = field(default="", kw_only=True)
+    strided: bool = field(default=False, kw_only=True)  # whether tensors have gaps in every dimension
 
     @property
     def sizes(self) -> str:
@@ -55,6 +56,10 @@ class Problem(ABC):
     def small(self: _P) -> _P:
         """Returns the same kernels on little data: fewer texts, since nothing is compiled for their number."""
         return self
+
+    def laid_out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Puts gaps between the elements of `tensors`, if asked for."""
+        return tuple(strided(x) for x in tensors) if self.strided else tensors
 
     @abstractmethod
     def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
@@ -78,7 +83,6 @@ class PromptedEmbedding(Problem):
             more of it, from none to nothing but padding.
         dtype: of table and gradient. parameters: of prompt, A and B. ids: of ids and positions.
         adapters: how many, mixed, some rows with none; 0: one, without `adapter_ids`.
-        strided: tensors have gaps in every dimension.
     """
 
     n: int = 63
@@ -92,7 +96,6 @@ class PromptedEmbedding(Problem):
     parameters: torch.dtype = torch.float32
     ids: torch.dtype = torch.int64
     adapters: int = 0
-    strided: bool = False
     vocabulary: int = 37
     scale: float = 1.7
     operator: str = field(default="prompted_embedding", kw_only=True)
@@ -117,10 +120,10 @@ class PromptedEmbedding(Problem):
             adapter_ids = (-torch.arange(self.batch) % (self.adapters + 1) - 1).to(device, self.ids)
         if self.operator == "prompted_embedding_backward":
             grad = normal(g, self.batch, self.s + self.n, self.d).to(self.dtype)
-            return *self._laid_out(grad, positions, A, B), self.scale, adapter_ids
+            return *self.laid_out(grad, positions, A, B), self.scale, adapter_ids
         ids = random_ids(g, self.batch * self.n, self.vocabulary).view(self.batch, self.n).to(self.ids)
         table = normal(g, self.vocabulary, self.d).to(self.dtype) if table is None else table
-        return *self._laid_out(ids, positions, table, prompt, A, B), self.scale, adapter_ids
+        return *self.laid_out(ids, positions, table, prompt, A, B), self.scale, adapter_ids
 
     def positions(self) -> Tensor:
         """Counts the real tokens of each text: `[batch, n]`."""
@@ -134,9 +137,6 @@ class PromptedEmbedding(Problem):
             rows[b, start : start + text.numel()] = text
         return rows
 
-    def _laid_out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(strided(x) for x in tensors) if self.strided else tensors
-
 
 @dataclass(frozen=True)
 class TokenAt(Problem):
@@ -149,9 +149,6 @@ class TokenAt(Problem):
     def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
         return PromptedEmbedding(n=self.n).positions().to(device), self.m
 
-    def tolerance(self, dtype: torch.dtype) -> float:
-        return 0.0
-
 
 @dataclass(frozen=True)
 class PackedEmbedding(Problem):
@@ -163,7 +160,6 @@ class PackedEmbedding(Problem):
     r: int = 3
     dtype: torch.dtype = torch.float32
     ids: torch.dtype = torch.int64
-    strided: bool = False
     vocabulary: int = 37
     scale: float = 1.7
     operator: str = field(default="prompted_embedding_packed", kw_only=True)
@@ -178,8 +174,7 @@ class PackedEmbedding(Problem):
         cu_seqlens = torch.tensor([0, *self.lengths]).cumsum(0).to(device, self.ids)
         table = normal(g, self.vocabulary, self.d).to(self.dtype) if table is None else table
         parameters = low_rank_prompt(g, self.s, max(self.lengths, default=0), self.r, self.d)
-        tensors = (ids, cu_seqlens, table, *parameters)
-        return *(strided(x) if self.strided else x for x in tensors), self.scale
+        return *self.laid_out(ids, cu_seqlens, table, *parameters), self.scale
 
 
 @dataclass(frozen=True)
@@ -200,7 +195,6 @@ class JointPrompt(Problem):
     activation: str = "gelu"
     dtype: torch.dtype = torch.float32
     scale: float = 1.0
-    strided: bool = False
     operator: str = field(default="joint_prompt", kw_only=True)
 
     def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
@@ -214,21 +208,19 @@ class JointPrompt(Problem):
         tensors = [self.scale * x for x in low_rank_prompt(g, self.s, self.m, self.r, self.d)]
         tensors += [normal(g, int(self.fusion)), small * normal(g, self.d, self.a), small * normal(g, self.d, self.a)]
         tensors += [small * normal(g, self.d, columns), normal(g, columns, self.d), small * normal(g, self.d, gates)]
-        return [self._laid_out(x) for x in tensors]
+        return [*self.laid_out(*(x.to(self.dtype) for x in tensors))]
 
     def options(self) -> tuple[float, float, float, str]:
         """Returns lowrank_scale, embedding_scale, score_scale, activation; the softmax is not saturated."""
         return 1.3, 0.7, 2.0 / self.a**0.5 if self.a else 8.0 / self.d, self.activation
 
     def grad_output(self, device: Device = "cpu", seed: int = 0) -> Tensor:
-        return self._laid_out(normal(torch.Generator(device).manual_seed(seed + 1), self.s, self.d))
+        grad = normal(torch.Generator(device).manual_seed(seed + 1), self.s, self.d)
+        return self.laid_out(grad.to(self.dtype))[0]
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """Allows ten times as much in float32: gradients' summands cancel, and a wrong kernel is off by far more."""
         return max(super().tolerance(dtype), 1e-4)
-
-    def _laid_out(self, x: Tensor) -> Tensor:
-        return strided(x.to(self.dtype)) if self.strided else x.to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -239,8 +231,7 @@ class FourBit(Problem):
 
     Attributes:
         dtype: of tokens and results. bias: its type; None: there is none.
-        strided: tokens have gaps in every dimension. shift: bytes by which the packed weight is off a whole word's
-            address.
+        strided: of the tokens. shift: bytes by which the packed weight is off a whole word's address.
     """
 
     rows: int
@@ -251,7 +242,6 @@ class FourBit(Problem):
     nested: bool = True
     dtype: torch.dtype = torch.float16
     bias: torch.dtype | None = None
-    strided: bool = False
     shift: int = 0
     operator: str = field(default="matmul_4bit", kw_only=True)
 
@@ -287,8 +277,8 @@ class FourBit(Problem):
 
     def random(self, width: int, device: Device = "cpu", seed: int = 0) -> Tensor:
         """Draws what the weight is multiplied with: `[*tokens, width]`."""
-        x = normal(torch.Generator(device).manual_seed(seed + 1), *self.tokens, width).to(self.dtype)
-        return strided(x) if self.strided else x
+        x = normal(torch.Generator(device).manual_seed(seed + 1), *self.tokens, width)
+        return self.laid_out(x.to(self.dtype))[0]
 
     def bias_tensor(self, device: Device = "cpu", seed: int = 0) -> Tensor | None:
         if self.bias is None:

@@ -2,12 +2,10 @@
 
     python -m ept_kernels.dev.tune [--kernels NAME,NAME] [--output FILE]
 
-A candidate is refused if it does not compile or fit, if it spills registers, or if its result is not that of the
-reference, with uninitialised memory filled with NaN; a winner also if that is so for other problems that its
-configuration serves. The others are timed: the operator over several sets of inputs, together larger than the L2 cache,
-one after another, in a CUDA graph where there are such; the time is the median over the samples. The fastest is
-measured again in turn with the heuristic's configuration and wins if it is faster by more than the noise. Kernels that
-are no longer measured keep what an existing file says.
+A candidate is timed if `refusal` has nothing against it: the operator over several sets of inputs, together larger than
+the L2 cache, one after another, in a CUDA graph where there are such; the time is the median over the samples. The
+fastest that serves its variants, too, is measured again in turn with the heuristic's configuration and wins if it is
+faster by more than the noise. Kernels that are no longer measured keep what an existing file says.
 
 `TRITON_INTERPRET=1 python -m ept_kernels.dev.tune --device cpu` runs all of this on tiny sizes without a GPU, to
 check the tuner itself. Its times are the interpreter's, and its output never goes to `configs/`.
@@ -24,7 +22,7 @@ import os
 import platform
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -59,8 +57,6 @@ GAIN = 0.02  # by how much a candidate has to be faster than the heuristic's cho
 UNKNOWN_CACHE = 256 * 2**20  # bytes, where the device does not tell the size of its L2 cache
 MAX_SETS = 64  # of inputs
 
-Timer = Callable[[Sequence[Callable[[], Any]], int], list[float]]
-
 
 @dataclass(frozen=True)
 class Tunable:
@@ -84,6 +80,11 @@ class Tunable:
     problem: Problem
     variants: Sequence[Problem] = ()
     held: dict[str, Config] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Names the size in the file."""
+        return "x".join(map(str, self.size))
 
 
 def grid(**values: Sequence[int]) -> list[Config]:
@@ -185,24 +186,16 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
             held={launch.key("matmul_4bit.path", dtype): {"PATH": paths.FUSED}},
         )
     for p, count in itertools.product(weights, paths.COUNTS[: 4 if reduced else None]):
-        yield _path(replace(p, tokens=(count,)), device)
-        if count <= 8 and not reduced:
-            yield _path(replace(p, tokens=(count,), dtype=torch.float32), device)
-
-
-def _path(p: FourBit, device: torch.device) -> Tunable:
-    there = [paths.LIBRARY]
-    if paths.has_fused(p.dtype, device):
-        there.append(paths.FUSED)
-    if paths.has_bitsandbytes():
-        there.append(paths.BITSANDBYTES)
-    return Tunable(
-        kernel=launch.key("matmul_4bit.path", p.dtype),
-        size=(*p.tokens, p.rows, p.columns),
-        default={"PATH": paths.heuristic_path(p.tokens[0], p.dtype, device)},
-        candidates=[{"PATH": path} for path in there],
-        problem=p,
-    )
+        for of_tokens in (dtype, torch.float32) if count <= 8 and not reduced else (dtype,):
+            there = {paths.LIBRARY: True, paths.FUSED: paths.has_fused(of_tokens, device)}
+            there[paths.BITSANDBYTES] = paths.has_bitsandbytes()
+            yield Tunable(
+                kernel=launch.key("matmul_4bit.path", of_tokens),
+                size=(count, p.rows, p.columns),
+                default={"PATH": paths.heuristic_path(count, of_tokens, device)},
+                candidates=[{"PATH": path} for path, is_there in there.items() if is_there],
+                problem=replace(p, tokens=(count,), dtype=of_tokens),
+            )
 
 
 def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict[str, Any]:
@@ -216,17 +209,24 @@ def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict
     Raises:
         RuntimeError: the heuristic's own configuration is refused.
     """
-    problem, launcher, timer = tunable.problem, launcher_of(tunable.problem.operator), _timer(device)
+    problem, launcher = tunable.problem, launcher_of(tunable.problem.operator)
     assert launcher is not None, f"{problem.operator} has no kernels"
-    sets = _sets(problem, device)
+    sets = [problem.inputs(device, 0)]
+    size = sum(x.numel() * x.element_size() for x in sets[0] if isinstance(x, Tensor))
+    count = 2
+    if device.type != "cpu":  # together larger than twice the L2 cache
+        properties = torch.get_device_module(device).get_device_properties(device)
+        cache = getattr(properties, "L2_cache_size", 0) or UNKNOWN_CACHE
+        count = min(MAX_SETS, max(count, -(-2 * cache // max(size, 1))))
+    sets += [problem.inputs(device, seed) for seed in range(1, count)]
     expected = problem.expected(*sets[0])
 
     def measure(config: Config) -> float:
-        with _trying(tunable, config):
-            return statistics.median(timer([functools.partial(launcher, *args) for args in sets], samples))
+        with launch.configured({**tunable.held, tunable.kernel: config}):
+            return statistics.median(_times([functools.partial(launcher, *args) for args in sets], samples, device))
 
     if reason := refusal(tunable, tunable.default, sets[0], expected):
-        raise RuntimeError(f"{tunable.kernel} at {_key(tunable)}: the heuristic's configuration: {reason}")
+        raise RuntimeError(f"{tunable.kernel} at {tunable.key}: the heuristic's configuration: {reason}")
     times: list[tuple[float, Config]] = []
     refused: dict[str, str] = {}
     for config in tunable.candidates:
@@ -250,7 +250,7 @@ def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict
         best, best_us = tunable.default, default_us
     return {
         "kernel": tunable.kernel,
-        "size": _key(tunable),
+        "size": tunable.key,
         "config": best,
         "median_us": round(best_us, 2),
         "default_us": round(default_us, 2),
@@ -264,7 +264,8 @@ def refusal(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: S
     from triton.runtime.errors import TritonError
 
     launcher: Any = launcher_of(tunable.problem.operator)
-    with _trying(tunable, config), launch.compiled_kernels() as compiled, _poisoned_memory():
+    configs = {**tunable.held, tunable.kernel: config}
+    with launch.configured(configs), launch.compiled_kernels() as compiled, _poisoned_memory():
         try:
             actual = as_tuple(launcher(*args))
         except TritonError as error:  # out of shared memory or registers, or refused by the assembler
@@ -280,14 +281,6 @@ def refusal(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: S
         if not worst <= allowed:
             return f"result {index} differs from the reference by {worst:.3g}, {allowed:.3g} is allowed"
     return None
-
-
-@contextlib.contextmanager
-def _trying(tunable: Tunable, config: Config) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for kernel, held in {**tunable.held, tunable.kernel: config}.items():
-            stack.enter_context(launch.trying(kernel, held))
-        yield
 
 
 def write(path: Path, rows: list[dict[str, Any]], device: str, command: str) -> None:
@@ -314,38 +307,15 @@ def write(path: Path, rows: list[dict[str, Any]], device: str, command: str) -> 
     partial.replace(path)
 
 
-def _sets(problem: Problem, device: torch.device) -> list[tuple[Any, ...]]:
-    """Makes sets of inputs that together are larger than twice the L2 cache; two on a CPU."""
-    first = problem.inputs(device, 0)
-    size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
-    count = 2
-    if device.type != "cpu":
-        properties = torch.get_device_module(device).get_device_properties(device)
-        cache = getattr(properties, "L2_cache_size", 0) or UNKNOWN_CACHE
-        count = min(MAX_SETS, max(count, -(-2 * cache // max(size, 1))))
-    return [first, *(problem.inputs(device, seed) for seed in range(1, count))]
+def _times(calls: Sequence[Callable[[], Any]], samples: int, device: torch.device) -> list[float]:
+    """Measures microseconds of one call, for every sample over all calls."""
 
-
-def _timer(device: torch.device) -> Timer:
-    """Chooses a clock: microseconds of one call, for every sample over all calls."""
-    return _wall_clock if device.type == "cpu" else _device_events
-
-
-def _wall_clock(calls: Sequence[Callable[[], Any]], samples: int) -> list[float]:
-    times = []
-    for _ in range(samples):
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        times.append(1e6 * (time.perf_counter() - start) / len(calls))
-    return times
-
-
-def _device_events(calls: Sequence[Callable[[], Any]], samples: int) -> list[float]:
     def run_all() -> None:
         for call in calls:
             call()
 
+    if device.type == "cpu":
+        return [1e6 * timeit.timeit(run_all, number=1) / len(calls) for _ in range(samples)]
     module = torch.get_device_module()
     for _ in range(WARMUP):  # also compiles, which a graph cannot record
         run_all()
@@ -381,36 +351,25 @@ def _poisoned_memory() -> Iterator[None]:
         deterministic.fill_uninitialized_memory = filled
 
 
-def _key(tunable: Tunable) -> str:
-    return "x".join(str(number) for number in tunable.size)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default="", help="comma-separated: those whose name contains one of these")
     parser.add_argument("--output", type=Path, help="the file to write; by default this device's under configs/")
     parser.add_argument("--device", help="by default the accelerator; cpu checks the tuner, under the interpreter")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="timed runs a configuration")
-    return parser.parse_args(arguments)
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None and (found := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        return torch.device(found.type, torch.accelerator.current_device_index())
-    if name is None:
+    options = parser.parse_args(arguments)
+    interpreted = options.device == "cpu"
+    if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
+        raise SystemExit("--device cpu needs TRITON_INTERPRET=1 in the environment: Triton compiles for GPUs only")
+    if options.device is not None:
+        device = torch.device(options.device)
+    elif (found := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        device = torch.device(found.type, torch.accelerator.current_device_index())
+    else:
         raise SystemExit(
             "no accelerator was found to tune for; `TRITON_INTERPRET=1 python -m ept_kernels.dev.tune --device cpu` "
             "checks the tuner itself"
         )
-    if name == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise SystemExit("--device cpu needs TRITON_INTERPRET=1 in the environment: Triton compiles for GPUs only")
-    return torch.device(name)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options = _parse(arguments)
-    device = _device(options.device)
-    interpreted = device.type == "cpu"
     if interpreted and options.output and launch.CONFIGS.resolve() in options.output.resolve().parents:
         raise SystemExit(f"--output {options.output}: the interpreter's times do not belong into {launch.CONFIGS}")
     with contextlib.suppress(ImportError):  # without it there is one path less to measure
@@ -419,27 +378,23 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = [t for t in tunables(interpreted, device) if any(name in t.kernel for name in wanted)]
     if not chosen:
         raise SystemExit(f"--kernels {options.kernels}: known are {', '.join(sorted({t.kernel for t in tunables()}))}")
-    rows, winners = [], contextlib.ExitStack()
-    for tunable in chosen:
-        with launch.on_device(torch.empty(0, device=device)):
+    rows = []
+    with contextlib.ExitStack() as winners, launch.on_device(torch.empty(0, device=device)):
+        for tunable in chosen:
             row = tune(tunable, device, options.samples)
-        rows.append(row)
-        # Later ones are measured with what has won: a path of a product with the kernels that it will have.
-        winners.enter_context(launch.trying(tunable.kernel, row["config"], tunable.size))
-        print(
-            f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
-            f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",
-            flush=True,
-        )
-        for config, reason in row["refused"].items():
-            print(f"    refused {config}: {reason}", flush=True)
-    winners.close()
-    name = (
-        "cpu, Triton's interpreter: no measurement"
-        if interpreted
-        else torch.get_device_module(device).get_device_name(device)
-    )
-    output = options.output or (None if interpreted else launch.config_file(device))
+            rows.append(row)
+            # Later ones are measured with what has won: a path of a product with the kernels that it will have.
+            winners.enter_context(launch.trying(tunable.kernel, row["config"], tunable.size))
+            print(
+                f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
+                f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",
+                flush=True,
+            )
+            for config, reason in row["refused"].items():
+                print(f"    refused {config}: {reason}", flush=True)
+    name, output = "cpu, Triton's interpreter: no measurement", options.output
+    if not interpreted:
+        name, output = torch.get_device_module(device).get_device_name(device), output or launch.config_file(device)
     if output is not None:
         command = " ".join(["python -m ept_kernels.dev.tune", *(arguments if arguments is not None else sys.argv[1:])])
         write(output, rows, name, command)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, architecture, cached_choice, config_for, key, launch, on_device
-from .decode import decode, is_word_aligned, levels, load_absmax
+from .decode import Weight, decode, is_word_aligned, load_absmax
 
 # UNITS: words or bytes in a tile, a power of two. ITERS: tiles that a program takes, one after another; with one, all
 # loads are under way before anything is stored.
@@ -92,36 +92,13 @@ def _chosen(
     return (triton.cdiv(elements, config["UNITS"] * 2 * bytes_ * config["ITERS"]),), options
 
 
-def dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    block_size: int,
-    nested_block_size: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Computes `ept_kernels.dequantize_4bit_reference` in one launch."""
-    elements = rows * columns
-    out = packed.new_empty(rows, columns, dtype=dtype)
+def dequantize_4bit(*arguments: Any) -> Tensor:
+    """Computes `ept_kernels.dequantize_4bit_reference` of a weight's tensors and sizes and a type in one launch."""
+    weight, dtype = Weight(*arguments[:-1]), arguments[-1]
+    packed, elements = weight.packed, weight.rows * weight.columns
+    out = packed.new_empty(weight.rows, weight.columns, dtype=dtype)
     words = is_word_aligned(packed, elements)
-    grid, options = _chosen(elements, dtype, block_size, nested_block_size, words, packed.device)
+    grid, options = _chosen(elements, dtype, weight.block_size, weight.nested_block_size, words, packed.device)
     with on_device(packed):
-        launch(
-            dequantize_4bit_kernel,
-            grid,
-            packed,
-            absmax,
-            nested_absmax,
-            nested_code,
-            nested_offset,
-            levels(quant_type, packed.device),
-            out,
-            elements,
-            **options,
-        )
+        launch(dequantize_4bit_kernel, grid, *weight.pointers(), out, elements, **options)
     return out

@@ -50,7 +50,12 @@ def path_of(weight: Weight, tokens: int, dtype: torch.dtype) -> int:
         return LIBRARY
     count = COUNTS[bisect.bisect_left(COUNTS, tokens)]
     path = chosen_path(count, rows, columns, dtype, packed.device)
-    if path == BITSANDBYTES and not bitsandbytes_takes(weight):
+    if path == BITSANDBYTES and not (
+        has_bitsandbytes()
+        and weight.nested_block_size in (0, _THEIR_NESTED_BLOCK_SIZE)
+        and rows * columns <= _THEIR_MAX_WEIGHTS
+        and packed.data_ptr() % 16 == 0
+    ):
         path = FUSED if count <= FUSED_UP_TO else LIBRARY
     return LIBRARY if path == FUSED and not has_fused(dtype, packed.device) else path
 
@@ -79,16 +84,6 @@ def has_bitsandbytes() -> bool:
     weights has done so.
     """
     return "bitsandbytes" in sys.modules and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
-
-
-def bitsandbytes_takes(weight: Weight) -> bool:
-    """Tells whether bitsandbytes' product takes `weight`, whose blocks do not straddle rows."""
-    return (
-        weight.nested_block_size in (0, _THEIR_NESTED_BLOCK_SIZE)
-        and weight.rows * weight.columns <= _THEIR_MAX_WEIGHTS
-        and weight.packed.data_ptr() % 16 == 0
-        and has_bitsandbytes()
-    )
 
 
 def bitsandbytes_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:

@@ -152,23 +152,18 @@ def _fake(packed, *others):
     return packed.new_empty(rows, columns, dtype=dtype)
 
 
-def _matmul_fake(x, *weight):
-    return x.new_empty(*x.shape[:-1], weight[-2])
-
-
-def _matmul_backward_fake(grad_output, *weight):
-    return grad_output.new_empty(*grad_output.shape[:-1], weight[-1])
-
-
 _dequantize_4bit = register(
     f"dequantize_4bit({SCHEMA.format('')}, ScalarType dtype) -> Tensor", dequantize_parts, _fake, "four_bit.dequantize"
 )
 _matmul_4bit = register(
-    f"matmul_4bit(Tensor x, {SCHEMA.format('Tensor? bias,')}) -> Tensor", matmul_parts, _matmul_fake, "four_bit.matmul"
+    f"matmul_4bit(Tensor x, {SCHEMA.format('Tensor? bias,')}) -> Tensor",
+    matmul_parts,
+    lambda x, *weight: x.new_empty(*x.shape[:-1], weight[-2]),
+    "four_bit.matmul",
 )
 _matmul_4bit_backward = register(
     f"matmul_4bit_backward(Tensor grad_output, {SCHEMA.format('')}) -> Tensor",
     matmul_backward_parts,
-    _matmul_backward_fake,
+    lambda grad_output, *weight: grad_output.new_empty(*grad_output.shape[:-1], weight[-1]),
     "four_bit.matmul",
 )

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, all_registers, architecture, cached_choice, config_for, key, launch, on_device
-from .decode import levels
+from .decode import Weight
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
 _PRODUCT = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}
@@ -27,25 +27,6 @@ CONFIGS: dict[str, Config] = {
 PROGRAMS = 512
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-class Weight(NamedTuple):
-    """Arguments of `dequantize_4bit` but for the type of its result."""
-
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_code: Tensor | None
-    nested_offset: Tensor | None
-    quant_type: str
-    block_size: int
-    nested_block_size: int
-    rows: int
-    columns: int
-
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        """Returns what every kernel takes first."""
-        return (*self[:5], levels(self.quant_type, self.packed.device))
 
 
 def heuristic(kernel: str, rows: int, columns: int) -> Config:
@@ -77,30 +58,24 @@ class Plan(NamedTuple):
 def plan(tokens: int, weight: Weight, dtype: torch.dtype) -> Plan:
     """Takes the smallest tile that holds `tokens` of `dtype`, or the largest there is."""
     tile = next((size for size in TILES if tokens <= size), TILES[-1])
-    shape = (weight.rows, weight.columns, weight.block_size, weight.nested_block_size)
-    return _plan(f"matmul_4bit/{tile}", *shape, dtype, weight.packed.device)
+    sizes = (weight.block_size, weight.nested_block_size)
+    return _plan(f"matmul_4bit/{tile}", weight.rows, weight.columns, sizes, dtype, weight.packed.device)
 
 
 @cached_choice
 def _plan(
-    kernel: str,
-    rows: int,
-    columns: int,
-    block_size: int,
-    nested_block_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    kernel: str, rows: int, columns: int, sizes: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Plan:
     config = config_for(key(kernel, dtype), (rows, columns), device, heuristic(kernel, rows, columns))
     tiles = triton.cdiv(columns, config["BLOCK_K"])
     tiles_a_split = triton.cdiv(tiles, config["SPLITS"])
     options = {
         **{name: value for name, value in config.items() if name != "SPLITS"},
-        "BLOCK_SIZE": block_size,
-        "NESTED_BLOCK_SIZE": nested_block_size,
+        "BLOCK_SIZE": sizes[0],
+        "NESTED_BLOCK_SIZE": sizes[1],
         "OPERAND": TRITON_TYPES[operand_type(dtype, device)],
         "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
-        **all_registers(device),
+        **all_registers(device),  # the assembler otherwise spills a few on sm_80
     }
     return Plan(triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(tiles, tiles_a_split), tiles_a_split, options)
 

@@ -68,7 +68,25 @@ class FourBitWeight:
     nested_block_size: int = 0
 
     def __post_init__(self) -> None:
-        _check(self)
+        if not isinstance(self.quant_type, str) or self.quant_type not in LEVELS:
+            raise _unexpected("quant_type", repr(self.quant_type), " or ".join(map(repr, LEVELS)))
+        for name in ("rows", "columns"):
+            _check_positive(name, getattr(self, name))
+        size = self.block_size
+        if not _is_integer(size) or size not in BLOCK_SIZES:
+            raise _unexpected("block_size", repr(size), f"a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}")
+        elements = self.rows * self.columns
+        blocks = _ceil_div(elements, size)
+        device = _check_tensor("packed", self.packed, torch.uint8, _ceil_div(elements, 2))
+        parts = {name: getattr(self, name) for name in ("nested_absmax", "nested_code", "nested_offset")}
+        if all(part is None for part in parts.values()):
+            _check_tensor("absmax", self.absmax, torch.float32, blocks, device)
+            return
+        _check_positive("nested_block_size", self.nested_block_size)
+        _check_tensor("absmax", self.absmax, torch.uint8, blocks, device)
+        lengths = (_ceil_div(blocks, self.nested_block_size), 256, 1)
+        for (name, part), length in zip(parts.items(), lengths, strict=True):
+            _check_tensor(name, part, torch.float32, length, device)
 
     @classmethod
     def from_bitsandbytes(cls, source: Any, *, check_code: bool = True) -> FourBitWeight:
@@ -96,24 +114,39 @@ class FourBitWeight:
                 "bitsandbytes has repacked the weight for inference on this CPU (packing_format_for_cpu=True), with "
                 "its scales rounded to bfloat16: load the model afresh and keep the layer in training mode"
             )
-        rows, columns = _matrix(getattr(state, "shape", None))
+        shape = getattr(state, "shape", None)
+        if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+            raise _unexpected("quant_state.shape", shape, "(rows, columns)")
+        rows, columns = shape
+        for name, size in (("rows", rows), ("columns", columns)):
+            _check_positive(name, size)
         nested: Any = getattr(state, "state2", None)
         if bool(getattr(state, "nested", nested is not None)) != (nested is not None):
             raise _unexpected("quant_state.nested", state.nested, f"{nested is not None}, as state2 is {nested}")
-        built = cls(
-            packed=_bytes(weight.detach(), rows * columns),
-            absmax=state.absmax,
-            quant_type=state.quant_type,
-            block_size=state.blocksize,
-            rows=rows,
-            columns=columns,
-            nested_absmax=None if nested is None else nested.absmax,
-            nested_code=None if nested is None else nested.code,
-            nested_offset=None if nested is None else _in_float32(state.offset),
-            nested_block_size=0 if nested is None else nested.blocksize,
-        )
-        if check_code:
-            _check_code(state.code, built.quant_type)
+        parts: tuple[Any, ...] = ()
+        if nested is not None:
+            offset = state.offset
+            is_float = isinstance(offset, Tensor) and offset.is_floating_point()
+            parts = nested.absmax, nested.code, offset.float() if is_float else offset, nested.blocksize
+
+        data = weight.detach()
+        if data.dtype not in STORAGE_DTYPES:
+            raise _unexpected("the storage's dtype", data.dtype, ", ".join(map(str, STORAGE_DTYPES)))
+        if not data.is_contiguous():
+            raise _unexpected("the packed weight", f"not contiguous (strides {data.stride()})", "contiguous")
+        packed = data.view(-1).view(torch.uint8)
+        needed = _ceil_div(rows * columns, 2)
+        if 0 < packed.shape[0] - needed < data.element_size():  # the last storage element has bytes to spare
+            packed = packed[:needed]
+        built = cls(packed, state.absmax, state.quant_type, state.blocksize, rows, columns, *parts)
+
+        if check_code:  # bitsandbytes computes with the state's own table: another one means damage
+            _check_tensor("code", state.code, torch.float32, 16)
+            if not (state.code.is_meta or torch.compiler.is_compiling()):
+                code, expected = state.code.detach().cpu(), torch.tensor(LEVELS[built.quant_type])
+                if not torch.allclose(code, expected, rtol=0, atol=1e-6):
+                    got = [round(level, 6) for level in code.tolist()]
+                    raise _unexpected("code", got, f"the 16 levels of {built.quant_type}")
         return built
 
     @property
@@ -129,28 +162,6 @@ class FourBitWeight:
     def sizes(self) -> tuple[str, int, int, int, int]:
         """Lists the operators' other arguments, in order."""
         return self.quant_type, self.block_size, self.nested_block_size, self.rows, self.columns
-
-
-def _check(weight: FourBitWeight) -> None:
-    if not isinstance(weight.quant_type, str) or weight.quant_type not in LEVELS:
-        raise _unexpected("quant_type", repr(weight.quant_type), " or ".join(map(repr, LEVELS)))
-    for name in ("rows", "columns"):
-        _check_positive(name, getattr(weight, name))
-    size = weight.block_size
-    if not _is_integer(size) or size not in BLOCK_SIZES:
-        raise _unexpected("block_size", repr(size), f"a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}")
-    elements = weight.rows * weight.columns
-    blocks = _ceil_div(elements, size)
-    device = _check_tensor("packed", weight.packed, torch.uint8, _ceil_div(elements, 2))
-    parts = (weight.nested_absmax, weight.nested_code, weight.nested_offset)
-    if all(part is None for part in parts):
-        _check_tensor("absmax", weight.absmax, torch.float32, blocks, device)
-        return
-    _check_positive("nested_block_size", weight.nested_block_size)
-    _check_tensor("absmax", weight.absmax, torch.uint8, blocks, device)
-    groups = _ceil_div(blocks, weight.nested_block_size)
-    for name, part, length in zip(("nested_absmax", "nested_code", "nested_offset"), parts, (groups, 256, 1)):
-        _check_tensor(name, part, torch.float32, length, device)
 
 
 def _check_tensor(
@@ -173,39 +184,6 @@ def _check_tensor(
 def _check_positive(name: str, value: Any) -> None:
     if not _is_integer(value) or value < 1:
         raise _unexpected(name, repr(value), "an integer, 1 or more")
-
-
-def _check_code(code: Any, quant_type: str) -> None:
-    """Refuses another table in the state than that of the type, with which bitsandbytes computes: it means damage."""
-    _check_tensor("code", code, torch.float32, 16)
-    if code.is_meta or torch.compiler.is_compiling():
-        return
-    expected = torch.tensor(LEVELS[quant_type])
-    if not torch.allclose(code.detach().cpu(), expected, rtol=0, atol=1e-6):
-        raise _unexpected("code", [round(level, 6) for level in code.tolist()], f"the 16 levels of {quant_type}")
-
-
-def _matrix(shape: Any) -> tuple[int, int]:
-    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
-        raise _unexpected("quant_state.shape", shape, "(rows, columns)")
-    for name, size in zip(("rows", "columns"), shape):
-        _check_positive(name, size)
-    return shape[0], shape[1]
-
-
-def _bytes(data: Tensor, elements: int) -> Tensor:
-    """Views `data` flat, as the bytes of so many weights; a last storage element may have bytes to spare."""
-    if data.dtype not in STORAGE_DTYPES:
-        raise _unexpected("the storage's dtype", data.dtype, ", ".join(map(str, STORAGE_DTYPES)))
-    if not data.is_contiguous():
-        raise _unexpected("the packed weight", f"not contiguous (strides {data.stride()})", "contiguous")
-    packed = data.view(-1).view(torch.uint8)
-    needed = _ceil_div(elements, 2)
-    return packed[:needed] if 0 < packed.shape[0] - needed < data.element_size() else packed
-
-
-def _in_float32(offset: Any) -> Any:
-    return offset.float() if isinstance(offset, Tensor) and offset.is_floating_point() else offset
 
 
 def _is_integer(value: Any) -> bool:

@@ -49,41 +49,6 @@ def token_at_kernel(
     tl.store(token_at + i_b * m + o_m, b_token, mask=o_m < m)
 
 
-@triton.jit
-def _sum_over_batch(
-    grad_output,
-    token_at,  # [batch, m]
-    adapter_ids,
-    i_a,
-    o_m,  # [BLOCK_M] rows of the prompt, or positions
-    prompt_rows,  # how many rows of the prompt there are, 0 if o_m are positions
-    size,  # how many rows or positions there are
-    o_d,  # [BLOCK_D]
-    m_d,
-    batch,
-    s,
-    m,
-    stride_grad_b,
-    stride_grad_t,
-    stride_grad_d,
-    STAGES: tl.constexpr,
-):
-    """Adds gradients at `o_m` up over adapter `i_a`'s texts in their order: float32 `[BLOCK_M, BLOCK_D]`."""
-    b_R = tl.zeros([o_m.shape[0], o_d.shape[0]], tl.float32)
-    for b in tl.range(0, batch, num_stages=STAGES):
-        i_b = tl.cast(b, tl.int64)
-        taken = size  # rows that this text gives
-        if adapter_ids is not None:
-            taken = tl.where(tl.load(adapter_ids + i_b) == i_a, size, 0)
-        m_prompt = o_m < prompt_rows
-        b_token = tl.load(token_at + i_b * m + o_m, mask=(o_m < taken) & (o_m >= prompt_rows), other=-1)
-        m_row = (o_m < taken) & (m_prompt | (b_token >= 0))
-        o_t = tl.where(m_prompt, o_m, s + b_token.to(tl.int64))
-        p_grad = grad_output + i_b * stride_grad_b + o_t[:, None] * stride_grad_t + o_d[None, :] * stride_grad_d
-        b_R += tl.load(p_grad, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-    return b_R
-
-
 @triton.jit(do_not_specialize=["batch"])
 def prompted_embedding_backward_kernel(
     grad_output,  # [batch, s + n, d]
@@ -122,28 +87,21 @@ def prompted_embedding_backward_kernel(
     of_prompt = i_tile < prompt_tiles
     i_m = tl.where(of_prompt, i_tile, i_tile - prompt_tiles).to(tl.int64)
     size = tl.where(of_prompt, s, m)
-
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)  # rows of the prompt, or positions
     o_d = i_d.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_m, m_d = o_m < size, o_d < d
-    b_R = _sum_over_batch(
-        grad_output,
-        token_at,
-        adapter_ids,
-        i_a,
-        o_m,
-        tl.where(of_prompt, s, 0),
-        size,
-        o_d,
-        m_d,
-        batch,
-        s,
-        m,
-        stride_grad_b,
-        stride_grad_t,
-        stride_grad_d,
-        STAGES,
-    )  # [BLOCK_M, BLOCK_D]
+    m_prompt = o_m < tl.where(of_prompt, s, 0)
+    b_R = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for b in tl.range(0, batch, num_stages=STAGES):
+        i_b = tl.cast(b, tl.int64)
+        taken = size  # rows that this text gives
+        if adapter_ids is not None:
+            taken = tl.where(tl.load(adapter_ids + i_b) == i_a, size, 0)
+        b_token = tl.load(token_at + i_b * m + o_m, mask=(o_m < taken) & ~m_prompt, other=-1)
+        m_row = (o_m < taken) & (m_prompt | (b_token >= 0))
+        o_t = tl.where(m_prompt, o_m, s + b_token.to(tl.int64))
+        p_grad = grad_output + i_b * stride_grad_b + o_t[:, None] * stride_grad_t + o_d[None, :] * stride_grad_d
+        b_R += tl.load(p_grad, mask=m_row[:, None] & m_d[None, :], other=0.0).to(tl.float32)
     if of_prompt:
         p_prompt = grad_prompt + (i_a * s + o_m)[:, None] * d + o_d[None, :]
         tl.store(p_prompt, b_R.to(grad_prompt.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
@@ -153,12 +111,12 @@ def prompted_embedding_backward_kernel(
         # Two loops, and BLOCK_R of the rank at a time: what an operand is split into has to fit into registers.
         for start in tl.range(0, r, BLOCK_R, num_stages=1):
             o_r = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_R)
-            b_B = load_B(B + i_a * r * d, o_r, o_d, r, d, d, 1)  # [BLOCK_R, BLOCK_D]
+            b_B = load_B(B + i_a * r * d, o_r, o_d, r, d)  # [BLOCK_R, BLOCK_D]
             b_grad_A = tl.dot(b_R, tl.trans(b_B), input_precision=PRECISION)  # [BLOCK_M, BLOCK_R]
             tl.store(p_A + o_r[None, :], b_grad_A, mask=m_m[:, None] & (o_r < r)[None, :])
         for start in tl.range(0, r, BLOCK_R, num_stages=1):
             o_r = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_R)
-            b_A = load_A(A + i_a * m * r, o_m, o_r, m_m, r, r, 1)  # [BLOCK_M, BLOCK_R]
+            b_A = load_A(A + i_a * m * r, o_m, o_r, m_m, r)  # [BLOCK_M, BLOCK_R]
             b_grad_B = tl.dot(tl.trans(b_A), b_R, input_precision=PRECISION)  # [BLOCK_R, BLOCK_D]
             tl.store(p_B + o_r[:, None] * d, b_grad_B, mask=(o_r < r)[:, None] & m_d[None, :])
 

@@ -1,8 +1,6 @@
 """Triton kernels of the prompted input `[P; W[id] + scale·A[pos]·B]`, padded and packed: one launch.
 
-A program writes a tile of prompt rows, or a run of token tiles of one column tile: that tile of `B` is loaded once
-and serves the whole run. Everything is accumulated in float32 and rounded once. Letters and arguments as in
-`reference.py`.
+Everything is accumulated in float32 and rounded once. Letters and arguments as in `reference.py`.
 """
 
 from __future__ import annotations
@@ -12,58 +10,25 @@ import triton.language as tl
 
 
 @triton.jit
-def load_B(B, o_r, o_d, r, d, stride_B_r, stride_B_d):
+def load_B(B, o_r, o_d, r, d):
     """Loads `B`'s rows `o_r`, columns `o_d` in float32, zero beyond rank r and width d."""
     mask = (o_r < r)[:, None] & (o_d < d)[None, :]
-    return tl.load(B + o_r[:, None] * stride_B_r + o_d[None, :] * stride_B_d, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(B + o_r[:, None] * d + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_A(A, o_m, o_r, m_m, r, stride_A_m, stride_A_r):
+def load_A(A, o_m, o_r, m_m, r):
     """Loads `A`'s rows `o_m`, columns `o_r` in float32, zero where `m_m` is false and beyond rank r."""
     mask = m_m[:, None] & (o_r < r)[None, :]
-    return tl.load(A + o_m[:, None] * stride_A_m + o_r[None, :] * stride_A_r, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(A + o_m[:, None] * r + o_r[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _write_prompt_rows(prompt, out, o_s, o_out, m_s, o_d, d, stride_prompt_s, stride_prompt_d):
+def _write_prompt_rows(prompt, out, o_s, o_out, m_s, o_d, d):
     """Copies the prompt's rows `o_s` `[BLOCK_T]`, columns `o_d`, to rows `o_out` of the output."""
     mask = m_s[:, None] & (o_d < d)[None, :]
-    b_P = tl.load(prompt + o_s[:, None] * stride_prompt_s + o_d[None, :] * stride_prompt_d, mask=mask, other=0.0)
+    b_P = tl.load(prompt + o_s[:, None] * d + o_d[None, :], mask=mask, other=0.0)
     tl.store(out + o_out[:, None] * d + o_d[None, :], b_P.to(tl.float32).to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _write_token_rows(
-    table,
-    A,
-    b_B,  # [RANK, BLOCK_D]
-    out,
-    scale,
-    b_id,  # [BLOCK_T] rows of the table
-    b_position,  # [BLOCK_T] rows of A
-    m_update,  # [BLOCK_T] which of them count
-    o_out,  # [BLOCK_T] rows of the output
-    m_t,
-    o_d,  # [BLOCK_D]
-    d,
-    r,
-    stride_table_v,
-    stride_table_d,
-    stride_A_m,
-    stride_A_r,
-    RANK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Writes `W[id] + scale·A[pos]·B` to one tile of the output."""
-    mask = m_t[:, None] & (o_d < d)[None, :]
-    p_W = table + b_id.to(tl.int64)[:, None] * stride_table_v + o_d[None, :] * stride_table_d
-    b_E = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
-    if RANK > 0:
-        o_r = tl.arange(0, RANK).to(tl.int64)
-        b_A = load_A(A, b_position.to(tl.int64), o_r, m_update, r, stride_A_m, stride_A_r)  # [BLOCK_T, RANK]
-        b_E += scale * tl.dot(b_A, b_B, input_precision=PRECISION)
-    tl.store(out + o_out[:, None] * d + o_d[None, :], b_E.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -134,8 +99,8 @@ def prompted_embedding_kernel(
             b_C = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             if RANK > 0:
                 o_r = tl.arange(0, RANK).to(tl.int64)
-                b_A = load_A(A, o_m.to(tl.int64), o_r, o_m < updated, r, r, 1)  # [BLOCK_T, RANK]
-                b_C = scale * tl.dot(b_A, load_B(B, o_r, o_d, r, d, d, 1), input_precision=PRECISION)
+                b_A = load_A(A, o_m.to(tl.int64), o_r, o_m < updated, r)  # [BLOCK_T, RANK]
+                b_C = scale * tl.dot(b_A, load_B(B, o_r, o_d, r, d), input_precision=PRECISION)
             i_b = first.to(tl.int64)
             o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & (first < last), other=-1).to(tl.int64)
             b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
@@ -152,7 +117,7 @@ def prompted_embedding_kernel(
         else:
             o_s = ((i_tile - tiles_m) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
             for i in range(first, last):
-                _write_prompt_rows(prompt, out + tl.cast(i, tl.int64) * width, o_s, o_s, o_s < s, o_d, d, d, 1)
+                _write_prompt_rows(prompt, out + tl.cast(i, tl.int64) * width, o_s, o_s, o_s < s, o_d, d)
     else:
         i_loose = i_program - owned
         i_b = (i_loose // tl.cdiv(n, BLOCK_T)).to(tl.int64)
@@ -174,31 +139,14 @@ def prompted_embedding_kernel(
                 tl.store(p_out, b_W.to(out.dtype.element_ty), mask=m_n[:, None] & m_d)
 
 
-@triton.jit
-def _text_of(cu_seqlens, o_n, m_n, texts, steps, stride_cu):
-    """Finds the text each token belongs to: the last one that begins at or before it, by bisection in `steps` steps.
-
-    Returns `[tokens]` the texts and where they begin, both int64.
-    """
-    low = tl.zeros_like(o_n).to(tl.int32)
-    high = low + (texts - 1)
-    for _ in range(steps):
-        middle = (low + high + 1) // 2
-        begun = tl.load(cu_seqlens + middle.to(tl.int64) * stride_cu, mask=m_n, other=0) <= o_n
-        low = tl.where(begun, middle, low)
-        high = tl.where(begun, high, middle - 1)
-    i_text = low.to(tl.int64)
-    return i_text, tl.load(cu_seqlens + i_text * stride_cu, mask=m_n, other=0).to(tl.int64)
-
-
 @triton.jit(do_not_specialize=["tokens", "texts", "prompt_tiles", "tiles", "steps"])
 def prompted_embedding_packed_kernel(
-    input_ids,  # [tokens]
-    cu_seqlens,  # [texts + 1]
+    input_ids,  # [tokens], contiguous
+    cu_seqlens,  # [texts + 1], contiguous
     table,  # [vocabulary, d]
-    prompt,  # [s, d]
-    A,  # [m, r]
-    B,  # [r, d]
+    prompt,  # [s, d], contiguous
+    A,  # [m, r], contiguous
+    B,  # [r, d], contiguous
     out,  # [tokens + texts·s, d], contiguous
     scale,
     # Shape
@@ -211,17 +159,8 @@ def prompted_embedding_packed_kernel(
     prompt_tiles,  # of all texts' prompt rows together
     tiles,  # token tiles in a run
     steps,  # of the bisection: ceil(log2(texts + 1))
-    # Strides
-    stride_ids,
-    stride_cu,
     stride_table_v,
     stride_table_d,
-    stride_prompt_s,
-    stride_prompt_d,
-    stride_A_m,
-    stride_A_r,
-    stride_B_r,
-    stride_B_d,
     # Meta-parameters
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -229,51 +168,43 @@ def prompted_embedding_packed_kernel(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Does the same over all texts: a tile holds prompt rows of several texts, or tokens of several texts."""
-    i_program = tl.program_id(0)
-    columns = tl.cdiv(d, BLOCK_D)
-    i_d = i_program % columns
-    i_group = i_program // columns
+    """Does the same over all texts: a tile holds prompt rows of several texts, or tokens of several texts.
 
-    o_d = i_d.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    A program takes a tile of prompt rows, or a run of token tiles of one column tile, whose tile of `B` is loaded once.
+    """
+    columns = tl.cdiv(d, BLOCK_D)
+    i_group = tl.program_id(0) // columns
+    o_d = (tl.program_id(0) % columns).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     if i_group < prompt_tiles:
         o_p = i_group * BLOCK_T + tl.arange(0, BLOCK_T)  # text·s + row of the prompt
         i_text = (o_p // s).to(tl.int64)
         m_p = i_text < texts
-        begin = tl.load(cu_seqlens + i_text * stride_cu, mask=m_p, other=0).to(tl.int64)
-        _write_prompt_rows(
-            prompt, out, (o_p % s).to(tl.int64), begin + o_p, m_p, o_d, d, stride_prompt_s, stride_prompt_d
-        )
+        begin = tl.load(cu_seqlens + i_text, mask=m_p, other=0).to(tl.int64)
+        _write_prompt_rows(prompt, out, (o_p % s).to(tl.int64), begin + o_p, m_p, o_d, d)
     else:
-        b_B = None
         if RANK > 0:
             o_r = tl.arange(0, RANK).to(tl.int64)
-            b_B = load_B(B, o_r, o_d, r, d, stride_B_r, stride_B_d)  # [RANK, BLOCK_D]
+            b_B = load_B(B, o_r, o_d, r, d)  # [RANK, BLOCK_D]
         first = (i_group - prompt_tiles) * tiles * BLOCK_T
         last = tl.minimum(first + tiles * BLOCK_T, tokens)
         for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
             o_n = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
             m_n = o_n < tokens
-            i_text, begin = _text_of(cu_seqlens, o_n, m_n, texts, steps, stride_cu)
-            b_id = tl.load(input_ids + o_n * stride_ids, mask=m_n, other=0)
-            _write_token_rows(
-                table,
-                A,
-                b_B,
-                out,
-                scale,
-                b_id,
-                o_n - begin,
-                m_n & (o_n - begin < m),
-                o_n + (i_text + 1) * s,
-                m_n,
-                o_d,
-                d,
-                r,
-                stride_table_v,
-                stride_table_d,
-                stride_A_m,
-                stride_A_r,
-                RANK,
-                PRECISION,
-            )
+            low = tl.zeros_like(o_n).to(tl.int32)  # the text of each token: the last one that begins at or before it
+            high = low + (texts - 1)
+            for _ in range(steps):
+                middle = (low + high + 1) // 2
+                begun = tl.load(cu_seqlens + middle.to(tl.int64), mask=m_n, other=0) <= o_n
+                low = tl.where(begun, middle, low)
+                high = tl.where(begun, high, middle - 1)
+            i_text = low.to(tl.int64)
+            o_m = o_n - tl.load(cu_seqlens + i_text, mask=m_n, other=0).to(tl.int64)  # positions
+            b_id = tl.load(input_ids + o_n, mask=m_n, other=0).to(tl.int64)
+            mask = m_n[:, None] & (o_d < d)[None, :]
+            p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
+            b_E = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
+            if RANK > 0:
+                b_A = load_A(A, o_m, o_r, m_n & (o_m < m), r)  # [BLOCK_T, RANK]
+                b_E += scale * tl.dot(b_A, b_B, input_precision=PRECISION)
+            p_out = out + (o_n + (i_text + 1) * s)[:, None] * d + o_d[None, :]
+            tl.store(p_out, b_E.to(out.dtype.element_ty), mask=mask)

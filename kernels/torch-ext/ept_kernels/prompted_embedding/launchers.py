@@ -12,28 +12,18 @@ import triton
 from torch import Tensor
 
 from ..launch import Config, cached_choice, config_for, key, launch, on_device, padded, precision
-from .backward import (
-    prompted_embedding_backward_kernel,
-    prompted_embedding_reduce_kernel,
-    token_at_kernel,
-)
+from .backward import prompted_embedding_backward_kernel, prompted_embedding_reduce_kernel, token_at_kernel
 from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
+_FORWARD = {"num_warps": 8, "num_stages": 1}
 _BACKWARD = {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_R": 16, "STAGES": 4, "num_warps": 4, "num_stages": 3}
 
 # Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs are wanted, which decides how
 # many batch rows one takes. ITERS: row tiles that a program may take, one after another. STAGES: depth of the software
 # pipeline over them.
 CONFIGS: dict[str, Config] = {
-    "prompted_embedding": {"BLOCK_T": 16, "BLOCK_D": 256, "PROGRAMS": 512, "num_warps": 8, "num_stages": 1},
-    "prompted_embedding_packed": {
-        "BLOCK_T": 16,
-        "BLOCK_D": 256,
-        "ITERS": 4,
-        "STAGES": 1,
-        "num_warps": 8,
-        "num_stages": 1,
-    },
+    "prompted_embedding": {"BLOCK_T": 16, "BLOCK_D": 256, "PROGRAMS": 512, **_FORWARD},
+    "prompted_embedding_packed": {"BLOCK_T": 16, "BLOCK_D": 256, "ITERS": 4, "STAGES": 1, **_FORWARD},
     "prompted_embedding_backward": _BACKWARD,
     "prompted_embedding_reduce": {"BLOCK_E": 256, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2},
 }
@@ -80,14 +70,8 @@ def prompted_embedding(
         launch(
             prompted_embedding_kernel,
             (tiles * runs + batch * triton.cdiv(n, config["BLOCK_T"]),),
-            input_ids.contiguous(),
-            positions,
-            found,
-            table,
-            *(x.contiguous() for x in (prompt, A, B)),
-            None if adapter_ids is None else adapter_ids.contiguous(),
-            out,
-            float(scale),
+            *(input_ids.contiguous(), positions, found, table, *(x.contiguous() for x in (prompt, A, B))),
+            *(None if adapter_ids is None else adapter_ids.contiguous(), out, float(scale)),
             *(batch, n, s, d, m, r, rows, runs, table.shape[0], A.shape[0]),
             *table.stride(),
             **options,
@@ -104,14 +88,15 @@ def prompted_embedding_packed(
     m, r = A.shape
     out = table.new_empty(tokens + texts * s, d)
     config, options = _chosen("prompted_embedding_packed", d, r, table.dtype, table.dtype, table.device)
-    runs, tiles = _runs(triton.cdiv(tokens, config["BLOCK_T"]), config["ITERS"])
+    tiles = triton.cdiv(tokens, config["BLOCK_T"])
+    runs = triton.cdiv(tiles, config["ITERS"])  # as even as possible
+    tiles = triton.cdiv(tiles, max(runs, 1))
     prompt_tiles = triton.cdiv(texts * s, config["BLOCK_T"])
     grid = (triton.cdiv(d, config["BLOCK_D"]) * (prompt_tiles + runs),)
-    tensors = (input_ids, cu_seqlens, table, prompt, A, B)
+    tensors = (input_ids.contiguous(), cu_seqlens.contiguous(), table, *(x.contiguous() for x in (prompt, A, B)))
     shape = (tokens, texts, s, d, m, r, prompt_tiles, tiles, texts.bit_length())
-    strides = (stride for x in tensors for stride in x.stride())
     with on_device(table):
-        launch(prompted_embedding_packed_kernel, grid, *tensors, out, float(scale), *shape, *strides, **options)
+        launch(prompted_embedding_packed_kernel, grid, *tensors, out, float(scale), *shape, *table.stride(), **options)
     return out
 
 
@@ -168,12 +153,6 @@ def prompted_embedding_backward(
                 **reduce_options,
             )
     return grad_prompt, grad_A, grad_B
-
-
-def _runs(tiles: int, longest: int) -> tuple[int, int]:
-    """Splits `tiles` into runs of at most `longest`, as even as possible: how many runs, tiles in each."""
-    runs = triton.cdiv(tiles, longest)
-    return runs, triton.cdiv(tiles, max(runs, 1))
 
 
 @cached_choice

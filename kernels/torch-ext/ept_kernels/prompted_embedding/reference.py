@@ -47,9 +47,13 @@ def prompted_embedding_reference(
     else:
         prompt_rows = prompt.to(dtype)[adapter_ids]
     if A.shape[-1] > 0:
-        rows = _rows_of_A(A.to(dtype), positions, adapter_ids)  # [batch, n, r]
-        B = B.to(dtype) if adapter_ids is None else B.to(dtype)[adapter_ids]
-        tokens = tokens + scale * (rows @ B)
+        is_updated, index, A, B = positions >= 0, positions.clamp(min=0), A.to(dtype), B.to(dtype)
+        if adapter_ids is None:
+            rows = A[index]  # [batch, n, r]
+        else:
+            is_updated = is_updated & (adapter_ids >= 0)[:, None]
+            rows, B = A[adapter_ids[:, None], index], B[adapter_ids]
+        tokens = tokens + scale * ((rows * is_updated[..., None]) @ B)
     return torch.cat([prompt_rows, tokens], dim=1).to(table.dtype)
 
 
@@ -137,18 +141,6 @@ def prompted_embedding_backward_reference(
     return grad_prompt.to(A.dtype), grad_A.to(A.dtype), grad_B.to(A.dtype)
 
 
-def _rows_of_A(A: Tensor, positions: Tensor, adapter_ids: Tensor | None) -> Tensor:
-    """Computes `A[pos]` with zeros where the position is negative: `[batch, n, r]`."""
-    updated = positions >= 0
-    index = positions.clamp(min=0)
-    if adapter_ids is None:
-        rows = A[index]
-    else:
-        updated = updated & (adapter_ids >= 0)[:, None]
-        rows = A[adapter_ids[:, None], index]
-    return rows * updated[..., None]
-
-
 def _sum_rows(rows: Tensor, adapter_ids: Tensor | None, A: Tensor) -> Tensor:
     """Sums `rows` `[batch, …]` over the batch, or over each adapter's part of it, in row order."""
     if adapter_ids is None:
@@ -160,11 +152,6 @@ def _sum_rows(rows: Tensor, adapter_ids: Tensor | None, A: Tensor) -> Tensor:
 def _fake(input_ids, positions, table, prompt, A, B, scale, adapter_ids=None, token_at=None):
     s, d = prompt.shape[-2], table.shape[1]
     return table.new_empty(input_ids.shape[0], s + input_ids.shape[1], d)
-
-
-def _packed_fake(input_ids, cu_seqlens, table, prompt, A, B, scale):
-    texts = cu_seqlens.shape[0] - 1
-    return table.new_empty(input_ids.shape[0] + texts * prompt.shape[0], table.shape[1])
 
 
 def _backward_fake(grad_output, positions, A, B, scale, adapter_ids=None, token_at=None):
@@ -183,7 +170,9 @@ prompted_embedding_packed = register(
     "prompted_embedding_packed(Tensor input_ids, Tensor cu_seqlens, Tensor table, Tensor prompt, Tensor A, Tensor B, "
     "float scale) -> Tensor",
     prompted_embedding_packed_reference,
-    _packed_fake,
+    lambda input_ids, cu_seqlens, table, prompt, *_: table.new_empty(
+        input_ids.shape[0] + (cu_seqlens.shape[0] - 1) * prompt.shape[0], table.shape[1]
+    ),
     launcher="prompted_embedding.launchers",
 )
 prompted_embedding_backward = register(
