@@ -64,7 +64,7 @@ def test_the_command_fails_on_a_problem(row, failed, monkeypatch, capsys):
 
 @pytest.mark.parametrize("change", [{"s": 100}, {"m": 63}, {"r": 60}, {"s": 1, "m": 1, "r": 1}, {"K": 7}], ids=str)
 def test_a_compiled_joint_prompt_serves_all_lengths_and_ranks(change):
-    """What is compiled depends on neither s, m nor r, nor on how many gates there are up to 32."""
+    """Neither s, m, r nor the number of gates up to 32 makes another kernel to compile."""
 
     def forms(problem):
         return {case.form for p in (problem, problem.backward) for case in aot.record(p, "cuda")}

@@ -168,7 +168,7 @@ class _Sizes(NamedTuple):
 
 
 class _Workspace(NamedTuple):
-    """What the launches hand on, float32, each padded to whole tiles."""
+    """Tensors that the launches hand on, float32, each padded to whole tiles."""
 
     products: Tensor  # [rows, width]
     scores: Tensor  # [up(s), up(m) + up(s)]
