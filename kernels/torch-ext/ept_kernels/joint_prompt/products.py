@@ -97,33 +97,27 @@ def joint_prompt_products_kernel(
     width = tl.num_programs(0) * TILE
     first_B, first_q, first_k, first_D, first_G, first_U = columns_of(s, r, a, columns, K)
     if _is_needed(row, column, s, r, a, columns, K):
-        x, rows, first = prompt, s, 0
-        if row >= first_q:
-            x, first = grad_output, first_q
-        elif row >= first_B:
-            x, rows, first = B, r, first_B
-        o_i = row - first + tl.arange(0, TILE)
+        # Chosen by `where`, not by branches: Triton 3.6 cannot compile a pointer that leaves a branch for AMD GPUs.
+        of_B, of_g = (row >= first_B) & (row < first_q), row >= first_q
+        x = tl.where(of_g, grad_output, tl.where(of_B, B, prompt))
+        rows = tl.where(of_B, r, s)
+        o_i = row - tl.where(of_g, first_q, tl.where(of_B, first_B, 0)) + tl.arange(0, TILE)
         begin, end = i_part * depth, tl.minimum(i_part * depth + depth, d)
         b_sum = tl.zeros([TILE, TILE], tl.float32)
         if (column < first_q) | (column >= first_U):
-            y, count, start = prompt, s, 0
-            if column >= first_U:
-                y, count, start = U, columns, first_U
-            elif column >= first_B:
-                y, count, start = B, r, first_B
-            o_j = column - start + tl.arange(0, TILE)
+            to_B, to_U = (column >= first_B) & (column < first_q), column >= first_U
+            y = tl.where(to_U, U, tl.where(to_B, B, prompt))
+            count = tl.where(to_U, columns, tl.where(to_B, r, s))
+            o_j = column - tl.where(to_U, first_U, tl.where(to_B, first_B, 0)) + tl.arange(0, TILE)
             for k in range(begin, end, BLOCK_K):
                 o_d = k + tl.arange(0, BLOCK_K)
                 b_x = load_rows(x, o_i, o_d, rows, d)
                 b_sum += dot(b_x, tl.trans(load_rows(y, o_j, o_d, count, d)), PRECISION)
         else:
-            z, count, start = W_q, a, first_q
-            if column >= first_G:
-                z, count, start = G, K, first_G
-            elif column >= first_D:
-                z, count, start = D, columns, first_D
-            elif column >= first_k:
-                z, start = W_k, first_k
+            to_k, to_D, to_G = column >= first_k, column >= first_D, column >= first_G
+            z = tl.where(to_G, G, tl.where(to_D, D, tl.where(to_k, W_k, W_q)))
+            count = tl.where(to_G, K, tl.where(to_D, columns, a))
+            start = tl.where(to_G, first_G, tl.where(to_D, first_D, tl.where(to_k, first_k, first_q)))
             o_j = column - start + tl.arange(0, TILE)
             for k in range(begin, end, BLOCK_K):
                 o_d = k + tl.arange(0, BLOCK_K)
