@@ -69,7 +69,7 @@ def forms(*problems):
 
 @pytest.mark.parametrize("change", [{"s": 100}, {"m": 63}, {"r": 60}, {"s": 1, "m": 1, "r": 1}, {"K": 7}], ids=str)
 def test_a_compiled_joint_prompt_serves_all_lengths_and_ranks(change):
-    """What is compiled depends on neither s, m nor r, nor on how many gates there are up to 32."""
+    """Neither s, m, r nor the number of gates up to 32 makes another kernel to compile."""
     problem = JointPrompt(s=40, m=256, r=30)
     other = replace(problem, **change)
     assert len(forms(problem, problem.backward)) == 7  # six kernels, of which that of the rows differs in the backward

@@ -9,18 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .products import TILE, dot, load_columns, load_rows, up
-from .rows import (
-    ALONG,
-    INVERSE_RMS,
-    load_tile,
-    side_of_attended,
-    side_of_D,
-    side_of_G,
-    side_of_T,
-    side_of_W_k,
-    side_of_W_q,
-)
+from .products import TILE, columns_of, dot, load_columns, load_rows, up
+from .rows import ALONG, INVERSE_RMS, load_tile, sides_of
 from .sides import score_gradients, weights
 
 
@@ -76,18 +66,18 @@ def joint_prompt_kernel(
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_sum = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     if FUSION:
-        score_width = up(m) + up(s)
+        fusion = (scores, scores, stats, s, up(m) + up(s), score_scale, 0.0)
         for j in range(0, r, TILE):
             o_j = j + tl.arange(0, TILE)
             b_attended = tl.zeros([BLOCK_S, TILE], tl.float32)
             for first in range(0, m, TILE):
                 o_m = first + tl.arange(0, TILE)
-                b_w, _ = weights(scores, stats, o_s, o_m, o_m < m, s, score_width, score_scale)
+                b_w, _ = weights(fusion, o_s, o_m, o_m < m)
                 b_attended += dot(b_w, load_rows(A, o_m, o_j, m, r), PRECISION)
             b_sum += dot(lowrank_scale * b_attended, load_rows(B, o_j, o_d, r, d), PRECISION)
         for first in range(0, s, TILE):
             o_j = first + tl.arange(0, TILE)
-            b_w, _ = weights(scores, stats, o_s, up(m) + o_j, o_j < s, s, score_width, score_scale)
+            b_w, _ = weights(fusion, o_s, up(m) + o_j, o_j < s)
             b_sum += dot(b_w, load_rows(prompt, o_j, o_d, s, d), PRECISION)
         b_sum *= tl.load(beta).to(tl.float32)
     b_sum = _times_rows(b_sum, sides, o_s, 0, U, o_d, columns, d, side_width, PRECISION)
@@ -167,12 +157,8 @@ def joint_prompt_backward_kernel(
     i = tl.program_id(1) * TILE
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     o_t = tl.arange(0, TILE)
-    first_B = up(s)
-    first_W_q = first_B + up(r)
-    first_W_k = first_W_q + up(a)
-    first_D = first_W_k + up(a)
-    first_G = first_D + up(columns)
-    first_U = first_G + up(K)
+    side_of_D, side_of_G, side_of_T, side_of_attended, side_of_q, side_of_k = sides_of(r, a, columns, K)
+    first_B, first_W_q, first_W_k, first_D, first_G, first_U = columns_of(s, r, a, columns, K)
     if i < first_B:
         o_s = i + o_t
         b_n = tl.load(stats + INVERSE_RMS * up(s) + o_s)
@@ -180,41 +166,33 @@ def joint_prompt_backward_kernel(
         b_grad = embedding_scale * load_rows(grad_output, o_s, o_d, s, d)
         b_hat = tl.zeros([TILE, BLOCK_D], tl.float32)  # the gradient of p̂
         if FUSION:
-            score_width = up(m) + up(s)
             b_beta = tl.load(beta).to(tl.float32)
+            fusion = (scores, slopes, stats, s, up(m) + up(s), score_scale, b_beta)
             b_attending = tl.zeros([TILE, BLOCK_D], tl.float32)
             for first in range(0, s, TILE):
                 o_j = first + o_t
-                b_delta, b_w, _ = score_gradients(
-                    scores, slopes, stats, o_j, up(m) + o_s, o_s < s, s, score_width, score_scale, b_beta
-                )
+                b_delta, b_w, _ = score_gradients(fusion, o_j, up(m) + o_s, o_s < s)
                 b_attending += dot(tl.trans(b_w), load_rows(grad_output, o_j, o_d, s, d), PRECISION)
                 if not MAPS:
-                    b_ours, _, _ = score_gradients(
-                        scores, slopes, stats, o_s, up(m) + o_j, o_j < s, s, score_width, score_scale, b_beta
-                    )
+                    b_ours, _, _ = score_gradients(fusion, o_s, up(m) + o_j, o_j < s)
                     b_n_j = tl.load(stats + INVERSE_RMS * up(s) + o_j)
                     b_delta = (tl.trans(b_delta) + b_ours) * b_n_j[None, :]
                     b_hat += dot(b_delta, load_rows(prompt, o_j, o_d, s, d), PRECISION)
             b_grad += b_beta * embedding_scale * b_attending
             if MAPS:
-                b_hat = _times_columns(
-                    b_hat, sides, o_s, side_of_W_q(columns, K, r), W_q, o_d, a, d, side_width, PRECISION
-                )
-                b_hat = _times_columns(
-                    b_hat, sides, o_s, side_of_W_k(columns, K, r, a), W_k, o_d, a, d, side_width, PRECISION
-                )
+                b_hat = _times_columns(b_hat, sides, o_s, side_of_q, W_q, o_d, a, d, side_width, PRECISION)
+                b_hat = _times_columns(b_hat, sides, o_s, side_of_k, W_k, o_d, a, d, side_width, PRECISION)
             else:
-                b_hat = _times_rows(b_hat, sides, o_s, side_of_T(columns, K), B, o_d, r, d, side_width, PRECISION)
-        b_hat = _times_columns(b_hat, sides, o_s, side_of_D(columns), D, o_d, columns, d, side_width, PRECISION)
-        b_hat = _times_columns(b_hat, sides, o_s, side_of_G(columns), G, o_d, K, d, side_width, PRECISION)
+                b_hat = _times_rows(b_hat, sides, o_s, side_of_T, B, o_d, r, d, side_width, PRECISION)
+        b_hat = _times_columns(b_hat, sides, o_s, side_of_D, D, o_d, columns, d, side_width, PRECISION)
+        b_hat = _times_columns(b_hat, sides, o_s, side_of_G, G, o_d, K, d, side_width, PRECISION)
         b_along = tl.load(stats + ALONG * up(s) + o_s) / d
         b_grad += b_n[:, None] * (b_hat - b_p * (b_n * b_along)[:, None])
         _store_rows(grad_prompt, b_grad, o_s, o_d, s, d)
     elif (i < first_W_q) | (i >= first_U):
         of_B = i < first_W_q
         o_i = o_t + tl.where(of_B, i - first_B, i - first_U)
-        column = tl.where(of_B, side_of_attended(columns, K, r), 0)
+        column = tl.where(of_B, side_of_attended, 0)
         b_grad = embedding_scale * _of_sides(
             sides, stats, column, o_i, grad_output, o_d, s, d, side_width, False, PRECISION
         )
@@ -227,20 +205,18 @@ def joint_prompt_backward_kernel(
                 if MAPS:
                     b_grad = _times_columns(b_grad, p_part, o_i, up(r), W_k, o_d, a, d, gram_width, PRECISION)
             if not MAPS:
-                b_grad += _of_sides(
-                    sides, stats, side_of_T(columns, K), o_i, prompt, o_d, s, d, side_width, True, PRECISION
-                )
+                b_grad += _of_sides(sides, stats, side_of_T, o_i, prompt, o_d, s, d, side_width, True, PRECISION)
             _store_rows(grad_B, b_grad, o_i, o_d, r, d)
         else:
             _store_rows(grad_U, b_grad, o_i, o_d, columns, d)
     else:
-        start, column = first_W_q, side_of_W_q(columns, K, r)
+        start, column = first_W_q, side_of_q
         if i >= first_G:
-            start, column = first_G, side_of_G(columns)
+            start, column = first_G, side_of_G
         elif i >= first_D:
-            start, column = first_D, side_of_D(columns)
+            start, column = first_D, side_of_D
         elif i >= first_W_k:
-            start, column = first_W_k, side_of_W_k(columns, K, r, a)
+            start, column = first_W_k, side_of_k
         o_i = i - start + o_t
         b_grad = _of_sides(sides, stats, column, o_i, prompt, o_d, s, d, side_width, True, PRECISION)
         if i >= first_G:

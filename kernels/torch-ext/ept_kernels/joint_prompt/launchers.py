@@ -24,10 +24,10 @@ from .sides import joint_prompt_sides_kernel
 CONFIGS: dict[str, Config] = {
     "joint_prompt_products": {"BLOCK_K": 32, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
     "joint_prompt_sum": {"num_warps": 4, "num_stages": 1},
-    "joint_prompt_rows": {"BLOCK_S": 16, "num_warps": 8, "num_stages": 1},
-    "joint_prompt_sides": {"BLOCK_S": 16, "num_warps": 8, "num_stages": 1},
+    "joint_prompt_rows": {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1},
+    "joint_prompt_sides": {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1},
     "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
-    "joint_prompt_backward": {"BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
+    "joint_prompt_backward": {"BLOCK_D": 32, "num_warps": 8, "num_stages": 1},
 }
 
 
@@ -168,7 +168,7 @@ class _Sizes(NamedTuple):
 
 
 class _Workspace(NamedTuple):
-    """What the launches hand on, float32, each padded to whole tiles."""
+    """Tensors that the launches hand on, float32, each padded to whole tiles."""
 
     products: Tensor  # [rows, width]
     scores: Tensor  # [up(s), up(m) + up(s)]

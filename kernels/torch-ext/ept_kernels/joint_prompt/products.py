@@ -46,44 +46,26 @@ def load_columns(x, o_i, o_d, columns, d):
 
 
 @triton.jit
-def column_of_B(s):
-    """Counts where the columns of `B`, and its rows, begin in the matrix of inner products; those of `p` begin at 0."""
-    return up(s)
+def columns_of(s, r, a, columns, K):
+    """Counts where the columns of B, W_q, W_k, D, G and U begin in the matrix of inner products; those of p are first.
 
-
-@triton.jit
-def column_of_W_q(s, r):
-    return up(s) + up(r)  # also where the rows of g begin
-
-
-@triton.jit
-def column_of_W_k(s, r, a):
-    return up(s) + up(r) + up(a)
-
-
-@triton.jit
-def column_of_D(s, r, a):
-    return up(s) + up(r) + 2 * up(a)
-
-
-@triton.jit
-def column_of_G(s, r, a, columns):
-    return up(s) + up(r) + 2 * up(a) + up(columns)
-
-
-@triton.jit
-def column_of_U(s, r, a, columns, K):
-    return up(s) + up(r) + 2 * up(a) + up(columns) + up(K)
+    Its rows are those of p, B and, from where the columns of W_q begin, g.
+    """
+    first_B = up(s)
+    first_q = first_B + up(r)
+    first_D = first_q + 2 * up(a)
+    first_G = first_D + up(columns)
+    return first_B, first_q, first_q + up(a), first_D, first_G, first_G + up(K)
 
 
 @triton.jit
 def _is_needed(row, column, s, r, a, columns, K):
     """Tells whether anything reads the tile at `row`, `column` of the matrix."""
-    of_p, of_g = row < up(s), row >= column_of_W_q(s, r)
-    to_B = (column >= column_of_B(s)) & (column < column_of_W_q(s, r))
-    to_W_k = (column >= column_of_W_k(s, r, a)) & (column < column_of_D(s, r, a))
-    to_U = column >= column_of_U(s, r, a, columns, K)
-    return (of_p & ~to_U) | (of_g & ((column < column_of_W_q(s, r)) | to_U)) | (~of_p & ~of_g & (to_B | to_W_k))
+    first_B, first_q, first_k, first_D, _, first_U = columns_of(s, r, a, columns, K)
+    of_p, of_g, to_U = row < first_B, row >= first_q, column >= first_U
+    to_B = (column >= first_B) & (column < first_q)
+    to_k = (column >= first_k) & (column < first_D)
+    return (of_p & ~to_U) | (of_g & ((column < first_q) | to_U)) | (~of_p & ~of_g & (to_B | to_k))
 
 
 @triton.jit(do_not_specialize=["s", "r", "a", "columns", "K", "depth"])
@@ -113,35 +95,30 @@ def joint_prompt_products_kernel(
     row, column = tl.program_id(1) * TILE, tl.program_id(0) * TILE
     i_part = tl.program_id(2)
     width = tl.num_programs(0) * TILE
+    first_B, first_q, first_k, first_D, first_G, first_U = columns_of(s, r, a, columns, K)
     if _is_needed(row, column, s, r, a, columns, K):
-        x, rows, first = prompt, s, row
-        if row >= column_of_W_q(s, r):
-            x, first = grad_output, row - column_of_W_q(s, r)
-        elif row >= column_of_B(s):
-            x, rows, first = B, r, row - column_of_B(s)
-        o_i = first + tl.arange(0, TILE)
+        # Chosen by `where`, not by branches: Triton 3.6 cannot compile a pointer that leaves a branch for AMD GPUs.
+        of_B, of_g = (row >= first_B) & (row < first_q), row >= first_q
+        x = tl.where(of_g, grad_output, tl.where(of_B, B, prompt))
+        rows = tl.where(of_B, r, s)
+        o_i = row - tl.where(of_g, first_q, tl.where(of_B, first_B, 0)) + tl.arange(0, TILE)
         begin, end = i_part * depth, tl.minimum(i_part * depth + depth, d)
         b_sum = tl.zeros([TILE, TILE], tl.float32)
-        if (column < column_of_W_q(s, r)) | (column >= column_of_U(s, r, a, columns, K)):
-            y, count, start = prompt, s, column
-            if column >= column_of_U(s, r, a, columns, K):
-                y, count, start = U, columns, column - column_of_U(s, r, a, columns, K)
-            elif column >= column_of_B(s):
-                y, count, start = B, r, column - column_of_B(s)
-            o_j = start + tl.arange(0, TILE)
+        if (column < first_q) | (column >= first_U):
+            to_B, to_U = (column >= first_B) & (column < first_q), column >= first_U
+            y = tl.where(to_U, U, tl.where(to_B, B, prompt))
+            count = tl.where(to_U, columns, tl.where(to_B, r, s))
+            o_j = column - tl.where(to_U, first_U, tl.where(to_B, first_B, 0)) + tl.arange(0, TILE)
             for k in range(begin, end, BLOCK_K):
                 o_d = k + tl.arange(0, BLOCK_K)
                 b_x = load_rows(x, o_i, o_d, rows, d)
                 b_sum += dot(b_x, tl.trans(load_rows(y, o_j, o_d, count, d)), PRECISION)
         else:
-            z, count, start = W_q, a, column - column_of_W_q(s, r)
-            if column >= column_of_G(s, r, a, columns):
-                z, count, start = G, K, column - column_of_G(s, r, a, columns)
-            elif column >= column_of_D(s, r, a):
-                z, count, start = D, columns, column - column_of_D(s, r, a)
-            elif column >= column_of_W_k(s, r, a):
-                z, start = W_k, column - column_of_W_k(s, r, a)
-            o_j = start + tl.arange(0, TILE)
+            to_k, to_D, to_G = column >= first_k, column >= first_D, column >= first_G
+            z = tl.where(to_G, G, tl.where(to_D, D, tl.where(to_k, W_k, W_q)))
+            count = tl.where(to_G, K, tl.where(to_D, columns, a))
+            start = tl.where(to_G, first_G, tl.where(to_D, first_D, tl.where(to_k, first_k, first_q)))
+            o_j = column - start + tl.arange(0, TILE)
             for k in range(begin, end, BLOCK_K):
                 o_d = k + tl.arange(0, BLOCK_K)
                 b_x = load_rows(x, o_i, o_d, rows, d)
@@ -191,12 +168,13 @@ def joint_prompt_sum_kernel(
         if (row < up(s)) & (column == row):
             b_square = tl.sum(tl.where(o_i[:, None] == o_i[None, :], b_sum, 0.0), 1)
             tl.store(inverse_rms + row + o_i, tl.rsqrt(b_square / d + EPS))
+        first_B, first_q, first_k, _first_D, _first_G, _first_U = columns_of(s, r, a, columns, K)
         if MAPS:  # noqa: SIM102 - one is a constant, the other is not
-            if (row < up(s)) & (column < column_of_W_q(s, r)):
+            if (row < first_B) & (column < first_q):
                 b_sum = tl.zeros([TILE, TILE], tl.float32)
                 for j in range(0, a, TILE):
-                    b_q = _add_parts(partial, row, column_of_W_q(s, r) + j, parts, rows, width)
-                    b_k = _add_parts(partial, column, column_of_W_k(s, r, a) + j, parts, rows, width)
+                    b_q = _add_parts(partial, row, first_q + j, parts, rows, width)
+                    b_k = _add_parts(partial, column, first_k + j, parts, rows, width)
                     b_sum += dot(b_q, tl.trans(b_k), PRECISION)
         p_out = products + (row.to(tl.int64) + o_i)[:, None] * width + column + o_i[None, :]
         tl.store(p_out, b_sum)

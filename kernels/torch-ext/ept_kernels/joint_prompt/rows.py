@@ -9,18 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .products import (
-    EPS,
-    TILE,
-    column_of_B,
-    column_of_D,
-    column_of_G,
-    column_of_U,
-    column_of_W_q,
-    dot,
-    load_rows,
-    up,
-)
+from .products import EPS, TILE, columns_of, dot, load_rows, up
 
 # Rows of `stats` `[STATS, up(s)]`, float32: one over the root mean square of p's row; the largest of its scores and one
 # over the sum of their exponentials; the mean slope of its scores; the inner product of p̂ with its gradient.
@@ -39,37 +28,15 @@ def store_tile(x, b_x, o_i, o_j, width):
     tl.store(x + o_i.to(tl.int64)[:, None] * width + o_j[None, :], b_x)
 
 
-# Columns of `sides` `[up(s), …]`, float32: what the expansion multiplies the rows of p, g, B, … with.
-
-
 @triton.jit
-def side_of_D(columns):
-    return up(columns)  # before it: the gated spaces
-
-
-@triton.jit
-def side_of_G(columns):
-    return 2 * up(columns)
-
-
-@triton.jit
-def side_of_T(columns, K):
-    return 2 * up(columns) + up(K)
-
-
-@triton.jit
-def side_of_attended(columns, K, r):
-    return 2 * up(columns) + up(K) + up(r)
-
-
-@triton.jit
-def side_of_W_q(columns, K, r):
-    return 2 * up(columns) + up(K) + 2 * up(r)
-
-
-@triton.jit
-def side_of_W_k(columns, K, r, a):
-    return 2 * up(columns) + up(K) + 2 * up(r) + up(a)
+def sides_of(r, a, columns, K):
+    """Counts where the columns of `sides` begin that the expansion multiplies with rows and columns of D, G, B (twice:
+    the gradient of T, and what is attended), W_q and W_k; the gated spaces are first.
+    """
+    of_G = 2 * up(columns)
+    of_T = of_G + up(K)
+    of_q = of_T + 2 * up(r)
+    return up(columns), of_G, of_T, of_T + up(r), of_q, of_q + up(a)
 
 
 @triton.jit
@@ -154,8 +121,10 @@ def joint_prompt_rows_kernel(
 ):
     """Computes all scores and spaces of a tile of the prompt's rows."""
     o_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    o_g = column_of_W_q(s, r) + o_s  # rows of g
     o_t = tl.arange(0, TILE)
+    first_B, first_q, _, first_D, first_G, first_U = columns_of(s, r, a, columns, K)
+    side_of_D, side_of_G, _, _, _, _ = sides_of(r, a, columns, K)
+    o_g = first_q + o_s  # rows of g
     b_n = tl.load(stats + INVERSE_RMS * up(s) + o_s)
     if FUSION:
         score_width = up(m) + up(s)
@@ -166,14 +135,14 @@ def joint_prompt_rows_kernel(
             b_S, b_e = tl.zeros([BLOCK_S, TILE], tl.float32), tl.zeros([BLOCK_S, TILE], tl.float32)
             b_square = tl.zeros([TILE], tl.float32)
             for j in range(0, r, TILE):
-                o_j = column_of_B(s) + j + o_t
+                o_j = first_B + j + o_t
                 b_A = load_rows(A, o_m, j + o_t, m, r)
                 b_S += dot(b_n[:, None] * load_tile(products, o_s, o_j, width), tl.trans(b_A), PRECISION)
                 if BACKWARD:
                     b_e += dot(load_tile(products, o_g, o_j, width), tl.trans(b_A), PRECISION)
                 b_C = tl.zeros([TILE, TILE], tl.float32)  # A·(B·Bᵀ)
                 for k in range(0, r, TILE):
-                    b_gram = load_tile(products, column_of_B(s) + k + o_t, o_j, width)
+                    b_gram = load_tile(products, first_B + k + o_t, o_j, width)
                     b_C += dot(load_rows(A, o_m, k + o_t, m, r), b_gram, PRECISION)
                 b_square += tl.sum(b_C * b_A, 1)
             b_n_C = tl.rsqrt(lowrank_scale * lowrank_scale * b_square / d + EPS)
@@ -204,7 +173,6 @@ def joint_prompt_rows_kernel(
         o_k = tl.arange(0, GATES)
         spaces = tl.maximum(K, 1)  # a single space has no gate
         h = columns // spaces
-        first_G = column_of_G(s, r, a, columns)
         b_x = tl.zeros([BLOCK_S, GATES], tl.float32)
         if K > 0:
             p_x = products + o_s.to(tl.int64)[:, None] * width + first_G + o_k[None, :]
@@ -217,21 +185,21 @@ def joint_prompt_rows_kernel(
         for first in range(0, columns, TILE):
             o_c = first + o_t
             b_space = ((o_c // h)[:, None] == o_k[None, :]).to(tl.float32)  # [TILE, GATES]
-            b_before = b_n[:, None] * load_tile(products, o_s, column_of_D(s, r, a) + o_c, width)
+            b_before = b_n[:, None] * load_tile(products, o_s, first_D + o_c, width)
             b_gate = dot(b_gates, tl.trans(b_space), PRECISION)
             b_hidden = activate(b_before, ACTIVATION)
             store_tile(sides, b_hidden * b_gate, o_s, o_c, side_width)
             if BACKWARD:
-                o_U = column_of_U(s, r, a, columns, K) + o_c
+                o_U = first_U + o_c
                 b_grad = embedding_scale * load_tile(products, o_g, o_U, width)
                 b_grad_before = b_grad * b_gate * slope(b_before, ACTIVATION)
-                store_tile(sides, b_grad_before, o_s, side_of_D(columns) + o_c, side_width)
+                store_tile(sides, b_grad_before, o_s, side_of_D + o_c, side_width)
                 b_along += tl.sum(b_grad_before * b_before, 1)
                 b_grad_gates += dot(b_grad * b_hidden, b_space, PRECISION)
         if BACKWARD:  # noqa: SIM102 - one is a constant, the other is not
             if K > 0:
                 b_grad_x = b_gates * (b_grad_gates - tl.sum(b_gates * b_grad_gates, 1)[:, None])
-                p_grad = sides + o_s.to(tl.int64)[:, None] * side_width + side_of_G(columns) + o_k[None, :]
+                p_grad = sides + o_s.to(tl.int64)[:, None] * side_width + side_of_G + o_k[None, :]
                 tl.store(p_grad, b_grad_x, mask=(o_k < up(K))[None, :])
                 b_along += tl.sum(b_grad_x * b_x, 1)
     if BACKWARD:
