@@ -97,9 +97,9 @@ def profile(
         traces = None if sweep is not None else output  # a trace of every method at every length would be too much
         with Console(stderr=True).status("building the model") as status:
             base = load(settings, default_device())
-            task_type = task_type_of_base(base)
-            count = batch * (steps + warmup)
-            rows = data_rows(run, data, task_type, length, seed, count) if has_data else None
+            rows = None
+            if has_data:
+                rows = data_rows(run, data, task_type_of_base(base), length, seed, batch * (steps + warmup))
             record = measure(settings, rows=rows, base=base, traces=traces, progress=status.update)
         words = ["ept", "profile"]  # and the options that were given, but for where the record goes
         for option in context.command.params:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from typer import Option
 
 from .common import JSON, PRINT_CONFIG, SET, answer, overrides, quiet, shares
-
-if TYPE_CHECKING:
-    from ept.runs.config import RunConfig
 
 
 def train(
@@ -40,7 +36,40 @@ def train(
         answer(json, run_config.to_dict(), run_config.to_yaml().rstrip("\n"))
         return
     if dry_run:
-        _describe(run_config, json)
+        with quiet():
+            from ept.runs.data import describe
+            from ept.runs.train import prepare
+            from ept.utils.tables import properties
+
+            run = prepare(run_config)
+            adapter = run.model.active_peft_config.to_dict()
+            summary = {
+                "task": run.task.name,
+                "task_type": run.task_type,
+                "metric": run.task.metrics[0],
+                **describe(run.run_data.data),
+                "labels": list(run.labels),
+                "max_length": run.max_length,
+                "truncation_rate": run.run_data.truncation_rate,
+                "method": run_config.method.name,
+                "model": run_config.model.name_or_path,
+                "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
+                "adapter": {key: value for key, value in adapter.items() if value is not None},
+            }
+        examples = [
+            f"example {number}\n  text:   {example['text']!r}\n  target: {example['target']!r}"
+            for number, example in enumerate(summary["examples"], start=1)
+        ]
+        rows = [
+            ("model", f"{summary['model']} ({summary['task_type']})"),
+            ("rows", ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())),
+            ("label balance", shares(summary["label_balance"])),
+            ("majority class", f"{summary['metric']} {summary['majority']:.4f}"),
+            (f"texts cut to {summary['max_length']} tokens", shares(summary["truncation_rate"])),
+            ("trainable parameters", f"{summary['trainable_parameters']:,}"),
+        ]
+        table = properties(rows, f"dry run: {summary['method']} on {summary['task']}")
+        answer(json, summary, *examples, table, "nothing was written")
         return
     with quiet():
         from torch.distributed.elastic.multiprocessing.errors import record
@@ -52,41 +81,3 @@ def train(
         results = launched(run_config, resume=resume, overwrite=overwrite)
     if results is not None and rank() == 0:
         answer(json, results, results_table(results), f"saved in {run_config.output_dir}")
-
-
-def _describe(config: RunConfig, json: bool) -> None:
-    """Shows what a run would train, and on what; loads tokenizer, data and model, writes nothing."""
-    with quiet():
-        from ept.runs.data import describe
-        from ept.runs.train import prepare
-        from ept.utils.tables import properties
-
-        run = prepare(config)
-        adapter = run.model.active_peft_config.to_dict()
-        summary = {
-            "task": run.task.name,
-            "task_type": run.task_type,
-            "metric": run.task.metrics[0],
-            **describe(run.run_data.data),
-            "labels": list(run.labels),
-            "max_length": run.max_length,
-            "truncation_rate": run.run_data.truncation_rate,
-            "method": config.method.name,
-            "model": config.model.name_or_path,
-            "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
-            "adapter": {key: value for key, value in adapter.items() if value is not None},
-        }
-    examples = [
-        f"example {number}\n  text:   {example['text']!r}\n  target: {example['target']!r}"
-        for number, example in enumerate(summary["examples"], start=1)
-    ]
-    rows = [
-        ("model", f"{summary['model']} ({summary['task_type']})"),
-        ("rows", ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())),
-        ("label balance", shares(summary["label_balance"])),
-        ("majority class", f"{summary['metric']} {summary['majority']:.4f}"),
-        (f"texts cut to {summary['max_length']} tokens", shares(summary["truncation_rate"])),
-        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
-    ]
-    table = properties(rows, f"dry run: {summary['method']} on {summary['task']}")
-    answer(json, summary, *examples, table, "nothing was written")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -33,10 +34,7 @@ def allocated_by(step: Callable[[], None], file: Path | None = None) -> int:
         trace_step(step, trace, memory=True)
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
-    in_use = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        in_use += change
-        peak = max(peak, in_use)
-    if not peak:
+    in_use = itertools.accumulate(change for _, change in sorted(changes, key=lambda change: change[0]))
+    if (peak := max(in_use, default=0)) <= 0:
         raise RuntimeError("torch's profiler reported no allocation of the step")
     return peak
