@@ -26,8 +26,6 @@ MAX_DEPTH = 20  # levels of YAML; a run's configuration has three
 MAX_INTEGER = 2**63 - 1
 MAX_SEED = 2**32 - 1  # NumPy takes no larger one
 
-TaskType = Literal["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"]
-
 
 def _number(value: Any) -> Any:
     """Turns a text that is a number into one: YAML 1.1 reads `1e-3` as a text."""
@@ -40,7 +38,6 @@ def _number(value: Any) -> Any:
 Count = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
 Size = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Number = Annotated[float, BeforeValidator(_number)]
-Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 
 
@@ -65,7 +62,7 @@ class ModelConfig(Section):
     revision: str | None = None
     tokenizer_name_or_path: str | None = None
     """Where the tokenizer is, when it is not beside the model."""
-    task_type: TaskType | None = None
+    task_type: Literal["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"] | None = None
     """None: encoder-decoders are SEQ_2_SEQ_LM, decoders with a language-model head CAUSAL_LM, all others SEQ_CLS."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     load_in_4bit: bool = False
@@ -143,7 +140,7 @@ class MethodConfig(Section):
 
 class TrainingConfig(Section):
     max_steps: Count | None = None
-    num_train_epochs: Positive = 3.0
+    num_train_epochs: Annotated[Number, Field(gt=0)] = 3.0
     """Used when `max_steps` is None."""
     batch_size: Count = 16
     """Rows of a step; of several processes, those of each."""

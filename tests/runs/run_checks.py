@@ -33,6 +33,10 @@ def events(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in e.items() if k != "seconds"} for e in MetricsLog(run / "metrics.jsonl").read()]
 
 
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in events(run) if "loss" in event]
+
+
 @dataclass
 class Step:
     """The first optimiser step of a run: gradients and logged loss."""
@@ -61,7 +65,7 @@ def first_step(config: RunConfig, folder: Path, batch_size: int = 8, accumulatio
     trainer = PromptTrainer(config, run, RunFolder(folder))
     trainer.add_callback(Grab())
     trainer.train()
-    (loss,) = [event["loss"] for event in events(folder) if "loss" in event]
+    (loss,) = losses(folder)
     return Step(found, loss)
 
 

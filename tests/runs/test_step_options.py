@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from tiny_runs import FAMILIES, run_config
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ept.model import compilation
 from ept.model.compilation import compile_layers
 from ept.runs.config import RunConfig
 from ept.runs.folder import RunFolder
@@ -57,7 +57,7 @@ def test_gradients_and_accumulation_stay_the_same(
 
 # Away from the defaults of the other tests, and with other gradients.
 OTHERWISE = {
-    "grouped": [*GROUPED["grouped"]],
+    **GROUPED,
     "labels of several lengths": [
         *("data.task=null", "data.data_dir=null", "data.template='review : {sentence}'", "data.labels=words"),
         "data.label_words=['no', 'very good and so long']",
@@ -70,10 +70,8 @@ def test_parts_of_a_batch_accumulate_to_the_same(
     configure: Configure, data: Path, tmp_path: Path, settings: list[str], family: str
 ) -> None:
     if "data.task=null" in settings:
-        settings = [
-            *settings,
-            *(f"data.{split}_file={data}/{split}.jsonl" for split in ("train", "validation", "test")),
-        ]
+        files = [f"data.{split}_file={data}/{split}.jsonl" for split in ("train", "validation", "test")]
+        settings = [*settings, *files]
     whole = first_step(configure(family, *ONE_STEP, *settings), tmp_path / "whole", 8, 1)
     assert_same_step(first_step(configure(family, *ONE_STEP, *settings), tmp_path / "parts", 2, 4), whole)
 
@@ -117,9 +115,11 @@ def test_layers_get_the_mode_and_every_call_of_the_model_begins_a_step(
     begun: list[int] = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(options))
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
-    monkeypatch.setattr(compilation, "_check_device", lambda device: None)
     model = make_model("llama")
-    count = compile_layers(model, cuda_graphs=cuda_graphs)
+    with monkeypatch.context() as patch:
+        on_cuda = SimpleNamespace(device=torch.device("cuda"))  # as the model would say where there is one
+        patch.setattr(model, "parameters", lambda: iter([on_cuda]))
+        count = compile_layers(model, cuda_graphs=cuda_graphs)
     mode = {"mode": "reduce-overhead"} if cuda_graphs else {}
     assert compiled == [{"dynamic": False, **mode}] * count
     for _ in range(3):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from run_checks import assert_same_weights, events, kill, weights
+from run_checks import assert_same_weights, events, kill, losses, weights
 from tiny_runs import save_model
 
 from ept.runs import train as training
@@ -195,23 +195,19 @@ def test_refused_before_anything_is_written(
 @pytest.mark.parametrize("precision", ["model.dtype=bfloat16", "training.bf16=true", "model.load_in_4bit=true"])
 def test_precisions_of_the_base(configure: Configure, tmp_path: Path, family: str, precision: str) -> None:
     assert train(configure(family, "training.max_steps=6", "training.eval_steps=3", precision))["steps"] == 6
-    losses = [event["loss"] for event in events(tmp_path / "run") if "loss" in event]
-    assert losses[-1] < losses[0]
+    logged = losses(tmp_path / "run")
+    assert logged[-1] < logged[0]
     saved = weights(tmp_path / "run" / "adapter")
     kept = {name: saved[name].dtype for name in ("prompt", "A", "B", "beta", "D", "U", "G")}
     assert set(kept.values()) == {torch.float32}, kept  # a head stays in the model's dtype
 
 
 def test_length_grouping_and_gradient_checkpointing(configure: Configure, tmp_path: Path) -> None:
-    plain = ["training.max_steps=5", "training.batch_size=96"]
-    losses = []
-    for name, overrides in {
-        "plain": [],
-        "both": ["training.group_by_length=true", "training.gradient_checkpointing=true"],
-    }.items():
-        train(configure("llama", *plain, *overrides, name=name))
-        losses.append([event["loss"] for event in events(tmp_path / name) if "loss" in event])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # the whole set is one batch: the order does not matter
+    one_batch = ("training.max_steps=5", "training.batch_size=96")  # the whole set: the order does not matter
+    train(configure("llama", *one_batch, name="plain"))
+    both = ("training.group_by_length=true", "training.gradient_checkpointing=true")
+    train(configure("llama", *one_batch, *both, name="both"))
+    assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "both"), rel=1e-4)
 
 
 def test_save_model_is_deterministic(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from forks import Forks, Whole
-from run_checks import events
+from run_checks import events, losses
 from safetensors import SafetensorError
 from same_run import WEIGHTS_AND_STATES, content
 
@@ -165,10 +165,6 @@ def test_no_memory_left(whole: Whole, tmp_path: Path, monkeypatch: pytest.Monkey
     train(config, resume=True)
     assert [e["step"] for e in events(run)] == [e["step"] for e in events(whole.folder)]
     assert losses(run) == pytest.approx(losses(whole.folder), rel=1e-4)
-
-
-def losses(run: Path) -> list[float]:
-    return [event["loss"] for event in events(run) if "loss" in event]
 
 
 def same_config(whole: Whole, run: Path) -> RunConfig:
