@@ -1,4 +1,4 @@
-"""What a call of an operator costs beside what it runs: the calling thread's time on the processor.
+"""Cost of an operator's call beside what it runs: the calling thread's time on the processor.
 
 Every case is called in up to three ways on tensors of a few elements: through `torch.ops` (`operator`); its Python
 implementation itself (`implementation`: the reference on a CPU, the launcher on a GPU); and, on a GPU, the kernels

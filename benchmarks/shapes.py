@@ -1,4 +1,4 @@
-"""What is measured: the shapes of known models, and the cases made of them, in the order in which they are measured.
+"""Cases that are measured, made of the shapes of known models, in the order in which they are measured.
 
 Cases that a goal needs come first, so that a run that is cut short has them. Three tables: `gpu` (everything),
 `cpu` (a small subset that two cores finish in minutes) and `reduced` (tiny sizes, to test the code; their figures

@@ -1,4 +1,4 @@
-"""What is compared: the configuration's checks, and the runs that come out of it."""
+"""Plans of comparisons: the configuration's checks, and the runs that come out of it."""
 
 from pathlib import Path
 

@@ -54,7 +54,7 @@ def carry_out(tiny, output, *more):
 
 
 def found(records):
-    """What must not depend on how the runs were carried out: everything but times, memory and folders."""
+    """Collects what must not depend on how the runs were carried out: everything but times, memory and folders."""
     kept = ("score", "best_validation", "best_step", "steps", "trainable_parameters", "test_metrics", "seed")
     return [
         (r.run.description, r.chosen, r.outcome.results and {key: r.outcome.results[key] for key in kept})

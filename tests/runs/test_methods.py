@@ -1,4 +1,4 @@
-"""What the names of methods mean: settings, sizes at a budget, and the parts that ablations take away."""
+"""Methods by name: settings, sizes at a budget, and the parts that ablations take away."""
 
 import sys
 from types import SimpleNamespace

@@ -224,7 +224,7 @@ def test_a_signal_while_the_training_ends_is_not_lost(signals: StopSignals, monk
 
 
 def test_an_interruption_is_no_ordinary_error() -> None:
-    """What goes on after errors, as a comparison does, must not go on after Ctrl-C."""
+    """Code that goes on after errors, as a comparison does, must not go on after Ctrl-C."""
     assert issubclass(Interrupted, KeyboardInterrupt)
     assert not issubclass(Interrupted, Exception)
 
