@@ -48,13 +48,18 @@ PROBLEMS = [
     problem_of(3, 1504, NF4, 4096, False, F16),
     problem_of(9, 648, FP4, 4096, True, F32),
     problem_of(77, 104, NF4, 512, True, F32),
+    problem_of(11, 200, NF4, 128, True, F32),
     problem_of(11, 200, NF4, 128, False, BF16),
+    problem_of(21, 24, FP4, 64, False, BF16),
+    problem_of(10, 104, NF4, 512, False, BF16),
     # no whole words
     problem_of(1, 1, NF4, 64, False, F32),
     problem_of(1, 3, FP4, 4096, False, BF16),
     problem_of(33, 31, NF4, 32, True, F16),
     problem_of(5, 67, FP4, 64, True, F32),
+    problem_of(5, 67, FP4, 128, False, F16),
     problem_of(67, 65, FP4, 512, True, F16),
+    problem_of(3, 35, NF4, 32, False, F16),
     problem_of(61, 47, NF4, 128, True, torch.float64),
     # whole words at an odd address
     problem_of(8, 64, NF4, 64, True, F16, shift=1),
@@ -124,7 +129,7 @@ def test_two_runs_give_equal_bits(device):
 
 
 @pytest.mark.parametrize("config", [{"UNITS": 32, "ITERS": 1}, {"UNITS": 512, "ITERS": 3}, {"ITERS": 8}], ids=str)
-@pytest.mark.parametrize("problem", [PROBLEMS[3], PROBLEMS[9], PROBLEMS[13]], ids=lambda p: p.name)
+@pytest.mark.parametrize("problem", [PROBLEMS[3], PROBLEMS[9], PROBLEMS[16]], ids=lambda p: p.name)
 def test_any_launch_configuration_is_right(config, problem, device):
     """A tuner may choose any of them."""
     with trying(f"dequantize_4bit/{8 * problem.dtype.itemsize}-bit", config):

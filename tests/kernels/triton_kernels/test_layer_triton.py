@@ -78,6 +78,11 @@ def test_layer_and_its_gradients_equal_float64_autograd_of_the_references(option
     assert launch.launches() == launched
 
 
+def test_two_runs_give_equal_bits(device):
+    runs = [step(make_layer(device), *make_ids(device)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 def test_layer_compiles_as_one_graph_for_all_lengths(device):
     check_compiled(device, "aot_eager", tolerance=1e-6)
 
