@@ -12,7 +12,7 @@ REDUCED = ("profile", "--shape", "t5-small", "--layers", 1, "--batch", 2, "--len
 
 
 def test_ept_is_faster_than_prompt_tuning_and_its_phases_add_up() -> None:
-    report = as_json(*REDUCED, "--steps", 5, "--methods", "pt,dept,ept,peft-pt")
+    report = as_json(*REDUCED, "--layers", 2, "--steps", 7, "--methods", "pt,dept,ept,peft-pt")
     methods = {method["label"]: method for method in report["methods"]}
     assert list(methods) == ["pt", "dept", "ept", "peft-pt"]
     step = {label: method["step_ms"]["median"] for label, method in methods.items()}
@@ -20,7 +20,7 @@ def test_ept_is_faster_than_prompt_tuning_and_its_phases_add_up() -> None:
     assert step["ept"] < step["peft-pt"], step
     for label, method in methods.items():
         assert sum(method["phases_ms"].values()) == pytest.approx(step[label], rel=0.05), label
-    assert report["command"] == ("ept profile --shape t5-small --layers 1 --batch 2 --length 16 --steps 5 --warmup 1")
+    assert report["command"] == ("ept profile --shape t5-small --layers 2 --batch 2 --length 16 --steps 7 --warmup 1")
     assert report["model"]["name"] == "t5-small (random weights)"
 
 

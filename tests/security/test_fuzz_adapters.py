@@ -15,7 +15,7 @@ from tiny_models import make_batch, make_model, randomise
 from watch import MAX_MESSAGE, LargestTensor, watched
 
 from ept import EPTConfig, EPTModel, get_ept_model
-from ept.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME, _read_json
+from ept.model.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 
 REFUSALS = (ValueError, FileNotFoundError)
 # Tensors are made in float32 from files of at least 8 bits a value; the rest is for what is no tensor of the adapter.
@@ -31,7 +31,7 @@ class Good:
         model = get_ept_model(copy.deepcopy(self.base), EPTConfig(num_virtual_tokens=3, max_length=6, r=2))
         randomise(model)
         model.save_pretrained(folder)
-        self.config = _read_json(folder / CONFIG_NAME)
+        self.config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         self.weights = (folder / WEIGHTS_NAME).read_bytes()
         self.batch = make_batch(family, (3, 2))
         self.keys = list(self.base.state_dict())
