@@ -143,13 +143,14 @@ def _joint_prompt(reduced: bool) -> Iterator[Tunable]:
         for kernel, candidates in _JOINT_GRIDS.items():
             default = joint_prompt.CONFIGS[kernel]
             complete = [{**default, **candidate} for candidate in candidates]
+            plain, mapped = (x if kernel == "joint_prompt" else x.backward for x in (p, replace(p, a=16)))
             yield Tunable(
                 kernel=kernel,
                 size=(p.d,),
                 default=default,
                 candidates=[c for c in complete if c != default],
-                problem=p if kernel == "joint_prompt" else p.backward,
-                variants=[replace(p, a=16) if kernel == "joint_prompt" else replace(p, a=16).backward],
+                problem=plain,
+                variants=[] if reduced else [mapped],
             )
 
 
