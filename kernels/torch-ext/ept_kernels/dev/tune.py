@@ -94,7 +94,11 @@ def grid(**values: Sequence[int]) -> list[Config]:
 
 def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list[Tunable]:
     """Lists all that there is to tune on `device`; `reduced`: at tiny sizes, with few candidates."""
-    found = [*_prompted_embedding(reduced), *_joint_prompt(reduced), *_four_bit(reduced, torch.device(device))]
+    found = [
+        *_prompted_embedding(reduced),
+        *_joint_prompt(reduced, torch.device(device)),
+        *_four_bit(reduced, torch.device(device)),
+    ]
     most = {"joint": 1} if reduced else {}
     return [replace(t, candidates=t.candidates[: most.get(t.kernel[:5], 2)]) for t in found] if reduced else found
 
@@ -138,10 +142,10 @@ _JOINT_GRIDS = {
 }
 
 
-def _joint_prompt(reduced: bool) -> Iterator[Tunable]:
+def _joint_prompt(reduced: bool, device: torch.device) -> Iterator[Tunable]:
     for p in [JointPrompt(s=2, d=20, m=5, K=2, h=1)] if reduced else [T5_BASE_JOINT, LLAMA_7B_JOINT]:
         for kernel, candidates in _JOINT_GRIDS.items():
-            default = joint_prompt.CONFIGS[kernel]
+            default = joint_prompt.heuristic(kernel, device)
             complete = [{**default, **candidate} for candidate in candidates]
             plain, mapped = (x if kernel == "joint_prompt" else x.backward for x in (p, replace(p, a=16)))
             yield Tunable(

@@ -15,6 +15,7 @@ from .products import EPS, TILE, columns_of, dot, load_rows, up
 # over the sum of their exponentials; the mean slope of its scores; the inner product of p̂ with its gradient.
 INVERSE_RMS, MAX, INVERSE_SUM, MEAN_SLOPE, ALONG = (tl.constexpr(i) for i in range(5))
 STATS = 5
+NARROW = tl.constexpr(16)
 
 
 @triton.jit
@@ -132,20 +133,24 @@ def joint_prompt_rows_kernel(
         b_sum, b_dot = tl.zeros([BLOCK_S], tl.float32), tl.zeros([BLOCK_S], tl.float32)
         for first in range(0, m, TILE):
             o_m = first + o_t
-            b_S, b_e = tl.zeros([BLOCK_S, TILE], tl.float32), tl.zeros([BLOCK_S, TILE], tl.float32)
+            # The norms of C's rows first, in a loop of their own and half a tile at a time: on sm_100 the registers do
+            # not hold more, in the pieces of bfloat16 that it is multiplied in.
             b_square = tl.zeros([TILE], tl.float32)
             for j in range(0, r, TILE):
-                o_j = first_B + j + o_t
-                b_A = load_rows(A, o_m, j + o_t, m, r)
-                b_S += dot(b_n[:, None] * load_tile(products, o_s, o_j, width), tl.trans(b_A), PRECISION)
-                if BACKWARD:
-                    b_e += dot(load_tile(products, o_g, o_j, width), tl.trans(b_A), PRECISION)
                 b_C = tl.zeros([TILE, TILE], tl.float32)  # A·(B·Bᵀ)
-                for k in range(0, r, TILE):
-                    b_gram = load_tile(products, first_B + k + o_t, o_j, width)
-                    b_C += dot(load_rows(A, o_m, k + o_t, m, r), b_gram, PRECISION)
-                b_square += tl.sum(b_C * b_A, 1)
+                for k in range(0, r, NARROW):
+                    o_k = k + tl.arange(0, NARROW)
+                    b_gram = load_tile(products, first_B + o_k, first_B + j + o_t, width)
+                    b_C += dot(load_rows(A, o_m, o_k, m, r), b_gram, PRECISION)
+                b_square += tl.sum(b_C * load_rows(A, o_m, j + o_t, m, r), 1)
             b_n_C = tl.rsqrt(lowrank_scale * lowrank_scale * b_square / d + EPS)
+            b_S, b_e = tl.zeros([BLOCK_S, TILE], tl.float32), tl.zeros([BLOCK_S, TILE], tl.float32)
+            for j in range(0, r, TILE):
+                o_j = first_B + j + o_t
+                b_A = tl.trans(load_rows(A, o_m, j + o_t, m, r))
+                b_S += dot(b_n[:, None] * load_tile(products, o_s, o_j, width), b_A, PRECISION)
+                if BACKWARD:
+                    b_e += dot(load_tile(products, o_g, o_j, width), b_A, PRECISION)
             b_S *= lowrank_scale * b_n_C[None, :]
             b_e *= embedding_scale * lowrank_scale
             store_tile(scores, b_S, o_s, o_m, score_width)
