@@ -1,6 +1,11 @@
 """`python -m ept`: the command line, also as what `torchrun -m` and `accelerate launch -m` start."""
 
 from .cli.main import app
+from .runs.processes import exit_rank
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        exit_rank(end)
+        raise

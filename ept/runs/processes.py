@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -69,12 +70,31 @@ class Processes:
     def leave(self) -> None:
         """Waits until every rank has come to the end of its run. The connection ends with the process."""
         if self.world_size > 1:
-            from torch.distributed import destroy_process_group
-
             self.gather(None)
-            # No sooner: a second connection through the launcher's store would meet the addresses of the first.
-            atexit.unregister(destroy_process_group)  # once, whatever number of runs
-            atexit.register(destroy_process_group)
+            _disconnect_at_exit()
+
+
+@cache
+def _disconnect_at_exit() -> None:
+    """Ends the connection with the process, once, whatever number of runs there were.
+
+    No sooner: a second connection through the launcher's store would meet the addresses of the first.
+    """
+    from torch.distributed import destroy_process_group
+
+    atexit.register(destroy_process_group)
+
+
+def exit_rank(end: SystemExit) -> None:
+    """Ends this rank after what is registered for the end; does nothing where there is one process.
+
+    The libraries' static destructors are left out: gloo's threads at times abort a rank there that has done all.
+    """
+    if world_size() > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def join() -> Processes:

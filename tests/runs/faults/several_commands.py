@@ -6,6 +6,7 @@ import json
 import sys
 
 from ept.cli.main import app
+from ept.runs.processes import exit_rank
 
 
 def main(commands: list[list[str]]) -> None:
@@ -14,7 +15,9 @@ def main(commands: list[list[str]]) -> None:
             app(command)
         except SystemExit as end:
             if end.code:
+                exit_rank(end)
                 raise
+    exit_rank(SystemExit(0))
 
 
 if __name__ == "__main__":
