@@ -3,40 +3,22 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
-from ..config import PEFT_TYPE, EPTConfig
-from ..prompt import EPTLayer
-from .adapter_files import read_adapter, read_weights, write_adapter
-from .adapter_lock import AdapterLock, exclusive, shared
-from .base_model import (
-    examine,
-    freeze,
-    infer_task_type,
-    input_embedding,
-    set_mode,
-    swap_4bit,
-    trained_heads,
-    wrapped_heads,
-)
+from ..config import EPTConfig
+from .adapter_lock import AdapterLock, shared
+from .adapters import ModelWithAdapters
+from .base_model import examine, freeze, infer_task_type, swap_4bit
 from .compilation import compile_layers
 from .inputs import cache_name, call_inputs, count_new_tokens, divide_loss, extend, length_of
-from .mixed import follow_rows, heads_of_rows
-from .prompt_cache import PromptCache, cached_prompt, check_cacheable
-
-# PEFT finds the code that names an adapter's state by the adapter's type.
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
+from .mixed import heads_of_rows
+from .prompt_cache import cached_prompt, check_cacheable
 
 
 def get_ept_model(
@@ -67,7 +49,7 @@ def get_ept_model(
     return EPTModel(model, config, adapter_name, **options)
 
 
-class EPTModel(PeftModel):
+class EPTModel(ModelWithAdapters):
     """A frozen base model and one or more EPT adapters, of which one is active.
 
     Everything a `peft.PeftModel` offers works: `Trainer` saves only the adapter, `add_adapter`, `load_adapter`,
@@ -77,9 +59,6 @@ class EPTModel(PeftModel):
     calls that are running, and new calls wait for it.
     """
 
-    base_model: Any
-    prompt_encoder: nn.ModuleDict
-    _adapters_disabled = False
     _checked_labels = False
 
     def __init__(
@@ -97,7 +76,7 @@ class EPTModel(PeftModel):
         if isinstance(model, PeftModel):
             raise ValueError("the model already carries an adapter: pass the base model, or use add_adapter")
         self.adapter_lock = AdapterLock()
-        self._prompt_caches: dict[str, PromptCache] = {}
+        self._prompt_caches = {}
         peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = peft_config.task_type or infer_task_type(model)
         self._facts = examine(model, str(peft_config.task_type))
@@ -237,243 +216,11 @@ class EPTModel(PeftModel):
         output.sequences = sequences
         return output
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Lets the bare base model answer, with its own heads, as long as the context lasts."""
-        wrappers = list(wrapped_heads(self.base_model))
-        required = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]
-        was_disabled, self._adapters_disabled = self._adapters_disabled, True
-        try:
-            for wrapper in wrappers:
-                wrapper.enable_adapters(False)
-            yield
-        finally:
-            self._adapters_disabled = was_disabled
-            for wrapper in wrappers:
-                wrapper.enable_adapters(not was_disabled)
-            for parameter, requires_grad in required:  # which switching adapters on and off changes
-                parameter.requires_grad_(requires_grad)
-
-    def get_prompt(self, batch_size: int = 1, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the active adapter's joint prompt, once a row: `[batch, s, d]` float32."""
-        return self._layer().joint_prompt().expand(batch_size, -1, -1)
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """Returns the joint prompt of `adapter_name`, `[s, d]` float32 on the CPU."""
-        with torch.no_grad():
-            return self._layer(adapter_name).joint_prompt().cpu()
-
-    def train(self, mode: bool = True) -> EPTModel:
-        """Puts adapters and heads in training mode; the frozen model stays in `eval` mode without `base_dropout`."""
-        super().train(mode)
-        config = self.peft_config.get(self.active_adapter)
-        set_mode(self.base_model, mode, dropout=bool(config and config.base_dropout))
-        for wrapper in wrapped_heads(self.base_model):
-            wrapper.train(mode)
-        return self
-
     def compile_layers(self, **options: Any) -> EPTModel:
         """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model."""
         compile_layers(self.base_model, **options)
         return self
 
-    @exclusive
-    def fold(self, adapter_name: str | None = None) -> EPTModel:
-        """Turns an adapter (the active one) into its inference form, one prompt and one table, in place.
-
-        Outputs stay the same up to rounding. A folded adapter can be saved and loaded, and not trained. Returns the
-        model.
-        """
-        name = adapter_name or self.active_adapter
-        self._layer(name).fold()
-        self.peft_config[name].folded = True
-        return self
-
-    @exclusive
-    def add_adapter(self, adapter_name: str, peft_config: EPTConfig, **kwargs: Any) -> None:
-        """Adds a fresh adapter. The active one stays active; a further one starts frozen until it is set active.
-
-        Raises:
-            ValueError: the name is taken, or the configuration does not fit the model.
-        """
-        if not isinstance(peft_config, EPTConfig):
-            raise ValueError(f"an EPT model takes EPTConfig adapters, got {type(peft_config).__name__}")
-        peft_config = copy.deepcopy(peft_config)
-        base, first = self.base_model, not self.peft_config
-        task_type = peft_config.task_type or infer_task_type(base)
-        if not first and task_type != self.active_peft_config.task_type:
-            raise ValueError(
-                f"adapter {adapter_name!r} is for {task_type}, the model for {self.active_peft_config.task_type}"
-            )
-        peft_config.task_type = task_type
-        if self._layer_options.get("initialise", True) or peft_config.base_model_name_or_path is None:
-            peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
-        if task_type == "SEQ_CLS" and peft_config.modules_to_save is None:
-            peft_config.modules_to_save = trained_heads(base)
-        trainable = not first and any(p.requires_grad for p in self._layer().parameters())
-        super().add_adapter(adapter_name, peft_config, **kwargs)
-        follow_rows(base)
-        if not first:
-            self._require_gradients(adapter_name, False)
-            _set_adapter(base, self.active_adapter, inference_mode=not trainable)
-
-    @exclusive
-    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Makes `adapter_name` the active adapter, trainable unless `inference_mode`; all others are frozen.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
-        self._layer(adapter_name)
-        self.active_adapter = adapter_name
-        _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
-        for name in self.prompt_encoder:
-            self._require_gradients(name, name == adapter_name and not inference_mode, heads=False)
-
-    @exclusive
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter; if it was active, the first of the remaining ones becomes active.
-
-        Raises:
-            ValueError: there is no such adapter, or no other one would be left.
-        """
-        self._layer(adapter_name)
-        if len(self.peft_config) == 1:
-            raise ValueError(f"{adapter_name!r} is the only adapter: use disable_adapter() or the base model itself")
-        for kept in (self.peft_config, self.prompt_encoder, self.prompt_tokens):
-            del kept[adapter_name]
-        if adapter_name == self.active_adapter:
-            self.active_adapter = next(iter(self.peft_config))
-            warnings.warn(f"{adapter_name!r} was active; {self.active_adapter!r} is now", stacklevel=4)
-        for wrapper in wrapped_heads(self.base_model):
-            # PEFT's own delete_adapter hands all that remain to each head, which takes no more than one.
-            wrapper.delete_adapter(adapter_name, [self.active_adapter])
-        self._prompt_caches.pop(adapter_name, None)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Turns gradients of the named adapters on or off."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self._require_gradients(name, requires_grad)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md`; adapters not named
-        `default` go to sub-folders of their name. Each file appears whole or not at all.
-
-        Raises:
-            ValueError: pickles were asked for, an adapter does not exist, or `save_directory` is a file.
-        """
-        if not safe_serialization:
-            raise ValueError("adapters are saved as safetensors only: leave safe_serialization=True")
-        if os.path.isfile(save_directory):
-            raise ValueError(f"{save_directory} is a file; give a folder to save into")
-        names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        for name in names:
-            self._layer(name)
-            state = get_peft_model_state_dict(self, state_dict, name, save_embedding_layers=False)
-            if is_main_process:
-                folder = save_directory if name == "default" else os.path.join(save_directory, name)
-                write_adapter(folder, self.peft_config[name], state)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: EPTConfig | None = None,
-        *,
-        fast_4bit: bool = True,
-        dequantized_cache_bytes: int = 0,
-        **kwargs: Any,
-    ) -> EPTModel:
-        """Wraps the base model with the adapter saved in `model_id`, a local folder or a repository on the hub.
-
-        Args:
-            model: the base model the adapter was made for; it is frozen in place.
-            is_trainable: whether the adapter is to be trained further.
-            config: instead of the saved configuration.
-            fast_4bit, dequantized_cache_bytes: as for `get_ept_model`.
-            kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only` for the hub.
-
-        Raises:
-            FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
-        """
-        config, state = read_adapter(model_id, model, is_trainable, config, **kwargs)
-        options: dict[str, Any] = {"fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
-        wrapped = cls(model, config, adapter_name, initialise=False, **options)
-        set_peft_model_state_dict(wrapped, state, adapter_name)
-        return wrapped if is_trainable else wrapped.eval()
-
-    @exclusive
-    def load_adapter(
-        self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
-    ) -> Any:
-        """Loads a saved adapter under a new name, or its weights into the existing adapter of that name.
-
-        The active adapter stays the same. Nothing changes if the files are refused.
-
-        Raises:
-            FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
-        """
-        added = adapter_name not in self.peft_config
-        if added:
-            config, state = read_adapter(model_id, self.base_model, is_trainable, None, **kwargs)
-            self._layer_options = {"initialise": False}
-            try:
-                self.add_adapter(adapter_name, config)
-            finally:
-                self._layer_options = {}
-            self._require_gradients(adapter_name, is_trainable)
-        else:
-            expected = get_peft_model_state_dict(self, None, adapter_name, save_embedding_layers=False)
-            shapes = {name: tuple(t.shape) for name, t in expected.items() if name != "embedding_scale"}
-            state = read_weights(model_id, shapes, **kwargs)
-        result = set_peft_model_state_dict(self, state, adapter_name)
-        result.missing_keys.clear()  # PEFT lists the base model's weights here, which are not the adapter's
-        if not is_trainable and added:
-            self.eval()
-        return result
-
     def clear_prompt_caches(self) -> None:
         """Frees what `generate(..., use_prompt_cache=True)` keeps."""
         self._prompt_caches.clear()
-
-    def _layer(self, adapter_name: str | None = None) -> EPTLayer:
-        """Returns the layer of an adapter (the active one); a `ValueError` names those that are loaded."""
-        name = adapter_name or self.active_adapter
-        if name not in self.peft_config:
-            raise ValueError(f"no adapter named {name!r}: loaded are {', '.join(self.peft_config)}")
-        layer = self.prompt_encoder[name]
-        assert isinstance(layer, EPTLayer)
-        return layer
-
-    def _setup_prompt_encoder(self, adapter_name: str) -> None:
-        """Makes the adapter's parameters; PEFT calls it in `add_adapter`."""
-        if "prompt_encoder" not in self._modules:
-            self.prompt_encoder = nn.ModuleDict()
-            self.prompt_tokens: dict[str, Tensor] = {}
-        config = self.peft_config[adapter_name]
-        layer = EPTLayer(config, input_embedding(self.base_model), **self._layer_options)
-        config.token_dim = layer.d
-        self.prompt_encoder[adapter_name] = layer
-        self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)
-
-    def _prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
-        return model  # the embeddings require a gradient by themselves
-
-    def _require_gradients(self, adapter_name: str, required: bool, heads: bool = True) -> None:
-        layer = self._layer(adapter_name)
-        layer.requires_grad_(required and not layer.config.folded)
-        if heads:
-            for wrapper in wrapped_heads(self.base_model):
-                if adapter_name in wrapper.modules_to_save:
-                    wrapper.modules_to_save[adapter_name].requires_grad_(required)
