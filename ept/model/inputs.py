@@ -33,7 +33,8 @@ def call_inputs(
     """Makes the base model's arguments of those that `model` was called with.
 
     Tokens that follow a cache of prompt and text are generated ones: they get neither prompt nor update. Their mask
-    covers text and new tokens, or prompt, text and new tokens.
+    covers text and new tokens, or prompt, text and new tokens. A forward call without a mask hands none on: to learn
+    that nothing is masked, transformers would wait for an accelerator.
 
     Raises:
         ValueError: the mask has another length, or the model cannot number that many positions.
@@ -72,15 +73,24 @@ def call_inputs(
         layers: Any = dict(model.prompt_encoder.items())
         embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
     s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
-    return _with_prompt(facts, inputs, embeds, mask, s, generating, mixed=adapter_names is not None)
+    mixed = adapter_names is not None
+    return _with_prompt(facts, inputs, embeds, mask, s, generating, mixed, padded=mixed or attention_mask is not None)
 
 
 def _with_prompt(
-    facts: BaseModelFacts, inputs: dict[str, Any], embeds: Tensor, mask: Tensor, s: int, generating: bool, mixed: bool
+    facts: BaseModelFacts,
+    inputs: dict[str, Any],
+    embeds: Tensor,
+    mask: Tensor,
+    s: int,
+    generating: bool,
+    mixed: bool,
+    padded: bool,
 ) -> dict[str, Any]:
     """Returns `inputs` with the embeddings `[batch, s + n, d]` of prompt and text, their mask and positions.
 
     While `generating` padding always goes before the prompt; `mixed` prompts may be shorter than `s`, padded in front.
+    Where nothing can be `padded` a forward call gets no mask.
     """
     limit, length = facts.position_limit, embeds.shape[1]
     if limit is not None and length > limit:
@@ -89,7 +99,9 @@ def _with_prompt(
             f"truncate the text to {limit - s} tokens"
         )
     order = None  # Padding never stands between prompt and text where the model would notice.
-    if facts.pools_last or (mixed and (facts.classifies or "decoder_input_ids" in facts.forward_arguments)):
+    if not padded:
+        pass
+    elif facts.pools_last or (mixed and (facts.classifies or "decoder_input_ids" in facts.forward_arguments)):
         # All padding to one end: the last row is pooled, or the first one, or encoders count positions by index.
         is_real = mask.bool().to(torch.int8)
         order = torch.sort(is_real, dim=1, stable=True, descending=not facts.pools_last).indices
@@ -97,7 +109,9 @@ def _with_prompt(
         order = _beside_text_order(mask, s)
     if order is not None:
         embeds, mask = torch.take_along_dim(embeds, order[..., None], dim=1), mask.gather(1, order)
-    inputs.update(inputs_embeds=embeds, attention_mask=mask)
+    inputs["inputs_embeds"] = embeds
+    if padded or generating:  # generate() counts from it
+        inputs["attention_mask"] = mask
     if "position_ids" in facts.forward_arguments:
         inputs["position_ids"] = _model_positions(facts, mask)
     if inputs.get("token_type_ids") is not None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..runs.config import RunConfig
-from ..runs.data import load_run_data
 from ..runs.loading import load_tokenizer
 from ..tasks import read_rows
 from ..tasks.encoding import Collator, encode_split, encode_texts
+
+if TYPE_CHECKING:
+    from ..runs.config import RunConfig
 
 ANSWER_TOKENS = 2  # of a random row
 _FIRST_ID = 3  # the ids before it are special tokens in most vocabularies
@@ -90,6 +91,8 @@ def data_rows(run: RunConfig, file: Path | None, task_type: str, length: int, se
         raise ValueError("a shape has no tokenizer of its own: name one with --tokenizer to measure on data")
     tokenizer = load_tokenizer(run.model)
     if file is None:
+        from ..runs.data import load_run_data
+
         run.data.max_length = length
         data = load_run_data(run.data, tokenizer, task_type).data
         chosen = data.train.shuffle(seed=seed).select(range(min(count, len(data.train))))

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from ..model.ept_model import EPTModel
-from ..model.linear4bit import restore_linear4bit, swap_linear4bit
 from ..runs.adapters import adapter_config, module_of
-from ..runs.config import MethodConfig
 from ..runs.method_table import METHODS
 
 # At their usual lengths PT, DePT and EPT have one parameter budget, 76,800 at d = 768 and 256 tokens.
@@ -50,6 +48,18 @@ class MethodSpec:
         return cls(name, int(tokens) if colon else _METHODS[name].usual_tokens)
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What an adapter's configuration is made of; a run's `MethodConfig` needs pydantic, a profile does not."""
+
+    name: str
+    num_virtual_tokens: int
+    budget: int | None = None
+
+    def fields_given(self) -> dict[str, Any]:
+        return {"num_virtual_tokens": self.num_virtual_tokens}
+
+
 @dataclass
 class Method:
     """A method on a base model, ready to take training steps.
@@ -69,6 +79,8 @@ class Method:
     def enter(self, base: Any) -> None:
         """Turns the 4-bit layers of the shared model into the method's, in place, before its steps."""
         if self.fast_4bit is not None:
+            from ..model.linear4bit import restore_linear4bit, swap_linear4bit
+
             swap_linear4bit(base) if self.fast_4bit else restore_linear4bit(base)
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -93,7 +105,7 @@ def make_method(spec: MethodSpec, base: Any, task_type: str, max_length: int, fa
             bitsandbytes'). None: the base model is not in 4 bits.
     """
     method = _METHODS[spec.name]
-    settings = MethodConfig(name=method.name, num_virtual_tokens=spec.num_virtual_tokens)
+    settings: Any = _Settings(method.name, spec.num_virtual_tokens)
     config = adapter_config(settings, base, task_type, max_length, seed=0)
     model = module_of(method).attach(base, config, fast_4bit=False)  # the base model is shared: see Method.enter
     is_ours = isinstance(model, EPTModel)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..model.base_model import infer_task_type
-from ..runs.config import ModelConfig
 from ..runs.loading import default_device, load_base_model, task_type_of
 from ..utils.environment import hardware, versions
 from .batches import Row, make_batches, random_rows
@@ -19,6 +18,9 @@ from .clock import PHASES, StepTime, summary, take_step, time_step
 from .methods import PROFILE_METHODS, Method, MethodSpec, make_method
 from .shapes import build_shape
 from .trace import allocated_by, trace_step
+
+if TYPE_CHECKING:
+    from ..runs.config import ModelConfig
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": ("float32", "bfloat16"),
@@ -34,7 +36,7 @@ class ProfileConfig:
     """The settings of a profile; `shape` or `model` names the base model."""
 
     shape: str | None = None  # a name of `shapes.SHAPES`, with random weights
-    model: ModelConfig = field(default_factory=ModelConfig)  # but for its dtype and quantisation, which stand below
+    model: ModelConfig | None = None  # but for its dtype and quantisation, which stand below
     dtype: str = "float32"
     quantization: str | None = None  # "nf4" or "fp4"
     # With quantization PT, DePT and EPT run on this project's 4-bit layers where these have kernels, as `get_ept_model`
@@ -55,7 +57,7 @@ class ProfileConfig:
 
     def check(self) -> list[MethodSpec]:
         """Returns the methods; raises ValueError where a value is wrong."""
-        if (self.shape is None) == (self.model.name_or_path is None):
+        if (self.shape is None) == (self.model is None or self.model.name_or_path is None):
             raise ValueError("give exactly one of a shape (random weights) and a model to load")
         if self.layers is not None and self.shape is None:
             raise ValueError("layers shortens a shape; a loaded model is measured whole")
@@ -139,13 +141,16 @@ def profile(
         memory.append(_peak_memory(method, widest, device, traces))
 
     measured = batches[config.warmup :]
-    text_tokens = statistics.mean(int(batch["attention_mask"].sum()) for batch in measured)
+    # A batch without padding has no mask.
+    text_tokens = statistics.mean(int(batch.get("attention_mask", batch["input_ids"] >= 0).sum()) for batch in measured)
     # Speed-ups are over prompt tuning at its usual length, else at another, else over the first method.
     reference = min(range(len(specs)), key=lambda i: (specs[i].label != "pt", specs[i].name != "pt"))
     on_gpu = device.type == "cuda"
     return {
         "model": {
-            "name": f"{config.shape} (random weights)" if config.shape is not None else config.model.name_or_path,
+            "name": config.model.name_or_path
+            if config.model and not config.shape
+            else f"{config.shape} (random weights)",
             "class": type(base).__name__,
             "task_type": task_type,
             "layers": config.layers,
@@ -213,6 +218,7 @@ def load(config: ProfileConfig, device: torch.device) -> Any:
             attn_implementation=config.attn_implementation,
             layers=config.layers,
         )
+    assert config.model is not None, "`check` refuses such a configuration"
     model = config.model.model_copy()
     model.dtype = config.dtype  # type: ignore[assignment]
     model.attn_implementation = config.attn_implementation or model.attn_implementation

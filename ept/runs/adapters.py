@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..config import EPTConfig
 from ..model.ept_model import EPTModel, get_ept_model
-from .config import MethodConfig, RunConfig
 from .loading import load_base_model
 from .method_table import METHODS, Method, get_method
+
+if TYPE_CHECKING:
+    from .config import MethodConfig, RunConfig
 
 FOUR_BIT = {"fast_4bit", "dequantized_cache_bytes"}  # how the 4-bit layers of the base model are to run
 

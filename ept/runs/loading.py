@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.base_model import infer_task_type
-from .config import ModelConfig
 from .processes import is_cpu_requested, local_rank, world_size
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
 
 MODEL_CLASSES = {
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
@@ -45,7 +47,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     Raises ValueError where it cannot be loaded, or has neither of the two.
     """
     if model.tokenizer_name_or_path is not None:
-        model = ModelConfig(name_or_path=model.tokenizer_name_or_path)
+        model = type(model)(name_or_path=model.tokenizer_name_or_path)
     tokenizer = _from_pretrained(transformers.AutoTokenizer, model)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

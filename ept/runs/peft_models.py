@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from ..embedding import embedding_width
 from ..model.base_model import input_embedding, set_mode
 from ..model.inputs import divide_loss
-from .config import MethodConfig
 from .method_table import Method
+
+if TYPE_CHECKING:
+    from .config import MethodConfig
 
 ENCODER_FILE = "prompt_encoder.safetensors"
 DEFAULT_RANK = 8

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .rows import fit_to_length, render
 from .task import Task
+
+if TYPE_CHECKING:
+    import datasets
 
 IGNORE = -100  # the label of a position that has no part in the loss
 TEXT_IDS = "text_ids"
@@ -122,13 +124,15 @@ def encode_split(
 
     For SEQ_CLS and a regression `labels` is the number among `values` that the class stands for.
     """
+    from datasets import Dataset
+
     answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
     targets: Sequence[Any] = answers or values or range(len(labels))
     inputs = list(split[TEXT_IDS])
     if task_type == "CAUSAL_LM":
         inputs = [ids + answers[label] for ids, label in zip(inputs, split["label"])]
     columns = {"input_ids": inputs, "labels": [targets[label] for label in split["label"]]}
-    return datasets.Dataset.from_dict({**columns, "length": list(map(len, inputs))})
+    return Dataset.from_dict({**columns, "length": list(map(len, inputs))})
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, length: int = 0) -> torch.Tensor:
@@ -140,7 +144,8 @@ def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, leng
 
 @dataclass
 class Collator:
-    """The step from rows of `encode_split` to a batch: `input_ids`, `attention_mask` [B, n], `labels`.
+    """The step from rows of `encode_split` to a batch: `input_ids`, `labels` and, where a row is padded,
+    `attention_mask` [B, n]: models wait for an accelerator to find out that a mask is all ones.
 
     For CAUSAL_LM `logits_to_keep` (an int) comes with it: the labels of the batch and the position before them, so that
     the output head runs only there, or 0 (all positions).
@@ -162,10 +167,9 @@ class Collator:
         left, multiple = self.task_type == "CAUSAL_LM", self.pad_to_multiple_of or 1
         inputs, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
         length = -(-max(map(len, inputs)) // multiple) * multiple
-        batch: dict[str, Any] = {
-            "input_ids": pad(inputs, self.pad_token_id, left, length),
-            "attention_mask": pad([[1] * len(ids) for ids in inputs], 0, left, length),
-        }
+        batch: dict[str, Any] = {"input_ids": pad(inputs, self.pad_token_id, left, length)}
+        if min(map(len, inputs)) < length:
+            batch["attention_mask"] = pad([[1] * len(ids) for ids in inputs], 0, left, length)
         if self.task_type == "SEQ_CLS":
             batch["labels"] = torch.tensor(labels, dtype=torch.float if isinstance(labels[0], float) else torch.long)
         elif self.task_type == "SEQ_2_SEQ_LM":

@@ -13,7 +13,7 @@ from run_checks import Step, assert_same_step, assert_same_weights, first_step, 
 from tiny_models import make_model
 from tiny_runs import FAMILIES, run_config
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from ept.model.compilation import compile_layers
 from ept.runs.config import RunConfig
@@ -180,19 +180,6 @@ def test_buckets_and_logits_of_the_collator() -> None:
     seq2seq = Collator("SEQ_2_SEQ_LM", 0, pad_to_multiple_of=8, answer_tokens=3)(rows)
     assert seq2seq["input_ids"].shape == (2, 16)
     assert seq2seq["labels"].tolist() == [[10, 11, -100], [7, -100, -100]]
-
-
-class Waits(TorchDispatchMode):
-    """Counts what would make the processor wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_waits_for_nothing(configure: Configure, tmp_path: Path) -> None:

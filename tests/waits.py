@@ -1,0 +1,39 @@
+"""Finds what would make the processor wait for a GPU, on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+# What reads a number, or a size that depends on numbers, back from the device.
+WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
+PACKAGES = ("ept", "ept_kernels", "transformers", "peft")
+
+
+class Waits(TorchDispatchMode):
+    """Lists every wait by the function that asks for it; where PyTorch itself does, `torch`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Indexing by a mask is a nonzero in disguise.
+        by_mask = func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if func in WAITING or by_mask:
+            self.found.append(_caller())
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.partition(".")[0] in PACKAGES:
+            return f"{module}.{frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "torch"
