@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import warnings
@@ -13,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ept_kernels.joint_prompt.reference import ACTIVATIONS
 
-from .budget import best_config
+from .budget import RESIDUAL_DIM, best_config
 from .embedding import embedding_width
 from .utils.messages import shown
 
@@ -26,14 +27,17 @@ _CHOICES = {
     "task_type": ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"),
     "space_activation": tuple(ACTIVATIONS),
     "space_gate": ("learned", "uniform"),
+    "update": ("position", "token"),
     "prompt_tuning_init": ("SAMPLE_VOCAB", "RANDOM", "TEXT"),
 }
 _INTEGERS = {
-    **dict.fromkeys(("num_virtual_tokens", "r", "num_spaces", "fusion_dim"), (0, MAX_SIZE)),
+    **dict.fromkeys(
+        ("num_virtual_tokens", "r", "num_spaces", "fusion_dim", "prompt_rank", "residual_dim"), (0, MAX_SIZE)
+    ),
     **dict.fromkeys(("max_length", "space_dim"), (1, MAX_SIZE)),
     "seed": (0, MAX_SEED),
 }
-_FLAGS = ("fusion", "base_dropout", "folded")
+_FLAGS = ("fusion", "prompt_scale_shift", "base_dropout", "folded")
 _NUMBERS = ("alpha", "fusion_score_scale", "fusion_weight", "embedding_scale")
 
 
@@ -55,6 +59,19 @@ class EPTConfig(PromptLearningConfig):
     )
     r: int = _option(30, "Rank of the update A·B of the input embeddings; 0 for none (prompt tuning).")
     alpha: float = _option(8.0, "The update is scaled by alpha/sqrt(r), as in DePT's code.")
+    update: str = _option(
+        "position",
+        "What a token's update depends on: its 'position' (A·B, DePT and EPT) or the 'token' (a bottleneck of width r "
+        "with biases on its embedding, ADePT).",
+    )
+    prompt_rank: int = _option(
+        0,
+        "Makes the prompt of a mixture of so many frozen random rows, of which the weights are learned (ULPT); 0: not.",
+    )
+    prompt_scale_shift: bool = _option(False, "Multiplies the prompt by a learned row and adds another one (ULPT).")
+    residual_dim: int = _option(
+        0, "Adds a network of this width, with a LayerNorm, to the prompt (residual prompt tuning); 0 for none."
+    )
     num_spaces: int = _option(4, "Number K of gated spaces; 0 for none.")
     space_dim: int = _option(2, "Width h of each space's bottleneck.")
     space_activation: str = _option("gelu", f"Activation inside a space, one of {', '.join(ACTIVATIONS)}.")
@@ -80,7 +97,7 @@ class EPTConfig(PromptLearningConfig):
     base_dropout: bool = _option(False, "Leaves the frozen model's dropout on while training; off is more accurate.")
     seed: int = _option(0, "Seed of the initialisation, the same on every device.")
     folded: bool = _option(
-        False, "Set by folding: the adapter is in inference form, one prompt (s x d) and one table (m x d)."
+        False, "Set by folding: the adapter is in inference form, one prompt (s x d) and the factors of the update."
     )
 
     def __post_init__(self) -> None:
@@ -134,49 +151,94 @@ class EPTConfig(PromptLearningConfig):
         return cls(num_virtual_tokens=num_virtual_tokens, r=r, fusion=False, num_spaces=0, **fields)
 
     @classmethod
-    def for_budget(cls, model_or_d: Any, max_length: int, budget: int, method: str = "ept", **fields: Any) -> EPTConfig:
+    def ulpt(cls, num_virtual_tokens: int = 100, prompt_rank: int = 64, **fields: Any) -> EPTConfig:
+        """Configures ULPT (Wu et al., 2025): a prompt in a frozen random basis, with a learned scale and shift."""
+        ulpt = {"num_virtual_tokens": num_virtual_tokens, "prompt_rank": prompt_rank, "prompt_scale_shift": True}
+        return cls.prompt_tuning(**{**ulpt, **fields})
+
+    @classmethod
+    def adept(cls, num_virtual_tokens: int = 60, r: int = 19, **fields: Any) -> EPTConfig:
+        """Configures ADePT (Tang et al., 2025): DePT with an update that depends on the token, not on its position."""
+        return cls.dept(num_virtual_tokens, r, **{"update": "token", **fields})
+
+    @classmethod
+    def residual_prompt_tuning(
+        cls, num_virtual_tokens: int = 100, residual_dim: int = RESIDUAL_DIM, **fields: Any
+    ) -> EPTConfig:
+        """Configures residual prompt tuning (Razdaibiedina et al., 2023): the prompt plus a network of it."""
+        return cls.prompt_tuning(num_virtual_tokens, **{"residual_dim": residual_dim, **fields})
+
+    @classmethod
+    def for_budget(
+        cls,
+        model_or_d: Any,
+        max_length: int,
+        budget: int,
+        method: str = "ept",
+        kind: str = "trained",
+        **fields: Any,
+    ) -> EPTConfig:
         """Searches the configuration of `method` that uses a parameter budget best, never exceeding it.
 
-        The sizes `num_virtual_tokens`, `r`, `num_spaces` and `space_dim` are searched where `fields` does not give
-        them: as much of the budget as possible is spent, shared between prompt, low-rank part and spaces as nearly
-        as possible in the proportions of the defaults (40 : 40 : 20; without spaces DePT's 60 : 40). Where that would
-        leave the prompt less than 16 tokens, it gets up to 70 % of the budget. A budget below 24 tokens may have a
-        single space, whose gate is 1.
+        The sizes that `fields` does not give are searched: as much of the budget as possible is spent, shared between
+        prompt, low-rank part and spaces as nearly as possible in the proportions of the defaults (40 : 40 : 20; without
+        spaces, or where they do not count, DePT's 60 : 40). Where that would leave the prompt less than 16 tokens, it
+        gets up to 70 % of the budget. A budget below 24 tokens may have a single space, whose gate is 1.
 
         Args:
             model_or_d: a model (its input embeddings are measured) or the embedding width d.
             max_length: longest input text, in tokens.
-            budget: number of trainable parameters; heads in `modules_to_save` are not counted.
-            method: `"ept"`, `"dept"` or `"pt"`.
+            budget: number of parameters; heads in `modules_to_save` are not counted.
+            method: `"ept"`, `"dept"`, `"pt"`, `"ulpt"`, `"adept"` or `"residual"`.
+            kind: what the budget is of: `"trained"` counts the parameters while they are learned, `"stored"` what a
+                saved adapter has to hold (see `stored_count`), of which the spaces are no part.
             fields: other fields of the configuration, kept as they are.
 
         Raises:
             ValueError: no such configuration fits; the message names the smallest budget that would do.
         """
         d = model_or_d if isinstance(model_or_d, int) else embedding_width(model_or_d.get_input_embeddings())
-        return best_config(cls, d, max_length, budget, method, fields)
+        return best_config(cls, d, max_length, budget, method, kind, fields)
 
     def parameter_count(self, d: int) -> int:
         """Counts the trainable parameters for embedding width `d`, without heads in `modules_to_save`."""
         return sum(math.prod(shape) for shape in self.parameter_shapes(d).values())
 
+    def stored_count(self, d: int) -> int:
+        """Counts the numbers that a saved adapter has to hold for embedding width `d`, without heads.
+
+        Folded, those are s·d + r·(m + d) whatever the spaces and the fusion are. An adapter that is smaller as it is
+        trained, as ULPT's is, is stored so.
+        """
+        folded = copy.copy(self)
+        folded.folded = True
+        return min(self.parameter_count(d), folded.parameter_count(d))
+
     def parameter_shapes(self, d: int) -> dict[str, tuple[int, ...]]:
         """Gives every parameter's shape by name, for embedding width `d`; parts that are switched off are absent."""
         s, m, r = self.num_virtual_tokens, self.max_length, self.r
         K, h, a = self.num_spaces, self.space_dim, self.fusion_dim
-        if self.folded:
-            return {"prompt": (s, d), **({"table": (m, d)} if r else {})}
         shapes: dict[str, tuple[int, ...]] = {}
-        if s:
+        if s and self.prompt_rank and not self.folded:
+            shapes["Z"] = (s, self.prompt_rank)
+        elif s:
             shapes["prompt"] = (s, d)
-        if r:
+        if r and self.update == "position":
             shapes.update(A=(m, r), B=(r, d))
-        if s and self.fusion:
+        elif r:
+            shapes.update(W_in=(d, r), b_in=(r,), W_out=(r, d), b_out=(d,))
+        if self.folded or not s:
+            return shapes
+        if self.prompt_scale_shift:
+            shapes.update(scale=(d,), shift=(d,))
+        if n := self.residual_dim:
+            shapes.update(W_down=(d, n), b_down=(n,), W_up=(n, d), gain=(d,))
+        if self.fusion:
             if self.fusion_weight is None:
                 shapes["beta"] = (1,)
             if a:
                 shapes.update(W_q=(d, a), W_k=(d, a))
-        if s and K:
+        if K:
             shapes.update(D=(d, K * h), U=(K * h, d))
             if K > 1 and self.space_gate == "learned":  # the gate of a single space is 1
                 shapes["G"] = (d, K)

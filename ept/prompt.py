@@ -14,7 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BasePromptEncoder
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, reparameterization
 from .config import EPTConfig
 from .embedding import device_of, embedding_rms, embedding_width, lookup, position_ids_of, rows_of, text_positions
 
@@ -32,8 +32,8 @@ class EPTLayer(BasePromptEncoder):
         tokenizer: for `prompt_tuning_init="TEXT"`; None loads the one that the configuration names.
 
     Parameters, in float32 and units of ρ, the root mean square of the embeddings: `prompt` [s, d], `A` [m, r], `B`
-    [r, d], `beta` [1], `W_q` and `W_k` [d, a], `D` [d, K·h], `U` [K·h, d], `G` [d, K]. Parts that are switched off
-    have none.
+    [r, d], `beta` [1], `W_q` and `W_k` [d, a], `D` [d, K·h], `U` [K·h, d], `G` [d, K], and those of
+    `EPTConfig.parameter_shapes` that stand in for the prompt or the update. Parts that are switched off have none.
 
     Example:
         >>> embedding = torch.nn.Embedding(100, 16)
@@ -54,6 +54,8 @@ class EPTLayer(BasePromptEncoder):
             self.embedding_scale = embedding_rms(embedding) if initialise else 1.0
         else:
             self.embedding_scale = float(config.embedding_scale)
+        # Not registered: it follows from the seed, and is no part of the state.
+        self._basis = None if self.config.folded else reparameterization.frozen_basis(self.config, self.d)
         for name, shape in self.config.parameter_shapes(self.d).items():
             zeros = torch.zeros(shape, device=device_of(embedding))
             self.register_parameter(name, nn.Parameter(zeros, requires_grad=not config.folded))
@@ -93,15 +95,10 @@ class EPTLayer(BasePromptEncoder):
         positions = text_positions(attention_mask, text_mask)
         self.check_length(positions)
         batch, s = ids.shape[0], self.config.num_virtual_tokens
-        prompt = self.joint_prompt().to(table.device)
-        if self.config.folded:
-            tokens = table[ids].float()
-            if self.config.r:
-                tokens = tokens + self.table.to(table.device)[positions.clamp(min=0)] * (positions >= 0)[..., None]
-            embeds = torch.cat([prompt.expand(batch, -1, -1), tokens], dim=1).to(table.dtype)
-        else:
-            A, B = self.part("A").to(table.device), self.part("B").to(table.device)
-            embeds = functional.prompted_embedding(ids, positions, table, prompt, A, B, self.update_scale())
+        prompt, A, B = (part.to(table.device) for part in (self.joint_prompt(), self.part("A"), self.part("B")))
+        if self.config.update == "token" and self.config.r:
+            ids, table = self._updated_tokens(ids, positions, table)
+        embeds = functional.prompted_embedding(ids, positions, table, prompt, A, B, self.update_scale())
         attention_mask = torch.cat([attention_mask.new_ones(batch, s), attention_mask], dim=1)
         return embeds, attention_mask, position_ids_of(attention_mask)
 
@@ -110,8 +107,10 @@ class EPTLayer(BasePromptEncoder):
         config = self.config
         if config.folded or not config.num_virtual_tokens:
             return self.part("prompt")
+        short = reparameterization.short_prompt(self.part, self._basis, self._parameters)
         return functional.joint_prompt(
-            *map(self.part, _PARTS),
+            short,
+            *map(self.part, _PARTS[1:]),
             lowrank_scale=config.lowrank_scale(),
             embedding_scale=self.embedding_scale,
             score_scale=config.score_scale(self.d),
@@ -135,31 +134,44 @@ class EPTLayer(BasePromptEncoder):
         }
         return torch.zeros(shapes[name], device=device)
 
+    def _updated_tokens(self, ids: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds ADePT's update, a function of the token alone: `W[id] + ρ·(relu(W[id]/ρ·W_in + b_in)·W_out + b_out)`.
+
+        Returns ids and the table they are rows of, as `lookup` does.
+        """
+        rows, device = table[ids].float(), table.device
+        W_in, b_in, W_out, b_out = (self.part(name).to(device) for name in ("W_in", "b_in", "W_out", "b_out"))
+        update = torch.relu(rows / self.embedding_scale @ W_in + b_in) @ W_out + b_out
+        rows = rows + self.embedding_scale * update * (positions >= 0)[..., None]
+        return torch.arange(ids.numel(), device=device).view(ids.shape), rows.to(table.dtype).flatten(0, 1)
+
     def update_scale(self) -> float:
         """Returns the factor of `A·B` in the embeddings, `ρ·α/√r`."""
         return self.embedding_scale * self.config.lowrank_scale()
 
     def fold(self) -> None:
-        """Turns the layer into its inference form, in place: one prompt `[s, d]` and one table `C = ρ·c·A·B` `[m, d]`.
+        """Turns the layer into its inference form, in place: the joint prompt `[s, d]`, and the update as it is.
 
-        Outputs stay the same up to rounding. There is no way back: save first what is to be trained further.
+        Outputs stay the same, bit for bit. There is no way back: save first what is to be trained further.
         """
         if self.config.folded:
             return
         with torch.no_grad():
-            folded = {"prompt": self.joint_prompt()}
-            if self.config.r:
-                folded["table"] = self.update_scale() * (self.A @ self.B)
+            folded = {**self._parameters, "prompt": self.joint_prompt()}
         self.config.folded = True
         for name in list(self._parameters):
             delattr(self, name)
         for name in self.config.parameter_shapes(self.d):
-            self.register_parameter(name, nn.Parameter(folded[name], requires_grad=False))
+            self.register_parameter(name, nn.Parameter(folded[name].detach(), requires_grad=False))
+
+    def position_table(self) -> Tensor:
+        """Multiplies the update out: `C = ρ·c·A·B` `[m, d]`, in the units of the embedding table."""
+        return self.update_scale() * (self.part("A") @ self.part("B"))
 
     def check_length(self, positions: Tensor) -> None:
         """Raises `ValueError` for a text longer than A has rows; a compiled graph raises `RuntimeError`."""
         limit = self.config.max_length
-        if not self.config.r or positions.shape[1] <= limit:
+        if not self.config.r or self.config.update == "token" or positions.shape[1] <= limit:
             return  # nothing to wait for on an accelerator in the usual case
         remedy = f"the adapter was made for max_length={limit}: truncate to {limit} or train with a larger max_length"
         if torch.compiler.is_compiling():  # a compiled graph cannot wait for the number
@@ -191,10 +203,12 @@ class EPTLayer(BasePromptEncoder):
         if (A := parameters.get("A")) is not None:  # as DePT: kaiming uniform with a = √5
             bound = 1 / math.sqrt(A.shape[1])
             A.copy_(torch.rand(A.shape, generator=generator) * (2 * bound) - bound)
-        for name in ("D", "W_q", "W_k"):  # unit variance after the product with a normalised row
+        for name, value in reparameterization.initial_values(self.config, self.d, generator).items():
+            parameters[name].copy_(value)
+        for name in ("D", "W_q", "W_k", "W_in"):  # unit variance after the product with a normalised row
             if (parameter := parameters.get(name)) is not None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(self.d))
-        # The others (B, U, G, β) start at zero.
+        # The others (B, U, G, β, W_out and all biases) start at zero.
 
     def _initial_prompt(self, embedding: nn.Module, tokenizer: Any, generator: torch.Generator) -> Tensor:
         config, s = self.config, self.config.num_virtual_tokens

@@ -68,13 +68,38 @@ def test_budget_takes_a_model_and_keeps_given_fields():
     assert config.parameter_count(32) <= 2_000
 
 
+@pytest.mark.parametrize("method", ["ept", "dept", "pt", "ulpt", "adept", "residual"])
+@pytest.mark.parametrize("kind", ["trained", "stored"])
+@pytest.mark.parametrize("d, m, budget", [(384, 64, 12_000), (768, 256, 70_000)])
+def test_either_budget_is_spent_and_not_exceeded(method, kind, d, m, budget):
+    if method == "residual" and kind == "trained":
+        budget *= 3  # its network alone is as large
+    config = EPTConfig.for_budget(d, m, budget, method, kind)
+    count = config.parameter_count(d) if kind == "trained" else config.stored_count(d)
+    assert 0.9 * budget <= count <= budget
+    assert (
+        EPTConfig(**{**config.to_dict(), "folded": True}).parameter_count(d) == config.stored_count(d)
+        or config.prompt_rank
+    )
+
+
+def test_spaces_cost_nothing_stored():
+    ept, dept = (EPTConfig.for_budget(384, 64, 7_680, method, "stored") for method in ("ept", "dept"))
+    assert (ept.num_virtual_tokens, ept.r, ept.stored_count(384)) == (
+        dept.num_virtual_tokens, dept.r, dept.stored_count(384)
+    )  # fmt: skip
+    assert ept.num_spaces
+
+
 def test_impossible_budget_names_the_smallest():
     with pytest.raises(
         ValueError, match=r"no ept configuration has at most 1000 parameters with width 768.*the smallest has \d+"
     ):
         EPTConfig.for_budget(768, 256, 1_000)
-    with pytest.raises(ValueError, match="unknown method 'lora': use one of ept, dept, pt"):
+    with pytest.raises(ValueError, match="unknown method 'lora': use one of ept, dept, pt, ulpt"):
         EPTConfig.for_budget(768, 256, 76_800, "lora")
+    with pytest.raises(ValueError, match="unknown kind of budget 'saved': use one of trained, stored"):
+        EPTConfig.for_budget(768, 256, 76_800, kind="saved")
 
 
 @pytest.mark.parametrize(

@@ -161,17 +161,87 @@ def test_random_initialisation_has_unit_variance():
     assert layer.prompt.detach().std() == pytest.approx(1, abs=0.05)
 
 
-def test_fold_keeps_the_outputs_and_leaves_one_prompt_and_one_table():
-    layer = EPTLayer(EPTConfig(**SMALL, fusion_dim=3), make_embedding(10.0))
+FORMS = {
+    "ept": EPTConfig(**SMALL, fusion_dim=3),
+    "ept, scaled and shifted": EPTConfig(**SMALL, prompt_scale_shift=True),
+    "ulpt": EPTConfig.ulpt(4, 3, max_length=8),
+    "adept": EPTConfig.adept(4, 2, max_length=8),
+    "residual": EPTConfig.residual_prompt_tuning(4, 5, max_length=8),
+}
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_fold_keeps_the_outputs_and_leaves_what_is_stored(config):
+    layer = EPTLayer(config, make_embedding(10.0))
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     ids, mask = torch.tensor([[3, 4, 5], [6, 7, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     before = layer(ids, mask)[0]
     layer.fold()
     layer.fold()  # a second time changes nothing
-    assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {"prompt": (4, 16), "table": (8, 16)}
-    torch.testing.assert_close(layer(ids, mask)[0], before, rtol=1e-5, atol=1e-5 * float(before.detach().abs().max()))
+    assert sum(p.numel() for p in layer.parameters()) == layer.config.parameter_count(16) >= config.stored_count(16)
+    torch.testing.assert_close(layer(ids, mask)[0], before, rtol=0, atol=0)
     assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_an_adapter_smaller_as_it_is_trained_is_stored_so():
+    config = EPTConfig.ulpt(100, 4)
+    assert config.stored_count(64) == config.parameter_count(64) == 100 * 4 + 2 * 64
+    assert EPTConfig(space_dim=64).stored_count(768) == EPTConfig.dept(40, 30).parameter_count(768)
+
+
+def with_random_parameters(config, **changes):
+    layer = EPTLayer(config, make_embedding(3.0))
+    for number, parameter in enumerate(layer.parameters()):
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    return layer
+
+
+def test_ulpt_is_a_mixture_of_frozen_rows_that_follow_from_the_seed():
+    layer = with_random_parameters(EPTConfig.ulpt(4, 3, seed=5))
+    generator = torch.Generator().manual_seed(5 ^ 0x5EED)
+    R = torch.randn((3, 16), generator=generator).double() / math.sqrt(3)
+    expected = (layer.Z.double() @ R * layer.scale.double() + layer.shift.double()) * layer.embedding_scale
+    torch.testing.assert_close(layer.joint_prompt().double(), expected, rtol=1e-5, atol=1e-5)
+    assert set(layer.state_dict()) == {"Z", "scale", "shift", "_extra_state"}
+    loaded = EPTLayer(layer.config, make_embedding(3.0), initialise=False)
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded.joint_prompt(), layer.joint_prompt())
+
+
+def test_residual_prompt_tuning_adds_a_normalised_network_of_the_prompt():
+    layer = with_random_parameters(EPTConfig.residual_prompt_tuning(4, 5))
+    p, W_down, b_down, W_up, gain = (
+        layer.part(name).double() for name in ("prompt", "W_down", "b_down", "W_up", "gain")
+    )
+    x = (p @ W_down + b_down).clamp(min=0) @ W_up
+    x = (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    expected = (p + x * gain) * layer.embedding_scale
+    torch.testing.assert_close(layer.joint_prompt().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adept_updates_a_token_by_itself_and_only_where_there_is_text():
+    layer = with_random_parameters(EPTConfig.adept(4, 2, max_length=3))
+    ids = torch.tensor([[0, 5, 6, 7, 5], [6, 7, 5, 9, 9]])  # longer than max_length, which limits positions only
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    text = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    found = layer(ids, mask, text_mask=text)[0][:, 4:].double()
+    rho, W = layer.embedding_scale, layer._embedding[0].weight.double()
+    W_in, b_in, W_out, b_out = (layer.part(name).double() for name in ("W_in", "b_in", "W_out", "b_out"))
+    update = rho * ((W[ids] / rho @ W_in + b_in).clamp(min=0) @ W_out + b_out)
+    torch.testing.assert_close(found, W[ids] + update * (mask & text)[..., None], rtol=1e-5, atol=1e-4)
+    layer(ids, mask)[0].square().sum().backward()
+    assert all(float(parameter.grad.abs().sum()) > 0 for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_all_forms_start_as_what_they_change(config):
+    """The same prompt as prompt tuning, and the text as it is; ULPT has another prompt by its nature."""
+    layer, ids = EPTLayer(config, make_embedding()), torch.tensor([[3, 4, 5]])
+    plain = EPTLayer(EPTConfig.prompt_tuning(4), make_embedding())
+    found, expected = layer(ids)[0], plain(ids)[0]
+    assert torch.equal(found[:, 4:], expected[:, 4:])
+    assert torch.equal(found, expected) != bool(config.prompt_rank)
 
 
 def test_state_carries_the_unit():

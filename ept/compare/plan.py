@@ -108,7 +108,7 @@ def _run_config(
     values.pop("compare")
     known = METHODS[method].settable
     given = {name: setting for name, setting in config.method.fields_given().items() if name in known}
-    values["method"] = {"name": method, "budget": config.method.budget, **given}
+    values["method"] = {"name": method, **config.method.model_dump(include={"budget", "budget_kind"}), **given}
     if task != "local":
         values["data"]["task"] = task
         if config.data.data_dir is not None:

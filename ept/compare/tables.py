@@ -20,7 +20,10 @@ from ..utils.tables import markdown as table
 from .plan import Record
 
 CONFIDENCE = 0.95
-SIZES = {"num_virtual_tokens": "s", "r": "r", "num_spaces": "K", "space_dim": "h"}
+SIZES = {
+    **{"num_virtual_tokens": "s", "r": "r", "num_spaces": "K", "space_dim": "h"},
+    **{"prompt_rank": "n", "residual_dim": "width"},
+}
 """The sizes of an adapter: their names in its configuration, and in the tables."""
 
 Scores = Mapping[tuple[str, int], float]
@@ -82,10 +85,12 @@ def paired_test(first: str, one: Scores, second: str, other: Scores) -> PairedTe
 class MethodSummary:
     """A method at one setting, over the runs with its chosen learning rates.
 
+    `stored` counts what a saved adapter has to hold, `parameters` what was trained, heads included.
     `mean` is over the seeds for which every task has a score: of each seed's mean over the tasks.
     """
 
     method: str
+    stored: int
     parameters: int
     sizes: dict[str, int]
     tasks: dict[str, Interval]
@@ -153,6 +158,7 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
     saved, known = json.loads(adapter.read_text(encoding="utf-8")), METHODS[name].settable
     return MethodSummary(
         method=name,
+        stored=max(found["stored_parameters"] for found in results.values()),
         parameters=max(found["trainable_parameters"] for found in results.values()),
         sizes={size: saved[size] for size in SIZES if saved.get(size) and (size != "space_dim" or size in known)},
         tasks={task: interval(values) for task, values in by_task.items() if values},
@@ -170,7 +176,8 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
     """
     columns = (
         "sweep", "value", "task", "method", "model", "seed", "learning_rate", "low_rank_learning_rate", "chosen",
-        "status", "metric", "validation", "score", "majority", "trainable_parameters", "step_time_ms",
+        "status", "metric", "validation", "score", "majority", "stored_parameters", "trainable_parameters",
+        "step_time_ms",
         "train_seconds", "peak_memory_bytes", "steps", "best_step", "train_rows", "test_rows", "error", "folder",
     )  # fmt: skip
     text = io.StringIO()
@@ -246,10 +253,11 @@ def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
             return "failed"
         return found.text() + ("" if found.n == setting.seeds else f" ({found.n} of {setting.seeds} seeds)")
 
-    header = ["method", "parameters", "sizes", *setting.tasks, "mean", "step (ms)"]
+    header = ["method", "stored", "trained", "sizes", *setting.tasks, "mean", "step (ms)"]
     rows = [
         [
             METHODS[m.method].title,
+            f"{m.stored:,}",
             f"{m.parameters:,}",
             " ".join(f"{SIZES[name]}={value}" for name, value in m.sizes.items()),
             *(cell(m.tasks.get(task)) for task in setting.tasks),
@@ -258,7 +266,7 @@ def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
         ]
         for m in setting.methods
     ]
-    rows += [[METHODS[name].title, "", "", *(["failed"] * (len(setting.tasks) + 1)), ""] for name in setting.failed]
+    rows += [[METHODS[name].title, "", "", "", *(["failed"] * (len(setting.tasks) + 1)), ""] for name in setting.failed]
     return header, rows
 
 

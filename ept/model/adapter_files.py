@@ -224,8 +224,16 @@ def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
         ) from error
 
 
+def _method_name(config: EPTConfig) -> str:
+    if config.num_spaces or config.fusion:
+        return "EPT"
+    if config.prompt_rank or config.residual_dim:
+        return "ULPT" if config.prompt_rank else "residual prompt tuning"
+    return ("ADePT" if config.update == "token" else "DePT") if config.r else "prompt tuning"
+
+
 def _model_card(config: EPTConfig, count: int) -> str:
-    method = "EPT" if config.num_spaces or config.fusion else ("DePT" if config.r else "prompt tuning")
+    method = _method_name(config)
     base = config.base_model_name_or_path
     # A name that a stranger chose goes into the card's YAML only if it is one that the hub allows.
     named = isinstance(base, str) and _HUB_NAME.fullmatch(base) is not None and not os.path.exists(base)

@@ -39,7 +39,12 @@ class FoldedAdapter:
     def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
         """Reads and folds the adapter that `save_pretrained` wrote to `folder`; needs no base model."""
         config, shapes = read_config(folder), weight_shapes(folder)
-        widths = {shapes[name][-1] for name in ("prompt", "B", "table") if shapes.get(name)}
+        if config.r and config.update == "token":
+            raise ValueError(
+                f"{folder}: its update depends on the token, not on the position (ADePT), and folds into no table: "
+                "serve it with this package"
+            )
+        widths = {shapes[name][-1] for name in ("prompt", "B", "shift") if shapes.get(name)}
         if len(widths) != 1:
             raise ValueError(f"{folder} has neither prompt nor low-rank update of one width: there is nothing to fold")
         d = widths.pop()
@@ -55,8 +60,10 @@ class FoldedAdapter:
 
         Parts that the adapter lacks are absent.
         """
-        parts = {name: parameter.detach() for name, parameter in self.layer.named_parameters()}
-        return {**parts, **{f"head.{name}": tensor for name, tensor in self.heads.items()}}
+        parts = {"prompt": self.layer.part("prompt"), "table": self.layer.position_table()}
+        used = {"prompt": self.layer.config.num_virtual_tokens, "table": self.layer.config.r}
+        heads = {f"head.{name}": tensor for name, tensor in self.heads.items()}
+        return {**{name: tensor.detach() for name, tensor in parts.items() if used[name]}, **heads}
 
     def info(self) -> dict[str, Any]:
         """Lists what an engine must know beside the tensors."""

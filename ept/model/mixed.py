@@ -38,15 +38,16 @@ def embed_mixed(
         embeddings `[batch, s + n, d]` with `s` the longest prompt, attention mask `[batch, s + n]`.
 
     Raises:
-        ValueError: names are unknown or not one a row, a text is too long for its adapter, or an adapter is folded.
+        ValueError: names are unknown or not one a row, a text is too long for its adapter, or an adapter's update
+            depends on the token.
     """
     if len(names) != ids.shape[0]:
         raise ValueError(f"adapter_names has {len(names)} names for a batch of {ids.shape[0]} rows: give one a row")
     used = [name for name in dict.fromkeys(names) if name != BASE]
     if unknown := [name for name in used if name not in layers]:
         raise ValueError(f"no adapter named {', '.join(map(repr, unknown))}: loaded are {', '.join(layers)}")
-    if folded := [name for name in used if layers[name].config.folded]:
-        raise ValueError(f"adapter {folded[0]!r} is folded; mixed batches need adapters that are not")
+    if by_token := [name for name in used if layers[name].config.r and layers[name].config.update == "token"]:
+        raise ValueError(f"adapter {by_token[0]!r} has an update that depends on the token: mixed batches take none")
     chosen = [layers[name] for name in used]
     positions = text_positions(attention_mask, text_mask)
     for row, name in enumerate(names):

@@ -40,12 +40,29 @@ def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: i
 def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length: int, seed: int) -> PeftConfig:
     """Makes the adapter's configuration, an `EPTConfig` or one of PEFT's, for the frozen model `base`.
 
-    With `settings.budget` the sizes that are not set are chosen so that the trainable parameters (heads apart) come as
-    near to it as they can without exceeding it. Raises ValueError where nothing fits, with the smallest that would do.
+    With `settings.budget` the sizes that are not set are chosen so that the trainable parameters, or with
+    `budget_kind="stored"` what a saved adapter holds (heads apart), come as near to it as they can without exceeding
+    it. Raises ValueError where nothing fits, with the smallest that would do.
     """
     method = get_method(settings.name)
     build = getattr(module_of(method), method.built_by.partition(":")[2])
     return build(method, settings, base, task_type, max_length=max_length, seed=seed)
+
+
+def stored_parameters(model: PeftModel) -> int:
+    """Counts the numbers that the trained adapter has to hold in the end, its heads included.
+
+    PEFT's prompts are saved as rows, whatever made them; other adapters of PEFT as they are trained.
+    """
+    config = model.active_peft_config
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if not config.is_prompt_learning:
+        return trained
+    encoder = model.prompt_encoder[model.active_adapter]
+    of_prompt = sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad)
+    d = config.token_dim
+    stored = config.stored_count(d) if isinstance(config, EPTConfig) else config.num_virtual_tokens * d
+    return trained - of_prompt + stored
 
 
 def module_of(method: Method) -> Any:
@@ -54,12 +71,19 @@ def module_of(method: Method) -> Any:
 
 
 def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, max_length: int, seed: int) -> EPTConfig:
-    """Configures EPT, DePT or prompt tuning, or EPT without a part."""
+    """Configures a method of `EPTConfig`: EPT or EPT without a part, prompt tuning, DePT, ULPT, ADePT, residual."""
     family = method.name.partition("-")[0]  # an ablation is named `ept-...`
     fields = {"task_type": task_type, "seed": seed, **settings.fields_given(), **method.fixed}
     if settings.budget is not None:
-        return EPTConfig.for_budget(base, max_length, settings.budget, method=family, **fields)
-    make: Any = {"ept": EPTConfig, "dept": EPTConfig.dept, "pt": EPTConfig.prompt_tuning}[family]
+        return EPTConfig.for_budget(base, max_length, settings.budget, family, settings.budget_kind, **fields)
+    make: Any = {
+        "ept": EPTConfig,
+        "dept": EPTConfig.dept,
+        "pt": EPTConfig.prompt_tuning,
+        "ulpt": EPTConfig.ulpt,
+        "adept": EPTConfig.adept,
+        "residual": EPTConfig.residual_prompt_tuning,
+    }[family]
     return make(max_length=max_length, **fields)
 
 

@@ -114,10 +114,16 @@ class MethodConfig(Section):
     name: str = "ept"
     """One of `ept.runs.method_table.METHODS`: ept, dept, pt, their ablations, or one of PEFT's own methods."""
     budget: Count | None = None
-    """Number of trainable parameters to stay within; the sizes are searched for."""
+    """Number of parameters to stay within; the sizes are searched for."""
+    budget_kind: Literal["trained", "stored"] = "trained"
+    """What the budget is of: the parameters while they are learned, or what a saved, folded adapter holds."""
     num_virtual_tokens: Size | None = None
     r: Size | None = None
     alpha: Number | None = None
+    update: Literal["position", "token"] | None = None
+    prompt_rank: Size | None = None
+    prompt_scale_shift: bool | None = None
+    residual_dim: Size | None = None
     num_spaces: Size | None = None
     space_dim: Size | None = None
     space_activation: str | None = None
@@ -133,7 +139,7 @@ class MethodConfig(Section):
 
     def fields_given(self) -> dict[str, Any]:
         """Returns the `EPTConfig` fields that the run sets."""
-        return self.model_dump(exclude={"name", "budget"}, exclude_none=True)
+        return self.model_dump(exclude={"name", "budget", "budget_kind"}, exclude_none=True)
 
     _check = model_validator(mode="after")(check_settings)
 

@@ -22,8 +22,11 @@ _FUSION = frozenset({"fusion", "fusion_dim", "fusion_score_scale", "fusion_weigh
 _SPACES = frozenset({"num_spaces", "space_dim", "space_activation", "space_gate"})
 _TOKENS = frozenset({"num_virtual_tokens"})
 _PROMPT = _TOKENS | {"embedding_scale", "prompt_tuning_init", "prompt_tuning_init_text", "base_dropout"}
-_EPT = _PROMPT | _LOW_RANK | _FUSION | _SPACES
-_EPT_ROLES: dict[str, Role] = {"prompt": "prompt", "U": "prompt", "D": "map", "G": "map", "W_q": "map", "W_k": "map"}
+_EPT = _PROMPT | _LOW_RANK | _FUSION | _SPACES | {"update", "prompt_scale_shift"}
+_EPT_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("prompt", "U", "beta", "Z", "scale", "shift", "gain"), "prompt"),
+    **dict.fromkeys(("D", "G", "W_q", "W_k", "W_in", "W_down", "W_up"), "map"),
+}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ _ALL = (
     Method("pt", "prompt tuning", "adapters:ept", _PROMPT, 100, profiled_as="pt"),
     Method("dept", "DePT", "adapters:ept", _PROMPT | _LOW_RANK, 60, roles=_EPT_ROLES, profiled_as="dept"),
     Method("ept", "EPT", "adapters:ept", _EPT, roles=_EPT_ROLES, profiled_as="ept"),
+    Method("ulpt", "ULPT", "adapters:ept", _PROMPT | {"prompt_rank"}, 100, roles=_EPT_ROLES),
+    Method("adept", "ADePT", "adapters:ept", _PROMPT | {"r"}, 60, roles=_EPT_ROLES),
+    Method("residual", "residual prompt tuning", "adapters:ept", _PROMPT | {"residual_dim"}, 100, roles=_EPT_ROLES),
     Method("prompt-tuning", "PEFT prompt tuning", "peft_models:prompt_tuning", _TOKENS, 100, profiled_as="peft-pt"),
     Method("p-tuning", "PEFT p-tuning", "peft_models:p_tuning", _TOKENS, 20),
     Method("mpt", "PEFT multitask prompt tuning", "peft_models:prompt_tuning", _TOKENS, 100),

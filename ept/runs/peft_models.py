@@ -53,8 +53,8 @@ def attach_trained(base: Any, folder: Path, **_: Any) -> PeftModel:
 def prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
     """Takes as many virtual tokens as are asked for, or else as fit the budget."""
     d, tokens, budget = embedding_width(input_embedding(base)), settings.num_virtual_tokens, settings.budget
-    # Multitask, of one task: a shared prompt times the product of a column and a row.
-    fixed, each = (d, d + 1) if method.name == "mpt" else (0, d)
+    # Multitask, of one task: a shared prompt times the product of a column and a row, saved as one prompt.
+    fixed, each = (d, d + 1) if method.name == "mpt" and settings.budget_kind == "trained" else (0, d)
     if budget is None:
         tokens = tokens or method.usual_tokens
     elif (smallest := fixed + (tokens or 1) * each) > budget:
@@ -72,8 +72,11 @@ def prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: 
 def p_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
     """Takes the widest encoder, linear layers d → h → h → d with biases, that fits the budget."""
     d, budget = embedding_width(input_embedding(base)), settings.budget
-    usual = method.usual_tokens if budget is None else max(1, int(PROMPT_SHARE * budget / d))
-    tokens = settings.num_virtual_tokens or usual
+    if budget is not None and settings.budget_kind == "stored":  # the prompt that comes out of the encoder
+        tokens, budget = max(1, budget // d), None
+    else:
+        tokens = method.usual_tokens if budget is None else max(1, int(PROMPT_SHARE * budget / d))
+    tokens = settings.num_virtual_tokens or tokens
 
     def count(h: int) -> int:
         return tokens * d + (d * h + h) + (h * h + h) + (h * d + d)

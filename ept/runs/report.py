@@ -58,7 +58,7 @@ def results_table(results: dict[str, Any]) -> Table:
             rows.append((name, f"{value:.4f}"))
     rows += [
         ("test rows", f"{results['rows']['test']:,}"),
-        ("trainable parameters", f"{results['trainable_parameters']:,}"),
+        ("parameters, trained / stored", f"{results['trainable_parameters']:,} / {results['stored_parameters']:,}"),
         ("steps (best at)", f"{results['steps']} ({results['best_step']})"),
         ("training time", f"{results['train_seconds']:.1f} s"),
     ]

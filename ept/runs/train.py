@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback
 from ..model.compilation import compile_layers
 from ..utils.environment import hardware, peak_memory, versions
 from ..utils.files import write_atomically
-from .adapters import load_untrained
+from .adapters import load_untrained, stored_parameters
 from .callbacks import locate_best
 from .config import RunConfig
 from .data import RunData, load_run_data, max_length_of
@@ -137,6 +137,7 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         "peak_memory_kind": memory_kind,
         "processes": processes.world_size,
         "global_batch_size": rows * processes.world_size,
+        "stored_parameters": stored_parameters(run.model),
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
         "test_metrics": after,
         "test_metrics_before": before,

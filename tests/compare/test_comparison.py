@@ -58,6 +58,7 @@ def record(
         "score": score,
         "best_validation": score,
         "majority": 0.5,
+        "stored_parameters": parameters - 20,
         "trainable_parameters": parameters,
         "step_time_ms": step,
         "train_seconds": 2.0,
@@ -103,12 +104,12 @@ def test_summary(records):
 def test_table(records):
     base, swept = summarise(records)
     header, rows = scores_table(base)
-    assert header == ["method", "parameters", "sizes", "glue/sst2", "super_glue/cb", "mean", "step (ms)"]
+    assert header == ["method", "stored", "trained", "sizes", "glue/sst2", "super_glue/cb", "mean", "step (ms)"]
     scores = ["65.0 ± 63.5", "50.0 (1 of 2 seeds)", "55.0 (1 of 2 seeds)"]
-    assert rows[0] == ["prompt tuning", "100", "s=7 r=3", *scores, "5.0"]
-    assert rows[1][2] == "s=7 r=3 K=4 h=2"
-    assert rows[2] == ["PEFT LoRA", "", "", "failed", "failed", "failed", ""]
-    assert scores_table(swept)[1][0][3:6] == ["10.0", "failed", "failed"]
+    assert rows[0] == ["prompt tuning", "80", "100", "s=7 r=3", *scores, "5.0"]
+    assert rows[1][3] == "s=7 r=3 K=4 h=2"
+    assert rows[2] == ["PEFT LoRA", "", "", "", "failed", "failed", "failed", ""]
+    assert scores_table(swept)[1][0][4:7] == ["10.0", "failed", "failed"]
 
 
 def test_page_and_csv(records, tmp_path):

@@ -13,7 +13,7 @@ from ept.tasks import TASKS
 
 def setting(sweep, value, scores, parameters=1000):
     methods = [
-        MethodSummary(name, parameters + 10 * i, {}, {}, interval(values), {}, 3.0, {})
+        MethodSummary(name, parameters, parameters + 10 * i, {}, {}, interval(values), {}, 3.0, {})
         for i, (name, values) in enumerate(scores.items())
     ]
     return Setting(sweep, value, ["glue/sst2"], methods, [], [], 3, "")

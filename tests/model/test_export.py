@@ -97,7 +97,10 @@ def test_files_hold_what_they_say(name, size, tmp_path):
     assert info["max_length"] == (12 if SIZES[size]["r"] else None)
     assert info["tensors"] == {key: list(tensor.shape) for key, tensor in tensors.items()}
     assert {"head.classifier.weight", "head.classifier.bias"} <= set(tensors) or name != "bert"
-    expected = {name: p.detach() for name, p in model.fold().prompt_encoder["default"].named_parameters()}
+    layer = model.fold().prompt_encoder["default"]
+    assert ("prompt" in tensors, "table" in tensors) == (SIZES[size]["num_virtual_tokens"] > 0, SIZES[size]["r"] > 0)
+    expected = {"prompt": layer.joint_prompt().detach(), "table": layer.position_table().detach()}
+    expected = {name: tensor for name, tensor in expected.items() if name in tensors}
     torch.testing.assert_close({name: tensors[name] for name in expected}, expected)
 
 
@@ -106,7 +109,14 @@ def test_a_folded_adapter_is_exported_as_it_is(tmp_path):
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     tensors = FoldedAdapter.read(tmp_path / "adapter").tensors()
     assert torch.equal(tensors["prompt"], saved["prompt"])
-    assert torch.equal(tensors["table"], saved["table"])
+    scale = saved["embedding_scale"].float() * 8 / saved["A"].shape[1] ** 0.5
+    torch.testing.assert_close(tensors["table"], scale * saved["A"] @ saved["B"])
+
+
+def test_an_update_of_tokens_is_not_exported(tmp_path):
+    get_ept_model(make_model("llama"), EPTConfig.adept(3, 2)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="its update depends on the token"):
+        FoldedAdapter.read(tmp_path)
 
 
 def test_the_documents_example_reproduces_generation(tmp_path, base_folder, monkeypatch):

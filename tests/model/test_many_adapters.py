@@ -86,10 +86,17 @@ def test_mixed_batch_of_saved_adapters_of_every_size(name, folders):
             )
 
 
-def test_a_folded_adapter_is_refused_in_a_mixed_batch(folders):
-    model = load_all("llama", folders("llama", SIZES[:2])).fold("a1")
-    with pytest.raises(ValueError, match="adapter 'a1' is folded; mixed batches need adapters that are not"):
-        model(**make_batch("llama"), adapter_names=["a0", "a1"])
+def test_a_folded_adapter_answers_in_a_mixed_batch_as_before(folders):
+    model, batch = load_all("llama", folders("llama", SIZES[:2])), make_batch("llama")
+    names = ["a0", "a1"]
+    expected = model(**batch, adapter_names=names).logits
+    assert torch.equal(model.fold("a1")(**batch, adapter_names=names).logits, expected)
+
+
+def test_an_update_of_tokens_is_refused_in_a_mixed_batch():
+    model = get_ept_model(make_model("llama"), EPTConfig.adept(3, 2))
+    with pytest.raises(ValueError, match="adapter 'default' has an update that depends on the token"):
+        model(**make_batch("llama"), adapter_names=["default", "__base__"])
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -6,13 +6,23 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = {"__init__", "__main__", "config", "budget", "prompt", "embedding", "functional", "version"}
+LAYERS = {
+    "__init__",
+    "__main__",
+    "config",
+    "budget",
+    "prompt",
+    "reparameterization",
+    "embedding",
+    "functional",
+    "version",
+}
 GROUND = {"utils", "config", "budget", "embedding", "version", "ept_kernels"}
 MODEL = GROUND | {"functional", "prompt"}
 RUNS = MODEL | {"model", "tasks"}
 MAY_IMPORT = {  # a part of the code: the parts that it may import besides itself
-    **dict.fromkeys(GROUND | {"functional", "tasks"}, GROUND),
-    "prompt": GROUND | {"functional"},
+    **dict.fromkeys(GROUND | {"functional", "reparameterization", "tasks"}, GROUND),
+    "prompt": GROUND | {"functional", "reparameterization"},
     "model": MODEL,
     "runs": RUNS,
     **dict.fromkeys(("compare", "profile"), RUNS | {"runs"}),
