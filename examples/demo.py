@@ -14,8 +14,8 @@ from pathlib import Path
 
 import headlines_data as source
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from ept.runs.config import load_run_config
 
@@ -89,7 +89,8 @@ def show_examples(folder: Path) -> None:
     table = Table(*columns, title="Held-out headlines, judged by the adapter loaded back from disk", show_lines=True)
     for row, prediction in zip(rows, predictions):
         colour = "green" if prediction == row["label"] else "red"
-        table.add_row(escape(row["headline"]), f"[{colour}]{run.labels[prediction]}[/]", run.labels[row["label"]])
+        # Text, as rich would read "[...]" in a headline as its markup.
+        table.add_row(Text(row["headline"]), Text(run.labels[prediction], colour), run.labels[row["label"]])
     console.print(table)
 
 

@@ -34,6 +34,7 @@ def export(
         from ept.runs.loading import load_base_model, load_tokenizer, task_type_of
         from ept.runs.predict import trained_run
         from ept.tasks.encoding import encode_texts
+        from ept.tasks.files import read_text
 
         there = [name for name in (TENSORS_NAME, INFO_NAME, EMBEDS_NAME) if (output / name).exists()]
         if there and not overwrite:
@@ -48,14 +49,12 @@ def export(
         adapter = FoldedAdapter.read(folder)
         embeds: list[Any] = []
         if texts is not None:
-            try:
-                lines = texts.read_text(encoding="utf-8").splitlines()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{texts} is not UTF-8 text: {error}") from error
+            text = read_text(texts).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+            if not text:
+                raise ValueError(f"{texts} is empty: every line is one input text")
+            lines = text.split("\n")  # not splitlines, which breaks a text at U+2028 and the like
             if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
                 raise ValueError(f"{texts}, line {empty[0]} is empty: every line is one input text")
-            if not lines:
-                raise ValueError(f"{texts} is empty: every line is one input text")
             # Never the base model that an adapter names: it may come from anywhere.
             described = config.model if config is not None else ModelConfig(dtype="auto")
             described.name_or_path = model or described.name_or_path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from typing import Any
 
 import typer
@@ -62,7 +64,9 @@ def _version(value: bool) -> None:
 def main(
     version: bool = Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
 ) -> None:
-    pass
+    for stream in (sys.stdout, sys.stderr):  # a console that cannot write a sign gets its escape, and loses no work
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 for command in (train.train, evaluate.evaluate, predict.predict, compare.compare, export.export, profile.profile):

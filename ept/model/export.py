@@ -97,7 +97,7 @@ class FoldedAdapter:
         device = next(embedding.parameters()).device
         self.layer.to(device)
         embeds = []
-        for number, ids in enumerate(encoded):
+        for number, ids in enumerate(encoded, start=1):
             try:
                 if not ids:
                     raise ValueError("it has no tokens")

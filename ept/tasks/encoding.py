@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .rows import fit_to_length, render
+from .rows import FIELDS, ROW, fit_to_length, render
 from .task import Task
 
 if TYPE_CHECKING:
@@ -88,20 +88,21 @@ def fit_rows(
     `rows` are as they lie in a data file, or those of a `TaskData` split.
 
     Raises:
-        ValueError: a row has no text, or is too long and not to be truncated; names `source`, the row (counted from 0),
+        ValueError: a row has no text, or is too long and not to be truncated; names `source`, the row (counted from 1),
             its tokens and the limit.
     """
     texts = []
-    for index, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         try:
             texts.append(render(task, row))
         except ValueError as error:
-            raise ValueError(f"{source} row {index}: {error}") from error
+            raise ValueError(f"{source}, row {_number(row, number)}: {error}") from error
     fitted = [FittedText(text, ids, False) for text, ids in zip(texts, encode_texts(tokenizer, texts, task_type))]
     too_long = [index for index, (_, ids, _) in enumerate(fitted) if len(ids) > max_length]
     if too_long and not truncate:
+        number = _number(rows[too_long[0]], too_long[0] + 1)
         raise ValueError(
-            f"{source} row {too_long[0]}: the text has {len(fitted[too_long[0]].ids)} tokens, the limit is "
+            f"{source}, row {number}: the text has {len(fitted[too_long[0]].ids)} tokens, the limit is "
             f"data.max_length={max_length}: shorten it, raise data.max_length, or set data.on_too_long=truncate"
         )
     if too_long:
@@ -111,6 +112,11 @@ def fit_rows(
         for index, text, ids in zip(too_long, cut, encode_texts(tokenizer, cut, task_type)):
             fitted[index] = FittedText(text, ids, True)
     return fitted
+
+
+def _number(row: Mapping[str, Any], position: int) -> int:
+    """Gives the number of a row in its file: a row of a `TaskData` split has it, others stand in the file's order."""
+    return row[ROW] if isinstance(row.get(FIELDS), Mapping) and ROW in row else position
 
 
 def encode_split(

@@ -3,92 +3,237 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 Row = dict[str, Any]
 File = str | PathLike[str]
 
+DELIMITERS = ",;\t|"
+MAX_ACCENTED = 0.2
+"""Up to this share of its letters text that is not UTF-8 is taken for cp1252: European languages have 0 to 15 % of
+letters beyond ASCII, a Cyrillic, Greek or Japanese text that is read as cp1252 over 50 %."""
+ENCODINGS = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "shift_jis", "gb18030", "big5", "euc_kr")
 
-def read_rows(path: File) -> list[Row]:
-    """Reads the rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file; values of a csv file are strings.
 
-    Raises FileNotFoundError when there is no such file, ValueError for an unsupported suffix, for content that does not
-    parse (with its line) and for a file without rows.
+def read_rows(path: File, encoding: str | None = None) -> list[Row]:
+    """Reads the rows of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; values of a csv file are strings.
+
+    A `.json` file may be an array of rows, JSON lines, one row, or an object with the array under any one key. A `.csv`
+    file may have commas, semicolons, tabs or bars between its fields.
+
+    Args:
+        encoding: of a text file. None: UTF-8, or UTF-16 by its mark; a csv file that is neither may be cp1252, with a
+            warning.
+
+    Raises FileNotFoundError when there is no such file, ValueError for an unsupported suffix or encoding, for content
+    that does not parse (with its line or row) and for a file without rows.
     """
     path = Path(path)
-    if path.suffix not in READERS:
+    if path.suffix.lower() not in READERS:
         raise ValueError(f"{path}: unsupported suffix '{path.suffix}': use one of {', '.join(READERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: check the path")
     rows: list[Row] = []
-    try:
-        for place, row in READERS[path.suffix](path):
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, {place}: {type(row).__name__}, not an object: write {{column: value}}")
-            rows.append(row)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{path}: byte 0x{byte:02x} is not UTF-8: save the file as UTF-8") from error
+    for place, row in READERS[path.suffix.lower()](path, encoding):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, {place}: {type(row).__name__}, not an object: write {{column: value}}")
+        rows.append(row)
     if not rows:
         raise ValueError(f"{path}: the file is empty: it needs at least 1 row")
     return rows
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_text(encoding="utf-8-sig")
-    is_array = path.suffix == ".json" and text.lstrip().startswith("[")  # the hub's .json files are often JSON lines
-    for number, piece in enumerate([text] if is_array else text.split("\n"), start=1):
+def read_text(path: Path, encoding: str | None = None, guess: bool = False) -> str:
+    """Reads a text file without its byte order mark; arguments and errors as those of `read_rows`.
+
+    Args:
+        guess: take for cp1252, with a warning, what is not UTF-8 and has as few accents as a European language.
+    """
+    content = path.read_bytes()
+    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    name = encoding or ("UTF-16" if utf16 else "UTF-8")
+    try:
+        return content.decode(name).removeprefix("\ufeff")
+    except LookupError as error:
+        raise ValueError(f"unknown encoding {encoding!r}: name one that Python knows, such as cp1252") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        letters = [sign for sign in _decoded(content, "cp1252") or "" if sign.isalpha()]
+        if guess and not encoding and 0 < sum(not sign.isascii() for sign in letters) <= MAX_ACCENTED * len(letters):
+            logger.warning("%s is not UTF-8 (line %d) and is read as cp1252: data.encoding names another", path, line)
+            return content.decode("cp1252")
+        fitting = ", ".join(other for other in ENCODINGS if _decoded(content, other) is not None)
+        byte = f"byte 0x{content[error.start]:02x} is not {name if encoding else 'UTF-8'}"
+        remedy = "save the file as UTF-8, or set data.encoding to its own" + (
+            f" (it may be {fitting})" if fitting else ""
+        )
+        raise ValueError(f"{path}, line {line}: {byte}: {remedy}") from error
+
+
+def _decoded(content: bytes, encoding: str) -> str | None:
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError:
+        return None
+
+
+def _read_json(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
+    text = read_text(path, encoding)
+    if path.suffix.lower() == ".json" and text.strip():
         try:
-            parsed = json.loads(piece) if piece.strip() else []
+            yield from _checked(text, lambda whole: _rows_of(whole, path), lambda number: f"{path}, row {number}")
+            return
         except json.JSONDecodeError as error:
-            place = f"{path}, line {number + error.lineno - 1}"
-            message = f"{place}: not JSON ({error.msg} at column {error.colno}): correct the line or remove it"
-            raise ValueError(message) from error
-        if is_array:
-            yield from ((f"row {i}", row) for i, row in enumerate(parsed, start=1))
-        elif piece.strip():
-            yield f"line {number}", parsed
+            if error.msg != "Extra data" or text.lstrip().startswith("["):
+                raise _not_json(path, error.lineno, error) from error
+    for number, line in enumerate(text.split("\n"), start=1):  # the hub's .json files are often JSON lines
+        try:
+            if line.strip():
+                (row,) = _checked(line, lambda row: [row], lambda _: f"{path}, line {number}")  # noqa: B023
+                yield row
+        except json.JSONDecodeError as error:
+            raise _not_json(path, number, error) from error
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+def _checked(text: str, rows_of: Callable[[Any], list[Any]], place: Callable[[int], str]) -> list[tuple[str, Any]]:
+    """Parses JSON into rows; refuses in them what JSON lets pass: a key given twice, half a character."""
+    twice: dict[int, str] = {}
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice[id(values)] = next(name for name in names if names.count(name) > 1)
+        return values
+
+    def repeated(value: Any) -> str | None:
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return twice.get(id(value)) or next(filter(None, map(repeated, parts)), None)
+
+    whole = json.loads(text, object_pairs_hook=unique)
+    rows = rows_of(whole)
+    for number, row in enumerate(rows, start=1):
+        if twice and (name := repeated(row)) is not None:
+            raise ValueError(f"{place(number)}: the key {name!r} is given twice: keep one")
+        if "\\u" in text:
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = f"\\u{ord(error.object[error.start]):04x}"
+                raise ValueError(
+                    f"{place(number)}: {half} is half of a character: write both halves or none"
+                ) from error
+    return [(place(number).rpartition(", ")[2], row) for number, row in enumerate(rows, start=1)]
+
+
+def _not_json(path: Path, line: int, error: json.JSONDecodeError) -> ValueError:
+    return ValueError(
+        f"{path}, line {line}: not JSON ({error.msg} at column {error.colno}): correct the line or remove it"
+    )
+
+
+def _rows_of(whole: Any, path: Path) -> list[Any]:
+    """Finds the rows in the value of a whole `.json` file."""
+    if isinstance(whole, list):
+        return whole
+    if isinstance(whole, dict):
+        arrays = {key: value for key, value in whole.items() if isinstance(value, list)}
+        tables = [value for value in arrays.values() if value and all(isinstance(row, dict) for row in value)]
+        if len(tables) == 1:
+            return tables[0]
+        if not arrays and not any(isinstance(value, dict) for value in whole.values()):
+            return [whole]
+    found = f"an object with {', '.join(map(repr, whole))}" if isinstance(whole, dict) else type(whole).__name__
+    raise ValueError(f"{path} holds {found}, not rows: write an array of objects, [{{column: value}}, ...]")
+
+
+def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     # By the csv module, not pandas: the texts "NA", "None" and "007" stay what they are.
     csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
+    text = read_text(path, encoding, guess=True)  # JSON is UTF-8 by its own rule, csv files are whatever
+    delimiter = find_delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ",")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}: the header {','.join(header)} names a column twice: rename one of them")
+        for fields in filter(None, reader):  # empty lines give no fields
+            if len(fields) != len(header):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: the header has {len(header)} columns, this line has "
+                    f"{len(fields)}: correct the line, quote fields that hold {_name(delimiter)}"
+                )
+            yield f"line {reader.line_num}", dict(zip(header, fields))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}): correct the quoting") from error
+
+
+def _name(delimiter: str) -> str:
+    return {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}[delimiter]
+
+
+def find_delimiter(text: str, usual: str = ",") -> str:
+    """Finds the sign between the fields of a csv file: `usual` where its header has none.
+
+    The csv module's sniffer looks at the header alone, as texts hold commas and semicolons of their own; where the rows
+    do not have as many fields as the header then, another sign of the header is taken with which they do.
+    """
+    header = text.lstrip("\r\n").partition("\n")[0]
+    try:
+        found = csv.Sniffer().sniff(header, delimiters=DELIMITERS).delimiter
+    except csv.Error:
+        found = usual
+    if usual == "\t" and usual in header:
+        found = usual
+
+    def fits(delimiter: str) -> bool:
         try:
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise ValueError(f"{path}: the header {','.join(header)} names a column twice: rename one of them")
-            for fields in filter(None, reader):  # empty lines give no fields
-                if len(fields) != len(header):
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: the header has {len(header)} columns, this line has "
-                        f"{len(fields)}: correct the line, quote fields that hold commas"
-                    )
-                yield f"line {reader.line_num}", dict(zip(header, fields))
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}): correct the quoting") from error
+            rows = list(itertools.islice(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), 50))
+        except csv.Error:
+            return False
+        return len({len(row) for row in rows if row}) == 1
+
+    candidates = [sign for sign in dict.fromkeys((found, *DELIMITERS)) if sign in header]
+    return next(filter(fits, candidates), found)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
+    number = 0
     try:
-        rows = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({error}): write or copy it again") from error
-    return iter(("", row) for row in rows)
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in _values(batch):
+                    yield f"row {number + 1}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        what = "not a whole Parquet file" if number == 0 else f"row {number + 1} cannot be read"
+        raise ValueError(f"{path}: {what} ({error}): write or copy it again") from error
 
 
-READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+def _values(batch: Any) -> Iterable[Any]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:  # row by row, up to the damaged one
+        return (batch.slice(index, 1).to_pylist()[0] for index in range(len(batch)))
+
+
+READERS: dict[str, Callable[[Path, str | None], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
 """The supported suffixes; each reader gives the rows, with their places in the file for messages."""

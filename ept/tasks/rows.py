@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,16 @@ GROUP = "group"
 """The column of a loaded data set that says which rows belong together."""
 FIELDS = "fields"
 """The column of a loaded data set that keeps the text columns a row's `text` was rendered from."""
+ROW = "row"
+"""The column of a loaded data set with a row's number in the file it comes from, counted from 1."""
+RAW = "raw"
+"""The key of an example that says which rows of a file are the same one, whatever template is used."""
+
+BLANK, UNLABELLED = "blank text", "no label"
+
+
+class BlankText(ValueError):
+    """A row whose text columns are all empty."""
 
 
 def render(task: Task, row: Mapping[str, Any]) -> str:
@@ -38,7 +50,7 @@ def text_fields(task: Task, row: Mapping[str, Any]) -> dict[str, str]:
     fields = {column: as_text(column, values[column]) for column in task.columns}
     if not any(value.strip() for value in fields.values()):
         columns = ", ".join(f"'{column}'" for column in task.columns)
-        raise ValueError(f"empty text (column {columns}): drop the row or give it text")
+        raise BlankText(f"empty text (column {columns}): drop the row or give it text")
     return fields
 
 
@@ -57,7 +69,7 @@ def _check_columns(task: Task, columns: Sequence[str], row: Mapping[str, Any]) -
 
 def as_text(column: str, value: Any) -> str:
     """Gives a cell's text; raises ValueError for a list or another structure."""
-    if value is None:
+    if is_missing(value):
         return ""
     if isinstance(value, (str, int, float)):
         return str(value)
@@ -110,29 +122,84 @@ def fit_to_length(
     return text, True
 
 
-def examples(task: Task, rows: Sequence[Row], source: str) -> list[Row]:
-    """Makes `{text, label, fields}` of each row; raises ValueError with the source and the row (counted from 1)."""
+def is_missing(value: Any) -> bool:
+    """Tells whether a cell holds nothing: null, not a number, or text that is blank."""
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and not value.strip())
+    )
+
+
+def examples(
+    task: Task, rows: Sequence[Row], source: str, strict: bool = True
+) -> tuple[list[Row], dict[str, list[int]]]:
+    """Makes `{text, label, fields, row, raw}` of each row, and lists the rows that are left out, by the reason.
+
+    Rows without a label are left out, and with `strict` refused like all that is wrong. Rows with blank text are
+    refused with `strict`; else they stay, with an empty `text`, until the splits are drawn, which are the same ones for
+    every template. Raises ValueError with the source and the row (counted from 1).
+    """
     found: list[Row] = []
-    for number, row in enumerate(rows, start=1):
+    left_out: dict[str, list[int]] = {BLANK: [], UNLABELLED: []}
+    keys = raw_keys(rows, task.label_column)
+    for number, (row, key) in enumerate(zip(rows, keys), start=1):
         try:
             _check_columns(task, [task.label_column], row)
-            fields = text_fields(task, row)
-            label = task.label_class(row[task.label_column])
+            try:
+                fields = text_fields(task, row)
+            except BlankText:
+                if strict:
+                    raise
+                left_out[BLANK].append(number)
+                fields = dict.fromkeys(task.columns, "")
+            raw = row[task.label_column]
+            label = task.label_class(raw)
+            if label is None and is_missing(raw) and not strict:
+                left_out[UNLABELLED].append(number)
+                continue
             if label is None:
                 allowed = ", ".join(repr(raw) for raw, _ in task.label_map)
                 if task.values:
                     allowed = f"numbers {task.values[0]} .. {task.values[-1]}"
                 elif not task.label_map:
                     allowed = f"0 .. {task.num_labels - 1} or {', '.join(map(repr, task.label_words))}"
-                name = f"label {row[task.label_column]!r} (column '{task.label_column}')"
+                name = f"label {raw!r} (column '{task.label_column}')"
                 raise ValueError(f"{name} is outside the set: allowed are {allowed}")
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
-        example = {"text": task.template.format_map(fields), "label": label, FIELDS: fields}
+        text = task.template.format_map(fields) if any(map(str.strip, fields.values())) else ""
+        example = {"text": text, "label": label, FIELDS: fields, ROW: number, RAW: key}
         if task.group_columns:
             example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
         found.append(example)
-    return found
+    return found, {reason: numbers for reason, numbers in left_out.items() if numbers}
+
+
+def raw_keys(rows: Sequence[Row], label_column: str) -> list[str]:
+    """Gives what two rows share when they count as the same one: the text of all columns but the label's.
+
+    Columns that hold numbers alone, such as a row's own number, do not count where there are others.
+    """
+    values: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        for column, value in row.items():
+            if column != label_column and not is_missing(value):
+                values[column].append(value)
+    textual = sorted(column for column, found in values.items() if not all(map(is_number, found)))
+    columns = textual or sorted(values)
+    return [text_key("\n".join("" if is_missing(row.get(c)) else str(row[c]) for c in columns)) for row in rows]
+
+
+def is_number(value: Any) -> bool:
+    """Tells whether a cell holds a number, as such or as text."""
+    if isinstance(value, str):
+        try:
+            float(value)
+        except ValueError:
+            return False
+        return True
+    return isinstance(value, (int, float))
 
 
 def text_key(text: str) -> str:
@@ -145,6 +212,8 @@ def dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
     from datasets import Dataset
 
     rows = [{**row, "target": labels[row["label"]]} for row in examples]
+    for row in rows:
+        row.pop(RAW, None)
     if rows and GROUP in rows[0]:
         numbers: dict[str, int] = {}
         for row in rows:

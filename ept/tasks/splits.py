@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from bisect import bisect_right
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import accumulate, chain
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from statistics import multimode
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..utils.messages import listed
+from .drawing import BALANCE_INTERVALS, SPLITS, few_shot, interval, sample, three_splits
 from .files import READERS, File, Row, read_rows
 from .metrics import compute_metrics
-from .rows import GROUP, dataset, examples, text_key
+from .rows import ROW, dataset, examples, text_key
 from .task import Task
 
 if TYPE_CHECKING:
@@ -23,22 +24,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
 TRAIN_FILE = f"train{{{','.join(READERS)}}}"
-LARGE = 10_000
-"""From this many train rows on, validation rows are taken from train and the validation split is the test split."""
-LARGE_VALIDATION = 1_000
-HELD_OUT_FRACTION = 0.1
-BALANCE_INTERVALS = 5  # of a regression's range, when its labels are counted
 
 
 @dataclass
 class TaskData:
     """A task's three splits, no text in two of them.
 
-    Each row has `text: str` (the rendered input), `label: int` (the class), `target: str` (`labels[label]`) and
-    `fields`: the text columns that `text` was rendered from. Tasks with `group_columns` have `group: int` as well, the
-    same number for rows that belong together.
+    Each row has `text: str` (the rendered input), `label: int` (the class), `target: str` (`labels[label]`), `fields`:
+    the text columns that `text` was rendered from, and `row: int`, its number in its file, counted from 1. Tasks with
+    `group_columns` have `group: int` as well, the same number for rows that belong together.
+
+    Attributes:
+        left_out: how many rows are left out, by the reason.
+        sources: which of the given splits each split was taken from, and the checksum of that one's rows.
     """
 
     task: Task
@@ -46,13 +45,22 @@ class TaskData:
     validation: Dataset
     test: Dataset
     labels: tuple[str, ...]
+    left_out: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def drawn(self) -> dict[str, Any]:
+        """Describes the splits by the numbers of their rows, for `load_task` to draw them again."""
+        described = {}
+        for split, (source, checksum) in self.sources.items():
+            described[split] = {"from": source, "sha256": checksum, "rows": list(getattr(self, split)[ROW])}
+        return described
 
     def balance(self) -> dict[str, float]:
         """Gives the share of each label among the train rows, by its word; a regression's range is cut into five."""
         names, labels, values = self.task.label_words, list(self.train["label"]), self.task.values
         if values:
             low, width = values[0], (values[-1] - values[0]) / BALANCE_INTERVALS
-            labels = [min(int((values[label] - low) / width), BALANCE_INTERVALS - 1) for label in labels]
+            labels = [interval(self.task, label) for label in labels]
             names = tuple(f"{low + i * width:g}-{low + (i + 1) * width:g}" for i in range(BALANCE_INTERVALS))
         counts = Counter(labels)
         return {name: counts[i] / len(labels) for i, name in enumerate(names)}
@@ -78,6 +86,9 @@ def load_task(
     max_test: int | None = None,
     k_shot: int | None = None,
     shot_seed: int = 0,
+    encoding: str | None = None,
+    strict: bool = True,
+    drawn: Mapping[str, Any] | None = None,
 ) -> TaskData:
     """Loads the three splits of `task` from `data_dir`, from the given files, or else from the hub.
 
@@ -87,7 +98,10 @@ def load_task(
     * no test: below 10,000 train rows (or where the task says so) half of the validation split is the test split; from
       10,000 on, 1,000 train rows are the validation split and the validation split is the test split;
     * no validation: a tenth of train;
-    * neither: 80/10/10 by a hash of the text, which does not depend on the order of the rows.
+    * neither: 80/10/10.
+
+    The last two, and for a local task the first as well, are drawn by a hash of the raw row, which depends neither on
+    the order of the rows nor on the template, with each label's share of the rows, and the same row never in two.
 
     Train rows whose text (case and white space aside) is also in validation or test are dropped, and validation rows
     whose text is also in test; a warning says how many. Then `max_*` draws that many rows at random. Rows that belong
@@ -95,6 +109,11 @@ def load_task(
 
     Last, `k_shot` draws the train rows of a few-shot run with `shot_seed`: so many in all, the same number of each
     label (`k_shot // labels`, as DePT's code does), or of either half of a regression's range.
+
+    Args:
+        encoding: of text files, as in `read_rows`.
+        strict: refuse rows with blank text or without a label. False: leave them out, with a warning.
+        drawn: draw the very rows that `TaskData.drawn` has described, of the same data.
 
     Raises ValueError for bad content (with file and row), FileNotFoundError for a file or split that is not there, and
     ConnectionError where the hub cannot be reached.
@@ -105,31 +124,91 @@ def load_task(
         if limit is not None and limit < 1:
             raise ValueError(f"max_{split}={limit}: give at least 1 row, or None for all")
 
-    raw = _raw_splits(task, data_dir, dict(zip(SPLITS, (train_file, validation_file, test_file))))
+    files = dict(zip(SPLITS, (train_file, validation_file, test_file)))
+    raw = _raw_splits(task, data_dir, files, encoding)
     source, rows = raw.get("test", ("", []))
     test_labels = [row[task.label_column] for row in rows if task.label_column in row]
     # Hidden: all are missing, or -1 without that being one of the task's labels.
     if test_labels and all(str(v) in ("None", "", "-1", "-1.0") and task.label_class(v) is None for v in test_labels):
         logger.info("%s: the labels are hidden, the test split is made from the others", source)
         del raw["test"]
-    splits = {split: examples(task, rows, source) for split, (source, rows) in raw.items()}
-    splits = _without_overlap(_three_splits(task, splits, seed))
+    checksums = {split: _checksum(rows) for split, (_, rows) in raw.items()}
+    given, left_out = {}, Counter[str]()
+    for split, (source, rows) in raw.items():
+        given[split], omitted = examples(task, rows, source, strict)
+        left_out.update({reason: len(numbers) for reason, numbers in omitted.items()})
+        _warn_left_out(source, omitted)
+    if drawn is not None:
+        origins, splits = _drawn_before(given, checksums, drawn)
+    else:
+        origins, splits = three_splits(task, given, seed)
+    splits = {split: [row for row in rows if row["text"]] for split, rows in splits.items()}  # but for blank ones
+    splits = _without_overlap(splits)
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
-            kept = {id(row) for row in _drawn(splits[split], limit, seed)[0]}
+            kept = {id(row) for row in sample(splits[split], limit, seed)[0]}
             splits[split] = [row for row in splits[split] if id(row) in kept]
     if k_shot is not None:
         splits["train"] = few_shot(task, splits["train"], k_shot, shot_seed)
-    return TaskData(task, **{split: dataset(rows, targets) for split, rows in splits.items()}, labels=targets)
+    return TaskData(
+        task,
+        **{split: dataset(rows, targets) for split, rows in splits.items()},
+        labels=targets,
+        left_out=dict(left_out),
+        sources={split: (origin, checksums[origin]) for split, origin in origins.items()},
+    )
 
 
-def load_split(task: Task, path: File, *, labels: Literal["digits", "words"] = "digits") -> Dataset:
+def load_split(
+    task: Task,
+    path: File,
+    *,
+    labels: Literal["digits", "words"] = "digits",
+    encoding: str | None = None,
+    strict: bool = True,
+) -> Dataset:
     """Loads one labelled file with the columns of a `TaskData` split, in the file's order. Raises as `load_task`."""
-    return dataset(examples(task, read_rows(path), str(path)), task.labels(labels))
+    found, omitted = examples(task, read_rows(path, encoding), str(path), strict)
+    _warn_left_out(str(path), omitted)
+    found = [row for row in found if row["text"]]
+    if not found:
+        raise ValueError(f"{path}: no row has both text and label")
+    return dataset(found, task.labels(labels))
+
+
+def _warn_left_out(source: str, omitted: Mapping[str, Sequence[int]]) -> None:
+    for reason, numbers in omitted.items():
+        many, numbered = ("rows", "are") if len(numbers) > 1 else ("row", "is"), listed(map(str, numbers))
+        logger.warning("%s: %d %s with %s %s left out: %s", source, len(numbers), many[0], reason, many[1], numbered)
+
+
+def _checksum(rows: Sequence[Row]) -> str:
+    """Computes the checksum of rows as a file holds them."""
+    digest = sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _drawn_before(
+    given: Mapping[str, list[Row]], checksums: Mapping[str, str], drawn: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, list[Row]]]:
+    """Draws the rows that `TaskData.drawn` has described; raises ValueError where the data are not the same ones."""
+    origins, splits = {}, {}
+    for split in SPLITS:
+        origin = origins[split] = drawn[split]["from"]
+        if checksums.get(origin) != drawn[split]["sha256"]:
+            raise ValueError(
+                f"the {origin} data have changed since these splits were drawn, or are other ones: "
+                "give the same file, or leave data.splits out to draw new splits"
+            )
+        numbers = set(drawn[split]["rows"])
+        splits[split] = [row for row in given[origin] if row[ROW] in numbers]
+    return origins, splits
 
 
 def _raw_splits(
-    task: Task, data_dir: File | None, files: Mapping[str, File | None]
+    task: Task, data_dir: File | None, files: Mapping[str, File | None], encoding: str | None
 ) -> dict[str, tuple[str, list[Row]]]:
     """Reads the splits that are there: the source of each, for messages, and its rows."""
     given = {split: Path(file) for split, file in files.items() if file is not None}
@@ -154,13 +233,13 @@ def _raw_splits(
     elif given and "train" not in given:
         raise ValueError(f"{names} without train_file: give train_file as well")
     if given:
-        return {split: (str(path), read_rows(path)) for split, path in given.items()}
+        return {split: (str(path), read_rows(path, encoding)) for split, path in given.items()}
     if task.hub is None:
         raise ValueError(f"task '{task.name}' is not on the hub: give data_dir or train_file")
     return _hub_splits(task, *task.hub)
 
 
-def _hub_splits(task: Task, path: str, config: str) -> dict[str, tuple[str, list[Row]]]:
+def _hub_splits(task: Task, path: str, config: str | None) -> dict[str, tuple[str, list[Row]]]:
     from datasets import load_dataset
 
     try:
@@ -180,32 +259,6 @@ def _hub_splits(task: Task, path: str, config: str) -> dict[str, tuple[str, list
     }
 
 
-def _three_splits(task: Task, splits: Mapping[str, list[Row]], seed: int) -> dict[str, list[Row]]:
-    """Makes the splits that are missing, by the rule in `load_task`."""
-    train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
-    if validation is None and test is None:
-        keys = [row.get(GROUP) or text_key(row["text"]) for row in train]  # equal texts stay together
-        distinct = sorted(set(keys), key=lambda key: blake2b(f"{seed}\n{key}".encode(), digest_size=16).digest())
-        if len(distinct) < 3:
-            raise ValueError(f"{len(distinct)} distinct texts cannot fill train, validation and test: give at least 3")
-        logger.info("no validation and no test split: 80/10/10 of the %d distinct texts, by hash", len(distinct))
-        held_out = max(1, round(HELD_OUT_FRACTION * len(distinct)))
-        ranges = (distinct[2 * held_out :], distinct[held_out : 2 * held_out], distinct[:held_out])
-        split_of = {key: split for split, members in zip(SPLITS, ranges) for key in members}
-        return {split: [row for row, key in zip(train, keys) if split_of[key] == split] for split in SPLITS}
-    if validation is None:
-        validation, train = _drawn(train, max(1, round(HELD_OUT_FRACTION * len(train))), seed)
-        logger.info("no validation split: %d of the train rows serve as one", len(validation))
-    elif test is None and len(train) >= LARGE and task.split_rule == "size":
-        test = validation
-        validation, train = _drawn(train, LARGE_VALIDATION, seed)
-        logger.info("no test split: it is the validation split, %d train rows are validation", len(validation))
-    elif test is None:
-        logger.info("no test split: half of the %d validation rows serve as one", len(validation))
-        validation, test = _drawn(validation, len(validation) // 2, seed)
-    return dict(zip(SPLITS, (train, validation, test or [])))
-
-
 def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
     """Drops from train what is in validation or test, from validation what is in test; refuses an empty split."""
     keys = {split: [text_key(row["text"]) for row in rows] for split, rows in splits.items()}
@@ -220,47 +273,3 @@ def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
         sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in kept.items())
         raise ValueError(f"no rows are left for {empty[0]} ({sizes}): give more distinct texts, or a {empty[0]} split")
     return kept
-
-
-def _permutation(size: int, seed: int) -> list[int]:
-    import torch
-
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def _drawn(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Draws `count` rows, and gives them and the rest in random order; the rows of a group stay together.
-
-    Groups are drawn while they fit into `count`, and the first one in any case.
-    """
-    groups: dict[Any, list[Row]] = defaultdict(list)
-    for position, row in enumerate(rows):
-        groups[row.get(GROUP, position)].append(row)
-    members = list(groups.values())
-    shuffled = [members[i] for i in _permutation(len(members), seed)]
-    cut = bisect_right(list(accumulate(map(len, shuffled))), count) or min(count, 1)
-    return list(chain(*shuffled[:cut])), list(chain(*shuffled[cut:]))
-
-
-def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
-    """Draws `k // classes` rows of each class with `seed`, in their order; a regression's classes are its two halves.
-
-    Raises:
-        ValueError: that is no row a class, or a class has fewer rows.
-    """
-    values = task.values
-    classes = 2 if values else task.num_labels
-    each = k // classes
-    if each < 1:
-        raise ValueError(f"k_shot={k} is no row for each of {classes} labels: give at least {classes}")
-    members: dict[int, list[int]] = {index: [] for index in range(classes)}
-    for position in _permutation(len(rows), seed):
-        label = rows[position]["label"]
-        members[int(values[label] > (values[0] + values[-1]) / 2) if values else label].append(position)
-    fewest = min(map(len, members.values()))
-    if fewest < each:
-        raise ValueError(
-            f"k_shot={k} needs {each} train rows of each label, one label has {fewest}: "
-            f"give at most k_shot={fewest * classes}"
-        )
-    return [rows[position] for position in sorted(i for drawn in members.values() for i in drawn[:each])]

@@ -67,6 +67,11 @@ class Task:
         return template_columns(self.template)
 
     @property
+    def is_local(self) -> bool:
+        """True for a task over somebody's own data, which no paper's rules are about."""
+        return self.name == "local"
+
+    @property
     def num_labels(self) -> int:
         return len(self.label_words)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 Rows = Iterable[Sequence[str]]
 
@@ -14,15 +14,15 @@ Rows = Iterable[Sequence[str]]
 def table(header: Sequence[str], rows: Rows, title: str | None = None, left: int = 1, **style: Any) -> Table:
     """Builds a table for the terminal: the first `left` columns are aligned to the left, all others to the right.
 
-    The first column is never broken; where the terminal is narrow other cells are, and none is cut off. Square brackets
-    in cells and title are printed as they are, not read as rich's markup.
+    The first column is never broken; where the terminal is narrow other cells are, and none is cut off. Cells and title
+    are printed as they are: rich would read `[red]` as its markup and `:heart:` as a picture.
     """
-    built = Table(title=escape(title) if title is not None else None, **style)
+    built = Table(title=Text(title, "table.title") if title is not None else None, **style)
     for place, column in enumerate(header):
         justify: Any = "left" if place < left else "right"
-        built.add_column(column, justify=justify, overflow="fold", no_wrap=place == 0)
+        built.add_column(Text(column), justify=justify, overflow="fold", no_wrap=place == 0)
     for row in rows:
-        built.add_row(*map(escape, row))
+        built.add_row(*map(Text, row))
     return built
 
 

@@ -163,7 +163,7 @@ def test_bad_input_to_evaluate_and_predict(runs: dict[str, Path], tmp_path: Path
     assert "no column sentence and no column text (found: headline, label)" in refused("predict", run, "--file", other)
     assert "empty text" in refused("predict", run, " ")
     long = " ".join([GOOD] * 5)
-    assert "text row 0: the text has" in refused("predict", run, long, "--set", "data.on_too_long=error")
+    assert "text, row 1: the text has" in refused("predict", run, long, "--set", "data.on_too_long=error")
 
 
 def test_a_damaged_adapter_or_none_cannot_be_evaluated(runs: dict[str, Path], tmp_path: Path) -> None:

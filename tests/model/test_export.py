@@ -139,12 +139,13 @@ def test_the_documents_example_reproduces_generation(tmp_path, base_folder, monk
 def test_prompt_embeds_of_a_text_file(tmp_path, base_folder):
     model = adapted()
     model.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "lines.txt").write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    lines = "\ufeff" + "\r\n".join([*TEXTS, "a\u2028b\x0cc\x85d"]) + "\n"  # a byte order mark, breaks inside a text
+    (tmp_path / "lines.txt").write_text(lines, encoding="utf-8", newline="")
     arguments = ["export", tmp_path / "adapter", "--output", tmp_path / "out", "--texts", tmp_path / "lines.txt"]
     result = run(*arguments, "--model", base_folder, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["texts"] == 2
+    assert report["texts"] == 3
     assert [Path(file).name for file in report["files"]] == [
         "folded.safetensors",
         "folded.json",
@@ -177,8 +178,11 @@ MISTAKES = [
     (["--set", "model.dtype=bfloat16"], "is an adapter: use --model"),
     (["--texts", "empty.txt", "--model", "base"], "empty.txt is empty"),
     (["--texts", "gap.txt", "--model", "base"], "gap.txt, line 2 is empty"),
-    (["--texts", "binary.txt", "--model", "base"], "binary.txt is not UTF-8 text"),
-    (["--texts", "long.txt", "--model", "base"], "text 0: input has 13 tokens, the adapter was made for max_length=12"),
+    (
+        ["--texts", "binary.txt", "--model", "base"],
+        "binary.txt, line 1: byte 0xff is not UTF-8: save the file as UTF-8",
+    ),
+    (["--texts", "long.txt", "--model", "base"], "text 1: input has 13 tokens, the adapter was made for max_length=12"),
 ]
 
 

@@ -15,6 +15,14 @@ def test_help_names_every_command(module: str) -> None:
     assert not missing, f"`ept --help` does not name {missing}:\n{shown}"
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1251"])
+def test_what_a_console_cannot_write_is_escaped(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    template = ("--set", "data.template='{text} fun 🎉'")
+    assert "fun \\U0001f389" in run_python("-m", "ept", "train", "--print-config", *template).stdout
+    assert "fun\\U0001f389.yaml" in run_python("-m", "ept", "train", "--config", "fun🎉.yaml", code=2).stderr
+
+
 def test_unknown_command_fails() -> None:
     done = run_python("-m", "ept.cli.main", "trian", code=2)
     assert "trian" in done.stdout + done.stderr

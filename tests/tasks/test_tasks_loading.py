@@ -61,7 +61,13 @@ def test_data_dir(tmp_path, suffix):
     assert (data.task, data.labels) == (SST2, ("0", "1"))
     assert sizes(data) == [12, 4, 2]
     text = rows[0]["sentence"]
-    assert data.train[0] == {"text": f"sentence: {text}", "label": 0, "fields": {"sentence": text}, "target": "0"}
+    assert data.train[0] == {
+        "text": f"sentence: {text}",
+        "label": 0,
+        "fields": {"sentence": text},
+        "row": 1,
+        "target": "0",
+    }
     assert data.train[1]["text"] == "sentence: None"
     assert list(data.train["label"]) == [0, 1] * 6
     assert list(load_task(SST2, data_dir=str(tmp_path), labels="words").test["target"]) == ["negative", "positive"]
@@ -88,7 +94,7 @@ def test_columns_that_share_a_name_with_ours(tmp_path):
     rows = [{"text": f"t{i}", "target": i, "fields": "f", "label": "yes"} for i in range(3)]
     split = load_split(task, write(tmp_path / "rows.jsonl", rows), labels="words")
     fields = {"text": "t2", "target": "2", "fields": "f"}
-    assert split[2] == {"text": "t2 / 2 / f", "label": 1, "target": "yes", "fields": fields}
+    assert split[2] == {"text": "t2 / 2 / f", "label": 1, "target": "yes", "fields": fields, "row": 3}
 
 
 def test_load_split_keeps_every_row_in_order(tmp_path):
@@ -291,7 +297,7 @@ BAD_FILES = [
     ("t.csv", "sentence,label,label\na,1,1\n", "the header sentence,label,label names a column twice"),
     ("t.parquet", "PAR1 nothing", "t.parquet: not a whole Parquet file"),
     ("t.jsonl", b'{"sentence": "\xff"}', "byte 0xff is not UTF-8"),
-    ("t.tsv", "sentence\tlabel\n", "unsupported suffix '.tsv': use one of .jsonl, .json, .csv, .parquet"),
+    ("t.xlsx", "sentence\tlabel\n", "unsupported suffix '.xlsx': use one of .jsonl, .json, .csv, .tsv, .parquet"),
     ("t.jsonl", None, "t.jsonl: no such file"),
     ("t.jsonl", '{"text": "a", "label": 1}\n', "row 1: no column 'sentence'; columns found: 'text', 'label"),
     ("t.jsonl", '{"sentence": "a", "y": 1}\n', "row 1: no column 'label'; columns found: 'sentence', 'y'"),

@@ -36,7 +36,13 @@ def test_terminal() -> None:
     assert shown[0].strip() == "a title"
     assert any(line.split() == ["│", "a|b", "│", "1", "│"] for line in shown)
     assert any("prompt tuning" in line and "method" not in line for line in printed(properties(ROWS)))
-    assert any("[bold]" in line for line in printed(properties([("[bold]", "")])))
+
+
+@pytest.mark.parametrize("text", ["[neg]", "[/INST]", "x[red]y.jsonl", "a\\[b]", ":heart:", "[link=x]"])
+def test_a_users_text_is_never_read_as_markup(text: str) -> None:
+    shown = printed(table((text, "s"), [(text, text)], text))
+    assert sum(line.count(text) for line in shown) == 4
+    assert text in "".join(printed(properties([("name", text)], text)))
 
 
 @pytest.mark.parametrize("panels, columns, legend", [(1, 1, "below"), (2, 1, "beside"), (5, 2, "below")])

@@ -1,0 +1,121 @@
+"""Files as people have them: delimiters, encodings, JSON of several shapes, and what is refused in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from ept.tasks import read_rows
+
+TWO = [{"text": "so, so; fine", "label": "good"}, {"text": "a|b\tc", "label": "bad"}]
+QUOTED = [{"text": 'two\nlines, "so"', "label": "good"}]
+
+# name, content, rows
+READ = [
+    ("a.csv", 'text,label\n"so, so; fine",good\na|b\tc,bad\n', TWO),
+    ("a.csv", 'text;label\n"so, so; fine";good\na|b\tc;bad\n', TWO),
+    ("a.csv", 'text\tlabel\nso, so; fine\tgood\n"a|b\tc"\tbad\n', TWO),
+    ("a.tsv", 'text\tlabel\r\nso, so; fine\tgood\r\n"a|b\tc"\tbad\r\n', TWO),
+    ("a.CSV", 'text|label\nso, so; fine|good\n"a|b\tc"|bad\n', TWO),
+    ("a.csv", '"text, in full";label\nfine;good\n', [{"text, in full": "fine", "label": "good"}]),
+    ("a.csv", "text;comment, if any;label\na,b,c;d;e\n", [{"text": "a,b,c", "comment, if any": "d", "label": "e"}]),
+    ("a.csv", "text\nso, so\n", None),  # a line of two fields below a header of one
+    ("a.csv", 'text,label\n"two\nlines, ""so""",good\n', QUOTED),
+    ("a.csv", "\ufefftext,label\n日本語 🎉,good\n", [{"text": "日本語 🎉", "label": "good"}]),
+    ("a.csv", "text,label\nÇa coûte 5 €,good\n".encode("cp1252"), [{"text": "Ça coûte 5 €", "label": "good"}]),
+    ("a.csv", "text\tlabel\nüber\tgood\n".encode("utf-16"), [{"text": "über", "label": "good"}]),
+    ("a.jsonl", '\ufeff{"a": 1}\r\n\r\n{"a": "x\u2028y\x85z"}', [{"a": 1}, {"a": "x\u2028y\x85z"}]),
+    ("a.jsonl", '{"a": "\\ud83c\\udf89"}', [{"a": "🎉"}]),
+    ("a.json", '{\n  "a": 1,\n  "b": "x"\n}', [{"a": 1, "b": "x"}]),
+    ("a.json", '{"version": "1", "data": [{"a": 1}, {"a": 2}]}', [{"a": 1}, {"a": 2}]),
+    ("a.json", '{"a": 1}\n{"a": 2}', [{"a": 1}, {"a": 2}]),
+]
+
+
+@pytest.mark.parametrize("name, content, rows", READ)
+def test_read(tmp_path: Path, name: str, content: str | bytes, rows: list[dict[str, str]] | None) -> None:
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if rows is None:
+        with pytest.raises(ValueError, match="the header has 1 columns, this line has 2"):
+            read_rows(file)
+    else:
+        assert read_rows(file) == rows
+
+
+def test_a_guessed_encoding_is_told_and_another_can_be_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes("text,label\nfine,a\nÇa coûte 5 €,b\n".encode("cp1252"))
+    read_rows(file)
+    assert "a.csv is not UTF-8 (line 3) and is read as cp1252: data.encoding names another" in caplog.text
+    file.write_bytes("text,label\nПривет,a\n".encode("cp1251"))
+    with pytest.raises(
+        ValueError, match=r"line 2: byte 0xcf is not UTF-8: save .* set data.encoding .*it may be .*cp1251"
+    ):
+        read_rows(file)
+    assert read_rows(file, "cp1251") == [{"text": "Привет", "label": "a"}]
+    with pytest.raises(ValueError, match="unknown encoding 'cp9': name one that Python knows, such as cp1252"):
+        read_rows(file, "cp9")
+    with pytest.raises(ValueError, match="byte 0xcf is not ascii"):
+        read_rows(file, "ascii")
+
+
+# name, content, message
+REFUSED = [
+    ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "a.jsonl, line 2: the key 'a' is given twice: keep one"),
+    ("a.jsonl", '{"a": [{"b": 1, "b": 2}]}\n', "line 1: the key 'b' is given twice"),
+    ("a.json", '[{"a": 1}, {"a": 1, "a": 3}]', "a.json, row 2: the key 'a' is given twice"),
+    ("a.jsonl", '{"a": 1}\n{"a": "x\\ud83c"}\n', r"a.jsonl, line 2: \\ud83c is half of a character"),
+    ("a.json", '[{"a": 1}, {"a": "\\udf89"}]', r"a.json, row 2: \\udf89 is half of a character"),
+    (
+        "a.jsonl",
+        b'{"a": "\xe9"}',
+        "line 1: byte 0xe9 is not UTF-8: save .* set data.encoding to its own .it may be cp1252",
+    ),
+    ("a.json", '{"text": ["a"], "label": [1]}', "holds an object with 'text', 'label', not rows: write an array"),
+    ("a.json", '{"data": [1, 2]}', "holds an object with 'data', not rows"),
+    ("a.json", '{"text": {"0": "a"}, "label": {"0": 1}}', "holds an object with 'text', 'label', not rows"),
+    ("a.json", "7", "holds int, not rows"),
+    ("a.json", '{\n "a": 1,\n}', "a.json, line 3: not JSON"),
+    ("a.tsv", "a\tb\nx\ty\tz\n", "line 2: the header has 2 columns, this line has 3: .* quote fields that hold tabs"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", REFUSED)
+def test_refused(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        read_rows(file)
+
+
+def test_a_damaged_parquet_file_names_the_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    texts = [f"text number {i} {'x' * (i % 7)}" for i in range(3000)]
+    options = {"compression": "none", "use_dictionary": False, "row_group_size": 1000}
+    parquet.write_table(pa.table({"text": texts, "label": [1] * 3000}), file, **options)
+    content = file.read_bytes()
+    start = content.index(b"text number 2500")
+    file.write_bytes(content[:start] + b"\xff" + content[start + 1 :])  # not UTF-8 any more
+    with pytest.raises(ValueError, match=r"a\.parquet: row 2501 cannot be read"):
+        read_rows(file)
+    file.write_bytes(content[:start] + b"\xff" * 20 + content[start + 20 :])  # and a length that is none
+    with pytest.raises(ValueError, match=r"a\.parquet: row 2\d\d\d cannot be read"):
+        read_rows(file)
+    file.write_bytes(content[:-100])
+    with pytest.raises(ValueError, match=r"a\.parquet: not a whole Parquet file"):
+        read_rows(file)
+
+
+@pytest.mark.parametrize("content", ['{"text": NaN, "label": 1}', '{"text": null, "label": 1}'])
+def test_a_text_that_is_not_a_number_is_no_text(tmp_path: Path, content: str) -> None:
+    from ept.tasks import load_split, local_task
+
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": "fine", "label": 1}) + "\n" + content + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: empty text \(column 'text'\)"):
+        load_split(local_task("{text}", ["no", "yes"]), file)
