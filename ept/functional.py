@@ -1,7 +1,8 @@
 """The thin autograd layer: the only place that knows gradients.
 
-Each function wraps one operator of `ept_kernels`. Gradients reach the prompt's parameters only; the frozen table
-gets one only where the caller made it trainable. First-order gradients only: a second backward raises.
+Each function wraps one operator of `ept_kernels`. Gradients reach the prompt's parameters, and, of the frozen model's
+own work, the inputs only; the frozen table gets one only where the caller made it trainable. First-order gradients
+only: a second backward raises.
 """
 
 from __future__ import annotations
@@ -77,6 +78,68 @@ class _Matmul4bit(torch.autograd.Function):
         return grad_x, grad_bias, None, None, None, None, None, None
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Norm that hands on what it has normalised, so that both gradients are summed where they are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, form: str
+    ) -> tuple[Tensor, Tensor]:
+        out, total, rstd = ept_kernels.rms_norm(x, weight, residual, eps, form)
+        h = x if residual is None else total
+        ctx.save_for_backward(h, weight, rstd)
+        ctx.form = form
+        ctx.set_materialize_grads(False)
+        return out, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, grad_h: Tensor | None) -> tuple[Any, ...]:
+        grad = grad_h
+        if grad_output is not None:
+            grad = ept_kernels.rms_norm_backward(grad_output, *ctx.saved_tensors, grad_h, ctx.form)
+        return grad, None, grad if ctx.needs_input_grad[2] else None, None, None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return ept_kernels.rotary(q, k, cos, sin, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
+        return *ept_kernels.rotary(grad_q, grad_k, *ctx.saved_tensors, ctx.interleaved, True), None, None, None
+
+
+class _GatedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return ept_kernels.gated_activation(gate, up, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        return *ept_kernels.gated_activation_backward(grad_output, *ctx.saved_tensors, ctx.activation), None
+
+
+class _ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out, passes = ept_kernels.relu(x)
+        ctx.save_for_backward(passes)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        return ept_kernels.relu_backward(grad_output, *ctx.saved_tensors)
+
+
 def prompted_embedding(
     input_ids: Tensor,
     positions: Tensor,
@@ -111,3 +174,37 @@ def matmul_4bit(x: Tensor, weight: ept_kernels.FourBitWeight, bias: Tensor | Non
     """
     check_operands(x, weight, bias)
     return _Matmul4bit.apply(x, bias, weight.sizes, *weight.tensors)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-6, form: str = "llama"
+) -> tuple[Tensor, Tensor]:
+    """Computes the RMSNorm of `h = x + residual` with a frozen weight; returns it and `h`, differentiable in both.
+
+    Whatever is computed from `h` later is best computed from the one returned: its gradient is then added in the norm's
+    own backward. Shapes, dtypes and forms as in `ept_kernels.rms_norm_reference`.
+
+    Raises:
+        ValueError: the weight wants a gradient.
+    """
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("a frozen norm computes no gradient of its weight: set requires_grad=False on it")
+    return _RMSNorm.apply(x, weight, residual, eps, form)
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """Rotates queries and keys by their positions' angles, differentiable in both.
+
+    Shapes and dtypes as in `ept_kernels.rotary_reference`.
+    """
+    return _Rotary.apply(q, k, cos, sin, interleaved)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Computes `φ(gate) ⊙ up`, differentiable in both; shapes and names as in `ept_kernels.gated_activation_reference`."""
+    return _GatedActivation.apply(gate, up, activation)
+
+
+def relu(x: Tensor) -> Tensor:
+    """Computes `max(x, 0)`, differentiable, keeping one bit an element for the backward."""
+    return _ReLU.apply(x)

@@ -1,5 +1,5 @@
-"""Operators of Efficient Prompt Tuning: the fused embedding, the joint prompt and products with 4-bit weights, each
-with its plain-PyTorch reference.
+"""Operators of Efficient Prompt Tuning: the fused embedding, the joint prompt, products with 4-bit weights and the
+frozen model's element-wise work, each with its plain-PyTorch reference.
 
 Importing this package registers the operators in `torch.ops.ept` (see `library.py`). It needs torch only; autograd
 is wrapped around the operators by the caller.
@@ -14,6 +14,22 @@ from .four_bit.reference import (
     matmul_4bit_reference,
 )
 from .four_bit.weight import FourBitWeight
+from .frozen.reference import (
+    gated_activation,
+    gated_activation_backward,
+    gated_activation_backward_reference,
+    gated_activation_reference,
+    relu,
+    relu_backward,
+    relu_backward_reference,
+    relu_reference,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_backward_reference,
+    rms_norm_reference,
+    rotary,
+    rotary_reference,
+)
 from .joint_prompt.reference import (
     joint_prompt,
     joint_prompt_backward,
@@ -37,6 +53,10 @@ __all__ = [
     "backend",
     "dequantize_4bit",
     "dequantize_4bit_reference",
+    "gated_activation",
+    "gated_activation_backward",
+    "gated_activation_backward_reference",
+    "gated_activation_reference",
     "joint_prompt",
     "joint_prompt_backward",
     "joint_prompt_backward_reference",
@@ -51,6 +71,16 @@ __all__ = [
     "prompted_embedding_packed",
     "prompted_embedding_packed_reference",
     "prompted_embedding_reference",
+    "relu",
+    "relu_backward",
+    "relu_backward_reference",
+    "relu_reference",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_backward_reference",
+    "rms_norm_reference",
+    "rotary",
+    "rotary_reference",
     "token_at",
     "token_at_reference",
 ]

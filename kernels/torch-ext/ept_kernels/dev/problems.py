@@ -20,7 +20,8 @@ from ..four_bit.weight import BLOCK_SIZES, FourBitWeight
 from ..library import reference_of
 
 # Largest error of a result, in units of its largest magnitude: one unit in the last place of 16 bits.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.int32: 0.0}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+TOLERANCE |= {torch.int32: 0.0, torch.uint8: 0.0}
 
 NESTED_BLOCK_SIZE = 256
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16)  # that a 4-bit weight is multiplied with by a kernel of ours
@@ -299,6 +300,81 @@ class FourBit(Problem):
         return 0.0 if self.operator == "dequantize_4bit" else super().tolerance(dtype)
 
 
+@dataclass(frozen=True)
+class RMSNorm(Problem):
+    """Rows of a frozen norm.
+
+    Attributes:
+        weight: its dtype; None: that of the rows. residual: whether one is added, or, backward, a gradient of it.
+    """
+
+    rows: int = 5
+    d: int = 64
+    form: str = "llama"
+    dtype: torch.dtype = torch.float32
+    weight: torch.dtype | None = None
+    residual: bool = False
+    operator: str = field(default="rms_norm", kw_only=True)
+
+    def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        g = torch.Generator(device).manual_seed(seed)
+        x, other, residual = (normal(g, 1, self.rows, self.d).to(self.dtype) for _ in range(3))
+        weight = (normal(g, self.d) / 8 + (0 if self.form == "gemma" else 1)).to(self.weight or self.dtype)
+        x, other, weight, residual = self.laid_out(x, other, weight, residual)
+        if self.operator == "rms_norm":
+            return x, weight, residual if self.residual else None, 1e-6, self.form
+        rstd = reference_of("rms_norm")(x, weight, None, 1e-6, self.form)[2]
+        return (
+            other.to(weight.dtype if self.form == "t5" else x.dtype),
+            x,
+            weight,
+            rstd,
+            (residual if self.residual else None),
+            self.form,
+        )
+
+
+@dataclass(frozen=True)
+class Rotary(Problem):
+    """Queries and keys; `columns` of their `width` are rotated. shared: all texts have the same angles."""
+
+    batch: int = 2
+    q_heads: int = 4
+    k_heads: int = 2
+    n: int = 5
+    width: int = 16
+    columns: int = 16
+    dtype: torch.dtype = torch.float32
+    shared: bool = False
+    interleaved: bool = False
+    is_backward: bool = False
+    operator: str = field(default="rotary", kw_only=True)
+
+    def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        g = torch.Generator(device).manual_seed(seed)
+        q, k = (normal(g, self.batch, self.n, h, self.width).to(self.dtype) for h in (self.q_heads, self.k_heads))
+        angles = normal(g, 1 if self.shared else self.batch, self.n, self.columns)
+        q, k, cos, sin = self.laid_out(q, k, angles.cos().to(self.dtype), angles.sin().to(self.dtype))
+        return q.transpose(1, 2), k.transpose(1, 2), cos, sin, self.interleaved, self.is_backward
+
+
+@dataclass(frozen=True)
+class Activation(Problem):
+    """Elements of an activation: `gated_activation`, or `relu`, which has no gate."""
+
+    shape: tuple[int, ...] = (3, 43)
+    activation: str = "silu"
+    dtype: torch.dtype = torch.float32
+    operator: str = field(default="gated_activation", kw_only=True)
+
+    def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        g = torch.Generator(device).manual_seed(seed)
+        grad, gate, up = self.laid_out(*(2 * normal(g, *self.shape).to(self.dtype) for _ in range(3)))
+        if self.operator.startswith("relu"):
+            return (gate,) if self.operator == "relu" else (grad, reference_of("relu")(gate)[1])
+        return (gate, up, self.activation) if self.operator == "gated_activation" else (grad, gate, up, self.activation)
+
+
 # Training batches without padding, joint prompts and frozen weights (rows, columns) of known models.
 T5_BASE = PromptedEmbedding(256, 768, 40, 256, 30, 32, "none", torch.bfloat16, vocabulary=32128)
 LLAMA_7B = PromptedEmbedding(512, 4096, 40, 512, 60, 32, "none", torch.bfloat16, vocabulary=32000)
@@ -321,6 +397,9 @@ def opcheck_problems() -> list[Problem]:
         *(replace(dequantized, nested=nested) for nested in (False, True)),
         *(replace(product, nested=nested, bias=bias) for nested in (False, True) for bias in (torch.float32, None)),
         *(replace(product, nested=nested, operator="matmul_4bit_backward") for nested in (False, True)),
+        *(x for p in (RMSNorm(form="gemma"), RMSNorm(residual=True), Activation()) for x in (p, p.backward)),
+        *(Rotary(columns=8, interleaved=interleaved, is_backward=interleaved) for interleaved in (False, True)),
+        *(Activation(operator=operator) for operator in ("relu", "relu_backward")),
     ]
 
 
@@ -354,10 +433,35 @@ def compiled_problems() -> list[Problem]:
         *(x for problem in [*embeddings, *joints] for x in (problem.small, problem.small.backward)),
         *products,
         *(problem.packed.small for problem in embeddings if not problem.adapters),
+        *frozen_problems(),
         *(
             FourBit(4096, 4096, (), "nf4", size, nested, dtype, shift=shift, operator="dequantize_4bit")
             for dtype, size, nested, shift in kinds
         ),
+    ]
+
+
+def frozen_problems() -> list[Problem]:
+    """Lists the frozen model's element-wise kernels in each form that a compiler makes something else of."""
+    bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
+    norms = [
+        RMSNorm(64, 4096, dtype=bf16, residual=True),
+        RMSNorm(64, 768, "t5", bf16),
+        RMSNorm(64, 768, "t5", f32, weight=bf16),
+        RMSNorm(64, 3072, "gemma", bf16),
+        RMSNorm(64, 128, dtype=f16),
+        RMSNorm(64, 16384, dtype=f32, residual=True),
+        RMSNorm(64, 2048, "olmo", bf16),
+    ]
+    rotaries = [Rotary(2, 32, 32, 16, 128, 128, bf16), Rotary(2, 32, 8, 16, 128, 128, f32, shared=True)]
+    rotaries += [Rotary(2, 16, 16, 16, 256, 64, f16, interleaved=interleaved) for interleaved in (False, True)]
+    gated = [
+        Activation((64, 4096), name, dtype) for name in ("silu", "gelu", "gelu_tanh", "relu") for dtype in (bf16, f32)
+    ]
+    relus = [Activation((64, 4096), dtype=dtype, operator="relu") for dtype in (bf16, f32)]
+    return [
+        *(x for problem in [*norms, *gated, *relus] for x in (problem, problem.backward)),
+        *(replace(problem, is_backward=is_backward) for problem in rotaries for is_backward in (False, True)),
     ]
 
 
