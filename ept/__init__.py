@@ -1,7 +1,8 @@
 """Efficient Prompt Tuning of frozen language models: a short prompt, a low-rank embedding update and gated spaces.
 
 `from ept import EPTConfig, EPTLayer, EPTModel, get_ept_model`. The names are loaded on first use, so that `import
-ept` alone imports no model library. Loading `EPTConfig` registers the adapter type `EPT` with PEFT.
+ept` alone imports no model library. Taking one of them registers EPT with PEFT (`ept.model.registration`), and so does
+`import ept` where transformers or PEFT is loaded already.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = ["EPTConfig", "EPTLayer", "EPTModel", "__version__", "get_ept_model"]
 
-_MODEL = ".model.ept_model"
+_MODEL, _REGISTRATION = ".model.ept_model", ".model.registration"
 _HOME = {"EPTConfig": ".config", "EPTLayer": ".prompt", "EPTModel": _MODEL, "get_ept_model": _MODEL}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'ept' has no attribute {name!r}")
+    import_module(_REGISTRATION, __name__)
     return getattr(import_module(_HOME[name], __name__), name)
 
 
@@ -33,5 +35,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if "peft" in sys.modules:  # its own loading functions are to know EPT adapters from here on
-    import_module(".config", __name__)
+if "transformers" in sys.modules or "peft" in sys.modules:  # PEFT's functions are to know EPT from here on
+    import_module(_REGISTRATION, __name__)

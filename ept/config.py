@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
 
 from peft.config import PromptLearningConfig
@@ -18,7 +19,16 @@ from .budget import RESIDUAL_DIM, best_config
 from .embedding import embedding_width
 from .utils.messages import shown
 
-PEFT_TYPE = "EPT"
+
+class _Type(str, Enum):
+    """The adapter's type, a member of an enumeration as PEFT's own types are; PEFT's enumeration is closed."""
+
+    EPT = "EPT"
+
+    __str__ = str.__str__
+
+
+PEFT_TYPE = _Type.EPT
 # Beyond these no adapter can be meant; they keep what is computed from a stranger's configuration finite.
 MAX_SIZE, MAX_SEED = 2**31 - 1, 2**63 - 1
 
@@ -94,6 +104,10 @@ class EPTConfig(PromptLearningConfig):
         None, "With TEXT: the text whose token embeddings start the prompt, repeated to s rows."
     )
     tokenizer_name_or_path: str | None = _option(None, "With TEXT: the tokenizer; None for the base model's own.")
+    tokenizer_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "With TEXT: more arguments of `AutoTokenizer.from_pretrained`; no `trust_remote_code`."},
+    )
     base_dropout: bool = _option(False, "Leaves the frozen model's dropout on while training; off is more accurate.")
     seed: int = _option(0, "Seed of the initialisation, the same on every device.")
     folded: bool = _option(
@@ -139,6 +153,17 @@ class EPTConfig(PromptLearningConfig):
             raise TypeError(f"modules_to_save must be a list of names of modules, got {shown(names)}")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
             raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
+        if self.tokenizer_kwargs is not None and (
+            not isinstance(self.tokenizer_kwargs, dict) or not all(isinstance(k, str) for k in self.tokenizer_kwargs)
+        ):
+            raise TypeError(f"tokenizer_kwargs must be a dictionary of arguments, got {shown(self.tokenizer_kwargs)}")
+        if self.tokenizer_kwargs and self.prompt_tuning_init != "TEXT":
+            raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Tells PEFT that the adapter is a prompt; not before the task is known, for which PEFT would look it up."""
+        return self.task_type is not None
 
     @classmethod
     def prompt_tuning(cls, num_virtual_tokens: int = 100, **fields: Any) -> EPTConfig:
@@ -252,6 +277,11 @@ class EPTConfig(PromptLearningConfig):
         """Returns `σ`, the factor of the fusion's scores for embedding width `d`."""
         return self.fusion_score_scale if self.fusion_score_scale is not None else 1 / math.sqrt(self.fusion_dim or d)
 
+
+# What tells, beside the parameters, how an adapter answers: two that differ here cannot take each other's place.
+_START = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "seed")
+_OTHER = (*_START, "base_dropout", "embedding_scale")  # the scale that is used is saved with the parameters
+OUTPUT_FIELDS = [f.name for f in fields(EPTConfig) if f.name in EPTConfig.__annotations__ and f.name not in _OTHER]
 
 # So that `PeftConfig.from_pretrained` knows saved adapters; PEFT's enumeration of types is closed, its mapping not.
 if (known := PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)) is not None and known.__module__ != __name__:

@@ -43,6 +43,8 @@ class EPTLayer(BasePromptEncoder):
         (torch.Size([1, 7, 16]), [[0, 1, 2, 3, 4, 5, 6]])
     """
 
+    uses_shared_state = True  # for PEFT: no layer to inject into a model by itself
+
     def __init__(
         self, config: EPTConfig, embedding: nn.Module, *, initialise: bool = True, tokenizer: Any = None
     ) -> None:
@@ -221,7 +223,9 @@ class EPTLayer(BasePromptEncoder):
                     raise ValueError("prompt_tuning_init='TEXT' needs tokenizer_name_or_path, or a tokenizer passed in")
                 from transformers import AutoTokenizer
 
-                tokenizer = AutoTokenizer.from_pretrained(source)
+                options = dict(config.tokenizer_kwargs or {})
+                options.pop("trust_remote_code", None)  # a configuration may be a stranger's
+                tokenizer = AutoTokenizer.from_pretrained(source, **options)
             text_ids = list(tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"])
             if not text_ids:
                 raise ValueError(f"prompt_tuning_init_text {config.prompt_tuning_init_text!r} has no tokens")

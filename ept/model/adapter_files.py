@@ -7,7 +7,6 @@ which the configuration claims. Writing is atomic file by file, the configuratio
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,10 +41,11 @@ _PEFT_FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("token_dim", "num_layers", "num_attention_heads"), (int, type(None))),
     "num_transformer_submodules": (int, type(None)),
     "inference_mode": (bool,),
-    "auto_mapping": (dict, type(None)),
+    **dict.fromkeys(("auto_mapping", "tokenizer_kwargs"), (dict, type(None))),
 }
 _HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
-_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
+# By safetensors' names.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -98,7 +99,7 @@ def read_adapter(
     folder: str | os.PathLike[str], model: Any, is_trainable: bool, config: EPTConfig | None = None, /, **hub: Any
 ) -> tuple[EPTConfig, dict[str, Tensor]]:
     """Reads configuration and weights of an adapter that fits `model`; arguments and errors as `from_pretrained`."""
-    config = copy.deepcopy(config) if config is not None else read_config(folder, **hub)
+    config = config if config is not None else read_config(folder, **hub)
     config.inference_mode = not is_trainable
     width = embedding_width(input_embedding(model))
     ours, theirs = getattr(model, "name_or_path", None), config.base_model_name_or_path
@@ -142,24 +143,44 @@ def read_weights(
     path = _locate(folder, WEIGHTS_NAME, hub)
     with _opened(path) as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        expected = {**expected, SCALE_NAME: ()}
-        problems = [f"{name} is missing" for name in expected if name not in found]
-        problems += [f"{shown_name(name)} is not part of it" for name in found if name not in expected]
-        for name in found.keys() & expected.keys():
-            shape, dtype = tuple(found[name].get_shape()), str(found[name].get_dtype())
-            if shape != tuple(expected[name]):
-                problems.append(f"{name} has shape {list(shape)} instead of {list(expected[name])}")
-            elif dtype not in _DTYPES:
-                problems.append(f"{name} has dtype {dtype} instead of one of {', '.join(_DTYPES)}")
-        if problems:
-            raise ValueError(f"{path} does not hold what its configuration describes: {listed(problems, '; ')}")
+        described = {name: (tuple(found[name].get_shape()), str(found[name].get_dtype())) for name in found}
+        _check_described(described, expected, str(path))
         state = {name: file.get_tensor(name) for name in found}
+    _check_values(state, str(path))
+    return state
+
+
+def check_weights(state: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]], source: str) -> None:
+    """Refuses tensors of `source` that `read_weights` would refuse to read, by its `ValueError`."""
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    described = {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in state.items()}
+    _check_described(described, expected, source)
+    _check_values(state, source)
+
+
+def _check_described(
+    found: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Compares shape and dtype of the tensors found with the shapes expected."""
+    expected = {**expected, SCALE_NAME: ()}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{shown_name(name)} is not part of it" for name in found if name not in expected]
+    for name in found.keys() & expected.keys():
+        shape, dtype = found[name]
+        if shape != tuple(expected[name]):
+            problems.append(f"{name} has shape {list(shape)} instead of {list(expected[name])}")
+        elif dtype not in _DTYPES:
+            problems.append(f"{name} has dtype {dtype} instead of one of {', '.join(_DTYPES)}")
+    if problems:
+        raise ValueError(f"{source} does not hold what its configuration describes: {listed(problems, '; ')}")
+
+
+def _check_values(state: Mapping[str, Tensor], source: str) -> None:
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor.float()).all()):
-            raise ValueError(f"{path}: tensor {name} holds values that are not finite numbers")
+            raise ValueError(f"{source}: tensor {name} holds values that are not finite numbers")
     if not float(state[SCALE_NAME].float()) > 0:
-        raise ValueError(f"{path}: {SCALE_NAME} is {float(state[SCALE_NAME])}, it must be above 0")
-    return state
+        raise ValueError(f"{source}: {SCALE_NAME} is {float(state[SCALE_NAME])}, it must be above 0")
 
 
 def write_adapter(folder: str | os.PathLike[str], config: EPTConfig, state: dict[str, Tensor]) -> None:
@@ -235,15 +256,11 @@ def _method_name(config: EPTConfig) -> str:
 def _model_card(config: EPTConfig, count: int) -> str:
     method = _method_name(config)
     base = config.base_model_name_or_path
-    # A name that a stranger chose goes into the card's YAML only if it is one that the hub allows.
+    header = {"library_name": "peft", "tags": ["ept", method], **({"base_model": base} if base else {})}
+    # The text below names the base model only if the hub allows its name: a stranger may have chosen it.
     named = isinstance(base, str) and _HUB_NAME.fullmatch(base) is not None and not os.path.exists(base)
-    base_line = f"base_model: {base}\n" if named else ""
     return f"""---
-library_name: peft
-tags:
-- ept
-- {method}
-{base_line}---
+{yaml.safe_dump(header, sort_keys=False)}---
 
 # {method} adapter
 

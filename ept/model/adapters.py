@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
-from ..config import PEFT_TYPE, EPTConfig
+from ..config import OUTPUT_FIELDS, PEFT_TYPE, EPTConfig
 from ..prompt import EPTLayer
-from .adapter_files import read_adapter, read_weights, write_adapter
+from ..utils.messages import shown
+from .adapter_files import SCALE_NAME, check_weights, read_adapter, read_config, read_weights, write_adapter
 from .adapter_lock import exclusive
 from .base_model import infer_task_type, input_embedding, set_mode, trained_heads, wrapped_heads
 from .mixed import follow_rows
@@ -84,7 +85,9 @@ class ModelWithAdapters(PeftModel):
         """
         name = adapter_name or self.active_adapter
         self._layer(name).fold()
-        self.peft_config[name].folded = True
+        folded = copy.copy(self.peft_config[name])  # the one before may serve other models too
+        folded.folded = True
+        self.peft_config[name] = folded
         return self
 
     @exclusive
@@ -96,7 +99,6 @@ class ModelWithAdapters(PeftModel):
         """
         if not isinstance(peft_config, EPTConfig):
             raise ValueError(f"an EPT model takes EPTConfig adapters, got {type(peft_config).__name__}")
-        peft_config = copy.deepcopy(peft_config)
         base, first = self.base_model, not self.peft_config
         task_type = peft_config.task_type or infer_task_type(base)
         if not first and task_type != self.active_peft_config.task_type:
@@ -108,6 +110,12 @@ class ModelWithAdapters(PeftModel):
             peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
         if task_type == "SEQ_CLS" and peft_config.modules_to_save is None:
             peft_config.modules_to_save = trained_heads(base)
+        heads = peft_config.modules_to_save
+        if heads and not any(part.endswith(tuple(heads)) for part, _ in base.named_modules()):
+            raise ValueError(
+                f"{type(base).__name__} has no module named {' or '.join(heads)}: change modules_to_save, or leave it "
+                "None in a configuration of its own"
+            )
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
         super().add_adapter(adapter_name, peft_config, **kwargs)
         follow_rows(base)
@@ -232,14 +240,39 @@ class ModelWithAdapters(PeftModel):
                 self._layer_options = {}
             self._require_gradients(adapter_name, is_trainable)
         else:
-            expected = get_peft_model_state_dict(self, None, adapter_name, save_embedding_layers=False)
-            shapes = {name: tuple(t.shape) for name, t in expected.items() if name != "embedding_scale"}
-            state = read_weights(model_id, shapes, **kwargs)
+            state = read_weights(model_id, self._shapes(adapter_name), **kwargs)
+            self._check_alike(adapter_name, read_config(model_id, **kwargs))
         result = set_peft_model_state_dict(self, state, adapter_name)
         result.missing_keys.clear()  # PEFT lists the base model's weights here, which are not the adapter's
         if not is_trainable and added:
             self.eval()
         return result
+
+    @exclusive
+    def swap_weights(self, adapter_name: str, config: EPTConfig, state: Mapping[str, Tensor]) -> None:
+        """Puts the weights of another adapter, with its configuration, in the place of those of `adapter_name`.
+
+        Raises:
+            ValueError: there is no such adapter, or the other one has other sizes or options.
+        """
+        self._layer(adapter_name)
+        check_weights(state, self._shapes(adapter_name), "the adapter to swap in")
+        self._check_alike(adapter_name, config)
+        set_peft_model_state_dict(self, dict(state), adapter_name)
+
+    def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        state = get_peft_model_state_dict(self, None, adapter_name, save_embedding_layers=False)
+        return {name: tuple(tensor.shape) for name, tensor in state.items() if name != SCALE_NAME}
+
+    def _check_alike(self, adapter_name: str, other: EPTConfig) -> None:
+        config = self.peft_config[adapter_name]
+        for name in OUTPUT_FIELDS:
+            ours, theirs = getattr(config, name), getattr(other, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"the adapter was made with {name}={shown(theirs)}, {adapter_name!r} has {shown(ours)}: load it "
+                    "under a name of its own"
+                )
 
     def _layer(self, adapter_name: str | None = None) -> EPTLayer:
         """Returns the layer of an adapter (the active one); a `ValueError` names those that are loaded."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +34,7 @@ def get_ept_model(
     Args:
         model: any model that takes `inputs_embeds`: T5 family, Llama family and other decoders, BERT family
             classifiers.
-        config: copied; `task_type` is inferred from the model if it is None.
+        config: kept as the adapter's; `task_type` is inferred from the model if it is None.
         adapter_name: the adapter's name.
         tokenizer: for `prompt_tuning_init="TEXT"`; None loads the one that the configuration names.
         fast_4bit: turn bitsandbytes' 4-bit layers into ours in place
@@ -77,7 +76,6 @@ class EPTModel(ModelWithAdapters):
             raise ValueError("the model already carries an adapter: pass the base model, or use add_adapter")
         self.adapter_lock = AdapterLock()
         self._prompt_caches = {}
-        peft_config = copy.deepcopy(peft_config)
         peft_config.task_type = peft_config.task_type or infer_task_type(model)
         self._facts = examine(model, str(peft_config.task_type))
         freeze(model)

@@ -28,15 +28,21 @@ from transformers import LlamaForCausalLM
 from peft import PeftConfig
 EPTConfig(task_type='CAUSAL_LM').save_pretrained(FOLDER)
 answers['adapter'] = type(PeftConfig.from_pretrained(FOLDER)).__name__
+from peft import PeftModel
+answers['model'] = PeftModel.from_pretrained.__func__.__code__.co_filename
 print(json.dumps(answers))
 """
 THEIRS_FIRST = """
 from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 import transformers.integrations.hub_kernels
-from peft import PeftConfig
-import ept
+IMPORTS
 print(type(PeftConfig.from_pretrained(FOLDER)).__name__)
+print(PeftModel.from_pretrained.__func__.__code__.co_filename)
 """
+BOTH_ORDERS = (
+    "from peft import PeftConfig, PeftModel; import ept",
+    "import ept; from peft import PeftConfig, PeftModel",
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +70,13 @@ def test_public_names_resolve(answers: dict[str, Any]) -> None:
     assert set(answers["names"]) <= set(answers["all"])
 
 
-def test_transformers_and_peft_import_in_either_order(answers: dict[str, Any], folder: Path) -> None:
-    """PEFT knows the adapter type once ept is imported, before PEFT or after it."""
-    assert answers["adapter"] == "EPTConfig"
-    assert run_python("-c", THEIRS_FIRST.replace("FOLDER", repr(str(folder)))).stdout.strip() == "EPTConfig"
+@pytest.mark.parametrize("imports", BOTH_ORDERS)
+def test_transformers_and_peft_import_in_either_order(answers: dict[str, Any], folder: Path, imports: str) -> None:
+    """PEFT's functions know the adapter type once ept is imported, before PEFT or after it."""
+    code = THEIRS_FIRST.replace("FOLDER", repr(str(folder))).replace("IMPORTS", imports)
+    for config, function in ((answers["adapter"], answers["model"]), run_python("-c", code).stdout.splitlines()[-2:]):
+        assert config == "EPTConfig"
+        assert Path(function).name == "registration.py"
 
 
 def test_kernels_is_no_package() -> None:
