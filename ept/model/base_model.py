@@ -7,7 +7,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft.utils import AuxiliaryTrainingWrapper
@@ -20,7 +20,8 @@ _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 class BaseModelFacts:
     """Facts that decide how a base model is called."""
 
-    forward_arguments: frozenset[str]  # names that its `forward` accepts
+    forward: Any  # the function that answered when these facts were found
+    forward_arguments: frozenset[str]  # names that it accepts
     position_offset: int  # added to position ids (RoBERTa counts from `padding_idx + 1`)
     position_limit: int | None  # the most positions it can number
     # No padding may stand between prompt and text: the model counts positions by index, or sees a window of them.
@@ -59,7 +60,7 @@ def input_embedding(model: Any) -> nn.Module:
 def examine(model: Any, task_type: str) -> BaseModelFacts:
     """Collects the facts about `model`; a `ValueError` says why it cannot be adapted and what would do."""
     name = type(model).__name__
-    arguments = frozenset(inspect.signature(model.forward).parameters)
+    forward, arguments = _forward_of(model)
     if "inputs_embeds" not in arguments:
         raise ValueError(f"{name} takes no inputs_embeds, so that no prompt can be put before its input")
     text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -89,6 +90,7 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
     )
     by_index = not encoder_decoder and task_type == "CAUSAL_LM" and "position_ids" not in arguments
     return BaseModelFacts(
+        forward=forward,
         forward_arguments=arguments,
         position_offset=offset,
         position_limit=limit,
@@ -96,6 +98,18 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
         classifies=task_type == "SEQ_CLS",
         pools_last=task_type == "SEQ_CLS" and hasattr(model, "score"),
     )
+
+
+def with_forward_of(facts: BaseModelFacts, model: Any) -> BaseModelFacts:
+    """Returns `facts` with the arguments of the `forward` that `model` has now: trainers put their own in its place."""
+    if getattr(model.forward, "__func__", model.forward) is facts.forward:
+        return facts
+    forward, arguments = _forward_of(model)
+    return replace(facts, forward=forward, forward_arguments=arguments)
+
+
+def _forward_of(model: Any) -> tuple[Any, frozenset[str]]:
+    return getattr(model.forward, "__func__", model.forward), frozenset(inspect.signature(model.forward).parameters)
 
 
 def trained_heads(model: Any) -> list[str]:
@@ -194,3 +208,16 @@ def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
                     f"dropout of {rate}: set the model's dropout to 0 for none",
                     stacklevel=2,
                 )
+
+
+@contextlib.contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Turns gradient checkpointing off as long as the context lasts: in training mode its layers drop the cache."""
+    layers: Any = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True

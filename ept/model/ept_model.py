@@ -13,11 +13,21 @@ from torch import Tensor, nn
 from ..config import EPTConfig
 from .adapter_lock import AdapterLock, shared
 from .adapters import ModelWithAdapters
-from .base_model import examine, freeze, infer_task_type, swap_4bit
+from .base_model import examine, freeze, infer_task_type, swap_4bit, with_forward_of, without_checkpointing
 from .compilation import compile_layers
-from .inputs import cache_name, call_inputs, count_new_tokens, divide_loss, extend, length_of
-from .mixed import heads_of_rows
+from .inputs import (
+    cache_name,
+    cached_length,
+    call_inputs,
+    count_new_tokens,
+    divide_loss,
+    extend,
+    length_of,
+    shortened,
+)
+from .mixed import BASE, heads_of_rows
 from .prompt_cache import cached_prompt, check_cacheable
+from .texts import SeparateTexts, text_before_answer
 
 
 def get_ept_model(
@@ -96,7 +106,7 @@ class EPTModel(ModelWithAdapters):
         labels: Tensor | None = None,
         *,
         text_mask: Tensor | None = None,
-        logits_to_keep: int | None = None,
+        logits_to_keep: Tensor | int = 0,
         num_items_in_batch: Tensor | int | None = None,
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
@@ -110,54 +120,113 @@ class EPTModel(ModelWithAdapters):
             labels: as for the base model, without the prompt: `[batch, n]` for CAUSAL_LM (−100 where there is none),
                 `[batch, m]` for SEQ_2_SEQ_LM, `[batch]` for SEQ_CLS.
             text_mask: CAUSAL_LM: `[batch, n]`, nonzero at input-text tokens, which get the low-rank update; by
-                default all real tokens without a label.
+                default what precedes a label, or all real tokens where there are no labels. A row with labels in
+                several places, the answers of several turns, is read once for each.
             logits_to_keep: CAUSAL_LM: compute logits (and the loss) for the last so many positions only; 0: for prompt
-                and text. None: while training, with labels on the CPU, what the labels need, otherwise 0.
+                and text. A tensor: at these positions of the text, without labels.
             num_items_in_batch: number of labels the loss is to be divided by, over all accumulated batches
                 (`Trainer` passes it); None: the mean over this batch.
             adapter_names: one adapter a row (`"__base__"` for none) instead of the active one.
-            kwargs: passed on to the base model.
+            kwargs: passed on to the base model. `position_ids` `[batch, n]` that restart within a row of a CAUSAL_LM
+                mark several texts: each is read behind a prompt of its own.
 
         Returns:
-            The base model's output.
+            The base model's output, `s` prompt tokens before each row.
+
+        Raises:
+            ValueError: shapes do not fit, a text is too long, or arguments exclude each other.
         """
         if self._adapters_disabled:
             given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs}
-            given |= {"logits_to_keep": logits_to_keep, "num_items_in_batch": num_items_in_batch}
-            return self.base_model(input_ids, **{k: v for k, v in given.items() if v is not None})
+            given |= {"num_items_in_batch": num_items_in_batch, "logits_to_keep": logits_to_keep}
+            given = {k: v for k, v in given.items() if isinstance(v, Tensor) or v not in (None, 0)}
+            return self.base_model(input_ids, **given)
+        self._facts = with_forward_of(self._facts, self.base_model)
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
-        if causal and text_mask is None and labels is not None:
-            text_mask = labels == -100
-            if self.training and not self._checked_labels and self.active_peft_config.r:
-                self._checked_labels = True  # once, at the first training batch: an accelerator is waited for
-                if not bool((text_mask if attention_mask is None else text_mask & attention_mask.bool()).any()):
-                    warnings.warn(
-                        "every token is a label, and labels get no low-rank update, so that A and B learn nothing: "
-                        "mask the input text with -100 in labels, say which tokens are input text by text_mask, or "
-                        "set r=0",
-                        stacklevel=2,
-                    )
-        inputs = call_inputs(self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
         if causal and labels is not None:
+            if isinstance(logits_to_keep, Tensor):
+                raise ValueError("logits_to_keep as a tensor picks positions without regard to labels: leave one out")
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            if tokens is not None and labels.shape != tokens.shape[:2]:
+                shapes = f"{list(tokens.shape[:2])}, got {list(labels.shape)}"
+                raise ValueError(f"labels must have the shape of the input, without the prompt, {shapes}")
+        follows_cache = bool(cached_length(self._facts, kwargs))
+        if causal and not follows_cache:
+            given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "labels": labels, "text_mask": text_mask}
+            given |= {"attention_mask": attention_mask, "adapter_names": adapter_names, **kwargs}
+            texts = SeparateTexts.find(given, split_answers=self._has_update(adapter_names))
+            if texts is not None:
+                return self._forward_separately(texts, given, logits_to_keep, num_items_in_batch)
+        if causal and text_mask is None and labels is not None and not follows_cache:
+            text_mask = text_before_answer(labels, attention_mask)
+            self._warn_without_text(labels, attention_mask)
+        inputs = call_inputs(self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
+        if causal:
             s = inputs["inputs_embeds"].shape[1] - length_of(input_ids, inputs_embeds)
-            labels = extend(labels, s, -100)
-            if logits_to_keep is None and self.training and labels.device.type == "cpu":
-                columns = (labels != -100).any(0).nonzero()
-                if len(columns):  # the logits that the loss reads are those at the labels and one before
-                    logits_to_keep = min(labels.shape[1] - int(columns[0]) + 1, labels.shape[1])
-        if logits_to_keep and "logits_to_keep" in self._facts.forward_arguments:
+            labels = None if labels is None else extend(labels, s, -100)
+            if isinstance(logits_to_keep, Tensor):  # the text stands behind the prompt
+                logits_to_keep = torch.where(logits_to_keep < 0, logits_to_keep, logits_to_keep + s)
+        with heads_of_rows(adapter_names):
+            return self._call_base(inputs, labels, logits_to_keep, num_items_in_batch)
+
+    def _forward_separately(
+        self, texts: SeparateTexts, given: dict[str, Any], logits_to_keep: Tensor | int, num_items: Tensor | int | None
+    ) -> Any:
+        """Runs `forward` on a batch taken apart into `texts`; returns what the batch as it was `given` would have."""
+        if given.get("output_attentions"):
+            raise ValueError("rows with several texts or answers are read one by one: leave out output_attentions")
+        options = {"num_items_in_batch": num_items, "return_dict": True, "use_cache": False}
+        output = self.forward(**{**texts.take_arguments(given), **options})
+        names = [self.active_adapter] if given["adapter_names"] is None else given["adapter_names"]
+        s = max(self.peft_config[name].num_virtual_tokens if name != BASE else 0 for name in names)
+        output = shortened(texts.put_together(output, s), logits_to_keep)
+        return output.to_tuple() if given.get("return_dict") is False else output
+
+    def _call_base(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        logits_to_keep: Tensor | int,
+        num_items: Tensor | int | None,
+    ) -> Any:
+        """Calls the base model, with the loss divided by `num_items` and as many logits as asked for."""
+        causal, arguments = self.active_peft_config.task_type == "CAUSAL_LM", self._facts.forward_arguments
+        if "logits_to_keep" in arguments and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
             inputs["logits_to_keep"] = logits_to_keep
-            if causal and labels is not None:
-                labels = labels[:, -logits_to_keep:]
+            labels = labels[:, -logits_to_keep:] if causal and labels is not None else labels
+            logits_to_keep = 0
         if labels is not None:
             inputs["labels"] = labels.contiguous()
-            if self.training and "use_cache" in self._facts.forward_arguments:
+            if self.training and "use_cache" in arguments:
                 inputs.setdefault("use_cache", False)
-        with heads_of_rows(adapter_names):
-            output = self.base_model(**inputs)
-        if num_items_in_batch is not None and labels is not None:
-            divide_loss(output, inputs["labels"], num_items_in_batch, shifted=causal)
-        return output
+        config = self.base_model.config
+        as_tuple = not inputs.get("return_dict", getattr(config, "return_dict", True))
+        if as_tuple:
+            inputs["return_dict"] = True
+        output = self.base_model(**inputs)
+        if num_items is not None and labels is not None:
+            weight = getattr(config.get_text_config(), "router_aux_loss_coef", 0.0)
+            divide_loss(output, inputs["labels"], num_items, shifted=causal, auxiliary=weight)
+        output = shortened(output, logits_to_keep) if causal else output
+        return output.to_tuple() if as_tuple else output
+
+    def _has_update(self, adapter_names: Sequence[str] | None) -> bool:
+        """Tells whether any row of a batch has an update of its text."""
+        names = [self.active_adapter] if adapter_names is None else adapter_names
+        return any(self.peft_config[name].r for name in names if name in self.peft_config)
+
+    def _warn_without_text(self, labels: Tensor, attention_mask: Tensor | None) -> None:
+        if not self.training or self._checked_labels or not self.active_peft_config.r:
+            return
+        self._checked_labels = True  # once, at the first training batch: an accelerator is waited for
+        is_text = labels == -100
+        if not bool((is_text if attention_mask is None else is_text & attention_mask.bool()).any()):
+            warnings.warn(
+                "every token is a label, and labels get no low-rank update, so that A and B learn nothing: mask the "
+                "input text with -100 in labels, say which tokens are input text by text_mask (which the Trainer "
+                "passes on only with remove_unused_columns=False), or set r=0",
+                stacklevel=3,
+            )
 
     @shared
     @torch.no_grad()
@@ -197,14 +266,16 @@ class EPTModel(ModelWithAdapters):
         # A cached prompt stays first, with padding behind it.
         inputs = call_inputs(self, ids, mask, embeds, text_mask, adapter_names, kwargs, generating=not use_prompt_cache)
         if self.active_peft_config.task_type != "CAUSAL_LM":
-            return self.base_model.generate(*args, **inputs)
+            with without_checkpointing(self.base_model):
+                return self.base_model.generate(*args, **inputs)
         if use_prompt_cache:
             s, name = self._layer().config.num_virtual_tokens, self.active_adapter
             inputs[cache_name(self._facts)] = cached_prompt(self._prompt_caches, name, self.base_model, inputs, s)
         # generate() counts positions from the mask itself, at every step.
         inputs.pop("position_ids", None)
         count_new_tokens(inputs, length_of(ids, embeds), self.base_model.generation_config)
-        output = self.base_model.generate(*args, **inputs)
+        with without_checkpointing(self.base_model):
+            output = self.base_model.generate(*args, **inputs)
         if ids is None:
             return output
         generated = output if isinstance(output, Tensor) else output.sequences

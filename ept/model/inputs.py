@@ -40,7 +40,8 @@ def call_inputs(
         ValueError: the mask has another length, or the model cannot number that many positions.
     """
     inputs = dict(kwargs)
-    if inputs.pop("position_ids", None) is not None:
+    positions = inputs.pop("position_ids", None)
+    if positions is not None and not _counts_tokens(positions, attention_mask):
         warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
     if (encoded := inputs.get("encoder_outputs")) is not None:  # the encoder has run already, and has seen the prompt
         if attention_mask is not None:
@@ -161,11 +162,35 @@ def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
         inputs[new] = max(value - n, 0)
 
 
-def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool) -> None:
-    """Turns the mean over this batch's labels into their sum over `num_items`, in place."""
-    counted = (labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(-100).sum()
-    factor = counted / num_items
-    output["loss"] = output["loss"] * factor.to(output["loss"].device)
+def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool, auxiliary: float = 0.0) -> None:
+    """Turns the mean over this batch's labels into their sum over `num_items`, in place; 0 without any label.
+
+    `auxiliary` is the weight of `output["aux_loss"]` in the loss, which routers of experts add and which stays.
+    """
+    loss = output["loss"]
+    counted = (labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(-100).sum().to(loss.device)
+    other = auxiliary * output["aux_loss"].to(loss.device) if output.get("aux_loss") is not None else 0.0
+    mean = torch.where(counted > 0, loss - other, 0.0)  # a mean over no label is NaN
+    output["loss"] = mean * (counted / num_items) + other
+
+
+def shortened(output: Any, logits_to_keep: Tensor | int) -> Any:
+    """Leaves of `output["logits"]` what `logits_to_keep` names, where a model has computed all; 0 leaves all."""
+    if isinstance(logits_to_keep, Tensor):
+        output["logits"] = output["logits"][:, logits_to_keep]
+    elif logits_to_keep:
+        output["logits"] = output["logits"][:, -logits_to_keep:]
+    return output
+
+
+def _counts_tokens(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Tells whether positions that a caller gave are those of real tokens counted from 0."""
+    if position_ids.dim() != 2:
+        return False
+    real = torch.ones_like(position_ids) if attention_mask is None else attention_mask
+    if real.dim() != 2 or real.shape[1] != position_ids.shape[1]:
+        return False
+    return bool(((position_ids == position_ids_of(real)) | ~real.bool()).all())
 
 
 def _beside_text_order(mask: Tensor, s: int) -> Tensor | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_models import DECODERS, ONE_A_TASK, SMALL, VOCAB, adapted, make_batch, make_model, randomise
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ept import EPTConfig, get_ept_model
 
@@ -239,18 +239,95 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients():
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_generates_the_same_while_training_with_gradient_checkpointing(name):
+    """Checkpointed layers in training mode drop the cache they are given."""
+    model, batch = adapted(name), make_batch(name, (6,))
+    options = {"input_ids": batch["input_ids"], "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(**options)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.equal(model.train().generate(**options), expected)
+    assert model.base_model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_logits_only_where_labels_are(name):
-    model = adapted(name)
+def test_logits_are_shortened_only_where_asked_for(name, mode):
+    model = getattr(adapted(name), mode)()
     batch = make_batch(name, (8, 5), "left")
     whole = model(**batch)
-    model.train()
-    kept = model(**batch)
-    assert kept.logits.shape[1] == 3
+    assert whole.logits.shape[1] == 5 + 8
+    kept = model(**batch, logits_to_keep=3)
     torch.testing.assert_close(kept.loss, whole.loss)
     torch.testing.assert_close(kept.logits, whole.logits[:, -3:], rtol=1e-4, atol=1e-5)
-    model.eval()
-    assert model(**batch, logits_to_keep=2).logits.shape[1] == 2
+    labels = batch.pop("labels")
+    text = {**batch, "text_mask": labels == -100}
+    picked = model(**text, logits_to_keep=torch.tensor([4, -1])).logits
+    torch.testing.assert_close(picked, whole.logits[:, [5 + 4, -1]], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="logits_to_keep as a tensor picks positions without regard to labels"):
+        model(**batch, labels=labels, logits_to_keep=torch.tensor([4]))
+
+
+def test_a_model_that_computes_all_logits_has_them_shortened():
+    """As FlauBERT and xLSTM, whose forward takes no `logits_to_keep`."""
+    model, batch = adapted(), make_batch("llama", (8, 5), "left")
+    whole = model(**batch)
+    forward = model.base_model.forward
+
+    def without(input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, position_ids=None):
+        return forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, labels=labels)
+
+    model.base_model.forward = without
+    kept = model(**batch, logits_to_keep=3)
+    torch.testing.assert_close(kept.loss, whole.loss)
+    assert torch.equal(kept.logits, whole.logits[:, -3:])
+
+
+def test_a_replaced_forward_is_seen():
+    model, batch = adapted(), make_batch("llama")
+    seen = []
+
+    def replaced(inputs_embeds, attention_mask, labels=None, answer=None):
+        seen.append(inputs_embeds.shape)
+        return {"loss": labels.sum(), "answer": answer}
+
+    model.base_model.forward = replaced
+    assert model(**batch, answer=5)["answer"] == 5
+    assert seen == [(2, 5 + 7, 32)]
+
+
+@pytest.mark.parametrize("name", [*ONE_A_TASK, "bart", "gpt2"])
+def test_return_dict_false_gives_the_same_in_a_tuple(name):
+    model, batch = adapted(name), make_batch(name)
+    for options in ({}, {"num_items_in_batch": 7}):
+        whole = model(**batch, **options, use_cache=False) if name != "bert" else model(**batch, **options)
+        plain = model(**batch, **options, return_dict=False)
+        assert isinstance(plain, tuple)
+        assert torch.equal(plain[0], whole.loss)
+        assert torch.equal(plain[1], whole.logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+def test_no_label_at_all_is_a_loss_of_zero_with_gradients_of_zero(name):
+    model, batch = adapted(name).train(), make_batch(name)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = model(**batch, num_items_in_batch=torch.tensor(3)).loss
+    assert loss.item() == 0.0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.prompt_encoder.parameters())
+
+
+def test_the_routers_part_of_the_loss_is_not_divided():
+    """Experts add a loss of their own, a mean over the batch: the number of labels has nothing to do with it."""
+    config = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5, output_router_logits=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, batch = get_ept_model(MixtralForCausalLM(config), EPTConfig(**SMALL)).eval(), make_batch("llama")
+    mean, divided = model(**batch), model(**batch, num_items_in_batch=8)
+    other = 0.5 * mean.aux_loss
+    torch.testing.assert_close(divided.loss, (mean.loss - other) * 4 / 8 + other)
 
 
 def test_labels_get_no_update_so_training_and_generation_agree():

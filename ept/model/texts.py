@@ -1,0 +1,182 @@
+"""Batches taken apart until each row holds one text and at most one answer, and their outputs put together again.
+
+A row's token has one embedding, but an answer's tokens are plain while they are generated and text, with the update, as
+soon as the next turn has begun: a row with several answers is read once for each of them. Packed rows, whose position
+ids restart, hold several texts: each is read behind a prompt of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+# Arguments that describe how rows are packed, which they no longer are once they are taken apart.
+_PACKING = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def text_before_answer(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Marks the input text of rows with at most one answer: what precedes the first label, `[batch, n]` bool.
+
+    A row's first token is text even if it has a label, since `generate` never makes it. What follows an answer has no
+    part in the loss and counts as neither.
+    """
+    return _labelled(labels, _real(labels, attention_mask)).cumsum(1) == 0
+
+
+@dataclass
+class SeparateTexts:
+    """The texts of a batch, one a row and padded on the right, with the way there and back."""
+
+    source: Tensor  # [rows, length]: which token of the flattened batch stands there, -1 at padding
+    first_label: Tensor  # [rows, 1]: labels before this column belong to an earlier row
+    row_of: Tensor  # [batch, n]: the row in which a token is read as it is in generation
+    column_of: Tensor  # [batch, n]: the token's column there, -1 at padding
+    row_of_prompt: Tensor  # [batch]: a row with the prompt of the batch's row
+    batch_row: Tensor  # [rows]: the batch's row that a row is taken from
+
+    @classmethod
+    def find(cls, arguments: dict[str, Any], split_answers: bool) -> SeparateTexts | None:
+        """Finds several texts in a row or, where `split_answers`, several answers; None: there are none.
+
+        Args:
+            arguments: of `EPTModel.forward`. Of `input_ids` and `inputs_embeds` one is there; position ids are counted
+                from 0 in each text; a text mask settles which tokens are text, and no answers are looked for.
+
+        Raises:
+            ValueError: position ids neither go on nor restart at 0.
+        """
+        tokens = arguments["inputs_embeds"] if arguments["input_ids"] is None else arguments["input_ids"]
+        mask, labels, position_ids = (arguments.get(name) for name in ("attention_mask", "labels", "position_ids"))
+        if tokens is None or (mask is not None and mask.shape != tokens.shape[:2]):
+            return None  # which is refused elsewhere
+        real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+        packed = None
+        if position_ids is not None and position_ids.dim() == 2:
+            packed = _unpack(real, position_ids.expand(real.shape))
+        labelled = None
+        if split_answers and labels is not None and arguments["text_mask"] is None:
+            labelled = _labelled(labels, real)
+            begins = labelled & ~pad(labelled, (1, 0))[:, :-1]
+            labelled = labelled if packed is not None or bool((begins.sum(1) > 1).any()) else None
+        if packed is None and labelled is None:
+            return None
+        nothing = torch.zeros_like(real)
+        real, starts = (real, nothing) if packed is None else packed
+        return cls._of(real.cpu(), starts.cpu(), (nothing if labelled is None else labelled).cpu(), tokens.device)
+
+    @classmethod
+    def _of(cls, real: Tensor, starts: Tensor, labelled: Tensor, device: torch.device) -> SeparateTexts:
+        batch, n = real.shape
+        row_of, column_of = torch.zeros(batch, n, dtype=torch.int64), torch.full((batch, n), -1)
+        rows: list[Tensor] = []
+        batch_row, first_label, row_of_prompt = [], [], []
+        for b in range(batch):
+            row_of_prompt.append(len(rows))
+            columns = real[b].nonzero().flatten()
+            begins = [i for i in starts[b, columns].nonzero().flatten().tolist() if i]
+            for text in torch.tensor_split(columns, begins):
+                turn = 0
+                for end in _ends_of_turns([False, *labelled[b, text[1:]].tolist()][: len(text)]):
+                    # A token's output is about the next token: that of an answer's last one is the next turn's.
+                    own = torch.arange(max(turn - 1, 0), end if end == len(text) else end - 1)
+                    row_of[b, text[own]], column_of[b, text[own]] = len(rows), own
+                    rows.append(b * n + text[:end])
+                    batch_row.append(b)
+                    first_label.append(turn)
+                    turn = end
+        length = max(map(len, rows))
+        source = torch.stack([pad(row, (0, length - len(row)), value=-1) for row in rows])
+        parts = [source, torch.tensor(first_label)[:, None], row_of, column_of]
+        return cls(*(p.to(device) for p in [*parts, torch.tensor(row_of_prompt), torch.tensor(batch_row)]))
+
+    def take(self, values: Tensor, fill: int = 0) -> Tensor:
+        """Takes `values` `[batch, n, …]` of the batch's tokens apart: `[rows, length, …]`, `fill` at padding."""
+        taken = values.flatten(0, 1)[self.source.clamp(min=0)]
+        missing = (self.source < 0).view(*self.source.shape, *[1] * (taken.dim() - 2))
+        return taken.masked_fill(missing, fill)
+
+    def take_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Takes the arguments of `EPTModel.forward` apart; those about packing, which is over, are left out."""
+        (batch, n), taken = self.row_of.shape, {}
+        for name, value in arguments.items():
+            if name in _PACKING:
+                continue
+            if name == "labels" and value is not None:  # each into the one row whose answer it belongs to
+                columns = torch.arange(self.source.shape[1], device=value.device)
+                value = self.take(value, -100).masked_fill(columns < self.first_label, -100)
+            elif name == "adapter_names" and value is not None:
+                value = [value[b] for b in self.batch_row.tolist()]
+            elif isinstance(value, Tensor) and value.shape[:2] == (batch, n):
+                value = self.take(value)
+            elif isinstance(value, Tensor) and value.shape[:1] == (batch,):
+                value = value[self.batch_row]
+            taken[name] = value
+        return {**taken, "attention_mask": (self.source >= 0).to(torch.int64)}
+
+    def put_together(self, output: Any, s: int) -> Any:
+        """Gives a model's output the shape that the batch as it was would have, `s` prompt tokens before each row.
+
+        Tensors `[rows, s + length, …]`, and those one shorter that tell of each token's successor, become
+        `[batch, s + n, …]` and `[batch, s + n - 1, …]`. All else stays.
+        """
+        for name, value in output.items():
+            if isinstance(value, Tensor):
+                output[name] = self._put_tensor(value, s)
+            elif isinstance(value, tuple) and all(isinstance(part, Tensor) for part in value):
+                output[name] = tuple(self._put_tensor(part, s) for part in value)
+        return output
+
+    def _put_tensor(self, value: Tensor, s: int) -> Tensor:
+        rows, length = self.source.shape
+        if value.dim() < 2 or value.shape[0] != rows or not 0 <= s + length - value.shape[1] <= 1:
+            return value
+        row = torch.cat([self.row_of_prompt[:, None].expand(-1, s), self.row_of], dim=1)
+        prompt = torch.arange(s, device=row.device).expand(len(row), -1)
+        column = torch.cat([prompt, self.column_of + torch.where(self.column_of < 0, 0, s)], dim=1)
+        known = column >= 0
+        if value.shape[1] < s + length:
+            row, column, known = row[:, :-1], column[:, :-1], known[:, :-1]
+            # The last token of a text has no successor.
+            following = pad(self.source, (0, 1), value=-1)
+            inside = column >= s
+            successor = following[row, (column - s + 1).clamp(min=0)] >= 0
+            known = known & (successor | ~inside)
+        found = value[row, column.clamp(0, value.shape[1] - 1)]
+        return torch.where(known.view(*known.shape, *[1] * (value.dim() - 2)), found, found.new_zeros(()))
+
+
+def _real(like: Tensor, attention_mask: Tensor | None) -> Tensor:
+    return torch.ones_like(like, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+
+
+def _labelled(labels: Tensor, real: Tensor) -> Tensor:
+    return (labels != -100) & real & (real.cumsum(1) > 1)
+
+
+def _unpack(real: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Marks real tokens, and those at which a further text begins, both `[batch, n]`; None: no row has several."""
+    before = pad(position_ids, (1, 0), value=-1)[:, :-1]
+    starts = real & pad(real, (1, 0))[:, :-1] & (position_ids != before + 1)
+    if not bool(starts.any()):
+        return None
+    if bool((starts & (position_ids != 0)).any()):
+        raise ValueError(
+            "position_ids must go on by 1 from token to token, or restart at 0 where a further text begins: leave them "
+            "out, they are counted from the attention mask"
+        )
+    # Packed rows are filled up with tokens at position 0.
+    is_filler = (position_ids == 0) & (pad(position_ids, (0, 1), value=1)[:, 1:] == 0)
+    return real & ~is_filler, starts
+
+
+def _ends_of_turns(labelled: Sequence[bool]) -> list[int]:
+    """Lists where the turns of a text end, each with its answer; what follows the last answer is part of the last."""
+    ends = [i + 1 for i, label in enumerate(labelled[:-1]) if label and not labelled[i + 1]]
+    if not any(labelled[ends[-1] :] if ends else labelled):
+        ends = ends[:-1]
+    return [*ends, len(labelled)]
