@@ -17,14 +17,14 @@ from ept.profile.clock import PHASES
 from ept.profile.report import draw_phases, draw_sweep, title
 
 from . import tables
-from .goals import BARE_STEP, EPT_METHOD
+from .goals import BARE_STEP, EPT_METHOD, VS_PEFT
 from .plots import Plot, draw_steps, drawable
-from .record import RECORD_NAME, RESULTS, ROOT, Record, Row, profile_row
+from .record import RECORD_NAME, RESULTS, ROOT, Record, Row, is_measured, profile_row
 from .tables import markdown, spread
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = "performance"  # folder beside the page
-OVERHEAD = "step_overhead.json"
+OVERHEAD, VS_PEFT_NAME = "step_overhead.json", "training_step.json"
 
 HEAD = """\
 # Performance
@@ -40,6 +40,7 @@ Made by `python -m benchmarks.performance_page` from the records in `benchmarks/
   bandwidth; a dense product), over the time taken. "again" is our own version measured a second time: differences of
   that size are noise.
 * "vs" is the time of the peer over ours: above 1 ours is faster.
+* The goals on GPUs are set for an H100 and an H200. Each card is judged by itself, its name beside its figure.
 """
 
 NO_GPU = """\
@@ -82,14 +83,19 @@ def rows_of(folder: Path) -> list[Row]:
     overhead = folder / OVERHEAD
     if overhead.exists():
         record = json.loads(overhead.read_text(encoding="utf-8"))
-        about = {"device_type": "cuda" if record["hardware"]["gpus"] else "cpu", "reduced": False}
         # First, so that the report's own row, if any, is the one that counts.
-        rows.insert(0, {**overhead_row(record), **about, "section": "bare", "status": "ok", "reason": ""})
-    reduced = [row["case"] for row in rows if row["reduced"] and "case" in row]
-    if reduced:
-        raise ValueError(
-            f"{folder / RECORD_NAME} holds reduced results ({reduced[0]}, …): they measure nothing; delete it"
-        )
+        rows.insert(0, {**overhead_row(record), **_about(record), "section": "bare", "status": "ok", "reason": ""})
+    vs_peft = folder / VS_PEFT_NAME
+    if vs_peft.exists():
+        record = json.loads(vs_peft.read_text(encoding="utf-8"))
+        earlier = [row for case in record["cases"] for row in goal_rows(case)]
+        rows[:0] = [{**row, "section": "vs-peft"} for row in earlier]
+    for row in rows:
+        if not is_measured(row):
+            kind = "reduced" if row["reduced"] else "rehearsed"
+            raise ValueError(
+                f"{folder / RECORD_NAME} holds {kind} results ({row['case']}, …): they measure nothing; delete it"
+            )
     return rows
 
 
@@ -167,6 +173,19 @@ def step_rows(record: Row) -> list[Row]:
         for case, name in cases
         for method in case["methods"]
     ]
+
+
+def goal_rows(case: Row) -> list[Row]:
+    """Makes rows of one case of an earlier record of EPT's step against PEFT's, as the goals know it."""
+    name = f"{VS_PEFT[case['case']]} {case['data']['padding']}"
+    return [{**profile_row(method, case), **_about(case), "status": "ok", "case": name} for method in case["methods"]]
+
+
+def _about(record: Row) -> Row:
+    """Says what an earlier record was measured on."""
+    gpus = record["hardware"]["gpus"]
+    device = {"device": gpus[0]["name"], "device_type": "cuda"} if gpus else {"device": "cpu", "device_type": "cpu"}
+    return {**device, "reduced": False}
 
 
 def overhead_row(record: Row) -> Row:
@@ -253,7 +272,7 @@ def _profile(record: Row) -> Section:
 # Pattern of a file's name, of which the first that fits counts; title and content of its section.
 KINDS: tuple[tuple[str, str, Callable[[Row], Section]], ...] = (
     (OVERHEAD, tables.BARE_TITLE, lambda record: (tables.bare_text([overhead_row(record)]), None)),
-    ("training_step.json", "EPT's step against PEFT's prompt tuning", _vs_peft),
+    (VS_PEFT_NAME, "EPT's step against PEFT's prompt tuning", _vs_peft),
     ("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile),
     ("profile*.json", "`ept profile`: where a step's time goes", _profile),
     ("step_options.json", tables.OPTIONS_TITLE, _options),

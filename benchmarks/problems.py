@@ -18,7 +18,7 @@ from ept_kernels import FourBitWeight
 from ept_kernels.dev.problems import FourBit, JointPrompt, PackedEmbedding, PromptedEmbedding
 
 from . import counts
-from .shapes import BITSANDBYTES, COMPILED, DENSE, EAGER, OURS, OURS_AGAIN, PEFT, Case
+from .shapes import BITSANDBYTES, COMPILED, DENSE, EAGER, GOAL_FROZEN, OURS, OURS_AGAIN, PEFT, Case
 from .timing import Call
 
 MAX_BYTES = 8 << 30  # of all input sets of one case together
@@ -56,6 +56,8 @@ def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared:
     if not hasattr(ept_kernels, case.kernel):
         reason = f"this version of ept_kernels has no {case.kernel}"
         return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, reason))
+    if case in GOAL_FROZEN:
+        return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, "no benchmark of it yet"))
     if "4bit" in case.kernel:
         prepared = _four_bit(case, device)
     else:

@@ -58,6 +58,11 @@ def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     return cases
 
 
+def is_measured(row: Row) -> bool:
+    """Tells a measurement from what reduced sizes or a rehearsal left, whose figures mean nothing."""
+    return not row["reduced"] and not row.get("rehearsal", False)
+
+
 def profile_row(method: Row, record: Row) -> Row:
     """Makes a row of one method of an `ept profile` record: milliseconds become seconds."""
     kept = ("tokens_per_second", "trainable_parameters", "num_virtual_tokens")
@@ -91,25 +96,28 @@ def command_line(program: str, arguments: Sequence[str]) -> str:
 
 
 @functools.cache
-def measured_with(device: str, reduced: bool) -> Row:
-    """Returns the fields of every row: device, versions, and whether sizes were reduced (no figure means anything)."""
+def measured_with(device: str, reduced: bool, rehearsal: bool = False) -> Row:
+    """Returns the fields of every row: device, versions, and whether figures mean nothing: sizes were reduced, or a GPU
+    was only compiled for.
+    """
     found = versions()
     return {
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "device_type": device,
         "reduced": reduced,
+        "rehearsal": rehearsal,
         "versions": {name: found.get(name) for name in ROW_VERSIONS},
     }
 
 
-def header(command: str, device: str, reduced: bool) -> Row:
+def header(command: str, device: str, reduced: bool, rehearsal: bool = False) -> Row:
     """Returns the first line of a record."""
     return {
         "line": "header",
         "command": command,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "sources": source_fingerprint(),
-        **measured_with(device, reduced),
+        **measured_with(device, reduced, rehearsal),
         "hardware": hardware(),
     }
 
@@ -141,9 +149,9 @@ class Record:
         new one otherwise, the old one staying beside it as `previous-<name>`.
         """
         record = cls(path)
-        same = ("sources", "device", "device_type", "reduced", "versions")
+        same = ("sources", "device", "device_type", "reduced", "rehearsal", "versions")
         found = record.header() or {}
-        if any(found.get(key) != header[key] for key in same):
+        if any((found.get(key) or False) != (header.get(key) or False) for key in same):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 kept = path.with_name(f"previous-{path.name}")

@@ -32,6 +32,7 @@ MODELS = {**KNOWN, "tiny": ModelShape(32, 128, ((128, 64),))}
 # Versions of one case that are held against each other. "ours again" is ours a second time: the noise.
 OURS, OURS_AGAIN, EAGER, COMPILED = "ours", "ours again", "reference", "torch.compile"
 BITSANDBYTES, PEFT, DENSE = "bitsandbytes", "PEFT", "unquantised"
+MODEL, LIGER = "the model's own", "Liger"
 PROMPT_PROVIDERS = (OURS, OURS_AGAIN, EAGER)
 FOUR_BIT_PROVIDERS = (OURS, OURS_AGAIN, BITSANDBYTES)
 PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
@@ -106,12 +107,19 @@ GOAL_JOINT = (joint("T5-base"), joint("Llama-2-7B"))
 GOAL_DEQUANTIZE = dequantize("Llama-3-8B", 4096, 4096, compiled=True)
 GOAL_DEQUANTIZE_LARGE = dequantize("Llama-3-8B", 14336, 4096, compiled=True)
 GOAL_LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096))
-GOAL_PRODUCTS = [case for layer in GOAL_LAYERS for case in products("Llama-3-8B", *layer, ALL_M)]
+ALL_PRODUCTS = [case for layer in GOAL_LAYERS for case in products("Llama-3-8B", *layer, ALL_M)]
+GOAL_PRODUCTS = [case for case in ALL_PRODUCTS if case.kernel == "matmul_4bit"]
+# The rows of a training step of Llama-2-7B: 8 texts of 40 + 256 positions.
+GOAL_FROZEN = tuple(
+    Case(kernel, "Llama-2-7B", {"rows": 8 * 296, "width": 4096}, providers=(OURS, OURS_AGAIN, MODEL, LIGER))
+    for kernel in ("rms_norm", "rotary", "gated_activation")
+)
 
 
 def gpu_cases() -> list[Case]:
     """Returns everything, for a GPU."""
-    cases = [GOAL_FORWARD, GOAL_BACKWARD, *GOAL_JOINT, GOAL_DEQUANTIZE, GOAL_DEQUANTIZE_LARGE, *GOAL_PRODUCTS]
+    cases = [GOAL_FORWARD, GOAL_BACKWARD, *GOAL_JOINT, GOAL_DEQUANTIZE, GOAL_DEQUANTIZE_LARGE, *GOAL_FROZEN]
+    cases += [*GOAL_PRODUCTS, *ALL_PRODUCTS]
     for kernel in EMBEDDINGS:
         cases += [embedding(kernel, model, 32, 256, compiled=model == "T5-base") for model in KNOWN]
         cases += [embedding(kernel, "T5-base", 32, 256, dtype=dtype) for dtype in ("float32", "float16")]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from ept.utils import tables
 
-from .goals import GOALS, NOT_MEASURED, judge
-from .record import Row, by_case
+from .goals import GOALS, NOT_MEASURED, SET_FOR, judge
+from .record import Row, by_case, is_measured
 from .shapes import OURS, OURS_AGAIN
 
 BARE_TITLE = "EPT's step beside the bare frozen model on as many positions"
@@ -128,16 +128,22 @@ def option_table(results: Iterable[Row]) -> str:
 
 
 def goal_table(results: Iterable[Row]) -> str:
-    """Shows every goal: met, missed or not measured, with its worst number."""
-    lines, rows = [], list(results)
+    """Shows every goal on every device that has something of it: met, missed or not measured, with its worst number."""
+    by_device: dict[str, list[Row]] = {}
+    for row in filter(is_measured, results):
+        by_device.setdefault(row.get("device", row["device_type"]), []).append(row)
+    lines = []
     for goal in GOALS:
-        verdict = judge(goal, rows)
         limit = f"≥ {goal.show(goal.at_least)}" if goal.at_least is not None else f"≤ {goal.show(goal.at_most)}"
-        is_partial = verdict.status == NOT_MEASURED and verdict.measured
-        partly = f" ({verdict.measured} of {len(goal.cases)})" if is_partial else ""
-        wanted = "yes" if goal.unit == "yes" else limit
-        lines.append([goal.what, goal.against, wanted, goal.show(verdict.worst), verdict.status + partly])
-    return markdown(["goal", "against", "wanted", "worst", "verdict"], lines)
+        about = [goal.what, goal.against, "yes" if goal.unit == "yes" else limit]
+        verdicts = {device: judge(goal, rows) for device, rows in by_device.items()}
+        there = {device: verdict for device, verdict in verdicts.items() if verdict.measured}
+        for device, verdict in there.items():
+            partly = f" ({verdict.measured} of {len(goal.cases)})" if verdict.status == NOT_MEASURED else ""
+            lines.append([*about, device, goal.show(verdict.worst), verdict.status + partly])
+        if not there:
+            lines.append([*about, SET_FOR[goal.device_type], "–", NOT_MEASURED])
+    return markdown(["goal", "against", "wanted", "on", "worst", "verdict"], lines)
 
 
 def bare_text(rows: list[Row]) -> str:

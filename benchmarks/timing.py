@@ -187,7 +187,9 @@ def peak_bytes(call: Call, device: str) -> int:
 
 
 def device_launches(call: Call, device: str) -> int | None:
-    """Counts the kernels that the device runs for one call, without memory copies and fills; None on a CPU."""
+    """Counts the kernels that the device runs for one call, without memory copies and fills; None on a CPU, and where
+    the profiler tells of none: it does not work there.
+    """
     if device != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -196,4 +198,4 @@ def device_launches(call: Call, device: str) -> int | None:
         call(0)
         torch.cuda.synchronize()
     on_device = [e for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_device)
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in on_device) or None

@@ -30,6 +30,7 @@ VERDICTS = [
     ("one measured, a miss", pair("a", 1, 1), MISSED, 1.0),
     ("peer not measured", [row("a", "ours", 1)], NOT_MEASURED, None),
     ("reduced sizes", pair("a", 1, 3, reduced=True) + pair("b", 1, 3, reduced=True), NOT_MEASURED, None),
+    ("a rehearsal", pair("a", 1, 3, rehearsal=True) + pair("b", 1, 3, rehearsal=True), NOT_MEASURED, None),
     ("a CPU", pair("a", 1, 3, device_type="cpu") + pair("b", 1, 3, device_type="cpu"), NOT_MEASURED, None),
     ("the reference stood in", pair("a", 1, 3, backend="reference") + pair("b", 1, 3), NOT_MEASURED, 3.0),
     ("ours failed", pair("a", 1, 3, status="failed") + pair("b", 1, 3), NOT_MEASURED, 3.0),
@@ -50,8 +51,8 @@ def test_at_most_takes_the_largest_as_the_worst() -> None:
 
 
 def test_every_goal_has_one_threshold_and_speaks_of_cases_that_are_measured() -> None:
-    works = [work.unit for work in steps.works_of("gpu", "cuda") if not work.on_request]
-    measured = {case.id for case in shapes.gpu_cases()} | {*works, goals.SCORES}
+    works = [work.unit for table, device in (("gpu", "cuda"), ("cpu", "cpu")) for work in steps.works_of(table, device)]
+    measured = {case.id for case in shapes.gpu_cases()} | {*works, goals.SCORES, goals.COLD_START}
     for goal in GOALS:
         assert (goal.at_least is None) != (goal.at_most is None), goal.what
         assert goal.cases, goal.what
@@ -61,7 +62,7 @@ def test_every_goal_has_one_threshold_and_speaks_of_cases_that_are_measured() ->
 def test_the_goals_on_products_cover_every_m() -> None:
     numbers = {goal.what: len(goal.cases) for goal in GOALS}
     assert numbers["matmul_4bit, M 1 to 8192"] == 3 * 14
-    assert numbers["matmul_4bit, M 16 to 64"] == 3 * 3
+    assert numbers["matmul_4bit, 4096×4096, M 16 to 64"] == 3
 
 
 def test_cases_of_goals_come_first_and_every_case_once() -> None:
@@ -82,6 +83,22 @@ def test_the_table_says_not_measured_where_nothing_was() -> None:
     lines = goal_table([]).splitlines()[2:]
     assert len(lines) == len(GOALS)
     assert all(line.rstrip(" |").endswith(NOT_MEASURED) for line in lines)
+
+
+def test_every_card_is_judged_by_itself_and_named() -> None:
+    case = shapes.GOAL_DEQUANTIZE.id
+    rows = pair(case, 1.0, 1.25, device="NVIDIA H100") + pair(case, 1.0, 2.0, device="NVIDIA H200")
+    lines = [line for line in goal_table(rows).splitlines() if "4096×4096 " in line and "dequantize" in line]
+    cells = [[cell.strip() for cell in line.split("|")][4:7] for line in lines]
+    assert cells == [["NVIDIA H100", "1.25 ×", MISSED], ["NVIDIA H200", "2.00 ×", MET]]
+
+
+def test_no_launches_counted_is_no_goal_met() -> None:
+    """A profiler that tells of nothing gives None and no number, which a goal of at most so many would take."""
+    launches = next(goal for goal in GOALS if goal.field == "launches")
+    rows = [row(case, "ours", 1.0, launches=None) for case in launches.cases]
+    assert judge(launches, rows).status == NOT_MEASURED
+    assert judge(launches, [{**found, "launches": 9} for found in rows]).status == MET
 
 
 def test_the_table_shows_a_miss_with_its_number() -> None:

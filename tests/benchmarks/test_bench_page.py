@@ -155,10 +155,13 @@ def test_other_results_get_a_page_beside_them(synthetic: Path, monkeypatch: pyte
     assert performance_page.main() == 1
 
 
-def test_reduced_results_are_refused(synthetic: Path) -> None:
+@pytest.mark.parametrize(
+    "mark, kind", [('"reduced": true', "reduced"), ('"reduced": false, "rehearsal": true', "rehearsed")]
+)
+def test_what_measures_nothing_is_refused(synthetic: Path, mark: str, kind: str) -> None:
     path = synthetic / "synthetic" / RECORD_NAME
-    path.write_text(path.read_text().replace('"reduced": false', '"reduced": true'))
-    with pytest.raises(ValueError, match="holds reduced results"):
+    path.write_text(path.read_text().replace('"reduced": false', mark))
+    with pytest.raises(ValueError, match=f"holds {kind} results"):
         performance_page.render(synthetic)
 
 
