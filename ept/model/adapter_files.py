@@ -256,9 +256,10 @@ def _method_name(config: EPTConfig) -> str:
 def _model_card(config: EPTConfig, count: int) -> str:
     method = _method_name(config)
     base = config.base_model_name_or_path
-    header = {"library_name": "peft", "tags": ["ept", method], **({"base_model": base} if base else {})}
-    # The text below names the base model only if the hub allows its name: a stranger may have chosen it.
-    named = isinstance(base, str) and _HUB_NAME.fullmatch(base) is not None and not os.path.exists(base)
+    # A stranger may have chosen the name: only one that the hub allows, or a folder that is there, goes into the card.
+    is_folder = isinstance(base, str) and os.path.isdir(base)
+    named = isinstance(base, str) and _HUB_NAME.fullmatch(base) is not None and not is_folder
+    header = {"library_name": "peft", "tags": ["ept", method], **({"base_model": base} if named or is_folder else {})}
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 
