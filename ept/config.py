@@ -101,7 +101,8 @@ class EPTConfig(PromptLearningConfig):
         "SAMPLE_VOCAB", "How the prompt starts: SAMPLE_VOCAB (rows of the table), RANDOM (normal, of unit rho) or TEXT."
     )
     prompt_tuning_init_text: str | None = _option(
-        None, "With TEXT: the text whose token embeddings start the prompt, repeated to s rows."
+        None,
+        "With TEXT: the text whose token embeddings start the prompt; rows that it leaves are from the vocabulary.",
     )
     tokenizer_name_or_path: str | None = _option(None, "With TEXT: the tokenizer; None for the base model's own.")
     tokenizer_kwargs: dict[str, Any] | None = field(

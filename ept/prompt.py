@@ -216,6 +216,7 @@ class EPTLayer(BasePromptEncoder):
         config, s = self.config, self.config.num_virtual_tokens
         if config.prompt_tuning_init == "RANDOM":
             return torch.randn((s, self.d), generator=generator)
+        ids = torch.randint(rows_of(embedding), (s,), generator=generator)
         if config.prompt_tuning_init == "TEXT":
             if tokenizer is None:
                 source = config.tokenizer_name_or_path or config.base_model_name_or_path
@@ -229,9 +230,8 @@ class EPTLayer(BasePromptEncoder):
             text_ids = list(tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"])
             if not text_ids:
                 raise ValueError(f"prompt_tuning_init_text {config.prompt_tuning_init_text!r} has no tokens")
-            ids = torch.tensor((text_ids * math.ceil(s / len(text_ids)))[:s])
-        else:
-            ids = torch.randint(rows_of(embedding), (s,), generator=generator)
+            # What the text leaves is from the vocabulary: the same rows twice would learn the same.
+            ids[: len(text_ids)] = torch.tensor(text_ids[:s])
         return embedding(ids.to(device_of(embedding))).float().cpu() / self.embedding_scale
 
     @classmethod

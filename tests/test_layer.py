@@ -149,11 +149,15 @@ def test_same_seed_same_parameters_and_methods_share_the_prompt():
     assert torch.equal(pt.joint_prompt(), a.joint_prompt())  # at the start EPT is prompt tuning, bit for bit
 
 
-def test_initialisation_from_text_repeats_its_tokens():
+@pytest.mark.parametrize("ids", [[7, 8], [7, 8, 9, 10, 11]])
+def test_initialisation_from_text_takes_what_is_missing_from_the_vocabulary(ids):
     embedding = make_embedding()
     config = EPTConfig(**SMALL, prompt_tuning_init="TEXT", prompt_tuning_init_text="a b c")
-    layer = EPTLayer(config, embedding, tokenizer=lambda text, add_special_tokens: {"input_ids": [7, 8, 9]})
-    torch.testing.assert_close(layer.prompt * layer.embedding_scale, embedding.weight[[7, 8, 9, 7]])
+    layer = EPTLayer(config, embedding, tokenizer=lambda text, add_special_tokens: {"input_ids": ids})
+    sampled = EPTLayer(EPTConfig(**SMALL), embedding)
+    n = min(len(ids), 4)
+    torch.testing.assert_close(layer.prompt[:n] * layer.embedding_scale, embedding.weight[ids[:n]])
+    assert torch.equal(layer.prompt[n:], sampled.prompt[n:])
 
 
 def test_random_initialisation_has_unit_variance():

@@ -21,13 +21,17 @@ FOUR_BIT = {"fast_4bit", "dequantized_cache_bytes"}  # how the 4-bit layers of t
 
 
 def load_untrained(
-    config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> PeftModel:
-    """Loads the base model with a fresh adapter; the tokenizer is for a prompt that starts from a text."""
+    """Loads the base model with a fresh adapter, whose prompt starts from `text` unless the configuration says else."""
     base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
-    adapter = adapter_config(config.method, base, task_type, max_length, config.seed)
-    attach = module_of(METHODS[config.method.name]).attach
-    return attach(base, adapter, seed=config.seed, tokenizer=tokenizer, **config.model.model_dump(include=FOUR_BIT))
+    settings, method = config.method, METHODS[config.method.name]
+    if "prompt_tuning_init" in method.settable and settings.prompt_tuning_init is None:
+        start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": settings.prompt_tuning_init_text or text}
+        settings = settings.model_copy(update=start)
+    adapter = adapter_config(settings, base, task_type, max_length, config.seed)
+    options = {"seed": config.seed, "tokenizer": tokenizer, "text": text}
+    return module_of(method).attach(base, adapter, **options, **config.model.model_dump(include=FOUR_BIT))
 
 
 def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
@@ -87,8 +91,8 @@ def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, ma
     return make(max_length=max_length, **fields)
 
 
-def attach(base: Any, config: EPTConfig, *, seed: int = 0, **options: Any) -> EPTModel:
-    """Puts a fresh adapter of ours on `base`, drawn with `config.seed`; `options`: those of `get_ept_model`."""
+def attach(base: Any, config: EPTConfig, *, seed: int = 0, text: str = "", **options: Any) -> EPTModel:
+    """Puts a fresh adapter of ours on `base`, started as `config` says; `options`: those of `get_ept_model`."""
     return get_ept_model(base, config, **options)
 
 

@@ -31,11 +31,19 @@ PROMPT_SHARE = 0.4
 """Of a p-tuning budget; the rest goes to its encoder."""
 
 
-def attach(base: Any, config: PeftConfig, *, seed: int = 0, **_: Any) -> PeftModel:
-    """Puts a fresh adapter of PEFT's on `base`, drawn with `seed`."""
+def attach(
+    base: Any, config: PeftConfig, *, seed: int = 0, tokenizer: Any = None, text: str = "", **_: Any
+) -> PeftModel:
+    """Puts a fresh adapter of PEFT's on `base`, drawn with `seed`; a plain prompt starts from `text`, as ours does."""
     torch.manual_seed(seed)
     kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
-    return type(kind.__name__, (_LikeEPTModel, kind), {})(base, config)
+    model = type(kind.__name__, (_LikeEPTModel, kind), {})(base, config)
+    if text and config.peft_type == PeftType.PROMPT_TUNING:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config.num_virtual_tokens]
+        with torch.no_grad():
+            rows = input_embedding(base)(torch.tensor(ids, device=base.device))
+            model.prompt_encoder["default"].embedding.weight[: len(ids)] = rows.float()
+    return model
 
 
 def attach_trained(base: Any, folder: Path, **_: Any) -> PeftModel:

@@ -90,6 +90,12 @@ class Task:
             raise ValueError(f"labels={form!r}: choose 'digits' or 'words'")
         return self.label_digits if form == "digits" else self.label_words
 
+    def summary(self, form: Literal["digits", "words"] = "digits") -> str:
+        """Tells the task in a line, of its template and its labels: a text for a prompt to start from."""
+        columns = {name: name for name in self.columns}
+        labels = self.labels(form) if not self.values else self.label_words[:: len(self.values) - 1]
+        return " ".join(f"{self.template.format_map(columns)} {' or '.join(labels)}".split())
+
     def label_class(self, value: Any) -> int | None:
         """Finds the class (0-based index) of a raw label, or None when it is none of the task's.
 

@@ -23,7 +23,7 @@ Configure = Callable[..., RunConfig]
 RESULT_KEYS = {
     "method", "model", "task", "metric", "score", "score_before", "majority", "seed", "steps", "best_step",
     "best_validation", "train_seconds", "step_time_ms", "peak_memory_bytes", "peak_memory_kind", "processes",
-    "global_batch_size", "trainable_parameters", "test_metrics", "test_metrics_before", "rows", "truncation_rate",
+    "global_batch_size", "stored_parameters", "trainable_parameters", "test_metrics", "test_metrics_before", "rows", "truncation_rate",
     "max_length", "versions", "hardware", "config",
 }  # fmt: skip
 
@@ -111,8 +111,8 @@ def test_learning_rates_by_parameter(configure: Configure, family: str) -> None:
     groups = parameter_groups(run.model, 0.05, 0.03)
     names = {parameter: name.rpartition(".")[2] for name, parameter in run.model.named_parameters()}
     prompts, maps, others = ({names[parameter] for parameter in group["params"]} for group in groups)
-    assert (prompts, maps) == ({"prompt", "U"}, {"D", "G"})
-    assert others >= {"A", "B", "beta"}
+    assert (prompts, maps) == ({"prompt", "U", "beta"}, {"D", "G"})
+    assert others >= {"A", "B"}
     assert [group["lr"] for group in groups] == pytest.approx([0.05, 0.03 / 32**0.5, 0.03])
     counted = sum(p.numel() for group in groups for p in group["params"])
     assert counted == run.model.get_nb_trainable_parameters()[0]
@@ -127,13 +127,28 @@ def test_methods(configure: Configure, method: str, parts: set[str]) -> None:
         configure("llama", *overrides, "method.num_spaces=2")
 
 
-def test_prompt_from_a_text(configure: Configure) -> None:
-    text = ("method.prompt_tuning_init=TEXT", "method.prompt_tuning_init_text=the film was good")
-    run = prepare(configure("llama", *text))
-    layer = run.model.prompt_encoder["default"]
-    ids = run.tokenizer("the film was good", add_special_tokens=False)["input_ids"]
-    expected = run.model.get_input_embeddings().weight[(ids * 9)[: layer.prompt.shape[0]]]
-    torch.testing.assert_close(layer.prompt.detach() * layer.embedding_scale, expected.detach())
+def prompt_rows(run: Any) -> torch.Tensor:
+    """The prompt of an untrained run, in the units of the table."""
+    return run.model.get_prompt(1)[0].detach()
+
+
+@pytest.mark.parametrize("method", ["pt", "dept", "ept", "adept", "residual", "prompt-tuning"])
+def test_every_prompt_starts_from_the_task_in_a_line(configure: Configure, method: str) -> None:
+    run = prepare(configure("llama", f"method.name={method}", "method.r=null"))
+    assert run.task.summary() == "sentence: sentence 0 or 1"
+    ids = run.tokenizer(run.task.summary(), add_special_tokens=False)["input_ids"]
+    found = prompt_rows(run)
+    n = min(len(ids), len(found))
+    torch.testing.assert_close(found[:n], run.model.get_input_embeddings().weight[ids[:n]].detach())
+
+
+def test_prompt_from_another_text_or_none(configure: Configure) -> None:
+    run = prepare(configure("llama", "method.prompt_tuning_init_text=the film was good"))
+    ids = run.tokenizer("the film was good", add_special_tokens=False)["input_ids"][: len(prompt_rows(run))]
+    expected = run.model.get_input_embeddings().weight[ids]
+    torch.testing.assert_close(prompt_rows(run)[: len(ids)], expected.detach())
+    sampled = prepare(configure("llama", "method.prompt_tuning_init=SAMPLE_VOCAB"))
+    assert not torch.equal(prompt_rows(sampled)[0], prompt_rows(run)[0])
 
 
 def test_budget(configure: Configure) -> None:

@@ -148,3 +148,9 @@ REFUSED = [
 def test_local_task_refused(template, label_words, options, message):
     with pytest.raises(ValueError, match=message):
         local_task(template, label_words, **options)
+
+
+def test_a_task_in_a_line():
+    assert get_task("glue/sst2").summary("words") == "sentence: sentence negative or positive"
+    assert get_task("glue/stsb").summary() == "sentence1: sentence1 sentence2: sentence2 0.0 or 5.0"
+    assert local_task("{{a}}\n{text}?", ["no", "yes"]).summary("words") == "{a} text? no or yes"
