@@ -168,7 +168,7 @@ def test_text_too_long_is_cut_and_counted_or_refused(configure: Configure, tmp_p
     assert 0.2 < rate["train"] < 0.8  # "sentence : ", 4 to 8 words and the end token
     config.data.on_too_long = "error"
     with pytest.raises(
-        ValueError, match=r"train row \d+: the text has (9|10|11) tokens, the limit is data\.max_length=8"
+        ValueError, match=r"train, row \d+: the text has (9|10|11) tokens, the limit is data\.max_length=8"
     ):
         train(config)
     assert not (tmp_path / "run").exists()
