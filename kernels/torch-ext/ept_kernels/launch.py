@@ -39,7 +39,7 @@ class _State:
     launches = 0
     compiled: list[Any] | None = None  # what launch() has run, while someone asks for it
     recorded: list[Launch] | None = None  # what launch() was given, while nothing is to run
-    architecture: str | None = None  # that launches are recorded for
+    architecture: str | None = None  # that CPU tensors stand for
     tried: ClassVar[dict[Any, Config]] = {}  # by kernel: the configuration it takes for the time being
     adopted: ClassVar[dict[str, dict[Any, Config]]] = {}  # by kernel and size: as if measured
 
@@ -70,13 +70,19 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
     """Collects what launchers launch, as they would on a GPU of `architecture`, and runs none of it: results of
     CPU tensors stay uninitialised.
     """
-    _State.recorded, _State.architecture = [], architecture
-    _forget_choices()
+    before, _State.recorded = _State.architecture, []
+    act_as(architecture)
     try:
         yield _State.recorded
     finally:
-        _State.recorded = _State.architecture = None
-        _forget_choices()
+        _State.recorded = None
+        act_as(before)
+
+
+def act_as(architecture: str | None) -> None:
+    """Makes launchers choose as on a GPU of `architecture` whatever device their tensors lie on; None: no longer."""
+    _State.architecture = architecture
+    _forget_choices()
 
 
 @contextlib.contextmanager

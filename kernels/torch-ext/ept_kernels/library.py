@@ -31,6 +31,9 @@ _library = Library(NAMESPACE, "FRAGMENT")
 # By operator: its reference, and the module of its launcher if it has one.
 _registered: dict[str, tuple[Callable[..., Any], str | None]] = {}
 
+_with_kernels = {"cuda", "xpu"}  # types of devices
+_looked_up: list[dict[str, Callable[..., Any]]] = []  # by operator: what was found for each type of device
+
 _CHOICES = ("", "triton", "reference")
 _choice = os.environ.get("EPT_KERNELS", "")
 if _choice not in _CHOICES:
@@ -44,9 +47,7 @@ def backend(device: torch.device | str) -> str:
 
 @functools.cache
 def _backend(device_type: str) -> str:
-    takes_kernels = device_type in ("cuda", "xpu") or (
-        device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    )
+    takes_kernels = device_type in _with_kernels or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     if _choice == "reference" or not takes_kernels:
         return "reference"
     if importlib.util.find_spec("triton") is not None:
@@ -54,6 +55,13 @@ def _backend(device_type: str) -> str:
     if _choice == "triton":
         raise RuntimeError("EPT_KERNELS=triton, but triton is not installed: pip install triton, or unset the variable")
     return "reference"
+
+
+def take_kernels(device_type: str) -> None:
+    """Sends tensors on devices of that type through the kernels from here on, as those on a GPU."""
+    _with_kernels.add(device_type)
+    for cache in (_backend.cache_clear, *(functions.clear for functions in _looked_up)):
+        cache()
 
 
 def register(
@@ -112,6 +120,7 @@ def autograd_inside_operators() -> Iterator[None]:
 def _dispatch(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     # Looked up once a device type: what a call costs beside its implementation is these few lines.
     functions: dict[str, Callable[..., Any]] = {}
+    _looked_up.append(functions)
 
     def call(*args: Any) -> Any:
         device_type = args[0].device.type

@@ -1,28 +1,63 @@
 """The Triton kernels against their references: on a GPU (`make gpu`), or on CPU tensors under Triton's interpreter
 (`make test`). Which of the two is chosen when Triton is imported, so these tests run in a process of their own:
 `TRITON_INTERPRET=1 pytest tests/kernels/triton_kernels`, or with `EPT_KERNELS=triton` on a GPU.
+
+`pytest tests/kernels/triton_kernels --compile-only sm_90` drives them all as on such a GPU, without having one:
+see `ept_kernels.dev.compile_only`.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import sys
+import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import layer_checks
 import pytest
 import torch
 
 from ept_kernels import launch
+from ept_kernels.dev import compile_only
 from ept_kernels.launch import configured
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-if not INTERPRETED and not (os.environ.get("EPT_KERNELS") == "triton" and torch.cuda.is_available()):
-    collect_ignore_glob = ["*.py"]
+ON_GPU = not INTERPRETED and os.environ.get("EPT_KERNELS") == "triton" and torch.cuda.is_available()
 
 
-# Of the joint prompt, fewer and larger programs than are shipped: the interpreter's time goes by their number.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "compile what a GPU such as sm_90 would run, on CPU tensors, in place of running it; values are not compared"
+    parser.addoption("--compile-only", metavar="TARGET", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if target := config.getoption("--compile-only", None):
+        compile_only.activate(target)
+        for module, name in ((torch.testing, "assert_close"), (layer_checks, "assert_same")):
+            setattr(module, name, lambda *values, **options: None)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    is_here = collection_path.suffix == ".py" and collection_path.parent == Path(__file__).parent
+    return True if is_here and not (INTERPRETED or ON_GPU or compile_only.active()) else None
+
+
+def pytest_pycollect_makemodule(module_path: Path) -> None:
+    """Leaves out the assertions, as `python -O` does, where nothing has computed what they are about: then a test is
+    there for what it launches.
+    """
+    if compile_only.active() and module_path.parent == Path(__file__).parent:
+        module = types.ModuleType(module_path.stem)
+        module.__file__ = str(module_path)
+        sys.modules[module.__name__] = module  # where pytest will look for it
+        exec(compile(module_path.read_text(encoding="utf-8"), module_path, "exec", optimize=1), module.__dict__)
+
+
+# Of the joint prompt, fewer and larger programs than are shipped: the interpreter's time goes by their number. They are
+# for it alone: no GPU has the shared memory.
 LARGE = {
     "joint_prompt_products": {"BLOCK_K": 512, "PROGRAMS": 2},
     "joint_prompt_rows": {"BLOCK_S": 32},
@@ -34,14 +69,14 @@ LARGE = {
 
 @pytest.fixture
 def large_blocks() -> Iterator[None]:
-    with configured(LARGE):
+    with configured(LARGE if INTERPRETED else {}):
         yield
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the kernels run: the GPU, or the CPU under the interpreter."""
-    return torch.device("cpu" if INTERPRETED else "cuda")
+    """Where the kernels run: the GPU, or the CPU under the interpreter and where they are only compiled."""
+    return torch.device("cuda" if ON_GPU else "cpu")
 
 
 @pytest.fixture

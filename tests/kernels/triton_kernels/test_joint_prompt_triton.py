@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import LARGE, configured, rounding
+from conftest import INTERPRETED, LARGE, configured, rounding
 from torch import Tensor
 
 import ept_kernels
@@ -65,9 +65,10 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def run(problem: JointPrompt, device: torch.device) -> tuple[Tensor, ...]:
-    """In the blocks of `LARGE` where the problem is among `WIDE`."""
+    """Under the interpreter in the blocks of `LARGE` where the problem is among `WIDE`."""
     launcher = getattr(kernels, problem.operator)
-    with configured(LARGE if replace(problem, operator="joint_prompt") in WIDE else {}):
+    is_wide = INTERPRETED and replace(problem, operator="joint_prompt") in WIDE
+    with configured(LARGE if is_wide else {}):
         return as_tuple(launcher(*problem.inputs(device)))
 
 
@@ -111,7 +112,7 @@ SMALLEST = {
     "joint_prompt_backward": {"BLOCK_D": 16},
 }
 SINGLE_PART = {
-    **LARGE,
+    **(LARGE if INTERPRETED else {}),
     "joint_prompt_products": {"BLOCK_K": 64, "PROGRAMS": 1},
     "joint_prompt_backward": {"BLOCK_D": 64},
 }

@@ -16,14 +16,11 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,16 +28,9 @@ import torch
 from .. import launch
 from ..launch import Config
 from ..library import launcher_of
+from .compile_only import ARCHITECTURES, TARGETS, disassembled, driving, facts_of
 from .problems import Problem, compiled_problems, every_four_bit_problem
 from .tune import Tunable, tunables
-
-# target: (backend, architecture, threads a warp, bytes of shared memory one program may have)
-TARGETS = {
-    "sm_80": ("cuda", 80, 32, 163 * 1024),
-    "sm_90": ("cuda", 90, 32, 227 * 1024),
-    "sm_100": ("cuda", 100, 32, 227 * 1024),
-    "gfx942": ("hip", "gfx942", 64, 64 * 1024),
-}
 
 
 class Case(NamedTuple):
@@ -154,25 +144,13 @@ def _compile_waiting(index: int) -> dict[str, Any]:
 def compile_case(case: Case, target: str) -> dict[str, Any]:
     """Compiles `case` for `target`; returns registers, spilled bytes, shared memory (bytes) and instructions.
 
-    Triton's own just-in-time compiler does it, told that the target is the GPU at hand: it sees the types, constants
-    and divisible numbers that it would see at a launch. Raises whatever it raises.
+    Triton's own just-in-time compiler does it, which sees the types, constants and divisible numbers that it would see
+    at a launch. Raises whatever it raises.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    backend, architecture, warp, limit = TARGETS[target]
-    device = SimpleNamespace(
-        get_current_target=lambda: GPUTarget(backend, architecture, warp),
-        get_current_device=lambda: target,  # by which Triton keeps what it has compiled
-        get_current_stream=lambda device: None,
-    )
-    before = driver._active
-    driver.set_active(device)
-    try:
+    with driving(target) as driver:
         compiled = case.kernel.warmup(*case.args, grid=case.grid, **case.meta)
-    finally:
-        driver._active = before
-    facts = _amd_facts(compiled.asm["amdgcn"]) if backend == "hip" else _nvidia_facts(compiled.asm["cubin"])
+    backend, _, warp, limit = driver.limits
+    facts = {**facts_of(compiled.kernel, backend), "instructions": _instructions(compiled.asm, backend)}
     warps, meta, weights = compiled.metadata.num_warps, case.meta, 0  # weights: those that a program decodes
     if "UNITS" in meta:
         weights = meta["UNITS"] * 2 * meta["BYTES"] * meta["ITERS"]
@@ -211,35 +189,11 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def _nvidia_facts(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        commands = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
-        usage, code = (
-            subprocess.run([str(tools / tool), option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in commands
-        )
-    registers = int(re.findall(r"\bREG:(\d+)", usage)[-1])
-    local = int(re.findall(r"\bLOCAL:(\d+)", usage)[-1]) + int(re.findall(r"\bSTACK:(\d+)", usage)[-1])
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    return {
-        "registers": registers,
-        "spilled_bytes": local if spills else 0,
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
-    }
-
-
-def _amd_facts(assembly: str) -> dict[str, int]:
-    registers = max(int(n) for n in re.findall(r"\.vgpr_count:\s*(\d+)", assembly))
-    # Scalar registers spill into lanes of vector registers; only vector spills and scratch go to memory.
-    spilled = sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", assembly))
-    scratch = sum(int(n) for n in re.findall(r"\.private_segment_fixed_size:\s*(\d+)", assembly))
-    instructions = len(re.findall(r"^\s+[a-z]+_[a-z0-9_]+\s", assembly, re.MULTILINE))
-    return {"registers": registers, "spilled_bytes": max(4 * spilled, scratch), "instructions": instructions}
+def _instructions(asm: Any, backend: str) -> int:
+    if backend == "hip":
+        return len(re.findall(r"^\s+[a-z]+_[a-z0-9_]+\s", asm["amdgcn"], re.MULTILINE))
+    code = disassembled(asm["cubin"], "nvdisasm", "-c")
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
 
 
 def main() -> None:
@@ -251,15 +205,12 @@ def main() -> None:
     parser.add_argument("--candidates", action="store_true", help="also every configuration that the tuner may try")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiled at a time; all processors")
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
     targets = arguments.targets.split(",")
 
     def compiled(cases_of: Callable[[str], list[Case]]) -> list[dict[str, Any]]:
         # Launchers choose alike for all targets of one backend.
-        names = {"cuda": "cuda", "hip": "gfx942"}
-        by_backend = {backend: cases_of(names[backend]) for backend in {TARGETS[t][0] for t in targets}}
-        wanted = [(case, t) for t in targets for case in by_backend[TARGETS[t][0]] if arguments.only in case.name]
+        by_backend = {backend: cases_of(ARCHITECTURES[backend]) for backend in {TARGETS[t].backend for t in targets}}
+        wanted = [(case, t) for t in targets for case in by_backend[TARGETS[t].backend] if arguments.only in case.name]
         return compile_all(wanted, arguments.jobs)
 
     rows = compiled(lambda architecture: [*cases(architecture, arguments.every), *shipped_cases(architecture)])

@@ -1,0 +1,169 @@
+"""A GPU that only compiles: the package's way on a GPU, driven with CPU tensors on any machine.
+
+    compile_only.activate("sm_90")  # before the first operator is called, for the rest of the process
+
+From then on CPU tensors go through the launchers as those of such a GPU do. What is launched is compiled by Triton as a
+host with that GPU compiles it, for the same types, constants and divisible numbers, into the same cache under the same
+keys, and then refused where the GPU would refuse it: shared memory, threads, the grid. A spill is refused too. Nothing
+runs: results stay as they were allocated, and whoever compares values has to ask `active`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import launch, library
+
+
+class Target(NamedTuple):
+    """A GPU to compile for; `shared`: bytes of shared memory that one program may have."""
+
+    backend: str
+    architecture: int | str
+    warp: int  # threads
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+ARCHITECTURES = {"cuda": "cuda", "hip": "gfx942"}  # by backend: for which launchers choose
+MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along each axis, on GPUs of NVIDIA
+
+_active: str | None = None
+
+
+def activate(target: str) -> Driver:
+    """Makes this process one of a host with the GPU `target`, of `TARGETS`, that only compiles.
+
+    Returns its driver, which knows what was loaded.
+
+    Raises:
+        RuntimeError: there is no such target, or the interpreter is in the way.
+    """
+    global _active
+    driver = driving(target).__enter__()
+    _active = target
+    launch.act_as(ARCHITECTURES[driver.limits.backend])
+    library.take_kernels("cpu")
+    return driver
+
+
+def active() -> str | None:
+    """Names the target that is compiled for in place of running anything, if so."""
+    return _active
+
+
+@contextlib.contextmanager
+def driving(target: str) -> Iterator[Driver]:
+    """Lets Triton compile for `target`, and launch in vain, for a while.
+
+    Raises:
+        RuntimeError: as by `activate`.
+    """
+    if target not in TARGETS:
+        raise RuntimeError(f"target {target!r} is unknown: known are {', '.join(TARGETS)}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
+    from triton.runtime import driver
+
+    before, ours = driver._active, Driver(target)
+    driver.set_active(ours)
+    try:
+        yield ours
+    finally:
+        driver._active = before
+
+
+class Driver:
+    """A driver as Triton's just-in-time compiler asks for one.
+
+    Attributes:
+        loaded: registers and spilled bytes of a thread, and bytes of shared memory, of every kernel that was launched.
+    """
+
+    def __init__(self, target: str) -> None:
+        self.target, self.limits = target, TARGETS[target]
+        self.loaded: list[dict[str, Any]] = []
+        self.utils = self
+        self.launcher_cls = lambda source, metadata: partial(self._launch, metadata.name)
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*self.limits[:3])
+
+    def get_current_device(self) -> str:
+        return self.target  # by which Triton keeps what it has compiled
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_properties(self, device: Any) -> dict[str, int]:
+        return {"max_shared_mem": self.limits.shared}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, Any, int, int, int]:
+        """Returns the module, the function, registers, spills and the most threads of a program, as a GPU's does."""
+        facts, threads = facts_of(binary, self.limits.backend), 1024
+        if self.limits.backend == "cuda":  # of 65,536 registers, handed out by the eight, to whole warps
+            threads = min(threads, 65536 // (-(-facts["registers"] // 8) * 8) // 32 * 32)
+        self.loaded.append({"kernel": name, **facts, "shared_bytes": shared})
+        return self, facts, facts["registers"], facts["spilled_bytes"] // 4, threads
+
+    def _launch(self, name: str, x: int, y: int, z: int, stream: int, facts: dict[str, int], *rest: Any) -> None:
+        from triton.runtime.errors import TritonError
+
+        if facts["spilled_bytes"]:
+            raise TritonError(f"{name} spills {facts['spilled_bytes']} bytes a thread on {self.target}")
+        if self.limits.backend == "cuda" and any(n > most for n, most in zip((x, y, z), MAX_GRID)):
+            raise TritonError(f"{name} is launched with a grid of {(x, y, z)}, the limits are {MAX_GRID}")
+
+
+def facts_of(binary: bytes, backend: str) -> dict[str, int]:
+    """Reads registers and spilled bytes of a thread off machine code."""
+    if backend == "hip":
+        # Scalar registers spill into lanes of vector registers; only vector spills and scratch go to memory.
+        spilled = max(4 * _noted(binary, ".vgpr_spill_count"), _noted(binary, ".private_segment_fixed_size"))
+        return {"registers": _noted(binary, ".vgpr_count"), "spilled_bytes": spilled}
+    usage = disassembled(binary, "cuobjdump", "--dump-resource-usage")
+    sizes = {name: int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "LOCAL", "STACK")}
+    local = sizes["LOCAL"] + sizes["STACK"]
+    # A frame that nothing is stored into is none.
+    spills = bool(local) and re.search(r"\b(?:LDL|STL)\b", disassembled(binary, "nvdisasm", "-c")) is not None
+    return {"registers": sizes["REG"], "spilled_bytes": local if spills else 0}
+
+
+def disassembled(cubin: bytes, tool: str, option: str) -> str:
+    """Returns what a tool that comes with Triton says of a binary."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(path), option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _noted(binary: bytes, name: str) -> int:
+    """Reads a number off the notes of AMD's machine code, which are MessagePack."""
+    number = rb"(?:([\x00-\x7f])|\xcc(.)|\xcd(..)|\xce(....))"
+    return max(
+        int.from_bytes(next(group for group in found if group), "big")
+        for found in re.findall(re.escape(name.encode()) + number, binary, re.DOTALL)
+    )

@@ -1,0 +1,61 @@
+"""The driver that only compiles: it refuses what a GPU would, and finds a spill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
+import triton.language as tl
+from triton.errors import TritonError
+
+from ept_kernels.dev import compile_only
+
+
+@triton.jit
+def square(x, n, SIZE: tl.constexpr):
+    """Adds up products of tiles, of which `num_stages` wait in shared memory."""
+    o_x = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    b_sum = tl.zeros([SIZE, SIZE], tl.float32)
+    for i in range(n):
+        b_x = tl.load(x + i * SIZE * SIZE + o_x)
+        b_sum += tl.dot(b_x, b_x)
+    tl.store(x + o_x, b_sum.to(tl.float16))
+
+
+@triton.jit
+def hungry(x, n, SIZE: tl.constexpr):
+    """Holds `SIZE` elements in registers, whatever the compiler may reorder."""
+    b_x = tl.load(x + tl.arange(0, SIZE))
+    tl.store(x + tl.arange(0, SIZE), b_x * tl.sum(b_x, axis=0))
+
+
+FITS = {"SIZE": 64, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.mark.parametrize(
+    "kernel, target, options, grid, message",
+    [
+        (square, "sm_90", FITS, (1,), None),
+        (square, "gfx942", FITS, (1,), None),
+        (square, "sm_90", {**FITS, "num_stages": 40}, (1,), "shared memory, Required: 327680, Hardware limit: 232448"),
+        (square, "sm_90", FITS, (1, 2**16), "square is launched with a grid of .1, 65536, 1., the limits are"),
+        (hungry, "sm_80", {"SIZE": 2**14, "num_warps": 1}, (1,), "hungry spills [0-9]+ bytes a thread on sm_80"),
+        (hungry, "gfx942", {"SIZE": 2**16, "num_warps": 1}, (1,), "hungry spills [0-9]+ bytes a thread on gfx942"),
+    ],
+    ids=str,
+)
+def test_a_launch_is_refused_as_by_the_gpu(kernel, target, options, grid, message):
+    x = torch.ones(64, dtype=torch.float16)
+    with compile_only.driving(target) as driver:
+        for _ in range(2):  # what is refused once stays so
+            if message is None:
+                kernel[grid](x, 3, **options)
+            else:
+                with pytest.raises(TritonError, match=message):
+                    kernel[grid](x, 3, **options)
+    if message is None:
+        assert [row["kernel"] for row in driver.loaded] == ["square"]
+    assert (x == 1).all()
