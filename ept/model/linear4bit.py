@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import ept_kernels
 from ept_kernels import FourBitWeight
+from ept_kernels.four_bit.weight import LEVELS, levels
 
 from ..functional import matmul_4bit
 
@@ -92,8 +93,17 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         if weight is None or not same or known[1] is not absmax or weight.packed.data_ptr() != self.weight.data_ptr():
             with torch.inference_mode(False):
                 weight = FourBitWeight.from_bitsandbytes(self, check_code=not same)
+            self.make_levels()  # accelerate may have brought the weight to a device of which nobody knew
             self.__dict__["_four_bit"] = ((state, absmax), None if self._is_offloaded() else weight)
         return weight
+
+    def make_levels(self) -> None:
+        """Puts the table of the weight's 16 levels where the kernels will want it: made by an operator while a CUDA
+        graph is captured, it would lie in that graph's memory.
+        """
+        state = self._state()
+        if state is not None and state.quant_type in LEVELS and _runs_triton(self.weight.device.type):
+            levels(state.quant_type, self.weight.device)
 
     def drop_caches(self) -> None:
         """Forgets what is derived from the weight: it is looked at afresh at the next call."""
@@ -126,7 +136,9 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.drop_caches()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        self.make_levels()
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.drop_caches()
@@ -166,6 +178,7 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
         module.drop_caches()
         module.always, module.cache_bytes = always, needed if needed <= left else 0
         left -= module.cache_bytes
+        module.make_levels()
     return len(ours)
 
 

@@ -47,17 +47,58 @@ class _State:
 _choices: list[Any] = []  # caches that hold configurations
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Launches `kernel`; nothing is launched for an empty grid."""
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
+    """Launches `kernel`, and returns what Triton has compiled for it; nothing is launched for an empty grid."""
     if not all(grid):
-        return
+        return None
     _State.launches += 1
     if _State.recorded is not None:
         _State.recorded.append((kernel, grid, args, meta))
-        return
+        return None
     compiled = kernel[grid](*args, **meta)
     if _State.compiled is not None:
         _State.compiled.append(compiled)
+    return compiled
+
+
+class Prepared:
+    """A launch of `kernel` but for its tensors, which come first among its arguments and are called with.
+
+    Triton looks at every argument of every launch in Python, to find what it has compiled for such ones. That takes
+    most of a launch's time on the host, so it is done once: whoever makes one of these keeps it by `cached_choice`, for
+    the `kinds` of the tensors and one device.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], meta: dict[str, Any], kinds: Any
+    ):
+        self.kernel, self.grid, self.numbers, self.meta = kernel, grid, numbers, meta
+        self.is_kept = kinds[0] and all(grid)
+        self.run: Callable[..., Any] | None = None
+        self.rest: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        if self.run is not None and _State.compiled is None:
+            _State.launches += 1
+            self.run(*tensors, *self.rest)
+            return
+        compiled = launch(self.kernel, self.grid, *tensors, *self.numbers, **self.meta)
+        if self.is_kept and hasattr(type(compiled), "__getitem__"):  # nothing is compiled under the interpreter
+            constants = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
+            self.rest = (*self.numbers, *(self.meta[name] for name in constants))
+            self.run = compiled[(*self.grid, 1, 1)[:3]]
+
+
+def kinds(*tensors: torch.Tensor | None) -> tuple[bool, tuple[torch.dtype | None, ...]]:
+    """Returns what Triton compiles for: whether all addresses are multiples of 16 bytes, and the types."""
+    addresses, types = 0, list[torch.dtype | None]()
+    for x in tensors:
+        if x is None:
+            types.append(None)
+        else:
+            addresses |= x.data_ptr()
+            types.append(x.dtype)
+    return addresses % 16 == 0, tuple(types)
 
 
 def launches() -> int:
@@ -95,11 +136,16 @@ def compiled_kernels() -> Iterator[list[Any]]:
         _State.compiled = None
 
 
+_device_module = functools.cache(torch.get_device_module)
+_HERE = contextlib.nullcontext()
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Enters the device that `tensor` lies on: Triton launches on the current one."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
+    """Enters the device that `tensor` lies on, if it is not there already: Triton launches on the current one."""
+    device = tensor.device
+    if device.type == "cpu" or _device_module(device.type).current_device() == device.index:
+        return _HERE
+    return _device_module(device.type).device(device)
 
 
 def config_for(kernel: str, size: int | Size, device: torch.device, default: Config) -> Config:

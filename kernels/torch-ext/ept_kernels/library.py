@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,7 +86,10 @@ def register(
     _registered[name] = reference, launcher
     if not hasattr(namespace, name):
         _library.define(schema)
-        _library.impl(name, _dispatch(name, reference), "CompositeExplicitAutograd")
+        # Floating-point tensors come first in every schema, then numbers.
+        arguments = schema.partition("(")[2].split(", ")
+        tensors = len(list(itertools.takewhile(lambda argument: argument.startswith("Tensor"), arguments)))
+        _library.impl(name, _dispatch(name, reference, tensors), "CompositeExplicitAutograd")
         register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(namespace, name).default
 
@@ -117,7 +121,7 @@ def autograd_inside_operators() -> Iterator[None]:
         yield
 
 
-def _dispatch(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+def _dispatch(name: str, reference: Callable[..., Any], tensors: int) -> Callable[..., Any]:
     # Looked up once a device type: what a call costs beside its implementation is these few lines.
     functions: dict[str, Callable[..., Any]] = {}
     _looked_up.append(functions)
@@ -129,8 +133,8 @@ def _dispatch(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
             launcher = launcher_of(name) if _backend(device_type) == "triton" else None
             function = functions[device_type] = launcher or reference
         if function is not reference:
-            for x in args:  # any() would make a generator at every call
-                if isinstance(x, torch.Tensor) and x.dtype is torch.float64:
+            for x in args[:tensors]:  # any() would make a generator at every call
+                if x is not None and x.dtype is torch.float64:
                     function = reference
         if not torch.is_autocast_enabled(device_type):
             return function(*args)

@@ -11,9 +11,7 @@ import torch
 from conftest import INTERPRETED
 from torch import Tensor
 
-from ept_kernels import FourBitWeight
-from ept_kernels.four_bit import dequantize as dequantize_4bit_triton
-from ept_kernels.four_bit import splits as four_bit_products
+from ept_kernels import FourBitWeight, launch
 
 
 def dequantized_by_bitsandbytes(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
@@ -79,14 +77,13 @@ def _watch_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builder, "create_masked_load", checked_load)
     monkeypatch.setattr(builder, "create_masked_store", checked_store)
-    for module in (dequantize_4bit_triton, four_bit_products):
-        launch = module.launch
+    unwatched = launch.launch
 
-        def watched(kernel: Any, grid: Any, *args: Any, launch: Any = launch, **meta: Any) -> None:
-            allowed[:] = [_extent(x) for x in args if isinstance(x, Tensor) and x.numel()]
-            launch(kernel, grid, *args, **meta)
+    def watched(kernel: Any, grid: Any, *args: Any, **meta: Any) -> None:
+        allowed[:] = [_extent(x) for x in args if isinstance(x, Tensor) and x.numel()]
+        unwatched(kernel, grid, *args, **meta)
 
-        monkeypatch.setattr(module, "launch", watched)
+    monkeypatch.setattr(launch, "launch", watched)
 
 
 def raise_programs(monkeypatch: pytest.MonkeyPatch, *by: int) -> None:

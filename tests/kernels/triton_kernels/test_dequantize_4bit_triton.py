@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ept_kernels
-from ept_kernels import FourBitWeight
+from ept_kernels import FourBitWeight, launch
 from ept_kernels.dev.problems import FourBit
 from ept_kernels.four_bit import dequantize as kernels
 from ept_kernels.launch import trying
@@ -203,7 +203,7 @@ def test_offsets_have_64_bits(columns, device, monkeypatch):
     if INTERPRETED:
         packed = mostly_untouched((elements + 1) // 2, torch.uint8)
         out = mostly_untouched(elements, F16).view(rows, columns)
-        new_empty, launch_all = torch.Tensor.new_empty, kernels.launch
+        new_empty, launch_all = torch.Tensor.new_empty, launch.launch
         monkeypatch.setattr(
             torch.Tensor, "new_empty", lambda x, *size, **kw: out if size == out.shape else new_empty(x, *size, **kw)
         )
@@ -212,7 +212,7 @@ def test_offsets_have_64_bits(columns, device, monkeypatch):
         few = -(-2 * tail // (config["UNITS"] * 2))
         raise_programs(monkeypatch, programs - few)
         monkeypatch.setattr(
-            kernels, "launch", lambda kernel, _, *args, **meta: launch_all(kernel, (few,), *args, **meta)
+            launch, "launch", lambda kernel, _, *args, **meta: launch_all(kernel, (few,), *args, **meta)
         )
     packed[-tail // 2 :] = torch.randint(0, 256, (tail // 2,), dtype=torch.uint8).to(device)
     absmax = torch.rand(math.ceil(elements / block_size), device=device)

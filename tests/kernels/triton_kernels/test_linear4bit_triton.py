@@ -12,6 +12,7 @@ from four_bit_problems import dequantized_by_bitsandbytes
 
 from ept.model.linear4bit import swap_linear4bit
 from ept_kernels import FourBitWeight, launch
+from ept_kernels.four_bit.weight import levels
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -38,3 +39,22 @@ def test_layer_computes_as_bitsandbytes(columns, rows, nested, bias, device):
     tolerance = 1e-5 if INTERPRETED else 2e-3  # a GPU may multiply float32 in its faster, rounded way
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("move", [False, True], ids=["", "moved after the swap"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_no_operator_makes_the_table_of_levels_after_the_swap(quant_type, move, device):
+    """Within a captured graph it would be taken from the graph's memory."""
+    layer = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type=quant_type)
+    layer = layer.to(device).train().requires_grad_(False)
+    levels.cache_clear()
+    swap_linear4bit(layer)
+    if move:
+        levels.cache_clear()
+        layer.to(device)
+    made = levels.cache_info()
+    assert made.misses == 1
+    x = torch.randn(5, 64, device=device, requires_grad=True)
+    layer(x).sum().backward()
+    assert levels.cache_info().misses == made.misses
+    assert levels.cache_info().hits >= made.hits + 2  # both operators have asked for it

@@ -149,7 +149,7 @@ def test_levels_of_a_tile_are_bitsandbytes_own(quant_type, device):
     """Every byte there is, in order: the levels' own bits, signs of zeros included."""
     packed = torch.arange(256, dtype=torch.uint8, device=device)
     out = torch.full((512,), float("nan"), device=device)
-    four_bit_products.launch(store_levels, (1,), levels(quant_type, device), packed.view(torch.int32), out)
+    launch.launch(store_levels, (1,), levels(quant_type, device), packed.view(torch.int32), out)
     nibbles = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
     expected = bnb.get_4bit_type(quant_type, device=device)[nibbles]
     assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
@@ -299,7 +299,7 @@ def test_offsets_of_partial_sums_have_64_bits(splits, elements, device, monkeypa
     partial[:, -5:] = torch.randn(splits, 5)
     raise_programs(monkeypatch, elements // config["BLOCK_E"] - 1)
     kernel = four_bit_products.matmul_4bit_reduce_kernel
-    four_bit_products.launch(kernel, (1,), partial, None, out, splits, elements, 4096, **config)
+    launch.launch(kernel, (1,), partial, None, out, splits, elements, 4096, **config)
     torch.testing.assert_close(out[-5:], partial[:, -5:].sum(0))
     assert out[-5:].abs().min() > 0
 
@@ -325,6 +325,6 @@ def test_offsets_have_64_bits(device, monkeypatch):
     options = {"BLOCK_SIZE": block, "NESTED_BLOCK_SIZE": 0, "OPERAND": kernels.tl.float32}
     tile = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 4096}
     arguments = (*pointers, x, None, out, 2, rows, columns, 1, *x.stride())
-    four_bit_products.launch(kernels.matmul_4bit_kernel, (1, 1, 1), *arguments, **options, **tile)
+    launch.launch(kernels.matmul_4bit_kernel, (1, 1, 1), *arguments, **options, **tile)
     exact = x[:, -4096:].double() @ W[:, -4096:].double().T
     assert (out[-1][:, -3:].double() - exact).abs().max() < 1e-4

@@ -11,31 +11,16 @@ that are only written load it from a table, products gather it. `docs/kernels.md
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .weight import LEVELS
+from .weight import levels
 
-_TABLE_BYTES = 64  # at a multiple of that, so that an offset is put into an address without a 64-bit addition
 WORD = tl.constexpr(4)  # bytes that the fast paths load at once
 WEIGHTS = tl.constexpr(8)  # in a word
-
-
-@functools.cache
-def levels(quant_type: str, device: torch.device) -> Tensor:
-    """Puts the 16 levels of `quant_type` on `device`, float32, at an address that the kernels can put offsets into."""
-    table = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
-    if table.data_ptr() % _TABLE_BYTES:
-        raise RuntimeError(
-            f"the allocator of {device} gave the address {table.data_ptr()}, the kernels need a multiple of "
-            f"{_TABLE_BYTES}: use torch's own allocator, or EPT_KERNELS=reference"
-        )
-    return table
 
 
 def is_word_aligned(packed: Tensor, elements: int) -> bool:

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, architecture, cached_choice, config_for, key, launch, on_device
-from .decode import Weight, decode, is_word_aligned, load_absmax
+from ..launch import Config, Prepared, architecture, cached_choice, config_for, key, kinds, on_device
+from .decode import decode, is_word_aligned, load_absmax
+from .weight import levels
 
 # UNITS: words or bytes in a tile, a power of two. ITERS: tiles that a program takes, one after another; with one, all
 # loads are under way before anything is stored.
@@ -76,11 +77,24 @@ def heuristic(device: torch.device) -> Config:
     return config
 
 
+def dequantize_4bit(*arguments: Any) -> Tensor:
+    """Computes `ept_kernels.dequantize_4bit_reference` of a weight's tensors and sizes and a type in one launch."""
+    *_, rows, columns, dtype = arguments
+    tensors, quant_type, packed = arguments[:5], arguments[5], arguments[0]
+    out = packed.new_empty(rows, columns, dtype=dtype)
+    words = is_word_aligned(packed, rows * columns)
+    run = _prepared(kinds(*tensors), words, arguments[6:10], dtype, packed.device)
+    with on_device(packed):
+        run(*tensors, levels(quant_type, packed.device), out)
+    return out
+
+
 @cached_choice
-def _chosen(
-    elements: int, dtype: torch.dtype, block_size: int, nested_block_size: int, words: bool, device: torch.device
-) -> tuple[tuple[int], dict[str, Any]]:
-    config = config_for(key("dequantize_4bit", dtype), elements, device, heuristic(device))
+def _prepared(
+    kinds: tuple[Any, ...], words: bool, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Prepared:
+    block_size, nested_block_size, rows, columns = sizes
+    config = config_for(key("dequantize_4bit", dtype), rows * columns, device, heuristic(device))
     bytes_ = 4 if words else 1
     options = {
         **config,
@@ -89,16 +103,5 @@ def _chosen(
         "BYTES": bytes_,
         "enable_fp_fusion": False,
     }
-    return (triton.cdiv(elements, config["UNITS"] * 2 * bytes_ * config["ITERS"]),), options
-
-
-def dequantize_4bit(*arguments: Any) -> Tensor:
-    """Computes `ept_kernels.dequantize_4bit_reference` of a weight's tensors and sizes and a type in one launch."""
-    weight, dtype = Weight(*arguments[:-1]), arguments[-1]
-    packed, elements = weight.packed, weight.rows * weight.columns
-    out = packed.new_empty(weight.rows, weight.columns, dtype=dtype)
-    words = is_word_aligned(packed, elements)
-    grid, options = _chosen(elements, dtype, weight.block_size, weight.nested_block_size, words, packed.device)
-    with on_device(packed):
-        launch(dequantize_4bit_kernel, grid, *weight.pointers(), out, elements, **options)
-    return out
+    grid = (triton.cdiv(rows * columns, config["UNITS"] * 2 * bytes_ * config["ITERS"]),)
+    return Prepared(dequantize_4bit_kernel, grid, (rows * columns,), options, kinds)

@@ -6,14 +6,25 @@ launch. `paths.py` says when these kernels are taken, and what else there is.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, all_registers, architecture, cached_choice, config_for, key, launch, on_device
+from ..launch import (
+    Config,
+    Prepared,
+    Size,
+    all_registers,
+    architecture,
+    cached_choice,
+    config_for,
+    key,
+    kinds,
+    on_device,
+)
 from .decode import Weight
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
@@ -41,43 +52,6 @@ def heuristic(kernel: str, rows: int, columns: int) -> Config:
 def operand_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Says what `dtype` tokens are multiplied in: under the interpreter float32, it has no 16-bit products."""
     return torch.float32 if architecture(device) == "cpu" else dtype
-
-
-class Plan(NamedTuple):
-    """A product's launch but for the number of tokens."""
-
-    tiles_across: int  # of the results of a token
-    splits: int
-    tiles: int  # in a split
-    options: dict[str, Any]  # meta-parameters
-
-    def grid(self, tokens: int) -> tuple[int, int, int]:
-        return self.tiles_across, self.splits, triton.cdiv(tokens, self.options["BLOCK_M"])
-
-
-def plan(tokens: int, weight: Weight, dtype: torch.dtype) -> Plan:
-    """Takes the smallest tile that holds `tokens` of `dtype`, or the largest there is."""
-    tile = next((size for size in TILES if tokens <= size), TILES[-1])
-    sizes = (weight.block_size, weight.nested_block_size)
-    return _plan(f"matmul_4bit/{tile}", weight.rows, weight.columns, sizes, dtype, weight.packed.device)
-
-
-@cached_choice
-def _plan(
-    kernel: str, rows: int, columns: int, sizes: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> Plan:
-    config = config_for(key(kernel, dtype), (rows, columns), device, heuristic(kernel, rows, columns))
-    tiles = triton.cdiv(columns, config["BLOCK_K"])
-    tiles_a_split = triton.cdiv(tiles, config["SPLITS"])
-    options = {
-        **{name: value for name, value in config.items() if name != "SPLITS"},
-        "BLOCK_SIZE": sizes[0],
-        "NESTED_BLOCK_SIZE": sizes[1],
-        "OPERAND": TRITON_TYPES[operand_type(dtype, device)],
-        "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
-        **all_registers(device),  # the assembler otherwise spills a few on sm_80
-    }
-    return Plan(triton.cdiv(rows, config["BLOCK_N"]), triton.cdiv(tiles, tiles_a_split), tiles_a_split, options)
 
 
 @triton.jit(do_not_specialize=["splits", "elements"])
@@ -108,17 +82,53 @@ def run(kernel: Any, tokens: Tensor, weight: Weight, bias: Tensor | None = None)
 
     Returns `[M, rows]` in the type of `tokens`.
     """
-    M, results = tokens.shape[0], weight.rows
-    chosen = plan(M, weight, tokens.dtype)
-    out = tokens.new_empty(M, results)
-    shape, strides = (M, weight.rows, weight.columns, chosen.tiles), tokens.stride()
+    types = kinds(*weight[:5], tokens, bias)
+    product, total, splits = _prepared(
+        kernel, types, weight[6:], tokens.shape[0], tokens.stride(), tokens.dtype, tokens.device
+    )
+    out = tokens.new_empty(tokens.shape[0], weight.rows)
     with on_device(tokens):
-        if chosen.splits == 1:
-            launch(kernel, chosen.grid(M), *weight.pointers(), tokens, bias, out, *shape, *strides, **chosen.options)
+        if total is None:
+            product(*weight.pointers(), tokens, bias, out)
             return out
-        partial = tokens.new_empty(chosen.splits, M, results, dtype=torch.float32)
-        launch(kernel, chosen.grid(M), *weight.pointers(), tokens, None, partial, *shape, *strides, **chosen.options)
-        config = CONFIGS["matmul_4bit_reduce"]
-        grid = (triton.cdiv(M * results, config["BLOCK_E"]),)
-        launch(matmul_4bit_reduce_kernel, grid, partial, bias, out, chosen.splits, M * results, results, **config)
+        partial = tokens.new_empty(splits, *out.shape, dtype=torch.float32)
+        product(*weight.pointers(), tokens, None, partial)
+        total(partial, bias, out)
     return out
+
+
+@cached_choice
+def _prepared(
+    kernel: Any,
+    kinds: tuple[Any, ...],
+    sizes: tuple[int, ...],
+    tokens: int,
+    strides: Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Prepared, Prepared | None, int]:
+    """Prepares the product and, where it is split, the sum; takes the smallest tile that holds the tokens, or the
+    largest there is.
+    """
+    block_size, nested_block_size, rows, columns = sizes
+    tile = next((size for size in TILES if tokens <= size), TILES[-1])
+    name = f"matmul_4bit/{tile}"
+    config = config_for(key(name, dtype), (rows, columns), device, heuristic(name, rows, columns))
+    tiles = triton.cdiv(columns, config["BLOCK_K"])
+    tiles_a_split = triton.cdiv(tiles, config["SPLITS"])
+    splits = triton.cdiv(tiles, tiles_a_split)
+    options = {
+        **{name: value for name, value in config.items() if name != "SPLITS"},
+        "BLOCK_SIZE": block_size,
+        "NESTED_BLOCK_SIZE": nested_block_size,
+        "OPERAND": TRITON_TYPES[operand_type(dtype, device)],
+        "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
+        **all_registers(device),  # the assembler otherwise spills a few on sm_80
+    }
+    grid = (triton.cdiv(rows, config["BLOCK_N"]), splits, triton.cdiv(tokens, config["BLOCK_M"]))
+    product = Prepared(kernel, grid, (tokens, rows, columns, tiles_a_split, *strides), options, kinds)
+    if splits == 1:
+        return product, None, 1
+    config, elements = CONFIGS["matmul_4bit_reduce"], tokens * rows
+    sums = (triton.cdiv(elements, config["BLOCK_E"]),)
+    return product, Prepared(matmul_4bit_reduce_kernel, sums, (splits, elements, rows), config, kinds), splits

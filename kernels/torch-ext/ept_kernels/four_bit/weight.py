@@ -7,6 +7,7 @@ may straddle rows, and the last one may be short. Nested absmax is itself kept i
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ NF4 = (
 _FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4 = (*_FP4_MAGNITUDES, *(0.0 - level for level in _FP4_MAGNITUDES))  # nibble 8 is a zero without a sign
 LEVELS = {"nf4": NF4, "fp4": FP4}
+
+_TABLE_BYTES = 64  # levels lie at a multiple of that: the kernels put an offset into their address with one `or`
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -162,6 +165,24 @@ class FourBitWeight:
     def sizes(self) -> tuple[str, int, int, int, int]:
         """Lists the operators' other arguments, in order."""
         return self.quant_type, self.block_size, self.nested_block_size, self.rows, self.columns
+
+
+@functools.cache
+def levels(quant_type: str, device: torch.device) -> Tensor:
+    """Puts the 16 levels of `quant_type` on `device` for the kernels, float32, once.
+
+    A table made while a CUDA graph is captured would lie in that graph's memory: it is to be made before.
+
+    Raises:
+        RuntimeError: the allocator's address is no multiple of 64.
+    """
+    table = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
+    if table.data_ptr() % _TABLE_BYTES:
+        raise RuntimeError(
+            f"the allocator of {device} gave the address {table.data_ptr()}, the kernels need a multiple of "
+            f"{_TABLE_BYTES}: use torch's own allocator, or EPT_KERNELS=reference"
+        )
+    return table
 
 
 def _check_tensor(

@@ -5,13 +5,14 @@ Two launches forward, three backward; the first is the same.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, cached_choice, config_for, key, launch, on_device, padded, precision
+from ..launch import Config, Prepared, Size, cached_choice, config_for, key, kinds, on_device, padded, precision
 from .backward import prompted_embedding_backward_kernel, prompted_embedding_reduce_kernel, token_at_kernel
 from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
@@ -34,12 +35,18 @@ NARROW = 1024
 
 def token_at(positions: Tensor, m: int) -> Tensor:
     """Computes `ept_kernels.token_at_reference` in one launch."""
-    batch, n = positions.shape
-    found = positions.new_empty(batch, m, dtype=torch.int32)
-    grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * batch,)
+    positions = positions.contiguous()
+    found = positions.new_empty(positions.shape[0], m, dtype=torch.int32)
+    run = _token_at(kinds(positions), positions.shape, m, positions.device)
     with on_device(positions):
-        launch(token_at_kernel, grid, positions.contiguous(), found, n, m, **TOKEN_AT)
+        run(positions, found)
     return found
+
+
+@cached_choice
+def _token_at(kinds: tuple[Any, ...], shape: Size, m: int, device: torch.device) -> Prepared:
+    grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * shape[0],)
+    return Prepared(token_at_kernel, grid, (shape[1], m), TOKEN_AT, kinds)
 
 
 def prompted_embedding(
@@ -54,50 +61,73 @@ def prompted_embedding(
     found: Tensor | None = None,
 ) -> Tensor:
     """Computes `ept_kernels.prompted_embedding_reference` in two launches, one with `token_at` or without an update."""
-    batch, n = input_ids.shape
-    s, d = prompt.shape[-2], table.shape[1]
-    m, r = A.shape[-2:] if A.numel() and n else (0, 0)
     positions = positions.contiguous()
     if found is None:
-        found = token_at(positions, m) if m else positions.new_empty(0, dtype=torch.int32)
-    out = table.new_empty(batch, s + n, d)
-    config, options = _chosen("prompted_embedding", d, r, table.dtype, table.dtype, table.device)
+        has_update = A.numel() and positions.numel()
+        found = token_at(positions, A.shape[-2]) if has_update else positions.new_empty(0, dtype=torch.int32)
+    tensors = (input_ids.contiguous(), positions, found, table, prompt.contiguous(), A.contiguous(), B.contiguous())
+    adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
+    shapes = (input_ids.shape, table.shape, prompt.shape, A.shape)
+    run = _forward(kinds(*tensors, adapter_ids), shapes, table.stride(), float(scale), table.dtype, table.device)
+    out = table.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], table.shape[1])
+    with on_device(table):
+        run(*tensors, adapter_ids, out)
+    return out
+
+
+@cached_choice
+def _forward(
+    kinds: tuple[Any, ...],
+    shapes: tuple[Size, ...],
+    strides: Size,
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Prepared:
+    (batch, n), (vocabulary, d), (*_, s, _), A_shape = shapes
+    m, r = A_shape[-2:] if math.prod(A_shape) and n else (0, 0)
+    config, options = _chosen("prompted_embedding", d, r, dtype, dtype, device)
     tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
-    runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if adapter_ids is None else batch
+    runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if len(A_shape) == 2 else batch
     rows = triton.cdiv(batch, max(runs, 1))
     runs = triton.cdiv(batch, max(rows, 1))
-    with on_device(table):
-        launch(
-            prompted_embedding_kernel,
-            (tiles * runs + batch * triton.cdiv(n, config["BLOCK_T"]),),
-            *(input_ids.contiguous(), positions, found, table, *(x.contiguous() for x in (prompt, A, B))),
-            *(None if adapter_ids is None else adapter_ids.contiguous(), out, float(scale)),
-            *(batch, n, s, d, m, r, rows, runs, table.shape[0], A.shape[0]),
-            *table.stride(),
-            **options,
-        )
-    return out
+    grid = (tiles * runs + batch * triton.cdiv(n, config["BLOCK_T"]),)
+    numbers = (scale, batch, n, s, d, m, r, rows, runs, vocabulary, A_shape[0], *strides)
+    return Prepared(prompted_embedding_kernel, grid, numbers, options, kinds)
 
 
 def prompted_embedding_packed(
     input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
 ) -> Tensor:
     """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
-    texts, tokens = cu_seqlens.shape[0] - 1, input_ids.shape[0]
-    s, d = prompt.shape[0], table.shape[1]
-    m, r = A.shape
-    out = table.new_empty(tokens + texts * s, d)
-    config, options = _chosen("prompted_embedding_packed", d, r, table.dtype, table.dtype, table.device)
+    tensors = (input_ids.contiguous(), cu_seqlens.contiguous(), table, *(x.contiguous() for x in (prompt, A, B)))
+    shapes = (input_ids.shape, cu_seqlens.shape, table.shape, prompt.shape, A.shape)
+    run = _packed(kinds(*tensors), shapes, table.stride(), float(scale), table.dtype, table.device)
+    out = table.new_empty(input_ids.shape[0] + (cu_seqlens.shape[0] - 1) * prompt.shape[0], table.shape[1])
+    with on_device(table):
+        run(*tensors, out)
+    return out
+
+
+@cached_choice
+def _packed(
+    kinds: tuple[Any, ...],
+    shapes: tuple[Size, ...],
+    strides: Size,
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Prepared:
+    (tokens,), (ends,), (_, d), (s, _), (m, r) = shapes
+    texts = ends - 1
+    config, options = _chosen("prompted_embedding_packed", d, r, dtype, dtype, device)
     tiles = triton.cdiv(tokens, config["BLOCK_T"])
     runs = triton.cdiv(tiles, config["ITERS"])  # as even as possible
     tiles = triton.cdiv(tiles, max(runs, 1))
     prompt_tiles = triton.cdiv(texts * s, config["BLOCK_T"])
     grid = (triton.cdiv(d, config["BLOCK_D"]) * (prompt_tiles + runs),)
-    tensors = (input_ids.contiguous(), cu_seqlens.contiguous(), table, *(x.contiguous() for x in (prompt, A, B)))
-    shape = (tokens, texts, s, d, m, r, prompt_tiles, tiles, texts.bit_length())
-    with on_device(table):
-        launch(prompted_embedding_packed_kernel, grid, *tensors, out, float(scale), *shape, *table.stride(), **options)
-    return out
+    numbers = (scale, tokens, texts, s, d, m, r, prompt_tiles, tiles, texts.bit_length(), *strides)
+    return Prepared(prompted_embedding_packed_kernel, grid, numbers, options, kinds)
 
 
 def prompted_embedding_backward(
@@ -113,49 +143,58 @@ def prompted_embedding_backward(
 
     In two where `token_at` is given, in one where there is no update.
     """
-    batch, n = positions.shape
-    s, d = grad_output.shape[1] - n, grad_output.shape[2]
-    m, r = A.shape[-2:] if A.numel() and n else (A.shape[-2], 0)
-    adapters = 1 if adapter_ids is None else A.shape[0]
-    grad_prompt = A.new_empty(*A.shape[:-2], s, d)
-    grad_A, grad_B = ((x.new_empty if r else x.new_zeros)(x.shape, dtype=A.dtype) for x in (A, B))
+    s, d = grad_output.shape[1] - positions.shape[1], grad_output.shape[2]
+    *adapters, m, _ = A.shape
+    has_update = A.numel() and positions.numel()
     if found is None:
-        found = token_at(positions, m) if r else positions.new_empty(0, dtype=torch.int32)
-
-    shape_and_types = (d, r, grad_output.dtype, A.dtype, grad_output.device)
-    config, options = _chosen("prompted_embedding_backward", *shape_and_types)
-    columns = triton.cdiv(d, config["BLOCK_D"])
-    position_tiles = triton.cdiv(m, config["BLOCK_M"]) if r else 0
-    partial_A = A.new_empty((adapters, columns, m, r), dtype=torch.float32)
-    partial_B = A.new_empty((adapters, position_tiles, r, d), dtype=torch.float32)
+        found = token_at(positions, m) if has_update else positions.new_empty(0, dtype=torch.int32)
+    A, B = A.contiguous(), B.contiguous()
+    adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
+    grad_prompt = A.new_empty(*adapters, s, d)
+    grad_A, grad_B = ((x.new_empty if has_update else x.new_zeros)(x.shape, dtype=A.dtype) for x in (A, B))
+    tensors = (grad_output, found, A, B, adapter_ids)
+    strides = grad_output.stride()
+    first, last, parts_A, parts_B = _backward(
+        kinds(*tensors), grad_output.shape, strides, s, A.shape, float(scale), grad_output.dtype, A.dtype, A.device
+    )
+    partial_A, partial_B = (A.new_empty(size, dtype=torch.float32) for size in (parts_A, parts_B))
     with on_device(grad_output):
-        launch(
-            prompted_embedding_backward_kernel,
-            (columns * (triton.cdiv(s, config["BLOCK_M"]) + position_tiles), adapters),
-            grad_output,
-            found,
-            A.contiguous(),
-            B.contiguous(),
-            None if adapter_ids is None else adapter_ids.contiguous(),
-            *(grad_prompt, partial_A, partial_B),
-            *(batch, s, d, m, r),
-            *grad_output.stride(),
-            **options,
-        )
-        if r:
-            reduce, reduce_options = _chosen("prompted_embedding_reduce", *shape_and_types)
-            tiles = triton.cdiv(m * r, reduce["BLOCK_E"]) + triton.cdiv(r * d, reduce["BLOCK_E"])
-            launch(
-                prompted_embedding_reduce_kernel,
-                (tiles, adapters),
-                *(partial_A, partial_B, grad_A, grad_B, float(scale)),
-                *(columns, position_tiles, m * r, r * d),
-                **reduce_options,
-            )
+        first(*tensors, grad_prompt, partial_A, partial_B)
+        if last is not None:
+            last(partial_A, partial_B, grad_A, grad_B)
     return grad_prompt, grad_A, grad_B
 
 
 @cached_choice
+def _backward(
+    kinds: tuple[Any, ...],
+    grad_shape: Size,
+    strides: Size,
+    s: int,
+    A_shape: Size,
+    scale: float,
+    read: torch.dtype,
+    written: torch.dtype,
+    device: torch.device,
+) -> tuple[Prepared, Prepared | None, int, int]:
+    """Prepares both launches; counts the elements of the partial sums of `grad_A` and of `grad_B`."""
+    batch, rows, d = grad_shape
+    m, r = A_shape[-2:] if math.prod(A_shape) and rows > s else (A_shape[-2], 0)
+    adapters = math.prod(A_shape[:-2])
+    config, options = _chosen("prompted_embedding_backward", d, r, read, written, device)
+    columns = triton.cdiv(d, config["BLOCK_D"])
+    tiles = triton.cdiv(m, config["BLOCK_M"]) if r else 0
+    grid = (columns * (triton.cdiv(s, config["BLOCK_M"]) + tiles), adapters)
+    first = Prepared(prompted_embedding_backward_kernel, grid, (batch, s, d, m, r, *strides), options, kinds)
+    if not r:
+        return first, None, 0, 0
+    config, options = _chosen("prompted_embedding_reduce", d, r, read, written, device)
+    grid = (triton.cdiv(m * r, config["BLOCK_E"]) + triton.cdiv(r * d, config["BLOCK_E"]), adapters)
+    numbers = (scale, columns, tiles, m * r, r * d)
+    last = Prepared(prompted_embedding_reduce_kernel, grid, numbers, options, kinds)
+    return first, last, adapters * columns * m * r, adapters * tiles * r * d
+
+
 def _chosen(
     kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
 ) -> tuple[Config, dict[str, Any]]:
