@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -59,3 +63,22 @@ def test_a_launch_is_refused_as_by_the_gpu(kernel, target, options, grid, messag
     if message is None:
         assert [row["kernel"] for row in driver.loaded] == ["square"]
     assert (x == 1).all()
+
+
+SCRIPT = """
+from ept_kernels.dev import compile_only
+driver = compile_only.activate("sm_90")
+import ept_kernels
+from ept_kernels.dev.problems import TokenAt
+before = ept_kernels.launch.launches()
+for _ in range(3):
+    ept_kernels.token_at(*TokenAt().inputs())
+assert compile_only.active() == "sm_90"
+print(ept_kernels.backend("cpu"), ept_kernels.launch.launches() - before, *(row["kernel"] for row in driver.loaded))
+"""
+
+
+def test_operators_take_the_gpus_way_in_a_process_that_only_compiles():
+    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "EPT_KERNELS")}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (["triton", "3", "token_at_kernel"], "")

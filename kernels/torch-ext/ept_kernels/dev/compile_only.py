@@ -44,6 +44,7 @@ ARCHITECTURES = {"cuda": "cuda", "hip": "gfx942"}  # by backend: for which launc
 MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along each axis, on GPUs of NVIDIA
 
 _active: str | None = None
+_for_good = contextlib.ExitStack()  # never left
 
 
 def activate(target: str) -> Driver:
@@ -55,7 +56,7 @@ def activate(target: str) -> Driver:
         RuntimeError: there is no such target, or the interpreter is in the way.
     """
     global _active
-    driver = driving(target).__enter__()
+    driver = _for_good.enter_context(driving(target))
     _active = target
     launch.act_as(ARCHITECTURES[driver.limits.backend])
     library.take_kernels("cpu")
