@@ -198,7 +198,8 @@ def parameter_groups(
       the rate, and they add up: at the whole rate the gate saturates within some tens of steps;
     * all others (`A`, `B`, heads), the last group: `low_rank_learning_rate`.
 
-    The other parameters of the peers, as `Method.roles` says. PEFT's methods: all of the adapter at `learning_rate`, heads at `low_rank_learning_rate`.
+    The other parameters of the peers, as `Method.roles` says. PEFT's methods: all of the adapter at `learning_rate`,
+    heads at `low_rank_learning_rate`.
     """
     groups: dict[str, list[torch.nn.Parameter]] = {"prompt": [], "map": [], "other": []}
     for name, parameter in model.named_parameters():

@@ -23,8 +23,8 @@ Configure = Callable[..., RunConfig]
 RESULT_KEYS = {
     "method", "model", "task", "metric", "score", "score_before", "majority", "seed", "steps", "best_step",
     "best_validation", "train_seconds", "step_time_ms", "peak_memory_bytes", "peak_memory_kind", "processes",
-    "global_batch_size", "stored_parameters", "trainable_parameters", "test_metrics", "test_metrics_before", "rows", "truncation_rate",
-    "max_length", "versions", "hardware", "config",
+    "global_batch_size", "stored_parameters", "trainable_parameters", "test_metrics", "test_metrics_before", "rows",
+    "truncation_rate", "max_length", "versions", "hardware", "config",
 }  # fmt: skip
 
 
