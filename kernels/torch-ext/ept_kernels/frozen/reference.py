@@ -11,6 +11,8 @@ the model does not hold anyway, but for one number a row of a norm and one bit a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ FORMS = {
 }
 
 # φ by name, and the gradient of φ(x) from that of its result.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
     "gelu": (F.gelu, torch.ops.aten.gelu_backward),
     "gelu_tanh": (
