@@ -15,11 +15,11 @@ from .adapter_lock import AdapterLock, shared
 from .adapters import ModelWithAdapters
 from .base_model import examine, freeze, infer_task_type, swap_4bit, with_forward_of, without_checkpointing
 from .compilation import compile_layers
+from .generation import GenerationOptions, bound_length, check_options, encoder_processors, infer_mask, start_of_text
 from .inputs import (
     cache_name,
     cached_length,
     call_inputs,
-    count_new_tokens,
     divide_loss,
     extend,
     length_of,
@@ -233,58 +233,63 @@ class EPTModel(ModelWithAdapters):
     def generate(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Calls the base model's `generate` after the prompt; takes its arguments. `labels` are ignored.
 
-        Decoder-only models return the input's ids followed by the new tokens, as without an adapter; `max_length`
-        counts these and not the prompt. Logits processors that look at the text (`repetition_penalty`) see the new
-        tokens only.
+        Decoder-only models return the input's ids followed by the new tokens, as without an adapter; lengths,
+        penalties and streamers count and see the text and not the prompt. Without a mask padding is told by the
+        padding token, where the base model would.
 
         With `use_prompt_cache=True` the model does not read the prompt again at every call: its keys and values are
         computed at the first, kept for each adapter, and made anew once adapter or model change. The tokens are the
         same. `clear_prompt_caches()` frees them.
 
         Raises:
-            ValueError: the base model cannot generate, `max_length` leaves no room for a new token, or a prompt cache
-                cannot work for this model and batch; the message says why.
+            ValueError: the base model cannot generate, an option cannot work behind a prompt, `max_length` leaves no
+                room for a new token, more tokens are asked for than the model has positions, or a prompt cache cannot
+                work for this model and batch; the message says why. Nothing has run then.
         """
-        if not hasattr(self.base_model, "generate"):
-            raise ValueError(f"{type(self.base_model).__name__} cannot generate")
+        base = self.base_model
+        if not hasattr(base, "generate"):
+            raise ValueError(f"{type(base).__name__} cannot generate")
         use_prompt_cache = kwargs.pop("use_prompt_cache", False)
         if self._adapters_disabled:
-            return self.base_model.generate(input_ids, *args, **kwargs)
+            return base.generate(input_ids, *args, **kwargs)
+        self._facts = with_forward_of(self._facts, base)
+        causal = self.active_peft_config.task_type == "CAUSAL_LM"
         kwargs.pop("labels", None)
         ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
         names = ("attention_mask", "inputs_embeds", "text_mask", "adapter_names")
         mask, embeds, text_mask, adapter_names = (kwargs.pop(name, None) for name in names)
         if "generation_config" in self.__dict__:  # set on the wrapper by a user
             kwargs.setdefault("generation_config", self.__dict__["generation_config"])
+        options = GenerationOptions(base, args, kwargs)
+        check_options(options, self._facts)
+        if causal and ids is None and embeds is None:
+            ids = start_of_text(options, base.device)
+        if causal and ids is not None and mask is None:
+            mask = infer_mask(ids, options)
         if use_prompt_cache:
             if adapter_names is not None:
                 raise ValueError(
                     "a prompt cache holds one adapter's prompt: leave out adapter_names or use_prompt_cache"
                 )
             padded = mask is not None and not bool(mask[:, 0].all())
-            check_cacheable(self.base_model, self._facts, kwargs, padded)
+            check_cacheable(base, self._facts, options.given, padded)
         # A cached prompt stays first, with padding behind it.
-        inputs = call_inputs(self, ids, mask, embeds, text_mask, adapter_names, kwargs, generating=not use_prompt_cache)
-        if self.active_peft_config.task_type != "CAUSAL_LM":
-            with without_checkpointing(self.base_model):
-                return self.base_model.generate(*args, **inputs)
-        if use_prompt_cache:
-            s, name = self._layer().config.num_virtual_tokens, self.active_adapter
-            inputs[cache_name(self._facts)] = cached_prompt(self._prompt_caches, name, self.base_model, inputs, s)
-        # generate() counts positions from the mask itself, at every step.
-        inputs.pop("position_ids", None)
-        count_new_tokens(inputs, length_of(ids, embeds), self.base_model.generation_config)
-        with without_checkpointing(self.base_model):
-            output = self.base_model.generate(*args, **inputs)
-        if ids is None:
-            return output
-        generated = output if isinstance(output, Tensor) else output.sequences
-        continued = ids.to(generated.device).repeat_interleave(len(generated) // len(ids), dim=0)
-        sequences = torch.cat([continued, generated], dim=1)
-        if isinstance(output, Tensor):
-            return sequences
-        output.sequences = sequences
-        return output
+        generating = not use_prompt_cache
+        inputs = call_inputs(self, ids, mask, embeds, text_mask, adapter_names, options.given, generating=generating)
+        encoder_processors(inputs, options, ids)
+        if causal:
+            n = length_of(ids, embeds)
+            s = inputs["inputs_embeds"].shape[1] - n
+            if use_prompt_cache:
+                made = cached_prompt(self._prompt_caches, self.active_adapter, base, inputs, s)
+                inputs[cache_name(self._facts)] = made
+            inputs.pop("position_ids", None)  # it counts them from the mask itself, at every step
+            longest = n if mask is None else int(mask.bool().sum(1).max())
+            bound_length(inputs, options, n, s, longest, self._facts, base)
+            if ids is not None:
+                inputs["input_ids"] = ids
+        with without_checkpointing(base):
+            return base.generate(**inputs)
 
     def compile_layers(self, **options: Any) -> EPTModel:
         """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model."""

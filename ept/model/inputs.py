@@ -145,23 +145,6 @@ def extend(values: Tensor, s: int, fill: int) -> Tensor:
     return torch.cat([values.new_full((values.shape[0], s), fill), values], dim=1)
 
 
-def count_new_tokens(inputs: dict[str, Any], n: int, default: Any) -> None:
-    """Turns bounds on the whole length into bounds on new tokens: the base model would count the prompt too."""
-    config = inputs.get("generation_config") or default
-    for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        given = inputs.pop(bound, None)
-        if inputs.get(new) is not None or (given is None and getattr(config, new, None) is not None):
-            continue
-        value = given if given is not None else getattr(config, bound, None)
-        if not value:
-            continue
-        if bound == "max_length" and value <= n:
-            raise ValueError(
-                f"max_length={value} leaves no room after {n} input tokens: raise it or use max_new_tokens"
-            )
-        inputs[new] = max(value - n, 0)
-
-
 def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool, auxiliary: float = 0.0) -> None:
     """Turns the mean over this batch's labels into their sum over `num_items`, in place; 0 without any label.
 

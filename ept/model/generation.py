@@ -1,0 +1,166 @@
+"""`generate` behind a prompt: the base model's arguments, and the refusal of those that a prompt would falsify.
+
+A decoder is given the text's ids beside the embeddings of prompt and text. It reads the embeddings, and takes the ids
+for all that it derives from a text: what it returns and streams, penalties, lengths. Encoders read embeddings alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base_model import BaseModelFacts
+from .inputs import cached_length
+
+_DRAFTS = "drafts tokens without the prompt, or counts the cache without it"
+_ELSEWHERE = "is code that transformers loads from elsewhere, and which knows of no prompt"
+# Arguments of `generate` and fields of its configuration that a prompt falsifies, unless they have these values.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"), ((None,), _DRAFTS)),
+    **dict.fromkeys(("speculation_type", "use_mtp", "is_assistant"), ((None, False), _DRAFTS)),
+    "guidance_scale": ((None, 1, 1.0), "compares with answers of the base model that have read no prompt"),
+    "token_healing": ((None, False), "changes ids after they have been embedded"),
+    "prefill_chunk_size": ((None,), "reads the ids in pieces, and the prompt is none of them"),
+    **dict.fromkeys(("custom_generate", "penalty_alpha", "dola_layers"), ((None,), _ELSEWHERE)),
+    **dict.fromkeys(("constraints", "force_words_ids"), ((None,), _ELSEWHERE)),
+    "num_beam_groups": ((None, 1), _ELSEWHERE),
+    "diversity_penalty": ((None, 0, 0.0), _ELSEWHERE),
+}
+
+
+class GenerationOptions(Mapping[str, Any]):
+    """Options of one call of `generate`: those it was called with over those of its configurations."""
+
+    def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = list(inspect.signature(model.generate).parameters)[1:]  # behind the inputs
+        self.given = {**dict(zip(names, args)), **kwargs}
+        self._own, self._default = self.given.get("generation_config"), model.generation_config
+
+    def asked_for(self, name: str) -> Any:
+        """Returns what the caller set, itself or by a configuration; None for what is left to the model's own."""
+        value = self.given.get(name)
+        return getattr(self._own, name, None) if value is None else value
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.asked_for(name)
+        return getattr(self._default, name, None) if value is None else value
+
+    def __iter__(self) -> Any:
+        return iter(self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+
+def check_options(options: GenerationOptions, facts: BaseModelFacts) -> None:
+    """Raises `ValueError` for an option that a prompt falsifies."""
+    for name, (allowed, reason) in REFUSED.items():
+        value = options[name]
+        if not any(value is a or (isinstance(a, (int, float)) and value == a) for a in allowed):
+            shown = value if isinstance(value, (bool, int, float, str)) else "…"
+            raise ValueError(f"{name}={shown} {reason}: leave it out")
+    if options["cache_implementation"] == "paged":
+        raise ValueError("cache_implementation='paged' reads ids alone, without a prompt: use another one")
+    if cached_length(facts, options.given):
+        raise ValueError(
+            "generate reads prompt and text from their beginning, the past_key_values of an earlier call do not fit: "
+            "pass the whole text's ids without them (use_prompt_cache=True keeps what is read of the prompt)"
+        )
+
+
+def start_of_text(options: GenerationOptions, device: torch.device) -> Tensor:
+    """Returns the ids that generation without a text begins with, `[1, 1]`."""
+    if options["bos_token_id"] is None:
+        raise ValueError("generate needs input_ids: the model has no bos_token_id to begin with")
+    return torch.full((1, 1), options["bos_token_id"], device=device)
+
+
+def infer_mask(ids: Tensor, options: GenerationOptions) -> Tensor | None:
+    """Infers the attention mask of `ids` from their padding, where the base model would; None: nothing is padded."""
+    padding, end = options["pad_token_id"], options["eos_token_id"]
+    ends = end if isinstance(end, (list, tuple)) else [] if end is None else torch.as_tensor(end).flatten().tolist()
+    if padding is None or int(padding) in ends:
+        return None
+    mask = ids != int(padding)
+    return None if bool(mask.all()) else mask.long()
+
+
+def bound_length(
+    inputs: dict[str, Any], options: GenerationOptions, n: int, s: int, longest: int, facts: BaseModelFacts, model: Any
+) -> None:
+    """Turns bounds on the whole length into bounds on new tokens: the base model would count the prompt too.
+
+    Args:
+        n: length of the padded text. s: of the prompt. longest: of the longest text, in real tokens.
+
+    Raises:
+        ValueError: `max_length` leaves no room, or more tokens are asked for than the model can number.
+    """
+    for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        inputs.pop(bound, None)
+        # A bound that a call sets goes before the other kind in the model's own configuration.
+        if options.asked_for(new) is not None or (options.asked_for(bound) is None and options[new] is not None):
+            continue
+        if not (value := options[bound]):
+            continue
+        if bound == "max_length" and value <= n:
+            raise ValueError(
+                f"max_length={value} leaves no room after {n} input tokens: raise it or use max_new_tokens"
+            )
+        inputs[new] = max(value - n, 0)
+    count = inputs.get("max_new_tokens", options["max_new_tokens"])
+    limit = facts.position_limit
+    if limit is not None:
+        room = limit - s - longest + 1  # the last new token is not read
+        if options.asked_for("max_new_tokens") is None and options.asked_for("max_length") is None:
+            inputs["max_new_tokens"] = count = min(20 if count is None else count, room)
+        if room < 1 or (count is not None and count > room):
+            raise ValueError(
+                f"{s} prompt tokens, {longest} text tokens and {count} new ones are more than the {limit} positions of "
+                f"{type(model).__name__}: ask for at most {max(room, 0)} new tokens"
+            )
+    _check_rope(model, s + longest, s + longest + (20 if count is None else count) - 1)
+
+
+def _check_rope(model: Any, before: int, after: int) -> None:
+    """Refuses to cross the length at which LongRoPE turns all positions differently: cached keys would not follow."""
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for entry in (rope, *rope.values()):
+        if not isinstance(entry, dict) or entry.get("rope_type") != "longrope":
+            continue
+        switch = entry.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", config.max_position_embeddings
+        )
+        if before <= switch < after:
+            raise ValueError(
+                f"{type(model).__name__} turns positions differently beyond {switch}, and prompt, text and new tokens "
+                f"go from {before} to {after}: ask for at most {switch - before + 1} new tokens"
+            )
+
+
+def encoder_processors(inputs: dict[str, Any], options: GenerationOptions, ids: Tensor | None) -> None:
+    """Adds the processors that look at the encoder's ids, or a decoder's text, which the base model does not see."""
+    from transformers import LogitsProcessorList
+    from transformers.generation.logits_process import (
+        EncoderNoRepeatNGramLogitsProcessor,
+        EncoderRepetitionPenaltyLogitsProcessor,
+    )
+
+    made: list[Any] = []
+    for name, neutral, kind in (
+        ("encoder_repetition_penalty", 1.0, EncoderRepetitionPenaltyLogitsProcessor),
+        ("encoder_no_repeat_ngram_size", 0, EncoderNoRepeatNGramLogitsProcessor),
+    ):
+        if (value := options[name]) is None or value == neutral:
+            continue
+        if ids is None:
+            raise ValueError(f"{name}={value} needs the text's ids: pass input_ids")
+        made.append(kind(value, ids))
+        inputs[name] = neutral
+    if made:
+        inputs["logits_processor"] = LogitsProcessorList([*made, *(options.given.get("logits_processor") or [])])
