@@ -38,6 +38,7 @@ _CHOICES = {
     "space_activation": tuple(ACTIVATIONS),
     "space_gate": ("learned", "uniform"),
     "update": ("position", "token"),
+    "lowrank_init": ("uniform", "cosine", "svd"),
     "prompt_tuning_init": ("SAMPLE_VOCAB", "RANDOM", "TEXT"),
 }
 _INTEGERS = {
@@ -73,6 +74,11 @@ class EPTConfig(PromptLearningConfig):
         "position",
         "What a token's update depends on: its 'position' (A·B, DePT and EPT) or the 'token' (a bottleneck of width r "
         "with biases on its embedding, ADePT).",
+    )
+    lowrank_init: str = _option(
+        "uniform",
+        "How A·B starts: at zero, with A 'uniform' at random as DePT's, or of the 'cosine' waves over the positions, "
+        "of which the first is constant; or 'svd', at a tenth of a long prompt's best approximation of that rank.",
     )
     prompt_rank: int = _option(
         0,
@@ -154,6 +160,8 @@ class EPTConfig(PromptLearningConfig):
             raise TypeError(f"modules_to_save must be a list of names of modules, got {shown(names)}")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
             raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
+        if self.lowrank_init == "svd" and self.alpha <= 0:
+            raise ValueError(f"lowrank_init='svd' needs an alpha above 0, got {shown(self.alpha)}")
         if self.tokenizer_kwargs is not None and (
             not isinstance(self.tokenizer_kwargs, dict) or not all(isinstance(k, str) for k in self.tokenizer_kwargs)
         ):
@@ -280,7 +288,14 @@ class EPTConfig(PromptLearningConfig):
 
 
 # What tells, beside the parameters, how an adapter answers: two that differ here cannot take each other's place.
-_START = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "seed")
+_START = (
+    "lowrank_init",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
+    "seed",
+)
 _OTHER = (*_START, "base_dropout", "embedding_scale")  # the scale that is used is saved with the parameters
 OUTPUT_FIELDS = [f.name for f in fields(EPTConfig) if f.name in EPTConfig.__annotations__ and f.name not in _OTHER]
 

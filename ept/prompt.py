@@ -6,7 +6,6 @@ P = joint prompt [s, d]        E' = W[id] + C[pos]        inputs_embeds = [P; E'
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from . import functional, reparameterization
 from .config import EPTConfig
-from .embedding import device_of, embedding_rms, embedding_width, lookup, position_ids_of, rows_of, text_positions
+from .embedding import device_of, embedding_rms, embedding_width, lookup, position_ids_of, text_positions
+from .initialisation import initial_values
 
 _PARTS = ("prompt", "A", "B", "beta", "W_q", "W_k", "D", "U", "G")
 
@@ -62,7 +62,9 @@ class EPTLayer(BasePromptEncoder):
             zeros = torch.zeros(shape, device=device_of(embedding))
             self.register_parameter(name, nn.Parameter(zeros, requires_grad=not config.folded))
         if initialise and not config.folded:
-            self._initialise(embedding, tokenizer)
+            with torch.no_grad():
+                for name, value in initial_values(self.config, embedding, self.embedding_scale, tokenizer).items():
+                    self._parameters[name].copy_(value)
 
     def forward(
         self,
@@ -194,45 +196,6 @@ class EPTLayer(BasePromptEncoder):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.embedding_scale = float(state)
-
-    @torch.no_grad()
-    def _initialise(self, embedding: nn.Module, tokenizer: Any) -> None:
-        # Drawn on the CPU, the prompt first: the same on every device, and the same prompt for PT, DePT and EPT.
-        generator = torch.Generator().manual_seed(self.config.seed)
-        parameters = self._parameters
-        if (prompt := parameters.get("prompt")) is not None:
-            prompt.copy_(self._initial_prompt(embedding, tokenizer, generator))
-        if (A := parameters.get("A")) is not None:  # as DePT: kaiming uniform with a = √5
-            bound = 1 / math.sqrt(A.shape[1])
-            A.copy_(torch.rand(A.shape, generator=generator) * (2 * bound) - bound)
-        for name, value in reparameterization.initial_values(self.config, self.d, generator).items():
-            parameters[name].copy_(value)
-        for name in ("D", "W_q", "W_k", "W_in"):  # unit variance after the product with a normalised row
-            if (parameter := parameters.get(name)) is not None:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / math.sqrt(self.d))
-        # The others (B, U, G, β, W_out and all biases) start at zero.
-
-    def _initial_prompt(self, embedding: nn.Module, tokenizer: Any, generator: torch.Generator) -> Tensor:
-        config, s = self.config, self.config.num_virtual_tokens
-        if config.prompt_tuning_init == "RANDOM":
-            return torch.randn((s, self.d), generator=generator)
-        ids = torch.randint(rows_of(embedding), (s,), generator=generator)
-        if config.prompt_tuning_init == "TEXT":
-            if tokenizer is None:
-                source = config.tokenizer_name_or_path or config.base_model_name_or_path
-                if not source:
-                    raise ValueError("prompt_tuning_init='TEXT' needs tokenizer_name_or_path, or a tokenizer passed in")
-                from transformers import AutoTokenizer
-
-                options = dict(config.tokenizer_kwargs or {})
-                options.pop("trust_remote_code", None)  # a configuration may be a stranger's
-                tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            text_ids = list(tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"])
-            if not text_ids:
-                raise ValueError(f"prompt_tuning_init_text {config.prompt_tuning_init_text!r} has no tokens")
-            # What the text leaves is from the vocabulary: the same rows twice would learn the same.
-            ids[: len(text_ids)] = torch.tensor(text_ids[:s])
-        return embedding(ids.to(device_of(embedding))).float().cpu() / self.embedding_scale
 
     @classmethod
     def _get_adapter_state_dict(

@@ -30,22 +30,6 @@ def frozen_basis(config: EPTConfig, d: int) -> Tensor | None:
     return torch.randn((config.prompt_rank, d), generator=generator) / math.sqrt(config.prompt_rank)
 
 
-def initial_values(config: EPTConfig, d: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draws the starting values of this file's parameters; those that are absent start at zero.
-
-    The shift and the gain of the residual network are zero, so that the start is the prompt as it would be without.
-    """
-    values = {}
-    if config.prompt_rank:
-        values["Z"] = torch.randn((config.num_virtual_tokens, config.prompt_rank), generator=generator)
-    if config.prompt_scale_shift:
-        values["scale"] = torch.ones(d)
-    if h := config.residual_dim:
-        values["W_down"] = torch.randn((d, h), generator=generator) / math.sqrt(d)
-        values["W_up"] = torch.randn((h, d), generator=generator) / math.sqrt(h)
-    return values
-
-
 def short_prompt(part: Callable[[str], Tensor], basis: Tensor | None, present: Mapping[str, object]) -> Tensor:
     """Makes the short prompt `[s, d]` in units of ρ: `(Z·R)·scale + shift`, and `p + LayerNorm(relu(p·W_down)·W_up)`.
 

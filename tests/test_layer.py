@@ -160,6 +160,21 @@ def test_initialisation_from_text_takes_what_is_missing_from_the_vocabulary(ids)
     assert torch.equal(layer.prompt[n:], sampled.prompt[n:])
 
 
+@pytest.mark.parametrize("r", [3, 12])  # of 8 positions and 16 numbers
+def test_update_starts_from_waves_or_a_long_prompt(r):
+    embedding, sizes = make_embedding(3.0), {"num_virtual_tokens": 0, "max_length": 8, "r": r}
+    waves = EPTLayer(EPTConfig(**sizes, lowrank_init="cosine"), embedding)
+    gram = (waves.A.T @ waves.A)[: min(r, 8), : min(r, 8)].detach()
+    torch.testing.assert_close(gram, torch.eye(len(gram)) * 8 / (3 * r))  # of the size of a uniform start
+    assert torch.equal(waves.A[:, 0], waves.A[:1, 0].expand(8))
+    assert not waves.B.any()
+    svd = EPTLayer(EPTConfig(**sizes, lowrank_init="svd"), embedding)
+    ids = torch.randint(50, (8,), generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(embedding.weight[ids].double(), full_matrices=False)
+    expected = 0.1 * (left[:, :r] * values[:r]) @ right[:r]
+    torch.testing.assert_close(svd.position_table().double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_random_initialisation_has_unit_variance():
     layer = EPTLayer(EPTConfig(num_virtual_tokens=500, prompt_tuning_init="RANDOM"), make_embedding())
     assert layer.prompt.detach().std() == pytest.approx(1, abs=0.05)

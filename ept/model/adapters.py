@@ -266,7 +266,8 @@ class ModelWithAdapters(PeftModel):
 
     def _check_alike(self, adapter_name: str, other: EPTConfig) -> None:
         config = self.peft_config[adapter_name]
-        for name in OUTPUT_FIELDS:
+        from_seed = ["seed"] if config.prompt_rank else []  # ULPT's frozen rows are drawn from it
+        for name in [*OUTPUT_FIELDS, *from_seed]:
             ours, theirs = getattr(config, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(

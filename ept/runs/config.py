@@ -121,6 +121,7 @@ class MethodConfig(Section):
     r: Size | None = None
     alpha: Number | None = None
     update: Literal["position", "token"] | None = None
+    lowrank_init: Literal["uniform", "cosine", "svd"] | None = None
     prompt_rank: Size | None = None
     prompt_scale_shift: bool | None = None
     residual_dim: Size | None = None

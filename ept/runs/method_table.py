@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Role = Literal["prompt", "map", "other"]
 
-_LOW_RANK = frozenset({"r", "alpha"})
+_LOW_RANK = frozenset({"r", "alpha", "lowrank_init"})
 _FUSION = frozenset({"fusion", "fusion_dim", "fusion_score_scale", "fusion_weight"})
 _SPACES = frozenset({"num_spaces", "space_dim", "space_activation", "space_gate"})
 _TOKENS = frozenset({"num_virtual_tokens"})
@@ -87,7 +87,7 @@ _ALL = (
     Method("prompt-tuning", "PEFT prompt tuning", "peft_models:prompt_tuning", _TOKENS, 100, profiled_as="peft-pt"),
     Method("p-tuning", "PEFT p-tuning", "peft_models:p_tuning", _TOKENS, 20),
     Method("mpt", "PEFT multitask prompt tuning", "peft_models:prompt_tuning", _TOKENS, 100),
-    Method("lora", "PEFT LoRA", "peft_models:lora", _LOW_RANK, 0),
+    Method("lora", "PEFT LoRA", "peft_models:lora", frozenset({"r", "alpha"}), 0),
     _ablation("ept-no-fusion", "EPT without fusion", _FUSION, fusion=False),
     _ablation("ept-no-spaces", "EPT without spaces", _SPACES, num_spaces=0),
     _ablation("ept-uniform-gate", "EPT, uniform gate", frozenset(), space_gate="uniform"),

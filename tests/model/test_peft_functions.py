@@ -212,3 +212,15 @@ def test_one_configuration_for_several_models():
     get_ept_model(make_model("bert"), config := EPTConfig(**SMALL))
     with pytest.raises(ValueError, match=r"LlamaForSequenceClassification has no module named classifier"):
         get_ept_model(make_model("llama_classifier"), config)
+
+
+def test_ulpt_takes_no_place_of_another_seed(tmp_path):
+    """Its frozen rows are drawn from the seed, which is all that a file has of them."""
+    sizes = {"num_virtual_tokens": 4, "prompt_rank": 3}
+    get_ept_model(make_model("llama"), EPTConfig.ulpt(**sizes, seed=1)).save_pretrained(tmp_path)
+    model = get_ept_model(make_model("llama"), EPTConfig.ulpt(**sizes, seed=2))
+    with pytest.raises(ValueError, match="made with seed=1, 'default' has 2"):
+        model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path, "other")
+    fresh = EPTModel.from_pretrained(make_model("llama"), tmp_path)
+    assert torch.equal(model.get_prompt_embedding_to_save("other"), fresh.get_prompt_embedding_to_save("default"))

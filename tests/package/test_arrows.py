@@ -12,6 +12,7 @@ LAYERS = {
     "config",
     "budget",
     "prompt",
+    "initialisation",
     "reparameterization",
     "embedding",
     "functional",
@@ -21,8 +22,8 @@ GROUND = {"utils", "config", "budget", "embedding", "version", "ept_kernels"}
 MODEL = GROUND | {"functional", "prompt"}
 RUNS = MODEL | {"model", "tasks"}
 MAY_IMPORT = {  # a part of the code: the parts that it may import besides itself
-    **dict.fromkeys(GROUND | {"functional", "reparameterization", "tasks"}, GROUND),
-    "prompt": GROUND | {"functional", "reparameterization"},
+    **dict.fromkeys(GROUND | {"functional", "initialisation", "reparameterization", "tasks"}, GROUND),
+    "prompt": GROUND | {"functional", "initialisation", "reparameterization"},
     "model": MODEL,
     "runs": RUNS,
     **dict.fromkeys(("compare", "profile"), RUNS | {"runs"}),
