@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ept.model.compilation import compile_layers, uncompiled
+from ept.model.frozen import restore_frozen, swap_frozen
 from ept.profile.batches import make_batches, random_rows
 from ept.profile.clock import take_step
 from ept.profile.methods import Method, MethodSpec, make_method
@@ -145,6 +146,7 @@ def bare(*, batch: int, length: int, pairs: int, random: bool = False, layers: i
     rows = random_rows(batch, "CAUSAL_LM", base.config.vocab_size, length, varied=False, seed=0)
     (inputs,) = _batches(rows, batch, "CAUSAL_LM", device)
     method = make_method(MethodSpec.parse(EPT_METHOD), base, "CAUSAL_LM", length)
+    method.enter(base)  # the bare model's element-wise work is fused as well
 
     positions, keep = method.spec.num_virtual_tokens + length, inputs["logits_to_keep"]
     embeds = 0.1 * torch.randn(batch, positions, base.config.hidden_size, device=device)
@@ -177,6 +179,7 @@ def bare(*, batch: int, length: int, pairs: int, random: bool = False, layers: i
 # Each option of the step, switched off and on in turn with everything else at its default.
 
 NO_WAITS, GRAPHS = "no waits in the loop", "CUDA graphs of compiled layers"
+FUSED, FAST_FROZEN = "fused norms, rotary, activations", "model.fast_frozen=true"
 NEED_CUDA = {NO_WAITS: "there is no device to wait for", GRAPHS: "they need a CUDA device"}
 VARIED = 4  # batches of a measurement where the length of the batches matters
 
@@ -225,6 +228,7 @@ def _options(batch: int, length: int, dtype: torch.dtype, layers: int | None, de
     task_type, build = "CAUSAL_LM", functools.partial(build_shape, dtype=dtype, device=device, layers=layers)
     base = build(SMOLLM2)
     method = make_method(MethodSpec.parse(EPT_METHOD), base, task_type, length)
+    method.enter(base)
     equal = random_rows(batch, task_type, base.config.vocab_size, length, varied=False, seed=0)
     varied = random_rows(batch * VARIED, task_type, base.config.vocab_size, length, varied=True, seed=0)
     sampler = EpochLengthGroupedSampler(batch, [len(row["input_ids"]) for row in varied], seed=0)
@@ -241,6 +245,8 @@ def _options(batch: int, length: int, dtype: torch.dtype, layers: int | None, de
     buckets = steps(varied, padding="max_length", width=32)
     yield SMOLLM2, "buckets of 32 tokens", "training.pad_to_multiple_of=32", many, buckets
 
+    yield SMOLLM2, FUSED, FAST_FROZEN, *_unfused_and_fused(base, one)
+
     compile_layers(base)
     uncompiled_step = uncompiled()(one)
     yield SMOLLM2, "compiled layers", "training.compile_layers=true", uncompiled_step, one
@@ -256,6 +262,7 @@ def _options(batch: int, length: int, dtype: torch.dtype, layers: int | None, de
         graphed = build(SMOLLM2)
         compile_layers(graphed, cuda_graphs=True)
         recorded = make_method(MethodSpec.parse(EPT_METHOD), graphed, task_type, length)
+        recorded.enter(graphed)
         yield SMOLLM2, GRAPHS, "training.cuda_graphs=true", steps(varied, **fixed), _taking(recorded, batches)
 
     # The optimizer's step alone, on EPT's parameters: fused, and over one flat tensor.
@@ -267,6 +274,7 @@ def _options(batch: int, length: int, dtype: torch.dtype, layers: int | None, de
 
     t5 = build("t5-base")
     of_t5 = make_method(MethodSpec.parse(EPT_METHOD), t5, "SEQ_2_SEQ_LM", length)
+    of_t5.enter(t5)
     rows = random_rows(batch, "SEQ_2_SEQ_LM", t5.config.vocab_size, length, varied=False, seed=0)
     (inputs,) = _batches(rows, batch, "SEQ_2_SEQ_LM", device)
 
@@ -275,6 +283,19 @@ def _options(batch: int, length: int, dtype: torch.dtype, layers: int | None, de
         take_step(of_t5, inputs)
 
     yield "t5-base", "SDPA", "model.attn_implementation=sdpa", lambda _: step("eager"), lambda _: step("sdpa")
+    yield "t5-base", FUSED, FAST_FROZEN, *_unfused_and_fused(t5, _taking(of_t5, [inputs]))
+
+
+def _unfused_and_fused(base: Any, step: Call) -> tuple[Call, Call]:
+    def unfused(number: int) -> None:
+        restore_frozen(base)
+        step(number)
+
+    def fused(number: int) -> None:
+        swap_frozen(base)
+        step(number)
+
+    return unfused, fused
 
 
 def _taking(method: Method, batches: list[dict[str, Any]]) -> Call:

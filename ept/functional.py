@@ -201,8 +201,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = F
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """Computes `φ(gate) ⊙ up`, differentiable in both; shapes and names as in
-    `ept_kernels.gated_activation_reference`.
+    """Computes `φ(gate) ⊙ up`, differentiable in both.
+
+    Shapes, dtypes and names as in `ept_kernels.gated_activation_reference`.
     """
     return _GatedActivation.apply(gate, up, activation)
 

@@ -199,6 +199,7 @@ class ModelWithAdapters(PeftModel):
         *,
         fast_4bit: bool = True,
         dequantized_cache_bytes: int = 0,
+        fast_frozen: bool = True,
         **kwargs: Any,
     ) -> Self:
         """Wraps the base model with the adapter saved in `model_id`, a local folder or a repository on the hub.
@@ -207,7 +208,7 @@ class ModelWithAdapters(PeftModel):
             model: the base model the adapter was made for; it is frozen in place.
             is_trainable: whether the adapter is to be trained further.
             config: instead of the saved configuration.
-            fast_4bit, dequantized_cache_bytes: as for `get_ept_model`.
+            fast_4bit, dequantized_cache_bytes, fast_frozen: as for `get_ept_model`.
             kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only` for the hub.
 
         Raises:
@@ -215,6 +216,7 @@ class ModelWithAdapters(PeftModel):
         """
         config, state = read_adapter(model_id, model, is_trainable, config, **kwargs)
         options: dict[str, Any] = {"fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
+        options["fast_frozen"] = fast_frozen
         wrapped = cls(model, config, adapter_name, initialise=False, **options)
         set_peft_model_state_dict(wrapped, state, adapter_name)
         return wrapped if is_trainable else wrapped.eval()

@@ -15,6 +15,7 @@ from .adapter_lock import AdapterLock, shared
 from .adapters import ModelWithAdapters
 from .base_model import examine, freeze, infer_task_type, swap_4bit, with_forward_of, without_checkpointing
 from .compilation import compile_layers
+from .frozen import swap_frozen
 from .generation import GenerationOptions, bound_length, check_options, encoder_processors, infer_mask, start_of_text
 from .inputs import (
     cache_name,
@@ -38,6 +39,7 @@ def get_ept_model(
     tokenizer: Any = None,
     fast_4bit: bool = True,
     dequantized_cache_bytes: int = 0,
+    fast_frozen: bool = True,
 ) -> EPTModel:
     """Wraps a Hugging Face model with a fresh EPT adapter; the model is frozen in place.
 
@@ -50,12 +52,14 @@ def get_ept_model(
         fast_4bit: turn bitsandbytes' 4-bit layers into ours in place
             (`ept.model.linear4bit.swap_linear4bit`); False leaves them as they are.
         dequantized_cache_bytes: memory to spend on keeping dequantised weights of 4-bit layers, in bytes.
+        fast_frozen: turn norms, rotary embeddings and activations of known families into fused ones in place
+            (`ept.model.frozen.swap_frozen`); False leaves them as they are.
 
     Raises:
         ValueError: the model or the configuration cannot work; the message says why.
     """
-    options = {"tokenizer": tokenizer, "fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
-    return EPTModel(model, config, adapter_name, **options)
+    options: dict[str, Any] = {"fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
+    return EPTModel(model, config, adapter_name, tokenizer=tokenizer, fast_frozen=fast_frozen, **options)
 
 
 class EPTModel(ModelWithAdapters):
@@ -63,7 +67,8 @@ class EPTModel(ModelWithAdapters):
 
     Everything a `peft.PeftModel` offers works: `Trainer` saves only the adapter, `add_adapter`, `load_adapter`,
     `set_adapter`, `delete_adapter`, `disable_adapter()`, `get_nb_trainable_parameters`, `modules_to_save`. The base
-    model is called with ordinary `inputs_embeds`, mask and positions; nothing in it is patched. Adapters may be added,
+    model is called with ordinary `inputs_embeds`, mask and positions; all that changes in it is the class of modules
+    that `fast_4bit` and `fast_frozen` swap in place for ones that compute the same. Adapters may be added,
     loaded, deleted, set and folded from other threads than those that call the model: such a change waits for the
     calls that are running, and new calls wait for it.
     """
@@ -80,6 +85,7 @@ class EPTModel(ModelWithAdapters):
         tokenizer: Any = None,
         fast_4bit: bool = True,
         dequantized_cache_bytes: int = 0,
+        fast_frozen: bool = True,
         **kwargs: Any,
     ) -> None:
         if isinstance(model, PeftModel):
@@ -90,6 +96,8 @@ class EPTModel(ModelWithAdapters):
         self._facts = examine(model, str(peft_config.task_type))
         freeze(model)
         swap_4bit(model, fast_4bit, dequantized_cache_bytes)
+        if fast_frozen:
+            swap_frozen(model)
         self._layer_options = {"initialise": initialise, "tokenizer": tokenizer}
         super().__init__(model, peft_config, adapter_name, **kwargs)
         self._layer_options = {}  # theirs are the first adapter's

@@ -7,7 +7,6 @@ still a `bitsandbytes.nn.Linear4bit` to whoever asks.
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import bitsandbytes
@@ -20,6 +19,7 @@ from ept_kernels import FourBitWeight
 from ept_kernels.four_bit.weight import LEVELS, levels
 
 from ..functional import matmul_4bit
+from .swapping import change_class
 
 # Classes that compute as bitsandbytes' layer does; whoever derives another one wants its own forward to be called.
 _THEIRS = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.LinearNF4, bitsandbytes.nn.LinearFP4)
@@ -170,7 +170,7 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
     for module in model.modules():
         if type(module) in _THEIRS:
             module.__dict__["their_class"] = type(module)
-            _change_class(module, Linear4bit)
+            change_class(module, Linear4bit)
     ours = [module for module in model.modules() if isinstance(module, Linear4bit)]
     left = dequantized_cache_bytes
     for module in sorted(ours, key=_dequantized_bytes):
@@ -187,7 +187,7 @@ def restore_linear4bit(model: nn.Module) -> int:
     ours = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in ours:
         module.drop_caches()
-        _change_class(module, module.their_class)
+        change_class(module, module.their_class)
         for name in ("their_class", "always", "cache_bytes"):
             del module.__dict__[name]
     return len(ours)
@@ -195,12 +195,3 @@ def restore_linear4bit(model: nn.Module) -> int:
 
 def _dequantized_bytes(module: Linear4bit) -> int:
     return (module.compute_dtype or torch.float32).itemsize * module.in_features * module.out_features
-
-
-def _change_class(module: nn.Module, new: type[nn.Module]) -> None:
-    """Changes the class of `module`, and of the methods that accelerate's hooks wrap and keep in the module itself."""
-    for name in ("forward", "_old_forward"):
-        method = module.__dict__.get(name)
-        if isinstance(method, types.MethodType) and method.__func__ is type(module).forward:
-            module.__dict__[name] = types.MethodType(new.forward, module)
-    module.__class__ = new

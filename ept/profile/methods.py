@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..model.ept_model import EPTModel
+from ..model.frozen import restore_frozen, swap_frozen
 from ..runs.adapters import adapter_config, module_of
 from ..runs.method_table import METHODS
 
@@ -67,17 +68,20 @@ class Method:
     Attributes:
         prompt_of: object and name of the function that makes the prompt.
         fast_4bit: with 4-bit weights, True where its steps run on this project's layers and False on bitsandbytes'.
+        fast_frozen: its steps run on fused norms, rotary embeddings and activations.
     """
 
     spec: MethodSpec
     model: Any
     prompt_of: tuple[Any, str]
     fast_4bit: bool | None
+    fast_frozen: bool
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
 
     def enter(self, base: Any) -> None:
-        """Turns the 4-bit layers of the shared model into the method's, in place, before its steps."""
+        """Turns the layers of the shared model into the method's, in place, before its steps."""
+        swap_frozen(base) if self.fast_frozen else restore_frozen(base)
         if self.fast_4bit is not None:
             from ..model.linear4bit import restore_linear4bit, swap_linear4bit
 
@@ -95,21 +99,31 @@ class Method:
         self.optimizer.zero_grad()
 
 
-def make_method(spec: MethodSpec, base: Any, task_type: str, max_length: int, fast_4bit: bool | None = None) -> Method:
-    """Puts a method on `base`, which it leaves as it is.
+def make_method(
+    spec: MethodSpec,
+    base: Any,
+    task_type: str,
+    max_length: int,
+    fast_4bit: bool | None = None,
+    fast_frozen: bool = True,
+) -> Method:
+    """Puts a method on `base`, which stays as it is until `Method.enter`.
 
     Args:
         task_type: SEQ_2_SEQ_LM or CAUSAL_LM.
         max_length: most text tokens of a row.
         fast_4bit: with a base model in 4 bits, run this project's methods on its own layers (PEFT's runs on
             bitsandbytes'). None: the base model is not in 4 bits.
+        fast_frozen: run this project's methods on fused norms, rotary embeddings and activations (PEFT's runs on the
+            model's own).
     """
     method = _METHODS[spec.name]
     settings: Any = _Settings(method.name, spec.num_virtual_tokens)
     config = adapter_config(settings, base, task_type, max_length, seed=0)
-    model = module_of(method).attach(base, config, fast_4bit=False)  # the base model is shared: see Method.enter
+    # The base model is shared: see Method.enter.
+    model = module_of(method).attach(base, config, fast_4bit=False, fast_frozen=False)
     is_ours = isinstance(model, EPTModel)
     prompt_of = (model.prompt_encoder["default"], "joint_prompt") if is_ours else (model, "get_prompt")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    return Method(spec, model, prompt_of, fast_4bit and is_ours, parameters, optimizer)
+    return Method(spec, model, prompt_of, fast_4bit and is_ours, fast_frozen and is_ours, parameters, optimizer)

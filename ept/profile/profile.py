@@ -42,6 +42,8 @@ class ProfileConfig:
     # With quantization PT, DePT and EPT run on this project's 4-bit layers where these have kernels, as `get_ept_model`
     # sets them up, and PEFT's on bitsandbytes'. False: all run on bitsandbytes'.
     fast_4bit: bool = True
+    # In the same way with fused norms, rotary embeddings and activations, and the model's own.
+    fast_frozen: bool = True
     attn_implementation: str | None = None  # None: transformers' own choice, which is recorded
     layers: int | None = None  # keeps only so many layers of a shape
     methods: tuple[str, ...] = PROFILE_METHODS  # `name` or `name:num_virtual_tokens`
@@ -120,7 +122,7 @@ def profile(
         device=device,
     )
     fast_4bit = None if config.quantization is None else config.fast_4bit
-    methods = [make_method(spec, base, task_type, longest, fast_4bit) for spec in specs]
+    methods = [make_method(spec, base, task_type, longest, fast_4bit, config.fast_frozen) for spec in specs]
 
     # In turn, A B C D A B C D ..., so that a machine whose speed drifts slows all alike; speed-ups are taken within a
     # turn.
@@ -157,6 +159,7 @@ def profile(
             "dtype": config.dtype,
             "quantization": config.quantization,
             "fast_4bit": fast_4bit,
+            "fast_frozen": config.fast_frozen,
             "attention": base.config._attn_implementation,
         },
         "device": torch.cuda.get_device_name(device) if on_gpu else device.type.upper(),

@@ -17,7 +17,7 @@ from .method_table import METHODS, Method, get_method
 if TYPE_CHECKING:
     from .config import MethodConfig, RunConfig
 
-FOUR_BIT = {"fast_4bit", "dequantized_cache_bytes"}  # how the 4-bit layers of the base model are to run
+FAST = {"fast_4bit", "dequantized_cache_bytes", "fast_frozen"}  # how the base model's own layers are to run
 
 
 def load_untrained(
@@ -31,14 +31,14 @@ def load_untrained(
         settings = settings.model_copy(update=start)
     adapter = adapter_config(settings, base, task_type, max_length, config.seed)
     options = {"seed": config.seed, "tokenizer": tokenizer, "text": text}
-    return module_of(method).attach(base, adapter, **options, **config.model.model_dump(include=FOUR_BIT))
+    return module_of(method).attach(base, adapter, **options, **config.model.model_dump(include=FAST))
 
 
 def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
     """Loads the base model with the adapter saved in the folder `adapter`, ready for inference."""
     base = load_base_model(config.model, task_type, num_labels, pad_token_id)
     attach_trained = module_of(METHODS[config.method.name]).attach_trained
-    return attach_trained(base, adapter, **config.model.model_dump(include=FOUR_BIT)).eval()
+    return attach_trained(base, adapter, **config.model.model_dump(include=FAST)).eval()
 
 
 def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length: int, seed: int) -> PeftConfig:

@@ -72,6 +72,8 @@ class ModelConfig(Section):
     """Run 4-bit layers through this project's operators where their kernels run. False: through bitsandbytes."""
     dequantized_cache_bytes: Size = 0
     """Memory to spend on keeping dequantised weights of 4-bit layers, where they run through the operators."""
+    fast_frozen: bool = True
+    """Run norms, rotary embeddings and activations of known families through this project's operators."""
     attn_implementation: str | None = None
 
 

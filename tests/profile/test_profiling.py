@@ -12,6 +12,7 @@ import torch
 from tiny_models import TASK_OF, VOCAB, make_model
 
 from ept.model import linear4bit
+from ept.model.frozen import is_swapped
 from ept.profile.batches import make_batches, random_rows
 from ept.profile.clock import PHASES, StepTime, summary, time_step
 from ept.profile.methods import PROFILE_METHODS, MethodSpec, make_method
@@ -131,6 +132,16 @@ def test_pefts_prompt_tuning_runs_on_bitsandbytes_layers(fast_4bit: bool) -> Non
     ours = linear4bit.Linear4bit if fast_4bit else bitsandbytes.nn.Linear4bit
     assert used == [ours, bitsandbytes.nn.Linear4bit] * 3 + [ours, bitsandbytes.nn.Linear4bit]
     assert record["model"]["fast_4bit"] is fast_4bit
+
+
+@pytest.mark.parametrize("fast_frozen", [True, False])
+def test_pefts_prompt_tuning_runs_on_the_models_own_norms(fast_frozen: bool) -> None:
+    base = make_model("llama")
+    fused: list[bool] = []
+    base.register_forward_pre_hook(lambda module, args: fused.append(is_swapped(base.model.norm)))
+    record = profile(config(methods=("ept:4", "peft-pt:4"), fast_frozen=fast_frozen, steps=2), base=base)
+    assert fused == [fast_frozen, False] * 4
+    assert record["model"]["fast_frozen"] is fast_frozen
 
 
 def test_statistics_pair_the_steps_of_a_turn() -> None:

@@ -1,0 +1,300 @@
+"""The frozen model's element-wise work through this project's operators: norms, rotary embedding, activations.
+
+`swap_frozen` turns the modules of a loaded model into ones that compute the same with fewer and fused kernels and keep
+less for the backward pass; `restore_frozen` turns them back. Only a module's class changes: parameters, hooks, names
+and state dict stay what they are, and a module is still an instance of its class, by which it is also named.
+
+A module is taken only where its `forward` is known (`known_forwards.py`). It decides at every call: the model's own
+code runs wherever the operators do not pay, while `torch.compile` traces, which fuses that code itself, and as soon as
+a weight wants a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+import ept_kernels
+
+from .. import functional
+from . import known_forwards as known
+from .known_forwards import is_known_as
+from .swapping import change_class, runs_its_class_forward
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# φ by the class of an activation, in torch or transformers.
+_ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+}
+
+
+def swap_frozen(model: nn.Module) -> int:
+    """Turns every module of `model` whose `forward` is known into its fused form, in place; returns their number."""
+    count = 0
+    for module in model.modules():
+        if not is_swapped(module) and runs_its_class_forward(module):
+            kind: Any = type(module)
+            if (new := _fused_class(kind)) is not None:
+                change_class(module, new)
+                count += 1
+    return count
+
+
+def restore_frozen(model: nn.Module) -> int:
+    """Undoes `swap_frozen`; returns how many modules were turned back."""
+    ours: list[Any] = [module for module in model.modules() if is_swapped(module)]
+    for module in ours:
+        change_class(module, type(module).their_class)
+    return len(ours)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return "their_class" in vars(type(module))
+
+
+def _pays(x: Tensor, on_cpu: bool = True) -> bool:
+    """Tells whether the operators are to compute with `x`: where kernels run them, and on a CPU where they are faster.
+
+    There a norm's and a rotary embedding's take fewer passes over memory than autograd does; an activation's do not.
+    On meta tensors as on an accelerator.
+    """
+    if torch.compiler.is_compiling() or x.dtype not in _DTYPES or type(x) not in (Tensor, nn.Parameter):
+        return False
+    kind = x.device.type
+    return kind == "meta" or ept_kernels.backend(kind) == "triton" or (on_cpu and kind == "cpu")
+
+
+class _Fused(nn.Module):
+    """A module in its fused form; `their_class` is what it was."""
+
+    their_class: ClassVar[type[nn.Module]]
+
+    if TYPE_CHECKING:  # whatever the class has that is fused
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _unpickled, (self.their_class,), self.__dict__.copy()  # the class is made at run time
+
+
+class _FusedNorm(_Fused):
+    form: ClassVar[str]
+    weight: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not self.takes(hidden_states):
+            return super().forward(hidden_states)
+        return self.norm(hidden_states, None)[0]
+
+    def takes(self, x: Tensor) -> bool:
+        weight = self.weight
+        wants_gradient = weight.requires_grad and torch.is_grad_enabled()
+        is_plain = type(weight) in (Tensor, nn.Parameter) and weight.device == x.device and not wants_gradient
+        is_plain = is_plain and weight.shape == x.shape[-1:]
+        same_dtype = weight.dtype == x.dtype or (self.form in ("t5", "gemma") and weight.dtype in _DTYPES)
+        return is_plain and same_dtype and _pays(x)
+
+    def norm(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        eps: Any = self.eps if self.form == "gemma" else self.variance_epsilon
+        return functional.rms_norm(x, self.weight, residual, eps, self.form)
+
+
+def _norm_of_sum(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Computes `norm(x + residual)`, and `x + residual` for the residual path: of what leaves here on both paths the
+    gradients are added in the norm's own backward.
+    """
+    is_watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    is_alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape)
+    if (
+        isinstance(norm, _FusedNorm)
+        and not is_watched
+        and "forward" not in norm.__dict__
+        and is_alike
+        and norm.takes(x)
+    ):
+        return norm.norm(x, residual)
+    total = x if residual is None else residual + x
+    return norm(total), total
+
+
+class _FusedLlamaLayer(_Fused):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        normed, residual = _norm_of_sum(self.input_layernorm, hidden_states)
+        attended, _ = self.self_attn(
+            hidden_states=normed,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        normed, residual = _norm_of_sum(self.post_attention_layernorm, attended, residual)
+        return residual + self.mlp(normed)
+
+
+class _FusedT5SelfAttention(_Fused):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        normed, residual = _norm_of_sum(self.layer_norm, hidden_states)
+        attended, position_bias, weights = self.SelfAttention(
+            normed, mask=attention_mask, position_bias=position_bias, past_key_values=past_key_values, **kwargs
+        )
+        return residual + self.dropout(attended), position_bias, weights
+
+
+class _FusedT5FeedForward(_Fused):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed, residual = _norm_of_sum(self.layer_norm, hidden_states)
+        return residual + self.dropout(self.DenseReluDense(normed))
+
+
+def _activation_of(module: nn.Module) -> str | None:
+    kind = type(module)
+    is_theirs = kind.__module__ in ("transformers.activations", "torch.nn.modules.activation")
+    return _ACTIVATIONS.get(kind.__name__) if is_theirs and not module._forward_hooks else None
+
+
+def _gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    name = _activation_of(activation)
+    if name is not None and gate.dtype == up.dtype and gate.shape == up.shape and _pays(gate, on_cpu=False):
+        return functional.gated_activation(gate, up, name)
+    return activation(gate) * up
+
+
+class _FusedGatedMLP(_Fused):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(_gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))
+
+
+class _FusedT5GatedMLP(_Fused):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return _projected(self, _gated(self.act, self.wi_0(hidden_states), self.wi_1(hidden_states)))
+
+
+class _FusedT5MLP(_Fused):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.wi(hidden_states)
+        is_fused = _activation_of(self.act) == "relu" and _pays(x, on_cpu=False)
+        return _projected(self, functional.relu(x) if is_fused else self.act(x))
+
+
+def _projected(mlp: Any, x: Tensor) -> Tensor:
+    x, weight = mlp.dropout(x), mlp.wo.weight
+    if isinstance(weight, Tensor) and x.dtype != weight.dtype and weight.dtype != torch.int8:
+        x = x.to(weight.dtype)
+    return mlp.wo(x)
+
+
+_NORMS = {"llama": known.llama_norm, "t5": known.t5_norm, "olmo": known.olmo_norm, "gemma": known.gemma_norm}
+_OTHERS: dict[Callable[..., Any], type[_Fused]] = {
+    known.gated_mlp: _FusedGatedMLP,
+    known.t5_mlp: _FusedT5MLP,
+    known.t5_gated_mlp: _FusedT5GatedMLP,
+    known.llama_layer: _FusedLlamaLayer,
+    known.t5_self_attention: _FusedT5SelfAttention,
+    known.t5_feed_forward: _FusedT5FeedForward,
+}
+
+# Whether the result has the dtype of queries and keys, whatever the angles' is.
+_ROTARIES = {
+    known.rotary_of_all_columns: False,
+    known.rotary_of_first_columns: False,
+    known.rotary_in_float32: True,
+    known.rotary_in_their_dtype: True,
+}
+
+
+@functools.cache
+def _fused_class(theirs: Any) -> type[nn.Module] | None:
+    """Derives the fused form of a class, under its name; None: its `forward` is not known."""
+    forward = theirs.forward
+    bases: tuple[type, ...] = (_Fused, theirs)
+    members: dict[str, Any] = {}
+    form = next((name for name, source in _NORMS.items() if is_known_as(forward, source)), None)
+    other = next((new for source, new in _OTHERS.items() if is_known_as(forward, source)), None)
+    if form is not None:
+        if form == "gemma" and not is_known_as(getattr(theirs, "_norm", None), known.gemma_norm_of_rows):
+            return None
+        bases, members = (_FusedNorm, theirs), {"form": form}
+    elif other is not None:
+        bases = other, theirs
+    elif (with_rotary := _with_rotary(forward)) is not None:
+        members = {"forward": with_rotary}
+    else:
+        return None
+    names = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "their_class": theirs}
+    return type(theirs.__name__, bases, {**names, **members})
+
+
+def _unpickled(theirs: Any) -> nn.Module:
+    new: Any = _fused_class(theirs) or theirs
+    return new.__new__(new)
+
+
+def _with_rotary(forward: Any) -> Callable[..., Any] | None:
+    """Makes the `forward` of an attention anew, of the same code, with the operator as its `apply_rotary_pos_emb`."""
+    name = "apply_rotary_pos_emb"
+    if not isinstance(forward, types.FunctionType) or name not in forward.__code__.co_names:
+        return None
+    theirs: Any = forward.__globals__.get(name)
+    rotate = getattr(theirs, "__globals__", {}).get("rotate_half")
+    form = next((form for form in _ROTARIES if theirs is not None and is_known_as(theirs, form)), None)
+    layout = next(
+        (x for x in (known.rotate_halves, known.rotate_pairs) if rotate is not None and is_known_as(rotate, x)), None
+    )
+    if form is None or layout is None:
+        return None
+    any_angles, interleaved = _ROTARIES[form], layout is known.rotate_pairs
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not _is_rotary(q, k, cos, sin, any_angles):
+            return theirs(q, k, cos, sin, *args, **kwargs)
+        return functional.rotary(q, k, cos, sin, interleaved)
+
+    variables = {**forward.__globals__, name: apply_rotary_pos_emb}
+    again = types.FunctionType(forward.__code__, variables, forward.__name__, forward.__defaults__, forward.__closure__)
+    again.__kwdefaults__ = forward.__kwdefaults__
+
+    @functools.wraps(forward)
+    def forward_with_rotary(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return (forward if torch.compiler.is_compiling() else again)(self, *args, **kwargs)
+
+    return forward_with_rotary
+
+
+def _is_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, any_angles: bool) -> bool:
+    same_dtype = q.dtype == k.dtype and cos.dtype == sin.dtype and (any_angles or cos.dtype == q.dtype)
+    if not _pays(q) or not same_dtype or cos.dtype not in _DTYPES or (q.dim(), k.dim(), cos.dim()) != (4, 4, 3):
+        return False
+    batch, _, n, width = q.shape
+    columns = cos.shape[-1]
+    fits = cos.shape[0] in (1, batch) and cos.shape[1] == n == k.shape[2] and columns <= width and columns % 2 == 0
+    return fits and cos.shape == sin.shape and not cos.requires_grad
