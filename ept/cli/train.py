@@ -74,10 +74,10 @@ def train(
     with quiet():
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        from ept.runs.report import results_table
+        from ept.runs.report import results_tables
         from ept.runs.train import train as train_run
 
         launched = record(train_run) if world_size() > 1 else train_run  # record: for the launcher's report
         results = launched(run_config, resume=resume, overwrite=overwrite)
     if results is not None and rank() == 0:
-        answer(json, results, results_table(results), f"saved in {run_config.output_dir}")
+        answer(json, results, *results_tables(results), f"saved in {run_config.output_dir}, with report.md")
