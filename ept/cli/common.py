@@ -9,20 +9,71 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
 SET: Any = Option(None, "--set", metavar="KEY=VALUE", help="Set one dotted key, e.g. method.r=30. Repeatable.")
+DATA: Any = Argument(
+    None,
+    metavar="[DATA]",
+    help="A file (csv, tsv, jsonl, json, parquet), a folder, a task's name, or a name on the hub.",
+)
+MODEL: Any = Option(None, metavar="NAME", help="The base model, a folder or hub name (model.name_or_path).")
+METHOD: Any = Option(None, help="ept, dept, pt, lora, ... (method.name).")
+STEPS: Any = Option(None, help="Training steps (training.max_steps); else 3 epochs.")
+TEXT_COLUMN: Any = Option(
+    None, "--text-column", metavar="NAME", help="Column of the text (data.text_columns). Repeatable; else found."
+)
+LABEL_COLUMN: Any = Option(None, metavar="NAME", help="Column of the label (data.label_column); else found.")
+TEMPLATE: Any = Option(
+    None, metavar="TEXT", help="Input text with columns in braces, \\n for a line break (data.template); else made."
+)
+STRICT: Any = Option(
+    False, "--strict", help="Refuse rows with blank text or no label, which are else left out (data.strict)."
+)
 JSON: Any = Option(False, "--json", help="Print JSON on standard output, everything else on standard error.")
 PRINT_CONFIG: Any = Option(False, "--print-config", help="Print the whole configuration as YAML and exit.")
 
 
 def overrides(set_: list[str] | None, options: Mapping[str, object]) -> list[str]:
     """Returns what `--set` gives, and after it the keys that options of their own have set."""
-    given = {key: str(value) for key, value in options.items() if value is not None}
-    return [*(set_ or []), *(f"{key}={json_format.dumps(text, ensure_ascii=False)}" for key, text in given.items())]
+    given = {key: value for key, value in options.items() if value is not None and value is not False and value != []}
+    written = {key: value if isinstance(value, (int, list)) else str(value) for key, value in given.items()}
+    return [*(set_ or []), *(f"{key}={json_format.dumps(value, ensure_ascii=False)}" for key, value in written.items())]
+
+
+def data_keys(
+    data: str | None,
+    text_columns: list[str] | None = None,
+    label_column: str | None = None,
+    template: str | None = None,
+    strict: bool = False,
+) -> dict[str, object]:
+    """Returns the keys that the options about data set; which of them a name belongs to depends on what is there.
+
+    Raises FileNotFoundError for a path to nothing.
+    """
+    keys: dict[str, object] = {"data.text_columns": text_columns, "data.label_column": label_column}
+    keys |= {"data.template": template and template.replace("\\n", "\n"), "data.strict": strict}
+    if data is not None:
+        from ept.tasks.files import READERS
+        from ept.tasks.table import TASKS
+
+        path = Path(data)
+        if path.is_file() or path.suffix.lower() in READERS:
+            keys["data.train_file"] = data
+        elif path.is_dir():
+            keys["data.data_dir"] = data
+        elif data in TASKS:
+            keys["data.task"] = data
+        elif path.is_absolute() or data.startswith(".") or data.count("/") > 1:
+            raise FileNotFoundError(f"{data}: no such file or folder: check the path")
+        else:
+            keys["data.hub"] = data
+    return keys
 
 
 def answer(json: bool, value: Any, *shown: Any) -> None:

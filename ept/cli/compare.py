@@ -9,10 +9,32 @@ from pathlib import Path
 import typer
 from typer import Option
 
-from .common import JSON, PRINT_CONFIG, SET, answer, overrides, quiet
+from .common import (
+    DATA,
+    JSON,
+    LABEL_COLUMN,
+    MODEL,
+    PRINT_CONFIG,
+    SET,
+    STEPS,
+    STRICT,
+    TEMPLATE,
+    TEXT_COLUMN,
+    answer,
+    data_keys,
+    overrides,
+    quiet,
+)
 
 
 def compare(
+    own: str | None = DATA,
+    model: str | None = MODEL,
+    text_column: list[str] | None = TEXT_COLUMN,
+    label_column: str | None = LABEL_COLUMN,
+    template: str | None = TEMPLATE,
+    steps: int | None = STEPS,
+    strict: bool = STRICT,
     config: Path | None = Option(None, metavar="FILE.yaml", help="The comparison's configuration."),
     set_: list[str] | None = SET,
     data: Path | None = Option(
@@ -31,11 +53,22 @@ def compare(
     """
     from ept.compare.config import load_comparison
 
-    given = {"data.data_dir": data, "output_dir": output, "compare.executor": executor}
+    given = data_keys(own, text_column, label_column, template, strict)
+    given |= {"model.name_or_path": model, "training.max_steps": steps}
+    if data is not None:
+        given["data.data_dir"] = data
+    given |= {"output_dir": output, "compare.executor": executor}
     comparison = load_comparison(config, overrides(set_, given))
     if print_config:
         answer(json, comparison.to_dict(), comparison.to_yaml().rstrip("\n"))
         return
+    if comparison.data.is_local and not comparison.compare.tasks:
+        with quiet():  # read off the rows once, for all runs
+            from ept.runs.data import resolved
+            from ept.runs.loading import task_type_of
+
+            task_type = task_type_of(comparison.model) if comparison.model.name_or_path is not None else None
+            comparison.data = resolved(comparison.data, task_type)
     if dry_run:
         from ept.compare.plan import finished, plan, search_seeds
 

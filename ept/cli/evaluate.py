@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from typer import Argument, Option
 
-from .common import JSON, SET, answer, overrides, quiet
+from .common import JSON, SET, STRICT, answer, overrides, quiet
 
 
 def evaluate(
     run_dir: Path = Argument(help="Folder of a finished run."),
     split: str = Option("test", help="train, validation or test."),
     data_dir: Path | None = Option(None, help="Folder of data in place of the run's own."),
-    file: Path | None = Option(None, help="One labelled file (jsonl, json, csv, parquet) in place of a split."),
+    file: Path | None = Option(None, help="One labelled file (csv, tsv, jsonl, json, parquet) in place of a split."),
+    text_column: list[str] | None = Option(
+        None, "--text-column", metavar="NAME", help="With --file: what it calls the text column. Repeatable."
+    ),
+    label_column: str | None = Option(None, metavar="NAME", help="With --file: what it calls the label column."),
+    strict: bool = STRICT,
     scoring: str | None = Option(None, help="generate or rank, in place of the task type's own way."),
     set_: list[str] | None = SET,
     json: bool = JSON,
@@ -23,21 +29,33 @@ def evaluate(
         raise ValueError(f"--split {split}: choose one of train, validation, test")
     if file is not None and data_dir is not None:
         raise ValueError("--file and --data-dir exclude each other: give one")
+    if (text_column or label_column) and file is None:
+        raise ValueError("--text-column and --label-column are for the columns of --file: give it too")
     with quiet():
         from ept.runs.data import load_run_data, with_texts
+        from ept.runs.folder import SPLITS_FILE
         from ept.runs.predict import open_run
         from ept.tasks import load_split
         from ept.utils.tables import table
 
-        run = open_run(run_dir, overrides(set_, {"training.scoring": scoring}))
+        run = open_run(run_dir, overrides(set_, {"training.scoring": scoring, "data.strict": strict}))
         data = run.config.data
         if file is not None:
-            rows = load_split(run.task, file, labels=data.labels)
+            given = dict(zip([run.task.label_column, *run.task.source_columns], [label_column, *(text_column or [])]))
+            names = {name: column for name, column in given.items() if column is not None}
+            if text_column and len(text_column) != len(run.task.source_columns):
+                wanted = ", ".join(run.task.source_columns)
+                raise ValueError(f"{len(text_column)} --text-column given, the run has {wanted}: give one for each")
+            form: Any = data.label_form
+            reading: Any = {"encoding": data.encoding, "strict": data.strict, "names": names}
+            rows = load_split(run.task, file, labels=form, **reading)
             rows, truncation_rate = with_texts(rows, run.fit(list(rows), str(file)))
         else:
             if data_dir is not None:
                 data.data_dir = str(data_dir)
-                data.train_file = data.validation_file = data.test_file = None
+                data.train_file = data.validation_file = data.test_file = data.hub = None
+            elif not any(key.startswith("data.") for key in set_ or []) and (run_dir / SPLITS_FILE).is_file():
+                data.splits = str(run_dir)  # the rows of the training, or an error where the data have changed
             run_data = load_run_data(data, run.tokenizer, run.task_type, run.config.seed)
             rows, truncation_rate = getattr(run_data.data, split), run_data.truncation_rate[split]
         metrics = run.score(rows, progress="scoring")

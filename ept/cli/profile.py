@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer import Option
 
-from .common import JSON, SET, answer, overrides, quiet
+from .common import JSON, SET, TEXT_COLUMN, answer, overrides, quiet
 
 RECORD = "profile.json"
 
@@ -45,9 +45,8 @@ def profile(
     logits: str = Option("labels", help="A decoder's logits: at the labels only, or at all positions."),
     task: str | None = Option(None, help="Take the lengths from a task's train split (see `ept tasks`)."),
     data_dir: Path | None = Option(None, help="Folder of the task's data."),
-    data: Path | None = Option(
-        None, help="Take the lengths from the column `text` of a file (jsonl, json, csv, parquet)."
-    ),
+    data: Path | None = Option(None, help="Take the lengths from the texts of a file (csv, jsonl, json, parquet)."),
+    text_column: list[str] | None = TEXT_COLUMN,
     tokenizer: str | None = Option(None, help="With --task or --data: the tokenizer, where it is not the model's."),
     config: Path | None = Option(None, metavar="FILE.yaml", help="Take model and data from a run's configuration."),
     set_: list[str] | None = SET,
@@ -70,7 +69,7 @@ def profile(
     if data is not None and task is not None:
         raise ValueError("--data and --task exclude each other: give one")
     given: dict[str, object] = {"model.name_or_path": model, "model.tokenizer_name_or_path": tokenizer}
-    given |= {"data.task": task, "data.data_dir": data_dir}
+    given |= {"data.task": task, "data.data_dir": data_dir, "data.text_columns": text_column}
     with quiet():
         from rich.console import Console
 
@@ -84,7 +83,7 @@ def profile(
         from ept.utils.files import write_atomically
 
         run = load_run_config(config, overrides(set_, given))
-        has_data = data is not None or run.data.task is not None or run.data.template is not None
+        has_data = data is not None or run.data.task is not None or run.data.is_local
         names = tuple(methods.split(","))
         # Most settings are options of the same name.
         same: dict[str, Any] = {field.name: context.params.get(field.name) for field in fields(ProfileConfig)}

@@ -97,7 +97,7 @@ def show(
         "labels": _labels(task),
         "metrics": f"{', '.join(task.metrics)} (the first decides the best checkpoint)",
         "max length": f"{limit} tokens",
-        "hub": " ".join(task.hub or ()),
+        "hub": " ".join(filter(None, task.hub or ())),
     }
     if "rows" in description:
         lines["rows"] = ", ".join(f"{split} {count:,}" for split, count in description["rows"].items())

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from typer import Option
 
-from .common import JSON, PRINT_CONFIG, SET, answer, overrides, quiet, shares
+from .common import (
+    DATA,
+    JSON,
+    LABEL_COLUMN,
+    METHOD,
+    MODEL,
+    PRINT_CONFIG,
+    SET,
+    STEPS,
+    STRICT,
+    TEMPLATE,
+    TEXT_COLUMN,
+    answer,
+    data_keys,
+    overrides,
+    quiet,
+)
+
+if TYPE_CHECKING:
+    from ept.runs.config import DataConfig
+    from ept.runs.train import PreparedRun
 
 
 def train(
+    data: str | None = DATA,
+    model: str | None = MODEL,
+    text_column: list[str] | None = TEXT_COLUMN,
+    label_column: str | None = LABEL_COLUMN,
+    template: str | None = TEMPLATE,
+    method: str | None = METHOD,
+    steps: int | None = STEPS,
+    output: Path | None = Option(
+        None, metavar="DIR", help="The run's folder (output_dir); else runs/ with the data's name and the date."
+    ),
+    strict: bool = STRICT,
     config: Path | None = Option(None, metavar="FILE.yaml", help="The run's configuration."),
     set_: list[str] | None = SET,
-    output: Path | None = Option(None, metavar="DIR", help="The run's folder (output_dir)."),
     resume: bool = Option(False, "--resume", help="Continue the run in the folder from its last checkpoint."),
     overwrite: bool = Option(False, "--overwrite", help="Delete the run in the folder and start anew."),
     print_config: bool = PRINT_CONFIG,
@@ -21,7 +53,8 @@ def train(
 ) -> None:
     """Train an adapter and score it before and after.
 
-    With --resume and without --config, the configuration is the one in the folder. In several processes:
+    `ept train reviews.csv --model NAME` is enough: columns, labels and metric are read off the file and shown. With
+    --resume and without --config, the configuration is the one in the folder. In several processes:
     torchrun --nproc-per-node 2 -m ept train ...
     """
     from ept.runs.config import load_run_config
@@ -29,7 +62,9 @@ def train(
 
     if config is None and resume and output is not None and (output / "config.yaml").is_file():
         config = output / "config.yaml"
-    run_config = load_run_config(config, overrides(set_, {"output_dir": output}))
+    given: dict[str, object] = {"model.name_or_path": model, "method.name": method, "training.max_steps": steps}
+    given |= {"output_dir": output, **data_keys(data, text_column, label_column, template, strict)}
+    run_config = load_run_config(config, overrides(set_, given))
     if (print_config or dry_run) and rank() != 0:
         return
     if print_config:
@@ -37,47 +72,47 @@ def train(
         return
     if dry_run:
         with quiet():
-            from ept.runs.data import describe
-            from ept.runs.train import prepare
-            from ept.utils.tables import properties
+            from ept.runs.report import run_summary, summary_table
+            from ept.runs.train import prepare, with_data
 
-            run = prepare(run_config)
-            adapter = run.model.active_peft_config.to_dict()
-            summary = {
-                "task": run.task.name,
-                "task_type": run.task_type,
-                "metric": run.task.metrics[0],
-                **describe(run.run_data.data),
-                "labels": list(run.labels),
-                "max_length": run.max_length,
-                "truncation_rate": run.run_data.truncation_rate,
-                "method": run_config.method.name,
-                "model": run_config.model.name_or_path,
-                "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
-                "adapter": {key: value for key, value in adapter.items() if value is not None},
-            }
-        examples = [
-            f"example {number}\n  text:   {example['text']!r}\n  target: {example['target']!r}"
-            for number, example in enumerate(summary["examples"], start=1)
-        ]
-        rows = [
-            ("model", f"{summary['model']} ({summary['task_type']})"),
-            ("rows", ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())),
-            ("label balance", shares(summary["label_balance"])),
-            ("majority class", f"{summary['metric']} {summary['majority']:.4f}"),
-            (f"texts cut to {summary['max_length']} tokens", shares(summary["truncation_rate"])),
-            ("trainable parameters", f"{summary['trainable_parameters']:,}"),
-        ]
-        table = properties(rows, f"dry run: {summary['method']} on {summary['task']}")
-        answer(json, summary, *examples, table, "nothing was written")
+            summary = run_summary(prepare(with_data(run_config)))
+        answer(json, summary, *_examples(summary), summary_table(summary, "dry run"), "nothing was written")
         return
+    if run_config.output_dir is None and not resume and world_size() == 1:
+        run_config.output_dir = str(free_folder(run_config.data))
     with quiet():
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        from ept.runs.report import results_tables
+        from ept.runs.report import results_table
         from ept.runs.train import train as train_run
 
         launched = record(train_run) if world_size() > 1 else train_run  # record: for the launcher's report
-        results = launched(run_config, resume=resume, overwrite=overwrite)
+        results = launched(run_config, resume=resume, overwrite=overwrite, on_ready=_show)
     if results is not None and rank() == 0:
-        answer(json, results, *results_tables(results), f"saved in {run_config.output_dir}, with report.md")
+        answer(json, results, results_table(results), f"saved in {run_config.output_dir}")
+
+
+def free_folder(data: DataConfig) -> Path:
+    """Makes up a name for a run's folder, of its data and the date, that nothing has yet."""
+    name = f"{data.name.replace('/', '_').replace(':', '_')}-{datetime.date.today()}"
+    folder, number = Path("runs") / name, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
+
+
+def _show(run: PreparedRun) -> None:
+    """Shows on standard error what is going to be trained."""
+    from rich.console import Console
+
+    from ept.runs.report import run_summary, summary_table
+
+    Console(stderr=True).print(summary_table(run_summary(run), "training"))
+
+
+def _examples(summary: dict[str, Any]) -> list[str]:
+    return [
+        f"example {number}\n  text:   {example['text']!r}\n  target: {example['target']!r}"
+        for number, example in enumerate(summary["examples"], start=1)
+    ]

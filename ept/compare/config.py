@@ -31,9 +31,11 @@ class CompareConfig(Section):
     """Every method × task × seed × learning rate, and every value of each sweep, is one run."""
 
     methods: list[str] = Field(default_factory=lambda: ["pt", "dept", "ept"])
+    """Names as for `method.name`."""
     tasks: list[str] = Field(default_factory=list)
     """Names as `ept tasks` lists them; none: the task of the section `data`."""
     seeds: list[Size] = Field(default_factory=lambda: [0, 1, 2])
+    """Every run is made with each of them."""
     learning_rates: Rates = None
     """Of the prompt (of the whole adapter for PEFT's methods): one list, or a list a method with `default` for the
     others. The best on validation is the one that is reported on test. None: `training.learning_rate` alone."""
@@ -44,6 +46,7 @@ class CompareConfig(Section):
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """One setting varied at a time around the rest of the configuration."""
     executor: Literal["local", "ray"] = "local"
+    """One run after another, or side by side through Ray."""
     cpus_per_run: Count = 1
     """With Ray on machines without a GPU; with one, every run gets a GPU of its own."""
     published: bool = False
@@ -78,6 +81,8 @@ class CompareConfig(Section):
 
 
 class ComparisonConfig(RunConfig):
+    """A run's configuration that several runs share, and what differs between them."""
+
     compare: CompareConfig = Field(default_factory=CompareConfig)
 
 

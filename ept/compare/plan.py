@@ -79,8 +79,8 @@ def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[P
     compare = config.compare
     if config.output_dir is None:
         raise ValueError("output_dir is not set: give --output DIR")
-    tasks = compare.tasks or [config.data.task or ("local" if config.data.template else "")]
-    if not tasks[0]:
+    tasks = compare.tasks or [config.data.name]
+    if not compare.tasks and config.data.task is None and not config.data.is_local:
         raise ValueError("no task: set compare.tasks (see `ept tasks`), or the section data as for `ept train`")
     points: list[tuple[str | None, Any]] = [(None, None)] if config.model.name_or_path or not compare.sweep else []
     points += [(name, value) for name, values in compare.sweep.items() for value in values]
@@ -109,7 +109,7 @@ def _run_config(
     known = METHODS[method].settable
     given = {name: setting for name, setting in config.method.fields_given().items() if name in known}
     values["method"] = {"name": method, **config.method.model_dump(include={"budget", "budget_kind"}), **given}
-    if task != "local":
+    if config.compare.tasks or config.data.task is not None:
         values["data"]["task"] = task
         if config.data.data_dir is not None:
             root = Path(config.data.data_dir)

@@ -12,6 +12,8 @@ import torch
 from ..runs.loading import load_tokenizer
 from ..tasks import read_rows
 from ..tasks.encoding import Collator, encode_split, encode_texts
+from ..tasks.inference import find_texts
+from ..tasks.rows import as_text
 
 if TYPE_CHECKING:
     from ..runs.config import RunConfig
@@ -79,13 +81,13 @@ def make_batches(
 
 
 def data_rows(run: RunConfig, file: Path | None, task_type: str, length: int, seed: int, count: int) -> list[Row]:
-    """Draws at most `count` rows of a run's train split or, where there is one, of the column `text` of `file`.
+    """Draws at most `count` rows of a run's train split or, where there is one, of the text columns of `file`.
 
     Texts are cut to `length` tokens. Those of a file get random answers, as only their length matters; a decoder's
     stands after the text.
 
     Raises:
-        ValueError: no tokenizer is named, or the file has no column `text`.
+        ValueError: no tokenizer is named, or the file has no text.
     """
     if run.model.name_or_path is None and run.model.tokenizer_name_or_path is None:
         raise ValueError("a shape has no tokenizer of its own: name one with --tokenizer to measure on data")
@@ -97,11 +99,11 @@ def data_rows(run: RunConfig, file: Path | None, task_type: str, length: int, se
         data = load_run_data(run.data, tokenizer, task_type).data
         chosen = data.train.shuffle(seed=seed).select(range(min(count, len(data.train))))
         return list(encode_split(chosen, tokenizer, data.labels, task_type))
-    read = read_rows(file)
-    if "text" not in read[0]:
-        raise ValueError(f"{file}: no column text (found: {', '.join(map(str, read[0]))})")
+    read = read_rows(file, run.data.encoding)
+    columns = find_texts(read, str(file), run.data.text_columns)
     generator = torch.Generator().manual_seed(seed)
-    texts = [str(read[index]["text"]) for index in torch.randperm(len(read), generator=generator)[:count].tolist()]
+    drawn = [read[index] for index in torch.randperm(len(read), generator=generator)[:count].tolist()]
+    texts = [" ".join(as_text(column, row.get(column)) for column in columns) for row in drawn]
     rows = []
     for ids in encode_texts(tokenizer, texts, task_type):
         answer = torch.randint(_FIRST_ID, len(tokenizer), (ANSWER_TOKENS,), generator=generator).tolist()

@@ -5,9 +5,6 @@ Imports nothing heavy, so that printing or checking a configuration is instant.
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,14 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..utils.messages import reason, shown, shown_name
+from .config_text import describe, message_of, override_value, parse_yaml
 from .method_table import check_settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 MAX_FILE_BYTES = 1 << 20
-MAX_DEPTH = 20  # levels of YAML; a run's configuration has three
 MAX_INTEGER = 2**63 - 1
 MAX_SEED = 2**32 - 1  # NumPy takes no larger one
 
@@ -44,7 +40,7 @@ NotNegative = Annotated[Number, Field(ge=0)]
 class Section(BaseModel):
     """A part of a configuration: no value is converted to another type, and no unknown key passes."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -60,14 +56,19 @@ class ModelConfig(Section):
     gguf_file: str | None = None
     """Name of a GGUF file inside `name_or_path`; it is unpacked into a plain model."""
     revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
     tokenizer_name_or_path: str | None = None
     """Where the tokenizer is, when it is not beside the model."""
     task_type: Literal["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"] | None = None
     """None: encoder-decoders are SEQ_2_SEQ_LM, decoders with a language-model head CAUSAL_LM, all others SEQ_CLS."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Type of the frozen weights; `auto`: the one they are saved in."""
     load_in_4bit: bool = False
+    """Quantise the frozen weights to 4 bits, through bitsandbytes."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Numbers that 4-bit weights are rounded to."""
     double_quant: bool = True
+    """Quantise the scales of 4-bit weights too."""
     fast_4bit: bool = True
     """Run 4-bit layers through this project's operators where their kernels run. False: through bitsandbytes."""
     dequantized_cache_bytes: Size = 0
@@ -75,38 +76,88 @@ class ModelConfig(Section):
     fast_frozen: bool = True
     """Run norms, rotary embeddings and activations of known families through this project's operators."""
     attn_implementation: str | None = None
+    """As in transformers: `eager`, `sdpa`, `flash_attention_2`, ... None: its own choice."""
 
 
 class DataConfig(Section):
-    """Either a named `task` (see `ept tasks`) or local files with a `template` and `label_words`."""
+    """A named `task` (see `ept tasks`), or data of one's own: files, a folder or a set on the hub.
+
+    Of one's own data, what is left out is inferred from the train rows: the columns, the template, the labels and the
+    metrics. `ept train FILE --model NAME --dry-run` shows them.
+    """
 
     task: str | None = None
+    """Name of a task that `ept tasks` lists."""
     data_dir: str | None = None
-    """Folder with {train,validation,test}.jsonl|csv|parquet of the task's own columns, instead of the hub."""
+    """Folder with `{train,validation,test}.{jsonl,json,csv,tsv,parquet}`; of a named task, in place of the hub."""
     train_file: str | None = None
+    """File to train on. Where it is alone, validation and test rows are drawn from it."""
     validation_file: str | None = None
+    """File that the best checkpoint is chosen with."""
     test_file: str | None = None
+    """File that is scored before and after training."""
+    hub: str | None = None
+    """Name of a data set on the hub, perhaps with a configuration: `dair-ai/emotion`, `nyu-mll/glue:sst2`."""
+    encoding: str | None = None
+    """Encoding of text files, such as `cp1252`. None: UTF-8, or what a mark or the bytes of a csv file tell."""
+    splits: str | None = None
+    """Folder of an earlier run on the same data, whose rows of each split are taken."""
+    strict: bool = False
+    """Refuse rows with blank text or without a label. False: leave them out and say how many."""
+    text_columns: list[str] | None = None
+    """Columns that the template is made of, where none is given."""
+    label_column: str | None = None
+    """Column of the labels."""
     template: str | None = None
-    """Input text of a local task, for example "{headline}\\nSarcastic?"."""
-    label_column: str = "label"
+    """Input text, with the names of columns in braces: `"{headline}\\nSarcastic?"`."""
     label_words: list[str] | dict[Any, str] | None = None
     """A list of words, or a mapping {raw label: word}."""
+    label_values: list[Number] | None = None
+    """Of a regression, in place of `label_words`: the evenly spaced numbers that labels are rounded to."""
     metric: list[str] | None = None
-    """Metrics of a local task; the first decides which checkpoint is best. None: accuracy."""
-    labels: Literal["digits", "words"] = "digits"
+    """Metrics, the first of which decides the best checkpoint. None: accuracy, with `f1_macro` beside it where the
+    commonest label has more than 60 % of the rows; of a regression `pearson` and `spearman`."""
+    labels: Literal["digits", "words"] | None = None
+    """How a language model writes the labels. None: a named task's as digits, all others as words."""
     max_length: Count | None = None
-    """Most tokens of the input text. None: the task's own limit."""
+    """Most tokens of the input text. None: the task's own limit, 256 for one's own data."""
     on_too_long: Literal["truncate", "error"] = "truncate"
+    """Shorten longer texts, each column's end first where it is the longest, or refuse them."""
     max_train: Count | None = None
+    """Draw at most so many train rows."""
     max_validation: Count | None = None
+    """Draw at most so many validation rows."""
     max_test: Count | None = None
+    """Draw at most so many test rows."""
     k_shot: Count | None = None
     """Few-shot: so many train rows in all, as many of each label, drawn with the run's seed."""
+
+    @property
+    def is_local(self) -> bool:
+        """True where the data are somebody's own and no named task's."""
+        own = (self.template, self.train_file, self.data_dir, self.hub)
+        return self.task is None and any(value is not None for value in own)
+
+    @property
+    def name(self) -> str:
+        """A short name of the data: the task's, or that of the file, folder or set on the hub."""
+        source = self.train_file or self.data_dir
+        return self.task or self.hub or (Path(source).stem if source else "local")
+
+    @property
+    def label_form(self) -> Literal["digits", "words"]:
+        """How the labels are written: as `labels` says, else a named task's as digits and all others as words."""
+        return self.labels or ("digits" if self.task is not None else "words")
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if self.task is not None and self.template is not None:
             raise ValueError("data.task and data.template exclude each other: a named task brings its own template")
+        for first, second in (("template", "text_columns"), ("label_words", "label_values"), ("hub", "train_file")):
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise ValueError(f"data.{first} and data.{second} exclude each other: give one")
+        if self.hub is not None and (self.task or self.data_dir) is not None:
+            raise ValueError("data.hub excludes data.task and data.data_dir: give one")
         return self
 
 
@@ -120,25 +171,45 @@ class MethodConfig(Section):
     budget_kind: Literal["trained", "stored"] = "trained"
     """What the budget is of: the parameters while they are learned, or what a saved, folded adapter holds."""
     num_virtual_tokens: Size | None = None
+    """Length of the prompt."""
     r: Size | None = None
+    """Rank of the update of the input embeddings."""
     alpha: Number | None = None
+    """Scale of the update: `alpha/√r`."""
     update: Literal["position", "token"] | None = None
+    """Let a token's update depend on its position, or on the token itself (ADePT)."""
     lowrank_init: Literal["uniform", "cosine", "svd"] | None = None
+    """How the update starts."""
     prompt_rank: Size | None = None
+    """Make the prompt of so many frozen random rows (ULPT)."""
     prompt_scale_shift: bool | None = None
+    """Multiply the prompt by a learned row and add another one."""
     residual_dim: Size | None = None
+    """Width of a network that is added to the prompt (residual prompt tuning)."""
     num_spaces: Size | None = None
+    """Number of the gated spaces."""
     space_dim: Size | None = None
+    """Width of each space."""
     space_activation: str | None = None
+    """Activation inside a space."""
     fusion: bool | None = None
+    """Attention over prompt and update."""
     fusion_dim: Size | None = None
+    """Width of its learned query and key maps; 0: none."""
     fusion_score_scale: Number | None = None
+    """Factor of its scores."""
     fusion_weight: Number | None = None
+    """Its weight in the prompt, fixed. None: learned."""
     space_gate: Literal["learned", "uniform"] | None = None
+    """How the spaces are weighed."""
     embedding_scale: Annotated[Number | str | None, Field(union_mode="left_to_right")] = None
+    """Unit of the parameters: `auto` is the embeddings' root mean square."""
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "RANDOM", "TEXT"] | None = None
+    """How the prompt starts."""
     prompt_tuning_init_text: str | None = None
+    """With TEXT, the text."""
     base_dropout: bool | None = None
+    """Dropout of the frozen model while training."""
 
     def fields_given(self) -> dict[str, Any]:
         """Returns the `EPTConfig` fields that the run sets."""
@@ -148,24 +219,34 @@ class MethodConfig(Section):
 
 
 class TrainingConfig(Section):
+    """The course of the training, and of the evaluations in between."""
+
     max_steps: Count | None = None
+    """Number of optimiser steps. None: as many as `num_train_epochs` take."""
     num_train_epochs: Annotated[Number, Field(gt=0)] = 3.0
     """Used when `max_steps` is None."""
     batch_size: Count = 16
     """Rows of a step; of several processes, those of each."""
     eval_batch_size: Count = 32
+    """Rows that are scored at a time."""
     gradient_accumulation_steps: Count = 1
+    """Batches whose gradients make one step."""
     learning_rate: NotNegative = 0.05
     """Of the prompt, in units of the embedding's root mean square."""
     low_rank_learning_rate: NotNegative = 1e-3
     """Of every other parameter (A, B, fusion, spaces, heads)."""
     weight_decay: NotNegative = 0.0
+    """Decay of all trained parameters, as in AdamW."""
     warmup_steps: Size = 0
+    """Steps in which the learning rates rise from 0."""
     lr_scheduler: str = "linear"
+    """Course of the learning rates after that: one of transformers' schedules, such as `constant` or `cosine`."""
     max_grad_norm: NotNegative = 1.0
+    """Largest norm of the gradient; a longer one is scaled down."""
     eval_steps: Count = 100
     """Evaluate and save every so many steps, and at the end."""
     logging_steps: Count = 10
+    """Log the loss every so many steps."""
     score_before: bool = True
     """Score the untrained adapter on the test split as well."""
     scoring: Literal["generate", "rank"] | None = None
@@ -173,13 +254,19 @@ class TrainingConfig(Section):
     early_stopping_patience: Count | None = None
     """Stop after so many evaluations without a better score. None: never."""
     save_total_limit: Count = 2
+    """Checkpoints to keep, beside the best and the newest."""
     bf16: bool = False
+    """Mixed precision with bfloat16."""
     fp16: bool = False
+    """Mixed precision with float16 and a loss scale."""
     gradient_checkpointing: bool = False
+    """Compute the frozen layers once more in the backward pass, and so need less memory."""
     optim: Literal["adamw_torch_fused", "adamw_torch"] = "adamw_torch_fused"
     """AdamW in one kernel for all parameters of a group, or PyTorch's default implementation."""
     label_only_logits: bool = True
     """A decoder's logits at the labels only. False: at every position."""
+    balanced_sampling: bool = False
+    """Draw train rows so that every label comes equally often, whatever its share; an epoch has as many rows."""
     group_by_length: bool = False
     """Batches of texts of like length: less padding, but another order of the rows."""
     pad_to_multiple_of: Count | None = None
@@ -191,6 +278,7 @@ class TrainingConfig(Section):
     cuda_graphs: bool = False
     """Replay each compiled layer as one CUDA graph, needs `compile_layers` and a CUDA device."""
     tensorboard: bool = False
+    """Write events for TensorBoard into the run's folder."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -204,18 +292,24 @@ class TrainingConfig(Section):
                 "training.cuda_graphs and training.gradient_checkpointing exclude each other: a layer that is run "
                 "again in the backward pass would overwrite what was recorded; set one"
             )
+        if self.balanced_sampling and self.group_by_length:
+            raise ValueError("training.balanced_sampling and training.group_by_length exclude each other: set one")
         if self.bf16 and self.fp16:
             raise ValueError("training.bf16 and training.fp16 exclude each other: set one")
         return self
 
 
 class RunConfig(Section):
+    """A run: a frozen model, data, a method and a training."""
+
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     method: MethodConfig = Field(default_factory=MethodConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     output_dir: str | None = None
+    """The run's folder."""
     seed: Annotated[Size, Field(le=MAX_SEED)] = 0
+    """Draws the initialisation, the order of the rows and the rows of few-shot runs; never the splits."""
 
     @classmethod
     def load(cls, file: Path | None, overrides: Sequence[str] = ()) -> Self:
@@ -231,22 +325,22 @@ class RunConfig(Section):
                 raise FileNotFoundError(f"no configuration file {file}")
             if (size := file.stat().st_size) > MAX_FILE_BYTES:
                 raise ValueError(f"{file} has {size:,} bytes, a configuration at most {MAX_FILE_BYTES:,}")
-            if (values := _parse_yaml(file.read_bytes(), str(file))) is None:
+            if (values := parse_yaml(file.read_bytes(), str(file))) is None:
                 values = {}
             if not isinstance(values, dict):
-                raise ValueError(f"{file} holds {_describe(values)}, expected a mapping such as `model: {{...}}`")
+                raise ValueError(f"{file} holds {describe(values)}, expected a mapping such as `model: {{...}}`")
         for override in overrides:
             key, separator, text = override.partition("=")
             if not separator or not key.strip():
                 raise ValueError(f"cannot read the override {override!r}: write it as dotted.key=value")
-            value = _parse_yaml(text, f"the value of {shown_name(key)!r}")
+            value = override_value(cls, key.strip(), text)
             *sections, name = key.strip().split(".")
             keys = values
             for section in sections:
                 if keys.get(section) is None:
                     keys[section] = {}
                 if not isinstance(keys[section], dict):
-                    raise ValueError(f"cannot set {key}: {section} is {_describe(keys[section])}, not a section")
+                    raise ValueError(f"cannot set {key}: {section} is {describe(keys[section])}, not a section")
                 keys = keys[section]
             keys[name] = value
         return cls.from_dict(values)
@@ -258,7 +352,7 @@ class RunConfig(Section):
             return cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-        raise ValueError(_message(cls, values, first))
+        raise ValueError(message_of(cls, values, first))
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump()
@@ -269,96 +363,3 @@ class RunConfig(Section):
 
 
 load_run_config = RunConfig.load
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases (whose expansion may be exponential), repeated keys and deep nesting."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event: Any = self.peek_event()
-        problem = f"nested more than {MAX_DEPTH} levels deep" if self.depth >= MAX_DEPTH else None
-        if self.check_event(yaml.AliasEvent):
-            problem = f"aliases (*{shown_name(event.anchor)}) are not read: write the value out"
-        if problem:
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_scalar(self, node: Any) -> Any:
-        value = super().construct_scalar(node)
-        value.encode()  # raises for half a surrogate pair, which no file name has and no file can hold
-        return value
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        values = super().construct_mapping(node, deep)
-        if len(values) < len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "the same key is given twice", node.start_mark)
-        return values
-
-
-def _parse_yaml(text: str | bytes, name: str) -> Any:
-    """Returns the value that `text` stands for: plain types only, never objects. `name` says in the error where."""
-    try:
-        return yaml.load(text, _PlainLoader)
-    # A malformed number, date or flag raises whatever PyYAML's conversion of it ran into.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"cannot read {name} as YAML: {reason(error)}") from error
-
-
-def _message(cls: type[RunConfig], values: dict[str, Any], error: Any) -> str:
-    """Says in a line which key one of pydantic's errors is about, what it wants and what it got."""
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "value_error":  # raised by a check above, which names its keys
-        return str(context["error"])
-    below = {name: getattr(field.annotation, "model_fields", {}) for name, field in cls.model_fields.items()}
-    key, *inside = error["loc"]
-    keys, prefix = cls.model_fields, ""
-    if inside and below.get(key):
-        keys, prefix, values, key = below[key], f"{key}.", values[key], inside[0]
-    if kind in ("extra_forbidden", "invalid_key"):
-        text = shown_name(str(key))
-        elsewhere = {name: f"{section}.{name}" for section, names in below.items() for name in names}
-        near = [prefix + name for name in difflib.get_close_matches(text, keys, n=1, cutoff=0.5)] or [
-            elsewhere[name] for name in difflib.get_close_matches(text, elsewhere, n=1, cutoff=0.8)
-        ]
-        known = f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(keys)}"
-        return f"unknown key {prefix}{text}: {known}"
-    if kind in _LIMITS:
-        return f"{prefix}{key} {_LIMITS[kind].format(**context)}, got {shown(error['input'])}"
-    value = values[key]
-    message = f"{prefix}{key}: expected {_expected(keys[key].annotation)}, got {_describe(value)}"
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    if any(isinstance(item, bool) for item in items):
-        message += " (YAML reads yes, no, on, off as true and false: put such words in quotes)"
-    return message
-
-
-_LIMITS = {
-    "greater_than": "must be greater than {gt}",
-    "greater_than_equal": "must not be negative",
-    "less_than_equal": "must be at most {le}",
-}
-_WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Any: "a value"}
-
-
-def _expected(hint: Any) -> str:
-    """Describes a type to the writer of a file, such as `a list of texts or null`."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _expected(arguments[0])
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_expected, arguments))
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin in (list, dict):
-        one, of, parts = _expected(arguments[-1]).partition(" of ")
-        return f"{'a list of' if origin is list else 'a mapping to'} {one.removeprefix('a ')}s{of}{parts}"
-    return "null" if hint is types.NoneType else _WORDS.get(hint, "a section with keys")
-
-
-def _describe(value: Any) -> str:
-    return f"{shown(value)} ({type(value).__name__})"

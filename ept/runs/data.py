@@ -1,18 +1,28 @@
-"""The data of a run: the task that the configuration names, with every text within the length limit."""
+"""The data of a run: the task that the configuration names or its rows tell, every text within the length limit."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..tasks import Task, TaskData, get_task, load_task, local_task
 from ..tasks.encoding import TEXT_IDS, FittedText, fit_rows
+from ..tasks.inference import commonest_share, default_metrics, default_template, find_columns, find_labels
+from ..tasks.sources import raw_splits
+from ..tasks.template import template_columns
 from .config import DataConfig
+from .folder import SPLITS_FILE
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+FILES = {"train_file", "validation_file", "test_file"}
 
 
 @dataclass
@@ -28,10 +38,12 @@ def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_t
 
     `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else. Raises as `load_task` and `fit_rows`.
     """
+    config = resolved(config, task_type)
     task = task_of(config)
-    where = config.model_dump(include={"data_dir", "train_file", "validation_file", "test_file", "labels", "k_shot"})
+    given = config.model_dump(include={"data_dir", "encoding", "strict", "k_shot", *FILES})
     limits = config.model_dump(include={"max_train", "max_validation", "max_test"})
-    data = load_task(task, **where, **limits, shot_seed=seed)
+    drawn = read_splits(Path(config.splits)) if config.splits is not None else None
+    data = load_task(task, **given, **limits, labels=config.label_form, shot_seed=seed, drawn=drawn)
     max_length, truncate = max_length_of(config, task), config.on_too_long == "truncate"
     splits, rates = {}, {}
     for name in SPLITS:
@@ -55,27 +67,84 @@ def describe(data: TaskData) -> dict[str, Any]:
     examples = data.train.select([i for i in (0, other) if i < len(classes)])
     return {
         "rows": {name: len(getattr(data, name)) for name in SPLITS},
+        "left_out": data.left_out,
         "label_balance": data.balance(),
         "majority": data.majority(),
         "examples": [{"text": row["text"], "target": row["target"]} for row in examples],
     }
 
 
+def resolved(config: DataConfig, task_type: str | None) -> DataConfig:
+    """Returns a configuration with all that was left to infer from the train rows of somebody's own data.
+
+    Raises ValueError where there are no data, or where they leave open which column is what.
+
+    Args:
+        task_type: of the model; all but classifiers are asked for the label by its column's name.
+    """
+    labelled = config.label_words is not None or config.label_values is not None
+    if not config.is_local or (labelled and None not in (config.template, config.label_column, config.metric)):
+        return config
+    files = {name.removesuffix("_file"): getattr(config, name) for name in FILES}
+    source, rows = raw_splits(config.data_dir, files, config.encoding, hub=_hub(config), names_labels=True)["train"]
+    texts = list(template_columns(config.template)) if config.template is not None else config.text_columns
+    texts, label = find_columns(rows, source, texts, config.label_column)
+    asks = task_type != "SEQ_CLS"
+    found: dict[str, Any] = {"label_column": label}
+    found["template"] = config.template or default_template(texts, label, asks)
+    if not labelled:
+        labels = find_labels(rows, label, source)
+        found |= {"label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
+        for note in labels.notes:
+            logger.warning("%s: %s", source, note)
+    elif config.label_words is not None:
+        task = local_task(found["template"], config.label_words, label_column=label)
+        found["metric"] = default_metrics(commonest_share([task.label_class(row.get(label)) for row in rows]))
+    found["metric"] = config.metric or found.get("metric")
+    return config.model_copy(update={**found, "text_columns": None})
+
+
+def read_splits(path: Path) -> Any:
+    """Reads which rows are in which split, from a run's folder or the file itself."""
+    file = path / SPLITS_FILE if path.is_dir() else path
+    try:
+        drawn = json.loads(file.read_text(encoding="utf-8"))
+        if all({"from", "sha256", "rows"} <= set(drawn[split]) for split in SPLITS):
+            return drawn
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.splits={path}: no such file {file}: name the folder of a run") from error
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{file} does not say which rows are in which split: name the folder of a run (data.splits)")
+
+
 def task_of(config: DataConfig) -> Task:
-    """Finds the named task, or makes the local one that template and label words describe; else ValueError."""
+    """Finds the named task, or makes the one that template and labels describe; else ValueError."""
     if config.task is not None:
         return get_task(config.task)
-    if config.template is None or config.label_words is None:
+    if config.template is None or (config.label_words is None and config.label_values is None):
         raise ValueError(
-            "no data: set data.task (see `ept tasks`), or data.train_file with data.template and data.label_words"
+            "no data: give a file, as in `ept train FILE --model NAME`, or set data.task (`ept tasks` lists them)"
         )
+    usual = ("accuracy",) if config.label_values is None else ("pearson", "spearman")
     return local_task(
         config.template,
-        config.label_words,
-        label_column=config.label_column,
-        metrics=config.metric or ("accuracy",),
-        **({} if config.max_length is None else {"max_length": config.max_length}),
+        config.label_words or (),
+        label_column=config.label_column or "label",
+        metrics=config.metric or usual,
+        max_length=config.max_length or 256,
+        values=config.label_values or (),
+        hub=_hub(config),
+        name=config.name,
     )
+
+
+def _hub(config: DataConfig) -> tuple[str, str | None] | None:
+    """Splits the name of a data set on the hub from that of its configuration."""
+    if config.hub is None:
+        return None
+    name, _, configuration = config.hub.partition(":")
+    return name, configuration or None
 
 
 def max_length_of(config: DataConfig, task: Task) -> int:

@@ -18,6 +18,9 @@ import yaml
 from ..utils.files import sync_folder, sync_tree, write_atomically
 from .config import RunConfig
 
+SPLITS_FILE = "splits.json"
+"""The file that says which rows are in which split."""
+
 # A resumed run may change these: they change memory and disk, not what is trained.
 MAY_CHANGE = ("training.gradient_checkpointing", "training.eval_batch_size", "training.save_total_limit")
 
@@ -33,11 +36,10 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
+        self.splits = path / SPLITS_FILE
         self.adapter = path / "adapter"
         self.results = path / "results.json"
-        self.report = path / "report.md"
         self.curve = path / "learning_curve.png"
-        self.confusion = path / "confusion.png"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
 
@@ -68,9 +70,11 @@ class RunFolder:
             )
         if self.config.exists():
             old, pairs = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}, []
+            usual = type(config)().to_dict()
             for name, new in config.to_dict().items():
                 if isinstance(new, dict) and isinstance(old.get(name), dict):
-                    pairs += [(f"{name}.{key}", old[name].get(key), value) for key, value in new.items()]
+                    had = {**usual[name], **old[name]}  # a key that is newer than the run had its usual value
+                    pairs += [(f"{name}.{key}", had.get(key), value) for key, value in new.items()]
                 else:
                     pairs.append((name, old.get(name), new))
             changed = [
@@ -91,6 +95,13 @@ class RunFolder:
                 f"{world_size}: start {before} (torchrun --nproc-per-node), or --overwrite"
             )
 
+    def check_splits(self, drawn: Any) -> None:
+        """Refuses to resume a run with other rows than it has begun with; raises ValueError."""
+        if self.splits.exists() and json.loads(self.splits.read_text(encoding="utf-8")) != drawn:
+            raise ValueError(
+                f"cannot resume {self.path}: the data have changed since it began. Bring them back, or --overwrite"
+            )
+
     def begin(self, config: RunConfig, resume: bool) -> Path | None:
         """Makes the folder, or clears it of an earlier run's files alone; returns the checkpoint to start from.
 
@@ -101,10 +112,10 @@ class RunFolder:
             self.results.unlink(missing_ok=True)
             for folder in (self.checkpoints, self.adapter, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
-            for file in (self.report, self.curve, self.confusion, self.metrics, self.config):
+            for file in (self.curve, self.metrics, self.splits, self.config):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.config, self.metrics, self.results, self.report, self.curve, self.confusion):
+        for file in (self.config, self.metrics, self.splits, self.results, self.curve):
             for half in self.path.glob(f".{file.name}.*.tmp"):  # of a run that was killed
                 half.unlink()
         write_atomically(self.config, config.to_yaml())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from .processes import is_cpu_requested, local_rank, world_size
 
 if TYPE_CHECKING:
     from .config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = {
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
@@ -70,6 +73,15 @@ def load_base_model(
         options["attn_implementation"] = model.attn_implementation
     if task_type == "SEQ_CLS":
         options["num_labels"] = num_labels
+        saved = _from_pretrained(AutoConfig, model)
+        if saved.num_labels != num_labels and any("SequenceClass" in name for name in saved.architectures or ()):
+            logger.warning(
+                "the head of %s is for %d labels, the task has %d: it gets a new one",
+                *(model.name_or_path, saved.num_labels, num_labels),
+            )
+            saved.problem_type, saved.num_labels = None, num_labels
+            del options["num_labels"]
+            options |= {"config": saved, "ignore_mismatched_sizes": True}
     if model.load_in_4bit:
         if model.gguf_file is not None:
             raise ValueError("model.load_in_4bit and model.gguf_file exclude each other: leave one out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from ..utils.files import write_atomically
 from .adapters import load_untrained, stored_parameters
 from .callbacks import locate_best
 from .config import RunConfig
-from .data import RunData, load_run_data, max_length_of
+from .data import RunData, load_run_data, max_length_of, resolved
 from .failures import check_writable, with_advice, writing
 from .folder import RunFolder, is_over, save_adapter
 from .loading import load_tokenizer, task_type_of
 from .predict import Predictor
 from .processes import Processes, join
-from .report import write_report
+from .report import learning_curve
 from .stop import StopSignals
 from .trainer import PromptTrainer
 
@@ -43,7 +44,7 @@ def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRu
     tokenizer = load_tokenizer(config.model)
     run_data = load_run_data(config.data, tokenizer, task_type, config.seed)
     task = run_data.data.task
-    text, max_length = task.summary(config.data.labels), max_length_of(config.data, task)
+    text, max_length = task.summary(config.data.label_form), max_length_of(config.data, task)
     model = load_untrained(config, task_type, task.num_outputs, max_length, tokenizer, text)
     if config.training.compile_layers:
         compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)
@@ -51,12 +52,25 @@ def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRu
     return PreparedRun(config=config, run_data=run_data, processes=processes or Processes(), **parts)
 
 
-def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def with_data(config: RunConfig) -> RunConfig:
+    """Returns the configuration with what `data` leaves to infer from its rows, as `ept.runs.data.resolved` does."""
+    if not config.data.is_local:
+        return config
+    return config.model_copy(update={"data": resolved(config.data, task_type_of(config.model))})
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_ready: Callable[[PreparedRun], None] = lambda run: None,
+) -> dict[str, Any]:
     """Trains, evaluates and saves a run into `config.output_dir`; returns what `results.json` holds.
 
-    The folder gets `config.yaml`, `metrics.jsonl`, `checkpoints/`, `adapter/`, `results.json`, and `report.md` with
-    `learning_curve.png` and `confusion.png`. The best checkpoint by the task's first metric on the validation split is
-    the one that is saved and scored on the test split.
+    The folder gets `config.yaml`, `splits.json` (which rows are in which split), `metrics.jsonl`, `checkpoints/`,
+    `adapter/`, `results.json` and `learning_curve.png`. The best checkpoint by the task's first metric on the
+    validation split is the one that is saved and scored on the test split.
 
     Started by `torchrun` or `accelerate launch`, the ranks share the rows of each step and of each evaluation, and
     rank 0 writes. The weights are those of one process with as large a batch.
@@ -64,6 +78,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     Args:
         resume: continue from the last whole checkpoint (from the start where there is none).
         overwrite: delete the run that the folder holds.
+        on_ready: called on rank 0 with what is going to be trained, before the folder is touched.
 
     Raises:
         FileExistsError: the folder holds a run and neither argument is set.
@@ -79,19 +94,33 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         raise ValueError(f"training.tensorboard needs the package tensorboard: {remedy}")
     folder, processes = RunFolder(Path(config.output_dir)), join()
     with StopSignals(folder, processes) as signals, with_advice(config, folder):
-        return _train(config, folder, signals, resume, overwrite)
+        processes.from_rank_zero(lambda: check_writable(folder))
+        config = processes.from_rank_zero(lambda: with_data(config))
+        return _train(config, folder, signals, resume, overwrite, on_ready)
 
 
-def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: bool, overwrite: bool) -> dict[str, Any]:
+def _train(
+    config: RunConfig,
+    folder: RunFolder,
+    signals: StopSignals,
+    resume: bool,
+    overwrite: bool,
+    on_ready: Callable[[PreparedRun], None],
+) -> dict[str, Any]:
     processes = signals.processes
-
-    processes.from_rank_zero(lambda: check_writable(folder))
     processes.from_rank_zero(lambda: folder.check(config, resume, overwrite, processes.world_size))
     trainer = processes.together(lambda: PromptTrainer(config, prepare(config, processes), folder))
     trainer.add_callback(signals)
     run, recorder, log = trainer.run, trainer.recorder, trainer.recorder.log
 
+    drawn = run.run_data.data.drawn()
+    if resume:
+        processes.from_rank_zero(lambda: folder.check_splits(drawn))
+    if processes.is_rank_zero:
+        on_ready(run)
     checkpoint = processes.from_rank_zero(lambda: folder.begin(config, resume))
+    if processes.is_rank_zero:
+        write_atomically(folder.splits, json.dumps(drawn) + "\n")
     before: dict[str, float] = {}  # of the untrained adapter; a resumed run reads them from its log
     if config.training.score_before:
         logged = processes.from_rank_zero(lambda: [event["before"] for event in log.read() if "before" in event])
@@ -116,10 +145,9 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         memory, memory_kind = peak_memory()
         processes.from_rank_zero(lambda: save_adapter(run.model, folder.adapter))
-    evaluation = run.evaluate(run.run_data.data.test, progress="scoring the trained adapter")
+    after = run.score(run.run_data.data.test, progress="scoring the trained adapter")
 
     data, training = run.run_data.data, config.training
-    after, majority = evaluation.metrics, data.majority()
     metric, rows = data.task.metrics[0], training.batch_size * training.gradient_accumulation_steps
     results = {
         "method": config.method.name,
@@ -128,9 +156,7 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         "metric": metric,
         "score": after[metric],
         "score_before": before.get(metric),
-        "majority": majority,
-        "verdict": evaluation.verdict(majority),
-        **evaluation.summary(),
+        "majority": data.majority(),
         "seed": config.seed,
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
@@ -153,7 +179,7 @@ def _train(config: RunConfig, folder: RunFolder, signals: StopSignals, resume: b
         "config": config.to_dict(),
     }
     if processes.is_rank_zero:
-        write_report(results, evaluation, data.test["text"], log.read(), folder)
+        learning_curve(results, log.read(), folder.curve)
         write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
     processes.leave()
     return results

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, WeightedRandomSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -17,7 +18,6 @@ from ..model.compilation import check_lengths
 from ..tasks.encoding import Collator, encode_split
 from .callbacks import ProgressBar, Recorder, WholeCheckpoints
 from .config import RunConfig
-from .failures import divergence_advice
 from .folder import MetricsLog, RunFolder
 from .loading import default_device
 from .method_table import METHODS
@@ -36,8 +36,6 @@ SAME_NAME = {
     *("max_grad_norm", "eval_steps", "logging_steps", "bf16", "fp16", "optim"),
 }
 FILLER_LABELS = "filler_labels"
-COLLAPSED_AFTER = 2
-"""Evaluations with one answer to all rows, after which a run is told what to change."""
 
 
 class PromptTrainer(Trainer):
@@ -61,7 +59,6 @@ class PromptTrainer(Trainer):
             answer_tokens=max(map(len, run.answers), default=0) if multiple is not None else 0,
             label_only_logits=training.label_only_logits,
         )
-        self.constant_evaluations = 0  # one after the other, with one answer to all rows
         self.progress = ProgressBar(data.task.metrics[0], shown=run.processes.is_rank_zero)
         super().__init__(
             model=run.model,
@@ -81,6 +78,8 @@ class PromptTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.run_config.training.balanced_sampling:
+            return BalancedSampler(list(self.run.run_data.data.train["label"]), self.run_config.seed)
         if not self.run_config.training.group_by_length:
             return super()._get_train_sampler(train_dataset)
         rows = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
@@ -125,14 +124,8 @@ class PromptTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        evaluation = self.run.evaluate(self.run.run_data.data.validation)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
-        metrics[f"{metric_key_prefix}_largest_share"] = max(evaluation.shares.values())  # of the answers
-        self.constant_evaluations = self.constant_evaluations + 1 if evaluation.is_constant else 0
-        self.progress.note = evaluation.constancy() or ""
-        if self.constant_evaluations >= COLLAPSED_AFTER:
-            times = f"in {self.constant_evaluations} evaluations one after the other"
-            self.progress.note += f", {times}: {divergence_advice(self.run_config)}"
+        scores = self.run.score(self.run.run_data.data.validation)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -150,6 +143,29 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
         super().__init__(batch_size, lengths=lengths)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Takes the number of the epoch from the data loader."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
+class BalancedSampler(WeightedRandomSampler):
+    """An order of an epoch's rows in which every label comes equally often, from its seed and number alone.
+
+    Rows of rare labels come several times, others not in every epoch.
+
+    Args:
+        labels: of every row.
+    """
+
+    def __init__(self, labels: list[int], seed: int) -> None:
+        counts = Counter(labels)
+        super().__init__([1 / counts[label] for label in labels], len(labels))
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:

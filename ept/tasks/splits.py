@@ -8,23 +8,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
 from statistics import multimode
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..utils.messages import listed
 from .drawing import BALANCE_INTERVALS, SPLITS, few_shot, interval, sample, three_splits
-from .files import READERS, File, Row, read_rows
+from .files import File, Row, read_rows
 from .metrics import compute_metrics
 from .rows import ROW, dataset, examples, text_key
+from .sources import raw_splits
 from .task import Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-
-TRAIN_FILE = f"train{{{','.join(READERS)}}}"
 
 
 @dataclass
@@ -125,7 +123,15 @@ def load_task(
             raise ValueError(f"max_{split}={limit}: give at least 1 row, or None for all")
 
     files = dict(zip(SPLITS, (train_file, validation_file, test_file)))
-    raw = _raw_splits(task, data_dir, files, encoding)
+    raw = raw_splits(
+        data_dir,
+        files,
+        encoding,
+        hub=task.hub,
+        hub_names=task.split_names,
+        columns=(*task.source_columns, task.label_column),
+        names_labels=task.is_local,
+    )
     source, rows = raw.get("test", ("", []))
     test_labels = [row[task.label_column] for row in rows if task.label_column in row]
     # Hidden: all are missing, or -1 without that being one of the task's labels.
@@ -136,7 +142,7 @@ def load_task(
     given, left_out = {}, Counter[str]()
     for split, (source, rows) in raw.items():
         given[split], omitted = examples(task, rows, source, strict)
-        left_out.update({reason: len(numbers) for reason, numbers in omitted.items()})
+        left_out.update({why: len(numbers) for why, numbers in omitted.items()})
         _warn_left_out(source, omitted)
     if drawn is not None:
         origins, splits = _drawn_before(given, checksums, drawn)
@@ -166,9 +172,19 @@ def load_split(
     labels: Literal["digits", "words"] = "digits",
     encoding: str | None = None,
     strict: bool = True,
+    names: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Loads one labelled file with the columns of a `TaskData` split, in the file's order. Raises as `load_task`."""
-    found, omitted = examples(task, read_rows(path, encoding), str(path), strict)
+    """Loads one labelled file with the columns of a `TaskData` split, in the file's order. Raises as `load_task`.
+
+    Args:
+        names: what the file calls columns of the task, by their names in the task.
+    """
+    rows = read_rows(path, encoding)
+    for name, column in (names or {}).items():
+        if column not in rows[0]:
+            raise ValueError(f"{path}: no column '{column}'; columns found: {', '.join(map(repr, rows[0]))}")
+        rows = [{**row, name: row.get(column)} for row in rows]
+    found, omitted = examples(task, rows, str(path), strict)
     _warn_left_out(str(path), omitted)
     found = [row for row in found if row["text"]]
     if not found:
@@ -177,9 +193,9 @@ def load_split(
 
 
 def _warn_left_out(source: str, omitted: Mapping[str, Sequence[int]]) -> None:
-    for reason, numbers in omitted.items():
+    for why, numbers in omitted.items():
         many, numbered = ("rows", "are") if len(numbers) > 1 else ("row", "is"), listed(map(str, numbers))
-        logger.warning("%s: %d %s with %s %s left out: %s", source, len(numbers), many[0], reason, many[1], numbered)
+        logger.warning("%s: %d %s with %s %s left out: %s", source, len(numbers), many[0], why, many[1], numbered)
 
 
 def _checksum(rows: Sequence[Row]) -> str:
@@ -205,58 +221,6 @@ def _drawn_before(
         numbers = set(drawn[split]["rows"])
         splits[split] = [row for row in given[origin] if row[ROW] in numbers]
     return origins, splits
-
-
-def _raw_splits(
-    task: Task, data_dir: File | None, files: Mapping[str, File | None], encoding: str | None
-) -> dict[str, tuple[str, list[Row]]]:
-    """Reads the splits that are there: the source of each, for messages, and its rows."""
-    given = {split: Path(file) for split, file in files.items() if file is not None}
-    names = ", ".join(f"{split}_file" for split in given)
-    if data_dir is not None:
-        folder = Path(data_dir)
-        if given:
-            raise ValueError(f"data_dir={str(data_dir)!r} and {names}: give one or the other")
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder: data_dir must hold {TRAIN_FILE}")
-        for split, hub_name in zip(SPLITS, task.split_names):
-            paths = [folder / f"{name}{suffix}" for name in (hub_name, split) for suffix in READERS]
-            found = [path for path in dict.fromkeys(paths) if path.is_file()]
-            found = [path for path in found if path.stem == found[0].stem]
-            if len(found) > 1:
-                raise ValueError(f"{folder} holds {', '.join(p.name for p in found)}: keep one file for each split")
-            if found:
-                given[split] = found[0]
-        if "train" not in given:
-            present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            raise FileNotFoundError(f"{folder} has no train split: it needs {TRAIN_FILE}, it holds {present}")
-    elif given and "train" not in given:
-        raise ValueError(f"{names} without train_file: give train_file as well")
-    if given:
-        return {split: (str(path), read_rows(path, encoding)) for split, path in given.items()}
-    if task.hub is None:
-        raise ValueError(f"task '{task.name}' is not on the hub: give data_dir or train_file")
-    return _hub_splits(task, *task.hub)
-
-
-def _hub_splits(task: Task, path: str, config: str | None) -> dict[str, tuple[str, list[Row]]]:
-    from datasets import load_dataset
-
-    try:
-        loaded = load_dataset(path, config)
-    except OSError as error:  # datasets' own errors for an unreachable hub and for a missing data set are OSErrors
-        raise ConnectionError(
-            f"cannot load {path} ({config}) from the hub: {error}. Without a connection give data_dir, a folder with "
-            f"{TRAIN_FILE} and validation, test alike, with the columns "
-            f"{', '.join((*task.source_columns, task.label_column))}"
-        ) from error
-    if task.split_names[0] not in loaded:
-        raise FileNotFoundError(f"{path} ({config}) has no split '{task.split_names[0]}', only {', '.join(loaded)}")
-    return {
-        split: (f"{path} ({config}) {hub_name}", loaded[hub_name].to_list())
-        for split, hub_name in zip(SPLITS, task.split_names)
-        if hub_name in loaded
-    }
 
 
 def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
+from ..utils.messages import shown
 from .metrics import check_metrics
 from .template import template_columns
 
@@ -25,7 +27,7 @@ class Task:
     template: str
     label_words: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
-    hub: tuple[str, str] | None = None
+    hub: tuple[str, str | None] | None = None
     """Path and configuration on the hub, `("nyu-mll/glue", "sst2")`; None for local files."""
     label_column: str = "label"
     max_length: int = 256
@@ -43,6 +45,8 @@ class Task:
     """For a regression, the numbers that its classes stand for, rising; a raw label belongs to the nearest."""
     group_columns: tuple[str, ...] = ()
     """Rows that agree in these text columns belong together: they are never split, and `exact_match` counts them."""
+    is_local: bool = False
+    """True for a task over somebody's own data, which no paper's rules are about."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source_columns", self.source_columns or self.columns)
@@ -65,11 +69,6 @@ class Task:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         return template_columns(self.template)
-
-    @property
-    def is_local(self) -> bool:
-        """True for a task over somebody's own data, which no paper's rules are about."""
-        return self.name == "local"
 
     @property
     def num_labels(self) -> int:
@@ -160,17 +159,28 @@ def _spellings(value: Any) -> list[str]:
 
 def local_task(
     template: str,
-    label_words: Mapping[Any, str] | Sequence[str],
+    label_words: Mapping[Any, str] | Sequence[str] = (),
     *,
     label_column: str = "label",
     metrics: Sequence[str] = ("accuracy",),
     max_length: int = 256,
+    values: Sequence[float] = (),
+    hub: tuple[str, str | None] | None = None,
+    name: str = "local",
 ) -> Task:
-    """Makes a task over local files: `template` names the text columns, `label_words` gives the labels' words.
+    """Makes a task over somebody's own data: `template` names the text columns, `label_words` gives the labels' words.
 
     `label_words` is either `{raw label: word}` (several raw labels may share a word) or a list of words: raw integers
-    index it, raw strings may be the words themselves. Raises ValueError where either makes no task.
+    index it, raw strings may be the words themselves. `values` in its place makes a regression, whose labels are the
+    nearest of these evenly spaced numbers. Raises ValueError where either makes no task.
     """
+    shared: dict[str, Any] = {"label_column": label_column, "max_length": max_length, "hub": hub, "is_local": True}
+    if values:
+        steps = [high - low for low, high in pairwise(values)]
+        if len(values) < 2 or min(steps) <= 0 or max(steps) - min(steps) > 1e-6 * (values[-1] - values[0]):
+            raise ValueError(f"label_values={shown(list(values))}: give at least 2 numbers, evenly spaced and rising")
+        words = tuple(f"{value:.10g}" for value in values)
+        return Task(name, template, words, tuple(metrics), values=tuple(values), **shared)
     if not isinstance(label_words, (Mapping, Sequence)) or isinstance(label_words, str):
         raise ValueError(f"label_words={label_words!r}: give a list of words or a mapping {{raw label: word}}")
     is_mapping = isinstance(label_words, Mapping)
@@ -182,11 +192,10 @@ def local_task(
             raise ValueError(f"the label word of {raw!r} is {word!r}, not text: write it in quotes")
     words = tuple(dict.fromkeys(named.values()) if is_mapping else named.values())
     return Task(
-        name="local",
+        name=name,
         template=template,
         label_words=words,
         metrics=tuple(metrics),
-        label_column=label_column,
-        max_length=max_length,
+        **shared,
         label_map=tuple((raw, words.index(word)) for raw, word in named.items()) if is_mapping else (),
     )

@@ -56,9 +56,10 @@ def test_a_shape_on_a_files_texts(models: dict[str, Path], tmp_path: Path) -> No
     assert report["data"]["padded_tokens_a_batch"] == 2 * 16
     assert 2 * 4 <= report["data"]["text_tokens_a_batch"] <= 2 * 12
     assert "name one with --tokenizer" in refused(*REDUCED, "--data", file)
-    (tmp_path / "other.jsonl").write_text('{"sentence": "a"}', encoding="utf-8")
+    (tmp_path / "other.jsonl").write_text('{"n": 1}', encoding="utf-8")
     other = ("--tokenizer", models["t5"], "--data", tmp_path / "other.jsonl")
-    assert "no column text (found: sentence)" in refused(*REDUCED, *other)
+    assert "other.jsonl: none of 'n' holds text: name it with --text-column" in refused(*REDUCED, *other)
+    assert "no column 'review'; columns found: 'n'" in refused(*REDUCED, *other, "--text-column", "review")
 
 
 @pytest.mark.parametrize("arguments, message", [

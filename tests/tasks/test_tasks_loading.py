@@ -367,7 +367,7 @@ def test_bad_sources(tmp_path):
     for arguments, error, message in cases:
         with pytest.raises(error, match=message):
             load_task(SST2, **arguments)
-    with pytest.raises(ValueError, match="task 'local' is not on the hub: give data_dir or train_file"):
+    with pytest.raises(ValueError, match="the task is not on the hub: give data_dir or train_file"):
         load_task(local_task("{a}", ["no", "yes"]))
     write(tmp_path / "train.jsonl", sst2_rows(0, 3))
     write(tmp_path / "train.csv", sst2_rows(0, 3))

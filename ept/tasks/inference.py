@@ -1,0 +1,231 @@
+"""Reading off rows what nobody has said: which columns are text and label, the labels' words, how to score them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..utils.messages import listed, shown
+from .files import Row
+from .rows import is_missing, is_number, text_key
+
+LABEL_NAMES = (
+    *("label", "labels", "class", "category", "sentiment", "target", "gold", "intent", "emotion", "topic"),
+    *("polarity", "stars", "rating", "score", "tag", "y"),
+)
+TEXT_NAMES = ("text", "sentence", "review", "content", "headline", "comment", "message", "tweet", "document")
+TEXT_PAIRS = (
+    *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2")),
+    *(("text_a", "text_b"), ("question", "passage"), ("question", "context"), ("question", "sentence")),
+)
+MAX_LABELS = 200
+MAX_NUMBER_LABELS = 20
+"""Whole numbers are labels up to so many different ones; more, and all others, are the values of a regression."""
+MAX_VALUES = 26  # of a regression, as many as STS-B's
+MANY = 0.6
+"""Macro-F1 stands beside accuracy where the commonest label has more than this share of the rows."""
+A_SENTENCE = 4  # words, and more than a column's name has
+FEW = 5  # rows that a label needs to be in every split
+LIKE_MISSING = {"nan", "na", "n/a", "null", "none", "-"}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of a column, and how to score them.
+
+    Attributes:
+        words: a list of words, or a mapping {raw label: word}; None for a regression.
+        values: of a regression, the numbers that its classes stand for.
+        notes: what somebody should look at.
+    """
+
+    words: list[str] | dict[Any, str] | None
+    values: list[float] | None
+    metrics: list[str]
+    notes: list[str]
+
+
+def find_columns(
+    rows: Sequence[Row], source: str, text_columns: Sequence[str] | None = None, label_column: str | None = None
+) -> tuple[list[str], str]:
+    """Finds the text columns and the label column that are not given.
+
+    By the usual names first, then by what the columns hold: the longest text, and the only other column with few
+    different values. Raises ValueError where a given column is not there, or where none or several could be the label.
+    """
+    columns = _columns(rows)
+    _check_columns(columns, [*(text_columns or []), *([label_column] if label_column is not None else [])], source)
+    label = label_column or _find_label(columns, source, text_columns or ())
+    texts = text_columns or _find_texts({name: found for name, found in columns.items() if name != label}, source)
+    return list(texts), label
+
+
+def find_texts(rows: Sequence[Row], source: str, text_columns: Sequence[str] | None = None) -> list[str]:
+    """Finds the text columns of rows that may have no label, where none are given; raises as `find_columns`."""
+    columns = _columns(rows)
+    _check_columns(columns, text_columns or (), source)
+    return list(text_columns or _find_texts(columns, source))
+
+
+def _check_columns(columns: Mapping[str, list[Any]], names: Sequence[str], source: str) -> None:
+    for name in names:
+        if name not in columns:
+            raise ValueError(f"{source}: no column '{name}'; columns found: {_quoted(columns)}")
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows if not is_missing(row.get(name))] for name in _names(rows)}
+
+
+def _find_label(columns: Mapping[str, list[Any]], source: str, texts: Sequence[str]) -> str:
+    others = [name for name in columns if name not in texts]
+    by_name = {_plain(name): name for name in reversed(others)}
+    if found := next((by_name[name] for name in LABEL_NAMES if name in by_name), None):
+        return found
+    if len(columns) == 2 and others:  # the shorter of two columns
+        return min(others, key=lambda name: _mean_length(columns[name]))
+    longest = max(others, key=lambda name: _mean_length(columns[name]), default=None)
+    few = [name for name in others if (name != longest or texts) and _has_few_values(columns[name])]
+    named = [name for name in few if set(re.split(r"[\W_]+", name.casefold())) & set(LABEL_NAMES)]
+    candidates = named if len(named) == 1 else few
+    if len(candidates) == 1:
+        return candidates[0]
+    which = f"{_quoted(candidates)} could each be" if candidates else f"none of {_quoted(columns)} looks like"
+    raise ValueError(f"{source}: {which} the label: name its column with --label-column (data.label_column)")
+
+
+def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
+    by_name = {_plain(name): name for name in reversed(list(columns))}
+    for pair in TEXT_PAIRS:
+        if all(name in by_name for name in map(_plain, pair)):
+            return [by_name[_plain(name)] for name in pair]
+    if found := next((by_name[name] for name in TEXT_NAMES if name in by_name), None):
+        return [found]
+    textual = [name for name, values in columns.items() if values and not all(map(is_number, values))]
+    if not textual:
+        remedy = "name it with --text-column (data.text_columns)"
+        raise ValueError(f"{source}: none of {_quoted(columns) or 'no columns'} holds text: {remedy}")
+    return [max(textual, key=lambda name: _mean_length(columns[name]))]
+
+
+def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
+    """Finds the labels in a column, in a fixed order: numbers rise, words are sorted.
+
+    Numbers that are not whole, or more than 20 different ones, make a regression. Raises ValueError for a column with
+    one label alone, with labels that differ in case or blanks only, with too many different ones, and for a file that
+    has a row in place of its header.
+    """
+    counts = Counter(_written(row.get(column)) for row in rows if not is_missing(row.get(column)))
+    total, where = sum(counts.values()), f"{source}: column '{column}'"
+    if not counts:
+        raise ValueError(f"{where} is empty: there is no label to learn")
+    if column in counts and any(len(name.split()) >= A_SENTENCE for name in _names(rows)):
+        raise ValueError(f"{source}: the first line holds a row, not names: put a line such as text,label above it")
+    numbers = {raw: float(raw) for raw in counts if is_number(raw) and not isinstance(raw, bool)}
+    finite = len(numbers) == len(counts) and all(map(math.isfinite, numbers.values()))
+    if finite and (len(set(numbers.values())) > MAX_NUMBER_LABELS or not all(map(float.is_integer, numbers.values()))):
+        values = _grid(min(numbers.values()), max(numbers.values()))
+        return Labels(None, values, ["pearson", "spearman"], [])
+    words = {raw: f"{numbers[raw]:.0f}" if finite else str(raw) for raw in counts}
+    if set(map(str.casefold, words.values())) <= {"true", "false"}:
+        words = {raw: word.casefold() for raw, word in words.items()}
+    by_word = Counter[str]()
+    for raw, word in words.items():
+        by_word[word] += counts[raw]
+    _check_labels(by_word, total, where)
+    order = sorted(by_word, key=float) if finite else sorted(by_word)
+    notes = []
+    if few := [f"{word!r} ({by_word[word]})" for word in order if by_word[word] < FEW]:
+        notes.append(f"labels with fewer than {FEW} rows, which may be missing in a split: {listed(few)}")
+    if odd := [repr(word) for word in order if word.casefold() in LIKE_MISSING]:
+        notes.append(f"a label that reads like a missing one: {listed(odd)}")
+    metrics = default_metrics(max(by_word.values()) / total)
+    if all(not is_number(word) for word in order) and all(isinstance(raw, (str, bool)) for raw in words):
+        return Labels(order, None, metrics, notes)  # the words themselves
+    raws = sorted(words, key=lambda raw: (order.index(words[raw]), str(raw)))
+    return Labels({raw: words[raw] for raw in raws}, None, metrics, notes)
+
+
+def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
+    alike: dict[str, list[str]] = defaultdict(list)
+    for word in by_word:
+        alike[text_key(word)].append(word)
+    if len(by_word) == 1:
+        raise ValueError(f"{where} holds one label alone, {shown(next(iter(by_word)))}: a task needs at least 2")
+    if twins := next((words for words in alike.values() if len(words) > 1), None):
+        common = max(twins, key=lambda word: (by_word[word], word))
+        merged = {word: max(words, key=lambda w: (by_word[w], w)) for words in alike.values() for word in words}
+        mapping = ", ".join(f"'{word}': '{other}'" for word, other in merged.items())
+        pair = " and ".join(f"{word!r} ({by_word[word]} rows)" for word in twins)
+        raise ValueError(
+            f"{where}: labels {pair} differ in case or blanks alone: write {common!r} for all, or say which are one "
+            f'with --set "data.label_words={{{mapping}}}"'
+        )
+    if len(by_word) > MAX_LABELS or (len(by_word) > FEW and len(by_word) > total / 2):
+        raise ValueError(
+            f"{where} holds {len(by_word)} different values in {total} rows, too many for labels: "
+            "name the label's column with --label-column"
+        )
+
+
+def _grid(low: float, high: float) -> list[float]:
+    """Divides a range evenly, in at most 26 round numbers, as T5 divides STS-B's 0 to 5 in steps of 0.2."""
+    least = (high - low) / (MAX_VALUES - 1)
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 10) for number in range(first, last + 1)]
+
+
+def commonest_share(classes: Sequence[int | None]) -> float:
+    """Computes the share of the commonest class among the rows that have one."""
+    counts = Counter(index for index in classes if index is not None)
+    return max(counts.values(), default=0) / max(sum(counts.values()), 1)
+
+
+def default_metrics(share: float) -> list[str]:
+    """Lists the metrics of a classification whose commonest label has that share of the rows."""
+    return ["accuracy", "f1_macro"] if share > MANY else ["accuracy"]
+
+
+def default_template(text_columns: Sequence[str], label_column: str, asks: bool) -> str:
+    """Makes a template of columns: the text alone, or each with its name; `asks` for the label in a last line."""
+    for column in text_columns:
+        if column.strip() == "" or column.isdigit() or set(column) & set(".[]{}:!"):
+            raise ValueError(f"column {column!r} cannot stand in a template: rename it to a plain word")
+    single, named = "{" + text_columns[0] + "}", " ".join(f"{column}: {{{column}}}" for column in text_columns)
+    template = single if len(text_columns) == 1 else named
+    return template + ("\n" + label_column.replace("{", "{{").replace("}", "}}") + ":" if asks else "")
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def _quoted(names: Any) -> str:
+    return listed(f"'{name}'" for name in names)
+
+
+def _mean_length(values: Sequence[Any]) -> float:
+    return sum(len(str(value)) for value in values) / max(len(values), 1)
+
+
+def _has_few_values(values: Sequence[Any]) -> bool:
+    return 2 <= len(set(map(str, values))) <= min(MAX_LABELS, max(len(values) // 2, 2))
+
+
+def _written(value: Any) -> Any:
+    """Gives a raw label as it is written in a mapping: without blanks around it, a whole number without a point."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, (bool, int, float)) else str(value)

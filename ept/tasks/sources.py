@@ -1,0 +1,84 @@
+"""The rows of the splits that are there: in a folder, in files, or on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..utils.messages import reason
+from .drawing import SPLITS
+from .files import READERS, File, Row, read_rows
+
+TRAIN_FILE = f"train{{{','.join(READERS)}}}"
+
+
+def raw_splits(
+    data_dir: File | None,
+    files: Mapping[str, File | None],
+    encoding: str | None = None,
+    *,
+    hub: tuple[str, str | None] | None = None,
+    hub_names: Sequence[str] = SPLITS,
+    columns: Sequence[str] = (),
+    names_labels: bool = False,
+) -> dict[str, tuple[str, list[Row]]]:
+    """Reads the splits that are there: the source of each, for messages, and its rows.
+
+    Args:
+        files: by split. hub: the data set's path and configuration there, where neither folder nor file is given.
+        hub_names: what the hub calls the splits; a folder may have these names too.
+        columns: for a message, those that the rows need.
+        names_labels: give the names of a hub's class labels, in place of their numbers.
+    """
+    given = {split: Path(file) for split, file in files.items() if file is not None}
+    names = ", ".join(f"{split}_file" for split in given)
+    if data_dir is not None:
+        folder = Path(data_dir)
+        if given:
+            raise ValueError(f"data_dir={str(data_dir)!r} and {names}: give one or the other")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder: data_dir must hold {TRAIN_FILE}")
+        for split, hub_name in zip(SPLITS, hub_names):
+            paths = [folder / f"{name}{suffix}" for name in (hub_name, split) for suffix in READERS]
+            found = [path for path in dict.fromkeys(paths) if path.is_file()]
+            found = [path for path in found if path.stem == found[0].stem]
+            if len(found) > 1:
+                raise ValueError(f"{folder} holds {', '.join(p.name for p in found)}: keep one file for each split")
+            if found:
+                given[split] = found[0]
+        if "train" not in given:
+            present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            raise FileNotFoundError(f"{folder} has no train split: it needs {TRAIN_FILE}, it holds {present}")
+    elif given and "train" not in given:
+        raise ValueError(f"{names} without train_file: give train_file as well")
+    if given:
+        return {split: (str(path), read_rows(path, encoding)) for split, path in given.items()}
+    if hub is None:
+        raise ValueError("the task is not on the hub: give data_dir or train_file")
+    from datasets import ClassLabel, load_dataset
+
+    path, config = hub
+    name = f"{path} ({config})" if config is not None else path
+    try:
+        loaded = load_dataset(path, config)
+    except OSError as error:  # datasets' own errors for an unreachable hub and for a missing data set are OSErrors
+        wanted = f" with the columns {', '.join(columns)}" if columns else ""
+        raise ConnectionError(
+            f"cannot load {name} from the hub: {error}. Without a connection give data_dir, a folder with "
+            f"{TRAIN_FILE} and validation, test alike,{wanted}"
+        ) from error
+    except ValueError as error:  # it has several configurations, or no such one
+        raise ValueError(f"cannot load {name} from the hub: {reason(error)}") from error
+    if hub_names[0] not in loaded:
+        raise FileNotFoundError(f"{name} has no split '{hub_names[0]}', only {', '.join(loaded)}")
+    splits = {}
+    for split, hub_name in zip(SPLITS, hub_names):
+        if hub_name in loaded:
+            rows = loaded[hub_name].to_list()
+            for column, feature in loaded[hub_name].features.items() if names_labels else ():
+                if isinstance(feature, ClassLabel):
+                    for row in rows:
+                        hidden = row[column] is None or row[column] < 0
+                        row[column] = None if hidden else feature.int2str(row[column])
+            splits[split] = (f"{name} {hub_name}", rows)
+    return splits

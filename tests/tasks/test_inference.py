@@ -1,0 +1,151 @@
+"""What is read off rows: which columns are text and label, the labels' words and the metrics, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ept.tasks import local_task
+from ept.tasks.inference import default_template, find_columns, find_labels
+
+LONG = ("a rather long text", "another one of that length", "and so on")
+
+
+def rows(**columns: list[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+# columns, what is given, text columns, label column
+COLUMNS = [
+    ({"text": LONG, "label": "aba"}, {}, ["text"], "label"),
+    ({"Label": "aba", "Review Text": LONG}, {}, ["Review Text"], "Label"),
+    ({"a": LONG, "b": "xyx"}, {}, ["a"], "b"),  # two columns: the shorter is the label
+    ({"id": "123", "premise": LONG, "hypothesis": LONG, "gold": "aba"}, {}, ["premise", "hypothesis"], "gold"),
+    ({"id": "123", "name": LONG, "spam": [True, False, True]}, {}, ["name"], "spam"),
+    ({"score": "121", "text": LONG, "sentiment": "aba"}, {}, ["text"], "sentiment"),
+    ({"title": ["x", "y", "z"], "story": LONG, "kind": "aba", "the_sentiment": "bab"}, {}, ["story"], "the_sentiment"),
+    ({"text": LONG, "label": "aba", "other": "xyx"}, {"label_column": "other"}, ["text"], "other"),
+    ({"text": LONG, "title": LONG, "label": "aba"}, {"text_columns": ["title", "text"]}, ["title", "text"], "label"),
+    ({"text": ["", None, "fine"], "label": "aba"}, {}, ["text"], "label"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns, given, texts, label", COLUMNS)
+def test_columns(columns: dict[str, Any], given: dict[str, Any], texts: list[str], label: str) -> None:
+    assert find_columns(rows(**columns), "a.csv", **given) == (texts, label)
+
+
+NO_COLUMNS = [
+    ({"text": LONG, "a": "xyx", "b": "yxx"}, {}, "a.csv: 'a', 'b' could each be the label: .* --label-column"),
+    ({"text": LONG, "other": LONG, "third": LONG}, {}, "none of 'text', 'other', 'third' looks like the label"),
+    ({"n": "123", "label": "aba"}, {}, "a.csv: none of 'n' holds text: name it with --text-column"),
+    ({"text": LONG, "label": "aba"}, {"label_column": "lable"}, "no column 'lable'; columns found: 'text', 'label'"),
+    ({"text": LONG, "label": "aba"}, {"text_columns": ["review"]}, "no column 'review'; columns found: 'text', "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns, given, message", NO_COLUMNS)
+def test_columns_that_cannot_be_told(columns: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_columns(rows(**columns), "a.csv", **given)
+
+
+# labels, label words, metrics
+ACCURACY = ["accuracy"]
+LABELS = [
+    (["b", "a", " a ", "b"], ["a", "b"], ACCURACY),
+    (["0", "1", "1", "0"], {"0": "0", "1": "1"}, ACCURACY),
+    ([2, 10, 10, 2], {2: "2", 10: "10"}, ACCURACY),
+    ([1.0, 2.0, None, float("nan")], {1: "1", 2: "2"}, ACCURACY),
+    (["1.0", "2.0", "1", "2", ""], {"1": "1", "1.0": "1", "2": "2", "2.0": "2"}, ACCURACY),
+    ([True, False, False, True], ["false", "true"], ACCURACY),
+    (["TRUE", "False", "FALSE", "true"], ["false", "true"], ACCURACY),
+    (["yes", "no", "no", "no"], ["no", "yes"], ["accuracy", "f1_macro"]),
+    (["1", "one", "1", "one"], {"1": "1", "one": "one"}, ACCURACY),
+    (["日本", "🎉", "日本", "🎉"], ["日本", "🎉"], ACCURACY),
+]
+
+
+@pytest.mark.parametrize("labels, words, metrics", LABELS)
+def test_labels(labels: list[Any], words: Any, metrics: list[str]) -> None:
+    found = find_labels([{"label": label} for label in labels], "label", "a.csv")
+    assert (found.words, found.values, found.metrics) == (words, None, metrics)
+    task = local_task("{text}", found.words or [])
+    classes = [task.label_class(label) for label in labels]
+    assert {index for index in classes if index is not None} == set(range(task.num_labels))
+    assert [label for label, index in zip(labels, classes) if index is None] == [
+        label for label in labels if label is None or label == "" or label != label
+    ]
+
+
+# labels, first and last value and their number
+REGRESSIONS = [
+    ([0.0, 2.5, 5.0, 3.3], 0.0, 5.0, 26),
+    (["1.5", "2.25", "3"], 1.5, 3.0, 16),
+    (list(range(100)), 0.0, 100.0, 21),
+    ([-0.013, 0.0471], -0.015, 0.05, 14),
+]
+
+
+@pytest.mark.parametrize("labels, first, last, count", REGRESSIONS)
+def test_numbers_make_a_regression(labels: list[Any], first: float, last: float, count: int) -> None:
+    found = find_labels([{"label": label} for label in labels], "label", "a.csv")
+    assert found.words is None
+    assert found.values is not None
+    assert (found.values[0], found.values[-1], len(found.values)) == (first, last, count)
+    task = local_task("{text}", values=found.values, metrics=found.metrics)
+    step = found.values[1] - found.values[0]
+    for label in labels:
+        assert abs(task.values[task.label_class(label) or 0] - float(label)) <= step / 2 + 1e-9
+
+
+NO_LABELS = [
+    (["good"] * 5, "column 'label' holds one label alone, 'good': a task needs at least 2"),
+    (["good", " good"], "holds one label alone"),
+    (["", None], "column 'label' is empty"),
+    (
+        ["Good", "good", "bad", "good", "Bad"],
+        r"labels 'Good' \(1 rows\) and 'good' \(2 rows\) differ in case or blanks alone: write 'good' for all.*"
+        r"data.label_words=\{'Good': 'good', 'good': 'good', 'bad': 'bad', 'Bad': 'bad'\}",
+    ),
+    (["very  good", "very good"], "differ in case or blanks alone"),
+    ([f"answer {n}" for n in range(9)], "holds 9 different values in 9 rows, too many for labels"),
+]
+
+
+@pytest.mark.parametrize("labels, message", NO_LABELS)
+def test_labels_refused(labels: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_labels([{"label": label} for label in labels], "label", "a.csv")
+
+
+def test_a_file_without_a_header_is_refused() -> None:
+    made = [{"the film was very good": f"film {n}", "good": ("good", "bad")[n % 2]} for n in range(6)]
+    with pytest.raises(ValueError, match="the first line holds a row, not names: put a line such as text,label"):
+        find_labels(made, "good", "a.csv")
+
+
+def test_notes() -> None:
+    labels = ["good"] * 9 + ["bad"] * 9 + ["nan"] * 3
+    notes = find_labels([{"label": label} for label in labels], "label", "a.csv").notes
+    assert notes == [
+        "labels with fewer than 5 rows, which may be missing in a split: 'nan' (3)",
+        "a label that reads like a missing one: 'nan'",
+    ]
+
+
+@pytest.mark.parametrize("columns, label, asks, template", [
+    (["text"], "label", False, "{text}"),
+    (["text"], "mood {1}", True, "{text}\nmood {{1}}:"),
+    (["a", "b c"], "label", True, "a: {a} b c: {b c}\nlabel:"),
+])  # fmt: skip
+def test_template(columns: list[str], label: str, asks: bool, template: str) -> None:
+    assert default_template(columns, label, asks) == template
+    assert local_task(template, ["no", "yes"]).columns == tuple(columns)
+
+
+@pytest.mark.parametrize("column", ["a.b", "a[0]", "1", "a:b", " "])
+def test_a_column_that_cannot_stand_in_a_template(column: str) -> None:
+    with pytest.raises(ValueError, match="cannot stand in a template: rename it to a plain word"):
+        default_template([column], "label", False)
