@@ -55,7 +55,7 @@ def main() -> None:
 
     from ept.cli.common import quiet
     from ept.runs.loading import default_device
-    from ept.runs.report import results_table
+    from ept.runs.report import results_tables
     from ept.runs.train import train
 
     console.print(f"Model: {model_file.stem}, frozen, on {default_device()}; only the adapter learns.")
@@ -65,7 +65,8 @@ def main() -> None:
     )
     with quiet():
         results = train(config, overwrite=True)
-    console.print(results_table(results))
+    for part in results_tables(results):
+        console.print(part)
     gain, held_out = 100 * (results["score"] - results["majority"]), results["rows"]["test"]
     console.print(f"{gain:+.1f} points over always giving the commoner label, on {held_out} held-out headlines.\n")
     show_examples(arguments.output)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import FAMILIES, run_config, save_data, save_model
 
-from ept.runs.report import learning_curve
+from ept.runs.report import write_report
 from ept.runs.train import train
 
 
@@ -26,7 +26,7 @@ def models(tiny: Path) -> dict[str, Path]:
 def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, models: dict[str, Path]) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ept.runs.train.learning_curve", learning_curve)  # whatever module asks first for the runs
+        patch.setattr("ept.runs.train.write_report", write_report)  # whatever module asks first for the runs
         for family in FAMILIES:
             train(run_config(models[family], data, folder / family))
     return {family: folder / family for family in FAMILIES}
@@ -44,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
-    """Leaves out the drawing of learning curves, which takes a third of a tiny run's time."""
+    """Leaves out the report and its figures, which take a third of a tiny run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ept.runs.train.learning_curve", lambda *arguments, **options: None)
+        patch.setattr("ept.runs.train.write_report", lambda *arguments, **options: None)
         yield

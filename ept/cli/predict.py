@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from typer import Argument, Option
@@ -11,41 +12,47 @@ from .common import JSON, SET, answer, quiet
 
 def predict(
     run_dir: Path = Argument(help="Folder of a finished run."),
-    texts: list[str] | None = Argument(None, metavar="[TEXT]...", help="Texts to label."),
+    texts: list[str] | None = Argument(None, metavar="[TEXT]...", help="Texts to label; - reads a text a line."),
     file: Path | None = Option(
-        None, help="A file (jsonl, json, csv, parquet) with the task's columns, or a column `text`."
+        None, help="A file (csv, tsv, jsonl, json, parquet) with the task's columns, or a column `text`."
     ),
+    output: Path | None = Option(None, help="Write the rows into this file (csv, tsv, jsonl, json, parquet)."),
+    overwrite: bool = Option(False, "--overwrite", help="Replace the output file."),
     set_: list[str] | None = SET,
     json: bool = JSON,
 ) -> None:
     """Label texts with a trained run.
 
-    For a task with one text column a TEXT (or a `text` column) goes into its template; for a task with several it
-    is the whole input text, written as `ept tasks show` shows it.
+    One row in, one row out: all columns are kept; `prediction` has the label, empty where a row has no text, and where
+    labels are ranked `p(LABEL)` has the probability of each. For a task with one text column a TEXT (or a `text`
+    column) goes into its template; for a task with several it is the whole input text, as `ept tasks show` shows it.
     """
     if bool(texts) == (file is not None):
-        raise ValueError("give either texts or --file")
+        raise ValueError("give either texts or --file; - reads texts from standard input, one a line")
+    if texts == ["-"]:
+        texts = sys.stdin.read().removesuffix("\n").split("\n")
+    if output is not None and output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists: --overwrite replaces it")
     with quiet():
+        from ept.runs.labelling import PREDICTION, check_output, label_rows, write_rows
         from ept.runs.predict import open_run
-        from ept.tasks import local_task, read_rows
+        from ept.tasks import read_rows
 
-        run = open_run(run_dir, set_ or [])
-        source = str(file or "text")
+        if output is not None:
+            check_output(output)
         rows = read_rows(file) if file is not None else [{"text": text} for text in texts or []]
-        task = run.task
-        missing = [column for column in task.source_columns if column not in rows[0]]
-        if missing and "text" not in rows[0]:
-            found = ", ".join(map(str, rows[0])) or "none"
-            raise ValueError(f"{source}: no column {', '.join(missing)} and no column text (found: {found})")
-        if missing and len(task.source_columns) == 1:
-            rows = [{missing[0]: row.get("text")} for row in rows]
-        elif missing:
-            task = local_task("{text}", list(task.label_words), max_length=task.max_length)
-        fitted = run.fit(rows, source, task)
-        labels = run.predict([row.ids for row in fitted], progress="predicting")
-    words = dict(enumerate(run.task.label_words))  # an answer that is no label is -1
-    predictions = [
-        {"text": row.text, "prediction": label if label in words else None, "word": words.get(label)}
-        for row, label in zip(fitted, labels)
-    ]
-    answer(json, predictions, *(f"{p['word'] or '(no label)'}\t{p['text']!r}" for p in predictions))
+        labelled = label_rows(open_run(run_dir, set_ or []), rows, str(file or "text"))
+        if output is not None:
+            write_rows(labelled, output)
+    left_out = sum(row[PREDICTION] is None for row in labelled)
+    if left_out:
+        print(f"{left_out:,} of {len(labelled):,} rows have no text or no label as their answer", file=sys.stderr)
+    if output is not None and not json:
+        answer(json, labelled, f"{len(labelled):,} rows in {output}")
+        return
+    lines = []
+    for row in labelled:
+        shares = " ".join(f"{name}={value:.3f}" for name, value in row.items() if name.startswith("p("))
+        text = row["text"] if "text" in row else {k: v for k, v in row.items() if k != PREDICTION and k[:2] != "p("}
+        lines.append("\t".join([row[PREDICTION] or "(no label)", shares, repr(text)]))
+    answer(json, labelled, *lines)

@@ -72,7 +72,7 @@ def train(
         return
     if dry_run:
         with quiet():
-            from ept.runs.report import run_summary, summary_table
+            from ept.runs.summary import run_summary, summary_table
             from ept.runs.train import prepare, with_data
 
             summary = run_summary(prepare(with_data(run_config)))
@@ -83,13 +83,13 @@ def train(
     with quiet():
         from torch.distributed.elastic.multiprocessing.errors import record
 
-        from ept.runs.report import results_table
+        from ept.runs.report import results_tables
         from ept.runs.train import train as train_run
 
         launched = record(train_run) if world_size() > 1 else train_run  # record: for the launcher's report
         results = launched(run_config, resume=resume, overwrite=overwrite, on_ready=_show)
     if results is not None and rank() == 0:
-        answer(json, results, results_table(results), f"saved in {run_config.output_dir}")
+        answer(json, results, *results_tables(results), f"saved in {run_config.output_dir}, with report.md")
 
 
 def free_folder(data: DataConfig) -> Path:
@@ -106,7 +106,7 @@ def _show(run: PreparedRun) -> None:
     """Shows on standard error what is going to be trained."""
     from rich.console import Console
 
-    from ept.runs.report import run_summary, summary_table
+    from ept.runs.summary import run_summary, summary_table
 
     Console(stderr=True).print(summary_table(run_summary(run), "training"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,9 @@ from .folder import PREFIX, MetricsLog, RunFolder, delete_surplus, read_seal, se
 
 if TYPE_CHECKING:
     from .trainer import PromptTrainer
+
+LINE_SECONDS = 30.0
+"""Without a terminal there is a line at least this often."""
 
 
 class Recorder(TrainerCallback):
@@ -89,7 +93,11 @@ class Recorder(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, score and remaining time on standard error; without a terminal, one line an evaluation."""
+    """A bar with loss, score and remaining time on standard error.
+
+    Without a terminal: a line an evaluation, and at least one in `LINE_SECONDS`. `note` is what an evaluation has to
+    say beside its score.
+    """
 
     def __init__(self, metric: str, shown: bool = True) -> None:
         self.metric = metric
@@ -99,13 +107,17 @@ class ProgressBar(TrainerCallback):
         described = TextColumn("{task.description}")
         self.bar = Progress(described, *columns, console=self.console, disable=not self.live)
         self.task = self.bar.add_task("training", total=None)
-        self.loss = self.score = ""
+        self.loss = self.score = self.note = ""
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.printed = self.started = time.monotonic()
+        self.first_step = state.global_step
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)
+        if not self.live and time.monotonic() - self.printed > LINE_SECONDS:
+            self._print(state)
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -113,8 +125,21 @@ class ProgressBar(TrainerCallback):
         if (score := logs.get(f"eval_{self.metric}")) is not None:
             self.score = f"{self.metric} {score:.3f}"
             if not self.live:
-                self.console.print(f"step {state.global_step}/{state.max_steps}  {self.loss}  {self.score}")
+                self._print(state, self.score, self.note)
+            elif self.note:
+                self._print(state, self.note)
         self.bar.update(self.task, description=f"training  {self.loss}  {self.score}")
+
+    def _print(self, state: TrainerState, *parts: str) -> None:
+        """Prints a line: where the run is, its last loss, `parts`, and the time that is left."""
+        self.printed = time.monotonic()
+        done, left = state.global_step - self.first_step, state.max_steps - state.global_step
+        remaining = ""
+        if done and left:
+            seconds = round((self.printed - self.started) / done * left)
+            remaining = f"{timedelta(seconds=seconds)} left"
+        line = "  ".join(filter(None, (f"step {state.global_step}/{state.max_steps}", self.loss, *parts, remaining)))
+        self.console.print(line, markup=False, highlight=False)
 
 
 class WholeCheckpoints(TrainerCallback):

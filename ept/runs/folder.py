@@ -39,7 +39,9 @@ class RunFolder:
         self.splits = path / SPLITS_FILE
         self.adapter = path / "adapter"
         self.results = path / "results.json"
+        self.report = path / "report.md"
         self.curve = path / "learning_curve.png"
+        self.confusion = path / "confusion.png"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
 
@@ -112,10 +114,10 @@ class RunFolder:
             self.results.unlink(missing_ok=True)
             for folder in (self.checkpoints, self.adapter, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
-            for file in (self.curve, self.metrics, self.splits, self.config):
+            for file in (self.report, self.curve, self.confusion, self.metrics, self.splits, self.config):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        for file in (self.config, self.metrics, self.splits, self.results, self.curve):
+        for file in (self.config, self.metrics, self.splits, self.results, self.report, self.curve, self.confusion):
             for half in self.path.glob(f".{file.name}.*.tmp"):  # of a run that was killed
                 half.unlink()
         write_atomically(self.config, config.to_yaml())

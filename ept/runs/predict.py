@@ -18,6 +18,7 @@ from ..tasks.encoding import TEXT_IDS, FittedText, encode_labels, fit_rows, pad
 from .adapters import load_trained
 from .config import RunConfig, load_run_config
 from .data import max_length_of, task_of
+from .evaluation import Answer, Evaluation
 from .folder import RunFolder
 from .loading import load_tokenizer, task_type_of
 from .processes import Processes
@@ -64,14 +65,18 @@ class Predictor:
         return fit_rows(task, rows, self.tokenizer, self.task_type, self.max_length, truncate=truncate, source=source)
 
     def predict(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[int]:
-        """Predicts the index in `labels` for each text's tokens; -1 where a generated answer is none of them.
+        """Predicts the index in `labels` for each text's tokens; -1 where a generated answer is none of them."""
+        return [answer.label for answer in self.answer(encoded, progress)]
+
+    def answer(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[Answer]:
+        """Answers each text's tokens, with the probability of each label where the answers are ranked.
 
         Args:
             progress: what to call the progress bar on standard error; None: there is none.
         """
         # Neighbours of like length need less padding.
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        size, console, own = self.config.training.eval_batch_size, Console(stderr=True), dict[int, int]()
+        size, console, own = self.config.training.eval_batch_size, Console(stderr=True), dict[int, Answer]()
         batches = self.processes.share([order[start : start + size] for start in range(0, len(order), size)])
         shows = progress is not None and self.processes.is_rank_zero and console.is_terminal
         was_training = self.model.training
@@ -82,30 +87,31 @@ class Predictor:
                     own.update(zip(batch, self.predict_batch([encoded[index] for index in batch])))
         finally:
             self.model.train(was_training)
-        found = {index: label for part in self.processes.gather(own) for index, label in part.items()}
+        found = {index: answer for part in self.processes.gather(own) for index, answer in part.items()}
         return [found[index] for index in range(len(encoded))]
 
-    def predict_batch(self, inputs: Sequence[list[int]]) -> list[int]:
-        """Predicts the labels of a few texts in one go."""
+    def predict_batch(self, inputs: Sequence[list[int]]) -> list[Answer]:
+        """Answers a few texts in one go."""
         if self.task_type == "SEQ_CLS":
             logits, values = self.model(**self._batch(inputs)).logits, self.task.values
             if not values:
-                return logits.argmax(-1).tolist()
-            return [self._nearest(number) for number in logits[:, 0].float().clamp(values[0], values[-1]).tolist()]
+                return _ranked(logits)
+            return [Answer(self._nearest(x)) for x in logits[:, 0].float().clamp(values[0], values[-1]).tolist()]
         if self.generates:
             longest = max(len(answer) for answer in self.answers)
             ids = self.model.generate(**self._batch(inputs), max_new_tokens=longest + 1, do_sample=False, num_beams=1)
             if self.task_type == "CAUSAL_LM":  # trained without an end token: what follows the label does not count
                 new = ids[:, max(len(text) for text in inputs) :].tolist()
-                return [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
-            found = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+                found = [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
+                return list(map(Answer, found))
+            texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
             index = {label: i for i, label in enumerate(self.labels)}
-            return [index.get(answer, self._nearest(answer)) for answer in found]
+            return [Answer(index.get(text, self._nearest(text))) for text in texts]
         if self.task_type == "CAUSAL_LM" and len({(*answer[:-1], len(answer)) for answer in self.answers}) == 1:
             # Labels that differ in their last token only: one forward ranks them all, what they share cancels.
             batch = self._batch(inputs, self.answers[0][:-1])
             logits = self.model(**batch, logits_to_keep=1).logits[:, -1]  # [B, vocabulary]
-            return logits[:, [answer[-1] for answer in self.answers]].argmax(-1).tolist()
+            return _ranked(logits[:, [answer[-1] for answer in self.answers]])
         likelihoods = []  # log p(answer | text) of each answer: [B]
         for answer in self.answers:
             target = torch.tensor(answer, device=self.model.device).repeat(len(inputs), 1)  # [B, k]
@@ -115,20 +121,26 @@ class Predictor:
                 logits = self.model(**self._batch(inputs, answer), logits_to_keep=len(answer) + 1).logits[:, :-1]
             each = logits.float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
             likelihoods.append(each.sum(-1))
-        return torch.stack(likelihoods, -1).argmax(-1).tolist()
+        return _ranked(torch.stack(likelihoods, -1))
 
     def score(self, split: Any, progress: str | None = None) -> dict[str, float]:
         """Computes the task's metrics on a split that `with_texts` has made, and the share of `unparsable` answers."""
-        predictions = self.predict(split[TEXT_IDS][:], progress)
+        return self.evaluate(split, progress).metrics
+
+    def evaluate(self, split: Any, progress: str | None = None) -> Evaluation:
+        """Answers the rows of a split that `with_texts` has made and scores the answers."""
+        answers, references = self.answer(split[TEXT_IDS][:], progress), split["label"][:]
+        predictions = [answer.label for answer in answers]
         scores = compute_metrics(
             self.task.metrics,
             predictions,
-            split["label"][:],
+            references,
             len(self.labels),
             values=self.task.values,
             groups=split[GROUP][:] if GROUP in split.column_names else None,
         )
-        return {**scores, "unparsable": predictions.count(UNPARSABLE) / max(len(predictions), 1)}
+        metrics = {**scores, "unparsable": predictions.count(UNPARSABLE) / max(len(predictions), 1)}
+        return Evaluation(metrics, answers, references, self.task.label_words, bool(self.task.values))
 
     def _batch(self, inputs: Sequence[list[int]], answer: Sequence[int] = ()) -> dict[str, torch.Tensor]:
         """Pads ids and mask; with an `answer` after each text, adds the mask of the text alone."""
@@ -145,6 +157,12 @@ class Predictor:
         """Finds the label of a regression nearest to a number; `UNPARSABLE` for anything else."""
         found = nearest_value(answer, self.task.values) if self.task.values else None
         return UNPARSABLE if found is None else found
+
+
+def _ranked(scores: torch.Tensor) -> list[Answer]:
+    """Takes the best of each row's scores, `[B, labels]` logits or log-likelihoods, with all as probabilities."""
+    chosen, probabilities = scores.argmax(-1).tolist(), scores.float().softmax(-1).tolist()
+    return [Answer(label, tuple(row)) for label, row in zip(chosen, probabilities)]
 
 
 def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> Predictor:

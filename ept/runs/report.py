@@ -1,84 +1,75 @@
-"""The report on a run: what is going to be trained, its learning curve and a table of its results."""
+"""The report on a run: a table in the terminal, and `report.md` with its figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
-from ..utils.messages import listed
+from ..utils.files import write_atomically
 from ..utils.plots import plot
-from ..utils.tables import properties
-from .data import describe
+from ..utils.tables import markdown, properties, table
+from .evaluation import Evaluation
+from .folder import RunFolder
 from .method_table import METHODS
 
-if TYPE_CHECKING:
-    from .train import PreparedRun
+MAX_MATRIX = 30  # labels of a confusion matrix that can still be read
 
 
-def run_summary(run: PreparedRun) -> dict[str, Any]:
-    """Describes what is going to be trained: data, labels, texts, method and parameters."""
-    config, task = run.config, run.task
-    adapter = run.model.active_peft_config.to_dict()
-    return {
-        "model": config.model.name_or_path,
-        "task": task.name,
-        "task_type": run.task_type,
-        "kind": "regression" if task.values else "classification",
-        "text_columns": list(task.columns),
-        "label_column": task.label_column,
-        "template": task.template,
-        "labels": list(run.labels),
-        "metric": task.metrics[0],
-        "metrics": list(task.metrics),
-        **describe(run.run_data.data),
-        "max_length": run.max_length,
-        "truncation_rate": run.run_data.truncation_rate,
-        "method": config.method.name,
-        "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
-        "adapter": {key: value for key, value in adapter.items() if value is not None},
-        "output_dir": config.output_dir,
-    }
+def write_report(
+    results: dict[str, Any],
+    evaluation: Evaluation,
+    texts: Sequence[str],
+    events: list[dict[str, Any]],
+    folder: RunFolder,
+) -> None:
+    """Writes `report.md`, the learning curve and, of a classification, the confusion matrix into a run's folder.
 
-
-def summary_table(summary: dict[str, Any], title: str) -> Table:
-    """Makes a table of what `run_summary` describes."""
-    labels = f"{summary['labels'][0]} .. {summary['labels'][-1]}, rounded to the nearest of {len(summary['labels'])}"
-    if summary["kind"] == "classification":
-        labels = f"{len(summary['labels'])}: {listed(map(repr, summary['labels']))}"
-    rows = [
-        ("model", f"{summary['model']} ({summary['task_type']})"),
-        ("text", f"{listed(summary['text_columns'])}, as {summary['template']!r}"),
-        ("label", f"{summary['label_column']}, {summary['kind']}"),
-        ("labels", labels),
-        ("metric", listed(summary["metrics"]) + (", the first decides" if len(summary["metrics"]) > 1 else "")),
-        ("rows", ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())),
-        *(("left out", f"{count:,} rows with {why}") for why, count in summary["left_out"].items()),
-        ("label balance", _shares(summary["label_balance"])),
-        ("majority class", f"{summary['metric']} {summary['majority']:.4f}"),
-        (f"texts cut to {summary['max_length']} tokens", _shares(summary["truncation_rate"])),
-        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
-        *([("folder", summary["output_dir"])] if summary["output_dir"] is not None else []),
-    ]
-    return properties(rows, f"{title}: {summary['method']} on {summary['task']}")
-
-
-def _shares(values: Mapping[str, float]) -> str:
-    return listed(f"{name} {share:.1%}" for name, share in values.items())
+    Args:
+        results: what `results.json` holds. evaluation, texts: the answers to the test split, and its texts. events: the
+            run's log.
+    """
+    learning_curve(results, events, folder.curve)
+    figures = [folder.curve]
+    if not evaluation.is_regression and len(evaluation.labels) <= MAX_MATRIX:
+        confusion_matrix(results, evaluation, folder.confusion)
+        figures.append(folder.confusion)
+    parts = [f"# {METHODS[results['method']].title} on {results['task']}"]
+    if results["verdict"]:
+        parts.append(f"**On test the model {results['verdict']}.**")
+    parts.append(markdown(("", "value"), _properties(results)))
+    if "by_label" in results:
+        parts += ["## By label", markdown(*_by_label(results))]
+    parts += [f"![{figure.stem.replace('_', ' ')}]({figure.name})" for figure in figures]
+    if mistakes := evaluation.confident_mistakes():
+        parts += ["## Most confident mistakes", markdown(*_mistakes(evaluation, mistakes, texts))]
+    name = folder.path.name
+    commands = [f"ept predict {name} 'a text'", f"ept evaluate {name}", f"ept export {name} --output exported"]
+    parts += ["## What next", "In the folder above this one:", "```sh\n" + "\n".join(commands) + "\n```"]
+    parts.append(
+        "To share the adapter, give away the folder `adapter`: `EPTModel.from_pretrained(base_model, folder)` loads it "
+        "and `push_to_hub` of the loaded model uploads it."
+    )
+    write_atomically(folder.report, "\n\n".join(parts) + "\n")
 
 
 def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: Path) -> None:
     """Draws training loss and validation score over the steps into a PNG, from the results and the log of a run.
 
-    The score of always answering the commonest label is a line, the scores on the test split are stars.
+    The score of always answering the commonest label is a line, the scores on the test split are stars. A verdict that
+    makes the scores worthless stands in the title.
     """
     from matplotlib.ticker import MaxNLocator
 
     metric, best_step = results["metric"], results["best_step"] or results["steps"]
     title = f"{METHODS[results['method']].title} on {results['task']}: {results['trainable_parameters']:,} parameters"
+    if results["verdict"]:
+        title += f". On test the model {results['verdict']}"
     test = [(step, results[key]) for step, key in ((0, "score_before"), (best_step, "score"))]
     test = [(step, score) for step, score in test if score is not None]
     losses = [(event["step"], event["loss"]) for event in events if "loss" in event]
@@ -103,8 +94,35 @@ def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: 
         lower.margins(y=0.15)
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """Makes a table of a run's results."""
+def confusion_matrix(results: dict[str, Any], evaluation: Evaluation, file: Path) -> None:
+    """Draws how often each label was answered to the rows of each, with their numbers, into a PNG."""
+    columns, counts = evaluation.confusion()
+    rows = list(evaluation.labels)
+    shares = np.array(counts) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
+    size = max(4.2, 1.5 + 0.6 * len(rows))
+    title = f"{METHODS[results['method']].title} on {results['task']}: answers on test"
+    with plot(file, title, width=size + 1, height=size, grid=False) as (axes,):
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 8 else 0)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xlabel("answer")
+        axes.set_ylabel("label")
+        for row, column in np.ndindex(shares.shape):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{counts[row][column]:,}", ha="center", va="center", color=colour)
+
+
+def results_tables(results: dict[str, Any]) -> list[Table | Text]:
+    """Makes what the terminal shows of a run's results."""
+    shown: list[Table | Text] = [properties(_properties(results), f"{results['method']} on {results['task']}", left=1)]
+    if "by_label" in results and len(results["by_label"]) <= MAX_MATRIX:
+        shown.append(table(*_by_label(results)))
+    if results["verdict"]:
+        shown.append(Text(f"On test the model {results['verdict']}.", "bold red"))
+    return shown
+
+
+def _properties(results: dict[str, Any]) -> list[tuple[str, str]]:
     metric = results["metric"]
     rows = []
     if results["score_before"] is not None:
@@ -113,8 +131,14 @@ def results_table(results: dict[str, Any]) -> Table:
     for name, value in results["test_metrics"].items():
         if name != metric and (name != "unparsable" or value > 0):
             rows.append((name, f"{value:.4f}"))
+    if (error := results.get("calibration_error")) is not None:
+        rows.append(("expected calibration error", f"{error:.4f}"))
     rows += [
         ("test rows", f"{results['rows']['test']:,}"),
+        (
+            "texts cut, train / test",
+            " / ".join(f"{results['truncation_rate'][name]:.1%}" for name in ("train", "test")),
+        ),
         ("parameters, trained / stored", f"{results['trainable_parameters']:,} / {results['stored_parameters']:,}"),
         ("steps (best at)", f"{results['steps']} ({results['best_step']})"),
         ("training time", f"{results['train_seconds']:.1f} s"),
@@ -122,5 +146,29 @@ def results_table(results: dict[str, Any]) -> Table:
     if results["step_time_ms"] is not None:
         rows.append(("median step", f"{results['step_time_ms']:.1f} ms"))
     memory = f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"
-    rows.append((f"peak memory ({results['peak_memory_kind']})", memory))
-    return properties(rows, f"{results['method']} on {results['task']}", left=1)
+    return [*rows, (f"peak memory ({results['peak_memory_kind']})", memory)]
+
+
+def _by_label(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    header = ["label", "rows", "answered", "precision", "recall", "F1"]
+    rows = [
+        [
+            name,
+            f"{found['rows']:,.0f}",
+            f"{results['answers'].get(name, 0.0):.1%}",
+            *(f"{found[key]:.3f}" for key in ("precision", "recall", "f1")),
+        ]
+        for name, found in results["by_label"].items()
+    ]
+    return header, rows
+
+
+def _mistakes(evaluation: Evaluation, places: Sequence[int], texts: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for place in places:
+        answer, right = evaluation.answers[place], evaluation.references[place]
+        assert answer.probabilities is not None
+        text = textwrap.shorten(texts[place], 200, placeholder=" …")
+        said = f"{evaluation.labels[answer.label]} ({answer.probabilities[answer.label]:.1%})"
+        rows.append([str(place + 1), text, evaluation.labels[right], said])
+    return ["test row", "text", "label", "answer"], rows

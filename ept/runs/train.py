@@ -25,7 +25,7 @@ from .folder import RunFolder, is_over, save_adapter
 from .loading import load_tokenizer, task_type_of
 from .predict import Predictor
 from .processes import Processes, join
-from .report import learning_curve
+from .report import write_report
 from .stop import StopSignals
 from .trainer import PromptTrainer
 
@@ -69,8 +69,8 @@ def train(
     """Trains, evaluates and saves a run into `config.output_dir`; returns what `results.json` holds.
 
     The folder gets `config.yaml`, `splits.json` (which rows are in which split), `metrics.jsonl`, `checkpoints/`,
-    `adapter/`, `results.json` and `learning_curve.png`. The best checkpoint by the task's first metric on the
-    validation split is the one that is saved and scored on the test split.
+    `adapter/`, `results.json`, and `report.md` with `learning_curve.png` and `confusion.png`. The best checkpoint by
+    the task's first metric on the validation split is the one that is saved and scored on the test split.
 
     Started by `torchrun` or `accelerate launch`, the ranks share the rows of each step and of each evaluation, and
     rank 0 writes. The weights are those of one process with as large a batch.
@@ -145,9 +145,10 @@ def _train(
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         memory, memory_kind = peak_memory()
         processes.from_rank_zero(lambda: save_adapter(run.model, folder.adapter))
-    after = run.score(run.run_data.data.test, progress="scoring the trained adapter")
+    evaluation = run.evaluate(run.run_data.data.test, progress="scoring the trained adapter")
 
     data, training = run.run_data.data, config.training
+    after, majority = evaluation.metrics, data.majority()
     metric, rows = data.task.metrics[0], training.batch_size * training.gradient_accumulation_steps
     results = {
         "method": config.method.name,
@@ -156,7 +157,9 @@ def _train(
         "metric": metric,
         "score": after[metric],
         "score_before": before.get(metric),
-        "majority": data.majority(),
+        "majority": majority,
+        "verdict": evaluation.verdict(majority),
+        **evaluation.summary(),
         "seed": config.seed,
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
@@ -179,7 +182,7 @@ def _train(
         "config": config.to_dict(),
     }
     if processes.is_rank_zero:
-        learning_curve(results, log.read(), folder.curve)
+        write_report(results, evaluation, data.test["text"], log.read(), folder)
         write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
     processes.leave()
     return results

@@ -18,6 +18,7 @@ from ..model.compilation import check_lengths
 from ..tasks.encoding import Collator, encode_split
 from .callbacks import ProgressBar, Recorder, WholeCheckpoints
 from .config import RunConfig
+from .failures import divergence_advice
 from .folder import MetricsLog, RunFolder
 from .loading import default_device
 from .method_table import METHODS
@@ -36,6 +37,8 @@ SAME_NAME = {
     *("max_grad_norm", "eval_steps", "logging_steps", "bf16", "fp16", "optim"),
 }
 FILLER_LABELS = "filler_labels"
+COLLAPSED_AFTER = 2
+"""Evaluations with one answer to all rows, after which a run is told what to change."""
 
 
 class PromptTrainer(Trainer):
@@ -59,6 +62,7 @@ class PromptTrainer(Trainer):
             answer_tokens=max(map(len, run.answers), default=0) if multiple is not None else 0,
             label_only_logits=training.label_only_logits,
         )
+        self.constant_evaluations = 0  # one after the other, with one answer to all rows
         self.progress = ProgressBar(data.task.metrics[0], shown=run.processes.is_rank_zero)
         super().__init__(
             model=run.model,
@@ -124,8 +128,14 @@ class PromptTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        scores = self.run.score(self.run.run_data.data.validation)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        evaluation = self.run.evaluate(self.run.run_data.data.validation)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
+        metrics[f"{metric_key_prefix}_largest_share"] = max(evaluation.shares.values())  # of the answers
+        self.constant_evaluations = self.constant_evaluations + 1 if evaluation.is_constant else 0
+        self.progress.note = evaluation.constancy() or ""
+        if self.constant_evaluations >= COLLAPSED_AFTER:
+            times = f"in {self.constant_evaluations} evaluations one after the other"
+            self.progress.note += f", {times}: {divergence_advice(self.run_config)}"
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -23,10 +23,11 @@ def plot(
     legend: str = "below",
     legend_columns: int = 3,
     dpi: int = 150,
+    grid: bool = True,
 ) -> Iterator[list[Any]]:
     """Yields the axes of a new figure, and writes the figure to `file` as a PNG at the end of the block.
 
-    All axes get a grid, and the figure one legend with every label once. Long titles are wrapped.
+    All axes get a `grid`, and the figure one legend with every label once. Long titles are wrapped.
 
     Args:
         panels: how many axes, in `columns` from left to right; in a single column they share the x axis.
@@ -36,14 +37,15 @@ def plot(
     from matplotlib.figure import Figure  # without pyplot, which keeps every figure and may look for a display
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.subplots(-(-panels // columns), columns, sharex=columns == 1, squeeze=False)
-    axes = list(grid.flat)
+    subplots = figure.subplots(-(-panels // columns), columns, sharex=columns == 1, squeeze=False)
+    axes = list(subplots.flat)
     for unused in axes[panels:]:
         unused.remove()
     yield axes[:panels]
     labelled: dict[str, Any] = {}
     for panel in axes[:panels]:
-        panel.grid(alpha=0.3)
+        if grid:
+            panel.grid(alpha=0.3)
         panel.set_axisbelow(True)
         panel.title.set_fontsize("medium")
         for handle, label in zip(*panel.get_legend_handles_labels()):

@@ -13,16 +13,17 @@ from tiny_runs import FAMILIES, run_config
 from typer.testing import CliRunner, Result
 
 from ept.cli.main import app
+from ept.tasks import read_rows
 
 GOOD, BAD = "the film was very good", "the long plot was awful"
 
 
-def ept(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def ept(*arguments: Any, input: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
 
 
-def succeed(*arguments: Any) -> Result:
-    result = ept(*arguments)
+def succeed(*arguments: Any, input: str | None = None) -> Result:
+    result = ept(*arguments, input=input)
     assert result.exit_code == 0, result.output
     return result
 
@@ -135,14 +136,40 @@ def test_evaluate_other_data(runs: dict[str, Path], data: Path, tmp_path: Path) 
 def test_predict(runs: dict[str, Path], tmp_path: Path, family: str) -> None:
     expected = ["positive", "negative"]
     found = as_json("predict", runs[family], GOOD, BAD)
-    assert [row["word"] for row in found] == expected
-    assert found[0] == {"text": f"sentence: {GOOD}", "prediction": 1, "word": "positive"}
+    assert [(row["text"], row["prediction"]) for row in found] == list(zip((GOOD, BAD), expected))
+    if family == "t5":  # which generates
+        assert set(found[0]) == {"text", "prediction"}
+    else:
+        assert found[0]["p(positive)"] > 0.5 > found[0]["p(negative)"]
+        assert found[0]["p(positive)"] + found[0]["p(negative)"] == pytest.approx(1)
     for column in ("sentence", "text"):
         file = tmp_path / f"{column}.jsonl"
         file.write_text("".join(json.dumps({column: text}) + "\n" for text in (GOOD, BAD)), encoding="utf-8")
-        assert as_json("predict", runs[family], "--file", file) == found
+        rows = as_json("predict", runs[family], "--file", file)
+        assert [{"text": row.pop(column), **row} for row in rows] == found
     lines = succeed("predict", runs[family], GOOD, BAD).stdout.splitlines()
     assert [line.partition("\t")[0] for line in lines] == expected
+    lines = succeed("predict", runs[family], "-", input=f"{GOOD}\n{BAD}\n").stdout.splitlines()
+    assert [line.partition("\t")[0] for line in lines] == expected
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_predict_keeps_every_row_and_column(runs: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Rows without text too; and a row's answer does not depend on those beside it."""
+    file, output = tmp_path / "rows.csv", tmp_path / f"out.{kind}"
+    file.write_text(f"id,sentence,note\n007,{GOOD},a\n008,,b\n009,{BAD},\n010, ,d\n", encoding="utf-8")
+    shown = succeed("predict", runs["bert"], "--file", file, "--output", output)
+    assert "4 rows in" in shown.stdout
+    assert "2 of 4 rows have no text" in shown.stderr
+    rows = read_rows(output)
+    assert [row["id"] for row in rows] == ["007", "008", "009", "010"]
+    assert [row["note"] or "" for row in rows] == ["a", "b", "", "d"]
+    assert [row["prediction"] or None for row in rows] == ["positive", None, "negative", None]
+    (alone,) = as_json("predict", runs["bert"], BAD)
+    assert float(rows[2]["p(negative)"]) == pytest.approx(alone["p(negative)"], abs=1e-5)
+    assert f"{output} exists: --overwrite replaces it" in refused("predict", runs["bert"], GOOD, "--output", output)
+    succeed("predict", runs["bert"], GOOD, "--output", output, "--overwrite")
+    assert len(read_rows(output)) == 1
 
 
 def test_bad_input_to_evaluate_and_predict(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -161,7 +188,10 @@ def test_bad_input_to_evaluate_and_predict(runs: dict[str, Path], tmp_path: Path
     assert "give either texts or --file" in refused("predict", run, GOOD, "--file", other)
     assert "the file is empty" in refused("predict", run, "--file", empty)
     assert "no column sentence and no column text (found: headline, label)" in refused("predict", run, "--file", other)
-    assert "empty text" in refused("predict", run, " ")
+    assert "unsupported suffix '.xls'" in refused("predict", run, GOOD, "--output", tmp_path / "out.xls")
+    taken = tmp_path / "taken.jsonl"
+    taken.write_text('{"text": "a", "prediction": 1}\n', encoding="utf-8")
+    assert "has a column 'prediction' already" in refused("predict", run, "--file", taken)
     long = " ".join([GOOD] * 5)
     assert "text, row 1: the text has" in refused("predict", run, long, "--set", "data.on_too_long=error")
 

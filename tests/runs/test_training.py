@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,8 @@ RESULT_KEYS = {
     "method", "model", "task", "metric", "score", "score_before", "majority", "seed", "steps", "best_step",
     "best_validation", "train_seconds", "step_time_ms", "peak_memory_bytes", "peak_memory_kind", "processes",
     "global_batch_size", "stored_parameters", "trainable_parameters", "test_metrics", "test_metrics_before", "rows",
-    "truncation_rate", "max_length", "versions", "hardware", "config",
+    "truncation_rate", "max_length", "versions", "hardware", "config", "verdict", "answers", "constant", "by_label",
+    "calibration_error",
 }  # fmt: skip
 
 
@@ -39,13 +41,33 @@ def test_a_run_learns_and_leaves_its_results(runs: dict[str, Path], family: str)
     assert results["rows"] == {"train": 96, "validation": 24, "test": 32}
     assert 0 < results["step_time_ms"] * 40 / 1e3 < results["train_seconds"]
     assert results["peak_memory_bytes"] > 2**20
-    with (runs[family] / "learning_curve.png").open("rb") as file:
-        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    for figure in ("learning_curve.png", "confusion.png"):
+        assert (runs[family] / figure).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (results["verdict"], results["constant"]) == (None, False)
+    assert results["by_label"]["negative"]["rows"] + results["by_label"]["positive"]["rows"] == 32
+    report = (runs[family] / "report.md").read_text(encoding="utf-8")
+    for part in ("| accuracy after training |", "| negative | 21 |", "![confusion]", f"ept predict {family} 'a text'"):
+        assert part in report
     saved = load_run_config(runs[family] / "config.yaml")
     assert saved.to_dict() == results["config"]
     assert {path.name for path in runs[family].iterdir()} == {
-        "config.yaml", "splits.json", "metrics.jsonl", "adapter", "results.json", "learning_curve.png", "checkpoints"
+        "config.yaml", "splits.json", "metrics.jsonl", "adapter", "results.json", "learning_curve.png", "confusion.png",
+        "report.md", "checkpoints",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [0, 500], ids=["no rate", "a rate far too high"])
+def test_a_run_that_learned_nothing_is_called_so(
+    configure: Configure, rate: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = (f"training.learning_rate={rate}", f"training.low_rank_learning_rate={rate}")
+    results = train(configure("llama", *rates, "training.eval_steps=5", "training.max_steps=20"))
+    shown = capsys.readouterr().err
+    if results["constant"]:
+        assert re.fullmatch(r"answers '(negative|positive)' to 100% of the rows", results["verdict"])
+        assert re.search(r"in \d evaluations one after the other: lower training\.learning_rate \(", shown)
+    else:
+        assert "is not above that of always giving the commonest label" in results["verdict"]
 
 
 def test_metrics_log(runs: dict[str, Path], family: str) -> None:

@@ -1,0 +1,134 @@
+"""What a model answered to a split: its scores, and what the scores alone do not show.
+
+A model that gives one answer to every row can have a good accuracy; here it is called by its name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..tasks import UNPARSABLE
+from ..tasks.metrics import CORRELATIONS
+
+CONSTANT_SHARE = 0.99
+"""A model that gives one answer to at least this share of the rows is called constant."""
+_NO_LABEL = "(no label)"
+_CALIBRATION_BINS = 10
+_CERTAINTY = 1.96  # standard errors of a score: 95 %
+
+
+class Answer(NamedTuple):
+    """The index of the label that a model chose for a text, -1 for none, and the probability of each label.
+
+    The probabilities are normalised over the labels. None: the answer was generated, or is a number.
+    """
+
+    label: int
+    probabilities: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The answers to the rows of a split, with the right ones.
+
+    `metrics` has the task's metrics, the first of which counts, and the share of `unparsable` answers; `labels` the
+    words of the labels.
+    """
+
+    metrics: dict[str, float]
+    answers: Sequence[Answer]
+    references: Sequence[int]
+    labels: Sequence[str]
+    is_regression: bool = False
+    shares: dict[str, float] = field(init=False)
+    """How often each label was answered, the commonest first."""
+
+    def __post_init__(self) -> None:
+        counts = Counter(self.labels[a.label] if a.label != UNPARSABLE else _NO_LABEL for a in self.answers)
+        object.__setattr__(self, "shares", {name: n / len(self.answers) for name, n in counts.most_common()})
+
+    @property
+    def is_constant(self) -> bool:
+        return max(self.shares.values()) >= CONSTANT_SHARE and len(set(self.references)) > 1
+
+    def constancy(self) -> str | None:
+        """Says in words that the model gives one answer whatever the text; None where it does not."""
+        name, share = next(iter(self.shares.items()))
+        return f"answers {name!r} to {share:.0%} of the rows" if self.is_constant else None
+
+    def verdict(self, majority: float) -> str | None:
+        """Says what makes the score worthless: one answer to all, or no more than the commonest label gives.
+
+        Args:
+            majority: the first metric of always giving the commonest train label on the same rows.
+        """
+        if (text := self.constancy()) is not None:
+            return text
+        name, score = next(iter(self.metrics.items()))
+        error = _CERTAINTY * standard_error(name, majority, len(self.answers))
+        if score > majority + error:
+            return None
+        return (
+            f"{name} {score:.3f} is not above that of always giving the commonest label, {majority:.3f}, by more than "
+            f"chance ({error:.3f} on {len(self.answers):,} rows)"
+        )
+
+    def by_label(self) -> dict[str, dict[str, float]]:
+        """Computes precision, recall, F1 and the number of rows of each label."""
+        from sklearn.metrics import precision_recall_fscore_support
+
+        numbers = precision_recall_fscore_support(
+            self.references, [a.label for a in self.answers], labels=range(len(self.labels)), zero_division=0.0
+        )
+        keys = ("precision", "recall", "f1", "rows")
+        return {name: dict(zip(keys, map(float, row))) for name, row in zip(self.labels, zip(*numbers))}
+
+    def confusion(self) -> tuple[list[str], list[list[int]]]:
+        """Counts the answers (columns, named) to the rows of each label (rows)."""
+        columns = [*range(len(self.labels)), *([UNPARSABLE] if self.metrics.get("unparsable") else [])]
+        pairs = Counter(zip(self.references, (a.label for a in self.answers)))
+        names = [self.labels[i] if i != UNPARSABLE else _NO_LABEL for i in columns]
+        return names, [[pairs[row, column] for column in columns] for row in range(len(self.labels))]
+
+    def confident_mistakes(self, count: int = 10) -> list[int]:
+        """Finds the rows that were answered wrongly with the highest probability, the worst first."""
+        wrong = [
+            (answer.probabilities[answer.label], place)
+            for place, (answer, right) in enumerate(zip(self.answers, self.references))
+            if answer.probabilities is not None and answer.label != right
+        ]
+        return [place for _, place in sorted(wrong, key=lambda pair: (-pair[0], pair[1]))[:count]]
+
+    def calibration_error(self) -> float | None:
+        """Computes the expected calibration error over ten bins of equal width; None without probabilities.
+
+        The mean distance between the probability of the answers in a bin and the share of them that is right, weighted
+        by their number (Naeini et al., 2015).
+        """
+        bins: dict[int, list[tuple[float, bool]]] = {}
+        for answer, right in zip(self.answers, self.references):
+            if answer.probabilities is None:
+                return None
+            p = answer.probabilities[answer.label]
+            bins.setdefault(min(int(p * _CALIBRATION_BINS), _CALIBRATION_BINS - 1), []).append(
+                (p, answer.label == right)
+            )
+        gaps = (abs(sum(p - is_right for p, is_right in found)) for found in bins.values())
+        return sum(gaps) / len(self.answers)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what `results.json` holds of it beside the metrics."""
+        found: dict[str, Any] = {"answers": self.shares, "constant": self.is_constant}
+        if not self.is_regression:
+            found.update(by_label=self.by_label(), calibration_error=self.calibration_error())
+        return found
+
+
+def standard_error(metric: str, score: float, rows: int) -> float:
+    """Estimates the standard error of a score on `rows`: binomial, of a correlation that of a correlation of zero."""
+    if metric in (*CORRELATIONS, "matthews_correlation"):
+        return max(rows, 1) ** -0.5
+    return (score * (1 - score) / max(rows, 1)) ** 0.5

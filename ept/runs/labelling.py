@@ -1,0 +1,99 @@
+"""Rows of a file labelled by a trained run: every column kept, the answer and its probabilities beside them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..tasks import local_task, render
+from ..tasks.rows import BlankText
+from ..utils.files import write_atomically
+from .predict import Predictor
+
+PREDICTION = "prediction"
+WRITERS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+def label_rows(run: Predictor, rows: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
+    """Labels rows: each as it is, with `prediction` and, where labels are ranked, `p(label)` for each of them.
+
+    Without the task's columns the column `text` serves: of a task with one column it goes into the template, of others
+    it is the whole input text. A row without text has None as its prediction, and so has an answer that is no label.
+
+    Raises:
+        ValueError: neither the task's columns nor `text` are there, or the rows have a column of the new ones' names.
+    """
+    task = run.task
+    given: list[Mapping[str, Any]] = list(rows)
+    missing = [column for column in task.source_columns if column not in rows[0]]
+    if missing and "text" not in rows[0]:
+        present = ", ".join(map(str, rows[0])) or "none"
+        raise ValueError(f"{source}: no column {', '.join(missing)} and no column text (found: {present})")
+    if missing and len(task.source_columns) == 1:
+        given = [{missing[0]: row.get("text")} for row in rows]
+    elif missing:
+        task = local_task("{text}", list(task.label_words), max_length=task.max_length)
+    labels = task.label_words
+    taken = {PREDICTION, *(f"p({label})" for label in labels)} & rows[0].keys()
+    if taken:
+        raise ValueError(f"{source} has a column {sorted(taken)[0]!r} already: rename it")
+    blank = {number for number, row in enumerate(given) if _is_blank(task, row)}
+    kept = [row for number, row in enumerate(given) if number not in blank]
+    answers = iter(run.answer([text.ids for text in run.fit(kept, source, task)], progress="predicting"))
+    labelled = []
+    for number, row in enumerate(rows):
+        found: dict[str, Any] = {PREDICTION: None}
+        if number not in blank:
+            label, probabilities = next(answers)
+            found[PREDICTION] = labels[label] if label >= 0 else None
+            found |= {f"p({name})": p for name, p in zip(labels, probabilities or ())}
+        labelled.append({**row, **found})
+    return labelled
+
+
+def _is_blank(task: Any, row: Mapping[str, Any]) -> bool:
+    try:
+        render(task, row)
+    except BlankText:
+        return True
+    except ValueError:  # which is told with its place where the rows are fitted
+        return False
+    return False
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Writes rows into a file of one of the kinds `WRITERS`; it appears whole or not at all.
+
+    A csv file has an empty field for None, and probabilities with six digits.
+    """
+    kind = file.suffix.lower()
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    if kind == ".parquet":
+        import pyarrow  # type: ignore[import-untyped]
+        from pyarrow import parquet
+
+        table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
+        write_atomically(file, lambda path: parquet.write_table(table, path))
+    elif kind in (".csv", ".tsv"):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, delimiter="\t" if kind == ".tsv" else ",", lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: f"{value:.6f}" if name.startswith("p(") else value for name, value in row.items()})
+        write_atomically(file, text.getvalue())
+    else:
+        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+        whole = "\n".join(lines) if kind == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]"
+        write_atomically(file, whole + "\n")
+
+
+def check_output(file: Path) -> None:
+    """Refuses a file that cannot be written as, before any work is done."""
+    if file.suffix.lower() not in WRITERS:
+        raise ValueError(f"{file}: unsupported suffix {file.suffix!r}: use one of {', '.join(WRITERS)}")
+    if not file.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{file}: there is no folder {file.absolute().parent}: make it first")

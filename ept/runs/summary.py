@@ -1,0 +1,66 @@
+"""What is going to be trained, in a dictionary and in a table, before it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from ..utils.messages import listed
+from ..utils.tables import properties
+from .data import describe
+
+if TYPE_CHECKING:
+    from .train import PreparedRun
+
+
+def run_summary(run: PreparedRun) -> dict[str, Any]:
+    """Describes what is going to be trained: data, labels, texts, method and parameters."""
+    config, task = run.config, run.task
+    adapter = run.model.active_peft_config.to_dict()
+    return {
+        "model": config.model.name_or_path,
+        "task": task.name,
+        "task_type": run.task_type,
+        "kind": "regression" if task.values else "classification",
+        "text_columns": list(task.columns),
+        "label_column": task.label_column,
+        "template": task.template,
+        "labels": list(run.labels),
+        "metric": task.metrics[0],
+        "metrics": list(task.metrics),
+        **describe(run.run_data.data),
+        "max_length": run.max_length,
+        "truncation_rate": run.run_data.truncation_rate,
+        "method": config.method.name,
+        "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
+        "adapter": {key: value for key, value in adapter.items() if value is not None},
+        "output_dir": config.output_dir,
+    }
+
+
+def summary_table(summary: dict[str, Any], title: str) -> Table:
+    """Makes a table of what `run_summary` describes."""
+    labels = f"{summary['labels'][0]} .. {summary['labels'][-1]}, rounded to the nearest of {len(summary['labels'])}"
+    if summary["kind"] == "classification":
+        labels = f"{len(summary['labels'])}: {listed(map(repr, summary['labels']))}"
+    rows = [
+        ("model", f"{summary['model']} ({summary['task_type']})"),
+        ("text", f"{listed(summary['text_columns'])}, as {summary['template']!r}"),
+        ("label", f"{summary['label_column']}, {summary['kind']}"),
+        ("labels", labels),
+        ("metric", listed(summary["metrics"]) + (", the first decides" if len(summary["metrics"]) > 1 else "")),
+        ("rows", ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())),
+        *(("left out", f"{count:,} rows with {why}") for why, count in summary["left_out"].items()),
+        ("label balance", _shares(summary["label_balance"])),
+        ("majority class", f"{summary['metric']} {summary['majority']:.4f}"),
+        (f"texts cut to {summary['max_length']} tokens", _shares(summary["truncation_rate"])),
+        ("trainable parameters", f"{summary['trainable_parameters']:,}"),
+        *([("folder", summary["output_dir"])] if summary["output_dir"] is not None else []),
+    ]
+    return properties(rows, f"{title}: {summary['method']} on {summary['task']}")
+
+
+def _shares(values: Mapping[str, float]) -> str:
+    return listed(f"{name} {share:.1%}" for name, share in values.items())

@@ -1,0 +1,85 @@
+"""What a score alone does not show: constant answers, chance, labels one by one, probabilities that mean nothing."""
+
+import math
+import random
+
+import pytest
+
+from ept.runs.evaluation import Answer, Evaluation, standard_error
+from ept.tasks import compute_metrics
+
+LABELS = ("no", "yes")
+
+
+def evaluation(answers, references, p=0.9, metric="accuracy", labels=LABELS):
+    found = [a if isinstance(a, Answer) else Answer(a, (p, 1 - p) if a == 0 else (1 - p, p)) for a in answers]
+    metrics = compute_metrics([metric], [a.label for a in found], references, len(labels))
+    unparsable = sum(a.label < 0 for a in found) / len(found)
+    return Evaluation({**metrics, "unparsable": unparsable}, found, references, labels)
+
+
+def test_one_answer_to_all_rows_is_named():
+    found = evaluation([0] * 100, [0] * 70 + [1] * 30)
+    assert found.verdict(0.7) == "answers 'no' to 100% of the rows"
+    assert (found.is_constant, found.shares) == (True, {"no": 1.0})
+    assert evaluation([Answer(-1)] * 10, [0, 1] * 5).constancy() == "answers '(no label)' to 100% of the rows"
+    assert evaluation([0] * 99 + [1], [0] * 99 + [1]).is_constant  # a share as good as all
+    assert not evaluation([0] * 9, [0] * 9).is_constant  # there is nothing else to answer
+    assert not evaluation([0] * 98 + [1] * 2, [0, 1] * 50).is_constant
+
+
+@pytest.mark.parametrize("right, worthless", [(310, True), (318, True), (340, False)])
+def test_a_score_within_chance_of_the_majority_is_worthless(right, worthless):
+    """Of 500 rows with 60 % of one label: two standard errors are 4.3 points."""
+    references = [0] * 300 + [1] * 200
+    answers = [*references[:right], *(1 - r for r in references[right:])]
+    random.Random(0).shuffle(pairs := list(zip(answers, references)))
+    found = evaluation(*map(list, zip(*pairs))).verdict(0.6)
+    assert (found is not None) == worthless
+    if worthless:
+        assert found == (
+            f"accuracy {right / 500:.3f} is not above that of always giving the commonest label, 0.600, by more than "
+            "chance (0.043 on 500 rows)"
+        )
+
+
+def test_shuffled_labels_are_no_better_than_the_majority():
+    chance = random.Random(1)
+    worthless = 0
+    for _ in range(100):
+        references = [int(chance.random() < 0.4) for _ in range(400)]
+        answers = [int(chance.random() < 0.4) for _ in range(400)]  # of the same shares, and nothing to do with them
+        worthless += (
+            evaluation(answers, references).verdict(max(references.count(0), references.count(1)) / 400) is not None
+        )
+    assert worthless == 100
+
+
+def test_matthews_correlation_has_the_error_of_no_correlation():
+    assert standard_error("matthews_correlation", 0.0, 400) == 0.05
+    assert evaluation([0, 1] * 50, [0, 1] * 50, metric="matthews_correlation").verdict(0.0) is None
+
+
+def test_labels_one_by_one():
+    found = evaluation([0, 0, 1, Answer(-1)], [0, 1, 1, 0])
+    assert found.by_label() == {
+        "no": {"precision": 0.5, "recall": 0.5, "f1": 0.5, "rows": 2},
+        "yes": {"precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "rows": 2},
+    }
+    assert found.confusion() == (["no", "yes", "(no label)"], [[1, 0, 1], [1, 1, 0]])
+    assert evaluation([0, 1], [0, 1]).confusion() == (["no", "yes"], [[1, 0], [0, 1]])
+
+
+def test_confident_mistakes_come_first():
+    answers = [Answer(0, (p, 1 - p)) for p in (0.6, 0.9, 0.99, 0.7)]
+    assert evaluation(answers, [1, 1, 0, 1]).confident_mistakes(2) == [1, 3]
+    assert evaluation([Answer(0)], [1]).confident_mistakes() == []
+
+
+def test_calibration_error():
+    assert evaluation([0] * 10, [0] * 9 + [1], p=0.9).calibration_error() == pytest.approx(0.0)
+    assert evaluation([0] * 10, [0] * 5 + [1] * 5, p=0.9).calibration_error() == pytest.approx(0.4)
+    mixed = [Answer(0, (0.95, 0.05))] * 4 + [Answer(1, (0.45, 0.55))] * 6
+    assert evaluation(mixed, [0, 0, 0, 1] + [1] * 6).calibration_error() == pytest.approx(0.4 * 0.2 + 0.6 * 0.45)
+    assert evaluation([Answer(0)], [0]).calibration_error() is None
+    assert not math.isnan(evaluation([Answer(0, (1.0, 0.0))], [0]).calibration_error())
