@@ -1,4 +1,4 @@
-"""What is going to be trained, in a dictionary and in a table, before it is."""
+"""The summary of a run before it is trained, as a dictionary and as a table."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_training_in_one_command(
     assert config["metric"] == results["config"]["data"]["metric"]
     assert as_json("evaluate", run)["metrics"] == results["test_metrics"]
     (row,) = as_json("predict", run, "the film was good")
-    assert row["word"] in (*config["label_words"], None)
+    assert row["prediction"] in (*config["label_words"], None)
     # The same once more goes to a folder of its own; a changed file is told.
     again = ept("train", name, "--model", models[family], "--steps", 1, "--method", "pt")
     assert f"saved in runs/{run.name}-2" in again.stdout

@@ -1,4 +1,4 @@
-"""What is read off rows: which columns are text and label, the labels' words and the metrics, and what is refused."""
+"""Columns, labels, words and metrics that are read off rows, and what is refused."""
 
 from __future__ import annotations
 
