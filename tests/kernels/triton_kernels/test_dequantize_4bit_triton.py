@@ -128,7 +128,9 @@ def test_two_runs_give_equal_bits(device):
     assert torch.equal(run(weight, F16), run(weight, F16))
 
 
-@pytest.mark.parametrize("config", [{"UNITS": 32, "ITERS": 1}, {"UNITS": 512, "ITERS": 3}, {"ITERS": 8}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{"UNITS": 32, "ITERS": 1}, {"UNITS": 512, "ITERS": 3, "num_warps": 8}, {"ITERS": 8}], ids=str
+)
 @pytest.mark.parametrize("problem", [PROBLEMS[3], PROBLEMS[9], PROBLEMS[16]], ids=lambda p: p.name)
 def test_any_launch_configuration_is_right(config, problem, device):
     """A tuner may choose any of them."""

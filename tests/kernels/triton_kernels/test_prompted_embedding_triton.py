@@ -189,7 +189,7 @@ def test_two_runs_give_equal_bits(adapters, device):
     "change",
     [
         {"BLOCK_T": 16, "BLOCK_M": 16, "ITERS": 1, "PROGRAMS": 1, "BLOCK_R": 32, "BLOCK_E": 64, "BLOCK_P": 2},
-        {"BLOCK_T": 64, "BLOCK_M": 128, "BLOCK_D": 32, "ITERS": 9, "BLOCK_N": 16, "BLOCK_P": 32},
+        {"BLOCK_T": 64, "BLOCK_M": 64, "BLOCK_D": 32, "ITERS": 9, "BLOCK_N": 16, "BLOCK_P": 32, "num_warps": 8},
         {"ITERS": 2, "STAGES": 1, "BLOCK_R": 64, "PROGRAMS": 9},
     ],
     ids=["small", "large", "runs of two"],

@@ -98,9 +98,12 @@ def prompted_embedding_kernel(
             o_m = i_tile * BLOCK_T + tl.arange(0, BLOCK_T)
             b_C = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             if RANK > 0:
-                o_r = tl.arange(0, RANK).to(tl.int64)
-                b_A = load_A(A, o_m.to(tl.int64), o_r, o_m < updated, r)  # [BLOCK_T, RANK]
-                b_C = scale * tl.dot(b_A, load_B(B, o_r, o_d, r, d), input_precision=PRECISION)
+                # At most 64 of the rank at a time: what operands are split into has to fit into registers.
+                STEP: tl.constexpr = RANK if RANK < 64 else 64
+                for start in tl.range(0, RANK, STEP, num_stages=1):
+                    o_r = (start + tl.arange(0, STEP)).to(tl.int64)
+                    b_A = load_A(A, o_m.to(tl.int64), o_r, o_m < updated, r)  # [BLOCK_T, STEP]
+                    b_C += scale * tl.dot(b_A, load_B(B, o_r, o_d, r, d), input_precision=PRECISION)
             i_b = first.to(tl.int64)
             o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & (first < last), other=-1).to(tl.int64)
             b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)

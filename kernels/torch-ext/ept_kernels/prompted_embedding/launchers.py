@@ -216,6 +216,8 @@ def heuristic(kernel: str, d: int, r: int = 0, dtype: torch.dtype = torch.bfloat
         config.update(BLOCK_M=32, BLOCK_D=32)
     elif "BLOCK_T" in config and dtype.itemsize > 2:
         config["BLOCK_D"] //= 2  # of a float32 table's rows half as many columns fill a tile
+        if kernel == "prompted_embedding":
+            config["num_warps"] = 4  # eight leave a thread too few registers for operands in three pieces
     return bounded(config, d, r)
 
 
