@@ -34,7 +34,7 @@ MAX_SIZE, MAX_SEED = 2**31 - 1, 2**63 - 1
 
 # The fields' values, for `__post_init__`.
 _CHOICES = {
-    "task_type": ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"),
+    "task_type": ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
     "space_activation": tuple(ACTIVATIONS),
     "space_gate": ("learned", "uniform"),
     "update": ("position", "token"),

@@ -114,3 +114,22 @@ def device_of(embedding: Any) -> torch.device:
     if (device := getattr(hook, "execution_device", None)) is not None:
         return torch.device(device)
     return torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device
+
+
+class ScaledEmbedding(nn.Module):
+    """The embedding module of a model that multiplies what it looks up, and not what it is given as embeddings."""
+
+    def __init__(self, embedding: Any, factor: float) -> None:
+        super().__init__()
+        self._embedding, self.factor = (embedding,), factor  # in a tuple: it is referred to, not owned
+
+    @property
+    def weight(self) -> Tensor:
+        return self._embedding[0].weight
+
+    @property
+    def num_embeddings(self) -> int:
+        return rows_of(self._embedding[0])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self._embedding[0](input_ids) * self.factor

@@ -115,7 +115,7 @@ def test_impossible_budget_names_the_smallest():
         ({"space_activation": "swish"}, "space_activation must be one of gelu, relu"),
         ({"prompt_tuning_init": "ZERO"}, "prompt_tuning_init must be one of SAMPLE_VOCAB"),
         ({"prompt_tuning_init": "TEXT"}, "needs prompt_tuning_init_text"),
-        ({"task_type": "TOKEN_CLS"}, "task_type must be one of SEQ_2_SEQ_LM"),
+        ({"task_type": "MULTIPLE_CHOICE"}, "task_type must be one of SEQ_2_SEQ_LM"),
     ],
     ids=str,
 )

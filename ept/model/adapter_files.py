@@ -27,7 +27,8 @@ from ..config import PEFT_TYPE, EPTConfig
 from ..embedding import embedding_width
 from ..utils.files import write_atomically
 from ..utils.messages import listed, reason, shown, shown_name
-from .base_model import head_shapes, infer_task_type, input_embedding, trained_heads
+from .base_model import head_shapes, input_embedding, trained_heads
+from .reading import TASKS_WITH_HEAD, infer_task_type
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -120,7 +121,7 @@ def read_adapter(
         )
     heads = config.modules_to_save
     if heads is None:
-        heads = trained_heads(model) if (config.task_type or infer_task_type(model)) == "SEQ_CLS" else []
+        heads = trained_heads(model) if (config.task_type or infer_task_type(model)) in TASKS_WITH_HEAD else []
     # Read before anything is made of the configuration, which may claim sizes that the weights do not have.
     return config, read_weights(folder, {**config.parameter_shapes(width), **head_shapes(model, heads)}, **hub)
 

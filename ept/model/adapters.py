@@ -17,19 +17,26 @@ from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from ..config import OUTPUT_FIELDS, PEFT_TYPE, EPTConfig
+from ..embedding import ScaledEmbedding, embedding_width
 from ..prompt import EPTLayer
 from ..utils.messages import shown
 from .adapter_files import SCALE_NAME, check_weights, read_adapter, read_config, read_weights, write_adapter
 from .adapter_lock import exclusive
-from .base_model import infer_task_type, input_embedding, set_mode, trained_heads, wrapped_heads
+from .base_model import input_embedding, set_mode, trained_heads, wrapped_heads
 from .mixed import follow_rows
 from .prompt_cache import PromptCache
+from .reading import TASKS_WITH_HEAD, BaseModelFacts, infer_task_type
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 # PEFT finds the code that names an adapter's state by the adapter's type.
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = EPTLayer
+
+_PEFT_SIZES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
 
 
 class ModelWithAdapters(PeftModel):
@@ -38,6 +45,7 @@ class ModelWithAdapters(PeftModel):
     base_model: Any
     prompt_encoder: nn.ModuleDict
     _adapters_disabled = False
+    _facts: BaseModelFacts
     _layer_options: dict[str, Any]
     _prompt_caches: dict[str, PromptCache]
 
@@ -108,7 +116,7 @@ class ModelWithAdapters(PeftModel):
         peft_config.task_type = task_type
         if self._layer_options.get("initialise", True) or peft_config.base_model_name_or_path is None:
             peft_config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
-        if task_type == "SEQ_CLS" and peft_config.modules_to_save is None:
+        if task_type in TASKS_WITH_HEAD and peft_config.modules_to_save is None:
             peft_config.modules_to_save = trained_heads(base)
         heads = peft_config.modules_to_save
         if heads and not any(part.endswith(tuple(heads)) for part, _ in base.named_modules()):
@@ -116,6 +124,13 @@ class ModelWithAdapters(PeftModel):
                 f"{type(base).__name__} has no module named {' or '.join(heads)}: change modules_to_save, or leave it "
                 "None in a configuration of its own"
             )
+        # PEFT looks for sizes under some names in the model's configuration; EPT needs the first, and measures it.
+        peft_config.token_dim = embedding_width(input_embedding(base))
+        sizes = base.config.to_dict()
+        sizes = {**sizes, **(sizes.get("text_config") or {}), **vars(base.config)}
+        for field, names in _PEFT_SIZES.items():
+            if getattr(peft_config, field) is None and not any(name in sizes for name in names):
+                setattr(peft_config, field, 1)
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
         super().add_adapter(adapter_name, peft_config, **kwargs)
         follow_rows(base)
@@ -286,13 +301,18 @@ class ModelWithAdapters(PeftModel):
         assert isinstance(layer, EPTLayer)
         return layer
 
+    def _embedding(self) -> nn.Module:
+        """Returns the module that embeds texts as the base model reads them."""
+        embedding, factor = input_embedding(self.base_model), self._facts.embedding_factor
+        return embedding if factor == 1.0 else ScaledEmbedding(embedding, factor)
+
     def _setup_prompt_encoder(self, adapter_name: str) -> None:
         """Makes the adapter's parameters; PEFT calls it in `add_adapter`."""
         if "prompt_encoder" not in self._modules:
             self.prompt_encoder = nn.ModuleDict()
             self.prompt_tokens: dict[str, Tensor] = {}
         config = self.peft_config[adapter_name]
-        layer = EPTLayer(config, input_embedding(self.base_model), **self._layer_options)
+        layer = EPTLayer(config, self._embedding(), **self._layer_options)
         config.token_dim = layer.d
         self.prompt_encoder[adapter_name] = layer
         self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)

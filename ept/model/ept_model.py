@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from ..config import EPTConfig
 from .adapter_lock import AdapterLock, shared
 from .adapters import ModelWithAdapters
-from .base_model import examine, freeze, infer_task_type, swap_4bit, with_forward_of, without_checkpointing
+from .base_model import freeze, swap_4bit, without_checkpointing
 from .compilation import compile_layers
 from .frozen import swap_frozen
 from .generation import GenerationOptions, bound_length, check_options, encoder_processors, infer_mask, start_of_text
 from .inputs import (
+    BaseInputs,
     cache_name,
     cached_length,
     call_inputs,
@@ -26,8 +27,11 @@ from .inputs import (
     length_of,
     shortened,
 )
+from .layout import moved
 from .mixed import BASE, heads_of_rows
+from .outputs import of_tokens, span_loss
 from .prompt_cache import cached_prompt, check_cacheable
+from .reading import examine, infer_task_type, with_forward_of
 from .texts import SeparateTexts, text_before_answer
 
 
@@ -126,7 +130,8 @@ class EPTModel(ModelWithAdapters):
             attention_mask: `[batch, n]`, nonzero at real tokens; None: all are real, and the base model gets no mask
                 either, so that it need not wait for an accelerator to learn that nothing is masked.
             labels: as for the base model, without the prompt: `[batch, n]` for CAUSAL_LM (−100 where there is none),
-                `[batch, m]` for SEQ_2_SEQ_LM, `[batch]` for SEQ_CLS.
+                `[batch, m]` for SEQ_2_SEQ_LM, `[batch]` for SEQ_CLS, `[batch, n]` for TOKEN_CLS. QUESTION_ANS takes
+                `start_positions` and `end_positions` `[batch]`, columns of the input.
             text_mask: CAUSAL_LM: `[batch, n]`, nonzero at input-text tokens, which get the low-rank update; by
                 default what precedes a label, or all real tokens where there are no labels. A row with labels in
                 several places, the answers of several turns, is read once for each.
@@ -139,7 +144,8 @@ class EPTModel(ModelWithAdapters):
                 mark several texts: each is read behind a prompt of its own.
 
         Returns:
-            The base model's output, `s` prompt tokens before each row.
+            The base model's output; for CAUSAL_LM with `s` prompt tokens before each row, for the other tasks with the
+            columns of the input.
 
         Raises:
             ValueError: shapes do not fit, a text is too long, or arguments exclude each other.
@@ -169,11 +175,10 @@ class EPTModel(ModelWithAdapters):
             text_mask = text_before_answer(labels, attention_mask)
             self._warn_without_text(labels, attention_mask)
         inputs = call_inputs(self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
-        if causal:
-            s = inputs["inputs_embeds"].shape[1] - length_of(input_ids, inputs_embeds)
-            labels = None if labels is None else extend(labels, s, -100)
-            if isinstance(logits_to_keep, Tensor):  # the text stands behind the prompt
-                logits_to_keep = torch.where(logits_to_keep < 0, logits_to_keep, logits_to_keep + s)
+        if labels is not None and self.active_peft_config.task_type in ("CAUSAL_LM", "TOKEN_CLS"):
+            labels = moved(extend(labels, inputs.s, -100), inputs.order)
+        if isinstance(logits_to_keep, Tensor):  # the text stands behind the prompt
+            logits_to_keep = torch.where(logits_to_keep < 0, logits_to_keep, logits_to_keep + inputs.s)
         with heads_of_rows(adapter_names):
             return self._call_base(inputs, labels, logits_to_keep, num_items_in_batch)
 
@@ -192,14 +197,15 @@ class EPTModel(ModelWithAdapters):
 
     def _call_base(
         self,
-        inputs: dict[str, Any],
+        inputs: BaseInputs,
         labels: Tensor | None,
         logits_to_keep: Tensor | int,
         num_items: Tensor | int | None,
     ) -> Any:
         """Calls the base model, with the loss divided by `num_items` and as many logits as asked for."""
         causal, arguments = self.active_peft_config.task_type == "CAUSAL_LM", self._facts.forward_arguments
-        if "logits_to_keep" in arguments and (isinstance(logits_to_keep, Tensor) or logits_to_keep):
+        asks_for_few = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
+        if asks_for_few and "logits_to_keep" in arguments and inputs.order is None:
             inputs["logits_to_keep"] = logits_to_keep
             labels = labels[:, -logits_to_keep:] if causal and labels is not None else labels
             logits_to_keep = 0
@@ -211,7 +217,10 @@ class EPTModel(ModelWithAdapters):
         as_tuple = not inputs.get("return_dict", getattr(config, "return_dict", True))
         if as_tuple:
             inputs["return_dict"] = True
-        output = self.base_model(**inputs)
+        span = [inputs.pop(name, None) for name in ("start_positions", "end_positions")]
+        output = of_tokens(self.base_model(**inputs), self.base_model, self._facts, inputs.order, inputs.s)
+        if span[0] is not None and span[1] is not None:
+            output["loss"] = span_loss(output, *span)
         if num_items is not None and labels is not None:
             weight = getattr(config.get_text_config(), "router_aux_loss_coef", 0.0)
             divide_loss(output, inputs["labels"], num_items, shifted=causal, auxiliary=weight)
@@ -282,8 +291,9 @@ class EPTModel(ModelWithAdapters):
             padded = mask is not None and not bool(mask[:, 0].all())
             check_cacheable(base, self._facts, options.given, padded)
         # A cached prompt stays first, with padding behind it.
-        generating = not use_prompt_cache
-        inputs = call_inputs(self, ids, mask, embeds, text_mask, adapter_names, options.given, generating=generating)
+        inputs = call_inputs(
+            self, ids, mask, embeds, text_mask, adapter_names, options.given, True, prompt_cache=use_prompt_cache
+        )
         encoder_processors(inputs, options, ids)
         if causal:
             n = length_of(ids, embeds)

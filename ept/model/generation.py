@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base_model import BaseModelFacts
 from .inputs import cached_length
+from .reading import BaseModelFacts
 
 _DRAFTS = "drafts tokens without the prompt, or counts the cache without it"
 _ELSEWHERE = "is code that transformers loads from elsewhere, and which knows of no prompt"

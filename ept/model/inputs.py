@@ -13,11 +13,32 @@ import torch
 from torch import Tensor
 
 from ..embedding import lookup, position_ids_of
-from .base_model import BaseModelFacts, input_embedding
+from .layout import APART, BESIDE, arrangement, moved, numbered
 from .mixed import embed_mixed
+from .reading import BaseModelFacts
 
 if TYPE_CHECKING:
     from .ept_model import EPTModel
+
+
+# Arguments with one entry a token, and what the prompt's rows get; None: what the first token has.
+_OF_TOKENS: dict[str, int | None] = {
+    "token_type_ids": 0,
+    "bbox": 0,  # as special tokens have it
+    "langs": None,
+    "global_attention_mask": 1,  # every token sees the prompt, however far it is
+    "shift_labels": -100,
+}
+# Arguments that have nothing to do with the input's tokens, and the beginnings of such names.
+_OTHERS = ("labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch", "logits_to_keep")
+_OTHER_PREFIXES = ("decoder_", "encoder_", "cross_", "output_", "past_", "cache", "head_mask", "mems", "state")
+
+
+class BaseInputs(dict[str, Any]):
+    """The base model's arguments; with the number of prompt rows, and the order of columns where texts were moved."""
+
+    s: int = 0
+    order: Tensor | None = None
 
 
 def call_inputs(
@@ -29,41 +50,47 @@ def call_inputs(
     adapter_names: Sequence[str] | None,
     kwargs: dict[str, Any],
     generating: bool = False,
-) -> dict[str, Any]:
+    prompt_cache: bool = False,
+) -> BaseInputs:
     """Makes the base model's arguments of those that `model` was called with.
 
     Tokens that follow a cache of prompt and text are generated ones: they get neither prompt nor update. Their mask
     covers text and new tokens, or prompt, text and new tokens. A forward call without a mask hands none on: to learn
     that nothing is masked, transformers would wait for an accelerator.
 
+    Args:
+        generating: for `generate`, of a causal model: padding goes before the prompt.
+        prompt_cache: the prompt stays first, since its keys and values are cached.
+
     Raises:
-        ValueError: the mask has another length, or the model cannot number that many positions.
+        ValueError: the mask has another length, the model cannot number that many positions or reads padding as text,
+            or an argument's entries cannot be told to follow the tokens.
     """
-    inputs = dict(kwargs)
+    inputs = BaseInputs(kwargs)
     positions = inputs.pop("position_ids", None)
     if positions is not None and not _counts_tokens(positions, attention_mask):
         warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
     if (encoded := inputs.get("encoder_outputs")) is not None:  # the encoder has run already, and has seen the prompt
         if attention_mask is not None:
-            inputs["attention_mask"] = extend(attention_mask, encoded[0].shape[1] - attention_mask.shape[1], 1)
+            mask = extend(attention_mask, s := encoded[0].shape[1] - attention_mask.shape[1], 1)
+            inputs["attention_mask"] = moved(mask, arrangement(mask, s, model._facts.padding or APART))
         return inputs
-    facts, embedding, layer = model._facts, input_embedding(model.base_model), model._layer()
+    facts, embedding, layer = model._facts, model._embedding(), model._layer()
     if cached := cached_length(facts, inputs):
         ids, table, ones = lookup(embedding, input_ids, inputs_embeds, None, layer.d)
         mask = extend(ones, cached, 1) if attention_mask is None else attention_mask
         s, new = layer.config.num_virtual_tokens, ids.shape[1]
         if mask.shape[1] == cached + new - s:
             mask = extend(mask, s, 1)
-            order = _beside_text_order(mask, s) if s and facts.prompt_beside_text else None
-            mask = mask if order is None else mask.gather(1, order)
+            mask = moved(mask, arrangement(mask, s, BESIDE))
         if mask.shape[1] != cached + new:
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens; with {cached} cached positions and {new} new tokens it "
                 f"must cover {cached + new - s} (text) or {cached + new} (prompt and text)"
             )
         inputs.update(inputs_embeds=table[ids], attention_mask=mask)
-        if "position_ids" in facts.forward_arguments:
-            inputs["position_ids"] = _model_positions(facts, mask)[:, -new:]
+        if facts.position_offset is not None and "position_ids" in facts.forward_arguments:
+            inputs["position_ids"] = numbered(mask, facts.position_offset)[:, -new:]
         return inputs
     if adapter_names is None:
         embeds, mask, _ = layer(
@@ -73,52 +100,73 @@ def call_inputs(
         ids, table, mask = lookup(embedding, input_ids, inputs_embeds, attention_mask, layer.d)
         layers: Any = dict(model.prompt_encoder.items())
         embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
-    s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
-    mixed = adapter_names is not None
-    return _with_prompt(facts, inputs, embeds, mask, s, generating, mixed, padded=mixed or attention_mask is not None)
+    inputs.s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
+    padding = facts.padding
+    if facts.task_type == "CAUSAL_LM" and (generating or prompt_cache):
+        padding = APART if prompt_cache else BESIDE if padding == BESIDE else None
+    is_padded = adapter_names is not None or attention_mask is not None
+    _with_prompt(type(model.base_model).__name__, facts, inputs, embeds, mask, padding, is_padded)
+    if generating and "attention_mask" in facts.forward_arguments:  # generate() counts from it
+        inputs.setdefault("attention_mask", mask)
+    return inputs
 
 
 def _with_prompt(
+    name: str,
     facts: BaseModelFacts,
-    inputs: dict[str, Any],
+    inputs: BaseInputs,
     embeds: Tensor,
     mask: Tensor,
-    s: int,
-    generating: bool,
-    mixed: bool,
-    padded: bool,
-) -> dict[str, Any]:
-    """Returns `inputs` with the embeddings `[batch, s + n, d]` of prompt and text, their mask and positions.
+    padding: str | None,
+    is_padded: bool,
+) -> None:
+    """Adds the embeddings `[batch, s + n, d]` of prompt and text to `inputs`, and puts their padding where it may be.
 
-    While `generating` padding always goes before the prompt; `mixed` prompts may be shorter than `s`, padded in front.
-    Where nothing can be `padded` a forward call gets no mask.
+    The mask, positions and what else has an entry a token follow. Where nothing is padded a call gets no mask.
     """
-    limit, length = facts.position_limit, embeds.shape[1]
+    limit, length, s = facts.position_limit, embeds.shape[1], inputs.s
     if limit is not None and length > limit:
         raise ValueError(
             f"{s} prompt tokens and {length - s} text tokens make {length} positions, the model has {limit}: "
             f"truncate the text to {limit - s} tokens"
         )
-    order = None  # Padding never stands between prompt and text where the model would notice.
-    if not padded:
-        pass
-    elif facts.pools_last or (mixed and (facts.classifies or "decoder_input_ids" in facts.forward_arguments)):
-        # All padding to one end: the last row is pooled, or the first one, or encoders count positions by index.
-        is_real = mask.bool().to(torch.int8)
-        order = torch.sort(is_real, dim=1, stable=True, descending=not facts.pools_last).indices
-    elif s and (generating or facts.prompt_beside_text):
-        order = _beside_text_order(mask, s)
-    if order is not None:
-        embeds, mask = torch.take_along_dim(embeds, order[..., None], dim=1), mask.gather(1, order)
+    order = None
+    if is_padded and padding is None:
+        if not bool(mask.all()):
+            raise ValueError(
+                f"{name} reads padding as if it were text, so that a row's result would depend on the others: give "
+                "rows of one length, or one row at a time"
+            )
+        is_padded = facts.needs_mask
+    elif is_padded and padding is not None:
+        order = arrangement(mask, s, padding)
+    embeds, mask = moved(embeds, order), moved(mask, order)
     inputs["inputs_embeds"] = embeds
-    if padded or generating:  # generate() counts from it
+    if is_padded or facts.needs_mask:
         inputs["attention_mask"] = mask
-    if "position_ids" in facts.forward_arguments:
-        inputs["position_ids"] = _model_positions(facts, mask)
-    if inputs.get("token_type_ids") is not None:
-        types = extend(inputs["token_type_ids"], s, 0)
-        inputs["token_type_ids"] = types if order is None else types.gather(1, order)
-    return inputs
+        if facts.position_offset is not None and "position_ids" in facts.forward_arguments:
+            inputs["position_ids"] = numbered(mask, facts.position_offset)
+    for key, value in list(inputs.items()):
+        if key in _OF_TOKENS and isinstance(value, Tensor):
+            fill = _OF_TOKENS[key]
+            front = value[:, :1].expand(-1, s, *value.shape[2:])
+            front = front if fill is None else torch.full_like(front, fill)
+            inputs[key] = moved(torch.cat([front, value], dim=1), order)
+        elif isinstance(value, Tensor) and key not in ("inputs_embeds", "attention_mask", "position_ids"):
+            _check_argument(key, value, facts, length - s)
+    if padding != BESIDE:  # which leaves texts in their columns
+        inputs.order = order
+
+
+def _check_argument(name: str, value: Tensor, facts: BaseModelFacts, n: int) -> None:
+    """Refuses a tensor that may have an entry for each of `n` tokens, of which it is not known how they go on."""
+    if name in _OTHERS or name.startswith(_OTHER_PREFIXES):
+        return
+    if name in facts.forward_arguments or n in value.shape[1:]:
+        raise ValueError(
+            f"{name} {list(value.shape)} cannot be passed on: it is not known what stands in it for the prompt's rows. "
+            "Leave it out, or use a model that needs none"
+        )
 
 
 def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
@@ -174,18 +222,3 @@ def _counts_tokens(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
     if real.dim() != 2 or real.shape[1] != position_ids.shape[1]:
         return False
     return bool(((position_ids == position_ids_of(real)) | ~real.bool()).all())
-
-
-def _beside_text_order(mask: Tensor, s: int) -> Tensor | None:
-    """Finds the order that moves padding between prompt and text before the prompt; None: there is none to move."""
-    leading = (mask[:, s:].cumsum(1) == 0).sum(1, keepdim=True)  # [batch, 1]
-    if mask.device.type == "cpu" and not bool(leading.any()):
-        return None
-    index = torch.arange(mask.shape[1], device=mask.device)
-    return torch.where(index < leading, index + s, torch.where(index < leading + s, index - leading, index))
-
-
-def _model_positions(facts: BaseModelFacts, mask: Tensor) -> Tensor:
-    """Numbers positions as the model does; RoBERTa's begin after its padding index, which padding keeps."""
-    positions, offset = position_ids_of(mask), facts.position_offset
-    return torch.where(mask.bool(), positions + offset, offset - 1) if offset else positions

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .base_model import BaseModelFacts
 from .inputs import cached_length
+from .reading import BaseModelFacts
 
 
 @dataclass
@@ -82,12 +82,12 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
     `padded` tells whether padding would stand between the prompt and the text.
     """
     name, config = type(model).__name__, model.config.get_text_config()
-    if getattr(model.config, "is_encoder_decoder", False):
+    if facts.task_type == "SEQ_2_SEQ_LM":
         raise ValueError(
             f"the prompt of {name} stands before the encoder's input, and changes with it: use_prompt_cache is for "
             "decoder-only models"
         )
-    if getattr(config, "use_bidirectional_attention", False):
+    if not facts.is_causal:
         raise ValueError(f"the prompt of {name} sees the text behind it: call generate without use_prompt_cache")
     rope = getattr(config, "rope_parameters", None) or {}  # for all layers, or for each kind of layer
     types = {str(e["rope_type"]) for e in (rope, *rope.values()) if isinstance(e, dict) and "rope_type" in e}
@@ -100,7 +100,7 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
         raise ValueError("use_cache=False and use_prompt_cache=True exclude each other: leave one out")
     if cached_length(facts, inputs):
         raise ValueError("past_key_values and use_prompt_cache=True exclude each other: leave one out")
-    if padded and facts.prompt_beside_text:
+    if padded and not facts.splits_prompt:
         raise ValueError(
             f"{name} counts positions by index or sees a window of them, and the cached prompt cannot move behind the "
             "padding of shorter rows: give rows of one length, or call generate without use_prompt_cache"

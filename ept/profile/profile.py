@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..model.base_model import infer_task_type
+from ..model.reading import infer_task_type
 from ..runs.loading import default_device, load_base_model, task_type_of
 from ..utils.environment import hardware, versions
 from .batches import Row, make_batches, random_rows
@@ -261,7 +261,7 @@ def _peak_memory(method: Method, batch: dict[str, Any], device: torch.device, tr
 
 def task_type_of_base(base: Any) -> str:
     """SEQ_2_SEQ_LM or CAUSAL_LM; ValueError for a model without a language-model head."""
-    if (task_type := infer_task_type(base)) == "SEQ_CLS":
+    if (task_type := infer_task_type(base)) not in ("SEQ_2_SEQ_LM", "CAUSAL_LM"):
         raise ValueError(
             f"cannot profile {type(base).__name__}: take an encoder-decoder, or a decoder with a language-model head"
         )

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..model.base_model import infer_task_type
+from ..model.reading import infer_task_type
 from .processes import is_cpu_requested, local_rank, world_size
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from ept.model.prompt_cache import PromptCache
 
 GREEDY = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 # Windowed attention, or positions by index: padding may not stand between prompt and text.
-ONLY_ONE_LENGTH = ["mistral", "gemma3", "bloom"]
+ONLY_ONE_LENGTH = ["mistral", "gemma3"]
 
 
 def inputs_for(name, lengths=(8, 3)):

@@ -10,11 +10,9 @@ import torch
 from tiny_models import FAMILIES, ONE_A_TASK, TASK_OF, adapted, make_batch
 from waits import Waits
 
-MASKS = "transformers.masking_utils."
-# Without a mask a decoder looks in its positions for several texts in one row, and asks once.
-WITHOUT_PADDING = {"llama": [f"{MASKS}find_packed_sequence_indices"], "t5": [], "bert": []}
+WITHOUT_PADDING = {"llama": [], "t5": [], "bert": []}
 # On a CPU it is looked whether there is anything to move; elsewhere it is moved.
-CPU_ONLY = {"ept.model.inputs._beside_text_order"}
+CPU_ONLY = {"ept.model.layout.arrangement"}
 
 
 def step_of(name: str, lengths: tuple[int, int], device: str = "cpu") -> tuple[Any, dict[str, Any]]:

@@ -1,0 +1,234 @@
+"""Every text class that transformers exports, as a tiny random model: with an adapter, right or refused.
+
+`python tests/model/classes.py --page docs/models.md` tries all of them and writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.auto import modeling_auto as auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ept import EPTConfig, get_ept_model
+from ept.model.miniature import ATTEMPTS, miniature
+from ept.model.reading import TOKEN_OUTPUTS
+
+KINDS = {
+    "causal language models": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "encoder-decoders": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "sequence classifiers": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "token classifiers": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "question answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "base models": auto.MODEL_MAPPING_NAMES,
+}
+_TEXT = {
+    model_type
+    for names in (
+        *list(KINDS.values())[:-1],
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
+    )
+    for model_type in names
+}
+# What a configuration needs beside its defaults, which alone make no model that runs.
+CHANGES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "esm": {
+        "vocab_size": 33,
+        "pad_token_id": 1,
+        "mask_token_id": 32,
+        "token_dropout": True,
+        "position_embedding_type": "rotary",
+    },
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+}
+TOLERANCE = 2e-4  # of the largest value
+VOCABULARY, SHORT, LONG = 24, 5, 9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of a trial: `pass`, `unpadded` (rows of one length only), `refused`, `unbuilt` or `wrong`."""
+
+    name: str
+    kind: str
+    result: str
+    detail: str = ""
+
+
+def text_classes() -> Iterator[tuple[str, str, str]]:
+    """Yields kind, model type and name of every class."""
+    seen = set()
+    for kind, names in KINDS.items():
+        for model_type, classes in names.items():
+            for name in (classes,) if isinstance(classes, str) else classes:
+                if name not in seen and (kind != "base models" or model_type in _TEXT):
+                    seen.add(name)
+                    yield kind, model_type, name
+
+
+def tiny(model_type: str, name: str, **changes: Any) -> Any:
+    """Makes a tiny random model of a class that reads ids; raises what it raises where that cannot be."""
+    model_class: Any = getattr(transformers, name)
+    config_class = getattr(model_class, "config_class", None) or CONFIG_MAPPING[model_type]
+    config = config_class(**{**CHANGES.get(model_type, {}), **changes})
+    errors: list[Exception] = []
+    for attempt in ATTEMPTS[:-1]:
+        try:
+            model: Any = miniature(model_class, config, *attempt)
+            with torch.no_grad():
+                model(**_inputs(model, torch.arange(4, 4 + SHORT)[None]))
+            return model
+        except Exception as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def attempt(kind: str, model_type: str, name: str) -> Outcome:
+    """Puts an adapter on a tiny model of the class, and compares."""
+    try:
+        bare = tiny(model_type, name)
+    except Exception as error:
+        return Outcome(name, kind, "unbuilt", _line(error))
+    texts = [torch.randint(4, VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)) for n in (SHORT, LONG)]
+    expected = _answers(bare, texts[0][None])
+    try:
+        model = get_ept_model(bare, EPTConfig.prompt_tuning(0)).eval()
+    except ValueError as error:
+        return Outcome(name, kind, "refused", _line(error))
+    if (worst := _difference(_answers(model, texts[0][None]), expected)) > TOLERANCE:
+        return Outcome(name, kind, "wrong", f"without prompt and update it is off by {worst:.1e}")
+    model.add_adapter("prompt", EPTConfig(num_virtual_tokens=3, r=2, max_length=LONG))
+    model.set_adapter("prompt")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.prompt_encoder["prompt"].parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.eval()
+    alone = [_answers(model, text[None]) for text in texts]
+    generates = model.active_peft_config.task_type == "CAUSAL_LM"
+    refusals, details = [], []
+    for side in ("left", "right"):
+        ids, mask = padded(texts, side)
+        try:
+            together = _answers(model, ids, mask)
+        except ValueError as error:
+            refusals.append(_line(error))
+            continue
+        for row, text in enumerate(texts):
+            own = {k: _row(v, row, len(text), side, k, model) for k, v in together.items()}
+            if (worst := _difference(own, alone[row])) > TOLERANCE:
+                return Outcome(name, kind, "wrong", f"padded on the {side} it is off by {worst:.1e}")
+    if generates:
+        try:
+            new = torch.cat([_generated(model, text[None], None) for text in texts])
+            if not torch.equal(_generated(model, *padded(texts, "left")), new):
+                return Outcome(name, kind, "wrong", "generates otherwise when padded")
+        except ValueError as error:
+            details.append(f"generate: {_line(error)}")
+    return Outcome(name, kind, "unpadded" if refusals else "pass", "; ".join([*refusals[:1], *details]))
+
+
+def padded(texts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Returns ids and mask `[2, n]` of texts padded on one side with an id that is also a word's."""
+    n = max(map(len, texts))
+    ids, mask = torch.full((len(texts), n), 4), torch.zeros(len(texts), n, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        place = slice(n - len(text), n) if side == "left" else slice(0, len(text))
+        ids[row, place], mask[row, place] = text, 1
+    return ids, mask
+
+
+def _inputs(model: Any, ids: Tensor) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.tensor([[5, 6]]).expand(len(ids), -1)
+    return inputs
+
+
+def _answers(model: Any, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    inputs = _inputs(model, ids)
+    if mask is not None:
+        inputs["attention_mask"] = mask
+    with torch.no_grad():
+        torch.manual_seed(0)
+        output = model(**inputs)
+    names = {name for names in TOKEN_OUTPUTS.values() for name in names}
+    found = {k: v for k, v in output.items() if k in names and isinstance(v, Tensor)}
+    if "start_logits" not in found and "logits" in found:
+        found = {"logits": found["logits"]}
+    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.task_type == "CAUSAL_LM":
+        found = {k: v[:, -ids.shape[1] :] for k, v in found.items()}
+    return found
+
+
+def _row(values: Tensor, row: int, length: int, side: str, name: str, model: Any) -> Tensor:
+    values = values[row : row + 1]
+    if name not in TOKEN_OUTPUTS.get(model.active_peft_config.task_type, ()):
+        return values
+    return values[:, -length:] if side == "left" else values[:, :length]
+
+
+def _generated(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
+    output = model.generate(ids, **({} if mask is None else {"attention_mask": mask}), **options)
+    return output[:, -3:]
+
+
+def _difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    worst = 0.0
+    for name, values in expected.items():
+        if actual[name].shape != values.shape:
+            return float("inf")
+        difference = float((actual[name] - values).abs().max()) / float(values.abs().max().clamp(min=1e-9))
+        worst = max(worst, difference if difference == difference else float("inf"))
+    return worst
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return text[0][:300]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="classes, or parts of their names; none: all")
+    parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument("--page", type=Path, help="the page to write")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    outcomes = []
+    for kind, model_type, name in text_classes():
+        if arguments.names and not any(part in name for part in arguments.names):
+            continue
+        if arguments.kind in (None, kind):
+            try:
+                outcomes.append(attempt(kind, model_type, name))
+            except Exception as error:
+                outcomes.append(Outcome(name, kind, "wrong", f"{type(error).__name__}: {_line(error)}"))
+            print(*(getattr(outcomes[-1], field) for field in ("name", "result", "detail")), flush=True)
+    print(dict(Counter(outcome.result for outcome in outcomes)))
+    sys.exit(any(outcome.result == "wrong" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    main()
