@@ -7,6 +7,7 @@ model (3), few-shot (4a), time and score against prompt length (4b), number of s
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,8 +172,15 @@ def _scores(file: Path, settings: Sequence[Setting], **options: Any) -> Iterator
     tasks = settings[0].tasks
     seeds = max(m.mean.n for m in settings[0].methods if m.mean)
     title = tasks[0] if len(tasks) == 1 else f"mean over {len(tasks)} tasks"
-    title += f", {seeds} seeds, bars: 95 % interval within 0 .. 100" if seeds > 1 else ", 1 seed"
+    title += (
+        f", {seeds} seeds, bars: 95 % interval within 0 .. 100"
+        if seeds > 1
+        else ", 1 seed, bars: 95 % interval of the test rows"
+    )
     with plot(file, title, legend="beside", **options) as panels:
         yield panels
+        majorities = {round(100 * statistics.fmean(s.majority.values()), 6) for s in settings if s.majority}
+        if len(majorities) == 1:  # else the settings have rows of their own
+            panels[0].axhline(*majorities, color="tab:gray", linestyle="--", label="commonest label always")
         panels[0].set_ylabel("score on test (%)")
         panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 102))

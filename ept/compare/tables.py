@@ -9,10 +9,11 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..runs.evaluation import standard_error
 from ..runs.folder import RunFolder
 from ..runs.method_table import METHODS
 from ..utils.files import write_atomically
@@ -32,24 +33,35 @@ Scores = Mapping[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Interval:
-    """Mean of `n` values and half the width of its 95 % interval by Student's t; None for a single value."""
+    """Mean of `n` values and half the width of its 95 % interval by Student's t.
+
+    Of a single value, a score on so many rows, the interval is that of the rows (`of_rows`); None where none is known.
+    """
 
     mean: float
     half_width: float | None
     n: int
+    of_rows: bool = False
 
     def text(self) -> str:
         """Formats it in percent, as papers print scores."""
-        return f"{100 * self.mean:.1f}" + ("" if self.half_width is None else f" ± {100 * self.half_width:.1f}")
+        if self.half_width is None:
+            return f"{100 * self.mean:.1f}"
+        return f"{100 * self.mean:.1f} ± {100 * self.half_width:.1f}" + (" (rows)" if self.of_rows else "")
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Computes mean and interval. Raises statistics.StatisticsError for no values."""
-    from scipy.stats import t
+def interval(values: Sequence[float], error: float | None = None) -> Interval:
+    """Computes mean and interval. Raises statistics.StatisticsError for no values.
+
+    Args:
+        error: standard error of a single value, by the rows it was scored on.
+    """
+    from scipy.stats import norm, t
 
     mean, n = statistics.fmean(values), len(values)
     if n < 2:
-        return Interval(mean, None, n)
+        half = None if error is None else float(norm.ppf((1 + CONFIDENCE) / 2)) * error
+        return Interval(mean, half, n, of_rows=half is not None)
     quantile = float(t.ppf((1 + CONFIDENCE) / 2, n - 1))
     return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(n), n)
 
@@ -98,6 +110,8 @@ class MethodSummary:
     scores: Scores
     step_time_ms: float | None
     learning_rates: dict[str, tuple[float, float]]
+    constant: int = 0
+    """How many of the runs ended with one answer to all rows."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +128,8 @@ class Setting:
     seeds: int
     rows: str
     """Metric and number of rows of each task, in words."""
+    majority: dict[str, float] = field(default_factory=dict)
+    """The score of always giving the commonest train label, by task, on the rows of the methods' scores."""
 
     @property
     def title(self) -> str:
@@ -134,7 +150,7 @@ def summarise(records: Sequence[Record]) -> list[Setting]:
             by_method.setdefault(record.run.method, []).append(record)
         methods = [_method(name, found, tasks) for name, found in by_method.items()]
         pairs = itertools.combinations(methods, 2)
-        tests = [paired_test(a.method, a.scores, b.method, b.scores) for b, a in pairs]
+        found_tests = (paired_test(a.method, a.scores, b.method, b.scores) for b, a in pairs)
         failed = [name for name in dict.fromkeys(record.run.method for record in group) if name not in by_method]
         rows = dict.fromkeys(
             f"{found['task']} ({found['metric']}): "
@@ -143,7 +159,9 @@ def summarise(records: Sequence[Record]) -> list[Setting]:
             if (found := record.outcome.results)
         )
         seeds = len({record.run.seed for record in group})
-        settings.append(Setting(sweep, value, tasks, methods, [*filter(None, tests)], failed, seeds, "; ".join(rows)))
+        majority = {record.run.task: found["majority"] for record in kept if (found := record.outcome.results)}
+        tests = [*filter(None, found_tests)]
+        settings.append(Setting(sweep, value, tasks, methods, tests, failed, seeds, "; ".join(rows), majority))
     return settings
 
 
@@ -153,6 +171,11 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
     by_task = {task: [score for (t, _), score in scores.items() if t == task] for task in tasks}
     seeds = [s for s in dict.fromkeys(seed for _, seed in scores) if all((task, s) in scores for task in tasks)]
     means = [statistics.fmean(scores[task, seed] for task in tasks) for seed in seeds]
+    errors: dict[tuple[str, int], float] = {
+        key: standard_error(found["metric"], found["score"], found["rows"]["test"]) for key, found in results.items()
+    }
+    by_rows = {task: next((error for (t, _), error in errors.items() if t == task), None) for task in tasks}
+    of_mean = math.hypot(*(errors[task, seed] for task in tasks for seed in seeds[:1])) / len(tasks)
     times = [found["step_time_ms"] for found in results.values() if found["step_time_ms"] is not None]
     adapter = RunFolder(records[0].outcome.folder).adapter / "adapter_config.json"
     saved, known = json.loads(adapter.read_text(encoding="utf-8")), METHODS[name].settable
@@ -161,11 +184,12 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
         stored=max(found["stored_parameters"] for found in results.values()),
         parameters=max(found["trainable_parameters"] for found in results.values()),
         sizes={size: saved[size] for size in SIZES if saved.get(size) and (size != "space_dim" or size in known)},
-        tasks={task: interval(values) for task, values in by_task.items() if values},
-        mean=interval(means) if means else None,
+        tasks={task: interval(values, by_rows[task]) for task, values in by_task.items() if values},
+        mean=interval(means, of_mean) if means else None,
         scores=scores,
         step_time_ms=statistics.median(times) if times else None,
         learning_rates={record.run.task: record.run.rates for record in records},
+        constant=sum(found["constant"] for found in results.values()),
     )
 
 
@@ -215,8 +239,9 @@ def markdown(records: Sequence[Record], settings: Sequence[Setting], command: st
         seeds = ", ".join(map(str, dict.fromkeys(record.run.seed for record in records)))
         about = (
             f"Scores are the task's first metric on the test split in percent, mean ± half of the 95 % interval (t) "
-            f"over the seeds {seeds}, all that finished. Learning rates are chosen on the validation split. The step "
-            f"time is a median and includes no evaluation. Versions: {versions}. Machine: {machine}."
+            f"over the seeds {seeds}, all that finished; of a single run (rows) that of its test rows. `one answer` "
+            f"counts the runs that gave one answer to all rows. Learning rates are chosen on the validation split. The "
+            f"step time is a median and includes no evaluation. Versions: {versions}. Machine: {machine}."
         )
     parts = ["# Comparison", f"```sh\n{command}\n```", about]
     for setting in settings:
@@ -253,7 +278,7 @@ def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
             return "failed"
         return found.text() + ("" if found.n == setting.seeds else f" ({found.n} of {setting.seeds} seeds)")
 
-    header = ["method", "stored", "trained", "sizes", *setting.tasks, "mean", "step (ms)"]
+    header = ["method", "stored", "trained", "sizes", *setting.tasks, "mean", "one answer", "step (ms)"]
     rows = [
         [
             METHODS[m.method].title,
@@ -262,11 +287,17 @@ def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
             " ".join(f"{SIZES[name]}={value}" for name, value in m.sizes.items()),
             *(cell(m.tasks.get(task)) for task in setting.tasks),
             cell(m.mean),
+            f"{m.constant} of {len(m.scores)}",
             "-" if m.step_time_ms is None else f"{m.step_time_ms:,.1f}",
         ]
         for m in setting.methods
     ]
-    rows += [[METHODS[name].title, "", "", "", *(["failed"] * (len(setting.tasks) + 1)), ""] for name in setting.failed]
+    failed = ["failed"] * (len(setting.tasks) + 1)
+    rows += [[METHODS[name].title, "", "", "", *failed, "", ""] for name in setting.failed]
+    if len(setting.majority) == len(setting.tasks):
+        shares = [setting.majority[task] for task in setting.tasks]
+        cells = [f"{100 * share:.1f}" for share in (*shares, statistics.fmean(shares))]
+        rows.append(["commonest label always", "0", "0", "", *cells, "", ""])
     return header, rows
 
 

@@ -20,6 +20,7 @@ def test_interval_of_known_values():
     assert interval([0.5, 0.5]).half_width == 0
     assert interval([0.9, 0.8]).text() == "85.0 ± 63.5"  # t(0.975, 1) = 12.7062, of 0.05
     assert interval([0.9]).text() == "90.0"
+    assert interval([0.9], 0.01).text() == "90.0 ± 2.0 (rows)"  # 1.96 standard errors
 
 
 def test_paired_test_of_known_values():
@@ -58,6 +59,7 @@ def record(
         "score": score,
         "best_validation": score,
         "majority": 0.5,
+        "constant": score == 0.5,
         "stored_parameters": parameters - 20,
         "trainable_parameters": parameters,
         "step_time_ms": step,
@@ -104,12 +106,23 @@ def test_summary(records):
 def test_table(records):
     base, swept = summarise(records)
     header, rows = scores_table(base)
-    assert header == ["method", "stored", "trained", "sizes", "glue/sst2", "super_glue/cb", "mean", "step (ms)"]
-    scores = ["65.0 ± 63.5", "50.0 (1 of 2 seeds)", "55.0 (1 of 2 seeds)"]
-    assert rows[0] == ["prompt tuning", "80", "100", "s=7 r=3", *scores, "5.0"]
+    assert header == [
+        "method",
+        "stored",
+        "trained",
+        "sizes",
+        "glue/sst2",
+        "super_glue/cb",
+        "mean",
+        "one answer",
+        "step (ms)",
+    ]
+    scores = ["65.0 ± 63.5", "50.0 ± 2.8 (rows) (1 of 2 seeds)", "55.0 ± 2.0 (rows) (1 of 2 seeds)"]
+    assert rows[0] == ["prompt tuning", "80", "100", "s=7 r=3", *scores, "1 of 3", "5.0"]
     assert rows[1][3] == "s=7 r=3 K=4 h=2"
-    assert rows[2] == ["PEFT LoRA", "", "", "", "failed", "failed", "failed", ""]
-    assert scores_table(swept)[1][0][4:7] == ["10.0", "failed", "failed"]
+    assert rows[2] == ["PEFT LoRA", "", "", "", "failed", "failed", "failed", "", ""]
+    assert scores_table(swept)[1][0][4:7] == ["10.0 ± 1.7 (rows)", "failed", "failed"]
+    assert rows[3] == ["commonest label always", "0", "0", "", "50.0", "50.0", "50.0", "", ""]
 
 
 def test_page_and_csv(records, tmp_path):
@@ -140,7 +153,7 @@ def test_for_machines(records):
     assert found["runs"] == 11
     assert [failure["error"] for failure in found["failed"]] == ["RuntimeError: out | of memory"] * 2
     half_width = pytest.approx(0.6353, abs=1e-4)
-    mean = {"mean": pytest.approx(0.75), "half_width": half_width, "n": 2}
+    mean = {"mean": pytest.approx(0.75), "half_width": half_width, "n": 2, "of_rows": False}
     assert found["settings"][0]["methods"][1]["mean"] == mean
 
 
