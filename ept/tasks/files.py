@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def read_text(path: Path, encoding: str | None = None, guess: bool = False) -> s
         line = content.count(b"\n", 0, error.start) + 1
         letters = [sign for sign in _decoded(content, "cp1252") or "" if sign.isalpha()]
         if guess and not encoding and 0 < sum(not sign.isascii() for sign in letters) <= MAX_ACCENTED * len(letters):
-            logger.warning("%s is not UTF-8 (line %d) and is read as cp1252: data.encoding names another", path, line)
+            _warn(f"{path} is not UTF-8 (line {line}) and is read as cp1252: data.encoding names another")
             return content.decode("cp1252")
         fitting = ", ".join(other for other in ENCODINGS if _decoded(content, other) is not None)
         byte = f"byte 0x{content[error.start]:02x} is not {name if encoding else 'UTF-8'}"
@@ -77,6 +78,12 @@ def read_text(path: Path, encoding: str | None = None, guess: bool = False) -> s
             f" (it may be {fitting})" if fitting else ""
         )
         raise ValueError(f"{path}, line {line}: {byte}: {remedy}") from error
+
+
+@cache
+def _warn(message: str) -> None:
+    """Warns once: a file may be read again."""
+    logger.warning("%s", message)
 
 
 def _decoded(content: bytes, encoding: str) -> str | None:

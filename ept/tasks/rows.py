@@ -146,6 +146,11 @@ def examples(
     for number, (row, key) in enumerate(zip(rows, keys), start=1):
         try:
             _check_columns(task, [task.label_column], row)
+            raw = row[task.label_column]
+            label = task.label_class(raw)
+            if label is None and is_missing(raw) and not strict:
+                left_out[UNLABELLED].append(number)
+                continue
             try:
                 fields = text_fields(task, row)
             except BlankText:
@@ -153,11 +158,6 @@ def examples(
                     raise
                 left_out[BLANK].append(number)
                 fields = dict.fromkeys(task.columns, "")
-            raw = row[task.label_column]
-            label = task.label_class(raw)
-            if label is None and is_missing(raw) and not strict:
-                left_out[UNLABELLED].append(number)
-                continue
             if label is None:
                 allowed = ", ".join(repr(raw) for raw, _ in task.label_map)
                 if task.values:
