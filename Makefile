@@ -20,7 +20,7 @@ RAY := ray==2.60.0
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test aot lint format ray bench gpu wheel clean tune local-kernel lowest fuzz nightly suite-against config-page
+.PHONY: help install demo test aot lint format ray bench gpu rehearse wheel clean tune local-kernel lowest fuzz nightly suite-against config-page
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -107,8 +107,11 @@ bench: $(VENV)/.demo ## a CPU record in under 5 minutes: operators, training ste
 	$(VENV)/bin/python -m benchmarks.run steps --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 120
 	$(VENV)/bin/python -m benchmarks.performance_page --results $(dir $(BENCH_OUTPUT))
 
-gpu: $(if $(VENV),$(VENV)/.demo) ## the report of one GPU in under 8 minutes; `make gpu VENV=` takes the python on the PATH
+gpu: $(if $(VENV),$(VENV)/.demo) ## the report of one GPU in nine minutes; `make gpu VENV=` takes the python on the PATH
 	$(if $(VENV),$(VENV)/bin/python,python3) benchmarks/gpu_report.py $(GPU_ARGS)
+
+rehearse: $(VENV)/.installed ## that report without a GPU: what it would run is compiled for sm_90, nothing is measured
+	$(VENV)/bin/python benchmarks/gpu_report.py --rehearse --output build/rehearsal.jsonl $(GPU_ARGS)
 
 config-page: $(VENV)/.installed ## docs/configuration.md, from the docstrings of the configuration
 	PYTHONPATH=tests/package $(VENV)/bin/python tests/package/configuration_page.py

@@ -1,136 +1,171 @@
-"""Checks on this device: the kernels' tests, and the 4-bit dequantisation under NVIDIA's memory checker.
+"""Checks on this device before anything is measured: its surroundings, and every operator once.
 
-compute-sanitizer --tool memcheck python -m benchmarks.checks     what the checker watches, at odd sizes
+python -m benchmarks.checks OPERATOR     small odd sizes of one operator: what a memory checker watches
+python -m benchmarks.checks              those of all operators
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import itertools
+import importlib.util
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import ept_kernels
-from ept_kernels.dev.problems import FourBit
+from ept_kernels.dev import problems
+from ept_kernels.dev.problems import FourBit, Problem, opcheck_problems
+from ept_kernels.dev.tune import Tunable, refusal
+from ept_kernels.library import launcher_of, reference_of
 
-from .record import ROOT, Row, Work
+from .processes import environment, run_command
+from .record import Row, Work
 
-# pytest's arguments by unit and table.
-TESTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "gpu": {"tests/kernels on the GPU": ("tests/kernels/triton_kernels",), "tests/marked gpu": ("-m", "gpu")},
-    "reduced": {"tests/reduced": ("--noconftest", "tests/benchmarks/test_bench_counts.py")},
-}
-TESTS_SECONDS, SANITIZER_SECONDS = 130.0, 25.0
-MIN_SECONDS = 10.0  # of a test run that begins late
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal a process gets when its parent ends
-
-SIZES = ((1, 1), (5, 67), (63, 100), (64, 64), (257, 1000), (1024, 1024))
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SANITIZER_SECONDS = 60.0
+OPTIONAL = ("bitsandbytes", "datasets", "liger_kernel", "pydantic", "pytest")  # without them something is skipped
+SMALL = FourBit(64, 128, (), operator="dequantize_4bit")  # of the kernel that the cache is tried with
 
 
-def works_of(table: str, device: str) -> list[Work]:
-    """Returns the test runs and the memory check as units of a record."""
-    deadline = time.monotonic() + TESTS_SECONDS
-    tests = TESTS.get(table, {}).items()
-    works = [Work(unit, functools.partial(run_tests, arguments, device, deadline)) for unit, arguments in tests]
-    return [*works, Work("sanitizer/dequantize_4bit", functools.partial(_sanitize, device))]
+def goal_problems() -> list[Problem]:
+    """Lists every operator with kernels at the sizes that the goals speak of, or of a known model."""
+    bf16 = torch.bfloat16
+    embedding = replace(problems.LLAMA_7B, r=30)
+    weight = FourBit(4096, 4096, (), dtype=bf16, operator="dequantize_4bit")
+    product = replace(weight, operator="matmul_4bit")
+    found: list[Problem] = [embedding, embedding.packed, embedding.backward]
+    found += [x for joint in (problems.T5_BASE_JOINT, problems.LLAMA_7B_JOINT) for x in (joint, joint.backward)]
+    found += [weight, replace(weight, rows=14336)]
+    found += [replace(product, tokens=(tokens,)) for tokens in (1, 16, 32, 64, 2048)]
+    found.append(replace(product.backward, tokens=(2048,)))
+    named = {problem.operator for problem in found}
+    others = (*problems.compiled_problems(), *opcheck_problems())
+    first = {problem.operator: problem for problem in reversed(others) if problem.operator not in named}
+    return [problem for problem in (*found, *first.values()) if launcher_of(problem.operator) is not None]
 
 
-def run_tests(arguments: Sequence[str], device: str, deadline: float) -> list[Row]:
-    """Returns the outcome of one pytest run."""
-    seconds = max(MIN_SECONDS, deadline - time.monotonic())
-    variables = environment(**({"EPT_KERNELS": "triton"} if device == "cuda" else {}))
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        row = run_command([sys.executable, "-m", "pytest", *options, *arguments], variables, seconds)
-        if report.exists():
-            suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
-            tests, failed, errors, skipped = (int(suite.get(n, 0)) for n in ("tests", "failures", "errors", "skipped"))
-            passed = tests - failed - errors - skipped
-            row["summary"] = f"{passed} passed, {failed + errors} failed, {skipped} skipped"
-    return [row]
+def environment_works(table: str, device: str) -> list[Work]:
+    """Returns the unit that describes machine and packages, and the one that tries the kernels' cache."""
+    works = [Work("environment", lambda: [describe(device)])]
+    return works if table == "reduced" else [*works, Work("cache", lambda: [try_cache(device)])]
 
 
-def _sanitize(device: str) -> list[Row]:
-    """Returns what compute-sanitizer says of reads and writes out of bounds."""
+def once_works(table: str, device: str) -> list[Work]:
+    """Returns every problem of `goal_problems` as a unit; those of one operator share a process and no other does."""
+    reduced = table == "reduced"
+    chosen = (
+        [problem for problem in opcheck_problems() if launcher_of(problem.operator)] if reduced else goal_problems()
+    )
+    compared = table != "rehearsal"
+    return [
+        Work(f"once/{problem.name}", lambda p=problem: [check(p, device, compared)], group=problem.operator)
+        for problem in chosen
+    ]
+
+
+def sanitizer_works(table: str, device: str) -> list[Work]:
+    """Returns every operator as a unit: small launches of it under NVIDIA's memory checker."""
+    operators = dict.fromkeys(problem.operator for problem in opcheck_problems() if launcher_of(problem.operator))
+    return [
+        Work(
+            f"sanitizer/{name}",
+            lambda name=name: [sanitize(name, table, device)],
+            group=name,
+            limit=2 * SANITIZER_SECONDS,
+        )
+        for name in operators
+    ]
+
+
+def describe(device: str) -> Row:
+    """Returns what a reader of the record may ask of the machine, and which packages are missing."""
+    row: Row = {
+        "missing": [name for name in OPTIONAL if importlib.util.find_spec(name) is None],
+        "tools": [name for name in ("compute-sanitizer", "ptxas", "nvcc", "make") if shutil.which(name)],
+        "triton_cache": os.environ.get("TRITON_CACHE_DIR", ""),
+        "processors": os.cpu_count(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties()
+        row |= {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
+        row |= {"capability": f"{properties.major}.{properties.minor}", "free_bytes": torch.cuda.mem_get_info()[0]}
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+        if shutil.which(query[0]):
+            row["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    missing = f"without {', '.join(row['missing'])}" if row["missing"] else "nothing is missing"
+    return {**row, "summary": f"{row['processors']} processors, {missing}"}
+
+
+def try_cache(device: str) -> Row:
+    """Launches one small kernel: a cache that came along has it, or nothing of that cache will be found."""
+    from triton import knobs
+
+    def files() -> int:
+        return sum(path.is_file() for path in Path(knobs.cache.dir).rglob("*"))
+
+    inputs, before, began = SMALL.inputs(device), files(), time.monotonic()
+    launcher: Any = launcher_of(SMALL.operator)
+    launcher(*inputs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds, new = time.monotonic() - began, files() - before
+    said = "the cache had it" if not new else f"compiled: the cache of {before} files did not have it"
+    return {"seconds": seconds, "files": before, "hit": not new, "summary": f"first kernel in {seconds:.2f} s, {said}"}
+
+
+def check(problem: Problem, device: str, compared: bool = True) -> Row:
+    """Runs the kernels of a problem once and, `compared`, holds each result against the reference in float64; on a CPU
+    the reference in the problem's own types.
+    """
+    row: Row = {"operator": problem.operator, "sizes": problem.sizes}
+    inputs, began = problem.inputs(device), time.monotonic()
+    run: Any = launcher_of(problem.operator) if device == "cuda" or not compared else reference_of(problem.operator)
+    run(*inputs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        row["first_call_seconds"] = time.monotonic() - began
+    if device == "cuda" and (
+        reason := refusal(Tunable("", (1,), {}, (), problem), {}, inputs, problem.expected(*inputs))
+    ):
+        return {**row, "status": "failed", "reason": reason}
+    return row
+
+
+def sanitize(operator: str, table: str, device: str) -> Row:
+    """Returns what compute-sanitizer says of reads and writes out of bounds; a rehearsal does without it."""
+    command = [sys.executable, "-m", "benchmarks.checks", operator]
     tool = shutil.which("compute-sanitizer")
-    if device != "cuda" or tool is None:
+    if table == "rehearsal":
+        command.append("--rehearse")
+    elif device != "cuda" or tool is None:
         lacks = "compute-sanitizer is not on the PATH" if device == "cuda" else "compute-sanitizer needs a GPU"
-        return [{"status": "skipped", "reason": lacks}]
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-m", "benchmarks.checks"]
+        return {"status": "skipped", "reason": lacks}
+    else:
+        command = [tool, "--tool", "memcheck", "--error-exitcode", "99", *command]
     # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
     variables = environment(EPT_KERNELS="triton", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return [{"tool": "compute-sanitizer memcheck", **run_command(command, variables, SANITIZER_SECONDS)}]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """Returns the variables of a process that finds this repository first and no network."""
-    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels/torch-ext"), os.environ.get("PYTHONPATH"))))
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **offline, **extra}
-
-
-def run_command(command: Sequence[str], variables: dict[str, str], seconds: float) -> Row:
-    """Returns `status` and `reason` of a command that should end with code 0 in time; its last lines if it did not."""
-    began = time.monotonic()
-    code, output = call(command, variables, seconds, capture=True)
-    row: Row = {"status": "failed", "reason": f"ended with code {code}", "seconds": time.monotonic() - began}
-    if code is None:
-        return {**row, "reason": f"not finished after {seconds:.0f} s", "timed_out": True}
-    if code == 0:
-        return {**row, "status": "ok", "reason": ""}
-    return {**row, "output": "\n".join(output.strip().splitlines()[-15:])}
-
-
-def call(
-    command: Sequence[str], variables: dict[str, str], seconds: float, capture: bool = False
-) -> tuple[int | None, str]:
-    """Returns exit code and output of a command; None where it took longer than `seconds`: then it and all that it
-    started are ended.
-    """
-    options: Row = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if capture else {}
-    if sys.platform == "linux":
-        # The child ends where its parent is killed, so that two runs never write to one record.
-        options["preexec_fn"] = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=variables, **options, text=True, errors="replace", start_new_session=True
-    )
-    try:
-        printed, _ = process.communicate(timeout=seconds)
-    except BaseException as error:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            return None, ""
-        raise
-    return process.returncode, printed or ""
+    return {"tool": "compute-sanitizer memcheck", **run_command(command, variables, SANITIZER_SECONDS)}
 
 
 def main() -> None:
-    """Dequantises at odd sizes and holds each result against the reference."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    schemes = list(itertools.product(SIZES, ("nf4", "fp4"), (False, True)))
-    for (rows, columns), quant_type, nested in schemes:
-        weight = FourBit(rows, columns, quant_type=quant_type, nested=nested).weight(device)
-        for dtype in DTYPES:
-            out = ept_kernels.dequantize_4bit(weight, dtype)
-            if not torch.equal(out, ept_kernels.dequantize_4bit_reference(weight, dtype)):
-                nesting = " nested" if nested else ""
-                raise SystemExit(f"{quant_type}{nesting} {rows}×{columns} {dtype}: differs from the reference")
-    checked = len(schemes) * len(DTYPES)
-    print(f"{checked} dequantisations equal the reference on {device}, run by {ept_kernels.backend(device)}")
+    arguments = sys.argv[1:]
+    rehearsed = "--rehearse" in arguments
+    if rehearsed:
+        from ept_kernels.dev import compile_only
+
+        compile_only.activate("sm_90")
+    device = "cuda" if torch.cuda.is_available() and not rehearsed else "cpu"
+    wanted = [problem for problem in opcheck_problems() if launcher_of(problem.operator)]
+    if names := [name for name in arguments if not name.startswith("--")]:
+        wanted = [problem for problem in wanted if problem.operator in names]
+    for problem in wanted:
+        if reason := check(problem, device, compared=not rehearsed).get("reason"):
+            raise SystemExit(f"{problem.name}: {reason}")
+    print(f"{len(wanted)} problems checked on {device}")
 
 
 if __name__ == "__main__":

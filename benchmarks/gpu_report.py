@@ -1,67 +1,134 @@
-"""The report of one GPU, in one command: tests, memory check, kernels against peers, training steps, goals.
+"""The report of one GPU, in one command: a plan of sections, each with its time, what must be known first at the top.
 
-    python benchmarks/gpu_report.py                            about eight minutes on one GPU
-    python benchmarks/gpu_report.py --device cpu --reduced     tiny sizes on a CPU: tests this code, measures nothing
+    python benchmarks/gpu_report.py                            nine minutes on one GPU
+    python benchmarks/gpu_report.py --minutes 4                as much of it as fits
+    python benchmarks/gpu_report.py --rehearse --output FILE   without a GPU: kernels are compiled, none runs
+    python benchmarks/gpu_report.py --device cpu --reduced --output FILE    tiny sizes, to test this code
 
-Every result is appended to `benchmarks/results/<device>/report.jsonl` as it is made. An interrupted report is
-continued by the same command; so is one whose time ran out. A record of other sources or versions is kept beside the
-new one. Needs no network, nor the project's own environment: any Python that has torch, triton, transformers, peft and
-pytest will do, and what is missing beside them is skipped, with the reason in the record.
+Every result is on the disk, in `benchmarks/results/<device>/report.jsonl`, as soon as it is known. Killed at any moment
+the record is a whole one, and the same command goes on with what it lacks for the same card, versions and sources; a
+record of others is kept beside the new one. Needs no network, nor the project's own environment: any Python that has
+torch, triton, transformers, peft and pytest will do; what is missing beside them is skipped, with the reason in the
+record.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels/torch-ext"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.checks import call, environment
-from benchmarks.record import RECORD_NAME, RESULTS, Record, Row, check_device, command_line, header
-from benchmarks.shapes import TABLES
-from benchmarks.tables import goal_table, markdown, option_table, reasons, step_table
+from benchmarks.processes import Job, environment, run_jobs
+from benchmarks.record import (
+    RECORD_NAME,
+    RESULTS,
+    Record,
+    Row,
+    check_device,
+    command_line,
+    header,
+    is_measured,
+    measured_with,
+)
+from benchmarks.run import complete, table_of, works_of
+from benchmarks.tables import check_table, goal_table, option_table, plan_table, reasons, step_table
 
-# Seconds of each suite; what is not reached is measured by the next run of the same command.
-BUDGETS = {"checks": 155.0, "kernels": 180.0, "steps": 110.0}
-GRACE = 45.0  # of a suite's last unit, which may have begun just in time
-TOTAL = 465.0  # of all suites with their graces: with the start and the tables, less than eight minutes
-MAX_RESTARTS = 20  # of a suite whose process died, which every unit survives twice
-
-
-def measure(record: Record, device: str, reduced: bool, scale: float = 1.0) -> None:
-    """Runs every suite in a process of its own, begun again where it died, as long as there is time."""
-    end = time.monotonic() + TOTAL * scale
-    for suite, budget in BUDGETS.items():
-        deadline = min(time.monotonic() + budget * scale, end)
-        for _ in range(MAX_RESTARTS):
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
-                break
-            limit = min(seconds + GRACE, end - time.monotonic())
-            command = [sys.executable, "-m", "benchmarks.run", suite, "--device", device, "--output", str(record.path)]
-            command += ["--as-is", "--seconds", f"{seconds:.0f}", *(["--reduced"] if reduced else [])]
-            code, _ = call(command, environment(), limit)
-            if code is None:
-                print(f"{suite}: stopped after {limit:.0f} s, in the middle of its last unit", flush=True)
-            if not code:
-                break
-            print(f"{suite}: the process ended with code {code}; going on without what it was at", flush=True)
+MINUTES = 9.0
+STARTS = 20  # of a section whose process died, which every unit survives twice
+RESERVE = 15.0  # seconds for the start and for the tables at the end
 
 
-def summary(results: list[Row], reduced: bool) -> str:
-    """Returns checks, steps, what is missing and goals. The kernels' table is long: see the page."""
-    checked = [row for row in results if row["section"] in ("tests", "sanitizer")]
-    checks = [[row["case"], row["status"], row.get("summary", row["reason"])] for row in checked]
-    measured = {row["case"] for row in results if row["section"] == "kernels"}
+@dataclass(frozen=True)
+class Section:
+    """A suite of `benchmarks.run` and its share of a plan of `MINUTES`.
+
+    Attributes:
+        seconds: its time; what an earlier section leaves is the next one's as well.
+        processes: at a time. grouped: every group of units has a process of its own, so that an illegal access of one
+            operator does not end the others; otherwise all units share one, and of tests every process takes a share.
+    """
+
+    suite: str
+    seconds: float
+    processes: int = 1
+    grouped: bool = False
+
+    @property
+    def at_once(self) -> int:
+        """Counts the processes on this machine: each has two processors, or is the only one."""
+        return max(1, min(self.processes, (os.cpu_count() or 1) // 2))
+
+    def groups(self, table: str, device: str) -> list[str]:
+        if self.grouped and table != "reduced":
+            return list(dict.fromkeys(work.group for work in works_of(self.suite, table, device)))
+        if self.processes > 1 and not self.grouped:
+            return [f"{share}/{self.at_once}" for share in range(1, self.at_once + 1)]
+        return [""]
+
+
+PLAN = (
+    Section("environment", 20),  # machine, packages, and whether the kernels' cache is one that this host can use
+    Section("once", 65, processes=8, grouped=True),  # each operator at the goals' sizes, against float64
+    Section("tests", 100, processes=8),
+    Section("sanitizer", 40, processes=8, grouped=True),
+    Section("ceilings", 15),
+    Section("goals", 90),
+    Section("tune", 80),
+    Section("steps", 90),
+    Section("rest", 40),
+)
+
+
+def measure(
+    record: Record, plan: Sequence[Section], device: str, options: Sequence[str], table: str, minutes: float
+) -> None:
+    """Runs the sections of `plan` one after another, each until its time is up, and notes how long each took."""
+    scale = max(60 * minutes - RESERVE, 0.0) / sum(section.seconds for section in plan)
+    due = time.monotonic()
+    about = {
+        "section": "plan",
+        "provider": "all",
+        **measured_with(device, "--reduced" in options, table == "rehearsal"),
+    }
+    for section in plan:
+        due += section.seconds * scale
+        ended, began = record.units()[1], time.monotonic()
+        groups = [g for g in section.groups(table, device) if complete(section.suite, g) not in ended]
+        jobs = [
+            Job(f"{section.suite} {g}".rstrip(), _command(record, section.suite, g, device, options, due), STARTS)
+            for g in groups
+        ]
+        left = run_jobs(jobs, section.at_once, due, environment())
+        seconds = time.monotonic() - began
+        row: Row = {"seconds": seconds, "box": section.seconds * scale, "left": left, "status": "ok", "reason": ""}
+        said = f"cut off: {', '.join(left)}" if left else "complete" if jobs else "complete before"
+        with record.unit(f"plan/{section.suite}") as add:
+            add({"case": f"plan/{section.suite}", **row, "summary": said, **about})
+        print(f"== {section.suite}: {seconds:.0f} s of {section.seconds * scale:.0f} s, {said}", flush=True)
+
+
+def _command(record: Record, suite: str, group: str, device: str, options: Sequence[str], due: float) -> list[str]:
+    seconds = max(0.0, due - time.monotonic())
+    command = [sys.executable, "-m", "benchmarks.run", suite, "--device", device, "--output", str(record.path)]
+    return [*command, "--as-is", "--seconds", f"{seconds:.0f}", *(["--group", group] if group else []), *options]
+
+
+def summary(results: list[Row]) -> str:
+    """Returns the plan, checks, steps, what is missing and goals. The kernels' table is long: see the page."""
+    measures = all(map(is_measured, results))
     parts = [
-        "REDUCED: tiny sizes, no figure below means anything" if reduced else "",
-        markdown(["check", "status", "result"], checks),
-        f"kernels: {len(measured)} of {len(TABLES['reduced' if reduced else 'gpu']())} cases measured",
+        "" if measures else "NOTHING IS MEASURED: reduced sizes or a rehearsal, no figure below means anything",
+        plan_table(results),
+        check_table(results),
         step_table(results),
         option_table(results),
         "\n".join(f"* {line}" for line in reasons(results)),
@@ -72,26 +139,37 @@ def summary(results: list[Row], reduced: bool) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"for all sections together (default {MINUTES:g})"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--reduced", action="store_true", help="tiny sizes; needed with --device cpu")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: compile for sm_90, run no kernel")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", choices=[section.suite for section in PLAN])
     parser.add_argument("--output", type=Path, help="the record; default benchmarks/results/<device>/report.jsonl")
     parser.add_argument("--fresh", action="store_true", help="begin a new record instead of continuing the old one")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor of every suite's time")
     arguments = parser.parse_args()
-    if arguments.device == "cpu" and not arguments.reduced:
+    device = "cpu" if arguments.rehearse else arguments.device
+    if device == "cpu" and not (arguments.reduced or arguments.rehearse):
         parser.error("--device cpu goes with --reduced; `make bench` measures the CPU subset")
-    if arguments.reduced and arguments.output is None:
-        parser.error("--reduced needs --output: its figures mean nothing and belong beside no real ones")
-    check_device(arguments.device)
-    head = header(command_line("benchmarks/gpu_report.py", sys.argv[1:]), arguments.device, arguments.reduced)
+    if (arguments.reduced or arguments.rehearse) and arguments.output is None:
+        parser.error(
+            "--reduced and --rehearse need --output: their figures mean nothing and belong beside no real ones"
+        )
+    check_device(device)
+    command = command_line("benchmarks/gpu_report.py", sys.argv[1:])
+    head = header(command, device, arguments.reduced, arguments.rehearse)
     folder = re.sub(r"[^a-z0-9]+", "-", head["device"].lower()).strip("-")
     output = arguments.output or RESULTS / folder / RECORD_NAME
     if arguments.fresh:
         output.unlink(missing_ok=True)
     record = Record.resume(output.resolve(), head)
-    measure(record, arguments.device, arguments.reduced, arguments.scale)
+    options = [option for option in ("--reduced", "--rehearse") if option in sys.argv]
+    table = table_of(device, arguments.reduced, arguments.rehearse)
+    plan = [section for section in PLAN if arguments.only is None or section.suite in arguments.only]
+    measure(record, plan, device, options, table, arguments.minutes)
     results = record.results()
-    print(f"\n{summary(results, arguments.reduced)}\n\nrecord: {output}")
+    print(f"\n{summary(results)}\n\nrecord: {output}")
     return 1 if any(row["status"] == "failed" for row in results) else 0
 
 

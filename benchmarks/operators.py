@@ -14,20 +14,58 @@ from ept_kernels import launch
 from ept_kernels.dev.problems import as_tuple
 
 from .problems import Prepared, prepare
-from .record import Row, Work
-from .shapes import OURS, OURS_AGAIN, PRODUCTS, TABLES, Case
+from .record import Row, Work, is_device_broken
+from .shapes import COMPILED, COPY, GOAL_CASES, OURS, OURS_AGAIN, PRODUCTS, TABLES, Case
 from .timing import Call, Clock, DeviceClock, device_launches, peak_bytes, time_in_turn
 
 CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # timing of one version of one case
+OK: Row = {"status": "ok", "reason": ""}
+GOAL_IDS = {case.id for case in GOAL_CASES}
 
 
 def works_of(table: str, device: str) -> list[Work]:
     """Returns the ceilings and every case of `table` (`gpu`, `cpu` or `reduced`) as units of a record."""
-    works = [
-        Work(f"kernels/{case.id}", lambda case=case: prepare_and_measure(case, table, device)[1], described(case))
-        for case in TABLES[table]()
-    ]
-    return [Work("ceilings", lambda: measure_ceilings(table, device)[1]), *works]
+    return [*ceiling_works(table, device), *(_work(case, table, device) for case in TABLES[table]())]
+
+
+def ceiling_works(table: str, device: str) -> list[Work]:
+    return [Work("ceilings", lambda: measure_ceilings(table, device)[1])] if table != "rehearsal" else []
+
+
+def goal_works(table: str, device: str) -> list[Work]:
+    """Returns the cases that goals speak of, beside peers that need no compiling."""
+    cases = [case for case in TABLES[table]() if _has_goal(case, table)]
+    return [_work(case.without(COMPILED), table, device) for case in cases]
+
+
+def rest_works(table: str, device: str) -> list[Work]:
+    """Returns the goals' cases once more beside compiled peers, and all others."""
+    cases = TABLES[table]()
+    again = [case for case in cases if _has_goal(case, table) and COMPILED in case.providers]
+    others = [case for case in cases if not _has_goal(case, table)]
+    compiled = [_work(case, table, device, "compiled") for case in again]
+    return [*compiled, *(_work(case, table, device) for case in others)] if table != "rehearsal" else []
+
+
+def _has_goal(case: Case, table: str) -> bool:
+    """Of the reduced cases the first of each kernel stands for those with a goal."""
+    if table == "reduced":
+        return case == next(other for other in TABLES[table]() if other.kernel == case.kernel)
+    return case.id in GOAL_IDS
+
+
+def _work(case: Case, table: str, device: str, section: str = "kernels") -> Work:
+    measure = rehearse if table == "rehearsal" else lambda *how: prepare_and_measure(*how)[1]
+    return Work(f"{section}/{case.id}", lambda: measure(case, table, device), described(case), limit=90)
+
+
+def rehearse(case: Case, table: str, device: str) -> Iterator[Row]:
+    """Makes the inputs and launches our version, which is compiled and does not run."""
+    prepared, before = prepare(case.only(OURS), device), launch.launches()
+    for provider, call in prepared.calls.items():
+        call(0)
+        yield {"provider": provider, "backend": "triton", "launches": launch.launches() - before}
+    yield from ({"provider": p, "status": "skipped", "reason": reason} for p, reason in prepared.skipped.items())
 
 
 def prepare_and_measure(case: Case, table: str, device: str) -> tuple[Prepared, Iterator[Row]]:
@@ -98,7 +136,7 @@ def measure(case: Case, prepared: Prepared, device: str, seconds: float, ceiling
         rows[provider]["reason"] = reason
     expected = as_tuple(prepared.reference())
     for provider, call in prepared.calls.items():
-        rows[provider].update(_check(provider, call, expected, prepared))
+        rows[provider].update(OK if provider == COPY else _check(provider, call, expected, prepared))
     del expected
     right = {name: call for name, call in prepared.calls.items() if rows[name]["status"] == "ok"}
     timings = time_in_turn(right, clock_of(device), sets=prepared.sets, seconds=seconds) if right else {}
@@ -119,8 +157,10 @@ def measure(case: Case, prepared: Prepared, device: str, seconds: float, ceiling
                 "bytes_per_second": ceilings.bytes_per_second,
                 "operations_per_second": ceilings.operations_per_second[case.dtype],
             },
-            "peak_bytes": peak_bytes(call, device),
+            "peak_bytes": peak_bytes(call, device) if provider != COPY else 0,
         }
+        if COPY in timings:
+            row["fraction_of_own_copy"] = timings[COPY].median / timing.median
         if provider in (OURS, OURS_AGAIN):  # what really ran: a kernel of ours was launched, or not
             before = launch.launches()
             call(0)
@@ -137,7 +177,7 @@ def _check(provider: str, call: Call, expected: tuple[torch.Tensor, ...], prepar
     try:
         outputs = as_tuple(call(0))
         error = max(relative_error(out, ref) for out, ref in zip(outputs, expected))
-        found: Row = {"status": "ok", "reason": "", "relative_error": error, "tolerance": prepared.tolerance}
+        found: Row = {**OK, "relative_error": error, "tolerance": prepared.tolerance}
         if not error <= prepared.tolerance:
             limit = f"the tolerance is {prepared.tolerance:.1e}"
             found.update(status="failed", reason=f"relative error {error:.1e} against the reference, {limit}")
@@ -148,8 +188,8 @@ def _check(provider: str, call: Call, expected: tuple[torch.Tensor, ...], prepar
                 found[f"bit_equal_to_{peer}"] = equal(outputs, as_tuple(prepared.calls[peer](0)))
         return found
     except Exception as error:  # a version that raises is a result; the others are still measured
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # raises where the error broke the device's context: then this process must end
+        if is_device_broken():
+            raise
         first = str(error).partition("\n")[0]
         return {"status": "failed", "reason": f"{type(error).__name__}: {first}"}
 

@@ -35,7 +35,8 @@ Made by `python -m benchmarks.performance_page` from the records in `benchmarks/
   version is checked against the reference before it is timed. Inputs rotate among sets larger than the last-level
   cache.
 * On a GPU the time is the device's, by events behind a full queue; `*` marks cases where the host could not keep it
-  full.
+  full. "host" is what the host alone takes for a call, while the device is busy with another.
+* "of a copy": the time of a plain copy of as many bytes, measured in turn with the case, over the time taken.
 * "of ceiling" is the least time that the bytes or operations take at the rates measured in the same run (copy
   bandwidth; a dense product), over the time taken. "again" is our own version measured a second time: differences of
   that size are noise.
@@ -120,16 +121,17 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
 
     steps = [row for row in rows if row["section"] == "steps"]
     bare, gains = ([row for row in steps if field in row] for field in ("ratio_to_bare", "gain"))
-    checks = [row for row in rows if row["section"] in ("tests", "sanitizer")]
-    checked = [[row["case"], row.get("summary") or row["reason"] or "ok"] for row in checks]
+    unfinished = [row for row in rows if row["section"] == "plan" and row["left"]]
     sections = {
-        "Checks on this device": markdown(["check", "result"], checked),
+        "The report's sections": tables.plan_table(rows),
+        "Checks on this device": tables.check_table(rows),
         "Ceilings": tables.ceiling_table(rows),
         "Kernels": tables.peer_table(rows),
         "Training steps": tables.step_table(rows),
+        "Kernels of a step that take longest": tables.kernel_table(rows),
         tables.OPTIONS_TITLE: tables.options_text(gains) if gains else "",
         tables.BARE_TITLE: tables.bare_text(bare),
-        "Not measured": "\n".join(f"* {line}" for line in tables.reasons(rows)),
+        "Not measured": "\n".join(f"* {line}" for line in [*tables.reasons(rows), *map(cut_off, unfinished)]),
     }
     parts += [f"### {name}\n\n{text.rstrip()}\n" for name, text in sections.items() if text]
 
@@ -148,6 +150,11 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
         lines = [[name, f"`{command}`" if command else "–"] for name, command in commands]
         parts.append(f"### Further records\n\n{markdown(['record', 'command'], lines)}\n")
     return "\n".join(parts), plots
+
+
+def cut_off(row: Row) -> str:
+    """Says that a section of the report's plan is not complete."""
+    return f"{row['case'].partition('/')[2]}: time was up ({', '.join(row['left'])}); the same command goes on"
 
 
 def measured_with(record: Row, command: str, when: str = "") -> str:

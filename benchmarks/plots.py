@@ -11,7 +11,7 @@ from ept.profile.report import PHASE_COLOURS
 from ept.utils.plots import plot
 
 from .record import Row, by_case
-from .shapes import BITSANDBYTES, COMPILED, EAGER, OURS, OURS_AGAIN, PEFT, PRODUCTS
+from .shapes import BITSANDBYTES, COMPILED, COPY, EAGER, OURS, OURS_AGAIN, PEFT, PRODUCTS
 
 COLOURS = {
     OURS: "#1f77b4",
@@ -19,6 +19,7 @@ COLOURS = {
     COMPILED: "#ff7f0e",
     BITSANDBYTES: "#d62728",
     PEFT: "#9467bd",
+    COPY: "#bcbd22",
 }
 METHOD_TITLES = {
     "pt": "prompt tuning",

@@ -18,7 +18,7 @@ from ept_kernels import FourBitWeight
 from ept_kernels.dev.problems import FourBit, JointPrompt, PackedEmbedding, PromptedEmbedding
 
 from . import counts
-from .shapes import BITSANDBYTES, COMPILED, DENSE, EAGER, GOAL_FROZEN, OURS, OURS_AGAIN, PEFT, Case
+from .shapes import BITSANDBYTES, COMPILED, COPY, DENSE, EAGER, FROZEN, OURS, OURS_AGAIN, PEFT, Case
 from .timing import Call
 
 MAX_BYTES = 8 << 30  # of all input sets of one case together
@@ -56,12 +56,14 @@ def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared:
     if not hasattr(ept_kernels, case.kernel):
         reason = f"this version of ept_kernels has no {case.kernel}"
         return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, reason))
-    if case in GOAL_FROZEN:
+    if case.kernel in FROZEN:
         return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, "no benchmark of it yet"))
     if "4bit" in case.kernel:
         prepared = _four_bit(case, device)
     else:
         prepared = (_joint_prompt if case.kernel == "joint_prompt" else _embedding)(case, device)
+    if COPY in case.providers:
+        prepared.calls[COPY] = _copy(prepared.counted.bytes, prepared.sets, device)
     if not compile_allowed and prepared.calls.pop(COMPILED, None):
         prepared.skipped[COMPILED] = "not compiled in a reduced run"
     return prepared
@@ -144,10 +146,11 @@ def _four_bit(case: Case, device: str) -> Prepared:
             lambda seed: (problem.random(width, device, seed), problem.weight(device, seed)), counted, device
         )
     prepared = _prepared(case, arguments, counted)
-    _add_peer(prepared, BITSANDBYTES, peer, arguments)
+    if BITSANDBYTES in case.providers:
+        _add_peer(prepared, BITSANDBYTES, peer, arguments)
     if case.kernel == "dequantize_4bit":
         prepared.must_equal = BITSANDBYTES
-    else:
+    elif DENSE in case.providers:
         dense = [ept_kernels.dequantize_4bit_reference(weight, dtype) for _, weight in arguments]
         prepared.calls[DENSE] = lambda i: arguments[i][0] @ (dense[i] if backward else dense[i].mT)
     return prepared
@@ -175,6 +178,14 @@ def _prepared(
         lambda: reference(*arguments[0]),
         TOLERANCES[getattr(torch, case.dtype)],
     )
+
+
+def _copy(moved: int, sets: int, device: str) -> Call:
+    """Copies between as many pairs of tensors as there are input sets, so many bytes read and written in all."""
+    half = max(1, moved // 2)
+    sources = [torch.randint(256, (half,), dtype=torch.uint8, device=device) for _ in range(sets)]
+    targets = [torch.empty_like(source) for source in sources]
+    return lambda i: targets[i].copy_(sources[i])
 
 
 def _add_peer(prepared: Prepared, provider: str, make: Callable[[Arguments], Call], arguments: Arguments) -> None:

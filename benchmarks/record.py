@@ -7,11 +7,13 @@ interrupted: its results do not count, and it is measured again.
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import hashlib
 import json
 import os
 import shlex
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +33,8 @@ RECORD_NAME = "report.jsonl"
 # The libraries whose version every row carries.
 ROW_VERSIONS = ("python", "ept", "torch", "triton", "transformers", "bitsandbytes", "peft")
 
+GRACE = 5.0  # seconds after its limit in which a unit may still say so itself
+
 Row = dict[str, Any]
 
 
@@ -41,6 +45,8 @@ class Work:
     Attributes:
         unit: its name, `section/…`. rows: measures it. described: fields of all its rows beside section and case.
         needs: a package without which it is skipped. on_request: measured only where `--only` names it.
+        group: of a section whose units do not all share one process: those of one group do.
+        limit: seconds after which its process is ended, as one that hangs.
     """
 
     unit: str
@@ -48,6 +54,8 @@ class Work:
     described: Row = field(default_factory=dict, hash=False)
     needs: str = ""
     on_request: bool = False
+    group: str = ""
+    limit: float = 60.0
 
 
 def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
@@ -86,6 +94,17 @@ def check_device(device: str) -> None:
             f"torch {torch.__version__} sees no CUDA device: run this on a machine with a GPU and a CUDA build of "
             "torch, or use --device cpu"
         )
+
+
+def is_device_broken() -> bool:
+    """Tells whether an earlier error, such as an illegal access, lets nothing more run in this process."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
@@ -132,16 +151,13 @@ def source_fingerprint() -> str:
 
 
 class Record:
-    """One record on the disk, appended to line by line.
+    """One record on the disk, appended to line by line, also by several processes at a time.
 
-    Opening it repairs a last line that was cut off. A damaged line anywhere else raises `ValueError`.
+    A last line that was cut off is no part of it; a damaged line anywhere else raises `ValueError`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = path.read_bytes() if path.exists() else b""
-        if not content.endswith(b"\n") and content:
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
 
     @classmethod
     def resume(cls, path: Path, header: Row) -> Record:
@@ -149,6 +165,9 @@ class Record:
         new one otherwise, the old one staying beside it as `previous-<name>`.
         """
         record = cls(path)
+        content = path.read_bytes() if path.exists() else b""
+        if content and not content.endswith(b"\n"):
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
         same = ("sources", "device", "device_type", "reduced", "rehearsal", "versions")
         found = record.header() or {}
         if any((found.get(key) or False) != (header.get(key) or False) for key in same):
@@ -161,14 +180,14 @@ class Record:
         return record
 
     def append(self, line: Row) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+        with self.path.open("ab", buffering=0) as file:  # in one piece, between those of other processes
+            file.write(json.dumps(line).encode() + b"\n")
             os.fsync(file.fileno())
 
     def lines(self) -> list[Row]:
         found: list[Row] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        content = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        for line in content[: content.rfind("\n") + 1].splitlines():
             try:
                 found.append(json.loads(line))
             except ValueError as error:
@@ -182,18 +201,17 @@ class Record:
 
     def results(self) -> list[Row]:
         """Returns the results of every finished unit; of a unit that was measured again, the last ones."""
-        return [result for results in self._units()[1].values() for result in results]
+        return [result for results in self.units()[1].values() for result in results]
 
     def finished(self, unit: str) -> bool:
         """Tells whether `unit` has ended, and not because its time was up."""
-        results = self._units()[1].get(unit)
-        return results is not None and not any(result.get("timed_out") for result in results)
+        return is_finished(self.units()[1].get(unit))
 
     def attempts(self, unit: str) -> int:
         """Counts how often `unit` was begun and did not end."""
-        return self._units()[0][unit]
+        return self.units()[0][unit]
 
-    def _units(self) -> tuple[Counter[str], dict[str, list[Row]]]:
+    def units(self) -> tuple[Counter[str], dict[str, list[Row]]]:
         """Returns by unit how often it was begun and did not end, and the results of those that did."""
         attempts: Counter[str] = Counter()
         begun: dict[str, list[Row]] = {}
@@ -211,8 +229,36 @@ class Record:
         return attempts, finished
 
     @contextmanager
-    def unit(self, name: str) -> Iterator[Callable[[Row], None]]:
-        """Writes `begin`, the results that the body adds, and `end` (not when the body raises)."""
+    def unit(self, name: str, limit: float | None = None, late: Row | None = None) -> Iterator[Callable[[Row], None]]:
+        """Writes `begin`, the results that the body adds, and `end` (not when the body raises).
+
+        Args:
+            limit: seconds after which the unit fails and this process ends. late: the fields of its result then.
+        """
+
+        def add(result: Row) -> None:
+            self.append({"line": "result", "unit": name, **result})
+
+        def give_up() -> None:
+            add({**(late or {}), "status": "failed", "reason": f"not finished after {limit:g} s"})
+            self.append({"line": "end", "unit": name})
+            os._exit(1)
+
         self.append({"line": "begin", "unit": name})
-        yield lambda result: self.append({"line": "result", "unit": name, **result})
+        watch = threading.Timer(limit or threading.TIMEOUT_MAX, give_up)
+        watch.daemon = True
+        if limit is not None:
+            watch.start()
+            # Where even that thread cannot run: then the unit has not ended, and is begun once more.
+            faulthandler.dump_traceback_later(limit + GRACE, exit=True)
+        try:
+            yield add
+        finally:
+            watch.cancel()
+            faulthandler.cancel_dump_traceback_later()
         self.append({"line": "end", "unit": name})
+
+
+def is_finished(results: list[Row] | None) -> bool:
+    """Tells whether a unit with these results has ended, and not because its time was up."""
+    return results is not None and not any(result.get("timed_out") for result in results)

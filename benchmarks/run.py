@@ -4,7 +4,8 @@
     python -m benchmarks.run steps --device cuda --output FILE.jsonl --seconds 100    as many steps as fit
     python -m benchmarks.run steps --output FILE.jsonl --only options adapters        units on request
 
-The same command continues a record where it was. It begins nothing new after `--seconds`.
+The same command continues a record where it was. It begins nothing new after `--seconds`. The sections of the report of
+a GPU (`benchmarks/gpu_report.py`) are suites, too.
 """
 
 from __future__ import annotations
@@ -18,13 +19,27 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .record import Record, Row, Work, check_device, command_line, header, measured_with
+from .record import Record, Row, Work, check_device, command_line, header, is_device_broken, is_finished, measured_with
 
-SUITES = {"checks": "checks", "kernels": "operators", "steps": "steps"}  # by name, the module that has its `works_of`
+# By name, the functions that list its units for a table of cases and a device; the tests list themselves.
+SUITES: dict[str, tuple[str, ...]] = {
+    "kernels": ("operators:works_of",),
+    "environment": ("checks:environment_works",),
+    "once": ("checks:once_works",),
+    "tests": (),
+    "sanitizer": ("checks:sanitizer_works",),
+    "ceilings": ("operators:ceiling_works",),
+    "goals": ("operators:goal_works",),
+    "tune": ("tuning:works_of",),
+    "steps": ("steps:works_of",),
+    "rest": ("operators:rest_works", "steps:rest_works"),
+}
 MAX_ATTEMPTS = 2  # to measure a unit whose process dies; then that is its result
+REHEARSED = "sm_90"
 
 
 def main() -> None:
@@ -32,59 +47,106 @@ def main() -> None:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--reduced", action="store_true", help="tiny sizes, to test the code: the figures mean nothing")
+    parser.add_argument(
+        "--rehearse", action="store_true", help=f"compile for {REHEARSED}, run no kernel, measure nothing"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the record, JSON lines; continued if it is there")
     parser.add_argument("--as-is", action="store_true", help="append to the record whatever it was measured with")
     parser.add_argument("--only", nargs="+", metavar="PART", help="what has one of these in its name")
+    parser.add_argument("--group", default="", help="the units of one group; of tests, a share such as 3/8")
     parser.add_argument("--seconds", type=float, default=280, help="begin nothing new after so many (default 280)")
     arguments = parser.parse_args()
 
     # Before `ept_kernels` is imported, which reads the choice then: on a GPU the kernels have to be asked for.
-    if arguments.device == "cuda":
+    if arguments.device == "cuda" or arguments.rehearse:
         os.environ.setdefault("EPT_KERNELS", "triton")
-    else:
+    if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that nothing chooses a GPU by itself
     check_device(arguments.device)
-    table = "reduced" if arguments.reduced else {"cpu": "cpu", "cuda": "gpu"}[arguments.device]
-    suite = importlib.import_module(f".{SUITES[arguments.suite]}", __package__)
-    works: list[Work] = suite.works_of(table, arguments.device)
-    if arguments.only:
-        chosen = [work for work in works if any(part in work.unit for part in arguments.only)]
-        if not chosen:
-            parser.error(f"--only {' '.join(arguments.only)}: choose from {', '.join(work.unit for work in works)}")
-    else:
-        chosen = [work for work in works if not work.on_request]
+    table = table_of(arguments.device, arguments.reduced, arguments.rehearse)
+    chosen = [] if arguments.suite == "tests" else chosen_works(arguments, table, parser)
     output = arguments.output.resolve()
     if arguments.as_is:  # for the report, which has made or checked the record itself
         record = Record(output)
     else:
         command = command_line("-m benchmarks.run", sys.argv[1:])
-        record = Record.resume(output, header(command, arguments.device, arguments.reduced))
-    left = run(record, chosen, measured_with(arguments.device, arguments.reduced), arguments.seconds)
-    if left:
-        print(f"time is up, {left} of {len(chosen)} left: the same command continues")
+        record = Record.resume(output, header(command, arguments.device, arguments.reduced, arguments.rehearse))
+    about = measured_with(arguments.device, arguments.reduced, arguments.rehearse)
+    if arguments.suite == "tests":
+        from .device_tests import run_tests
+
+        share, _, shares = arguments.group.partition("/")
+        if not run_tests(record, about, table, int(share or 1) - 1, int(shares or 1), tuple(arguments.only or ())):
+            raise SystemExit(1)  # to be begun again: the rest cannot run in this process
+        left = 0
+    else:
+        left = run(record, chosen, about, arguments.seconds, limited=arguments.device == "cuda")
+        if left:
+            print(f"time is up, {left} of {len(chosen)} left: the same command continues")
+    if arguments.as_is and not left:
+        with record.unit(complete(arguments.suite, arguments.group)):
+            pass
 
 
-def run(record: Record, works: Iterable[Work], about: Row, seconds: float) -> int:
+def chosen_works(arguments: argparse.Namespace, table: str, parser: argparse.ArgumentParser) -> list[Work]:
+    """Lists the units that the arguments ask for; those of a rehearsal meet a GPU that only compiles."""
+    if arguments.rehearse:
+        from ept_kernels.dev import compile_only
+
+        compile_only.activate(REHEARSED)
+    works = works_of(arguments.suite, table, arguments.device)
+    if not arguments.only:
+        return [work for work in works if not work.on_request and arguments.group in ("", work.group)]
+    chosen = [work for work in works if any(part in work.unit for part in arguments.only)]
+    if not chosen:
+        parser.error(f"--only {' '.join(arguments.only)}: choose from {', '.join(work.unit for work in works)}")
+    return chosen
+
+
+def table_of(device: str, reduced: bool, rehearse: bool) -> str:
+    """Names the table of cases that is measured."""
+    if rehearse:
+        return "rehearsal"
+    return "reduced" if reduced else {"cpu": "cpu", "cuda": "gpu"}[device]
+
+
+def works_of(suite: str, table: str, device: str) -> list[Work]:
+    """Lists the units of a suite."""
+    found: list[Work] = []
+    for place in SUITES[suite]:
+        module, _, function = place.partition(":")
+        listed: Any = getattr(importlib.import_module(f".{module}", __package__), function)
+        found += listed(table, device)
+    return found
+
+
+def complete(suite: str, group: str = "") -> str:
+    """Names the unit that says of a suite, or of a group of it, that nothing is left."""
+    return f"complete/{suite} {group}".rstrip()
+
+
+def run(record: Record, works: Iterable[Work], about: Row, seconds: float, limited: bool = False) -> int:
     """Measures the works that `record` lacks, and returns how many are left when time is up.
 
     Args:
-        about: `measured_with` of the device, which every row gets.
+        about: `measured_with` of the device, which every row gets. limited: end this process where one hangs.
     """
     start = time.monotonic()
     gc.freeze()  # what is loaded by now need not be looked through after every unit
-    left = [work for work in works if not record.finished(work.unit)]
+    attempts, ended = record.units()
+    left = [work for work in works if not is_finished(ended.get(work.unit))]
     while left and time.monotonic() - start < seconds:
         work = left.pop(0)
         described = {"section": work.unit.partition("/")[0], "case": work.unit, **work.described}
         described = {"status": "ok", "reason": "", "provider": "all", **described, **about}
         refusal: Row = {}
-        if record.attempts(work.unit) >= MAX_ATTEMPTS:
+        if attempts[work.unit] >= MAX_ATTEMPTS:
             reason = f"the process ended {MAX_ATTEMPTS} times while measuring it"
             refusal = {"status": "failed", "reason": reason}
-        elif work.needs and importlib.util.find_spec(work.needs) is None:
-            refusal = {"status": "skipped", "reason": f"{work.needs} is not installed"}
+        elif missing := [name for name in work.needs.split() if importlib.util.find_spec(name) is None]:
+            refusal = {"status": "skipped", "reason": f"{missing[0]} is not installed"}
         began = time.monotonic()
-        with record.unit(work.unit) as add:
+        with record.unit(work.unit, work.limit if limited else None, described) as add:
             if refusal:
                 add({**described, **refusal})
                 continue
@@ -92,12 +154,12 @@ def run(record: Record, works: Iterable[Work], about: Row, seconds: float) -> in
                 for row in work.rows():
                     add({**described, **row})
                     if "summary" in row:
-                        print(f"{row['status']}: {row['summary']}", flush=True)
+                        print(f"{row.get('status', 'ok')}: {row['summary']}", flush=True)
             except Exception as error:  # what cannot run is a result; the next one is still measured
-                if torch.cuda.is_initialized():
-                    torch.cuda.synchronize()  # raises where the device's context is broken: then this process must end
                 add({**described, "status": "failed", "reason": f"{type(error).__name__}: {error}"})
                 print(f"failed: {work.unit}: {error}", flush=True)
+        if is_device_broken():
+            raise SystemExit("the device's context is broken: begun again, the next unit is measured")
         print(f"{time.monotonic() - began:5.1f} s  {work.unit}", flush=True)
         gc.collect()  # the next one may need the device's memory
         if torch.cuda.is_initialized():

@@ -7,7 +7,7 @@ mean nothing).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 
@@ -33,9 +33,11 @@ MODELS = {**KNOWN, "tiny": ModelShape(32, 128, ((128, 64),))}
 OURS, OURS_AGAIN, EAGER, COMPILED = "ours", "ours again", "reference", "torch.compile"
 BITSANDBYTES, PEFT, DENSE = "bitsandbytes", "PEFT", "unquantised"
 MODEL, LIGER = "the model's own", "Liger"
+COPY = "a copy"  # of as many bytes as the case must move: the ceiling at its own size
 PROMPT_PROVIDERS = (OURS, OURS_AGAIN, EAGER)
 FOUR_BIT_PROVIDERS = (OURS, OURS_AGAIN, BITSANDBYTES)
 PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
+FROZEN = ("rms_norm", "rotary", "gated_activation")
 EMBEDDINGS = ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed")
 
 
@@ -60,6 +62,12 @@ class Case:
     def id(self) -> str:
         size = ",".join(f"{name}={value}" for name, value in self.size.items())
         return "/".join(filter(None, (self.kernel, self.model, self.dtype, self.scheme, size)))
+
+    def only(self, *providers: str) -> Case:
+        return replace(self, providers=providers)
+
+    def without(self, provider: str) -> Case:
+        return self.only(*(name for name in self.providers if name != provider))
 
 
 def embedding(kernel: str, model: str, batch: int, length: int, **how: Any) -> Case:
@@ -112,14 +120,24 @@ GOAL_PRODUCTS = [case for case in ALL_PRODUCTS if case.kernel == "matmul_4bit"]
 # The rows of a training step of Llama-2-7B: 8 texts of 40 + 256 positions.
 GOAL_FROZEN = tuple(
     Case(kernel, "Llama-2-7B", {"rows": 8 * 296, "width": 4096}, providers=(OURS, OURS_AGAIN, MODEL, LIGER))
-    for kernel in ("rms_norm", "rotary", "gated_activation")
+    for kernel in FROZEN
+)
+
+
+GOAL_CASES = (
+    GOAL_FORWARD,
+    GOAL_BACKWARD,
+    *GOAL_JOINT,
+    GOAL_DEQUANTIZE,
+    GOAL_DEQUANTIZE_LARGE,
+    *GOAL_FROZEN,
+    *GOAL_PRODUCTS,
 )
 
 
 def gpu_cases() -> list[Case]:
     """Returns everything, for a GPU."""
-    cases = [GOAL_FORWARD, GOAL_BACKWARD, *GOAL_JOINT, GOAL_DEQUANTIZE, GOAL_DEQUANTIZE_LARGE, *GOAL_FROZEN]
-    cases += [*GOAL_PRODUCTS, *ALL_PRODUCTS]
+    cases = [*GOAL_CASES, *ALL_PRODUCTS]
     for kernel in EMBEDDINGS:
         cases += [embedding(kernel, model, 32, 256, compiled=model == "T5-base") for model in KNOWN]
         cases += [embedding(kernel, "T5-base", 32, 256, dtype=dtype) for dtype in ("float32", "float16")]
@@ -137,7 +155,7 @@ def gpu_cases() -> list[Case]:
                 cases += products(model, *layer, FEW_M)
     for dtype in ("float16", "float32"):
         cases += products("T5-base", 3072, 768, FEW_M, dtype)
-    return _distinct(cases)
+    return [case.only(*case.providers, COPY) for case in _distinct(cases)]
 
 
 def cpu_cases() -> list[Case]:
@@ -165,10 +183,16 @@ def reduced_cases() -> list[Case]:
     cases += [embedding(kernel, rank=0, **tiny) for kernel in EMBEDDINGS[:2]]
     cases.append(joint("tiny", prompt=3, rank=4, spaces=2, positions=8, compiled=False))
     (layer,) = MODELS["tiny"].layers
-    return [*cases, dequantize("tiny", *layer, dtype="float32"), *products("tiny", *layer, (1, 4), "float32")]
+    cases += [dequantize("tiny", *layer, dtype="float32"), *products("tiny", *layer, (1, 4), "float32")]
+    return [case.only(*case.providers, COPY) for case in cases]
 
 
-TABLES = {"gpu": gpu_cases, "cpu": cpu_cases, "reduced": reduced_cases}
+def rehearsal_cases() -> list[Case]:
+    """Returns those with a goal, of products with few numbers of tokens."""
+    return [case for case in GOAL_CASES if case.size.get("m", 1) in (1, 16, 64, 2048)]
+
+
+TABLES = {"gpu": gpu_cases, "cpu": cpu_cases, "reduced": reduced_cases, "rehearsal": rehearsal_cases}
 
 
 def _distinct(cases: list[Case]) -> list[Case]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,6 +31,9 @@ from .timing import Call, Clock, ratio, summary, time_in_turn
 
 METHODS = ("pt", "dept", "ept", "peft-pt")
 VS_PEFT = ("peft-pt", "ept")
+LONGEST = 25  # kernels that a row names
+# EPT replaces the 4-bit layers by its own, so PEFT has a 4-bit model of its own. It is measured before and after.
+GROUPS = (("peft-pt",), ("pt", "dept", "ept"), ("peft-pt",))
 SMOLLM2 = "smollm2-135m"
 
 
@@ -39,12 +43,20 @@ def works_of(table: str, device: str) -> list[Work]:
     def step(
         unit: str, measure: Callable[..., Iterator[Row]], needs: str = "", on_request: bool = False, **size: Any
     ) -> Work:
-        return Work(unit, functools.partial(measure, **size), needs=needs, on_request=on_request)
+        return Work(unit, functools.partial(measure, **size), needs=needs, on_request=on_request, limit=150)
 
     asked = functools.partial(step, on_request=True)
     measure_adapters, measure_operators = mixed_adapters.measure, operator_overhead.measure
+    tiny = {"layers": 1, "batch": 1, "length": 8}
+    if table == "rehearsal":
+        half: dict[str, Any] = {**tiny, "dtype": "bfloat16", "steps": 2, "warmup": 1}
+        llama = {"shape": "llama-2-7b", "quantization": "nf4"}
+        return [
+            step(T5_STEP, profiled, shape="t5-base", **half),
+            step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=GROUPS, **llama, **half),
+            step(BARE_STEP, bare, random=True, **tiny, pairs=2),
+        ]
     if table == "reduced":
-        tiny = {"layers": 1, "batch": 1, "length": 8}
         return [
             step(T5_STEP, profiled, shape="t5-small", **tiny, steps=2, warmup=1),
             asked(BARE_STEP, bare, random=True, **tiny, pairs=2),
@@ -70,30 +82,62 @@ def works_of(table: str, device: str) -> list[Work]:
         ]
     t5 = {"shape": "t5-base", "dtype": "bfloat16", "batch": 32, "length": 256, "warmup": 3}
     llama = {"shape": "llama-2-7b", "dtype": "bfloat16", "quantization": "nf4", "batch": 8, "length": 256, "steps": 6}
-    # EPT replaces the 4-bit layers by its own, so PEFT has a 4-bit model of its own. It is measured before and after.
-    groups = (("peft-pt",), ("pt", "dept", "ept"), ("peft-pt",))
     return [
         step(T5_STEP, profiled, **t5),
-        step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=groups, **llama),
+        step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=GROUPS, **llama),
         step(BARE_STEP, bare, random=True, batch=32, length=256, pairs=20),
-        step("steps/options", options, dtype="bfloat16", batch=32, length=256, pairs=5),
         *on_request,
     ]
 
 
+def rest_works(table: str, device: str) -> list[Work]:
+    """Returns what needs compiled layers or a new process: the options of a step, CUDA graphs among them."""
+    if table != "gpu":
+        return []
+    size: dict[str, Any] = {"dtype": "bfloat16", "batch": 32, "length": 256, "pairs": 5}
+    return [Work("steps/options", functools.partial(options, **size), needs="pydantic datasets", limit=240)]
+
+
 def profiled(*, groups: tuple[tuple[str, ...], ...] = (METHODS,), rows: Any = None, **config: Any) -> Iterator[Row]:
-    """Yields a row a method; those of a group share one base model and take their steps in turn.
+    """Yields a row a method; those of a group share one base model and take their steps in turn. On a GPU one further
+    step of each is looked at with PyTorch's profiler.
 
     Args:
         rows: of a real data set; None: random ones. config: fields of `ProfileConfig`.
     """
     seen: set[str] = set()
     for group in groups:
-        record = profile(ProfileConfig(**config, methods=group), rows=rows)
+        with tempfile.TemporaryDirectory() as folder:
+            traces = Path(folder) if torch.cuda.is_available() else None
+            record = profile(ProfileConfig(**config, methods=group), rows=rows, traces=traces)
+            seen_by_profiler = {path.stem.removeprefix("trace_"): kernels_of(path) for path in Path(folder).iterdir()}
         for method in record["methods"]:
             name = method["method"]
-            yield {**profile_row(method, record), "provider": f"{name} again" if name in seen else name}
+            kernels = seen_by_profiler.get(method["label"].replace(":", "_"), {})
+            yield {**profile_row(method, record), "provider": f"{name} again" if name in seen else name, **kernels}
             seen.add(name)
+
+
+def kernels_of(trace: Path) -> Row:
+    """Reads a Chrome trace: the kernels that took the device longest, how many ran, and what fraction of the time from
+    the first to the end of the last the device was busy. Nothing where the profiler saw no kernel.
+    """
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    runs = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") == "kernel")
+    if not runs:
+        return {}
+    total: dict[str, list[float]] = {}
+    busy, until = 0.0, runs[0][0]
+    for begin, end, name in runs:
+        total.setdefault(name, []).append(end - begin)
+        busy += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    longest = sorted(total.items(), key=lambda item: -sum(item[1]))[:LONGEST]
+    return {
+        "launches": len(runs),
+        "busy_fraction": busy / (until - runs[0][0]),
+        "kernels": [{"name": name[:120], "runs": len(t), "seconds": 1e-6 * sum(t)} for name, t in longest],
+    }
 
 
 def headlines(*, steps: int, warmup: int, padding: str) -> Iterator[Row]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ept.utils import tables
 
 from .goals import GOALS, NOT_MEASURED, SET_FOR, judge
 from .record import Row, by_case, is_measured
-from .shapes import OURS, OURS_AGAIN
+from .shapes import COPY, OURS, OURS_AGAIN
 
 BARE_TITLE = "EPT's step beside the bare frozen model on as many positions"
 OPTIONS_TITLE = "What each option of the training step gains"
@@ -47,16 +48,16 @@ def spread(values: Row, digits: int, unit: str = "") -> str:
 
 
 def peer_table(results: Iterable[Row]) -> str:
-    """Shows our time, what runs it, its rate and its fraction of the ceiling, the memory it takes, its noise, and its
-    speed-up over each peer.
+    """Shows our time, what runs it, its rate, its fraction of the ceiling and of a copy of as many bytes, what the host
+    takes for a call, the memory it takes, its noise, and its speed-up over each peer.
     """
-    cases = by_case(row for row in results if row["section"] == "kernels")
+    cases = by_case(row for row in results if row["section"] == "kernels" and row["provider"] != COPY)
     peers = [peer for peer in PEERS_FIRST if any(peer in rows for rows in cases.values())]
     lines = []
     for case, rows in cases.items():
         ours = rows.get(OURS) or next(iter(rows.values()))
         if ours["status"] != "ok":
-            lines.append([case, ours["status"], *[""] * (6 + len(peers))])
+            lines.append([case, ours["status"], *[""] * (8 + len(peers))])
             continue
         over = {name: f"{row['median'] / ours['median']:.2f} ×" for name, row in rows.items() if row["status"] == "ok"}
         rate = f"{ours['bytes_per_second'] / 1e9:.3g} GB/s"
@@ -68,12 +69,14 @@ def peer_table(results: Iterable[Row]) -> str:
                 ours["backend"],
                 rate if ours["bound"] == "memory" else operations(ours["operations_per_second"]),
                 f"{100 * ours['fraction_of_ceiling']:.0f} % {ours['bound']}",
+                f"{100 * ours['fraction_of_own_copy']:.0f} %" if "fraction_of_own_copy" in ours else "–",
+                seconds(ours["host"]) if ours.get("host") else "–",
                 mebibytes(ours.get("peak_bytes")),
                 over.get(OURS_AGAIN, "–"),
                 *(over.get(peer) or rows.get(peer, {}).get("status", "") for peer in peers),
             ]
         )
-    header = ["case", "ours", "20–80 %", "by", "rate", "of ceiling", "peak memory", "again"]
+    header = ["case", "ours", "20–80 %", "by", "rate", "of ceiling", "of a copy", "host", "peak memory", "again"]
     return markdown([*header, *(f"vs {peer}" for peer in peers)], lines)
 
 
@@ -81,13 +84,58 @@ def reasons(results: Iterable[Row]) -> list[str]:
     """Lists why something was skipped or failed, each reason once, with what it concerns."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in results:
-        if row["status"] != "ok":
+        if row["status"] != "ok" and row["section"] != "tests":
             key = row["status"], row.get("provider", ""), row["reason"]
             found.setdefault(key, []).append(row["case"])
     return [
         f"{status}{f', {provider}' if provider else ''}: {reason} ({len(cases)} cases, the first {cases[0]})"
         for (status, provider, reason), cases in found.items()
     ]
+
+
+def plan_table(results: Iterable[Row]) -> str:
+    """Shows the sections of a report: how long each took, and what was left when its time was up."""
+    lines = [
+        [row["case"].partition("/")[2], f"{row['seconds']:.0f} s", f"{row['box']:.0f} s", row["summary"]]
+        for row in results
+        if row["section"] == "plan"
+    ]
+    return markdown(["section", "took", "had", "and is"], lines)
+
+
+def check_table(results: Iterable[Row]) -> str:
+    """Shows the checks: a line each, of tests one a file, with what failed."""
+    lines: list[list[str]] = []
+    files: dict[str, Counter[str]] = {}
+    for row in results:
+        if row["section"] == "tests":
+            files.setdefault(row["case"].partition("::")[0], Counter())[row["status"]] += 1
+        elif row["section"] in ("environment", "cache", "once", "sanitizer"):
+            lines.append([row["case"], row["status"], row["reason"] or row.get("summary", "")])
+    for file, counted in files.items():
+        status = "failed" if counted["failed"] else "ok"
+        lines.append(
+            [file, status, f"{counted['ok']} passed, {counted['failed']} failed, {counted['skipped']} skipped"]
+        )
+    return markdown(["check", "status", "result"], lines)
+
+
+def kernel_table(results: Iterable[Row]) -> str:
+    """Shows where a training step's time goes on the device: the kernels that took longest, of every method."""
+    lines = [
+        [
+            row["case"],
+            row["provider"],
+            f"{100 * row['busy_fraction']:.0f} %",
+            name["name"],
+            str(name["runs"]),
+            seconds(name["seconds"]),
+        ]
+        for row in results
+        if row.get("kernels")
+        for name in row["kernels"]
+    ]
+    return markdown(["step", "method", "device busy", "kernel", "runs", "time"], lines)
 
 
 def ceiling_table(results: Iterable[Row]) -> str:

@@ -30,6 +30,7 @@ class Timing:
     Attributes:
         samples: of each call; by device events the device's time only.
         call: median over rounds of back-to-back calls with the host's work included, where `samples` lack it.
+        host: median of what the host alone takes for a call, while the device is busy with another; None on a CPU.
         host_bound: the queue ran empty while timing, so that launch gaps are in `samples`.
         clock: `device events`, `wall clock` or `thread time`.
     """
@@ -38,6 +39,7 @@ class Timing:
     call: float | None
     host_bound: bool
     clock: str
+    host: float | None = None
 
     @property
     def median(self) -> float:
@@ -89,6 +91,7 @@ def time_in_turn(
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
     host: dict[str, list[float]] = {name: [] for name in calls}
+    alone: dict[str, list[float]] = {name: [] for name in calls}
     host_bound = dict.fromkeys(calls, False)
     for index in range(max(turns.values())):
         for name in list(calls) if index % 2 else reversed(list(calls)):
@@ -99,8 +102,9 @@ def time_in_turn(
             host_bound[name] |= gap
             if index < HOST_ROUNDS and clock.separate_host_time:
                 host[name].append(clock.back_to_back(rotating[name], batch[name]))
-    with_host = {name: statistics.median(times) if times else None for name, times in host.items()}
-    return {name: Timing(samples[name], with_host[name], host_bound[name], clock.name) for name in calls}
+            alone[name] += clock.host_times
+    with_host, only_host = ({n: statistics.median(x) if x else None for n, x in of.items()} for of in (host, alone))
+    return {n: Timing(samples[n], with_host[n], host_bound[n], clock.name, only_host[n]) for n in calls}
 
 
 class Clock:
@@ -111,6 +115,7 @@ class Clock:
     separate_host_time = False
 
     def __init__(self, device: str) -> None:
+        self.host_times: list[float] = []  # of a call, in the last sample: what enqueueing it took
         self.synchronize = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
 
     def sample(self, call: Callable[[], Any], batch: int) -> tuple[list[float], bool]:
@@ -167,7 +172,8 @@ class DeviceClock(Clock):
             for event in events[1:]:
                 call()
                 event.record()
-            spin = 4 * (time.perf_counter() - start)
+            enqueued = time.perf_counter() - start
+            self.host_times, spin = [enqueued / batch], 4 * enqueued
             kept_full = not events[0].query()
             torch.cuda.synchronize()
             if kept_full or attempt == 3:

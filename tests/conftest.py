@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_runs import FAMILIES, run_config, save_data, save_model
 
-from ept.runs.report import write_report
-from ept.runs.train import train
+# The whole runs' imports are in the fixtures: kernels are tested where the libraries that runs need are not installed.
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +17,18 @@ def data(tiny: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tiny: Path) -> dict[str, Path]:
+    from tiny_runs import FAMILIES
+
     return {family: tiny / family for family in FAMILIES}
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, models: dict[str, Path]) -> dict[str, Path]:
+    from tiny_runs import FAMILIES, run_config
+
+    from ept.runs.report import write_report
+    from ept.runs.train import train
+
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ept.runs.train.write_report", write_report)  # whatever module asks first for the runs
@@ -35,6 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, data: Path, models: dict[str,
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the models `llama`, `t5`, `bert` and the rows of `data/glue/sst2`."""
+    from tiny_runs import FAMILIES, save_data, save_model
+
     folder = tmp_path_factory.mktemp("tiny")
     for family in FAMILIES:
         save_model(family, folder / family)

@@ -52,7 +52,7 @@ def test_at_most_takes_the_largest_as_the_worst() -> None:
 
 def test_every_goal_has_one_threshold_and_speaks_of_cases_that_are_measured() -> None:
     works = [work.unit for table, device in (("gpu", "cuda"), ("cpu", "cpu")) for work in steps.works_of(table, device)]
-    measured = {case.id for case in shapes.gpu_cases()} | {*works, goals.SCORES, goals.COLD_START}
+    measured = {case.id for case in shapes.gpu_cases()} | {*works, goals.SCORES, goals.COLD_START, goals.COMPILING}
     for goal in GOALS:
         assert (goal.at_least is None) != (goal.at_most is None), goal.what
         assert goal.cases, goal.what
@@ -99,6 +99,14 @@ def test_no_launches_counted_is_no_goal_met() -> None:
     rows = [row(case, "ours", 1.0, launches=None) for case in launches.cases]
     assert judge(launches, rows).status == NOT_MEASURED
     assert judge(launches, [{**found, "launches": 9} for found in rows]).status == MET
+
+
+def test_a_step_that_the_profiler_saw_nothing_of_is_not_measured() -> None:
+    goal = next(goal for goal in GOALS if goal.cases == (goals.T5_STEP,))
+    rows = [row(goals.T5_STEP, "ept", 0.5, launches=7), row(goals.T5_STEP, "peft-pt", 1.0)]
+    assert judge(goal, rows).status == NOT_MEASURED
+    rows[1]["launches"] = 7
+    assert judge(goal, rows).status == MET
 
 
 def test_the_table_shows_a_miss_with_its_number() -> None:

@@ -69,6 +69,7 @@ def synthetic(tmp_path: Path) -> Path:
         for method, time in (("ept", 0.5), ("peft-pt", 1.0)):
             phases = {"base_forward": time / 2, "base_backward": time / 2}
             step = {"median": time, "phases": phases, "size": {"batch": 1, "length": 8}, "peak_bytes": 1 << 20}
+            step |= {"launches": 1, "busy_fraction": 0.75, "kernels": [{"name": "gemm", "runs": 1, "seconds": time}]}
             row = {"case": "steps/t5-base", "provider": method, "section": "steps", "tokens_per_second": 8 / time}
             add({**row, **timing, **step, **about})
     return tmp_path
@@ -81,6 +82,9 @@ def test_a_record_becomes_tables_plots_and_verdicts(synthetic: Path) -> None:
     assert SYNTHETIC in text
     line = next(line for line in text.splitlines() if line.startswith("| matmul_4bit/T5-base") and "m=16" in line)
     assert "2.00 ×" in line
+    assert ["steps/t5-base", "ept", "75 %", "gemm", "1", "500 ms"] in [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
+    ]
     goal = next(line for line in text.splitlines() if "T5-base shape" in line)
     assert "0.50 ×" in goal
     assert goal.rstrip(" |").endswith("met")

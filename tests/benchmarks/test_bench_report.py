@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import checks, gpu_report, record, shapes
+from benchmarks import gpu_report, performance_page, processes, record, shapes, tables
 from benchmarks import run as benchmarks_run
+from benchmarks.gpu_report import PLAN
+from benchmarks.processes import Job, run_command, run_jobs
 from benchmarks.record import ROOT, Record, Work
 
-SECTIONS = {"tests", "ceilings", "kernels", "sanitizer", "steps"}
+SECTIONS = {"environment", "once", "tests", "sanitizer", "ceilings", "kernels", "steps", "plan"}
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +35,9 @@ gpu_report.main()
 """
 
 
-def begun_kernels(output: Path) -> int:
+def begun(output: Path, section: str) -> int:
     text = output.read_text() if output.exists() else ""
-    return sum('"begin"' in line and "kernels/" in line for line in text.splitlines())
+    return sum('"begin"' in line and f'"{section}/' in line for line in text.splitlines())
 
 
 @pytest.mark.slow
@@ -44,27 +45,32 @@ def test_report_end_to_end_killed_and_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "report.jsonl"
-    command = ["gpu_report.py", "--device", "cpu", "--reduced", "--output", str(output), "--scale", "4"]
+    command = ["gpu_report.py", "--device", "cpu", "--reduced", "--output", str(output), "--minutes", "30"]
     with subprocess.Popen([sys.executable, "-c", STARTED.format(arguments=command)], cwd=ROOT) as process:
-        while begun_kernels(output) < 2:
-            assert process.poll() is None, "the report ended before its second kernel"
+        while begun(output, "once") < 2:
+            assert process.poll() is None, "the report ended before its second check"
             time.sleep(0.02)
         process.kill()
     time.sleep(0.5)
     first = output.read_text()
     time.sleep(1.0)
     assert output.read_text() == first, "the process that measures has outlived the report"
+    tables.goal_table(Record(output).results())  # what was written is a record
     first = first[: first.rindex("\n") + 1]
     output.write_text(first + '{"line": "result", "un')  # as a machine that lost its power leaves it
 
-    def in_this_process(command: list[str], variables: dict[str, str], seconds: float) -> tuple[int, str]:
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", command[2:])
-            benchmarks_run.main()
-        return 0, ""
+    def in_this_process(jobs: Sequence[Job], at_once: int, deadline: float, variables: dict[str, str]) -> list[str]:
+        for job in jobs:
+            if job.name.startswith("tests"):  # pytest within pytest is another matter
+                assert run_jobs([job], at_once, deadline, variables) == []
+                continue
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", list(job.command[2:]))
+                benchmarks_run.main()
+        return []
 
     # The processes of the suites have been seen above: here their libraries are loaded already.
-    monkeypatch.setattr(gpu_report, "call", in_this_process)
+    monkeypatch.setattr(gpu_report, "run_jobs", in_this_process)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(sys, "argv", command)
     code = gpu_report.main()
@@ -74,6 +80,7 @@ def test_report_end_to_end_killed_and_continued(
     written = Record(output)
     results = written.results()
     assert {row["section"] for row in results} == SECTIONS
+    assert [row["case"] for row in results if row["section"] == "plan"] == [f"plan/{s.suite}" for s in PLAN]
     assert all(row["reduced"] and row["device"] == "cpu" and row["versions"]["torch"] for row in results)
     for case in shapes.reduced_cases():
         rows = {row["provider"]: row for row in results if row.get("case") == case.id}
@@ -81,33 +88,99 @@ def test_report_end_to_end_killed_and_continued(
         for row in rows.values():
             if row["status"] == "ok":
                 assert min(row["bytes"], row["median"], row["p20"], row["bytes_per_second"]) > 0, row
+                assert row["fraction_of_own_copy"] > 0, row
             else:
                 assert row["reason"], row
     finished = [line["unit"] for line in written.lines() if line["line"] == "end" and "kernels/" in line["unit"]]
     assert len(finished) == len(set(finished)), "what was measured is not measured again"
-    assert "REDUCED" in printed
+    assert "NOTHING IS MEASURED" in printed
     goals = [line for line in printed.splitlines() if line.startswith("|") and ("≥" in line or "≤" in line)]
     assert goals
     assert all("not measured" in line for line in goals), "no goal is met by a reduced run"
+    with pytest.raises(ValueError, match="holds reduced results"):
+        performance_page.rows_of(tmp_path)
 
 
-def test_all_sections_end_in_time_even_where_nothing_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
+def test_a_rehearsal_compiles_what_a_gpu_would_run_and_every_row_says_that_it_is_one(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    output = tmp_path / "report.jsonl"
+    command = [sys.executable, "-m", "benchmarks.run", "once", "--rehearse", "--output", str(output)]
+    variables = processes.environment(TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    row = run_command([*command, "--only", "once/dequantize_4bit"], variables, seconds=120)
+    assert row["status"] == "ok", row
+    rows = Record(output).results()
+    assert {row["operator"] for row in rows} == {"dequantize_4bit"}
+    assert all(row["status"] == "ok" and row["rehearsal"] for row in rows), rows
+    assert list((tmp_path / "cache").rglob("*.cubin")), "nothing was compiled"
+    with pytest.raises(ValueError, match="holds rehearsed results"):
+        performance_page.rows_of(tmp_path)
 
-    def outlast(command: list[str], environment: dict[str, str], seconds: float) -> tuple[None, str]:
-        now[0] += seconds
-        return None, ""
 
-    monkeypatch.setattr(gpu_report, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(gpu_report, "call", outlast)
-    gpu_report.measure(Record(tmp_path / "r.jsonl"), "cpu", False)
-    assert sum(gpu_report.BUDGETS.values()) <= now[0] <= gpu_report.TOTAL
-    assert gpu_report.TOTAL <= 8 * 60 - 15
+def sleeping(seconds: float, code: int = 0) -> list[str]:
+    return [sys.executable, "-c", f"import time; time.sleep({seconds}); raise SystemExit({code})"]
+
+
+def test_jobs_end_at_the_deadline_and_dead_ones_are_begun_again() -> None:
+    began = time.monotonic()
+    jobs = [Job("slow", sleeping(60), 1), Job("dead", sleeping(0, 3), 2), Job("quick", sleeping(0), 1)]
+    assert sorted(run_jobs(jobs, 3, began + 3.0, dict(os.environ))) == ["dead", "slow"]
+    assert time.monotonic() - began < 10
+    assert [job.starts for job in jobs] == [1, 0, 0]
+
+
+def test_the_plan_fits_its_time_and_every_section_is_a_suite() -> None:
+    assert {section.suite for section in PLAN} <= set(benchmarks_run.SUITES)
+    assert sum(section.seconds for section in PLAN) <= 60 * gpu_report.MINUTES
+
+
+THREE = """
+import os, pytest
+def test_a(): pass
+def test_b(): assert 0, "why"
+@pytest.mark.skip(reason="not today")
+def test_c(): pass
+def test_d(): os._exit(3)
+def test_e(): pass
+"""
+
+
+def test_every_test_is_a_row_also_one_that_ends_its_process(tmp_path: Path) -> None:
+    file, output = tmp_path / "test_five.py", tmp_path / "report.jsonl"
+    file.write_text(THREE)
+    command = [sys.executable, "-m", "benchmarks.run", "tests", "--reduced", "--output", str(output)]
+    job = Job("tests", [*command, "--as-is", "--only", str(file)], starts=4)
+    assert run_jobs([job], 1, time.monotonic() + 120, processes.environment()) == []
+    rows = {row["case"].rpartition("::")[2]: (row["status"], row["reason"]) for row in Record(output).results()}
+    assert rows == {
+        "test_a": ("ok", ""),
+        "test_b": ("failed", "AssertionError: why"),
+        "test_c": ("skipped", "Skipped: not today"),
+        "test_d": ("failed", "the process ended 2 times while running it"),
+        "test_e": ("ok", ""),
+    }
+
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from benchmarks.record import Record
+with Record(Path(sys.argv[1])).unit("a", 0.2, {"case": "a"}):
+    time.sleep(30)
+"""
+
+
+def test_a_unit_that_hangs_ends_its_process_and_says_so(tmp_path: Path) -> None:
+    output = tmp_path / "report.jsonl"
+    row = run_command([sys.executable, "-c", HANGING, str(output)], processes.environment(), seconds=60)
+    assert row["reason"] == "ended with code 1"
+    (result,) = Record(output).results()
+    assert (result["case"], result["status"], result["reason"]) == ("a", "failed", "not finished after 0.2 s")
+    assert Record(output).finished("a")
 
 
 @pytest.mark.parametrize(
     "options, message",
-    [((), "goes with --reduced"), (("--reduced",), "--reduced needs --output")],
+    [((), "goes with --reduced"), (("--reduced",), "--reduced and --rehearse need --output")],
     ids=["full size on a CPU", "reduced among the real ones"],
 )
 def test_a_record_that_would_mean_nothing_is_refused(options: tuple[str, ...], message: str) -> None:
@@ -121,25 +194,15 @@ def test_a_command_that_outlasts_its_time_is_ended_with_all_that_it_started(tmp_
     marker = tmp_path / "alive"
     child = f"import time, pathlib; time.sleep(2); pathlib.Path({str(marker)!r}).touch()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    row = checks.run_command([sys.executable, "-c", parent], dict(os.environ), seconds=0.7)
+    row = run_command([sys.executable, "-c", parent], dict(os.environ), seconds=0.7)
     assert (row["status"], row["timed_out"]) == ("failed", True)
     time.sleep(2.0)
     assert not marker.exists()
 
 
 def test_a_failed_command_leaves_its_last_lines() -> None:
-    row = checks.run_command([sys.executable, "-c", "print('why'); raise SystemExit(3)"], dict(os.environ), seconds=30)
+    row = run_command([sys.executable, "-c", "print('why'); raise SystemExit(3)"], dict(os.environ), seconds=30)
     assert (row["status"], row["reason"], row["output"]) == ("failed", "ended with code 3", "why")
-
-
-def test_pytest_results_are_counted(tmp_path: Path) -> None:
-    file = tmp_path / "test_three.py"
-    file.write_text(
-        "import pytest\ndef test_a(): pass\ndef test_b(): assert 0\n@pytest.mark.skip\ndef test_c(): pass\n"
-    )
-    row = checks.run_tests((str(file),), "cpu", time.monotonic() + 60)[0]
-    assert row["status"] == "failed"
-    assert row["summary"] == "1 passed, 1 failed, 1 skipped"
 
 
 def test_what_the_clock_cut_off_is_run_again(tmp_path: Path) -> None:
@@ -150,14 +213,3 @@ def test_what_the_clock_cut_off_is_run_again(tmp_path: Path) -> None:
         benchmarks_run.run(written, [tests], {}, seconds=60)
         assert [row["status"] for row in written.results()] == [expected]
     assert not answers
-
-
-def test_every_command_line_names_a_file_that_exists() -> None:
-    units = [arguments for units in checks.TESTS.values() for arguments in units.values()]
-    for argument in itertools.chain.from_iterable(units):
-        assert not argument.startswith("tests/") or (ROOT / argument).exists(), argument
-
-
-def test_what_the_memory_checker_watches_equals_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
-    checks.main()
-    assert "72 dequantisations equal the reference" in capsys.readouterr().out

@@ -53,7 +53,10 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
         module = types.ModuleType(module_path.stem)
         module.__file__ = str(module_path)
         sys.modules[module.__name__] = module  # where pytest will look for it
-        exec(compile(module_path.read_text(encoding="utf-8"), module_path, "exec", optimize=1), module.__dict__)
+        try:
+            exec(compile(module_path.read_text(encoding="utf-8"), module_path, "exec", optimize=1), module.__dict__)
+        except (Exception, pytest.skip.Exception):  # pytest meets it again, as that module's own
+            del sys.modules[module.__name__]
 
 
 # Of the joint prompt, fewer and larger programs than are shipped: the interpreter's time goes by their number. They are

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from conftest import INTERPRETED
 from torch import Tensor
 
-from ept_kernels import FourBitWeight, launch
+from ept_kernels import FourBitWeight, dequantize_4bit_reference, launch
+
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 
 
 def dequantized_by_bitsandbytes(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
     """Returns what bitsandbytes makes of the same bytes, on the same device.
 
     On a CPU it is asked for one long row: its code there mistakes blocks that straddle rows, though it writes them.
+    Where it is not installed the reference stands in, which equals it bit for bit (`tests/kernels/test_four_bit.py`).
     """
+    if not HAS_BITSANDBYTES:
+        return dequantize_4bit_reference(weight, dtype)
+    from bitsandbytes import functional as bnb
+
     shape = torch.Size((weight.rows, weight.columns))
     nested = None
     if weight.nested:
@@ -37,6 +44,11 @@ def dequantized_by_bitsandbytes(weight: FourBitWeight, dtype: torch.dtype) -> Te
     )
     with torch.compiler.set_stance("force_eager"):  # bitsandbytes compiles its plain version
         return bnb.dequantize_4bit(weight.packed[:, None], state).view(shape)
+
+
+def levels_of_bitsandbytes(quant_type: str, device: torch.device) -> Tensor:
+    """Returns the 16 levels; skips the test where bitsandbytes is not installed."""
+    return pytest.importorskip("bitsandbytes").functional.get_4bit_type(quant_type, device=device)
 
 
 def units_apart(actual: Tensor, expected: Tensor) -> int:

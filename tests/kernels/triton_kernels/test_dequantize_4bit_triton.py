@@ -8,11 +8,16 @@ from __future__ import annotations
 import itertools
 import math
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 from conftest import INTERPRETED, launches_of, mostly_untouched
-from four_bit_problems import dequantized_by_bitsandbytes, raise_programs, units_apart, watched_memory
+from four_bit_problems import (
+    dequantized_by_bitsandbytes,
+    levels_of_bitsandbytes,
+    raise_programs,
+    units_apart,
+    watched_memory,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -101,7 +106,7 @@ def test_levels_are_bitsandbytes_own(quant_type, device):
     packed = torch.arange(256, dtype=torch.uint8, device=device)
     weight = FourBitWeight(packed, torch.ones(8, device=device), quant_type, 64, rows=8, columns=64)
     nibbles = torch.stack([packed >> 4, packed & 15], 1).view(8, 64).long()
-    expected = bnb.get_4bit_type(quant_type, device=device)[nibbles]
+    expected = levels_of_bitsandbytes(quant_type, device)[nibbles]
     assert torch.equal(run(weight, F32).view(torch.int32), expected.view(torch.int32))
 
 
@@ -223,5 +228,5 @@ def test_offsets_have_64_bits(columns, device, monkeypatch):
     start = (elements - tail) // 2 * 2 + 2  # an even element within the random bytes
     nibbles = torch.stack([packed[start // 2 :] >> 4, packed[start // 2 :] & 15], 1).flatten()[: elements - start]
     scale = absmax[torch.arange(start, elements, device=device) // block_size]
-    expected = (bnb.get_4bit_type(NF4, device=device)[nibbles.long()] * scale).half()
+    expected = (levels_of_bitsandbytes(NF4, device)[nibbles.long()] * scale).half()
     assert torch.equal(out[start:], expected)

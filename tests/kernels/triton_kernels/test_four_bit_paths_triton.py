@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import bitsandbytes  # noqa: F401 - registers its product
 import pytest
 import torch
 from conftest import INTERPRETED
@@ -20,6 +19,8 @@ from ept_kernels.four_bit.splits import Weight
 from ept_kernels.launch import trying
 
 __all__ = ["watched_memory"]
+
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")  # its import registers its product
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 GPU = torch.device("cuda", 0)  # the choice looks at its name alone

@@ -13,13 +13,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import pytest
 import torch
 import triton
 import triton.language as tl
 from conftest import INTERPRETED, launches_of, mostly_untouched, rounding
-from four_bit_problems import covers, raise_programs, watched_memory
+from four_bit_problems import covers, levels_of_bitsandbytes, raise_programs, watched_memory
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -151,7 +150,7 @@ def test_levels_of_a_tile_are_bitsandbytes_own(quant_type, device):
     out = torch.full((512,), float("nan"), device=device)
     launch.launch(store_levels, (1,), levels(quant_type, device), packed.view(torch.int32), out)
     nibbles = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
-    expected = bnb.get_4bit_type(quant_type, device=device)[nibbles]
+    expected = levels_of_bitsandbytes(quant_type, device)[nibbles]
     assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
 
 

@@ -1,0 +1,56 @@
+"""The tuner as units of a record: the kernels that the goals speak of, and the file written after each."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from ept_kernels import launch
+from ept_kernels.dev import tune
+from ept_kernels.dev.tune import Tunable
+from ept_kernels.library import launcher_of
+
+from .record import ROOT, Row, Work
+
+GOAL_WIDTH = "4096"  # of the sizes that the goals speak of: they are tuned first
+SAMPLES = 15
+
+_winners = contextlib.ExitStack()  # later kernels are measured with what has won, as the tuner does
+
+
+def works_of(table: str, device: str) -> list[Work]:
+    """Returns every tunable kernel as a unit, what has a goal first."""
+    found = sorted(tune.tunables(table == "reduced", device), key=lambda t: GOAL_WIDTH not in t.key.split("x"))
+    measure = rehearsed if table == "rehearsal" else tuned
+    works = [Work(f"tune/{t.kernel} {t.key}", lambda t=t: [measure(t, torch.device(device))], limit=90) for t in found]
+    return works if device == "cuda" or table == "rehearsal" else []
+
+
+def tuned(tunable: Tunable, device: torch.device) -> Row:
+    """Measures every candidate and writes the winner to this device's file, which later processes read."""
+    device = torch.device(device.type, torch.accelerator.current_device_index())
+    row = tune.tune(tunable, device, SAMPLES)
+    name = torch.get_device_module(device).get_device_name(device)
+    tune.write(launch.config_file(device), [row], name, "python benchmarks/gpu_report.py")
+    _winners.enter_context(launch.trying(tunable.kernel, row["config"], tunable.size))
+    gained = f"{row['median_us']} µs, {row['default_us']} µs by the heuristic"
+    says = f"{row['kernel']} {row['size']}: {gained}; {len(row['refused'])} of {row['tried']} refused"
+    return {**row, "file": str(launch.config_file(device).relative_to(ROOT)), "summary": says}
+
+
+def rehearsed(tunable: Tunable, device: torch.device) -> Row:
+    """Compiles every candidate, and says which a device would refuse."""
+    from triton.runtime.errors import TritonError
+
+    launcher: Any = launcher_of(tunable.problem.operator)
+    inputs, refused = tunable.problem.small.inputs(device), {}
+    for config in tunable.candidates:
+        complete = {**tunable.default, **config}
+        with launch.configured({**tunable.held, tunable.kernel: complete}):
+            try:
+                launcher(*inputs)
+            except TritonError as error:
+                refused[str(complete)] = str(error).partition("\n")[0]
+    return {"kernel": tunable.kernel, "size": tunable.key, "tried": len(tunable.candidates), "refused": refused}
