@@ -47,6 +47,7 @@ def train(
     set_: list[str] | None = SET,
     resume: bool = Option(False, "--resume", help="Continue the run in the folder from its last checkpoint."),
     overwrite: bool = Option(False, "--overwrite", help="Delete the run in the folder and start anew."),
+    init_from: Path | None = Option(None, metavar="RUN", help="Start from another run's adapter (method.init_from)."),
     print_config: bool = PRINT_CONFIG,
     dry_run: bool = Option(False, "--dry-run", help="Load everything, show what would be trained, write nothing."),
     json: bool = JSON,
@@ -63,6 +64,7 @@ def train(
     if config is None and resume and output is not None and (output / "config.yaml").is_file():
         config = output / "config.yaml"
     given: dict[str, object] = {"model.name_or_path": model, "method.name": method, "training.max_steps": steps}
+    given["method.init_from"] = init_from
     given |= {"output_dir": output, **data_keys(data, text_column, label_column, template, strict)}
     run_config = load_run_config(config, overrides(set_, given))
     if (print_config or dry_run) and rank() != 0:

@@ -10,12 +10,14 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..config import EPTConfig
+from ..model.adapter_files import SCALE_NAME, read_config, read_weights, weight_shapes
 from ..model.ept_model import EPTModel, get_ept_model
 from .loading import load_base_model
 from .method_table import METHODS, Method, get_method
 
 if TYPE_CHECKING:
     from .config import MethodConfig, RunConfig
+from .folder import RunFolder
 
 FAST = {"fast_4bit", "dequantized_cache_bytes", "fast_frozen"}  # how the base model's own layers are to run
 
@@ -26,12 +28,17 @@ def load_untrained(
     """Loads the base model with a fresh adapter, whose prompt starts from `text` unless the configuration says else."""
     base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
     settings, method = config.method, METHODS[config.method.name]
-    if "prompt_tuning_init" in method.settable and settings.prompt_tuning_init is None:
+    if "prompt_tuning_init" in method.settable and settings.prompt_tuning_init is settings.init_from is None:
         start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": settings.prompt_tuning_init_text or text}
         settings = settings.model_copy(update=start)
     adapter = adapter_config(settings, base, task_type, max_length, config.seed)
     options = {"seed": config.seed, "tokenizer": tokenizer, "text": text}
-    return module_of(method).attach(base, adapter, **options, **config.model.model_dump(include=FAST))
+    model = module_of(method).attach(base, adapter, **options, **config.model.model_dump(include=FAST))
+    if settings.init_from is not None:
+        folder = _adapter_folder(settings.init_from)
+        state = read_weights(folder, {k: v for k, v in weight_shapes(folder).items() if k != SCALE_NAME})
+        model.prompt_encoder["default"]._load_adapter_state_dict(state)
+    return model
 
 
 def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
@@ -78,6 +85,9 @@ def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, ma
     """Configures a method of `EPTConfig`: EPT or EPT without a part, prompt tuning, DePT, ULPT, ADePT, residual."""
     family = method.name.partition("-")[0]  # an ablation is named `ept-...`
     fields = {"task_type": task_type, "seed": seed, **settings.fields_given(), **method.fixed}
+    start = fields.pop("init_from", None)
+    if start is not None and settings.budget is not None:
+        raise ValueError("method.init_from takes the old adapter's sizes: leave method.budget out")
     if settings.budget is not None:
         return EPTConfig.for_budget(base, max_length, settings.budget, family, settings.budget_kind, **fields)
     make: Any = {
@@ -88,7 +98,42 @@ def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, ma
         "adept": EPTConfig.adept,
         "residual": EPTConfig.residual_prompt_tuning,
     }[family]
-    return make(max_length=max_length, **fields)
+    config = make(max_length=max_length, **fields)
+    return config if start is None else _continued(start, config, method, settings)
+
+
+def _continued(start: str, fresh: EPTConfig, method: Method, settings: MethodConfig) -> EPTConfig:
+    """Returns the configuration of the adapter in `start`, for the task of `fresh`.
+
+    Raises ValueError where it is of another method, folded, for shorter texts, or has other sizes than are set.
+    """
+    folder = _adapter_folder(start)
+    config = read_config(folder)
+    d = config.token_dim or 1
+    if config.folded:
+        raise ValueError(f"{folder} holds a folded adapter, which cannot be trained: start from the one before folding")
+    if set(config.parameter_shapes(d)) != set(fresh.parameter_shapes(d)):
+        raise ValueError(f"{folder} holds an adapter of another method than method.name={method.name}")
+    if config.r and config.update == "position" and fresh.max_length > config.max_length:
+        raise ValueError(
+            f"{folder} holds an adapter for texts of up to {config.max_length} tokens, data.max_length is "
+            f"{fresh.max_length}: lower it"
+        )
+    for name in settings.fields_given().keys() - {"init_from", "base_dropout"}:
+        if (new := getattr(fresh, name)) != (old := getattr(config, name)):
+            raise ValueError(f"method.{name}={new}, and the adapter in {folder} has {old}: leave method.{name} out")
+    config.task_type, config.base_dropout, config.inference_mode = fresh.task_type, fresh.base_dropout, False
+    config.base_model_name_or_path = config.modules_to_save = None  # those of the new model
+    if not config.r:
+        config.max_length = fresh.max_length
+    config.prompt_tuning_init = "RANDOM"  # which the old adapter's parameters take the place of
+    return config
+
+
+def _adapter_folder(path: str) -> Path:
+    """Finds the adapter in `path`, a run's folder or the adapter's own."""
+    run = RunFolder(Path(path))
+    return run.adapter if run.config.is_file() else Path(path)
 
 
 def attach(base: Any, config: EPTConfig, *, seed: int = 0, text: str = "", **options: Any) -> EPTModel:

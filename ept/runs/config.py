@@ -204,6 +204,8 @@ class MethodConfig(Section):
     """How the spaces are weighed."""
     embedding_scale: Annotated[Number | str | None, Field(union_mode="left_to_right")] = None
     """Unit of the parameters: `auto` is the embeddings' root mean square."""
+    init_from: str | None = None
+    """Folder of a run, or of an adapter, that this one starts from, with its sizes. A head starts anew."""
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "RANDOM", "TEXT"] | None = None
     """How the prompt starts."""
     prompt_tuning_init_text: str | None = None

@@ -66,9 +66,11 @@ class RunFolder:
             raise FileExistsError(
                 f"{self.path} already holds a run: --resume continues it, --overwrite deletes it and starts anew"
             )
-        if self.results.exists():
+        more = self.wants_more_steps(config)
+        if self.results.exists() and not more:
             raise FileExistsError(
-                f"the run in {self.path} is finished: `ept evaluate {self.path}` scores it, --overwrite starts it anew"
+                f"the run in {self.path} is finished: `ept evaluate {self.path}` scores it, a larger "
+                "training.max_steps trains it on, --overwrite starts it anew"
             )
         if self.config.exists():
             old, pairs = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}, []
@@ -82,7 +84,7 @@ class RunFolder:
             changed = [
                 f"{name} (was {before!r}, now {now!r})"
                 for name, before, now in pairs
-                if before != now and name not in (*MAY_CHANGE, "output_dir")
+                if before != now and name not in (*MAY_CHANGE, "output_dir", *(["training.max_steps"] if more else []))
             ]
             if changed:
                 raise ValueError(
@@ -97,6 +99,11 @@ class RunFolder:
                 f"{world_size}: start {before} (torchrun --nproc-per-node), or --overwrite"
             )
 
+    def wants_more_steps(self, config: RunConfig) -> bool:
+        """Tells whether `config` asks for more steps than the run in the folder was going to take, or has taken."""
+        checkpoint, wanted = self.last_checkpoint(), config.training.max_steps
+        return checkpoint is not None and wanted is not None and wanted > read_state(checkpoint)["max_steps"]
+
     def check_splits(self, drawn: Any) -> None:
         """Refuses to resume a run with other rows than it has begun with; raises ValueError."""
         if self.splits.exists() and json.loads(self.splits.read_text(encoding="utf-8")) != drawn:
@@ -109,12 +116,13 @@ class RunFolder:
 
         Checkpoints that a resumed run has no use for are deleted.
         """
+        for file in (self.results, self.report, self.curve, self.confusion):  # of a run that is trained on, too
+            file.unlink(missing_ok=True)
         if not resume:
             # The configuration goes last: were this cut short, checkpoints would never stand without theirs.
-            self.results.unlink(missing_ok=True)
             for folder in (self.checkpoints, self.adapter, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
-            for file in (self.report, self.curve, self.confusion, self.metrics, self.splits, self.config):
+            for file in (self.metrics, self.splits, self.config):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         for file in (self.config, self.metrics, self.splits, self.results, self.report, self.curve, self.confusion):

@@ -21,7 +21,8 @@ _LOW_RANK = frozenset({"r", "alpha", "lowrank_init"})
 _FUSION = frozenset({"fusion", "fusion_dim", "fusion_score_scale", "fusion_weight"})
 _SPACES = frozenset({"num_spaces", "space_dim", "space_activation", "space_gate"})
 _TOKENS = frozenset({"num_virtual_tokens"})
-_PROMPT = _TOKENS | {"embedding_scale", "prompt_tuning_init", "prompt_tuning_init_text", "base_dropout"}
+_OURS = _TOKENS | {"embedding_scale", "base_dropout", "init_from"}
+_PROMPT = _OURS | {"prompt_tuning_init", "prompt_tuning_init_text"}
 _EPT = _PROMPT | _LOW_RANK | _FUSION | _SPACES | {"update", "prompt_scale_shift"}
 _EPT_ROLES: dict[str, Role] = {
     **dict.fromkeys(("prompt", "U", "beta", "Z", "scale", "shift", "gain"), "prompt"),
@@ -78,7 +79,7 @@ _ALL = (
         "ulpt",
         "ULPT",
         "adapters:ept",
-        _TOKENS | {"embedding_scale", "base_dropout", "prompt_rank"},
+        _OURS | {"prompt_rank"},
         100,
         roles=_EPT_ROLES,
     ),

@@ -76,7 +76,9 @@ def train(
     rank 0 writes. The weights are those of one process with as large a batch.
 
     Args:
-        resume: continue from the last whole checkpoint (from the start where there is none).
+        resume: continue from the last whole checkpoint (from the start where there is none). With more
+            `training.max_steps` than the run had, finished or not, it is trained on: the schedule of the learning rate
+            is then that of the new number of steps, from where the run stands.
         overwrite: delete the run that the folder holds.
         on_ready: called on rank 0 with what is going to be trained, before the folder is touched.
 
@@ -118,6 +120,7 @@ def _train(
         processes.from_rank_zero(lambda: folder.check_splits(drawn))
     if processes.is_rank_zero:
         on_ready(run)
+    more = resume and processes.from_rank_zero(lambda: folder.wants_more_steps(config))
     checkpoint = processes.from_rank_zero(lambda: folder.begin(config, resume))
     if processes.is_rank_zero:
         write_atomically(folder.splits, json.dumps(drawn) + "\n")
@@ -136,7 +139,7 @@ def _train(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with writing(folder, processes.is_rank_zero):
-        if checkpoint and is_over(checkpoint):  # it was ended while scoring, or just before
+        if checkpoint and is_over(checkpoint) and not more:  # it was ended while scoring, or just before
             state = trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             locate_best(state, folder)
             trainer._load_from_checkpoint(state.best_model_checkpoint or str(checkpoint))
