@@ -39,6 +39,7 @@ _CHOICES = {
     "space_gate": ("learned", "uniform"),
     "update": ("position", "token"),
     "lowrank_init": ("uniform", "cosine", "svd"),
+    "update_scope": ("text", "all"),
     "prompt_tuning_init": ("SAMPLE_VOCAB", "RANDOM", "TEXT"),
 }
 _INTEGERS = {
@@ -79,6 +80,11 @@ class EPTConfig(PromptLearningConfig):
         "uniform",
         "How A·B starts: at zero, with A 'uniform' at random as DePT's, or of the 'cosine' waves over the positions, "
         "of which the first is constant; or 'svd', at a tenth of a long prompt's best approximation of that rank.",
+    )
+    update_scope: str = _option(
+        "text",
+        "Tokens that get the update: those of the input 'text', or 'all' up to max_length, generated ones too, which "
+        "an engine that embeds tokens by itself cannot do.",
     )
     prompt_rank: int = _option(
         0,

@@ -62,13 +62,13 @@ def is_plain_lookup(embedding: nn.Module) -> bool:
 
 
 def text_positions(attention_mask: Tensor, text_mask: Tensor | None = None) -> Tensor:
-    """Numbers the input-text tokens of every row from 0; −1 elsewhere: `[batch, n]` int64."""
-    updated = attention_mask.bool()
+    """Numbers the input-text tokens of every row by the real tokens before them; −1 elsewhere: `[batch, n]` int64."""
+    real = updated = attention_mask.bool()
     if text_mask is not None:
         if text_mask.shape != attention_mask.shape:
             raise ValueError(f"text_mask must have shape {list(attention_mask.shape)}, got {list(text_mask.shape)}")
-        updated = updated & text_mask.bool()
-    return (updated.cumsum(1) - 1).masked_fill(~updated, -1)
+        updated = real & text_mask.bool()
+    return (real.cumsum(1) - 1).masked_fill(~updated, -1)
 
 
 def position_ids_of(attention_mask: Tensor) -> Tensor:

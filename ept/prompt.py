@@ -82,7 +82,8 @@ class EPTLayer(BasePromptEncoder):
             attention_mask: `[batch, n]`, nonzero at real tokens; None: all are real.
             inputs_embeds: `[batch, n, d]` instead of `input_ids`.
             text_mask: `[batch, n]`, nonzero at the tokens that belong to the input text and get the low-rank update;
-                None: all real tokens. Labels and generated tokens of a decoder-only model do not belong to it.
+                None: all real tokens. Labels and generated tokens of a decoder-only model do not belong to it. With
+                `update_scope="all"` it makes no difference.
             embedding: in place of the embedding given at construction.
 
         Returns:
@@ -96,15 +97,41 @@ class EPTLayer(BasePromptEncoder):
         ids, table, attention_mask = lookup(
             embedding or self._embedding[0], input_ids, inputs_embeds, attention_mask, width=self.d
         )
-        positions = text_positions(attention_mask, text_mask)
-        self.check_length(positions)
         batch, s = ids.shape[0], self.config.num_virtual_tokens
-        prompt, A, B = (part.to(table.device) for part in (self.joint_prompt(), self.part("A"), self.part("B")))
-        if self.config.update == "token" and self.config.r:
-            ids, table = self._updated_tokens(ids, positions, table)
-        embeds = functional.prompted_embedding(ids, positions, table, prompt, A, B, self.update_scale())
+        embeds = self.embed(ids, self.positions(attention_mask, text_mask), table, self.joint_prompt())
         attention_mask = torch.cat([attention_mask.new_ones(batch, s), attention_mask], dim=1)
         return embeds, attention_mask, position_ids_of(attention_mask)
+
+    def positions(self, attention_mask: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Numbers the tokens that get the update from 0, `[batch, n]` int64; −1 at all others.
+
+        A token's number is that of the real tokens before it. Masks and errors as in `forward`.
+        """
+        if self.config.update_scope == "all":
+            return self.within_table(text_positions(attention_mask))
+        positions = text_positions(attention_mask, text_mask)
+        self.check_length(positions)
+        return positions
+
+    def within_table(self, positions: Tensor) -> Tensor:
+        """Leaves out positions beyond `max_length`, for which A has no row; an update by the token has no such end."""
+        return (
+            positions
+            if self.config.update == "token"
+            else positions.masked_fill(positions >= self.config.max_length, -1)
+        )
+
+    def embed(self, ids: Tensor, positions: Tensor, table: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Computes `[P; E']`, or `E'` alone without a `prompt` `[s, d]`: `[batch, s + n, d]` in the table's dtype.
+
+        Args:
+            ids, table: as `ept.embedding.lookup` gives them. positions: `[batch, n]`, −1 at tokens without an update.
+        """
+        prompt = table.new_zeros(0, self.d, dtype=torch.float32) if prompt is None else prompt
+        prompt, A, B = (part.to(table.device) for part in (prompt, self.part("A"), self.part("B")))
+        if self.config.update == "token" and self.config.r:
+            ids, table = self._updated_tokens(ids, positions, table)
+        return functional.prompted_embedding(ids, positions, table, prompt, A, B, self.update_scale())
 
     def joint_prompt(self) -> Tensor:
         """Computes the prompt that the model sees, `[s, d]` float32, in the units of the embedding table."""
@@ -172,10 +199,14 @@ class EPTLayer(BasePromptEncoder):
         """Multiplies the update out: `C = ρ·c·A·B` `[m, d]`, in the units of the embedding table."""
         return self.update_scale() * (self.part("A") @ self.part("B"))
 
-    def check_length(self, positions: Tensor) -> None:
-        """Raises `ValueError` for a text longer than A has rows; a compiled graph raises `RuntimeError`."""
+    def check_length(self, positions: Tensor, longest: int | None = None) -> None:
+        """Raises `ValueError` for a text longer than A has rows; a compiled graph raises `RuntimeError`.
+
+        `longest` is the text's length where it is known; else that of `positions` is a bound.
+        """
         limit = self.config.max_length
-        if not self.config.r or self.config.update == "token" or positions.shape[1] <= limit:
+        most = positions.shape[1] if longest is None else longest
+        if not self.config.r or self.config.update == "token" or most <= limit:
             return  # nothing to wait for on an accelerator in the usual case
         remedy = f"the adapter was made for max_length={limit}: truncate to {limit} or train with a larger max_length"
         if torch.compiler.is_compiling():  # a compiled graph cannot wait for the number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +12,21 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config import EPTConfig
+from ..embedding import lookup
 from .adapter_lock import AdapterLock, shared
 from .adapters import ModelWithAdapters
 from .base_model import freeze, swap_4bit, without_checkpointing
 from .compilation import compile_layers
 from .frozen import swap_frozen
-from .generation import GenerationOptions, bound_length, check_options, encoder_processors, infer_mask, start_of_text
+from .generation import (
+    GenerationOptions,
+    bound_length,
+    check_options,
+    embedding_new_tokens,
+    encoder_processors,
+    infer_mask,
+    start_of_text,
+)
 from .inputs import (
     BaseInputs,
     cache_name,
@@ -28,11 +38,11 @@ from .inputs import (
     shortened,
 )
 from .layout import moved
-from .mixed import BASE, heads_of_rows
+from .mixed import BASE, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
 from .prompt_cache import cached_prompt, check_cacheable
 from .reading import examine, infer_task_type, with_forward_of
-from .texts import SeparateTexts, text_before_answer
+from .texts import SeparateTexts, targets, text_before_answer
 
 
 def get_ept_model(
@@ -77,7 +87,7 @@ class EPTModel(ModelWithAdapters):
     calls that are running, and new calls wait for it.
     """
 
-    _checked_labels = False
+    _checked_labels = _warned_of_scoring = False
 
     def __init__(
         self,
@@ -168,12 +178,15 @@ class EPTModel(ModelWithAdapters):
         if causal and not follows_cache:
             given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "labels": labels, "text_mask": text_mask}
             given |= {"attention_mask": attention_mask, "adapter_names": adapter_names, **kwargs}
-            texts = SeparateTexts.find(given, split_answers=self._has_update(adapter_names))
+            updates_text = self._updates_text_alone(adapter_names)
+            texts = SeparateTexts.find(given, split_answers=updates_text)
             if texts is not None:
                 return self._forward_separately(texts, given, logits_to_keep, num_items_in_batch)
-        if causal and text_mask is None and labels is not None and not follows_cache:
-            text_mask = text_before_answer(labels, attention_mask)
-            self._warn_without_text(labels, attention_mask)
+            if text_mask is None and updates_text:
+                self._warn_of_scope(labels, attention_mask, logits_to_keep)
+            if labels is not None:
+                labels = targets(labels, attention_mask)
+                text_mask = text_before_answer(labels) if text_mask is None else text_mask
         inputs = call_inputs(self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
         if labels is not None and self.active_peft_config.task_type in ("CAUSAL_LM", "TOKEN_CLS"):
             labels = moved(extend(labels, inputs.s, -100), inputs.order)
@@ -227,23 +240,39 @@ class EPTModel(ModelWithAdapters):
         output = shortened(output, logits_to_keep) if causal else output
         return output.to_tuple() if as_tuple else output
 
-    def _has_update(self, adapter_names: Sequence[str] | None) -> bool:
-        """Tells whether any row of a batch has an update of its text."""
+    def _updates_text_alone(self, adapter_names: Sequence[str] | None) -> bool:
+        """Tells whether in any row of a batch input text gets an update that answers do not get."""
         names = [self.active_adapter] if adapter_names is None else adapter_names
-        return any(self.peft_config[name].r for name in names if name in self.peft_config)
+        configs = [self.peft_config[name] for name in names if name in self.peft_config]
+        return any(config.r and config.update_scope == "text" for config in configs)
 
-    def _warn_without_text(self, labels: Tensor, attention_mask: Tensor | None) -> None:
-        if not self.training or self._checked_labels or not self.active_peft_config.r:
+    def _warn_of_scope(
+        self, labels: Tensor | None, attention_mask: Tensor | None, logits_to_keep: Tensor | int
+    ) -> None:
+        """Warns once of a call that cannot tell text from answer, and of labels that leave no text."""
+        if torch.compiler.is_compiling():
             return
-        self._checked_labels = True  # once, at the first training batch: an accelerator is waited for
-        is_text = labels == -100
-        if not bool((is_text if attention_mask is None else is_text & attention_mask.bool()).any()):
-            warnings.warn(
-                "every token is a label, and labels get no low-rank update, so that A and B learn nothing: mask the "
-                "input text with -100 in labels, say which tokens are input text by text_mask (which the Trainer "
-                "passes on only with remove_unused_columns=False), or set r=0",
-                stacklevel=3,
-            )
+        if labels is None:
+            # The last logits of a text are those that generation begins with.
+            if not self._warned_of_scoring and not (isinstance(logits_to_keep, int) and logits_to_keep == 1):
+                self._warned_of_scoring = True
+                warnings.warn(
+                    "neither labels nor text_mask say which tokens are input text, so that all of them get the update, "
+                    "where generation leaves its own tokens without: pass text_mask, nonzero at input text (or "
+                    'labels), or train with update_scope="all"; this is said once',
+                    stacklevel=3,
+                )
+        elif self.training and not self._checked_labels:
+            self._checked_labels = True  # at the first training batch: an accelerator is waited for
+            is_text = labels == -100
+            if not bool((is_text if attention_mask is None else is_text & attention_mask.bool()).any()):
+                warnings.warn(
+                    "every token is a label, and labels get no low-rank update, so that A and B learn nothing: mask "
+                    "the input text with -100 in labels, say which tokens are input text by text_mask (which the "
+                    "Trainer passes on only with remove_unused_columns=False), or set r=0 or "
+                    'update_scope="all"',
+                    stacklevel=3,
+                )
 
     @shared
     @torch.no_grad()
@@ -306,8 +335,23 @@ class EPTModel(ModelWithAdapters):
             bound_length(inputs, options, n, s, longest, self._facts, base)
             if ids is not None:
                 inputs["input_ids"] = ids
-        with without_checkpointing(base):
+        with without_checkpointing(base), self._updating_new_tokens(causal, adapter_names):
             return base.generate(**inputs)
+
+    def _updating_new_tokens(self, causal: bool, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
+        """Gives the tokens that a decoder's `generate` embeds itself their update, where the scope covers them."""
+        names = [self.active_adapter] if adapter_names is None else list(adapter_names)
+        configs = [self.peft_config[name] for name in names if name in self.peft_config]
+        if not causal or not any(config.r and config.update_scope == "all" for config in configs):
+            return nullcontext()
+        layers: Any = dict(self.prompt_encoder.items())
+
+        def embed(ids: Tensor, positions: Tensor) -> Tensor:
+            table_ids, table, _ = lookup(self._embedding(), ids, None, None, self._layer().d)
+            rows = [name for name in names for _ in range(len(ids) // len(names))]  # beams, or several samples
+            return embed_following(layers, rows, table_ids, table, positions)
+
+        return embedding_new_tokens(self.base_model, embed, self._facts)
 
     def compile_layers(self, **options: Any) -> EPTModel:
         """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model."""

@@ -1,7 +1,8 @@
 """Adapters for other engines: folded into one prompt and one table, and the embeddings of given texts.
 
 An engine needs nothing of this package to use them: the model's input for a text of n tokens is the prompt `[s, d]`,
-then the embedding of token i plus row i of the table, for i = 0 … n − 1. Tokens that are generated get no row.
+then the embedding of token i plus row i of the table, for i = 0 … n − 1. Tokens that are generated get no row, unless
+the adapter was trained with `update_scope="all"`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from .adapter_files import read_config, read_weights, weight_shapes, write_tenso
 TENSORS_NAME = "folded.safetensors"
 INFO_NAME = "folded.json"
 EMBEDS_NAME = "prompt_embeds.safetensors"
-FORMAT, FORMAT_VERSION = "ept-folded", 1
+FORMAT, FORMAT_VERSION, FORMAT_VERSION_OF_ALL = "ept-folded", 1, 2  # the latter: generated tokens get rows as well
+_INPUTS = {
+    "text": "[prompt; embedding(id_i) + table[i]], i from 0 over the input text's real tokens",
+    "all": "[prompt; embedding(id_i) + table[i]], i from 0 over all real tokens, generated ones too; none beyond table",
+}
 _HEADS = "base_model."  # PEFT's prefix of trained modules of the base model
 
 
@@ -68,9 +73,10 @@ class FoldedAdapter:
     def info(self) -> dict[str, Any]:
         """Lists what an engine must know beside the tensors."""
         config, tensors = self.layer.config, self.tensors()
+        scope = config.update_scope if "table" in tensors else "text"
         return {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION_OF_ALL if scope == "all" else FORMAT_VERSION,
             "ept_version": __version__,
             "task_type": config.task_type,
             "base_model_name_or_path": config.base_model_name_or_path,
@@ -78,7 +84,8 @@ class FoldedAdapter:
             "num_virtual_tokens": config.num_virtual_tokens,
             "max_length": config.max_length if "table" in tensors else None,
             "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-            "inputs_embeds": "[prompt; embedding(id_i) + table[i]], i from 0 over the input text's real tokens",
+            "update_scope": scope,
+            "inputs_embeds": _INPUTS[scope],
         }
 
     @torch.no_grad()
@@ -89,8 +96,16 @@ class FoldedAdapter:
             encoded: token ids of each text. embedding: the base model's input embedding.
 
         Raises:
-            ValueError: the embedding has another width, a text has no tokens or more than `max_length`.
+            ValueError: the embedding has another width, a text has no tokens or more than `max_length`, or the adapter
+                updates generated tokens too, which an engine that is given embeddings of the text embeds itself.
         """
+        config = self.layer.config
+        if config.update_scope == "all" and config.r and config.task_type == "CAUSAL_LM":
+            raise ValueError(
+                'the adapter was trained with update_scope="all": generated tokens get the update too, and an engine '
+                "that embeds them itself leaves it out: serve it with this package, or train with "
+                'update_scope="text"'
+            )
         found = getattr(embedding, "embedding_dim", self.layer.d)
         if found != self.layer.d:
             raise ValueError(f"the adapter is for embeddings of width {self.layer.d}, the model has {found}")

@@ -7,12 +7,15 @@ for all that it derives from a text: what it returns and streams, penalties, len
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..embedding import position_ids_of
 from .inputs import cached_length
 from .reading import BaseModelFacts
 
@@ -164,3 +167,36 @@ def encoder_processors(inputs: dict[str, Any], options: GenerationOptions, ids: 
         inputs[name] = neutral
     if made:
         inputs["logits_processor"] = LogitsProcessorList([*made, *(options.given.get("logits_processor") or [])])
+
+
+@contextmanager
+def embedding_new_tokens(
+    model: Any, embed: Callable[[Tensor, Tensor], Tensor], facts: BaseModelFacts
+) -> Iterator[None]:
+    """Has tokens that `generate` hands to `model` as ids embedded by `embed`, in this thread, while the context lasts.
+
+    Args:
+        embed: makes embeddings `[rows, k, d]` of ids and of the real tokens before each, both `[rows, k]`.
+    """
+    thread = threading.get_ident()
+
+    def replace_ids(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        ids = inputs.get("input_ids")
+        if ids is None or threading.get_ident() != thread:
+            return None  # prompt and text are embedded already
+        mask = inputs.get("attention_mask")
+        if inputs.get("position_ids") is not None:
+            positions = inputs["position_ids"]
+        elif isinstance(mask, Tensor) and mask.dim() == 2:
+            positions = position_ids_of(mask)
+        else:  # nothing is padded
+            k = ids.shape[1]
+            positions = (cached_length(facts, inputs) + torch.arange(k, device=ids.device)).expand(len(ids), -1)
+        embeds = embed(ids, positions[:, -ids.shape[1] :])
+        return args, {**{k: v for k, v in inputs.items() if k != "input_ids"}, "inputs_embeds": embeds}
+
+    handle = model.register_forward_pre_hook(replace_ids, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

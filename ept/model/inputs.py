@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..embedding import lookup, position_ids_of
 from .layout import APART, BESIDE, arrangement, moved, numbered
-from .mixed import embed_mixed
+from .mixed import embed_following, embed_mixed, prompt_mask
 from .reading import BaseModelFacts
 
 if TYPE_CHECKING:
@@ -54,8 +54,9 @@ def call_inputs(
 ) -> BaseInputs:
     """Makes the base model's arguments of those that `model` was called with.
 
-    Tokens that follow a cache of prompt and text are generated ones: they get neither prompt nor update. Their mask
-    covers text and new tokens, or prompt, text and new tokens. A forward call without a mask hands none on: to learn
+    Tokens that follow a cache of prompt and text are generated ones, but for those that `text_mask` marks: they get no
+    prompt, and the update only with `update_scope="all"`. Their mask covers text and new tokens, or prompt, text and
+    new tokens. A forward call without a mask hands none on: to learn
     that nothing is masked, transformers would wait for an accelerator.
 
     Args:
@@ -70,25 +71,30 @@ def call_inputs(
     positions = inputs.pop("position_ids", None)
     if positions is not None and not _counts_tokens(positions, attention_mask):
         warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
-    if (encoded := inputs.get("encoder_outputs")) is not None:  # the encoder has run already, and has seen the prompt
-        if attention_mask is not None:
-            mask = extend(attention_mask, s := encoded[0].shape[1] - attention_mask.shape[1], 1)
-            inputs["attention_mask"] = moved(mask, arrangement(mask, s, model._facts.padding or APART))
-        return inputs
     facts, embedding, layer = model._facts, model._embedding(), model._layer()
+    layers: Any = dict(model.prompt_encoder.items())
+    encoded = inputs.get("encoder_outputs")
+    rows = next((x for x in (input_ids, inputs_embeds, encoded and encoded[0]) if x is not None), ())
+    names = [model.active_adapter] * len(rows) if adapter_names is None else list(adapter_names)
+    if encoded is not None:  # the encoder has run already, and has seen the prompt
+        _mask_encoded(facts, inputs, attention_mask, prompt_mask(layers, names, encoded[0].device))
+        return inputs
     if cached := cached_length(facts, inputs):
         ids, table, ones = lookup(embedding, input_ids, inputs_embeds, None, layer.d)
         mask = extend(ones, cached, 1) if attention_mask is None else attention_mask
-        s, new = layer.config.num_virtual_tokens, ids.shape[1]
+        in_front = prompt_mask(layers, names, mask.device)
+        s, new = in_front.shape[1], ids.shape[1]
         if mask.shape[1] == cached + new - s:
-            mask = extend(mask, s, 1)
+            mask = torch.cat([in_front.to(mask.dtype), mask], dim=1)
             mask = moved(mask, arrangement(mask, s, BESIDE))
         if mask.shape[1] != cached + new:
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens; with {cached} cached positions and {new} new tokens it "
                 f"must cover {cached + new - s} (text) or {cached + new} (prompt and text)"
             )
-        inputs.update(inputs_embeds=table[ids], attention_mask=mask)
+        following = position_ids_of(mask)[:, -new:]
+        embeds = embed_following(layers, names, ids, table, following, text_mask)
+        inputs.update(inputs_embeds=embeds, attention_mask=mask)
         if facts.position_offset is not None and "position_ids" in facts.forward_arguments:
             inputs["position_ids"] = numbered(mask, facts.position_offset)[:, -new:]
         return inputs
@@ -98,7 +104,6 @@ def call_inputs(
         )
     else:
         ids, table, mask = lookup(embedding, input_ids, inputs_embeds, attention_mask, layer.d)
-        layers: Any = dict(model.prompt_encoder.items())
         embeds, mask = embed_mixed(layers, adapter_names, ids, table, mask, text_mask)
     inputs.s = embeds.shape[1] - length_of(input_ids, inputs_embeds)
     padding = facts.padding
@@ -156,6 +161,22 @@ def _with_prompt(
             _check_argument(key, value, facts, length - s)
     if padding != BESIDE:  # which leaves texts in their columns
         inputs.order = order
+
+
+def _mask_encoded(facts: BaseModelFacts, inputs: BaseInputs, attention_mask: Tensor | None, in_front: Tensor) -> None:
+    """Gives `encoder_outputs` the mask that they were made with, of prompt and text in the order they stand in."""
+    length, s = inputs["encoder_outputs"][0].shape[1], in_front.shape[1]
+    n = length - s if attention_mask is None else attention_mask.shape[1]
+    if length != s + n:
+        raise ValueError(
+            f"encoder_outputs have {length} rows, {s} prompt tokens and {n} text tokens make {s + n}: take those of "
+            "this model's forward, encoder_last_hidden_state, which have seen the prompt"
+        )
+    if attention_mask is None and bool(in_front.all()):
+        return
+    text = in_front.new_ones(len(in_front), n, dtype=torch.int64) if attention_mask is None else attention_mask
+    mask = torch.cat([in_front.to(text), text], dim=1)
+    inputs["attention_mask"] = moved(mask, arrangement(mask, s, facts.padding or APART))
 
 
 def _check_argument(name: str, value: Tensor, facts: BaseModelFacts, n: int) -> None:

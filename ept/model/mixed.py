@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import functional
-from ..embedding import text_positions
 from ..prompt import EPTLayer
 from .base_model import wrapped_heads
 
@@ -49,12 +48,13 @@ def embed_mixed(
     if by_token := [name for name in used if layers[name].config.r and layers[name].config.update == "token"]:
         raise ValueError(f"adapter {by_token[0]!r} has an update that depends on the token: mixed batches take none")
     chosen = [layers[name] for name in used]
-    positions = text_positions(attention_mask, text_mask)
-    for row, name in enumerate(names):
-        if name != BASE:
-            layers[name].check_length(positions[row : row + 1])
     if not chosen:
         return table[ids], attention_mask
+    positions = torch.full(ids.shape, -1, device=attention_mask.device)
+    for name in used:
+        rows = [row for row, own in enumerate(names) if own == name]
+        own_text = None if text_mask is None else text_mask[rows]
+        positions[rows] = layers[name].positions(attention_mask[rows], own_text)
     configs, d, device = [layer.config for layer in chosen], table.shape[1], table.device
     s, r = max(c.num_virtual_tokens for c in configs), max(c.r for c in configs)
     m = max((c.max_length for c in configs if c.r), default=0)
@@ -70,9 +70,50 @@ def embed_mixed(
     number = {name: i for i, name in enumerate(used)}
     adapter_ids = torch.tensor([number.get(name, -1) for name in names], device=device)
     embeds = functional.prompted_embedding(ids, positions, table, prompts, A, B, 1.0, adapter_ids)
+    in_front = prompt_mask(layers, names, device).to(attention_mask.dtype)
+    return embeds, torch.cat([in_front, attention_mask], dim=1)
+
+
+def prompt_mask(layers: Mapping[str, EPTLayer], names: Sequence[str], device: torch.device) -> Tensor:
+    """Marks the prompts' places in rows with the adapters `names`: `[batch, s]` bool, shorter ones behind."""
     lengths = [0 if name == BASE else layers[name].config.num_virtual_tokens for name in names]
-    prompt_mask = torch.arange(s, device=device) >= s - torch.tensor(lengths, device=device)[:, None]
-    return embeds, torch.cat([prompt_mask.to(attention_mask.dtype), attention_mask], dim=1)
+    s = max(lengths, default=0)
+    return torch.arange(s, device=device) >= s - torch.tensor(lengths, device=device)[:, None]
+
+
+def embed_following(
+    layers: Mapping[str, EPTLayer],
+    names: Sequence[str],
+    ids: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    text_mask: Tensor | None = None,
+) -> Tensor:
+    """Embeds tokens that follow a prompt and a text, `[batch, k, d]`; those that the scope of the update covers get it.
+
+    Args:
+        layers, names: the loaded adapters, and that of each row or `"__base__"`.
+        ids, table: as `ept.embedding.lookup` gives them. positions: `[batch, k]`, the real tokens before each in its
+            row, those of the prompt included. text_mask: `[batch, k]`, nonzero at input text; None: there is none.
+
+    Raises:
+        ValueError: a text is longer than its adapter's `max_length`.
+    """
+    embeds = table[ids]
+    for name in dict.fromkeys(names):
+        if name == BASE or not layers[name].config.r:
+            continue
+        config, rows = layers[name].config, [row for row, own in enumerate(names) if own == name]
+        own = positions[rows].to(table.device) - config.num_virtual_tokens
+        if config.update_scope == "all":
+            own = layers[name].within_table(own)
+        elif text_mask is None:
+            continue
+        else:
+            own = own.masked_fill(~text_mask[rows].bool().to(own.device), -1)
+            layers[name].check_length(own, int(own.max()) + 1)
+        embeds[rows] = layers[name].embed(ids[rows], own, table)
+    return embeds
 
 
 def follow_rows(model: nn.Module) -> None:

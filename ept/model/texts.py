@@ -19,13 +19,21 @@ from torch.nn.functional import pad
 _PACKING = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-def text_before_answer(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+def targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Takes away the label of each row's first token, as every causal loss does: `generate` is given that token.
+
+    Behind a prompt it could be predicted, but the Trainer does not count it.
+    """
+    real = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    return labels.masked_fill(~_labelled(labels, real), -100)
+
+
+def text_before_answer(labels: Tensor) -> Tensor:
     """Marks the input text of rows with at most one answer: what precedes the first label, `[batch, n]` bool.
 
-    A row's first token is text even if it has a label, since `generate` never makes it. What follows an answer has no
-    part in the loss and counts as neither.
+    What follows an answer has no part in the loss and counts as neither.
     """
-    return _labelled(labels, _real(labels, attention_mask)).cumsum(1) == 0
+    return (labels != -100).cumsum(1) == 0
 
 
 @dataclass
@@ -148,10 +156,6 @@ class SeparateTexts:
             known = known & (successor | ~inside)
         found = value[row, column.clamp(0, value.shape[1] - 1)]
         return torch.where(known.view(*known.shape, *[1] * (value.dim() - 2)), found, found.new_zeros(()))
-
-
-def _real(like: Tensor, attention_mask: Tensor | None) -> Tensor:
-    return torch.ones_like(like, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
 
 
 def _labelled(labels: Tensor, real: Tensor) -> Tensor:

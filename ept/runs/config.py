@@ -180,6 +180,8 @@ class MethodConfig(Section):
     """Let a token's update depend on its position, or on the token itself (ADePT)."""
     lowrank_init: Literal["uniform", "cosine", "svd"] | None = None
     """How the update starts."""
+    update_scope: Literal["text", "all"] | None = None
+    """Let input text alone get the update, or all tokens, generated ones too."""
     prompt_rank: Size | None = None
     """Make the prompt of so many frozen random rows (ULPT)."""
     prompt_scale_shift: bool | None = None

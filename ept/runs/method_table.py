@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Role = Literal["prompt", "map", "other"]
 
-_LOW_RANK = frozenset({"r", "alpha", "lowrank_init"})
+_LOW_RANK = frozenset({"r", "alpha", "lowrank_init", "update_scope"})
 _FUSION = frozenset({"fusion", "fusion_dim", "fusion_score_scale", "fusion_weight"})
 _SPACES = frozenset({"num_spaces", "space_dim", "space_activation", "space_gate"})
 _TOKENS = frozenset({"num_virtual_tokens"})

@@ -29,7 +29,7 @@ class Predictor:
     """A model with the tokenizer, labels and limit of its task, ready to predict and to score.
 
     SEQ_CLS takes the head's largest logit. CAUSAL_LM ranks the labels by log-likelihood, summed over their tokens,
-    without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the stripped answer. Of a regression, a
+    without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the answer's tokens. Of a regression, a
     head's output, and an answer that is a number but not one of the labels, counts as the nearest label.
 
     Attributes:
@@ -104,9 +104,10 @@ class Predictor:
                 new = ids[:, max(len(text) for text in inputs) :].tolist()
                 found = [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
                 return list(map(Answer, found))
-            texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-            index = {label: i for i, label in enumerate(self.labels)}
-            return [Answer(index.get(text, self._nearest(text))) for text in texts]
+            # Compared as tokens, behind the one that a decoder starts with: text comes back changed ("no?" as "no ?").
+            label_of = {self._before_end(answer): i for i, answer in enumerate(self.answers)}
+            rows = [self._before_end(row) for row in ids[:, 1:].tolist()]
+            return [Answer(label_of[row] if row in label_of else self._nearest(self._text(row))) for row in rows]
         if self.task_type == "CAUSAL_LM" and len({(*answer[:-1], len(answer)) for answer in self.answers}) == 1:
             # Labels that differ in their last token only: one forward ranks them all, what they share cancels.
             batch = self._batch(inputs, self.answers[0][:-1])
@@ -143,15 +144,23 @@ class Predictor:
         return Evaluation(metrics, answers, references, self.task.label_words, bool(self.task.values))
 
     def _batch(self, inputs: Sequence[list[int]], answer: Sequence[int] = ()) -> dict[str, torch.Tensor]:
-        """Pads ids and mask; with an `answer` after each text, adds the mask of the text alone."""
+        """Pads ids and mask, and for a decoder, which may have an `answer` after each text, the mask of the text."""
         left = self.task_type == "CAUSAL_LM"
         batch = {
             "input_ids": pad([[*ids, *answer] for ids in inputs], self.tokenizer.pad_token_id, left),
             "attention_mask": pad([[1] * (len(ids) + len(answer)) for ids in inputs], 0, left),
         }
-        if answer:
+        if left:
             batch["text_mask"] = pad([[1] * len(ids) + [0] * len(answer) for ids in inputs], 0, left).bool()
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+
+    def _before_end(self, answer: list[int]) -> tuple[int, ...]:
+        """Takes an answer's tokens up to the end token, where there is one."""
+        end = self.tokenizer.eos_token_id
+        return tuple(answer[: answer.index(end)] if end in answer else answer)
+
+    def _text(self, answer: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
     def _nearest(self, answer: Any) -> int:
         """Finds the label of a regression nearest to a number; `UNPARSABLE` for anything else."""

@@ -119,6 +119,18 @@ def test_an_update_of_tokens_is_not_exported(tmp_path):
         FoldedAdapter.read(tmp_path)
 
 
+def test_an_update_of_generated_tokens_is_written_down_and_not_made_of_texts(tmp_path):
+    adapted("llama", update_scope="all").save_pretrained(tmp_path / "adapter")
+    folded = FoldedAdapter.read(tmp_path / "adapter")
+    assert (folded.info()["format_version"], folded.info()["update_scope"]) == (2, "all")
+    with pytest.raises(ValueError, match='trained with update_scope="all": generated tokens get the update too'):
+        folded.embed([[5, 6]], input_embedding(make_model("llama")))
+    adapted("t5", update_scope="all").save_pretrained(tmp_path / "t5")  # whose generated tokens are the decoder's
+    assert len(FoldedAdapter.read(tmp_path / "t5").embed([[5, 6]], input_embedding(make_model("t5")))) == 1
+    adapted("llama", update_scope="all", r=0).save_pretrained(tmp_path / "plain")
+    assert FoldedAdapter.read(tmp_path / "plain").info()["format_version"] == 1
+
+
 def test_the_documents_example_reproduces_generation(tmp_path, base_folder, monkeypatch):
     """The code of docs/serving.md, run as it stands there."""
     model = adapted()

@@ -94,6 +94,19 @@ def test_seq2seq_generation_counts_what_is_no_label(runs: dict[str, Path]) -> No
     assert rate == 0
 
 
+@pytest.mark.parametrize("labels", [("no?", "yes?"), ("<good>", "{bad}"), ("0 -", "( 1 )")], ids=str)
+def test_seq2seq_answers_are_compared_as_tokens(runs: dict[str, Path], labels: Sequence[str]) -> None:
+    """Labels that the tokenizer writes differently, or in part not at all: `no ?`, an unknown token left out."""
+    found = predictor(runs["t5"], "t5", labels)
+    assert not {found._text(answer) for answer in found.answers} & set(labels)
+    longest = max(map(len, found.answers))
+    other = [*found.answers[0][:-1], *found.answers[0]]  # the label, and more behind it
+    answers = [found.answers[1], found.answers[0], other]
+    generated = torch.tensor([[0, *answer, *[0] * (2 * longest - len(answer))] for answer in answers])
+    found.model.generate = lambda **options: generated
+    assert [answer.label for answer in found.predict_batch([[5], [6], [7]])] == [1, 0, -1]
+
+
 def test_causal_generation_reads_the_label_at_the_start(runs: dict[str, Path]) -> None:
     texts = ["sentence : the film was good", "sentence : the plot was awful"]
     for labels, expected in ((("0", "1"), [1, 0]), (("no", "yes"), [-1, -1])):
