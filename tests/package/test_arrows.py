@@ -28,6 +28,7 @@ MAY_IMPORT = {  # a part of the code: the parts that it may import besides itsel
     "runs": RUNS,
     **dict.fromkeys(("compare", "profile"), RUNS | {"runs"}),
     **dict.fromkeys(("cli", "__main__"), RUNS | {"runs", "compare", "profile", "cli"}),
+    "integrations": MODEL | {"model"},
     "__init__": MODEL | {"model"},
     "ept_kernels": {"torch", "triton"},
     "ept_kernels.dev": {"torch", "triton", "ept_kernels", "bitsandbytes"},
