@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 
-from ept_kernels.dev import compile_only
+from ept_kernels.dev import compile_only, warm
 
 
 @triton.jit
@@ -66,19 +66,56 @@ def test_a_launch_is_refused_as_by_the_gpu(kernel, target, options, grid, messag
 
 
 SCRIPT = """
-from ept_kernels.dev import compile_only
-driver = compile_only.activate("sm_90")
 import ept_kernels
+from ept_kernels.dev import compile_only
 from ept_kernels.dev.problems import TokenAt
+from triton import knobs
+
+compiled = []
+knobs.compilation.listener = lambda *, cache_hit, **rest: compiled.append(not cache_hit)
+driver = compile_only.activate("sm_90")
 before = ept_kernels.launch.launches()
-for _ in range(3):
-    ept_kernels.token_at(*TokenAt().inputs())
+for n in (5, 5, 6):
+    ept_kernels.token_at(*TokenAt(n).inputs())
 assert compile_only.active() == "sm_90"
-print(ept_kernels.backend("cpu"), ept_kernels.launch.launches() - before, *(row["kernel"] for row in driver.loaded))
+launched, loaded = ept_kernels.launch.launches() - before, [row["kernel"] for row in driver.loaded]
+print(ept_kernels.backend("cpu"), launched, *loaded, sum(compiled))
 """
 
 
-def test_operators_take_the_gpus_way_in_a_process_that_only_compiles():
-    environment = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "EPT_KERNELS")}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
-    assert (done.stdout.split(), done.stderr) == (["triton", "3", "token_at_kernel"], "")
+def run_in_a_process(**variables: str) -> list[str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "EPT_KERNELS")}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, env={**inherited, **variables}, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_a_packed_cache_serves_another_process_in_another_place(tmp_path, monkeypatch):
+    """The first process takes the operators' way on a GPU and compiles; the second finds everything compiled."""
+    cold = run_in_a_process(TRITON_CACHE_DIR=str(tmp_path / "warm"), TRITON_STORE_BINARY_ONLY="1")
+    assert cold == ["triton", "3", "token_at_kernel", "1"]
+    archive = warm.pack(tmp_path / "warm", "sm_90")
+    assert {path.suffix for path in (tmp_path / "warm").glob("*/*")} == {".json", ".cubin"}
+    (tmp_path / "warm").rename(tmp_path / "gone")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "elsewhere"))
+    assert warm.unpack(archive) == 1
+    assert run_in_a_process() == ["triton", "3", "token_at_kernel", "0"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"triton": "1.0"}, "was made with triton 1.0 for Python .*, here is triton .*: nothing of it would be found"),
+        ({"found_by": "x"}, "here is another build of it, or other TRITON_ variables"),
+        ({"target": "?"}, "holds no kernels"),
+    ],
+)
+def test_a_cache_that_would_not_be_found_is_refused(change, message, tmp_path, monkeypatch):
+    made = {**warm.made_with("sm_90"), **change}
+    (tmp_path / "warm").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(warm, "made_with", lambda target: made)
+        archive = warm.pack(tmp_path / "warm", "sm_90")
+    with pytest.raises(ValueError, match=message):
+        warm.unpack(archive)

@@ -1,6 +1,7 @@
 """Compiles every kernel in every shipped configuration for the supported targets, without a GPU.
 
     python -m ept_kernels.dev.aot [--json FILE] [--targets NAME,NAME] [--only KERNEL] [--jobs NUMBER]
+    python -m ept_kernels.dev.aot --warm FOLDER --targets NAME [--then COMMAND]
 
 Prints a table (kernel, target, registers, spilled bytes, shared memory, instructions, and instructions a weight where
 4-bit weights are decoded) and fails on any spill, and on shared memory over the target's limit.
@@ -16,7 +17,10 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
+import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -28,6 +32,7 @@ import torch
 from .. import launch
 from ..launch import Config
 from ..library import launcher_of
+from . import warm
 from .compile_only import ARCHITECTURES, TARGETS, disassembled, driving, facts_of
 from .problems import Problem, compiled_problems, every_four_bit_problem
 from .tune import Tunable, tunables
@@ -141,6 +146,29 @@ def _compile_waiting(index: int) -> dict[str, Any]:
     return compile_case(*_waiting[index])
 
 
+def fill(folder: Path, target: str, only: str, jobs: int) -> int:
+    """Compiles whatever may be launched on `target`, the tuner's candidates included, into a kernel cache in `folder`,
+    and returns how many kernels those are.
+    """
+    os.environ.update(TRITON_CACHE_DIR=str(folder.absolute()), TRITON_STORE_BINARY_ONLY="1")
+    lists = (cases, shipped_cases, candidate_cases)
+    found = [case for cases_of in lists for case in cases_of(ARCHITECTURES[TARGETS[target].backend])]
+    _waiting[:] = [(case, target) for case in _distinct(found) if only in case.name]
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as processes:
+        return sum(processes.map(_is_compiled, range(len(_waiting))))
+
+
+def _is_compiled(index: int) -> bool:
+    case, target = _waiting[index]
+    try:
+        with driving(target):
+            case.kernel.warmup(*case.args, grid=case.grid, **case.meta)
+    except Exception as error:  # of a candidate: the tuner refuses it
+        print(f"{case.name}: {str(error).strip().splitlines()[0]}", flush=True)
+        return False
+    return True
+
+
 def compile_case(case: Case, target: str) -> dict[str, Any]:
     """Compiles `case` for `target`; returns registers, spilled bytes, shared memory (bytes) and instructions.
 
@@ -204,8 +232,26 @@ def main() -> None:
     parser.add_argument("--every", action="store_true", help="also every kind of 4-bit weight and of its operands")
     parser.add_argument("--candidates", action="store_true", help="also every configuration that the tuner may try")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiled at a time; all processors")
+    parser.add_argument("--warm", type=Path, metavar="FOLDER", help="fill a kernel cache for one target, and pack it")
+    parser.add_argument("--then", metavar="COMMAND", help="run with that cache before it is packed, and add to it")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="put a packed cache into this machine's")
     arguments = parser.parse_args()
     targets = arguments.targets.split(",")
+    if unknown := ", ".join(sorted({*targets} - {*TARGETS})):
+        raise SystemExit(f"--targets {unknown}: known are {', '.join(TARGETS)}")
+    if arguments.unpack:
+        try:
+            return print(f"{warm.unpack(arguments.unpack)} kernels are in Triton's cache now")
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise SystemExit(str(error)) from error
+    if arguments.warm:
+        if len(targets) > 1:
+            raise SystemExit("--warm is for one target: add --target sm_90, or another of " + ", ".join(TARGETS))
+        count = fill(arguments.warm, targets[0], arguments.only, arguments.jobs)
+        failed = subprocess.run(shlex.split(arguments.then)).returncode if arguments.then else 0
+        archive = warm.pack(arguments.warm, targets[0])
+        print(f"{count} compiled for {targets[0]}; {archive} has {archive.stat().st_size / 1e6:.1f} MB")
+        sys.exit(failed)
 
     def compiled(cases_of: Callable[[str], list[Case]]) -> list[dict[str, Any]]:
         # Launchers choose alike for all targets of one backend.

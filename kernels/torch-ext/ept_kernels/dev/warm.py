@@ -1,0 +1,104 @@
+"""A warm kernel cache: compiled on one machine, without a GPU, for another one that has it.
+
+    python -m ept_kernels.dev.aot --warm FOLDER --target sm_90 [--then COMMAND]
+    python -m ept_kernels.dev.aot --unpack FOLDER.tar.xz
+
+The first fills FOLDER as Triton's own cache, binaries and metadata only, and packs it; the second puts what was packed
+into the cache of the machine it runs on, wherever that lies.
+
+Triton finds a kernel by a hash of its own files, Python's version among them as they are built for one; of its
+assembler's version and the compute capability; of the kernel's source, line numbers included, types and options; of the
+contents of libdevice; and of the variables that change its compiler, such as `TRITON_DISABLE_LINE_INFO`. Driver, CUDA
+runtime, PyTorch, the card's name and paths are no part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import tarfile
+from collections import defaultdict
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from .compile_only import TARGETS
+
+MADE_WITH = "made_with.json"
+PACKED = (".cubin", ".hsaco", ".json")
+
+
+def made_with(target: str) -> dict[str, str]:
+    """Names what a cache for `target` is found by on this machine, the kernels aside."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # before triton 3.5
+        from triton.compiler.compiler import triton_key
+
+    backend = make_backend(GPUTarget(*TARGETS[target][:3]))
+    found_by = f"{triton_key()}-{backend.hash()}-{sorted(get_cache_invalidating_env_vars().items())}"
+    return {
+        "target": target,
+        "triton": version("triton"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "found_by": hashlib.sha256(found_by.encode()).hexdigest(),
+    }
+
+
+def pack(folder: Path, target: str) -> Path:
+    """Packs the cache in `folder`, which was filled on this machine, into a file beside it.
+
+    Whatever else than binaries and metadata lies in it is removed.
+    """
+    archive = folder.with_name(f"{folder.name}.tar.xz")
+    with tarfile.open(archive, "w:xz") as packed:
+        content = json.dumps(made_with(target)).encode()
+        entry = tarfile.TarInfo(MADE_WITH)
+        entry.size = len(content)
+        packed.addfile(entry, BytesIO(content))
+        for path in sorted(folder.glob("*/*")):
+            if path.suffix not in PACKED:
+                path.unlink()
+            elif not path.name.startswith("__grp__"):  # which names the folder; it is written on arrival
+                packed.add(path, path.relative_to(folder).as_posix())
+    return archive
+
+
+def unpack(archive: Path) -> int:
+    """Puts the packed kernels into this machine's cache, `TRITON_CACHE_DIR` if set; returns how many there are.
+
+    Raises:
+        ValueError: the file is none of `pack`'s, or was made with what finds nothing here.
+    """
+    from triton.runtime.cache import FileCacheManager
+
+    kernels: dict[str, dict[str, bytes]] = defaultdict(dict)
+    made: dict[str, Any] = {}
+    with tarfile.open(archive, "r:xz") as packed:
+        for entry in packed:
+            key, name = PurePosixPath("/", entry.name).parts[-2:]
+            content = packed.extractfile(entry)
+            if content is not None and name == MADE_WITH:
+                made = json.loads(content.read())
+            elif content is not None and key.isalnum() and name.endswith(PACKED):
+                kernels[key][name] = content.read()
+    if made.get("target") not in TARGETS:
+        raise ValueError(f"{archive} holds no kernels: make it with `python -m ept_kernels.dev.aot --warm`")
+    here = made_with(made["target"])
+    if made != here:
+        theirs, ours = (f"triton {x['triton']} for Python {x['python']}" for x in (made, here))
+        other = f"here is {ours}" if theirs != ours else "here is another build of it, or other TRITON_ variables"
+        raise ValueError(
+            f"{archive} was made with {theirs}, {other}: nothing of it would be found. Make it with the same"
+        )
+    for key, files in kernels.items():
+        cache = FileCacheManager(key)
+        paths = {name: cache.put(content, name) for name, content in files.items()}
+        cache.put_group(next(name for name in files if name.endswith(".json")), paths)
+    return len(kernels)
