@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def goal_problems() -> list[Problem]:
 
 def environment_works(table: str, device: str) -> list[Work]:
     """Returns the unit that describes machine and packages, and the one that tries the kernels' cache."""
-    works = [Work("environment", lambda: [describe(device)])]
-    return works if table == "reduced" else [*works, Work("cache", lambda: [try_cache(device)])]
+    works = [Work("environment", partial(describe, device))]
+    return works if table == "reduced" else [*works, Work("cache", partial(try_cache, device))]
 
 
 def once_works(table: str, device: str) -> list[Work]:
@@ -62,7 +63,7 @@ def once_works(table: str, device: str) -> list[Work]:
     )
     compared = table != "rehearsal"
     return [
-        Work(f"once/{problem.name}", lambda p=problem: [check(p, device, compared)], group=problem.operator)
+        Work(f"once/{problem.name}", partial(check, problem, device, compared), group=problem.operator)
         for problem in chosen
     ]
 
@@ -73,7 +74,7 @@ def sanitizer_works(table: str, device: str) -> list[Work]:
     return [
         Work(
             f"sanitizer/{name}",
-            lambda name=name: [sanitize(name, table, device)],
+            partial(sanitize, name, table, device),
             group=name,
             limit=2 * SANITIZER_SECONDS,
         )
@@ -119,7 +120,7 @@ def try_cache(device: str) -> Row:
 
 def check(problem: Problem, device: str, compared: bool = True) -> Row:
     """Runs the kernels of a problem once and, `compared`, holds each result against the reference in float64; on a CPU
-    the reference in the problem's own types.
+    it is the reference that runs.
     """
     row: Row = {"operator": problem.operator, "sizes": problem.sizes}
     inputs, began = problem.inputs(device), time.monotonic()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import shapes
 from .record import Row, by_case, is_measured
@@ -72,7 +72,7 @@ def judge(goal: Goal, rows: Iterable[Row]) -> Verdict:
     found: dict[str, float] = {}
     for case in goal.cases:
         providers = cases.get(case, {})
-        values = [providers.get(name, {}).get(goal.field) for name in names]
+        values: list[Any] = [providers.get(name, {}).get(goal.field) for name in names]
         # A reference that stood in for a missing kernel is no result of ours.
         stood_in = OURS in names and providers.get(OURS, {}).get("backend") != "triton"
         proven = not goal.proof or all(providers.get(name, {}).get(goal.proof) for name in names)

@@ -64,8 +64,8 @@ class Section:
 
     @property
     def at_once(self) -> int:
-        """Counts the processes on this machine: each has two processors, or is the only one."""
-        return max(1, min(self.processes, (os.cpu_count() or 1) // 2))
+        """Counts the processes on this machine: each has a processor."""
+        return min(self.processes, os.cpu_count() or 1)
 
     def groups(self, table: str, device: str) -> list[str]:
         if self.grouped and table != "reduced":
@@ -77,9 +77,9 @@ class Section:
 
 PLAN = (
     Section("environment", 20),  # machine, packages, and whether the kernels' cache is one that this host can use
-    Section("once", 65, processes=8, grouped=True),  # each operator at the goals' sizes, against float64
+    Section("once", 60, processes=16, grouped=True),  # each operator at the goals' sizes, against float64
     Section("tests", 100, processes=8),
-    Section("sanitizer", 40, processes=8, grouped=True),
+    Section("sanitizer", 45, processes=16, grouped=True),
     Section("ceilings", 15),
     Section("goals", 90),
     Section("tune", 80),

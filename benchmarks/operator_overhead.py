@@ -36,7 +36,8 @@ def measure(*, rounds: int) -> Iterator[Row]:
     """Yields a row a way; `overhead` is its time beyond the next barer way's, round by round."""
     device = default_device()
     args, out = EMBEDDING.inputs(device), torch.empty(1, device=device)
-    signature = "(" + str(ept_kernels.prompted_embedding._schema).partition("(")[2]
+    operator: Any = ept_kernels.prompted_embedding
+    signature = "(" + str(operator._schema).partition("(")[2]
 
     def nothing(*_: Any) -> Tensor:
         return out
@@ -67,5 +68,5 @@ def _ways(problem: Problem, device: torch.device) -> dict[str, Call]:
     if launcher is not None and device.type != "cpu":
         with launch.recording(launch.architecture(device)) as launched:
             launcher(*args)
-        ways["launch"] = lambda _: [one.kernel[one.grid](*one.args, **one.meta) for one in launched]
+        ways["launch"] = lambda _: [kernel[grid](*given, **meta) for kernel, grid, given, meta in launched]
     return ways

@@ -55,11 +55,13 @@ def _has_goal(case: Case, table: str) -> bool:
 
 
 def _work(case: Case, table: str, device: str, section: str = "kernels") -> Work:
-    measure = rehearse if table == "rehearsal" else lambda *how: prepare_and_measure(*how)[1]
-    return Work(f"{section}/{case.id}", lambda: measure(case, table, device), described(case), limit=90)
+    def measured() -> Iterator[Row]:
+        return rehearse(case, device) if table == "rehearsal" else prepare_and_measure(case, table, device)[1]
+
+    return Work(f"{section}/{case.id}", measured, described(case), limit=90)
 
 
-def rehearse(case: Case, table: str, device: str) -> Iterator[Row]:
+def rehearse(case: Case, device: str) -> Iterator[Row]:
     """Makes the inputs and launches our version, which is compiled and does not run."""
     prepared, before = prepare(case.only(OURS), device), launch.launches()
     for provider, call in prepared.calls.items():
@@ -111,7 +113,7 @@ def measure_ceilings(table: str, device: str) -> tuple[Ceilings, list[Row]]:
     for name in dtypes:
         # Random: products of zeros can run faster than real ones.
         a, b = (torch.randn(edge, edge, device=device).to(getattr(torch, name)) for _ in range(2))
-        calls[f"{name} product"] = (lambda _, a=a, b=b: a @ b), "operations", 2 * edge**3
+        calls[f"{name} product"] = functools.partial(_product, a, b), "operations", 2 * edge**3
     rows = []
     for ceiling, (call, unit, amount) in calls.items():
         timing = time_in_turn({"only": call}, clock_of(device), seconds=seconds)["only"]
@@ -119,6 +121,10 @@ def measure_ceilings(table: str, device: str) -> tuple[Ceilings, list[Row]]:
         rows.append({"ceiling": ceiling, **rate, **timing.as_dict()})
     rates = {name: row["operations_per_second"] for name, row in zip(dtypes, rows[1:])}
     return Ceilings(rows[0]["bytes_per_second"], rates), rows
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, _: int) -> torch.Tensor:
+    return a @ b
 
 
 def clock_of(device: str) -> Clock:

@@ -152,7 +152,7 @@ def _panels(path: Path, content: dict[str, Any], height: float = 3.4) -> Iterato
     """Yields a panel of `height` inches with each item of `content`: up to three in a row, more in rows of two."""
     number = len(content)
     columns = number if number <= 3 else 2
-    size = {"width": 5.2 * columns, "height": height * -(-number // columns) + 1.0}
+    size: dict[str, Any] = {"width": 5.2 * columns, "height": height * -(-number // columns) + 1.0}
     legend_columns = max(2, round(size["width"] / 2.2))
     with plot(path, panels=number, columns=columns, **size, legend_columns=legend_columns, dpi=120) as panels:
         yield from zip(panels, content.items())

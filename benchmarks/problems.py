@@ -64,7 +64,8 @@ def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared:
         prepared = (_joint_prompt if case.kernel == "joint_prompt" else _embedding)(case, device)
     if COPY in case.providers:
         prepared.calls[COPY] = _copy(prepared.counted.bytes, prepared.sets, device)
-    if not compile_allowed and prepared.calls.pop(COMPILED, None):
+    if not compile_allowed and COMPILED in prepared.calls:
+        del prepared.calls[COMPILED]
         prepared.skipped[COMPILED] = "not compiled in a reduced run"
     return prepared
 
@@ -116,7 +117,7 @@ def _joint_prompt(case: Case, device: str) -> Prepared:
     prepared = _prepared(case, arguments, counted, ours, reference)
     if COMPILED in case.providers:
         # The forward is compiled, and by autograd its backward with it.
-        compiled = torch.compile(ept_kernels.joint_prompt_reference, fullgraph=True, dynamic=False)
+        compiled: Any = torch.compile(ept_kernels.joint_prompt_reference, fullgraph=True, dynamic=False)
 
         def call(i: int) -> tuple[Tensor, ...]:
             grad, *parameters = arguments[i]

@@ -78,7 +78,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, deadline: float, variables: dict
     A job whose process dies goes to the end of the queue. Returns the names of those that were cut off by the deadline
     or given up.
     """
-    waiting, running, left = list(jobs), {}, []
+    waiting, left = list(jobs), []
+    running: dict[subprocess.Popen[str], Job] = {}
     try:
         while (waiting or running) and time.monotonic() < deadline:
             while waiting and len(running) < at_once:
@@ -90,9 +91,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, deadline: float, variables: dict
                 job.starts -= 1
                 if process.returncode == 0:
                     continue
-                again = "begun again" if job.starts else "given up"
-                print(f"{job.name}: the process ended with code {process.returncode}: {again}", flush=True)
-                (waiting if job.starts else left).append(job if job.starts else job.name)
+                said = "begun again" if job.starts else "given up"
+                print(f"{job.name}: the process ended with code {process.returncode}: {said}", flush=True)
+                if job.starts:
+                    waiting.append(job)
+                else:
+                    left.append(job.name)
     finally:
         for process in running:
             stop(process)

@@ -43,14 +43,15 @@ class Work:
     """One unit of a record.
 
     Attributes:
-        unit: its name, `section/…`. rows: measures it. described: fields of all its rows beside section and case.
+        unit: its name, `section/…`. rows: measures it, and gives a row or several. described: fields of all its rows
+            beside section and case.
         needs: a package without which it is skipped. on_request: measured only where `--only` names it.
         group: of a section whose units do not all share one process: those of one group do.
         limit: seconds after which its process is ended, as one that hangs.
     """
 
     unit: str
-    rows: Callable[[], Iterable[Row]]
+    rows: Callable[[], Row | Iterable[Row]]
     described: Row = field(default_factory=dict, hash=False)
     needs: str = ""
     on_request: bool = False

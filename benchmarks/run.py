@@ -36,7 +36,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     "goals": ("operators:goal_works",),
     "tune": ("tuning:works_of",),
     "steps": ("steps:works_of",),
-    "rest": ("operators:rest_works", "steps:rest_works"),
+    "rest": ("cold:works_of", "operators:rest_works", "steps:rest_works"),
 }
 MAX_ATTEMPTS = 2  # to measure a unit whose process dies; then that is its result
 REHEARSED = "sm_90"
@@ -151,7 +151,8 @@ def run(record: Record, works: Iterable[Work], about: Row, seconds: float, limit
                 add({**described, **refusal})
                 continue
             try:
-                for row in work.rows():
+                rows = work.rows()
+                for row in [rows] if isinstance(rows, dict) else rows:
                     add({**described, **row})
                     if "summary" in row:
                         print(f"{row.get('status', 'ok')}: {row['summary']}", flush=True)

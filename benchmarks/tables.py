@@ -179,7 +179,7 @@ def goal_table(results: Iterable[Row]) -> str:
     """Shows every goal on every device that has something of it: met, missed or not measured, with its worst number."""
     by_device: dict[str, list[Row]] = {}
     for row in filter(is_measured, results):
-        by_device.setdefault(row.get("device", row["device_type"]), []).append(row)
+        by_device.setdefault(str(row.get("device", row["device_type"])), []).append(row)
     lines = []
     for goal in GOALS:
         limit = f"≥ {goal.show(goal.at_least)}" if goal.at_least is not None else f"≤ {goal.show(goal.at_most)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def works_of(table: str, device: str) -> list[Work]:
     """Returns every tunable kernel as a unit, what has a goal first."""
     found = sorted(tune.tunables(table == "reduced", device), key=lambda t: GOAL_WIDTH not in t.key.split("x"))
     measure = rehearsed if table == "rehearsal" else tuned
-    works = [Work(f"tune/{t.kernel} {t.key}", lambda t=t: [measure(t, torch.device(device))], limit=90) for t in found]
+    works = [Work(f"tune/{t.kernel} {t.key}", partial(measure, t, torch.device(device)), limit=90) for t in found]
     return works if device == "cuda" or table == "rehearsal" else []
 
 

@@ -1,0 +1,133 @@
+"""What a new process pays: compiling where no kernel cache has it, and the first step with and without such a cache.
+
+TRITON_CACHE_DIR=FOLDER python -m benchmarks.cold joint_prompt | step     one of both in this process, as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .goals import COLD_START, COMPILING
+from .processes import environment
+from .record import ROOT, Row, Work
+from .shapes import OURS
+
+SECONDS = 120.0
+
+
+def works_of(table: str, device: str) -> list[Work]:
+    """Returns both as units of a record; a rehearsal compiles, too."""
+    options = ["--rehearse"] if table == "rehearsal" else []
+    found = [Work(COMPILING, lambda: compiling(options), limit=SECONDS)]
+    if table == "gpu":
+        found.append(Work(COLD_START, lambda: cold_start(options), limit=2 * SECONDS))
+    return found if table != "reduced" else []
+
+
+def compiling(options: list[str]) -> Iterator[Row]:
+    """Yields how long the joint prompt's kernels compile, and how many are compiled for other shapes."""
+    with tempfile.TemporaryDirectory() as cache:
+        yield {"provider": OURS, "backend": "triton", **_in_new_process("joint_prompt", cache, options)}
+
+
+def cold_start(options: list[str]) -> Iterator[Row]:
+    """Yields the seconds of the first training step of a process with an empty kernel cache, and of the next one."""
+    with tempfile.TemporaryDirectory() as cache:
+        for provider in ("empty cache", "warm cache"):
+            yield {"provider": provider, **_in_new_process("step", cache, options)}
+
+
+def _in_new_process(what: str, cache: str, options: list[str]) -> Row:
+    command = [sys.executable, "-m", "benchmarks.cold", what, *options]
+    variables = environment(TRITON_CACHE_DIR=cache, EPT_KERNELS="triton")
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=SECONDS)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def joint_prompt(device: str) -> Row:
+    """Compiles for one shape, then for others of the same width and padded rank."""
+    from triton import knobs
+
+    from ept_kernels.dev.problems import T5_BASE_JOINT
+    from ept_kernels.library import launcher_of
+
+    took: list[float] = []
+
+    def listen(*, times: Any, cache_hit: bool, **others: Any) -> None:
+        if not cache_hit:
+            took.append(1e-6 * times.total)
+
+    knobs.compilation.listener = listen
+
+    def run(problem: Any) -> list[float]:
+        took.clear()
+        for one in (problem, problem.backward):
+            launcher: Any = launcher_of(one.operator)
+            launcher(*one.inputs(device))
+        return list(took)
+
+    first = run(T5_BASE_JOINT)
+    again = [run(replace(T5_BASE_JOINT, s=s, m=m, r=r)) for s, m, r in ((100, 512, 30), (7, 63, 20), (41, 257, 31))]
+    longest = max(first, default=0.0)
+    return {
+        "compile_seconds": longest,
+        "compiled": len(first),
+        "all_seconds": sum(first),
+        "compiled_again": sum(map(len, again)),
+    }
+
+
+def step(device: str) -> Row:
+    """Takes the first training step of this process, what it imports and builds not counted."""
+    from ept.profile.batches import make_batches, random_rows
+    from ept.profile.clock import take_step
+    from ept.profile.methods import MethodSpec, make_method
+    from ept.profile.shapes import build_shape
+
+    there, task_type, size = torch.device(device), "SEQ_2_SEQ_LM", {"batch": 8, "length": 256}
+    base = build_shape("t5-base", dtype=torch.bfloat16, device=there)
+    method = make_method(MethodSpec.parse("ept"), base, task_type, size["length"])
+    rows = random_rows(size["batch"], task_type, base.config.vocab_size, size["length"], varied=False, seed=0)
+    how: dict[str, Any] = {
+        "padding": "none",
+        "width": 1,
+        "all_logits": False,
+        "pad_token_id": 0,
+        "task_type": task_type,
+    }
+    (inputs,) = make_batches(rows, batch=size["batch"], count=1, device=there, **how)
+    torch.accelerator.synchronize()
+    began = time.perf_counter()
+    take_step(method, inputs)
+    torch.accelerator.synchronize()
+    return {
+        "median": time.perf_counter() - began,
+        "size": size,
+        "model": "T5-base shape, random weights",
+        "dtype": "bfloat16",
+    }
+
+
+def main() -> None:
+    if "--rehearse" in sys.argv:
+        from ept_kernels.dev import compile_only
+
+        compile_only.activate("sm_90")
+    device = "cuda" if torch.cuda.is_available() and "--rehearse" not in sys.argv else "cpu"
+    print(json.dumps({"joint_prompt": joint_prompt, "step": step}[sys.argv[1]](device)))
+
+
+if __name__ == "__main__":
+    main()
