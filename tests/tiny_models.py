@@ -105,14 +105,11 @@ def randomise(model: Any, seed: int = 1, scale: float = 0.3) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
-def adapted(
-    name: str = "llama", seed: int | None = 1, model_changes: Any = None, fast_frozen: bool = True, **fields: Any
-) -> Any:
+def adapted(name: str = "llama", seed: int | None = 1, model_changes: Any = None, **fields: Any) -> Any:
     """Makes an EPT model in eval mode, every parameter away from its start (`seed=None`: at its start)."""
     from ept import EPTConfig, get_ept_model
 
-    base, config = make_model(name, **(model_changes or {})), EPTConfig(**{**SMALL, **fields})
-    model = get_ept_model(base, config, fast_frozen=fast_frozen)
+    model = get_ept_model(make_model(name, **(model_changes or {})), EPTConfig(**{**SMALL, **fields}))
     if seed is not None:
         randomise(model, seed)
     return model.eval()
