@@ -79,6 +79,13 @@ class ModelConfig(Section):
     """As in transformers: `eager`, `sdpa`, `flash_attention_2`, ... None: its own choice."""
 
 
+EXCLUSIVE = (
+    *(("template", "text_columns"), ("label_words", "label_values"), ("hub", "train_file")),
+    *(("target_template", "label_words"), ("target_template", "label_values")),
+)
+"""Keys of `data` of which one alone can be given."""
+
+
 class DataConfig(Section):
     """A named `task` (see `ept tasks`), or data of one's own: files, a folder or a set on the hub.
 
@@ -110,13 +117,18 @@ class DataConfig(Section):
     """Column of the labels."""
     template: str | None = None
     """Input text, with the names of columns in braces: `"{headline}\\nSarcastic?"`."""
+    target_template: str | None = None
+    """For answers in free text, such as summaries: the answer, with the names of columns in braces."""
+    max_answer: Count = 128
+    """Most tokens of an answer in free text; longer ones are cut in training."""
     label_words: list[str] | dict[Any, str] | None = None
     """A list of words, or a mapping {raw label: word}."""
     label_values: list[Number] | None = None
     """Of a regression, in place of `label_words`: the evenly spaced numbers that labels are rounded to."""
     metric: list[str] | None = None
     """Metrics, the first of which decides the best checkpoint. None: accuracy, with `f1_macro` beside it where the
-    commonest label has more than 60 % of the rows; of a regression `pearson` and `spearman`."""
+    commonest label has more than 60 % of the rows; of a regression `pearson` and `spearman`; of free text `rouge_l` and
+    `exact_match`."""
     labels: Literal["digits", "words"] | None = None
     """How a language model writes the labels. None: a named task's as digits, all others as words."""
     max_length: Count | None = None
@@ -153,9 +165,11 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if self.task is not None and self.template is not None:
             raise ValueError("data.task and data.template exclude each other: a named task brings its own template")
-        for first, second in (("template", "text_columns"), ("label_words", "label_values"), ("hub", "train_file")):
+        for first, second in EXCLUSIVE:
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise ValueError(f"data.{first} and data.{second} exclude each other: give one")
+        if self.task is not None and self.target_template is not None:
+            raise ValueError("data.task and data.target_template exclude each other: a named task has labels")
         if self.hub is not None and (self.task or self.data_dir) is not None:
             raise ValueError("data.hub excludes data.task and data.data_dir: give one")
         return self

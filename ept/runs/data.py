@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tasks import Task, TaskData, get_task, load_task, local_task
 from ..tasks.encoding import TEXT_IDS, FittedText, fit_rows
-from ..tasks.inference import commonest_share, default_metrics, default_template, find_columns, find_labels
+from ..tasks.inference import commonest_share, default_metrics, default_template, find_columns, find_labels, find_texts
 from ..tasks.sources import raw_splits
 from ..tasks.template import template_columns
 from .config import DataConfig
@@ -40,6 +40,8 @@ def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_t
     """
     config = resolved(config, task_type)
     task = task_of(config)
+    if task.is_text and task_type == "SEQ_CLS":
+        raise ValueError("answers in free text need a language model, and this one is a classifier")
     given = config.model_dump(include={"data_dir", "encoding", "strict", "k_shot", *FILES})
     limits = config.model_dump(include={"max_train", "max_validation", "max_test"})
     drawn = read_splits(Path(config.splits)) if config.splits is not None else None
@@ -83,10 +85,11 @@ def resolved(config: DataConfig, task_type: str | None) -> DataConfig:
         task_type: of the model; all but classifiers are asked for the label by its column's name.
     """
     labelled = config.label_words is not None or config.label_values is not None
+    if config.target_template is not None:
+        return _with_free_text(config)
     if not config.is_local or (labelled and None not in (config.template, config.label_column, config.metric)):
         return config
-    files = {name.removesuffix("_file"): getattr(config, name) for name in FILES}
-    source, rows = raw_splits(config.data_dir, files, config.encoding, hub=_hub(config), names_labels=True)["train"]
+    source, rows = _train_rows(config)
     texts = list(template_columns(config.template)) if config.template is not None else config.text_columns
     texts, label = find_columns(rows, source, texts, config.label_column)
     asks = task_type != "SEQ_CLS"
@@ -102,6 +105,23 @@ def resolved(config: DataConfig, task_type: str | None) -> DataConfig:
         found["metric"] = default_metrics(commonest_share([task.label_class(row.get(label)) for row in rows]))
     found["metric"] = config.metric or found.get("metric")
     return config.model_copy(update={**found, "text_columns": None})
+
+
+def _with_free_text(config: DataConfig) -> DataConfig:
+    """Returns the configuration of answers in free text with template and metrics."""
+    answer = template_columns(str(config.target_template))
+    template = config.template
+    if template is None:
+        source, rows = _train_rows(config)
+        others = [{name: value for name, value in row.items() if name not in answer} for row in rows]
+        template = default_template(find_texts(others, source, config.text_columns), answer[0], asks=True)
+    found = {"template": template, "text_columns": None, "metric": config.metric or ["rouge_l", "exact_match"]}
+    return config.model_copy(update=found)
+
+
+def _train_rows(config: DataConfig) -> tuple[str, Any]:
+    files = {name.removesuffix("_file"): getattr(config, name) for name in FILES}
+    return raw_splits(config.data_dir, files, config.encoding, hub=_hub(config), names_labels=True)["train"]
 
 
 def read_splits(path: Path) -> Any:
@@ -122,11 +142,15 @@ def task_of(config: DataConfig) -> Task:
     """Finds the named task, or makes the one that template and labels describe; else ValueError."""
     if config.task is not None:
         return get_task(config.task)
-    if config.template is None or (config.label_words is None and config.label_values is None):
+    if config.template is None or all(
+        given is None for given in (config.label_words, config.label_values, config.target_template)
+    ):
         raise ValueError(
             "no data: give a file, as in `ept train FILE --model NAME`, or set data.task (`ept tasks` lists them)"
         )
     usual = ("accuracy",) if config.label_values is None else ("pearson", "spearman")
+    if config.target_template is not None:
+        usual = ("rouge_l", "exact_match")
     return local_task(
         config.template,
         config.label_words or (),
@@ -134,6 +158,7 @@ def task_of(config: DataConfig) -> Task:
         metrics=config.metric or usual,
         max_length=config.max_length or 256,
         values=config.label_values or (),
+        target_template=config.target_template or "",
         hub=_hub(config),
         name=config.name,
     )

@@ -43,11 +43,15 @@ def label_rows(run: Predictor, rows: Sequence[Mapping[str, Any]], source: str) -
         raise ValueError(f"{source} has a column {sorted(taken)[0]!r} already: rename it")
     blank = {number for number, row in enumerate(given) if _is_blank(task, row)}
     kept = [row for number, row in enumerate(given) if number not in blank]
-    answers = iter(run.answer([text.ids for text in run.fit(kept, source, task)], progress="predicting"))
+    encoded = [text.ids for text in run.fit(kept, source, task)]
+    written = iter(run.write(encoded, progress="predicting") if run.task.is_text else ())
+    answers = iter(run.answer(encoded, progress="predicting") if not run.task.is_text else ())
     labelled = []
     for number, row in enumerate(rows):
         found: dict[str, Any] = {PREDICTION: None}
-        if number not in blank:
+        if number not in blank and run.task.is_text:
+            found[PREDICTION] = next(written)
+        elif number not in blank:
             label, probabilities = next(answers)
             found[PREDICTION] = labels[label] if label >= 0 else None
             found |= {f"p({name})": p for name, p in zip(labels, probabilities or ())}

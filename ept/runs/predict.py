@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..model.compilation import uncompiled
 from ..tasks import GROUP, UNPARSABLE, Task, compute_metrics, nearest_value
-from ..tasks.encoding import TEXT_IDS, FittedText, encode_labels, fit_rows, pad
+from ..tasks.encoding import IGNORE, TEXT_IDS, Collator, FittedText, encode_labels, encode_split, fit_rows, pad
+from ..tasks.metrics import compute_text_metrics
 from .adapters import load_trained
 from .config import RunConfig, load_run_config
 from .data import max_length_of, task_of
@@ -22,6 +23,9 @@ from .evaluation import Answer, Evaluation
 from .folder import RunFolder
 from .loading import load_tokenizer, task_type_of
 from .processes import Processes
+from .text_answers import TextEvaluation
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -54,9 +58,11 @@ class Predictor:
         scoring = self.config.training.scoring
         if self.task_type == "SEQ_CLS" and scoring is not None:
             raise ValueError(f"scoring={scoring!r} is not available for {self.task_type}: leave it out")
+        if self.task.is_text and scoring == "rank":
+            raise ValueError("scoring='rank' ranks labels, and the answers are free text: leave it out")
         self.generates = (scoring or ("generate" if self.task_type == "SEQ_2_SEQ_LM" else "rank")) == "generate"
         self.answers: list[list[int]] = []  # tokens of the labels of a language model
-        if self.task_type != "SEQ_CLS":
+        if self.task_type != "SEQ_CLS" and not self.task.is_text:
             self.answers = encode_labels(self.tokenizer, self.labels, self.task_type)
 
     def fit(self, rows: Sequence[Mapping[str, Any]], source: str, task: Task | None = None) -> list[FittedText]:
@@ -74,9 +80,18 @@ class Predictor:
         Args:
             progress: what to call the progress bar on standard error; None: there is none.
         """
+        return self._in_batches(self.predict_batch, encoded, progress)
+
+    def write(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[str]:
+        """Writes an answer in free text to each text's tokens, of at most `data.max_answer` tokens, greedily."""
+        return self._in_batches(self.write_batch, encoded, progress)
+
+    def _in_batches(
+        self, function: Callable[[Sequence[list[int]]], list[T]], encoded: Sequence[list[int]], progress: str | None
+    ) -> list[T]:
         # Neighbours of like length need less padding.
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        size, console, own = self.config.training.eval_batch_size, Console(stderr=True), dict[int, Answer]()
+        size, console, own = self.config.training.eval_batch_size, Console(stderr=True), dict[int, T]()
         batches = self.processes.share([order[start : start + size] for start in range(0, len(order), size)])
         shows = progress is not None and self.processes.is_rank_zero and console.is_terminal
         was_training = self.model.training
@@ -84,7 +99,7 @@ class Predictor:
         try:
             with torch.no_grad(), uncompiled():  # evaluation has shapes of its own, each of which would be compiled
                 for batch in track(batches, progress or "", console=console, transient=True, disable=not shows):
-                    own.update(zip(batch, self.predict_batch([encoded[index] for index in batch])))
+                    own.update(zip(batch, function([encoded[index] for index in batch])))
         finally:
             self.model.train(was_training)
         found = {index: answer for part in self.processes.gather(own) for index, answer in part.items()}
@@ -124,12 +139,40 @@ class Predictor:
             likelihoods.append(each.sum(-1))
         return _ranked(torch.stack(likelihoods, -1))
 
+    def write_batch(self, inputs: Sequence[list[int]]) -> list[str]:
+        """Writes answers to a few texts in one go."""
+        options = {"max_new_tokens": self.config.data.max_answer, "do_sample": False, "num_beams": 1}
+        ids = self.model.generate(**self._batch(inputs), **options)
+        if self.task_type == "CAUSAL_LM":
+            ids = ids[:, max(len(text) for text in inputs) :]
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def loss(self, split: Any) -> float:
+        """Computes the loss of the right answers in free text of a split, in nats a token."""
+        limit, size = self.config.data.max_answer, self.config.training.eval_batch_size
+        encoded = encode_split(split, self.tokenizer, (), self.task_type, max_answer=limit)
+        collate = Collator(self.task_type, int(self.tokenizer.pad_token_id))
+        starts = self.processes.share(range(0, len(encoded), size))
+        own, tokens = 0.0, 0
+        with torch.no_grad(), uncompiled():
+            for start in starts:
+                batch = collate(encoded.select(range(start, min(start + size, len(encoded)))).to_list())
+                count = int((batch["labels"] != IGNORE).sum())
+                moved = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                own, tokens = own + float(self.model(**moved).loss) * count, tokens + count
+        parts = self.processes.gather((own, tokens))
+        return sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1)
+
     def score(self, split: Any, progress: str | None = None) -> dict[str, float]:
         """Computes the task's metrics on a split that `with_texts` has made, and the share of `unparsable` answers."""
         return self.evaluate(split, progress).metrics
 
-    def evaluate(self, split: Any, progress: str | None = None) -> Evaluation:
+    def evaluate(self, split: Any, progress: str | None = None) -> Evaluation | TextEvaluation:
         """Answers the rows of a split that `with_texts` has made and scores the answers."""
+        if self.task.is_text:
+            written, right = self.write(split[TEXT_IDS][:], progress), split["target"][:]
+            found = compute_text_metrics(self.task.metrics, written, right)
+            return TextEvaluation({**found, "loss": self.loss(split)}, written, right)
         answers, references = self.answer(split[TEXT_IDS][:], progress), split["label"][:]
         predictions = [answer.label for answer in answers]
         scores = compute_metrics(

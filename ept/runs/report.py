@@ -17,13 +17,14 @@ from ..utils.tables import markdown, properties, table
 from .evaluation import Evaluation
 from .folder import RunFolder
 from .method_table import METHODS
+from .text_answers import TextEvaluation
 
 MAX_MATRIX = 30  # labels of a confusion matrix that can still be read
 
 
 def write_report(
     results: dict[str, Any],
-    evaluation: Evaluation,
+    evaluation: Evaluation | TextEvaluation,
     texts: Sequence[str],
     events: list[dict[str, Any]],
     folder: RunFolder,
@@ -36,7 +37,7 @@ def write_report(
     """
     learning_curve(results, events, folder.curve)
     figures = [folder.curve]
-    if not evaluation.is_regression and len(evaluation.labels) <= MAX_MATRIX:
+    if isinstance(evaluation, Evaluation) and not evaluation.is_regression and len(evaluation.labels) <= MAX_MATRIX:
         confusion_matrix(results, evaluation, folder.confusion)
         figures.append(folder.confusion)
     parts = [f"# {METHODS[results['method']].title} on {results['task']}"]
@@ -46,7 +47,10 @@ def write_report(
     if "by_label" in results:
         parts += ["## By label", markdown(*_by_label(results))]
     parts += [f"![{figure.stem.replace('_', ' ')}]({figure.name})" for figure in figures]
-    if mistakes := evaluation.confident_mistakes():
+    if isinstance(evaluation, TextEvaluation):
+        written = [[str(n), *map(_shortened, pair)] for n, pair in enumerate(evaluation.samples(), start=1)]
+        parts += ["## What the model writes", markdown(["test row", "right answer", "the model's"], written)]
+    elif mistakes := evaluation.confident_mistakes():
         parts += ["## Most confident mistakes", markdown(*_mistakes(evaluation, mistakes, texts))]
     name = folder.path.name
     commands = [f"ept predict {name} 'a text'", f"ept evaluate {name}", f"ept export {name} --output exported"]
@@ -163,12 +167,16 @@ def _by_label(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def _shortened(text: str) -> str:
+    return textwrap.shorten(text, 200, placeholder=" …")
+
+
 def _mistakes(evaluation: Evaluation, places: Sequence[int], texts: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for place in places:
         answer, right = evaluation.answers[place], evaluation.references[place]
         assert answer.probabilities is not None
-        text = textwrap.shorten(texts[place], 200, placeholder=" …")
+        text = _shortened(texts[place])
         said = f"{evaluation.labels[answer.label]} ({answer.probabilities[answer.label]:.1%})"
         rows.append([str(place + 1), text, evaluation.labels[right], said])
     return ["test row", "text", "label", "answer"], rows

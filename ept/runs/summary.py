@@ -23,9 +23,9 @@ def run_summary(run: PreparedRun) -> dict[str, Any]:
         "model": config.model.name_or_path,
         "task": task.name,
         "task_type": run.task_type,
-        "kind": "regression" if task.values else "classification",
+        "kind": "free text" if task.is_text else "regression" if task.values else "classification",
         "text_columns": list(task.columns),
-        "label_column": task.label_column,
+        "label_column": ", ".join(task.target_columns),
         "template": task.template,
         "labels": list(run.labels),
         "metric": task.metrics[0],
@@ -42,19 +42,23 @@ def run_summary(run: PreparedRun) -> dict[str, Any]:
 
 def summary_table(summary: dict[str, Any], title: str) -> Table:
     """Makes a table of what `run_summary` describes."""
-    labels = f"{summary['labels'][0]} .. {summary['labels'][-1]}, rounded to the nearest of {len(summary['labels'])}"
-    if summary["kind"] == "classification":
-        labels = f"{len(summary['labels'])}: {listed(map(repr, summary['labels']))}"
+    labels = []
+    if summary["kind"] == "regression":
+        first, last, count = summary["labels"][0], summary["labels"][-1], len(summary["labels"])
+        labels = [("labels", f"{first} .. {last}, rounded to the nearest of {count}")]
+    elif summary["kind"] == "classification":
+        labels = [("labels", f"{len(summary['labels'])}: {listed(map(repr, summary['labels']))}")]
+    balance = [("label balance", _shares(summary["label_balance"]))] if labels else []
     rows = [
         ("model", f"{summary['model']} ({summary['task_type']})"),
         ("text", f"{listed(summary['text_columns'])}, as {summary['template']!r}"),
         ("label", f"{summary['label_column']}, {summary['kind']}"),
-        ("labels", labels),
+        *labels,
         ("metric", listed(summary["metrics"]) + (", the first decides" if len(summary["metrics"]) > 1 else "")),
         ("rows", ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())),
         *(("left out", f"{count:,} rows with {why}") for why, count in summary["left_out"].items()),
-        ("label balance", _shares(summary["label_balance"])),
-        ("majority class", f"{summary['metric']} {summary['majority']:.4f}"),
+        *balance,
+        ("commonest answer", f"{summary['metric']} {summary['majority']:.4f}"),
         (f"texts cut to {summary['max_length']} tokens", _shares(summary["truncation_rate"])),
         ("trainable parameters", f"{summary['trainable_parameters']:,}"),
         *([("folder", summary["output_dir"])] if summary["output_dir"] is not None else []),

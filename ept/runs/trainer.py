@@ -52,7 +52,9 @@ class PromptTrainer(Trainer):
         self.recorder = Recorder(config, MetricsLog(folder.metrics, writes=run.processes.is_rank_zero))
         data, training = run.run_data.data, config.training
         patience, multiple = training.early_stopping_patience, training.pad_to_multiple_of
-        encoded = encode_split(data.train, run.tokenizer, data.labels, run.task_type, data.task.values)
+        encoded = encode_split(
+            data.train, run.tokenizer, data.labels, run.task_type, data.task.values, config.data.max_answer
+        )
         if training.compile_layers and multiple is not None:
             check_lengths(max(encoded["length"]), multiple)
         collator = Collator(

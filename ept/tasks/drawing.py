@@ -128,7 +128,7 @@ def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
         ValueError: that is no row a class, or a class has fewer rows.
     """
     values = task.values
-    classes = 2 if values else task.num_labels
+    classes = 2 if values else max(task.num_labels, 1)  # answers in free text are one
     each = k // classes
     if each < 1:
         raise ValueError(f"k_shot={k} is no row for each of {classes} labels: give at least {classes}")

@@ -73,6 +73,20 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
     return encoded
 
 
+def encode_answers(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_type: str, max_tokens: int
+) -> list[list[int]]:
+    """Tokenises answers in free text, each with an end token unless it is cut to `max_tokens`."""
+    if task_type == "SEQ_2_SEQ_LM":
+        encoded = [list(ids) for ids in tokenizer(text_target=list(texts))["input_ids"]]
+    else:
+        before = tokenizer("a", add_special_tokens=False)["input_ids"]  # as " answer" follows a text
+        encoded = [tokenizer(f"a {text}", add_special_tokens=False)["input_ids"][len(before) :] for text in texts]
+        if tokenizer.eos_token_id is not None:
+            encoded = [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    return [ids[:max_tokens] for ids in encoded]
+
+
 def fit_rows(
     task: Task,
     rows: Sequence[Mapping[str, Any]],
@@ -125,20 +139,25 @@ def encode_split(
     labels: Sequence[str],
     task_type: str,
     values: Sequence[float] = (),
+    max_answer: int = 128,
 ) -> datasets.Dataset:
     """Makes columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length` from `text_ids` and `label`.
 
-    For SEQ_CLS and a regression `labels` is the number among `values` that the class stands for.
+    For SEQ_CLS and a regression `labels` is the number among `values` that the class stands for. Without `labels` each
+    row's `target` is its answer, of at most `max_answer` tokens.
     """
     from datasets import Dataset
 
-    answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
-    targets: Sequence[Any] = answers or values or range(len(labels))
     inputs = list(split[TEXT_IDS])
+    if labels:
+        answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
+        targets: Sequence[Any] = answers or values or range(len(labels))
+        found = [targets[label] for label in split["label"]]
+    else:
+        found = encode_answers(tokenizer, split["target"][:], task_type, max_answer)
     if task_type == "CAUSAL_LM":
-        inputs = [ids + answers[label] for ids, label in zip(inputs, split["label"])]
-    columns = {"input_ids": inputs, "labels": [targets[label] for label in split["label"]]}
-    return Dataset.from_dict({**columns, "length": list(map(len, inputs))})
+        inputs = [ids + answer for ids, answer in zip(inputs, found)]
+    return Dataset.from_dict({"input_ids": inputs, "labels": found, "length": list(map(len, inputs))})
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, length: int = 0) -> torch.Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", "exact_match", "pearson", "spearman")
 CORRELATIONS = ("pearson", "spearman")
+TEXT_METRICS = ("rouge_l", "rouge_1", "rouge_2", "exact_match")
+"""Metrics of answers in free text: F-measures of ROUGE, and the share of answers that are the reference."""
 UNPARSABLE = -1
 """The prediction that stands for generated text that is none of the task's labels."""
 UNPARSABLE_VALUE = -1.0  # the number that a regression takes for such text, as ATTEMPT's evaluation does
@@ -84,11 +87,44 @@ def compute_metrics(
     return scores
 
 
-def check_metrics(names: Sequence[str], num_labels: int, is_regression: bool = False) -> None:
+def compute_text_metrics(
+    names: Sequence[str], predictions: Sequence[str], references: Sequence[str]
+) -> dict[str, float]:
+    """Scores answers in free text by each named metric, `{name: mean over the rows}`, all 0..1.
+
+    ROUGE is rouge-score's, without stemming, over words of any script. Raises ValueError without that package.
+    """
+    scores: dict[str, float] = {}
+    if any(name.startswith("rouge") for name in names):
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            remedy = "pip install rouge-score, or set data.metric=[exact_match]"
+            raise ValueError(f"the metric rouge_l needs the package rouge-score: {remedy}") from error
+        scorer = RougeScorer(["rougeL", "rouge1", "rouge2"], tokenizer=_Words())
+        rows = [scorer.score(reference, found) for found, reference in zip(predictions, references)]
+        for kind in ("L", "1", "2"):
+            scores[f"rouge_{kind.lower()}"] = sum(row[f"rouge{kind}"].fmeasure for row in rows) / len(rows)
+    same = [" ".join(found.split()) == " ".join(right.split()) for found, right in zip(predictions, references)]
+    scores["exact_match"] = sum(same) / len(same)
+    return {name: scores[name] for name in names}
+
+
+class _Words:
+    """The words of a text of any script, in lower case; a sign of a script without spaces is a word of its own."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.casefold())
+
+
+def check_metrics(names: Sequence[str], num_labels: int, is_regression: bool = False, is_text: bool = False) -> None:
     """Raises ValueError where `compute_metrics` would refuse `names` for that many classes."""
     if not names:
         raise ValueError(f"0 metrics given: name at least one of {', '.join(METRICS)}")
-    for name in names:
+    for name in names if is_text else ():
+        if name not in TEXT_METRICS:
+            raise ValueError(f"metric '{name}' is not for free text: name some of {', '.join(TEXT_METRICS)}")
+    for name in names if not is_text else ():
         if name not in METRICS:
             close = get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown metric '{name}': did you mean '{close}'? Known: {', '.join(METRICS)}")

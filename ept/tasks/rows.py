@@ -24,7 +24,7 @@ ROW = "row"
 RAW = "raw"
 """The key of an example that says which rows of a file are the same one, whatever template is used."""
 
-BLANK, UNLABELLED = "blank text", "no label"
+BLANK, UNLABELLED, UNANSWERED = "blank text", "no label", "no answer"
 
 
 class BlankText(ValueError):
@@ -141,13 +141,21 @@ def examples(
     every template. Raises ValueError with the source and the row (counted from 1).
     """
     found: list[Row] = []
-    left_out: dict[str, list[int]] = {BLANK: [], UNLABELLED: []}
-    keys = raw_keys(rows, task.label_column)
+    left_out: dict[str, list[int]] = {BLANK: [], UNLABELLED: [], UNANSWERED: []}
+    keys = raw_keys(rows, task.target_columns)
     for number, (row, key) in enumerate(zip(rows, keys), start=1):
         try:
-            _check_columns(task, [task.label_column], row)
-            raw = row[task.label_column]
-            label = task.label_class(raw)
+            _check_columns(task, task.target_columns, row)
+            target = None
+            if task.is_text:
+                target = _target(task, row)
+                if target is None and not strict:
+                    left_out[UNANSWERED].append(number)
+                    continue
+                raw, label = target, 0 if target is not None else None
+            else:
+                raw = row[task.label_column]
+                label = task.label_class(raw)
             if label is None and is_missing(raw) and not strict:
                 left_out[UNLABELLED].append(number)
                 continue
@@ -158,6 +166,8 @@ def examples(
                     raise
                 left_out[BLANK].append(number)
                 fields = dict.fromkeys(task.columns, "")
+            if label is None and task.is_text:
+                raise ValueError(f"no answer (column {', '.join(map(repr, task.target_columns))}): drop the row")
             if label is None:
                 allowed = ", ".join(repr(raw) for raw, _ in task.label_map)
                 if task.values:
@@ -170,21 +180,29 @@ def examples(
             raise ValueError(f"{source}, row {number}: {error}") from error
         text = task.template.format_map(fields) if any(map(str.strip, fields.values())) else ""
         example = {"text": text, "label": label, FIELDS: fields, ROW: number, RAW: key}
+        if target is not None:
+            example["target"] = target
         if task.group_columns:
             example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
         found.append(example)
     return found, {reason: numbers for reason, numbers in left_out.items() if numbers}
 
 
-def raw_keys(rows: Sequence[Row], label_column: str) -> list[str]:
-    """Gives what two rows share when they count as the same one: the text of all columns but the label's.
+def _target(task: Task, row: Mapping[str, Any]) -> str | None:
+    """Renders the answer of a row in free text; None where all its columns are blank."""
+    fields = {column: as_text(column, row[column]) for column in task.target_columns}
+    return task.target_template.format_map(fields) if any(map(str.strip, fields.values())) else None
+
+
+def raw_keys(rows: Sequence[Row], target_columns: Sequence[str]) -> list[str]:
+    """Gives what two rows share when they count as the same one: the text of all columns but those of the answer.
 
     Columns that hold numbers alone, such as a row's own number, do not count where there are others.
     """
     values: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         for column, value in row.items():
-            if column != label_column and not is_missing(value):
+            if column not in target_columns and not is_missing(value):
                 values[column].append(value)
     textual = sorted(column for column, found in values.items() if not all(map(is_number, found)))
     columns = textual or sorted(values)
@@ -211,7 +229,7 @@ def dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
     """Makes a data set of examples, with the target string of each and groups as numbers."""
     from datasets import Dataset
 
-    rows = [{**row, "target": labels[row["label"]]} for row in examples]
+    rows = [{**row, "target": row["target"] if "target" in row else labels[row["label"]]} for row in examples]
     for row in rows:
         row.pop(RAW, None)
     if rows and GROUP in rows[0]:

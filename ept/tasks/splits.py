@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..utils.messages import listed
 from .drawing import BALANCE_INTERVALS, SPLITS, few_shot, interval, sample, three_splits
 from .files import File, Row, read_rows
-from .metrics import compute_metrics
+from .metrics import compute_metrics, compute_text_metrics
 from .rows import ROW, dataset, examples, text_key
 from .sources import raw_splits
 from .task import Task
@@ -54,7 +54,10 @@ class TaskData:
         return described
 
     def balance(self) -> dict[str, float]:
-        """Gives the share of each label among the train rows, by its word; a regression's range is cut into five."""
+        """Gives the share of each label among the train rows, by its word; a regression's range is cut into five.
+
+        Answers in free text have none.
+        """
         names, labels, values = self.task.label_words, list(self.train["label"]), self.task.values
         if values:
             low, width = values[0], (values[-1] - values[0]) / BALANCE_INTERVALS
@@ -64,7 +67,10 @@ class TaskData:
         return {name: counts[i] / len(labels) for i, name in enumerate(names)}
 
     def majority(self) -> float:
-        """Scores the commonest train label (the lowest of equals) as every answer on `test`, by the first metric."""
+        """Scores the commonest train label, or text, (the lowest of equals) as every answer, by the first metric."""
+        if self.task.is_text:
+            found = [min(multimode(self.train["target"]))] * len(self.test)
+            return next(iter(compute_text_metrics(self.task.metrics[:1], found, self.test["target"][:]).values()))
         metric, references = self.task.metrics[0], list(self.test["label"])
         answers = [min(multimode(self.train["label"]))] * len(references)
         return compute_metrics([metric], answers, references, self.task.num_labels, values=self.task.values)[metric]

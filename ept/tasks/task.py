@@ -45,6 +45,8 @@ class Task:
     """For a regression, the numbers that its classes stand for, rising; a raw label belongs to the nearest."""
     group_columns: tuple[str, ...] = ()
     """Rows that agree in these text columns belong together: they are never split, and `exact_match` counts them."""
+    target_template: str = ""
+    """For answers in free text: the answer, with the columns of a row; such a task has no labels."""
     is_local: bool = False
     """True for a task over somebody's own data, which no paper's rules are about."""
 
@@ -55,20 +57,33 @@ class Task:
                 f"template {self.template!r} shows the label column '{self.label_column}': "
                 "take it out of the template or set another label_column"
             )
-        if self.num_labels < 2:
+        if self.is_text:
+            if shown_ones := set(self.target_columns) & set(self.columns):
+                raise ValueError(f"template {self.template!r} shows the answer's column '{min(shown_ones)}'")
+        elif self.num_labels < 2:
             raise ValueError(f"a task needs at least 2 label words, this one has {self.num_labels}")
         for label, count in Counter(label.strip() for label in self.label_words).items():
             if count > 1 or not label:
                 raise ValueError(f"label {label!r} occurs {count} times: labels must be distinct and not empty")
         if self.max_length < 1:
             raise ValueError(f"max_length={self.max_length}: give at least 1 token")
-        check_metrics(self.metrics, self.num_labels, is_regression=bool(self.values))
-        if not self.values:
+        check_metrics(self.metrics, self.num_labels, is_regression=bool(self.values), is_text=self.is_text)
+        if not self.values and not self.is_text:
             self._classes  # raises on an ambiguous label_map  # noqa: B018
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
         return template_columns(self.template)
+
+    @property
+    def is_text(self) -> bool:
+        """True where the answers are free text."""
+        return bool(self.target_template)
+
+    @cached_property
+    def target_columns(self) -> tuple[str, ...]:
+        """The columns that the answer is made of: the label's, or those of `target_template`."""
+        return template_columns(self.target_template) if self.is_text else (self.label_column,)
 
     @property
     def num_labels(self) -> int:
@@ -167,14 +182,18 @@ def local_task(
     values: Sequence[float] = (),
     hub: tuple[str, str | None] | None = None,
     name: str = "local",
+    target_template: str = "",
 ) -> Task:
     """Makes a task over somebody's own data: `template` names the text columns, `label_words` gives the labels' words.
 
     `label_words` is either `{raw label: word}` (several raw labels may share a word) or a list of words: raw integers
     index it, raw strings may be the words themselves. `values` in its place makes a regression, whose labels are the
-    nearest of these evenly spaced numbers. Raises ValueError where either makes no task.
+    nearest of these evenly spaced numbers; `target_template` makes a task with answers in free text. Raises ValueError
+    where these make no task.
     """
     shared: dict[str, Any] = {"label_column": label_column, "max_length": max_length, "hub": hub, "is_local": True}
+    if target_template:
+        return Task(name, template, (), tuple(metrics), target_template=target_template, **shared)
     if values:
         steps = [high - low for low, high in pairwise(values)]
         if len(values) < 2 or min(steps) <= 0 or max(steps) - min(steps) > 1e-6 * (values[-1] - values[0]):

@@ -1,0 +1,60 @@
+"""Answers in free text to a split: their scores, and whether they say anything about the texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .evaluation import CONSTANT_SHARE
+
+MAX_SAMPLES = 10
+
+
+@dataclass(frozen=True)
+class TextEvaluation:
+    """The written answers to the rows of a split, with the right ones; in place of an `Evaluation` of labels.
+
+    `metrics` has the task's metrics, the first of which counts, and the `loss` of the right answers in nats a token.
+    """
+
+    metrics: dict[str, float]
+    texts: Sequence[str]
+    references: Sequence[str]
+    labels: Sequence[str] = ()
+    is_regression: bool = False
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """How often each text was written, the commonest first."""
+        return {text: count / len(self.texts) for text, count in Counter(self.texts).most_common()}
+
+    @property
+    def is_constant(self) -> bool:
+        return self.constancy() is not None
+
+    def constancy(self) -> str | None:
+        """Says in words that the model gives one answer whatever the text; None where it does not."""
+        text, share = next(iter(self.shares.items()))
+        is_constant = share >= CONSTANT_SHARE and len(set(self.references)) > 1
+        return f"answers {text!r} to {share:.0%} of the rows" if is_constant else None
+
+    def verdict(self, majority: float) -> str | None:
+        """Says what makes the score worthless: one answer to all, or no more than the commonest answer gives."""
+        name, score = next(iter(self.metrics.items()))
+        if (text := self.constancy()) is not None or score > majority:
+            return text
+        return f"{name} {score:.3f} is not above that of always giving the commonest answer, {majority:.3f}"
+
+    def confident_mistakes(self) -> list[int]:
+        """Finds none: a written answer has no probability to be compared."""
+        return []
+
+    def samples(self) -> list[tuple[str, str]]:
+        """Gives the first right answers, each with what the model wrote."""
+        return list(zip(self.references, self.texts))[:MAX_SAMPLES]
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what `results.json` holds of it beside the metrics."""
+        return {"constant": self.is_constant, "samples": self.samples()}
