@@ -121,6 +121,12 @@ class EPTConfig(PromptLearningConfig):
         default=None,
         metadata={"help": "With TEXT: more arguments of `AutoTokenizer.from_pretrained`; no `trust_remote_code`."},
     )
+    template: str | None = _option(
+        None, "The text template of the task it was trained for, for those who use it; nothing is computed with it."
+    )
+    label_words: list[str] | None = field(
+        default=None, metadata={"help": "The words of the task's labels in their order, likewise."}
+    )
     base_dropout: bool = _option(False, "Leaves the frozen model's dropout on while training; off is more accurate.")
     seed: int = _option(0, "Seed of the initialisation, the same on every device.")
     folded: bool = _option(
@@ -164,6 +170,11 @@ class EPTConfig(PromptLearningConfig):
             isinstance(names, (list, tuple, set)) and all(isinstance(name, str) and name for name in names)
         ):
             raise TypeError(f"modules_to_save must be a list of names of modules, got {shown(names)}")
+        if self.template is not None and not isinstance(self.template, str):
+            raise TypeError(f"template must be a text, got {shown(self.template)}")
+        words = self.label_words
+        if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
+            raise TypeError(f"label_words must be a list of texts, got {shown(words)}")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
             raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
         if self.lowrank_init == "svd" and self.alpha <= 0:
@@ -302,7 +313,8 @@ _START = (
     "tokenizer_kwargs",
     "seed",
 )
-_OTHER = (*_START, "base_dropout", "embedding_scale")  # the scale that is used is saved with the parameters
+# The scale that is used is saved with the parameters.
+_OTHER = (*_START, "template", "label_words", "base_dropout", "embedding_scale")
 OUTPUT_FIELDS = [f.name for f in fields(EPTConfig) if f.name in EPTConfig.__annotations__ and f.name not in _OTHER]
 
 # So that `PeftConfig.from_pretrained` knows saved adapters; PEFT's enumeration of types is closed, its mapping not.

@@ -254,6 +254,13 @@ def _method_name(config: EPTConfig) -> str:
     return ("ADePT" if config.update == "token" else "DePT") if config.r else "prompt tuning"
 
 
+def _task_rows(config: EPTConfig) -> str:
+    """Returns rows of the card's table about the task, as code: the texts may be anybody's."""
+    rows = {"text template": config.template, "labels": ", ".join(config.label_words or [])}
+    plain = {name: " ".join((text or "").replace("`", "'").replace("|", "\\|").split()) for name, text in rows.items()}
+    return "".join(f"| {name} | `{text}` |\n" for name, text in plain.items() if text)
+
+
 def _model_card(config: EPTConfig, count: int) -> str:
     method = _method_name(config)
     base = config.base_model_name_or_path
@@ -276,7 +283,7 @@ Efficient Prompt Tuning ({method}).
 | spaces | {f"{config.num_spaces} of width {config.space_dim}" if config.num_spaces else "none"} |
 | longest input text | {config.max_length} tokens |
 | trained parameters | {count:,} |
-
+{_task_rows(config)}
 ```python
 from ept import EPTModel
 model = EPTModel.from_pretrained(base_model, "path/to/this/folder")

@@ -22,7 +22,7 @@ from ..prompt import EPTLayer
 from ..utils.messages import shown
 from .adapter_files import SCALE_NAME, check_weights, read_adapter, read_config, read_weights, write_adapter
 from .adapter_lock import exclusive
-from .base_model import input_embedding, set_mode, trained_heads, wrapped_heads
+from .base_model import input_embedding, name_labels, set_mode, trained_heads, wrapped_heads
 from .mixed import follow_rows
 from .prompt_cache import PromptCache
 from .reading import TASKS_WITH_HEAD, BaseModelFacts, infer_task_type
@@ -131,6 +131,7 @@ class ModelWithAdapters(PeftModel):
         for field, names in _PEFT_SIZES.items():
             if getattr(peft_config, field) is None and not any(name in sizes for name in names):
                 setattr(peft_config, field, 1)
+        name_labels(base, peft_config.label_words)
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
         super().add_adapter(adapter_name, peft_config, **kwargs)
         follow_rows(base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from peft.utils import AuxiliaryTrainingWrapper
@@ -32,6 +32,14 @@ def trained_heads(model: Any) -> list[str]:
 def wrapped_heads(model: nn.Module) -> Iterator[Any]:
     """Yields PEFT's wrappers of trained modules in `model`: each holds the original and one copy an adapter."""
     return (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
+
+
+def name_labels(model: Any, words: Sequence[str] | None) -> None:
+    """Gives a classifier's labels these names, which pipelines show, where it has none of its own yet."""
+    config = model.config
+    unnamed = {i: f"LABEL_{i}" for i in range(len(words or ()))}
+    if words and getattr(config, "id2label", None) == unnamed:
+        config.id2label, config.label2id = dict(enumerate(words)), {word: i for i, word in enumerate(words)}
 
 
 def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:

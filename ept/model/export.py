@@ -80,6 +80,8 @@ class FoldedAdapter:
             "ept_version": __version__,
             "task_type": config.task_type,
             "base_model_name_or_path": config.base_model_name_or_path,
+            "template": config.template,
+            "label_words": config.label_words,
             "hidden_size": self.layer.d,
             "num_virtual_tokens": config.num_virtual_tokens,
             "max_length": config.max_length if "table" in tensors else None,

@@ -16,22 +16,31 @@ from .loading import load_base_model
 from .method_table import METHODS, Method, get_method
 
 if TYPE_CHECKING:
-    from .config import MethodConfig, RunConfig
+    from ..tasks import Task
+from .config import MethodConfig, RunConfig
 from .folder import RunFolder
 
 FAST = {"fast_4bit", "dequantized_cache_bytes", "fast_frozen"}  # how the base model's own layers are to run
 
 
 def load_untrained(
-    config: RunConfig, task_type: str, num_labels: int, max_length: int, tokenizer: PreTrainedTokenizerBase, text: str
+    config: RunConfig, task_type: str, task: Task, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> PeftModel:
-    """Loads the base model with a fresh adapter, whose prompt starts from `text` unless the configuration says else."""
-    base = load_base_model(config.model, task_type, num_labels, int(tokenizer.pad_token_id))
+    """Loads the base model with a fresh adapter for `task`.
+
+    Its prompt starts from the task in a line, unless the configuration says else. An adapter of ours takes the task's
+    template and labels along.
+    """
+    base = load_base_model(config.model, task_type, task.num_outputs, int(tokenizer.pad_token_id))
     settings, method = config.method, METHODS[config.method.name]
+    text = task.summary(config.data.label_form)
     if "prompt_tuning_init" in method.settable and settings.prompt_tuning_init is settings.init_from is None:
         start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": settings.prompt_tuning_init_text or text}
         settings = settings.model_copy(update=start)
     adapter = adapter_config(settings, base, task_type, max_length, config.seed)
+    if isinstance(adapter, EPTConfig):
+        adapter.template = task.template
+        adapter.label_words = list(task.label_words if task_type == "SEQ_CLS" else task.labels(config.data.label_form))
     options = {"seed": config.seed, "tokenizer": tokenizer, "text": text}
     model = module_of(method).attach(base, adapter, **options, **config.model.model_dump(include=FAST))
     if settings.init_from is not None:

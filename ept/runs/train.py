@@ -44,8 +44,7 @@ def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRu
     tokenizer = load_tokenizer(config.model)
     run_data = load_run_data(config.data, tokenizer, task_type, config.seed)
     task = run_data.data.task
-    text, max_length = task.summary(config.data.label_form), max_length_of(config.data, task)
-    model = load_untrained(config, task_type, task.num_outputs, max_length, tokenizer, text)
+    model = load_untrained(config, task_type, task, max_length_of(config.data, task), tokenizer)
     if config.training.compile_layers:
         compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)
     parts: Any = {"task": task, "task_type": task_type, "tokenizer": tokenizer, "model": model}

@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import TASK_OF, VOCAB, make_batch, make_model, randomise
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ept import EPTConfig, get_ept_model
 from ept.cli.main import app
 from ept.model.base_model import input_embedding
 from ept.model.export import FoldedAdapter, write_folded
+from ept.model.vocabulary import add_prompt_tokens
 
 SIZES = {
     "whole": {"num_virtual_tokens": 5, "max_length": 12, "r": 3},
@@ -38,13 +39,7 @@ def adapted(name="llama", **fields):
 def base_folder(tmp_path):
     """A base model and its tokenizer, one token a word: w5 is 5."""
     make_model("llama").save_pretrained(tmp_path / "base")
-    vocabulary = {"<unk>": 0, "<pad>": 1, "<s>": 2, "</s>": 3, **{f"w{i}": i for i in range(4, VOCAB)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    wrapped.save_pretrained(tmp_path / "base")
+    tokenizer_with().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -184,9 +179,89 @@ def test_a_run_names_its_own_model(tmp_path, base_folder):
     assert load_file(tmp_path / "out" / "prompt_embeds.safetensors")["text.000000"].shape == (9, 32)
 
 
+def test_a_file_of_rows_goes_through_the_template(tmp_path, base_folder):
+    """That of the adapter, or of the run whose adapter it is."""
+    model = adapted(**SIZES["whole"], template="w7 {a} w8")
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "rows.csv").write_text("a,b\nw5 w6,x\nw9,y\n", encoding="utf-8")
+    result = run(
+        *("export", tmp_path / "adapter", "--output", tmp_path / "out"),
+        *("--texts", tmp_path / "rows.csv", "--model", base_folder),
+    )
+    assert result.exit_code == 0, result.output
+    embeds = load_file(tmp_path / "out" / "prompt_embeds.safetensors")
+    with torch.no_grad():
+        expected = model.prompt_encoder["default"](torch.tensor([[7, 5, 6, 8]]))[0][0]
+    torch.testing.assert_close(embeds["text.000000"], expected, rtol=1e-5, atol=1e-6)
+    assert json.loads((tmp_path / "out" / "folded.json").read_text("utf-8"))["template"] == "w7 {a} w8"
+
+
+def tokenizer_with(begin=None, end=None):
+    """One token a word, w5 is 5; texts begin and end with these tokens."""
+    vocabulary = {"<unk>": 0, "<pad>": 1, "<s>": 2, "</s>": 3, **{f"w{i}": i for i in range(4, VOCAB)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if begin or end:
+        single = " ".join(filter(None, (begin, "$A", end)))
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[(token, vocabulary[token]) for token in (begin, end) if token]
+        )
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", **({"bos_token": begin} if begin else {})}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.mark.parametrize("name, begin, end", [
+    ("llama", None, None), ("llama", "<s>", None), ("gemma3", "<s>", None), ("t5", None, "</s>"),
+    ("bart", "<s>", "</s>"),
+])  # fmt: skip
+def test_plain_transformers_generate_with_the_prompt_as_tokens(name, begin, end, tmp_path):
+    make_model(name).save_pretrained(tmp_path / "base")
+    tokenizer_with(begin, end).save_pretrained(tmp_path / "base")
+    fields = {**SIZES["prompt alone"], "num_spaces": 2, "template": "{a}", "label_words": ["w5", "w6"]}
+    model = adapted(name, **fields)
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = (
+        "export",
+        tmp_path / "adapter",
+        "--output",
+        tmp_path / "out",
+        "--as-tokens",
+        "--model",
+        tmp_path / "base",
+    )
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    kind = AutoModelForSeq2SeqLM if TASK_OF[name] == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
+    plain, tokenizer = kind.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    about = json.loads((tmp_path / "out" / "prompt_tokens.json").read_text("utf-8"))
+    assert (about["template"], about["label_words"]) == ("{a}", ["w5", "w6"])
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    for text in TEXTS:
+        whole = about["before"] + text + about["after"]
+        inputs = tokenizer(whole, add_special_tokens=about["add_special_tokens"], return_tensors="pt")
+        own = tokenizer_with(begin, end)(text, return_tensors="pt")["input_ids"]
+        assert inputs["input_ids"].shape[1] == own.shape[1] + 4
+        found = plain.eval().generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
+        expected = model.generate(own, attention_mask=torch.ones_like(own), **options)
+        assert found[0, -8:].tolist() == expected[0, -8:].tolist()
+    assert "already holds prompt_tokens.json" in run(*arguments).output
+
+
+def test_no_tokens_of_a_classifier_or_twice(tmp_path):
+    prompt, tokenizer = torch.zeros(2, 32), tokenizer_with()
+    with pytest.raises(ValueError, match="the adapter is for SEQ_CLS"):
+        add_prompt_tokens(make_model("bert"), tokenizer, prompt, "SEQ_CLS")
+    add_prompt_tokens(make_model("llama"), tokenizer, prompt, "CAUSAL_LM")
+    with pytest.raises(ValueError, match="the tokenizer has a token <prompt_0> already"):
+        add_prompt_tokens(make_model("llama"), tokenizer, prompt, "CAUSAL_LM")
+
+
 MISTAKES = [
     (["--texts", "lines.txt"], "give --model"),
     (["--model", "somewhere"], "--model is for the embeddings of texts"),
+    (["--as-tokens", "--texts", "lines.txt"], "--texts and --as-tokens exclude each other"),
+    (["--as-tokens", "--model", "base"], "updates the embeddings of the text (r=3), which words cannot hold"),
+    (["--texts", "rows.jsonl", "--model", "base"], "rows.jsonl holds rows, and the adapter names no template"),
     (["--set", "model.dtype=bfloat16"], "is an adapter: use --model"),
     (["--texts", "empty.txt", "--model", "base"], "empty.txt is empty"),
     (["--texts", "gap.txt", "--model", "base"], "gap.txt, line 2 is empty"),
@@ -202,6 +277,7 @@ MISTAKES = [
 def test_mistakes_are_one_line_and_write_nothing(options, message, tmp_path, base_folder, monkeypatch):
     adapted().save_pretrained(tmp_path / "adapter")
     contents = {"lines": b"w5", "empty": b"", "gap": b"w5\n\nw6", "binary": b"\xff\xfe\xff", "long": b"w5 " * 13}
+    (tmp_path / "rows.jsonl").write_text('{"a": "w5"}\n', encoding="utf-8")
     for name, content in contents.items():
         (tmp_path / f"{name}.txt").write_bytes(content)
     monkeypatch.chdir(tmp_path)

@@ -91,6 +91,7 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, message: str
 def test_every_field_of_the_adapter_can_be_set() -> None:
     """A run's own decisions, and the state of a saved adapter, are no keys of `method`."""
     elsewhere = {"max_length", "seed", "task_type", "folded", "tokenizer_name_or_path", "tokenizer_kwargs"}
+    elsewhere |= {"template", "label_words"}
     inherited = {field.name for field in dataclasses.fields(peft.PromptLearningConfig)} - {"num_virtual_tokens"}
     adapter = {field.name for field in dataclasses.fields(EPTConfig)} - elsewhere - inherited
     method = set(MethodConfig.model_fields) - {"name", "budget", "budget_kind", "init_from"}

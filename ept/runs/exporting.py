@@ -1,0 +1,79 @@
+"""Exports that need more than the adapter: its base model, its task's texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..model.export import FoldedAdapter
+from ..model.vocabulary import add_prompt_tokens
+from ..tasks import local_task, read_rows, render
+from ..tasks.files import READERS, read_text
+from ..utils.files import write_atomically
+from .config import ModelConfig, RunConfig
+from .data import task_of
+from .loading import load_base_model, load_tokenizer, task_type_of
+
+TOKENS_NAME = "prompt_tokens.json"
+
+
+def base_of(adapter: FoldedAdapter, config: RunConfig | None, model: str | None) -> tuple[ModelConfig, str]:
+    """Describes the base model, that of a run's `config` or `model`, and gives the adapter's task type.
+
+    Never the base model that an adapter names: it may come from anywhere. Raises ValueError where there is no other.
+    """
+    described = config.model if config is not None else ModelConfig(dtype="auto")
+    described.name_or_path = model or described.name_or_path
+    if described.name_or_path is None:
+        raise ValueError("the base model is needed for that: give --model")
+    return described, adapter.layer.config.task_type or task_type_of(described)
+
+
+def texts_of(file: Path, config: RunConfig | None, template: str | None) -> list[str]:
+    """Reads the input texts of a text file, one a line, or of a file of rows through the run's task or `template`.
+
+    Raises ValueError for a file without texts, an empty text with its place, and rows without any template.
+    """
+    if file.suffix.lower() in READERS:
+        if config is None and template is None:
+            raise ValueError(f"{file} holds rows, and the adapter names no template: give a text file, one text a line")
+        task = task_of(config.data) if config is not None else local_task(str(template), ["0", "1"])
+        texts = []
+        for number, row in enumerate(read_rows(file), start=1):
+            try:
+                texts.append(render(task, row))
+            except ValueError as error:
+                raise ValueError(f"{file}, row {number}: {error}") from error
+        return texts
+    text = read_text(file).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+    if not text:
+        raise ValueError(f"{file} is empty: every line is one input text")
+    lines = text.split("\n")  # not splitlines, which breaks a text at U+2028 and the like
+    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+        raise ValueError(f"{file}, line {empty[0]} is empty: every line is one input text")
+    return lines
+
+
+def write_as_tokens(adapter: FoldedAdapter, model: ModelConfig, task_type: str, folder: Path) -> dict[str, Any]:
+    """Writes the base model and its tokenizer with the prompt as new words, and `prompt_tokens.json` about them.
+
+    Returns what that file holds. Raises ValueError for an adapter with an update, and as `add_prompt_tokens`.
+    """
+    config = adapter.layer.config
+    if config.r:
+        raise ValueError(
+            f"the adapter updates the embeddings of the text (r={config.r}), which words cannot hold: --as-tokens is "
+            "for adapters with r=0, such as prompt tuning"
+        )
+    if model.load_in_4bit:
+        raise ValueError("--as-tokens needs the whole base model: leave model.load_in_4bit out")
+    tokenizer = load_tokenizer(model)
+    base: Any = load_base_model(model, task_type, num_labels=2, pad_token_id=int(tokenizer.pad_token_id))
+    text = add_prompt_tokens(base, tokenizer, adapter.tensors()["prompt"], task_type)
+    folder.mkdir(parents=True, exist_ok=True)
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    about = {**text._asdict(), "template": config.template, "label_words": config.label_words}
+    write_atomically(folder / TOKENS_NAME, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    return about
