@@ -92,7 +92,8 @@ def teach(model: Any, family: str, steps: int = 150) -> None:
         targets = [int(answer[0] == VOCABULARY["1"]) if family == "bert" else answer for answer in answers]
         batch = [{"input_ids": text, "labels": target} for text, target in zip(inputs, targets)]
         made = Collator(FAMILIES[family], VOCABULARY["<pad>"])(batch)
-        made.pop("logits_to_keep", None)
+        for ours in ("logits_to_keep", "text_mask"):
+            made.pop(ours, None)
         model(**made).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -260,7 +260,7 @@ class EPTModel(ModelWithAdapters):
                     "neither labels nor text_mask say which tokens are input text, so that all of them get the update, "
                     "where generation leaves its own tokens without: pass text_mask, nonzero at input text (or "
                     'labels), or train with update_scope="all"; this is said once',
-                    stacklevel=3,
+                    stacklevel=6,  # the caller of the module
                 )
         elif self.training and not self._checked_labels:
             self._checked_labels = True  # at the first training batch: an accelerator is waited for
@@ -271,7 +271,7 @@ class EPTModel(ModelWithAdapters):
                     "the input text with -100 in labels, say which tokens are input text by text_mask (which the "
                     "Trainer passes on only with remove_unused_columns=False), or set r=0 or "
                     'update_scope="all"',
-                    stacklevel=3,
+                    stacklevel=6,  # the caller of the module
                 )
 
     @shared

@@ -173,7 +173,8 @@ class Collator:
     `attention_mask` [B, n]: models wait for an accelerator to find out that a mask is all ones.
 
     For CAUSAL_LM `logits_to_keep` (an int) comes with it: the labels of the batch and the position before them, so that
-    the output head runs only there, or 0 (all positions).
+    the output head runs only there, or 0 (all positions); and `text_mask` [B, n], so that an accelerator need not be
+    asked how many answers a row has.
 
     Args:
         pad_to_multiple_of: n is rounded up to a multiple of it, so that a compiled step meets few lengths.
@@ -201,6 +202,8 @@ class Collator:
             batch["labels"] = pad(labels, IGNORE, length=self.answer_tokens)
         else:
             batch["labels"] = pad(labels, IGNORE, left, length)
-            answer = max(self.answer_tokens, *map(len, labels))
-            batch["logits_to_keep"] = min(answer + 1, length) if self.label_only_logits else 0
+            is_text = [[1] * (len(ids) - len(answer)) + [0] * len(answer) for ids, answer in zip(inputs, labels)]
+            batch["text_mask"] = pad(is_text, 0, left, length).bool()
+            answer_length = max(self.answer_tokens, *map(len, labels))
+            batch["logits_to_keep"] = min(answer_length + 1, length) if self.label_only_logits else 0
         return batch

@@ -22,7 +22,7 @@ def step_of(name: str, lengths: tuple[int, int], device: str = "cpu") -> tuple[A
     if len(set(lengths)) == 1:
         del batch["attention_mask"]
     if TASK_OF[name] == "CAUSAL_LM":
-        batch["logits_to_keep"] = 3
+        batch |= {"logits_to_keep": 3, "text_mask": batch["labels"] == -100}
     model(**batch).loss.backward()  # the first batch's labels are looked at
     return model, batch
 

@@ -47,6 +47,7 @@ def test_causal_batch_is_padded_on_the_left_and_labels_only_the_answer(tokenizer
     assert made["labels"].tolist() == [[-100] * 4 + first[4:], [-100] * 6 + second[1:]]
     assert made["logits_to_keep"] == 4
     assert type(made["logits_to_keep"]) is int
+    assert torch.equal(made["text_mask"], (made["labels"] == -100) & made["attention_mask"].bool())
 
 
 def test_seq2seq_batch_is_padded_on_the_right(tmp_path: Path) -> None:
