@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, cached_choice, config_for, key, launch, on_device
+from ..launch import Config, Prepared, Size, cached_choice, config_for, key, kinds, on_device
 from .activation import gated_activation_backward_kernel, gated_activation_kernel, relu_backward_kernel, relu_kernel
 from .norm import rms_norm_backward_kernel, rms_norm_kernel
 from .reference import FORMS, rms_norm_backward_reference, rms_norm_reference
@@ -25,7 +26,13 @@ CONFIGS: dict[str, Config] = {
     "relu": {"BLOCK": 4096, "num_warps": 4, "num_stages": 1},
     "relu_backward": {"BLOCK": 4096, "num_warps": 4, "num_stages": 1},
 }
-WIDE = 4096  # from this width on a row is shared by twice as many warps for each doubling
+FLAT = {
+    "gated_activation": gated_activation_kernel,
+    "gated_activation_backward": gated_activation_backward_kernel,
+    "relu": relu_kernel,
+    "relu_backward": relu_backward_kernel,
+}
+ROW_OF_FEW_WARPS = 2048  # columns of a row that `num_warps` share; twice as many warps for each doubling
 MAX_WIDTH = 2**14  # of a row that a program holds at once; a wider one spills in the backward
 
 
@@ -33,128 +40,151 @@ def rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None = None, eps: float = 1e-6, form: str = "llama"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `ept_kernels.rms_norm_reference`."""
-    d = x.shape[-1]
-    if d > MAX_WIDTH:
+    if x.shape[-1] > MAX_WIDTH:
         return rms_norm_reference(x, weight, residual, eps, form)
-    offset, rounds_first = FORMS[form]
+    tensors = x.contiguous(), None if residual is None else residual.contiguous(), weight.contiguous()
     out = x.new_empty(x.shape, dtype=weight.dtype if form == "t5" else x.dtype)
     total = x.new_empty(0 if residual is None else x.shape)
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    options = _row_options("rms_norm", d, x.dtype, x.device)
+    run = _rms_norm(kinds(*tensors), x.shape, float(eps), form, x.dtype, x.device)
     with on_device(x):
-        launch(
-            rms_norm_kernel,
-            (triton.cdiv(rstd.numel(), options["BLOCK_ROWS"]),),
-            *(x.contiguous(), None if residual is None else residual.contiguous(), weight.contiguous()),
-            *(out, total, rstd, float(eps), rstd.numel(), d),
-            OFFSET=offset,
-            ROUNDS_FIRST=rounds_first,
-            **options,
-        )
+        run(*tensors, out, total, rstd)
     return out, total, rstd
+
+
+@cached_choice
+def _rms_norm(
+    kinds: tuple[Any, ...], shape: Size, eps: float, form: str, dtype: torch.dtype, device: torch.device
+) -> Prepared:
+    grid, sizes, options = _rows("rms_norm", shape, dtype, device)
+    offset, rounds_first = FORMS[form]
+    options = {"OFFSET": offset, "ROUNDS_FIRST": rounds_first, **options}
+    return Prepared(rms_norm_kernel, grid, (eps, *sizes), options, kinds)
 
 
 def rms_norm_backward(
     grad_output: Tensor, h: Tensor, weight: Tensor, rstd: Tensor, grad_h: Tensor | None = None, form: str = "llama"
 ) -> Tensor:
     """Computes `ept_kernels.rms_norm_backward_reference`."""
-    d = h.shape[-1]
-    if d > MAX_WIDTH:
+    if h.shape[-1] > MAX_WIDTH:
         return rms_norm_backward_reference(grad_output, h, weight, rstd, grad_h, form)
+    tensors = [x.contiguous() for x in (grad_output, h, weight, rstd)]
+    grad_h = None if grad_h is None else grad_h.contiguous()
     out = h.new_empty(h.shape)
-    options = _row_options("rms_norm_backward", d, h.dtype, h.device)
-    tensors = grad_output, h, weight, rstd, grad_h
+    run = _rms_norm_backward(kinds(*tensors, grad_h), h.shape, form, h.dtype, h.device)
     with on_device(h):
-        launch(
-            rms_norm_backward_kernel,
-            (triton.cdiv(rstd.numel(), options["BLOCK_ROWS"]),),
-            *(None if tensor is None else tensor.contiguous() for tensor in tensors),
-            *(out, rstd.numel(), d),
-            OFFSET=FORMS[form][0],
-            **options,
-        )
+        run(*tensors, grad_h, out)
     return out
+
+
+@cached_choice
+def _rms_norm_backward(
+    kinds: tuple[Any, ...], shape: Size, form: str, dtype: torch.dtype, device: torch.device
+) -> Prepared:
+    grid, sizes, options = _rows("rms_norm_backward", shape, dtype, device)
+    return Prepared(rms_norm_backward_kernel, grid, sizes, {"OFFSET": FORMS[form][0], **options}, kinds)
+
+
+def _rows(kernel: str, shape: Size, dtype: torch.dtype, device: torch.device) -> tuple[Size, Size, dict[str, Any]]:
+    """Chooses how many rows a program takes, and the warps that share them."""
+    *lead, d = shape
+    config = dict(_chosen(kernel, d, dtype, device))
+    width, rows = triton.next_power_of_2(max(d, 1)), math.prod(lead)
+    block = max(1, config.pop("TILE") // width)
+    config["num_warps"] = min(32, config["num_warps"] * max(1, width // ROW_OF_FEW_WARPS))
+    return (triton.cdiv(rows, block),), (rows, d), {"BLOCK_ROWS": block, "BLOCK_D": width, **config}
 
 
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, backward: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Computes `ept_kernels.rotary_reference`."""
-    batch, q_heads, n, width = q.shape
-    k_heads, half = k.shape[1], cos.shape[-1] // 2
+    batch, heads, n, width = q.shape
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    out_q, out_k = (x.new_empty(batch, n, x.shape[1], width) for x in (q, k))
-    config = _chosen("rotary", width, q.dtype, q.device)
-    blocks = triton.cdiv(q_heads, config["BLOCK_H"]) + triton.cdiv(k_heads, config["BLOCK_H"])
+    tensors = q, k, cos.contiguous(), sin.contiguous()
+    out_q, out_k = q.new_empty(batch, n, heads, width), k.new_empty(batch, n, k.shape[1], width)
+    how = interleaved, backward, cos.shape[0] == 1, cos.shape[-1]
+    run = _rotary(kinds(*tensors), q.shape, k.shape[1], (*q.stride()[:3], *k.stride()[:3]), how, q.dtype, q.device)
     with on_device(q):
-        launch(
-            rotary_kernel,
-            (batch * n, blocks),
-            *(q, k, cos.contiguous(), sin.contiguous(), out_q, out_k, n, q_heads, k_heads, width),
-            *(*q.stride()[:3], *k.stride()[:3]),
-            SHARED=cos.shape[0] == 1,
-            INTERLEAVED=interleaved,
-            BACKWARD=backward,
-            HALF=half,
-            BLOCK_C=triton.next_power_of_2(half),
-            BLOCK_REST=triton.next_power_of_2(width - 2 * half) if width > 2 * half else 0,
-            **config,
-        )
+        run(*tensors, out_q, out_k)
     return out_q.transpose(1, 2), out_k.transpose(1, 2)
+
+
+@cached_choice
+def _rotary(
+    kinds: tuple[Any, ...],
+    shape: Size,
+    k_heads: int,
+    strides: Size,
+    how: tuple[bool, bool, bool, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Prepared:
+    batch, q_heads, n, width = shape
+    interleaved, backward, shared, columns = how
+    config = _chosen("rotary", width, dtype, device)
+    blocks = triton.cdiv(q_heads, config["BLOCK_H"]) + triton.cdiv(k_heads, config["BLOCK_H"])
+    options = {
+        "SHARED": shared,
+        "INTERLEAVED": interleaved,
+        "BACKWARD": backward,
+        "HALF": columns // 2,
+        "BLOCK_C": triton.next_power_of_2(columns // 2),
+        "BLOCK_REST": triton.next_power_of_2(width - columns) if width > columns else 0,
+        **config,
+    }
+    return Prepared(rotary_kernel, (batch * n, blocks), (n, q_heads, k_heads, width, *strides), options, kinds)
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Computes `ept_kernels.gated_activation_reference`."""
     out = gate.new_empty(gate.shape)
-    _launch_flat("gated_activation", gated_activation_kernel, (gate, up), (out,), ACTIVATION=activation)
+    _launch_flat("gated_activation", (gate, up), (out,), activation)
     return out
 
 
 def gated_activation_backward(grad_output: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Computes `ept_kernels.gated_activation_backward_reference`."""
     grads = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    inputs = (grad_output, gate, up)
-    _launch_flat("gated_activation_backward", gated_activation_backward_kernel, inputs, grads, ACTIVATION=activation)
+    _launch_flat("gated_activation_backward", (grad_output, gate, up), grads, activation)
     return grads
 
 
 def relu(x: Tensor) -> tuple[Tensor, Tensor]:
     """Computes `ept_kernels.relu_reference`."""
     results = x.new_empty(x.shape), x.new_empty(triton.cdiv(x.numel(), 8), dtype=torch.uint8)
-    _launch_flat("relu", relu_kernel, (x,), results)
+    _launch_flat("relu", (x,), results)
     return results
 
 
 def relu_backward(grad_output: Tensor, passes: Tensor) -> Tensor:
     """Computes `ept_kernels.relu_backward_reference`."""
     out = grad_output.new_empty(grad_output.shape)
-    _launch_flat("relu_backward", relu_backward_kernel, (grad_output, passes), (out,))
+    _launch_flat("relu_backward", (grad_output, passes), (out,))
     return out
 
 
-def _launch_flat(name: str, kernel: Any, inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], **meta: Any) -> None:
-    first = inputs[0]
-    config = _chosen(name, 1, first.dtype, first.device)
+def _launch_flat(
+    name: str, inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], activation: str | None = None
+) -> None:
+    first, tensors = inputs[0], [x.contiguous() for x in inputs]
+    run = _flat(kinds(*tensors), name, first.numel(), activation, first.dtype, first.device)
     with on_device(first):
-        launch(
-            kernel,
-            (triton.cdiv(first.numel(), config["BLOCK"]),),
-            *(x.contiguous() for x in inputs),
-            *results,
-            first.numel(),
-            **meta,
-            **config,
-        )
+        run(*tensors, *results)
 
 
 @cached_choice
-def _row_options(kernel: str, d: int, dtype: torch.dtype, device: torch.device) -> Config:
-    """Chooses how many rows a program takes, and the warps that share them."""
-    config = dict(_chosen(kernel, d, dtype, device))
-    width = triton.next_power_of_2(max(d, 1))
-    rows = max(1, config.pop("TILE") // width)
-    config["num_warps"] = min(32, config["num_warps"] * max(1, 2 * width // WIDE))
-    return {"BLOCK_ROWS": rows, "BLOCK_D": width, **config}
+def _flat(
+    kinds: tuple[Any, ...],
+    name: str,
+    elements: int,
+    activation: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Prepared:
+    config = _chosen(name, 1, dtype, device)
+    options = config if activation is None else {"ACTIVATION": activation, **config}
+    return Prepared(FLAT[name], (triton.cdiv(elements, config["BLOCK"]),), (elements,), options, kinds)
 
 
 @cached_choice
