@@ -10,6 +10,8 @@ BENCH_OUTPUT ?= benchmarks/results/cpu
 TUNE_ARGS ?=
 TRITON_PATH ?=
 FUZZ_CASES ?= 50000
+PEFT ?=
+BITSANDBYTES ?=
 HF_KERNELS := kernels==0.17.2
 # The lowest transformers and peft are those of constraints-lowest.txt; what that transformers needs older than ours:
 LOWEST := transformers peft huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 \
@@ -20,7 +22,8 @@ RAY := ray==2.60.0
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test aot lint format ray bench gpu rehearse wheel clean tune local-kernel lowest fuzz nightly suite-against config-page
+.PHONY: help install demo test aot lint format ray bench gpu rehearse wheel clean tune local-kernel lowest fuzz nightly suite-against config-page \
+	peft-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -79,6 +82,14 @@ tune: $(VENV)/.installed ## measure the kernels' launch configurations on this G
 
 fuzz: $(VENV)/.installed ## many damaged adapters and run configurations, other ones each time (FUZZ_CASES=50000)
 	OMP_NUM_THREADS=1 EPT_FUZZ_CASES=$(FUZZ_CASES) $(OFFLINE) $(VENV)/bin/python -m pytest -s tests/security
+
+# The sources of the installed version, which hold its tests; PEFT=CHECKOUT takes another one's.
+$(VENV)/peft-sources: $(VENV)/.installed
+	$(PIP) download --quiet --no-deps --no-binary :all: -d $@ peft==$$($(VENV)/bin/python -c "import peft; print(peft.__version__)")
+	tar -xzf $@/peft-*.tar.gz -C $@ --strip-components 1
+
+peft-tests: $(if $(PEFT),$(VENV)/.installed,$(VENV)/peft-sources) ## PEFT's own tests of prompt tuning, with EPT in its place (PEFT=CHECKOUT)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/integrations/peft_suite.py $(or $(PEFT),$(VENV)/peft-sources)
 
 nightly: ## the suite against the lowest supported and the newest versions, each in an environment of its own
 	$(MAKE) suite-against VENV=$(VENV)-lowest VERSIONS="-c constraints-lowest.txt"

@@ -43,11 +43,18 @@ class ModelWithAdapters(PeftModel):
     """A frozen base model and one or more EPT adapters, of which one is active; `EPTModel` calls it with them."""
 
     base_model: Any
+    active_adapter: Any  # its name; an empty list for none, as in PEFT
     prompt_encoder: nn.ModuleDict
     _adapters_disabled = False
     _facts: BaseModelFacts
     _layer_options: dict[str, Any]
     _prompt_caches: dict[str, PromptCache]
+
+    @property
+    def active_peft_config(self) -> EPTConfig:
+        """The configuration of the active adapter; a `ValueError` says so where none is left."""
+        self._layer()
+        return self.peft_config[self.active_adapter]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -78,7 +85,7 @@ class ModelWithAdapters(PeftModel):
     def train(self, mode: bool = True) -> Self:
         """Puts adapters and heads in training mode; the frozen model stays in `eval` mode without `base_dropout`."""
         super().train(mode)
-        config = self.peft_config.get(self.active_adapter)
+        config = self.active_peft_config if self.peft_config else None
         set_mode(self.base_model, mode, dropout=bool(config and config.base_dropout))
         for wrapper in wrapped_heads(self.base_model):
             wrapper.train(mode)
@@ -135,7 +142,10 @@ class ModelWithAdapters(PeftModel):
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
         super().add_adapter(adapter_name, peft_config, **kwargs)
         follow_rows(base)
-        if not first:
+        if first:
+            self.active_adapter = adapter_name
+            _set_adapter(base, adapter_name)
+        else:
             self._require_gradients(adapter_name, False)
             _set_adapter(base, self.active_adapter, inference_mode=not trainable)
 
@@ -156,20 +166,22 @@ class ModelWithAdapters(PeftModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of the remaining ones becomes active.
 
+        With none left the model can only take a new one; its base model is the bare one.
+
         Raises:
-            ValueError: there is no such adapter, or no other one would be left.
+            ValueError: there is no such adapter.
         """
         self._layer(adapter_name)
-        if len(self.peft_config) == 1:
-            raise ValueError(f"{adapter_name!r} is the only adapter: use disable_adapter() or the base model itself")
         for kept in (self.peft_config, self.prompt_encoder, self.prompt_tokens):
             del kept[adapter_name]
-        if adapter_name == self.active_adapter:
+        if not self.peft_config:
+            self.active_adapter = []
+        elif adapter_name == self.active_adapter:
             self.active_adapter = next(iter(self.peft_config))
             warnings.warn(f"{adapter_name!r} was active; {self.active_adapter!r} is now", stacklevel=4)
         for wrapper in wrapped_heads(self.base_model):
             # PEFT's own delete_adapter hands all that remain to each head, which takes no more than one.
-            wrapper.delete_adapter(adapter_name, [self.active_adapter])
+            wrapper.delete_adapter(adapter_name, [self.active_adapter] if self.peft_config else [])
         self._prompt_caches.pop(adapter_name, None)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -296,6 +308,8 @@ class ModelWithAdapters(PeftModel):
     def _layer(self, adapter_name: str | None = None) -> EPTLayer:
         """Returns the layer of an adapter (the active one); a `ValueError` names those that are loaded."""
         name = adapter_name or self.active_adapter
+        if not self.peft_config:
+            raise ValueError("the model has no adapter: add or load one, or use its base_model")
         if name not in self.peft_config:
             raise ValueError(f"no adapter named {name!r}: loaded are {', '.join(self.peft_config)}")
         layer = self.prompt_encoder[name]

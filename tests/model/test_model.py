@@ -417,8 +417,24 @@ def test_adapters_can_be_added_set_and_deleted(name):
     assert list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match="no adapter named 'second': loaded are default"):
         model.set_adapter("second")
-    with pytest.raises(ValueError, match="is the only adapter"):
-        model.delete_adapter("default")
+
+
+@pytest.mark.parametrize("name", ONE_A_TASK)
+def test_without_an_adapter_the_base_model_is_bare_and_takes_a_new_one(name):
+    model = adapted(name)
+    batch = make_batch(name)
+    model.delete_adapter("default")
+    assert (list(model.peft_config), model.active_adapters) == ([], [])
+    with torch.no_grad():
+        torch.testing.assert_close(model.base_model(**batch).logits, make_model(name)(**batch).logits)
+    for call in (lambda: model(**batch), lambda: model.set_adapter("default"), model.fold):
+        with pytest.raises(ValueError, match="the model has no adapter: add or load one, or use its base_model"):
+            call()
+    model.train().add_adapter("new", EPTConfig(**SMALL))
+    model(**batch).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    other = adapted(name, seed=None)
+    assert torch.equal(logits_of(model.eval(), batch), logits_of(other, batch))
 
 
 def test_mixed_batch_trains():
