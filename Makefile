@@ -23,7 +23,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test aot lint format ray bench gpu rehearse wheel clean tune local-kernel lowest fuzz nightly suite-against config-page \
-	peft-tests
+	peft-tests bitsandbytes-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -90,6 +90,9 @@ $(VENV)/peft-sources: $(VENV)/.installed
 
 peft-tests: $(if $(PEFT),$(VENV)/.installed,$(VENV)/peft-sources) ## PEFT's own tests of prompt tuning, with EPT in its place (PEFT=CHECKOUT)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/integrations/peft_suite.py $(or $(PEFT),$(VENV)/peft-sources)
+
+bitsandbytes-tests: $(VENV)/.installed ## bitsandbytes' own tests of its 4-bit layer, with its layer and with ours (BITSANDBYTES=CHECKOUT)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/integrations/bitsandbytes_suite.py $(BITSANDBYTES)
 
 nightly: ## the suite against the lowest supported and the newest versions, each in an environment of its own
 	$(MAKE) suite-against VENV=$(VENV)-lowest VERSIONS="-c constraints-lowest.txt"
