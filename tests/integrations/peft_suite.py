@@ -1,9 +1,10 @@
 """Runs PEFT's own tests with `EPTConfig` in the place of its `PromptTuningConfig`, on tiny models made here.
 
-    python tests/integrations/peft_suite.py CHECKOUT [pytest's arguments]      CHECKOUT: PEFT's sources, which hold `tests/`
+    python tests/integrations/peft_suite.py CHECKOUT [pytest's arguments]
 
-The models lie in a folder laid out as the hub's cache is, under the names that the tests ask the hub for. Tests of
-what EPT does otherwise by design are listed in `BY_DESIGN` with the reason; they must fail, and no other one may.
+CHECKOUT holds PEFT's sources and its `tests/`. The models lie in a folder laid out as the hub's cache is, under the
+names that the tests ask the hub for. Tests of what EPT does otherwise by design are listed in `BY_DESIGN` with the
+reason; they must fail, and no other one may.
 """
 
 from __future__ import annotations
