@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels/torch-ext"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.processes import Job, environment, run_jobs
+from benchmarks.processes import Job, environment, run_jobs, start, stop
 from benchmarks.record import (
     RECORD_NAME,
     RESULTS,
@@ -44,6 +44,7 @@ from benchmarks.tables import check_table, goal_table, option_table, plan_table,
 
 MINUTES = 9.0
 STARTS = 20  # of a section whose process died, which every unit survives twice
+MEASURED_FROM = "ceilings"  # the first section that the compiler beside it would disturb
 RESERVE = 15.0  # seconds for the start and for the tables at the end
 
 
@@ -91,29 +92,35 @@ PLAN = (
 def measure(
     record: Record, plan: Sequence[Section], device: str, options: Sequence[str], table: str, minutes: float
 ) -> None:
-    """Runs the sections of `plan` one after another, each until its time is up, and notes how long each took."""
+    """Runs the sections of `plan` one after another, each until its time is up, and notes how long each took.
+
+    Beside the checks of a GPU its kernels are compiled, until something is measured.
+    """
     scale = max(60 * minutes - RESERVE, 0.0) / sum(section.seconds for section in plan)
+    reduced, rehearsal = "--reduced" in options, table == "rehearsal"
+    about = {"section": "plan", "provider": "all", **measured_with(device, reduced, rehearsal)}
+    compiler = start([sys.executable, "-m", "benchmarks.tuning"], environment()) if device == "cuda" else None
     due = time.monotonic()
-    about = {
-        "section": "plan",
-        "provider": "all",
-        **measured_with(device, "--reduced" in options, table == "rehearsal"),
-    }
-    for section in plan:
-        due += section.seconds * scale
-        ended, began = record.units()[1], time.monotonic()
-        groups = [g for g in section.groups(table, device) if complete(section.suite, g) not in ended]
-        jobs = [
-            Job(f"{section.suite} {g}".rstrip(), _command(record, section.suite, g, device, options, due), STARTS)
-            for g in groups
-        ]
-        left = run_jobs(jobs, section.at_once, due, environment())
-        seconds = time.monotonic() - began
-        row: Row = {"seconds": seconds, "box": section.seconds * scale, "left": left, "status": "ok", "reason": ""}
-        said = f"cut off: {', '.join(left)}" if left else "complete" if jobs else "complete before"
-        with record.unit(f"plan/{section.suite}") as add:
-            add({"case": f"plan/{section.suite}", **row, "summary": said, **about})
-        print(f"== {section.suite}: {seconds:.0f} s of {section.seconds * scale:.0f} s, {said}", flush=True)
+    try:
+        for section in plan:
+            if compiler is not None and section.suite == MEASURED_FROM:
+                stop(compiler)
+            due += section.seconds * scale
+            ended, began = record.units()[1], time.monotonic()
+            groups = [g for g in section.groups(table, device) if complete(section.suite, g) not in ended]
+            commands = [_command(record, section.suite, group, device, options, due) for group in groups]
+            names = [f"{section.suite} {group}".rstrip() for group in groups]
+            jobs = [Job(name, command, STARTS) for name, command in zip(names, commands)]
+            left = run_jobs(jobs, section.at_once, due, environment())
+            said = f"cut off: {', '.join(left)}" if left else "complete" if jobs else "complete before"
+            took, box = time.monotonic() - began, section.seconds * scale
+            row: Row = {"seconds": took, "box": box, "left": left, "summary": said, "status": "ok", "reason": ""}
+            with record.unit(f"plan/{section.suite}") as add:
+                add({"case": f"plan/{section.suite}", **row, **about})
+            print(f"== {section.suite}: {took:.0f} s of {box:.0f} s, {said}", flush=True)
+    finally:
+        if compiler is not None:
+            stop(compiler)
 
 
 def _command(record: Record, suite: str, group: str, device: str, options: Sequence[str], due: float) -> list[str]:
@@ -164,7 +171,7 @@ def main() -> int:
     if arguments.fresh:
         output.unlink(missing_ok=True)
     record = Record.resume(output.resolve(), head)
-    options = [option for option in ("--reduced", "--rehearse") if option in sys.argv]
+    options = [f"--{option}" for option in ("reduced", "rehearse") if getattr(arguments, option)]
     table = table_of(device, arguments.reduced, arguments.rehearse)
     plan = [section for section in PLAN if arguments.only is None or section.suite in arguments.only]
     measure(record, plan, device, options, table, arguments.minutes)

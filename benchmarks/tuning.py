@@ -1,15 +1,22 @@
-"""The tuner as units of a record: the kernels that the goals speak of, and the file written after each."""
+"""The tuner as units of a record: what the goals speak of first, and the file written after each kernel.
+
+python -m benchmarks.tuning     compiles what it will try, and all else that is launched, into Triton's cache
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ept_kernels import launch
-from ept_kernels.dev import tune
+from ept_kernels.dev import aot, tune
+from ept_kernels.dev.compile_only import TARGETS
 from ept_kernels.dev.tune import Tunable
 from ept_kernels.library import launcher_of
 
@@ -55,3 +62,19 @@ def rehearsed(tunable: Tunable, device: torch.device) -> Row:
             except TritonError as error:
                 refused[str(complete)] = str(error).partition("\n")[0]
     return {"kernel": tunable.kernel, "size": tunable.key, "tried": len(tunable.candidates), "refused": refused}
+
+
+def main() -> None:
+    """Compiles for the GPU at hand, on half of the processors."""
+    from triton import knobs
+
+    target = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    if target not in TARGETS:
+        raise SystemExit(f"{target} is none of {', '.join(TARGETS)}: kernels are compiled when they are launched")
+    began, jobs = time.monotonic(), max(1, (os.cpu_count() or 1) // 2)
+    count = aot.fill(Path(knobs.cache.dir), target, only="", jobs=jobs)
+    print(f"{count} kernels compiled ahead for {target} in {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

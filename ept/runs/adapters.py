@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from ..config import EPTConfig
 from ..model.adapter_files import SCALE_NAME, read_config, read_weights, weight_shapes
 from ..model.ept_model import EPTModel, get_ept_model
+from .folder import RunFolder
 from .loading import load_base_model
 from .method_table import METHODS, Method, get_method
 
 if TYPE_CHECKING:
     from ..tasks import Task
-from .config import MethodConfig, RunConfig
-from .folder import RunFolder
+    from .config import MethodConfig, RunConfig
 
 FAST = {"fast_4bit", "dequantized_cache_bytes", "fast_frozen"}  # how the base model's own layers are to run
 

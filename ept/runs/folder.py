@@ -11,12 +11,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from ..utils.files import sync_folder, sync_tree, write_atomically
-from .config import RunConfig
+
+if TYPE_CHECKING:
+    from .config import RunConfig
 
 SPLITS_FILE = "splits.json"
 """The file that says which rows are in which split."""

@@ -116,6 +116,24 @@ def test_a_rehearsal_compiles_what_a_gpu_would_run_and_every_row_says_that_it_is
         performance_page.rows_of(tmp_path)
 
 
+WITHOUT = """
+import importlib, sys
+sys.modules.update(dict.fromkeys(("bitsandbytes", "datasets", "pydantic", "liger_kernel")))
+sys.path.insert(0, "tests")
+from benchmarks.run import SUITES, works_of
+for suite in SUITES:
+    for table, device in (("gpu", "cpu"), ("rehearsal", "cpu")):
+        works_of(suite, table, device)
+for module in ("benchmarks.device_tests", "benchmarks.gpu_report", "ept.profile.profile", "conftest"):
+    importlib.import_module(module)
+"""
+
+
+def test_the_report_needs_no_package_that_a_gpu_host_may_lack() -> None:
+    row = run_command([sys.executable, "-c", WITHOUT], processes.environment(), seconds=120)
+    assert row["status"] == "ok", row["output"]
+
+
 def sleeping(seconds: float, code: int = 0) -> list[str]:
     return [sys.executable, "-c", f"import time; time.sleep({seconds}); raise SystemExit({code})"]
 
