@@ -65,8 +65,7 @@ LARGE = {
     "joint_prompt_products": {"BLOCK_K": 512, "PROGRAMS": 2},
     "joint_prompt_rows": {"BLOCK_S": 32},
     "joint_prompt_sides": {"BLOCK_S": 32},
-    "joint_prompt": {"BLOCK_S": 32, "BLOCK_D": 1024},
-    "joint_prompt_backward": {"BLOCK_D": 2048},
+    "joint_prompt_expand": {"BLOCK_D": 2048},
 }
 
 

@@ -106,15 +106,12 @@ def test_backward_equals_the_reference(problem, device):
 
 SMALLEST = {
     "joint_prompt_products": {"BLOCK_K": 16, "PROGRAMS": 100},
-    "joint_prompt_rows": {"BLOCK_S": 16},
-    "joint_prompt_sides": {"BLOCK_S": 16},
-    "joint_prompt": {"BLOCK_S": 16, "BLOCK_D": 16},
-    "joint_prompt_backward": {"BLOCK_D": 16},
+    "joint_prompt_expand": {"BLOCK_D": 16},
 }
 SINGLE_PART = {
     **(LARGE if INTERPRETED else {}),
     "joint_prompt_products": {"BLOCK_K": 64, "PROGRAMS": 1},
-    "joint_prompt_backward": {"BLOCK_D": 64},
+    "joint_prompt_expand": {"BLOCK_D": 64},
 }
 
 
@@ -185,22 +182,19 @@ def test_parameters_of_several_types(device, large_blocks):
     assert_close(kernels.joint_prompt(*mixed, *options), exact, "output")
 
 
-def test_the_kernels_are_given_one_type(device, monkeypatch, large_blocks):
+def test_the_kernels_are_given_one_type(device):
     """Compiled, a program that chooses among several tensors needs them of one type; the interpreter does not."""
-    given = []
-
-    def noted(kernel, grid, *args, **options):
-        if kernel is kernels.joint_prompt_products_kernel:
-            given.append({x.dtype for x in args if isinstance(x, Tensor)})
-        launch.launch(kernel, grid, *args, **options)
-
-    monkeypatch.setattr(kernels, "launch", noted)
-    *parameters, G = JointPrompt(a=4).parameters(device)
-    for last in (G, G.bfloat16()):
-        kernels.joint_prompt(*parameters, last, *JointPrompt(a=4).options())
-        kernels.joint_prompt_backward(
-            JointPrompt(a=4).grad_output(device), *parameters, last, *JointPrompt(a=4).options()
-        )
+    problem = JointPrompt(a=4)
+    *parameters, G = problem.parameters(device)
+    with launch.recording("cuda") as launched:
+        for last in (G, G.bfloat16()):
+            kernels.joint_prompt(*parameters, last, *problem.options())
+            kernels.joint_prompt_backward(problem.grad_output(device), *parameters, last, *problem.options())
+    given = [
+        {x.dtype for x in args if isinstance(x, Tensor)}
+        for kernel, _, args, _ in launched
+        if kernel is kernels.joint_prompt_products_kernel
+    ]
     assert given == [{torch.float32}] * 4
 
 

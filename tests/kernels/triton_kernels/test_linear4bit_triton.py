@@ -44,7 +44,7 @@ def test_layer_computes_as_bitsandbytes(columns, rows, nested, bias, device):
 @pytest.mark.parametrize("move", [False, True], ids=["", "moved after the swap"])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_no_operator_makes_the_table_of_levels_after_the_swap(quant_type, move, device):
-    """Within a captured graph it would be taken from the graph's memory."""
+    """Made while a graph is captured, it would lie in the memory of the graph."""
     layer = bitsandbytes.nn.Linear4bit(64, 32, compute_dtype=torch.float32, quant_type=quant_type)
     layer = layer.to(device).train().requires_grad_(False)
     levels.cache_clear()

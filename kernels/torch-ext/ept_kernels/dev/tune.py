@@ -133,13 +133,12 @@ def _prompted_embedding(reduced: bool) -> Iterator[Tunable]:
             )
 
 
-# Kernels of the joint prompt, all timed within its backward but the forward's last one.
+# Kernels of the joint prompt, all timed within its backward.
 _JOINT_GRIDS = {
     "joint_prompt_products": grid(BLOCK_K=(16, 32), PROGRAMS=(132, 264, 528), num_warps=(4, 8)),
-    "joint_prompt_rows": grid(BLOCK_S=(16, 32), num_warps=(4, 8), num_stages=(1, 2)),
+    "joint_prompt_rows": grid(num_warps=(4, 8), num_stages=(1, 2)),
     "joint_prompt_sides": grid(num_warps=(4, 8), num_stages=(1, 2)),
-    "joint_prompt": grid(BLOCK_S=(16, 32), BLOCK_D=(32, 64), num_warps=(4, 8)),
-    "joint_prompt_backward": grid(BLOCK_D=(32, 64), num_warps=(8,), num_stages=(1, 2)),
+    "joint_prompt_expand": grid(BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(1, 2)),
 }
 
 
@@ -148,14 +147,13 @@ def _joint_prompt(reduced: bool, device: torch.device) -> Iterator[Tunable]:
         for kernel, candidates in _JOINT_GRIDS.items():
             default = joint_prompt.heuristic(kernel, device)
             complete = [{**default, **candidate} for candidate in candidates]
-            plain, mapped = (x if kernel == "joint_prompt" else x.backward for x in (p, replace(p, a=16)))
             yield Tunable(
                 kernel=kernel,
                 size=(p.d,),
                 default=default,
                 candidates=[c for c in complete if c != default],
-                problem=plain,
-                variants=[] if reduced else [mapped],
+                problem=p.backward,
+                variants=[] if reduced else [p, replace(p, a=16).backward],
             )
 
 

@@ -1,7 +1,7 @@
-"""Triton kernels of the joint prompt that write results as wide as d: the prompt, and the gradients but `A`'s and β's.
+"""Triton kernel of the joint prompt that writes what is as wide as d: the prompt, or the gradients but `A`'s and β's.
 
-A program owns a tile of rows and of columns of a result, which is a sum of products of small matrices (`rows.py`,
-`sides.py`) with rows of the parameters.
+A program owns a tile of rows and of columns of one result, which is a sum of products of `mix` and `sides` with rows
+of the parameters, or of their transposes with rows of p and of the incoming gradient.
 """
 
 from __future__ import annotations
@@ -9,111 +9,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .products import TILE, columns_of, dot, load_columns, load_rows, up
-from .rows import ALONG, INVERSE_RMS, load_tile, sides_of
-from .sides import score_gradients, weights
+from .scores import weights
+from .tiles import INVERSE_RMS, TILE, add_product, dot, layout, load, store
 
 
 @triton.jit
-def _times_rows(b_sum, sides, o_s, column, x, o_d, rows, d, width, PRECISION: tl.constexpr):
-    """Adds the product of `sides[o_s, column:]` with the rows of `x` `[rows, d]`."""
-    for j in range(0, rows, TILE):
-        o_j = j + tl.arange(0, TILE)
-        b_side = load_tile(sides, o_s, column + o_j, width)
-        b_sum += dot(b_side, load_rows(x, o_j, o_d, rows, d), PRECISION)
-    return b_sum
+def _attend(w, A, B, p, o_s, o_d, lowrank_scale, score_scale, PRECISION: tl.constexpr):
+    """Computes `ω·[c·A·B; p]`: the forward has weights, but neither columns of p nor of B in `mix`."""
+    o_t = tl.arange(0, TILE)
+    b_out = tl.zeros([TILE, o_d.shape[0]], tl.float32)
+    for j in range(0, B[3], TILE):
+        b_A = tl.zeros([TILE, TILE], tl.float32)
+        for first in range(0, A[3], TILE):
+            b_w, _ = weights(w, score_scale, o_s, first + o_t, first + o_t < A[3])
+            b_A += dot(b_w, load(A, first + o_t, j + o_t), PRECISION)
+        b_out += dot(lowrank_scale * b_A, load(B, j + o_t, o_d), PRECISION)
+    for first in range(0, p[3], TILE):
+        b_w, _ = weights(w, score_scale, o_s, w.at_p + first + o_t, first + o_t < p[3])
+        b_out += dot(b_w, load(p, first + o_t, o_d), PRECISION)
+    return b_out
 
 
-@triton.jit
-def _times_columns(b_sum, sides, o_s, column, x, o_d, columns, d, width, PRECISION: tl.constexpr):
-    """Adds the product of `sides[o_s, column:]` with the columns of `x` `[d, columns]`."""
-    for j in range(0, columns, TILE):
-        o_j = j + tl.arange(0, TILE)
-        b_side = load_tile(sides, o_s, column + o_j, width)
-        b_sum += dot(b_side, load_columns(x, o_j, o_d, columns, d), PRECISION)
-    return b_sum
-
-
-@triton.jit(do_not_specialize=["s", "m", "r", "columns", "side_width"])
-def joint_prompt_kernel(
-    prompt,  # [s, d]
-    A,  # [m, r]
-    B,  # [r, d]
-    U,  # [columns, d]
-    beta,  # [1]
-    scores,
-    stats,
-    sides,
-    out,  # [s, d]
-    lowrank_scale,
-    embedding_scale,
-    score_scale,
-    # Shape
-    s,
-    m,
-    r,
-    columns,
-    d,
-    side_width,
-    # Meta-parameters
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    FUSION: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Writes one tile of the joint prompt."""
-    o_s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    b_sum = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    if FUSION:
-        fusion = (scores, scores, stats, s, up(m) + up(s), score_scale, 0.0)
-        for j in range(0, r, TILE):
-            o_j = j + tl.arange(0, TILE)
-            b_attended = tl.zeros([BLOCK_S, TILE], tl.float32)
-            for first in range(0, m, TILE):
-                o_m = first + tl.arange(0, TILE)
-                b_w, _ = weights(fusion, o_s, o_m, o_m < m)
-                b_attended += dot(b_w, load_rows(A, o_m, o_j, m, r), PRECISION)
-            b_sum += dot(lowrank_scale * b_attended, load_rows(B, o_j, o_d, r, d), PRECISION)
-        for first in range(0, s, TILE):
-            o_j = first + tl.arange(0, TILE)
-            b_w, _ = weights(fusion, o_s, up(m) + o_j, o_j < s)
-            b_sum += dot(b_w, load_rows(prompt, o_j, o_d, s, d), PRECISION)
-        b_sum *= tl.load(beta).to(tl.float32)
-    b_sum = _times_rows(b_sum, sides, o_s, 0, U, o_d, columns, d, side_width, PRECISION)
-    b_out = embedding_scale * (load_rows(prompt, o_s, o_d, s, d) + b_sum)
-    mask = (o_s < s)[:, None] & (o_d < d)[None, :]
-    tl.store(out + o_s.to(tl.int64)[:, None] * d + o_d[None, :], b_out.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _of_sides(sides, stats, column, o_i, x, o_d, s, d, width, NORMALISED: tl.constexpr, PRECISION: tl.constexpr):
-    """Multiplies `sides[:, column + o_i]ᵀ` with the rows of `x` `[s, d]`, normalised as those of p if so asked."""
-    b_sum = tl.zeros([TILE, o_d.shape[0]], tl.float32)
-    for first in range(0, s, TILE):
-        o_s = first + tl.arange(0, TILE)
-        b_x = load_rows(x, o_s, o_d, s, d)
-        if NORMALISED:
-            b_x *= tl.load(stats + INVERSE_RMS * up(s) + o_s)[:, None]
-        b_sum += dot(tl.trans(load_tile(sides, o_s, column + o_i, width)), b_x, PRECISION)
-    return b_sum
-
-
-@triton.jit
-def _store_rows(x, b_x, o_i, o_d, rows, d):
-    mask = (o_i < rows)[:, None] & (o_d < d)[None, :]
-    tl.store(x + o_i.to(tl.int64)[:, None] * d + o_d[None, :], b_x.to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_columns(x, b_x, o_i, o_d, columns, d):
-    mask = (o_d < d)[:, None] & (o_i < columns)[None, :]
-    p_x = x + o_d.to(tl.int64)[:, None] * columns + o_i[None, :]
-    tl.store(p_x, tl.trans(b_x).to(x.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["s", "m", "r", "a", "columns", "K", "side_width"])
-def joint_prompt_backward_kernel(
+@triton.jit(do_not_specialize=["s", "m", "r", "a", "columns", "K"])
+def joint_prompt_expand_kernel(
     prompt,  # [s, d]
     grad_output,  # [s, d]
     A,  # [m, r]
@@ -122,14 +40,11 @@ def joint_prompt_backward_kernel(
     W_q,  # [d, a]
     W_k,  # [d, a]
     D,  # [d, columns]
+    U,  # [columns, d]
     G,  # [d, K]
-    scores,
-    slopes,
-    stats,
-    sides,
-    gram_parts,
-    grad_prompt,
-    grad_B,
+    workspace,
+    out,  # [s, d]: the joint prompt, or the gradient of p
+    grad_B,  # None in the forward, as are the following
     grad_W_q,
     grad_W_k,
     grad_D,
@@ -146,89 +61,82 @@ def joint_prompt_backward_kernel(
     columns,
     K,
     d,
-    side_width,
     # Meta-parameters
     BLOCK_D: tl.constexpr,
     FUSION: tl.constexpr,
     MAPS: tl.constexpr,
+    BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes one tile of one gradient: first rows of p, then those of B, columns of W_q, W_k, D, G, rows of U."""
+    """Writes one tile of one result, whose rows are those of the columns of `mix` and `sides`: p, B, W_qᵀ, …"""
     i = tl.program_id(1) * TILE
+    o_i = i + tl.arange(0, TILE)
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    o_t = tl.arange(0, TILE)
-    side_of_D, side_of_G, side_of_T, side_of_attended, side_of_q, side_of_k = sides_of(r, a, columns, K)
-    first_B, first_W_q, first_W_k, first_D, first_G, first_U = columns_of(s, r, a, columns, K)
-    if i < first_B:
-        o_s = i + o_t
-        b_n = tl.load(stats + INVERSE_RMS * up(s) + o_s)
-        b_p = load_rows(prompt, o_s, o_d, s, d)
-        b_grad = embedding_scale * load_rows(grad_output, o_s, o_d, s, d)
-        b_hat = tl.zeros([TILE, BLOCK_D], tl.float32)  # the gradient of p̂
+    w = layout(workspace, s, m, r, a, columns, K)
+    p, g = (prompt, d, 1, s, d), (grad_output, d, 1, s, d)
+    sides, sides_T, mix_T = (w.sides, w.width, 1), (w.sides, 1, w.width), (w.mix, 1, w.width)
+    b_out = tl.zeros([TILE, BLOCK_D], tl.float32)
+    if not BACKWARD:
         if FUSION:
-            b_beta = tl.load(beta).to(tl.float32)
-            fusion = (scores, slopes, stats, s, up(m) + up(s), score_scale, b_beta)
-            b_attending = tl.zeros([TILE, BLOCK_D], tl.float32)
-            for first in range(0, s, TILE):
-                o_j = first + o_t
-                b_delta, b_w, _ = score_gradients(fusion, o_j, up(m) + o_s, o_s < s)
-                b_attending += dot(tl.trans(b_w), load_rows(grad_output, o_j, o_d, s, d), PRECISION)
-                if not MAPS:
-                    b_ours, _, _ = score_gradients(fusion, o_s, up(m) + o_j, o_j < s)
-                    b_n_j = tl.load(stats + INVERSE_RMS * up(s) + o_j)
-                    b_delta = (tl.trans(b_delta) + b_ours) * b_n_j[None, :]
-                    b_hat += dot(b_delta, load_rows(prompt, o_j, o_d, s, d), PRECISION)
-            b_grad += b_beta * embedding_scale * b_attending
-            if MAPS:
-                b_hat = _times_columns(b_hat, sides, o_s, side_of_q, W_q, o_d, a, d, side_width, PRECISION)
-                b_hat = _times_columns(b_hat, sides, o_s, side_of_k, W_k, o_d, a, d, side_width, PRECISION)
-            else:
-                b_hat = _times_rows(b_hat, sides, o_s, side_of_T, B, o_d, r, d, side_width, PRECISION)
-        b_hat = _times_columns(b_hat, sides, o_s, side_of_D, D, o_d, columns, d, side_width, PRECISION)
-        b_hat = _times_columns(b_hat, sides, o_s, side_of_G, G, o_d, K, d, side_width, PRECISION)
-        b_along = tl.load(stats + ALONG * up(s) + o_s) / d
-        b_grad += b_n[:, None] * (b_hat - b_p * (b_n * b_along)[:, None])
-        _store_rows(grad_prompt, b_grad, o_s, o_d, s, d)
-    elif (i < first_W_q) | (i >= first_U):
-        of_B = i < first_W_q
-        o_i = o_t + tl.where(of_B, i - first_B, i - first_U)
-        column = tl.where(of_B, side_of_attended, 0)
-        b_grad = embedding_scale * _of_sides(
-            sides, stats, column, o_i, grad_output, o_d, s, d, side_width, False, PRECISION
-        )
-        if of_B:
-            tiles = tl.cdiv(m, TILE)
-            gram_width = up(r) + up(a)
-            for part in range(0, tiles):
-                p_part = gram_parts + tl.cast(part, tl.int64) * up(r) * gram_width
-                b_grad = _times_rows(b_grad, p_part, o_i, 0, B, o_d, r, d, gram_width, PRECISION)
-                if MAPS:
-                    b_grad = _times_columns(b_grad, p_part, o_i, up(r), W_k, o_d, a, d, gram_width, PRECISION)
-            if not MAPS:
-                b_grad += _of_sides(sides, stats, side_of_T, o_i, prompt, o_d, s, d, side_width, True, PRECISION)
-            _store_rows(grad_B, b_grad, o_i, o_d, r, d)
+            b_attended = _attend(
+                w, (A, r, 1, m, r), (B, d, 1, r, d), p, o_i, o_d, lowrank_scale, score_scale, PRECISION
+            )
+            b_out = embedding_scale * tl.load(beta).to(tl.float32) * b_attended
+        b_out = add_product(b_out, (w.mix + w.at_U, w.width, 1), o_i, (U, d, 1, columns, d), o_d, columns, PRECISION)
+        store((out, d, 1, s, d), b_out + embedding_scale * load(p, o_i, o_d), o_i, o_d)
+    elif i < w.at_B:
+        if FUSION:
+            b_out = add_product(b_out, mix_T, o_i, g, o_d, s, PRECISION)
+        if MAPS:
+            b_out = add_product(b_out, (w.sides + w.at_q, w.width, 1), o_i, (W_q, 1, a, a, d), o_d, a, PRECISION)
+            b_out = add_product(b_out, (w.sides + w.at_k, w.width, 1), o_i, (W_k, 1, a, a, d), o_d, a, PRECISION)
+        elif FUSION:
+            b_out = add_product(b_out, sides, o_i, p, o_d, s, PRECISION)
+            b_out = add_product(b_out, (w.sides + w.at_B, w.width, 1), o_i, (B, d, 1, r, d), o_d, r, PRECISION)
+        of_spaces = (w.sides + w.at_D, w.width, 1)
+        b_out = add_product(b_out, of_spaces, o_i, (D, 1, columns, columns, d), o_d, columns, PRECISION)
+        b_out = add_product(b_out, (w.sides + w.at_G, w.width, 1), o_i, (G, 1, K, K, d), o_d, K, PRECISION)
+        # Normalisation takes out what lies along p: the products with their gradients, added up.
+        b_along = tl.zeros([TILE], tl.float32)
+        for first in range(w.at_q if MAPS or not FUSION else 0, w.at_U, TILE):
+            o_j = first + tl.arange(0, TILE)
+            b_along += tl.sum(load((w.products, w.width, 1), o_i, o_j) * load(sides, o_i, o_j), 1)
+        b_n = tl.load(w.stats + INVERSE_RMS * w.at_B + o_i)
+        b_out += embedding_scale * load(g, o_i, o_d) - (b_n * b_n * b_along / d)[:, None] * load(p, o_i, o_d)
+        store((out, d, 1, s, d), b_out, o_i, o_d)
+    elif i >= w.at_U:
+        b_out = add_product(b_out, mix_T, o_i, g, o_d, s, PRECISION)
+        store((grad_U, d, 1, columns, d), b_out, o_i - w.at_U, o_d)
+    elif i < w.at_q:
+        o_r, A_T, normed = o_i - w.at_B, (A, 1, r, r, m), (w.normed, w.at_q - w.at_B, 1)
+        b_out = add_product(b_out, mix_T, o_i, g, o_d, s, PRECISION)
+        for k in range(0, r, TILE):
+            o_k = k + tl.arange(0, TILE)
+            b_gram = tl.zeros([TILE, TILE], tl.float32)  # the gradient of B·Bᵀ
+            b_gram = add_product(b_gram, A_T, o_r, normed, o_k, m, PRECISION)
+            b_out += dot(b_gram, load((B, d, 1, r, d), o_k, o_d), PRECISION)
+        if MAPS:
+            for k in range(0, a, TILE):
+                o_k = k + tl.arange(0, TILE)
+                b_key = tl.zeros([TILE, TILE], tl.float32)  # the gradient of B·W_k
+                b_key = add_product(b_key, sides_T, o_i, (w.products, w.width, 1), w.at_q + o_k, s, PRECISION)
+                b_out += dot(b_key, load((W_k, 1, a, a, d), o_k, o_d), PRECISION)
         else:
-            _store_rows(grad_U, b_grad, o_i, o_d, columns, d)
+            b_out = add_product(b_out, sides_T, o_i, p, o_d, s, PRECISION)
+        store((grad_B, d, 1, r, d), b_out, o_r, o_d)
     else:
-        start, column = first_W_q, side_of_q
-        if i >= first_G:
-            start, column = first_G, side_of_G
-        elif i >= first_D:
-            start, column = first_D, side_of_D
-        elif i >= first_W_k:
-            start, column = first_W_k, side_of_k
-        o_i = i - start + o_t
-        b_grad = _of_sides(sides, stats, column, o_i, prompt, o_d, s, d, side_width, True, PRECISION)
-        if i >= first_G:
-            _store_columns(grad_G, b_grad, o_i, o_d, K, d)
-        elif i >= first_D:
-            _store_columns(grad_D, b_grad, o_i, o_d, columns, d)
-        elif i >= first_W_k:
-            for part in range(0, tl.cdiv(m, TILE)):
-                p_part = gram_parts + tl.cast(part, tl.int64) * up(r) * (up(r) + up(a))
-                for j in range(0, r, TILE):
-                    b_part = load_tile(p_part, j + o_t, up(r) + o_i, up(r) + up(a))
-                    b_grad += dot(tl.trans(b_part), load_rows(B, j + o_t, o_d, r, d), PRECISION)
-            _store_columns(grad_W_k, b_grad, o_i, o_d, a, d)
+        b_out = add_product(b_out, sides_T, o_i, p, o_d, s, PRECISION)
+        if i >= w.at_G:
+            store((grad_G, 1, K, K, d), b_out, o_i - w.at_G, o_d)
+        elif i >= w.at_D:
+            store((grad_D, 1, columns, columns, d), b_out, o_i - w.at_D, o_d)
+        elif i < w.at_k:
+            store((grad_W_q, 1, a, a, d), b_out, o_i - w.at_q, o_d)
         else:
-            _store_columns(grad_W_q, b_grad, o_i, o_d, a, d)
+            o_a = o_i - w.at_k
+            for k in range(0, r, TILE):
+                o_k = k + tl.arange(0, TILE)
+                b_key = tl.zeros([TILE, TILE], tl.float32)  # of B·W_k, transposed
+                b_key = add_product(b_key, (w.products + w.at_q, 1, w.width), o_a, sides, w.at_B + o_k, s, PRECISION)
+                b_out += dot(b_key, load((B, d, 1, r, d), o_k, o_d), PRECISION)
+            store((grad_W_k, 1, a, a, d), b_out, o_a, o_d)

@@ -100,45 +100,28 @@ def _attended(
     return c * ((weights[:, :m] @ A) @ B) + weights[:, m:] @ p
 
 
-def joint_prompt_backward_reference(
-    grad_output: Tensor,
-    prompt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    beta: Tensor,
-    W_q: Tensor,
-    W_k: Tensor,
-    D: Tensor,
-    U: Tensor,
-    G: Tensor,
-    lowrank_scale: float,
-    embedding_scale: float,
-    score_scale: float,
-    activation: str = "gelu",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Differentiates `joint_prompt_reference`: gradients of `prompt, A, B, beta, W_q, W_k, D, U, G` for `grad_output`
-    `[s, d]`, which is any floating type.
+def joint_prompt_backward_reference(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Differentiates `joint_prompt_reference` of the same arguments, by autograd.
 
-    Every gradient has the shape and dtype of its parameter. A part that is switched off gets an empty one, a parameter
-    that has elements but no part in the result (`A` without fusion) zeros.
+    Returns the gradients of `prompt, A, B, beta, W_q, W_k, D, U, G` for `grad_output` `[s, d]`, which is any floating
+    type. Each has the shape and dtype of its parameter. A part that is switched off gets an empty one, a parameter that
+    has elements but no part in the result (`A` without fusion) zeros.
     """
-    options = (lowrank_scale, embedding_scale, score_scale, activation)
     with autograd_inside_operators():
-        parameters = [x.detach().requires_grad_() for x in (prompt, A, B, beta, W_q, W_k, D, U, G)]
+        parameters = [x.detach().requires_grad_() for x in arguments[:9]]
         # The result as it is before it is rounded to the prompt's dtype: what comes after that has no part in this.
         dtype = compute_dtype(*parameters)
-        arguments: tuple[Any, ...] = (*(x.to(dtype) for x in parameters), *options)
-        joint = joint_prompt_reference(*arguments)
+        joint = joint_prompt_reference(*(x.to(dtype) for x in parameters), *arguments[9:])
         gradients = torch.autograd.grad(joint, parameters, grad_output.to(dtype), allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, parameters))  # type: ignore[return-value]
+    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, parameters))
 
 
 def _fake(prompt, *others):
     return torch.empty_like(prompt, memory_format=torch.contiguous_format)
 
 
-def _backward_fake(grad_output, *inputs):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs[:9])
+def _backward_fake(grad_output, *arguments):
+    return tuple(_fake(x) for x in arguments[:9])
 
 
 _PARAMETERS = (
