@@ -22,7 +22,7 @@ from ..prompt import EPTLayer
 from ..utils.messages import shown
 from .adapter_files import SCALE_NAME, check_weights, read_adapter, read_config, read_weights, write_adapter
 from .adapter_lock import exclusive
-from .base_model import input_embedding, name_labels, set_mode, trained_heads, wrapped_heads
+from .base_model import check_heads, input_embedding, name_labels, set_mode, trained_heads, wrapped_heads
 from .mixed import follow_rows
 from .prompt_cache import PromptCache
 from .reading import TASKS_WITH_HEAD, BaseModelFacts, infer_task_type
@@ -131,6 +131,7 @@ class ModelWithAdapters(PeftModel):
                 f"{type(base).__name__} has no module named {' or '.join(heads)}: change modules_to_save, or leave it "
                 "None in a configuration of its own"
             )
+        check_heads(base, heads)
         # PEFT looks for sizes under some names in the model's configuration; EPT needs the first, and measures it.
         peft_config.token_dim = embedding_width(input_embedding(base))
         sizes = base.config.to_dict()

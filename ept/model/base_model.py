@@ -66,6 +66,28 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
     }
 
 
+def check_heads(model: Any, trained: Iterable[str] | None) -> None:
+    """Refuses quantised weights in the modules that are to be `trained`, and warns of those in a language model's head.
+
+    bitsandbytes is told by `llm_int8_skip_modules` which modules to leave alone, and then no longer leaves heads alone
+    by itself.
+    """
+    for key, module in model.named_modules():
+        name = key.rpartition(".")[2]
+        remedy = f"load the model with BitsAndBytesConfig(..., llm_int8_skip_modules=[..., {name!r}])"
+        parameters: Any = module.parameters()
+        quantised = any(hasattr(p, "quant_state") or not p.is_floating_point() for p in parameters)
+        if quantised and key and trained and key.endswith(tuple(trained)):
+            raise ValueError(f"{key} of {type(model).__name__} is quantised, and cannot be trained: {remedy}")
+        get_head = getattr(model, "get_output_embeddings", None)
+        if quantised and get_head is not None and module is get_head():
+            warnings.warn(
+                f"the head {key} of {type(model).__name__} is quantised: answers lose by it, and trainers that take "
+                f"its weight for themselves, as TRL's do, fail: {remedy}",
+                stacklevel=2,
+            )
+
+
 def freeze(model: nn.Module) -> None:
     """Turns off the gradients of all parameters; 4-bit weights go back to the layout that gradients pass through.
 

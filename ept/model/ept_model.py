@@ -258,8 +258,9 @@ class EPTModel(ModelWithAdapters):
                 self._warned_of_scoring = True
                 warnings.warn(
                     "neither labels nor text_mask say which tokens are input text, so that all of them get the update, "
-                    "where generation leaves its own tokens without: pass text_mask, nonzero at input text (or "
-                    'labels), or train with update_scope="all"; this is said once',
+                    "where generation leaves its own tokens without: pass text_mask, nonzero at input text (through "
+                    "the Trainer with remove_unused_columns=False), or labels, or train with "
+                    'update_scope="all"; this is said once',
                     stacklevel=6,  # the caller of the module
                 )
         elif self.training and not self._checked_labels:

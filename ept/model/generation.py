@@ -116,7 +116,7 @@ def bound_length(
             )
         inputs[new] = max(value - n, 0)
     count = inputs.get("max_new_tokens", options["max_new_tokens"])
-    limit = facts.position_limit
+    limit = _position_limit(model, facts)
     if limit is not None:
         room = limit - s - longest + 1  # the last new token is not read
         if options.asked_for("max_new_tokens") is None and options.asked_for("max_length") is None:
@@ -127,6 +127,13 @@ def bound_length(
                 f"{type(model).__name__}: ask for at most {max(room, 0)} new tokens"
             )
     _check_rope(model, s + longest, s + longest + (20 if count is None else count) - 1)
+
+
+def _position_limit(model: Any, facts: BaseModelFacts) -> int | None:
+    """Returns the most positions that the model can number, learned or (GPT-J's) computed once; None: no limit."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tables = (b for b in model.buffers() if b.dim() == 2 and b.is_floating_point() and b.shape[0] == most)
+    return most if facts.position_limit is None and any(True for _ in tables) else facts.position_limit
 
 
 def _check_rope(model: Any, before: int, after: int) -> None:

@@ -105,3 +105,19 @@ def test_weights_repacked_by_an_earlier_inference_are_unpacked(nested, checkpoin
     model.train()
     model(**make_batch("llama")).loss.backward()
     assert model.prompt_encoder["default"].prompt.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name, head", [("llama_classifier", "score"), ("llama", "lm_head")])
+def test_a_quantised_head_is_named_with_the_remedy(name, head, tmp_path):
+    make_model(name).save_pretrained(tmp_path)
+    remedy = rf"load the model with BitsAndBytesConfig\(..., llm_int8_skip_modules=\[..., '{head}'\]\)"
+    base = load_4bit(name, tmp_path, llm_int8_skip_modules=["something_else"])
+    if head == "score":  # which is trained
+        with pytest.raises(ValueError, match=f"score of LlamaForSequenceClassification is quantised, .*: {remedy}"):
+            get_ept_model(base, EPTConfig(**SMALL))
+    else:
+        with pytest.warns(UserWarning, match=f"the head lm_head of LlamaForCausalLM is quantised: .*: {remedy}"):
+            model = get_ept_model(base, EPTConfig(**SMALL))
+        assert model(**make_batch(name)).loss.isfinite()
+    right = load_4bit(name, tmp_path, llm_int8_skip_modules=[head])
+    assert get_ept_model(right, EPTConfig(**SMALL))(**make_batch(name)).loss.isfinite()

@@ -11,8 +11,10 @@ import torch
 from tiny_models import SMALL, VOCAB, adapted, make_batch, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    CodeGenForCausalLM,
     GenerationConfig,
     GenerationMixin,
+    GPTJForCausalLM,
     LogitsProcessorList,
     MaxTimeCriteria,
     Phi3Config,
@@ -273,6 +275,17 @@ def test_second_turn_reads_the_text_again_and_refuses_the_first_turns_cache():
 def test_more_new_tokens_than_positions_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         adapted("gpt2").generate(**inputs_of("gpt2"), **options)
+
+
+@pytest.mark.parametrize("kind, sizes", [(GPTJForCausalLM, {"rotary_dim": 4}), (CodeGenForCausalLM, {"rotary_dim": 4})])
+def test_positions_that_are_computed_once_are_a_limit_too(kind, sizes):
+    config = kind.config_class(
+        vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, n_positions=16, pad_token_id=1, **sizes
+    )
+    model, ids = get_ept_model(kind(config), EPTConfig(**SMALL)).eval(), inputs_of("llama", (8,))["input_ids"]
+    assert model.generate(ids, max_new_tokens=4, eos_token_id=None).shape == (1, 12)
+    with pytest.raises(ValueError, match=r"and 5 new ones are more than the 16 positions of .*: ask for at most 4 new"):
+        model.generate(ids, max_new_tokens=5, eos_token_id=None)
 
 
 def test_as_many_new_tokens_as_there_are_positions():
