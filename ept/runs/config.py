@@ -82,6 +82,7 @@ class ModelConfig(Section):
 EXCLUSIVE = (
     *(("template", "text_columns"), ("label_words", "label_values"), ("hub", "train_file")),
     *(("target_template", "label_words"), ("target_template", "label_values")),
+    *(("chat_column", other) for other in ("template", "text_columns", "target_template", "label_words")),
 )
 """Keys of `data` of which one alone can be given."""
 
@@ -119,6 +120,9 @@ class DataConfig(Section):
     """Input text, with the names of columns in braces: `"{headline}\\nSarcastic?"`."""
     target_template: str | None = None
     """For answers in free text, such as summaries: the answer, with the names of columns in braces."""
+    chat_column: str | None = None
+    """Column of chats, lists of `{"role": ..., "content": ...}`: the last message is the answer, and the model's chat
+    template writes the ones before it. None: `messages`, where there is such a column and nothing else is given."""
     max_answer: Count = 128
     """Most tokens of an answer in free text; longer ones are cut in training."""
     label_words: list[str] | dict[Any, str] | None = None

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..tasks import Task, TaskData, get_task, load_task, local_task
+from ..tasks.chat import MESSAGES, chat_task, has_chats
 from ..tasks.encoding import TEXT_IDS, FittedText, fit_rows
 from ..tasks.inference import commonest_share, default_metrics, default_template, find_columns, find_labels, find_texts
 from ..tasks.sources import raw_splits
@@ -22,6 +23,7 @@ from .folder import SPLITS_FILE
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+TEXT_METRICS = ("rouge_l", "exact_match")  # of answers in free text, where none are given
 FILES = {"train_file", "validation_file", "test_file"}
 
 
@@ -39,7 +41,7 @@ def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_t
     `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else. Raises as `load_task` and `fit_rows`.
     """
     config = resolved(config, task_type)
-    task = task_of(config)
+    task = task_of(config, tokenizer)
     if task.is_text and task_type == "SEQ_CLS":
         raise ValueError("answers in free text need a language model, and this one is a classifier")
     given = config.model_dump(include={"data_dir", "encoding", "strict", "k_shot", *FILES})
@@ -87,9 +89,13 @@ def resolved(config: DataConfig, task_type: str | None) -> DataConfig:
     labelled = config.label_words is not None or config.label_values is not None
     if config.target_template is not None:
         return _with_free_text(config)
+    if config.chat_column is not None:
+        return config.model_copy(update={"metric": config.metric or list(TEXT_METRICS)})
     if not config.is_local or (labelled and None not in (config.template, config.label_column, config.metric)):
         return config
     source, rows = _train_rows(config)
+    if not labelled and config.label_column is None and config.template is None and has_chats(rows):
+        return resolved(config.model_copy(update={"chat_column": MESSAGES}), task_type)
     texts = list(template_columns(config.template)) if config.template is not None else config.text_columns
     texts, label = find_columns(rows, source, texts, config.label_column)
     asks = task_type != "SEQ_CLS"
@@ -115,7 +121,7 @@ def _with_free_text(config: DataConfig) -> DataConfig:
         source, rows = _train_rows(config)
         others = [{name: value for name, value in row.items() if name not in answer} for row in rows]
         template = default_template(find_texts(others, source, config.text_columns), answer[0], asks=True)
-    found = {"template": template, "text_columns": None, "metric": config.metric or ["rouge_l", "exact_match"]}
+    found = {"template": template, "text_columns": None, "metric": config.metric or list(TEXT_METRICS)}
     return config.model_copy(update=found)
 
 
@@ -138,10 +144,16 @@ def read_splits(path: Path) -> Any:
     raise ValueError(f"{file} does not say which rows are in which split: name the folder of a run (data.splits)")
 
 
-def task_of(config: DataConfig) -> Task:
-    """Finds the named task, or makes the one that template and labels describe; else ValueError."""
+def task_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Task:
+    """Finds the named task, or makes the one that template and labels describe; else ValueError.
+
+    The tokenizer writes chats.
+    """
     if config.task is not None:
         return get_task(config.task)
+    if config.chat_column is not None and tokenizer is not None:
+        limits: Any = {"metrics": config.metric or TEXT_METRICS, "max_length": config.max_length or 256}
+        return chat_task(config.chat_column, tokenizer, name=config.name, hub=_hub(config), **limits)
     if config.template is None or all(
         given is None for given in (config.label_words, config.label_values, config.target_template)
     ):
@@ -150,7 +162,7 @@ def task_of(config: DataConfig) -> Task:
         )
     usual = ("accuracy",) if config.label_values is None else ("pearson", "spearman")
     if config.target_template is not None:
-        usual = ("rouge_l", "exact_match")
+        usual = TEXT_METRICS
     return local_task(
         config.template,
         config.label_words or (),

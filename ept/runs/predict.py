@@ -150,7 +150,9 @@ class Predictor:
     def loss(self, split: Any) -> float:
         """Computes the loss of the right answers in free text of a split, in nats a token."""
         limit, size = self.config.data.max_answer, self.config.training.eval_batch_size
-        encoded = encode_split(split, self.tokenizer, (), self.task_type, max_answer=limit)
+        encoded = encode_split(
+            split, self.tokenizer, (), self.task_type, max_answer=limit, spaced=not self.task.is_chat
+        )
         collate = Collator(self.task_type, int(self.tokenizer.pad_token_id))
         starts = self.processes.share(range(0, len(encoded), size))
         own, tokens = 0.0, 0
@@ -220,7 +222,8 @@ def _ranked(scores: torch.Tensor) -> list[Answer]:
 def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> Predictor:
     """Loads the model of a run's folder, with `overrides` over its configuration; raises as `trained_run`."""
     config, adapter = trained_run(run_dir, overrides)
-    task, task_type, tokenizer = task_of(config.data), task_type_of(config.model), load_tokenizer(config.model)
+    task_type, tokenizer = task_type_of(config.model), load_tokenizer(config.model)
+    task = task_of(config.data, tokenizer)
     model = load_trained(config, adapter, task_type, task.num_outputs, int(tokenizer.pad_token_id))
     return Predictor(config=config, task=task, task_type=task_type, tokenizer=tokenizer, model=model)
 

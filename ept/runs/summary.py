@@ -25,7 +25,7 @@ def run_summary(run: PreparedRun) -> dict[str, Any]:
         "task_type": run.task_type,
         "kind": "free text" if task.is_text else "regression" if task.values else "classification",
         "text_columns": list(task.columns),
-        "label_column": ", ".join(task.target_columns),
+        "label_column": task.label_column if task.is_chat else ", ".join(task.target_columns),
         "template": task.template,
         "labels": list(run.labels),
         "metric": task.metrics[0],

@@ -53,7 +53,13 @@ class PromptTrainer(Trainer):
         data, training = run.run_data.data, config.training
         patience, multiple = training.early_stopping_patience, training.pad_to_multiple_of
         encoded = encode_split(
-            data.train, run.tokenizer, data.labels, run.task_type, data.task.values, config.data.max_answer
+            data.train,
+            run.tokenizer,
+            data.labels,
+            run.task_type,
+            data.task.values,
+            max_answer=config.data.max_answer,
+            spaced=not data.task.is_chat,
         )
         if training.compile_layers and multiple is not None:
             check_lengths(max(encoded["length"]), multiple)

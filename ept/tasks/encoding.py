@@ -74,14 +74,18 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
 
 
 def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_type: str, max_tokens: int
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_type: str, max_tokens: int, spaced: bool = True
 ) -> list[list[int]]:
-    """Tokenises answers in free text, each with an end token unless it is cut to `max_tokens`."""
+    """Tokenises answers in free text, each with an end token unless it is cut to `max_tokens`.
+
+    `spaced`: a decoder's answer stands behind a space, as after most texts; in a chat it does not.
+    """
     if task_type == "SEQ_2_SEQ_LM":
         encoded = [list(ids) for ids in tokenizer(text_target=list(texts))["input_ids"]]
     else:
-        before = tokenizer("a", add_special_tokens=False)["input_ids"]  # as " answer" follows a text
-        encoded = [tokenizer(f"a {text}", add_special_tokens=False)["input_ids"][len(before) :] for text in texts]
+        start = "a " if spaced else ""  # as " answer" follows a text
+        before = tokenizer("a", add_special_tokens=False)["input_ids"] if spaced else []
+        encoded = [tokenizer(f"{start}{text}", add_special_tokens=False)["input_ids"][len(before) :] for text in texts]
         if tokenizer.eos_token_id is not None:
             encoded = [[*ids, tokenizer.eos_token_id] for ids in encoded]
     return [ids[:max_tokens] for ids in encoded]
@@ -113,11 +117,12 @@ def fit_rows(
             raise ValueError(f"{source}, row {_number(row, number)}: {error}") from error
     fitted = [FittedText(text, ids, False) for text, ids in zip(texts, encode_texts(tokenizer, texts, task_type))]
     too_long = [index for index, (_, ids, _) in enumerate(fitted) if len(ids) > max_length]
-    if too_long and not truncate:
+    if too_long and (not truncate or task.is_chat):  # a chat that is cut has lost its question
         number = _number(rows[too_long[0]], too_long[0] + 1)
         raise ValueError(
             f"{source}, row {number}: the text has {len(fitted[too_long[0]].ids)} tokens, the limit is "
-            f"data.max_length={max_length}: shorten it, raise data.max_length, or set data.on_too_long=truncate"
+            f"data.max_length={max_length}: shorten it, raise data.max_length"
+            + (", or set data.on_too_long=truncate" if not task.is_chat else "")
         )
     if too_long:
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -140,11 +145,12 @@ def encode_split(
     task_type: str,
     values: Sequence[float] = (),
     max_answer: int = 128,
+    spaced: bool = True,
 ) -> datasets.Dataset:
     """Makes columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length` from `text_ids` and `label`.
 
     For SEQ_CLS and a regression `labels` is the number among `values` that the class stands for. Without `labels` each
-    row's `target` is its answer, of at most `max_answer` tokens.
+    row's `target` is its answer, of at most `max_answer` tokens and `spaced` as in `encode_answers`.
     """
     from datasets import Dataset
 
@@ -154,7 +160,7 @@ def encode_split(
         targets: Sequence[Any] = answers or values or range(len(labels))
         found = [targets[label] for label in split["label"]]
     else:
-        found = encode_answers(tokenizer, split["target"][:], task_type, max_answer)
+        found = encode_answers(tokenizer, split["target"][:], task_type, max_answer, spaced)
     if task_type == "CAUSAL_LM":
         inputs = [ids + answer for ids, answer in zip(inputs, found)]
     return Dataset.from_dict({"input_ids": inputs, "labels": found, "length": list(map(len, inputs))})

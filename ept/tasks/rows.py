@@ -145,7 +145,7 @@ def examples(
     keys = raw_keys(rows, task.target_columns)
     for number, (row, key) in enumerate(zip(rows, keys), start=1):
         try:
-            _check_columns(task, task.target_columns, row)
+            _check_columns(task, task.source_columns if task.is_chat else task.target_columns, row)
             target = None
             if task.is_text:
                 target = _target(task, row)
@@ -190,7 +190,8 @@ def examples(
 
 def _target(task: Task, row: Mapping[str, Any]) -> str | None:
     """Renders the answer of a row in free text; None where all its columns are blank."""
-    fields = {column: as_text(column, row[column]) for column in task.target_columns}
+    values = row if task.preprocess is None else task.preprocess(row)
+    fields = {column: as_text(column, values[column]) for column in task.target_columns}
     return task.target_template.format_map(fields) if any(map(str.strip, fields.values())) else None
 
 

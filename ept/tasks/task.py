@@ -52,7 +52,7 @@ class Task:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source_columns", self.source_columns or self.columns)
-        if self.label_column in self.source_columns:
+        if self.label_column in self.source_columns and not self.is_chat:
             raise ValueError(
                 f"template {self.template!r} shows the label column '{self.label_column}': "
                 "take it out of the template or set another label_column"
@@ -79,6 +79,11 @@ class Task:
     def is_text(self) -> bool:
         """True where the answers are free text."""
         return bool(self.target_template)
+
+    @property
+    def is_chat(self) -> bool:
+        """True where a row is a chat, whose last message is the answer."""
+        return self.is_text and self.preprocess is not None
 
     @cached_property
     def target_columns(self) -> tuple[str, ...]:

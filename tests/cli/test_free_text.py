@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from test_commands import as_json, refused
 from tiny_runs import sentence
+from transformers import AutoTokenizer
 
+from ept.tasks import render
+from ept.tasks.chat import chat_task
 from ept.tasks.metrics import compute_text_metrics
 
 EXACT = ("--set", "data.metric=[exact_match]")
@@ -62,6 +67,76 @@ def test_template_and_refusals(models: dict[str, Path], file: Path) -> None:
         ("--model", models["t5"], "--set", "data.label_words=[a, b]"): "target_template and data.label_words exclude",
     }.items():
         assert message in refused("train", file, *written, *options, "--dry-run")
+
+
+@pytest.fixture(scope="module")
+def chat_model(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Gives the tiny decoder a chat template."""
+    folder = shutil.copytree(models["llama"], tmp_path_factory.mktemp("chat") / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = "{% for m in messages %}sentence : {{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = "{% if add_generation_prompt %}a {% endif %}" + said
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chats(file: Path, rows: int = 120) -> Path:
+    chance = random.Random(5)
+    made = []
+    for i in range(rows):
+        asked = [{"role": "user", "content": sentence(chance, i % 2)}]
+        made.append({"messages": [*asked, {"role": "assistant", "content": str(i % 2)}]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    return file
+
+
+def test_chats(tmp_path: Path, chat_model: Path) -> None:
+    file, run = chats(tmp_path / "a.jsonl"), tmp_path / "run"
+    arguments = ("train", file, "--model", chat_model, *EXACT, "--set", "data.max_answer=3", "--output", run)
+    shown = as_json(*arguments, "--dry-run")
+    assert (shown["kind"], shown["label_column"]) == ("free text", "messages")
+    assert [example["target"] for example in shown["examples"]] == ["0", "1"]
+    assert shown["examples"][0]["text"].startswith("a sentence : ")
+    rates = ("--set", "training.low_rank_learning_rate=0.03", "--steps", 40, "--set", "training.eval_steps=20")
+    results = as_json(*arguments, *rates)
+    assert results["score"] >= 0.9
+    assert as_json("evaluate", run)["metrics"] == pytest.approx(results["test_metrics"], rel=1e-5)
+    asked = [[{"role": "user", "content": f"the film was {word}"}] for word in ("good", "bad")]
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps({"messages": chat}) + "\n" for chat in asked), encoding="utf-8"
+    )
+    answers = as_json("predict", run, "--file", tmp_path / "b.jsonl")
+    assert [row["prediction"] for row in answers] == ["1", "0"]
+    assert as_json("predict", run, "the film was good")[0]["prediction"] == "1"
+
+
+@pytest.mark.parametrize("chat, message", [
+    ([{"role": "user", "content": 3}], "row 3: column 'messages': a message is no"),
+    ([{"role": "assistant", "content": "a"}], "row 3: column 'messages': nobody asks the assistant"),
+    ([{"role": "user", "content": "film " * 300}, {"role": "assistant", "content": "no"}], "raise data.max_length"),
+])  # fmt: skip
+def test_chats_refused(tmp_path: Path, chat_model: Path, chat: Any, message: str) -> None:
+    file = chats(tmp_path / "a.jsonl", 2)
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write((json.dumps({"messages": chat}) + "\n") * 5)
+    said = refused("train", file, "--model", chat_model, *EXACT, "--dry-run")
+    assert message in said
+    assert "truncate" not in said
+
+
+def test_chats_without_a_template(tmp_path: Path, models: dict[str, Path]) -> None:
+    file = chats(tmp_path / "a.jsonl")
+    message = refused("train", file, "--model", models["llama"], *EXACT, "--dry-run")
+    assert "column 'messages' holds chats, and the model's tokenizer has no chat template" in message
+
+
+@pytest.mark.parametrize("ids, prompt", [([1, 5], "hello"), ([5], "<s>hello")])
+def test_the_start_of_a_text_is_written_once(ids: list[int], prompt: str) -> None:
+    """Where the tokenizer puts it before every text, the template's own is left out."""
+    tokenizer = Mock(chat_template="x", bos_token="<s>", bos_token_id=1, return_value={"input_ids": ids})
+    tokenizer.apply_chat_template.return_value = "<s>hello"
+    task = chat_task("messages", tokenizer, metrics=["exact_match"], max_length=9, name="a")
+    assert render(task, {"messages": [{"role": "user", "content": "hello"}]}) == prompt
 
 
 def test_metrics() -> None:
