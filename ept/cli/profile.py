@@ -77,7 +77,7 @@ def profile(
         from ept.profile.profile import ProfileConfig, load, task_type_of_base
         from ept.profile.profile import profile as measure
         from ept.profile.profile import sweep as at_lengths
-        from ept.profile.report import draw_phases, draw_sweep, phases_table, steps_table
+        from ept.profile.report import draw_phases, draw_sweep, phases_table, shares_table, steps_table
         from ept.runs.config import ModelConfig, load_run_config
         from ept.runs.loading import default_device
         from ept.utils.files import write_atomically
@@ -119,4 +119,4 @@ def profile(
                 draw_sweep(record, output / "sweep.png")
             write_atomically(output / RECORD, json_format.dumps(record, indent=2) + "\n")
     saved = [f"saved in {output}"] if output is not None else []
-    answer(json, record, steps_table(record), phases_table(record), *saved)
+    answer(json, record, steps_table(record), phases_table(record), shares_table(record), *saved)

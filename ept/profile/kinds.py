@@ -5,10 +5,11 @@ from __future__ import annotations
 PRODUCTS, ELEMENT_WISE, ATTENTION = "products", "element-wise", "attention"
 DEQUANTISATION, PROMPT_PATH = "dequantisation", "prompt path"
 KINDS = (PRODUCTS, ELEMENT_WISE, ATTENTION, DEQUANTISATION, PROMPT_PATH)
+LAUNCHES = "launches"  # the rest of a step: what the processor does between operators, or a device waits for
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "mkldnn_linear"}
 _PRODUCTS_4BIT = ("matmul_4bit", "gemm_4bit", "gemv_4bit")
-_PROMPT_PATH = ("prompted_embedding", "joint_prompt", "token_at")
+_PROMPT_PATH = ("prompted_embedding", "joint_prompt", "token_at", "_fused_adam", "_foreach")  # and its update
 
 
 def kind_of(operator: str) -> str:

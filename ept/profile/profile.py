@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .batches import Row, make_batches, random_rows
 from .clock import PHASES, StepTime, summary, take_step, time_step
 from .methods import PROFILE_METHODS, Method, MethodSpec, make_method
 from .shapes import build_shape
-from .trace import allocated_by, trace_step
+from .trace import allocated_by, shares_by_kind, trace_step
 
 if TYPE_CHECKING:
     from ..runs.config import ModelConfig
@@ -136,11 +137,12 @@ def profile(
                 own.append(step)
 
     widest = max(batches, key=lambda batch: batch["input_ids"].numel())
-    memory = []
+    memory, shares = [], []
     for method in methods:
-        progress(f"peak memory of {method.spec.label}")
+        progress(f"peak memory and kinds of work of {method.spec.label}")
         method.enter(base)
         memory.append(_peak_memory(method, widest, device, traces))
+        shares.append(shares_by_kind(functools.partial(take_step, method, widest)))
 
     measured = batches[config.warmup :]
     # A batch without padding has no mask.
@@ -187,9 +189,10 @@ def profile(
                 "trainable_parameters": sum(parameter.numel() for parameter in method.parameters),
                 "tokens_per_second": 1e3 * text_tokens / statistics.median(t.step for t in own),
                 "peak_memory_bytes": peak,
+                "shares": by_kind,
                 **_statistics(own, times[reference]),
             }
-            for method, own, peak in zip(methods, times, memory)
+            for method, own, peak, by_kind in zip(methods, times, memory, shares)
         ],
         "hardware": hardware(),
         "versions": versions(),

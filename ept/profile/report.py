@@ -11,6 +11,7 @@ from rich.table import Table
 from ..utils.plots import plot
 from ..utils.tables import table
 from .clock import PHASES
+from .kinds import KINDS, LAUNCHES
 
 PHASE_COLOURS = ("tab:purple", "tab:pink", "tab:blue", "tab:cyan", "tab:red", "tab:gray")
 _NAMES = {"pt": "PT", "dept": "DePT", "ept": "EPT", "peft-pt": "PEFT's PT"}
@@ -42,6 +43,14 @@ def phases_table(report: dict[str, Any]) -> Table:
         for method in report["methods"]
     ]
     return _by_method(report, columns, rows, "where a step's time goes, ms")
+
+
+def shares_table(report: dict[str, Any]) -> Table:
+    """Returns a row for each method: the part of a step that each kind of work takes."""
+    kinds = (*KINDS, LAUNCHES)
+    rows = [[f"{method['shares'][kind]:.1%}" for kind in kinds] for method in report["methods"]]
+    caption = "one profiled step; launches: the time between operators, or in which a device waits"
+    return _by_method(report, [kind.replace(" ", "\n") for kind in kinds], rows, "a step by kind of work", caption)
 
 
 def draw_phases(report: dict[str, Any], file: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
 from tiny_models import TASK_OF, VOCAB, make_model
+from torch.autograd import DeviceType
 
 from ept.model import linear4bit
 from ept.model.frozen import is_swapped
@@ -19,7 +21,7 @@ from ept.profile.methods import PROFILE_METHODS, MethodSpec, make_method
 from ept.profile.profile import ProfileConfig, _statistics, profile, sweep
 from ept.profile.report import draw_phases, draw_sweep, phases_table, steps_table
 from ept.profile.shapes import build_shape
-from ept.profile.trace import allocated_by
+from ept.profile.trace import allocated_by, shares_of
 from ept.runs.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -58,6 +60,10 @@ def test_a_record_is_whole(name: str, padding: str) -> None:
         assert 0.95 <= method["phases_over_step"] <= 1.0
         tokens = record["data"]["text_tokens_a_batch"]
         assert method["tokens_per_second"] == pytest.approx(1e3 * tokens / step["median"])
+        assert sum(method["shares"].values()) == pytest.approx(1)
+        assert all(share >= 0 for share in method["shares"].values())
+        assert all(method["shares"][kind] > 0 for kind in ("products", "element-wise", "prompt path", "launches"))
+        assert method["shares"]["attention"] > 0 == method["shares"]["dequantisation"]
     peak = {method["method"]: method["peak_memory_bytes"] for method in record["methods"]}
     assert 0 < peak["ept"] < peak["dept"] < peak["pt"]
     data = record["data"]
@@ -130,7 +136,7 @@ def test_pefts_prompt_tuning_runs_on_bitsandbytes_layers(fast_4bit: bool) -> Non
     settings = config(methods=("ept:4", "peft-pt:4"), quantization="nf4", fast_4bit=fast_4bit, steps=2)
     record = profile(settings, base=base)
     ours = linear4bit.Linear4bit if fast_4bit else bitsandbytes.nn.Linear4bit
-    assert used == [ours, bitsandbytes.nn.Linear4bit] * 3 + [ours, bitsandbytes.nn.Linear4bit]
+    assert used == [ours, bitsandbytes.nn.Linear4bit] * 3 + [ours] * 2 + [bitsandbytes.nn.Linear4bit] * 2
     assert record["model"]["fast_4bit"] is fast_4bit
 
 
@@ -140,8 +146,33 @@ def test_pefts_prompt_tuning_runs_on_the_models_own_norms(fast_frozen: bool) -> 
     fused: list[bool] = []
     base.register_forward_pre_hook(lambda module, args: fused.append(is_swapped(base.model.norm)))
     record = profile(config(methods=("ept:4", "peft-pt:4"), fast_frozen=fast_frozen, steps=2), base=base)
-    assert fused == [fast_frozen, False] * 4
+    assert fused == [fast_frozen, False] * 3 + [fast_frozen] * 2 + [False] * 2  # then memory and kinds of work
     assert record["model"]["fast_frozen"] is fast_frozen
+
+
+def event(name: str, parent: Any = None, kernels: dict[str, float] | None = None, **times: float) -> SimpleNamespace:
+    launched = [SimpleNamespace(name=kernel, duration=time) for kernel, time in (kernels or {}).items()]
+    given = {"cpu_time_total": 0.0, "self_cpu_time_total": 0.0, **times}
+    return SimpleNamespace(name=name, cpu_parent=parent, kernels=launched, device_type=DeviceType.CPU, **given)
+
+
+def test_a_steps_kernels_are_counted_by_the_kind_of_work_of_their_operator() -> None:
+    step = event("training step", cpu_time_total=100.0)
+    product = event("ept::matmul_4bit_backward", step, {"dequantize_4bit_kernel": 5.0})
+    events = [
+        step,
+        product,
+        event("aten::mm", product, {"gemm": 40.0}),
+        event("aten::scaled_dot_product_attention", step),
+        event("ept::prompted_embedding", step, {"prompted_embedding_kernel": 2.0}),
+        event("aten::mul", step, {"elementwise": 13.0}, self_cpu_time_total=50.0),
+        SimpleNamespace(name="gemm", device_type=DeviceType.CUDA),
+    ]
+    events.append(event("aten::bmm", events[3], {"gemm": 10.0}))
+    shares = shares_of(events, on_gpu=True)
+    expected = {"products": 0.4, "element-wise": 0.13, "attention": 0.1, "dequantisation": 0.05, "prompt path": 0.02}
+    assert shares == pytest.approx({**expected, "launches": 0.3})
+    assert shares_of(events, on_gpu=False)["element-wise"] == 0.5
 
 
 def test_statistics_pair_the_steps_of_a_turn() -> None:
