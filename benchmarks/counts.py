@@ -72,6 +72,14 @@ def joint_prompt(prompt: int, positions: int, rank: int, width: int, columns: in
     return Counts(3 * parameters + 2 * PARAMETER_BYTES * prompt * width, 3 * 2 * (reduce + between + expand))
 
 
+def frozen(rows: int, width: int, item: int) -> Counts:
+    """Counts forward and backward of a frozen norm with its residual, of rotary embedding, or of a gated activation.
+
+    Each reads or writes eight tensors of `rows · width` elements in all. Weights and angles are not counted.
+    """
+    return Counts(8 * rows * width * item, 0)
+
+
 def four_bit_weight(rows: int, columns: int, block_size: int, nested: bool, nested_block_size: int = 256) -> int:
     """Counts the bytes of a packed weight: half a byte an element, and its absmax: float32 a block, or, nested, one
     byte a block, float32 a block of blocks, a 256-entry float32 table and an offset.

@@ -96,6 +96,7 @@ def measure(
 
     Beside the checks of a GPU its kernels are compiled, until something is measured.
     """
+    record.forgive()  # what an earlier call was in the middle of when its time was up, or when it was killed
     scale = max(60 * minutes - RESERVE, 0.0) / sum(section.seconds for section in plan)
     reduced, rehearsal = "--reduced" in options, table == "rehearsal"
     about = {"section": "plan", "provider": "all", **measured_with(device, reduced, rehearsal)}

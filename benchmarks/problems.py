@@ -18,7 +18,8 @@ from ept_kernels import FourBitWeight
 from ept_kernels.dev.problems import FourBit, JointPrompt, PackedEmbedding, PromptedEmbedding
 
 from . import counts
-from .shapes import BITSANDBYTES, COMPILED, COPY, DENSE, EAGER, FROZEN, OURS, OURS_AGAIN, PEFT, Case
+from .frozen import frozen_work
+from .shapes import BITSANDBYTES, COMPILED, COPY, DENSE, EAGER, FROZEN, LIGER, MODEL, OURS, OURS_AGAIN, PEFT, Case
 from .timing import Call
 
 MAX_BYTES = 8 << 30  # of all input sets of one case together
@@ -57,8 +58,8 @@ def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared:
         reason = f"this version of ept_kernels has no {case.kernel}"
         return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, reason))
     if case.kernel in FROZEN:
-        return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, "no benchmark of it yet"))
-    if "4bit" in case.kernel:
+        prepared = _frozen(case, device)
+    elif "4bit" in case.kernel:
         prepared = _four_bit(case, device)
     else:
         prepared = (_joint_prompt if case.kernel == "joint_prompt" else _embedding)(case, device)
@@ -96,6 +97,22 @@ def _embedding(case: Case, device: str) -> Prepared:
     prepared = _prepared(case, arguments, counted)
     if PEFT in case.providers:
         _add_peer(prepared, PEFT, peer, arguments)
+    return prepared
+
+
+def _frozen(case: Case, device: str) -> Prepared:
+    """Prepares the frozen model's element-wise work, forward and input gradients together."""
+    work = frozen_work(case, device)
+    counted = counts.frozen(case.size["rows"], case.size["width"], getattr(torch, case.dtype).itemsize)
+    arguments = input_sets(work.inputs, counted, device)
+    prepared = _prepared(case, arguments, counted, work.ours, work.reference)
+    for provider, call in ((MODEL, work.model), (LIGER, work.liger)):
+        if call is None:
+            prepared.skipped[provider] = "liger_kernel is not installed"
+        elif provider == LIGER and device == "cpu":
+            prepared.skipped[provider] = "Liger's kernels need a GPU"
+        elif provider in case.providers:
+            prepared.calls[provider] = _numbered(call, arguments)
     return prepared
 
 
@@ -164,9 +181,9 @@ def _prepared(
     ours = ours or getattr(ept_kernels, case.kernel)
     reference = reference or getattr(ept_kernels, f"{case.kernel}_reference")
     calls: dict[str, Call] = {
-        OURS: lambda i: ours(*arguments[i]),
-        OURS_AGAIN: lambda i: ours(*arguments[i]),
-        EAGER: lambda i: reference(*arguments[i]),
+        OURS: _numbered(ours, arguments),
+        OURS_AGAIN: _numbered(ours, arguments),
+        EAGER: _numbered(reference, arguments),
     }
     if COMPILED in case.providers:
         torch._dynamo.reset()
@@ -179,6 +196,10 @@ def _prepared(
         lambda: reference(*arguments[0]),
         TOLERANCES[getattr(torch, case.dtype)],
     )
+
+
+def _numbered(function: Callable[..., Any], arguments: Arguments) -> Call:
+    return lambda i: function(*arguments[i])
 
 
 def _copy(moved: int, sets: int, device: str) -> Call:

@@ -111,12 +111,16 @@ def table_of(device: str, reduced: bool, rehearse: bool) -> str:
 
 
 def works_of(suite: str, table: str, device: str) -> list[Work]:
-    """Lists the units of a suite."""
+    """Lists the units of a suite; of a file that cannot be imported one that says why."""
     found: list[Work] = []
     for place in SUITES[suite]:
         module, _, function = place.partition(":")
-        listed: Any = getattr(importlib.import_module(f".{module}", __package__), function)
-        found += listed(table, device)
+        try:
+            listed: Any = getattr(importlib.import_module(f".{module}", __package__), function)
+        except ModuleNotFoundError as error:
+            found.append(Work(f"{suite}/{module}", dict, needs=str(error.name)))
+        else:
+            found += listed(table, device)
     return found
 
 

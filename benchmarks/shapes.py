@@ -118,9 +118,9 @@ GOAL_LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096))
 ALL_PRODUCTS = [case for layer in GOAL_LAYERS for case in products("Llama-3-8B", *layer, ALL_M)]
 GOAL_PRODUCTS = [case for case in ALL_PRODUCTS if case.kernel == "matmul_4bit"]
 # The rows of a training step of Llama-2-7B: 8 texts of 40 + 256 positions.
+FROZEN_PROVIDERS = (OURS, OURS_AGAIN, EAGER, MODEL, LIGER)
 GOAL_FROZEN = tuple(
-    Case(kernel, "Llama-2-7B", {"rows": 8 * 296, "width": 4096}, providers=(OURS, OURS_AGAIN, MODEL, LIGER))
-    for kernel in FROZEN
+    Case(kernel, "Llama-2-7B", {"rows": 8 * 296, "width": 4096}, providers=FROZEN_PROVIDERS) for kernel in FROZEN
 )
 
 
@@ -182,6 +182,7 @@ def reduced_cases() -> list[Case]:
     tiny: dict[str, Any] = {"model": "tiny", "batch": 2, "length": 8, "prompt": 3, "dtype": "float32"}
     cases = [embedding(kernel, rank=4, **tiny) for kernel in EMBEDDINGS]
     cases += [embedding(kernel, rank=0, **tiny) for kernel in EMBEDDINGS[:2]]
+    cases += [Case(kernel, "tiny", {"rows": 16, "width": 256}, "float32", FROZEN_PROVIDERS) for kernel in FROZEN]
     cases.append(joint("tiny", prompt=3, rank=4, spaces=2, positions=8, compiled=False))
     (layer,) = MODELS["tiny"].layers
     cases += [dequantize("tiny", *layer, dtype="float32"), *products("tiny", *layer, (1, 4), "float32")]

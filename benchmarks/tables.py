@@ -9,11 +9,11 @@ from ept.utils import tables
 
 from .goals import GOALS, NOT_MEASURED, SET_FOR, judge
 from .record import Row, by_case, is_measured
-from .shapes import COPY, OURS, OURS_AGAIN
+from .shapes import COPY, LIGER, MODEL, OURS, OURS_AGAIN
 
 BARE_TITLE = "EPT's step beside the bare frozen model on as many positions"
 OPTIONS_TITLE = "What each option of the training step gains"
-PEERS_FIRST = ("reference", "torch.compile", "bitsandbytes", "PEFT", "unquantised")
+PEERS_FIRST = ("reference", "torch.compile", "bitsandbytes", "PEFT", "unquantised", MODEL, LIGER)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

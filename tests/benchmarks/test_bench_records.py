@@ -34,6 +34,19 @@ def test_results_of_a_unit_count_only_once_it_has_ended(tmp_path: Path) -> None:
     assert (again.finished("a"), again.finished("b"), again.attempts("b")) == (True, False, 1)
 
 
+def test_what_was_cut_off_counts_as_never_begun_once_it_is_forgiven(tmp_path: Path) -> None:
+    record = Record.resume(tmp_path / "r.jsonl", HEADER)
+    for _ in range(MAX_ATTEMPTS):
+        record.append({"line": "begin", "unit": "a"})
+    assert record.attempts("a") == MAX_ATTEMPTS
+    record.forgive()
+    lines = len(record.lines())
+    record.forgive()
+    assert (record.attempts("a"), len(record.lines())) == (0, lines)
+    run(record, [Work("a", lambda: [{"value": 1}])], {}, seconds=60)
+    assert [(row["status"], row["value"]) for row in record.results()] == [("ok", 1)]
+
+
 def test_a_unit_measured_again_replaces_its_results(tmp_path: Path) -> None:
     record = Record.resume(tmp_path / "r.jsonl", HEADER)
     for value in (1, 2):

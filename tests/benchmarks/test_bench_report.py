@@ -134,6 +134,14 @@ def test_the_report_needs_no_package_that_a_gpu_host_may_lack() -> None:
     assert row["status"] == "ok", row["output"]
 
 
+def test_a_suite_whose_file_cannot_be_imported_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmarks_run.SUITES, "steps", ("absent:works_of",))
+    written = Record(tmp_path / "r.jsonl")
+    assert benchmarks_run.run(written, benchmarks_run.works_of("steps", "gpu", "cuda"), {}, seconds=60) == 0
+    rows = [(row["case"], row["status"], row["reason"]) for row in written.results()]
+    assert rows == [("steps/absent", "skipped", "benchmarks.absent is not installed")]
+
+
 def sleeping(seconds: float, code: int = 0) -> list[str]:
     return [sys.executable, "-c", f"import time; time.sleep({seconds}); raise SystemExit({code})"]
 
