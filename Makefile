@@ -19,11 +19,15 @@ LOWEST := transformers peft huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.
 LOWEST_TESTS := tests/versions tests/model/test_trainer.py tests/model/test_adapter_files.py \
 	tests/model/test_peft_functions.py
 RAY := ray==2.60.0
+INTEGRATIONS := trl==1.16.0 lm_eval==0.4.13 absl-py==2.5.1 nltk==3.10.4 rouge_score==0.1.2 six==1.17.0 \
+	optuna==5.0.0 alembic==1.20.1 colorlog==6.12.0 greenlet==3.5.6 mako==1.4.3 sqlalchemy==2.1.9 \
+	onnx==1.23.2 onnx_ir==1.1.0 onnxscript==0.7.2 onnxruntime==1.32.0 flatbuffers==25.12.19 ml_dtypes==0.6.0 \
+	protobuf==7.36.2
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test aot lint format ray bench gpu rehearse wheel clean tune local-kernel lowest fuzz nightly suite-against config-page \
-	peft-tests bitsandbytes-tests
+	integrations peft-tests bitsandbytes-tests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -83,6 +87,13 @@ tune: $(VENV)/.installed ## measure the kernels' launch configurations on this G
 fuzz: $(VENV)/.installed ## many damaged adapters and run configurations, other ones each time (FUZZ_CASES=50000)
 	OMP_NUM_THREADS=1 EPT_FUZZ_CASES=$(FUZZ_CASES) $(OFFLINE) $(VENV)/bin/python -m pytest -s tests/security
 
+# Aside: nothing but these tests needs them, and their own dependencies are in the environment or listed.
+$(VENV)/integrations: $(VENV)/.installed
+	$(PIP) install --quiet --no-deps --target $@ $(INTEGRATIONS)
+
+integrations: $(VENV)/integrations ## TRL, lm-eval, optuna, ONNX: every block of docs/integrations.md, and the tests beside it
+	OMP_NUM_THREADS=1 $(OFFLINE) PYTHONPATH=$(abspath $(VENV))/integrations $(VENV)/bin/python -m pytest tests/integrations
+
 # The sources of the installed version, which hold its tests; PEFT=CHECKOUT takes another one's.
 $(VENV)/peft-sources: $(VENV)/.installed
 	$(PIP) download --quiet --no-deps --no-binary :all: -d $@ peft==$$($(VENV)/bin/python -c "import peft; print(peft.__version__)")
@@ -94,9 +105,10 @@ peft-tests: $(if $(PEFT),$(VENV)/.installed,$(VENV)/peft-sources) ## PEFT's own 
 bitsandbytes-tests: $(VENV)/.installed ## bitsandbytes' own tests of its 4-bit layer, with its layer and with ours (BITSANDBYTES=CHECKOUT)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/integrations/bitsandbytes_suite.py $(BITSANDBYTES)
 
-nightly: ## the suite against the lowest supported and the newest versions, each in an environment of its own
+nightly: ## the suite against the lowest supported and the newest versions, each in an environment of its own; other libraries
 	$(MAKE) suite-against VENV=$(VENV)-lowest VERSIONS="-c constraints-lowest.txt"
 	$(MAKE) suite-against VENV=$(VENV)-newest VERSIONS=--upgrade
+	$(MAKE) integrations peft-tests
 
 suite-against:
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
