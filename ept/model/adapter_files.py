@@ -28,7 +28,8 @@ from ..embedding import embedding_width
 from ..utils.files import write_atomically
 from ..utils.messages import listed, reason, shown, shown_name
 from .base_model import head_shapes, input_embedding, trained_heads
-from .reading import TASKS_WITH_HEAD, infer_task_type
+from .facts import TASKS_WITH_HEAD
+from .reading import infer_task_type
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -23,9 +23,10 @@ from ..utils.messages import shown
 from .adapter_files import SCALE_NAME, check_weights, read_adapter, read_config, read_weights, write_adapter
 from .adapter_lock import exclusive
 from .base_model import check_heads, input_embedding, name_labels, set_mode, trained_heads, wrapped_heads
+from .facts import TASKS_WITH_HEAD, BaseModelFacts
 from .mixed import follow_rows
 from .prompt_cache import PromptCache
-from .reading import TASKS_WITH_HEAD, BaseModelFacts, infer_task_type
+from .reading import infer_task_type
 
 if TYPE_CHECKING:
     from typing_extensions import Self

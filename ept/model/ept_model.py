@@ -22,6 +22,7 @@ from .generation import (
     GenerationOptions,
     bound_length,
     check_options,
+    choose_positions,
     embedding_new_tokens,
     encoder_processors,
     infer_mask,
@@ -233,7 +234,7 @@ class EPTModel(ModelWithAdapters):
         span = [inputs.pop(name, None) for name in ("start_positions", "end_positions")]
         output = of_tokens(self.base_model(**inputs), self.base_model, self._facts, inputs.order, inputs.s)
         if span[0] is not None and span[1] is not None:
-            output["loss"] = span_loss(output, *span)
+            output = type(output)(**{"loss": span_loss(output, *span), **output})  # which stands first in a tuple
         if num_items is not None and labels is not None:
             weight = getattr(config.get_text_config(), "router_aux_loss_coef", 0.0)
             divide_loss(output, inputs["labels"], num_items, shifted=causal, auxiliary=weight)
@@ -331,7 +332,9 @@ class EPTModel(ModelWithAdapters):
             if use_prompt_cache:
                 made = cached_prompt(self._prompt_caches, self.active_adapter, base, inputs, s)
                 inputs[cache_name(self._facts)] = made
-            inputs.pop("position_ids", None)  # it counts them from the mask itself, at every step
+                inputs.pop("position_ids", None)
+            else:
+                choose_positions(inputs, self._facts, base, mask)
             longest = n if mask is None else int(mask.bool().sum(1).max())
             bound_length(inputs, options, n, s, longest, self._facts, base)
             if ids is not None:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ..embedding import position_ids_of
+from .facts import BaseModelFacts
 from .inputs import cached_length
-from .reading import BaseModelFacts
+from .layout import numbered
+from .reading import generation_of
 
 _DRAFTS = "drafts tokens without the prompt, or counts the cache without it"
 _ELSEWHERE = "is code that transformers loads from elsewhere, and which knows of no prompt"
@@ -134,6 +136,29 @@ def _position_limit(model: Any, facts: BaseModelFacts) -> int | None:
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = (b for b in model.buffers() if b.dim() == 2 and b.is_floating_point() and b.shape[0] == most)
     return most if facts.position_limit is None and any(True for _ in tables) else facts.position_limit
+
+
+def choose_positions(inputs: dict[str, Any], facts: BaseModelFacts, model: Any, mask: Tensor | None) -> None:
+    """Leaves position ids among `inputs` only where `generate` of `model` needs them to go on as `forward` reads.
+
+    Raises:
+        ValueError: it goes on otherwise either way, and rows are padded or positions do not begin at 0.
+    """
+    positions = inputs.pop("position_ids", None)
+    is_padded = mask is not None and not bool(mask.all())
+    if not is_padded and not facts.position_offset:
+        return  # all count alike
+    way = generation_of(model, facts)
+    if way is None:
+        raise ValueError(
+            f"generate of {type(model).__name__} counts positions otherwise than forward where rows are padded or do "
+            "not begin at 0: give rows of one length, or take another model"
+        )
+    if way == "positions":
+        real = inputs.get("attention_mask")
+        if positions is None and real is not None and facts.position_offset is not None:
+            positions = numbered(real, facts.position_offset)
+        inputs["position_ids"] = positions
 
 
 def _check_rope(model: Any, before: int, after: int) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..embedding import lookup, position_ids_of
+from .facts import BaseModelFacts
 from .layout import APART, BESIDE, arrangement, moved, numbered
 from .mixed import embed_following, embed_mixed, prompt_mask
-from .reading import BaseModelFacts
 
 if TYPE_CHECKING:
     from .ept_model import EPTModel

@@ -44,7 +44,7 @@ _NAMES = {
         ),
         "width": (
             ".*(hidden_size|hidden_dim|d_model|n_embd|n_embed|dims?|d_ff|ffn_dim|d_inner|n_inner|intermediate.*)",
-            ".*(embedding_size|embd?_size|proj.*_size|bottleneck.*size|inner_size|ff_size|_width|_size_per_.*)",
+            ".*(embedding_size|embd?_size|proj.*_size|bottleneck.*size|inner_size|ff_size|_width|_size_per_(head|group))",
         ),
     }.items()
 }
@@ -86,17 +86,14 @@ def shrunk(config: Any, widths: str | None = "set", layers: bool = True) -> Any:
 
 def _shrink(config: Any, widths: str | None, fewer_layers: bool) -> None:
     values = config.__dict__
+    sizes = [(_kind(name), value) for name, value in values.items() if type(value) is int]
     hidden = next((v for k in ("hidden_size", "d_model", "n_embd", "dim") if type(v := values.get(k)) is int), 0)
-    depth = next(
-        (v for k, v in values.items() if k.endswith(("layers", "layer")) and _kind(k) == "layers" and type(v) is int), 0
-    )
+    depth = next((value for kind, value in sizes if kind == "layers"), 0)
     per_layer = [k for k, v in values.items() if isinstance(v, (list, tuple)) and len(v) == depth > LAYERS]
     kept = _kept_layers([values[k] for k in per_layer], depth) if fewer_layers else list(range(depth))
-    heads = max([v for k, v in values.items() if _kind(k) == "heads" and type(v) is int], default=0)
-    large = [
-        v for k, v in values.items() if _kind(k) in ("width", "head_dim", "rank") and type(v) is int and v >= _LARGE
-    ]
-    divisor = math.gcd(8, *large)
+    heads = max((value for kind, value in sizes if kind == "heads"), default=0)
+    divisor = math.gcd(8, *(value for kind, value in sizes if kind in _WIDTHS and value >= _LARGE))
+    head_dim = _head_dim(values)
     for name, value in list(values.items()):
         kind = _kind(name)
         if hasattr(value, "to_dict") and hasattr(value, "__dict__"):
@@ -115,6 +112,18 @@ def _shrink(config: Any, widths: str | None, fewer_layers: bool) -> None:
             values[name] = _small(kind, value, hidden, heads)
         elif widths == "divided" and kind in _WIDTHS and value >= _LARGE:
             values[name] = value // divisor
+    rope = values.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("mrope_section") and head_dim:  # parts of a head, for three axes
+        section, part = rope["mrope_section"], _head_dim(values)
+        made = [max(1, x * part // head_dim) for x in section[:-1]]
+        rope["mrope_section"] = [*made, sum(section) * part // head_dim - sum(made)]
+
+
+def _head_dim(values: dict[str, Any]) -> int:
+    heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+    if type(own := values.get("head_dim")) is int:
+        return own
+    return hidden // heads if type(heads) is int and type(hidden) is int and heads else 0
 
 
 def _kept_layers(per_layer: list[Any], depth: int) -> list[int]:

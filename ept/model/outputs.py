@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .facts import TOKEN_OUTPUTS, BaseModelFacts
 from .layout import moved_back
-from .reading import TOKEN_OUTPUTS, BaseModelFacts
 
 
 def of_tokens(output: Any, model: Any, facts: BaseModelFacts, order: Tensor | None, s: int) -> Any:

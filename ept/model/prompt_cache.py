@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .facts import BaseModelFacts
 from .inputs import cached_length
-from .reading import BaseModelFacts
 
 
 @dataclass

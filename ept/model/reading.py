@@ -8,56 +8,17 @@ from __future__ import annotations
 
 import inspect
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy
-import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import logging
+from torch import nn
 
-from ..embedding import device_of, rows_of
-from .base_model import input_embedding
-from .layout import APART, BEHIND, BESIDE, FRONT, arrangement, moved, moved_back, numbered
+from .facts import BaseModelFacts
 from .miniature import ATTEMPTS, miniature
+from .questions import Subject
 
-TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # of its own, to be trained
-TOLERANCE = 1e-4  # of the largest value in the answer to a row alone; rounding leaves a hundredth of it
-# The names of outputs with one entry a token, by task; the others' outputs are compared whole.
-TOKEN_OUTPUTS = {
-    "CAUSAL_LM": ("logits",),
-    "TOKEN_CLS": ("logits",),
-    "QUESTION_ANS": ("start_logits", "end_logits"),
-    "FEATURE_EXTRACTION": ("last_hidden_state",),
-}
-_S, _SHORT, _LONG, _ANSWER = 3, 7, 11, 2  # rows in front, tokens of the two texts, tokens of a decoder
-_CACHE: dict[tuple[type, str], BaseModelFacts] = {}
-
-
-@dataclass(frozen=True)
-class BaseModelFacts:
-    """Facts that decide how a base model is called."""
-
-    forward_arguments: frozenset[str]  # names that its `forward` accepts
-    forward: Any = None  # the function that had them
-    task_type: str = ""  # that its head is for
-    embedding_factor: float = 1.0  # between the vectors of its embedding module and what it makes of ids
-    padding: str | None = None  # where padding may stand, see `layout`; None: nowhere, rows must have one length
-    position_offset: int | None = (
-        None  # the first token's position, where positions are to be given; None: they are not
-    )
-    position_table: tuple[str, int, int] | None = None  # the parameter they are looked up in, its dimension, first row
-    position_limit: int | None = None  # the most positions that the table has
-    is_causal: bool = False  # no token sees those behind it
-    splits_prompt: bool = False  # padding may stand between prompt and text
-    needs_mask: bool = False  # a mask of ones is not the same as none
-    has_pooler: bool = False  # its module `pooler` makes the pooled output of the hidden states
-    refusal: str | None = None  # the reason why it cannot be adapted
+_KEPT: dict[Any, Any] = {}  # answers in this process, by the question, the model's class and its configuration
 
 
 def examine(model: Any, task_type: str) -> BaseModelFacts:
@@ -103,299 +64,55 @@ def with_forward_of(facts: BaseModelFacts, model: Any) -> BaseModelFacts:
 
 def facts_of(model: Any) -> BaseModelFacts:
     """Asks a copy of `model`, once in a process for each class and configuration."""
+    return _once("facts", model, _ask)
+
+
+def generation_of(model: Any, facts: BaseModelFacts) -> str | None:
+    """Finds out how `generate` of a causal `model` continues padded rows as it continues them alone.
+
+    Returns:
+        `"mask"` if it counts positions from the mask, `"positions"` if these have to be given; None: it does not.
+    """
+    return _once("generation", model, lambda model: _asked(model, lambda subject: subject.generation(facts)))
+
+
+def _once(question: str, model: Any, ask: Callable[[Any], Any]) -> Any:
     try:
-        key = (type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str))
+        key = (question, type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str))
     except (AttributeError, TypeError, ValueError):
-        return _ask(model)
-    if key not in _CACHE:
-        _CACHE[key] = _ask(model)
-    return _CACHE[key]
+        return ask(model)
+    if key not in _KEPT:
+        _KEPT[key] = ask(model)
+    return _KEPT[key]
 
 
 def _ask(model: Any) -> BaseModelFacts:
     facts = BaseModelFacts(frozenset(inspect.signature(model.forward).parameters))
     if "inputs_embeds" not in facts.forward_arguments:
         return replace(facts, refusal="takes no inputs_embeds, so that no prompt can be put before its input")
+    try:
+        return _asked(model, lambda subject: subject.facts(facts))
+    except _CannotBeAsked as error:
+        return replace(facts, refusal=f"cannot be asked how it reads its input, a copy of it fails ({error})")
+
+
+def _asked(model: Any, question: Callable[[Subject], Any]) -> Any:
+    """Puts a question to the first copy of `model` that can be made and run; where there is none, to itself."""
     reasons = []
     for attempt in ATTEMPTS:
         try:
-            subject = _Subject(miniature(type(model), model.config, *attempt))
+            subject = Subject(miniature(type(model), model.config, *attempt))
             break
         except Exception as error:  # whatever a class may raise
             reasons.append(f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:200])
     else:
         try:
-            subject = _Subject(model)
-        except Exception:
-            return replace(facts, refusal=f"cannot be asked how it reads its input, a copy of it fails ({reasons[0]})")
-    with subject.quiet():
-        return subject.facts(facts)
-
-
-class _Subject:
-    """A model under question, with two texts."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.embedding: Any = input_embedding(model)
-        self.arguments = inspect.signature(model.forward).parameters
-        self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        self.device: Any = device_of(self.embedding)
-        # Tokens that mean something to the model are no part of a text.
-        special = {i for v in _token_ids(model.config) for i in (v if isinstance(v, (list, tuple)) else [v])}
-        plain = [i for i in range(min(rows_of(self.embedding), 4096)) if i not in special] or [0]
-        generator = torch.Generator().manual_seed(0)
-        self.ids = torch.tensor(plain)[torch.randint(len(plain), (2, _LONG), generator=generator)].to(self.device)
-        self.answer = self.ids[:1, :_ANSWER].flip(1)
-        with self.quiet():
-            self.embeds = self.embedding(self.ids)
-            if not isinstance(self.embeds, Tensor):
-                raise TypeError(f"its embedding gives a {type(self.embeds).__name__}, no vectors")
-            self.prompt = self.embedding(self.ids.flip(1)[:1, :_S])[0]
-            self.padding = self.embedding(self.ids.flip(1)[:1, -1:])[0, 0] * 2
-            self.output = self.run(input_ids=self.ids[:1, :_SHORT])
-        eps = torch.finfo(self.embeds.dtype).eps
-        self.tolerance = max(TOLERANCE, 8 * eps if eps > 1e-6 else 0.0)
-        self.task_type = ""
-        self.factor = 1.0
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Leaves no trace: modes, random states and warnings are as before."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        state, verbosity = numpy.random.get_state(), logging.get_verbosity()
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                self.model.eval()
-                logging.set_verbosity_error()
-                yield
-            finally:
-                numpy.random.set_state(state)
-                logging.set_verbosity(verbosity)
-                for module, mode in modes:
-                    module.training = mode
-
-    def run(self, **inputs: Any) -> dict[str, Tensor]:
-        """Calls the model and returns its outputs by name."""
-        torch.manual_seed(0)
-        if self.encoder_decoder:
-            rows = len(next(iter(inputs.values())))
-            inputs["decoder_input_ids"] = self.answer.expand(rows, -1)
-        if "use_cache" in self.arguments:
-            inputs["use_cache"] = False
-        if "return_dict" in self.arguments:
-            inputs["return_dict"] = True
-        output = self.model(**inputs)
-        return {name: value for name, value in output.items() if isinstance(value, Tensor)}
-
-    def facts(self, facts: BaseModelFacts) -> BaseModelFacts:
-        """Puts all the questions."""
-        self.task_type = self._head()
-        if self.task_type not in TASK_TYPES:
-            return replace(facts, refusal=self.task_type)
-        facts = replace(facts, task_type=self.task_type)
-        try:
-            with _PositionTables(self.model, _SHORT) as tables:
-                self._alone(0, 0)
-            self.factor = self._embedding_factor()
+            subject = Subject(model)
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            return replace(facts, refusal=f"cannot be called with inputs_embeds ({reason[0][:200]})")
-        if not self.factor:
-            refusal = (
-                "needs input_ids beside embeddings, it makes more of them than a look-up; prompt rows have no ids, so "
-                "that no prompt can be put before its input"
-            )
-            return replace(facts, refusal=refusal)
-        offset = self._position_offset()
-        facts = replace(
-            facts,
-            embedding_factor=self.factor,
-            has_pooler=self._has_pooler(),
-            position_table=tables.found,
-            is_causal=self._is_causal(),
-            needs_mask="attention_mask" in self.arguments
-            and not self._same(self._alone(0, _S, mask=False), self._alone(0, _S)),
-        )
-        if self.task_type == "CAUSAL_LM":  # its columns stay where they are, if they may
-            candidates = [(BESIDE, offset), (BESIDE, None), (BEHIND, None)]
-        else:
-            candidates = [(BEHIND, None), (BEHIND, offset), (FRONT, offset), (FRONT, None)]
-        for padding, position_offset in dict.fromkeys(candidates):
-            if all(self._padded_as_alone(padding, position_offset, s) for s in (_S, 0)):
-                splits = self._padded_as_alone(APART, position_offset, _S)
-                return replace(facts, padding=padding, position_offset=position_offset, splits_prompt=splits)
-        return replace(facts, position_offset=offset)
-
-    def _head(self) -> str:
-        """Returns the task type that the outputs are for, or a reason why there is none."""
-        shapes = {name: tuple(value.shape) for name, value in self.output.items()}
-        logits = shapes.get("logits", ())
-        if self.encoder_decoder:
-            if logits[:2] == (1, _ANSWER) and len(logits) == 3:
-                return "SEQ_2_SEQ_LM"
-            return "is an encoder-decoder without a language-model head: use the class for conditional generation"
-        if shapes.get("start_logits") == shapes.get("end_logits") == (1, _SHORT):
-            return "QUESTION_ANS"
-        if len(logits) == 2 and logits[0] == 1:
-            return "SEQ_CLS"
-        if logits[:2] == (1, _SHORT) and len(logits) == 3:
-            can_generate: Any = getattr(self.model, "can_generate", None)
-            if can_generate is not None and can_generate():
-                return "CAUSAL_LM"
-            if getattr(self.model, "get_output_embeddings", lambda: None)() is None:
-                return "TOKEN_CLS"
-            return "predicts tokens at their own places, which is none of the tasks " + ", ".join(TASK_TYPES)
-        if not logits and len(hidden := shapes.get("last_hidden_state", ())) == 3 and hidden[:2] == (1, _SHORT):
-            return "FEATURE_EXTRACTION"
-        found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "nothing"
-        return f"gives {found} for a text of {_SHORT} tokens, which is none of the tasks {', '.join(TASK_TYPES)}"
-
-    def _alone(self, row: int, s: int, mask: bool = True, positions: Tensor | None = None) -> list[Tensor]:
-        """Reads one text after `s` rows of the prompt, without padding."""
-        text = self.embeds[row : row + 1, : (_SHORT, _LONG)[row]] * self.factor
-        embeds = torch.cat([self.prompt[None, :s], text], dim=1)
-        inputs = {"inputs_embeds": embeds}
-        if mask and "attention_mask" in self.arguments:
-            inputs["attention_mask"] = torch.ones(embeds.shape[:2], dtype=torch.int64, device=self.device)
-        if positions is not None:
-            inputs["position_ids"] = positions
-        return self._answers(self.run(**inputs), s)
-
-    def _answers(self, output: dict[str, Tensor], s: int) -> list[Tensor]:
-        if self.task_type in TOKEN_OUTPUTS:
-            return [output[name][:, s:] for name in TOKEN_OUTPUTS[self.task_type]]
-        return [output["logits"]]
-
-    def _same(self, actual: list[Tensor], expected: list[Tensor]) -> bool:
-        return all(
-            a.shape == e.shape and bool((a - e).abs().max() <= self.tolerance * e.abs().max())
-            for a, e in zip(actual, expected, strict=True)
-        )
-
-    def _embedding_factor(self) -> float:
-        """Finds the number by which embeddings are to be multiplied to be read as ids are; 0 where there is none."""
-        expected = self._answers(self.output, 0)
-        if self._same(self._alone(0, 0), expected):
-            return 1.0
-        # Modules around the embedding may scale what they get from ids, and not what they get as embeddings.
-        path = next((name for name, module in self.model.named_modules() if module is self.embedding), "")
-        parents = [path.rpartition(".")[0]] if path else []
-        while parents and parents[-1]:
-            parents.append(parents[-1].rpartition(".")[0])
-        outputs: list[Any] = []
-        hooks = [
-            self.model.get_submodule(parent).register_forward_hook(lambda module, args, output: outputs.append(output))
-            for parent in parents
-        ]
-        try:
-            self.run(input_ids=self.ids[:1, :_SHORT])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        embeds = self.embeds[:1, :_SHORT]
-        for output in outputs:
-            if isinstance(output, Tensor) and output.shape == embeds.shape:
-                self.factor = float((output * embeds).sum() / embeds.square().sum())
-                if self._same(self._alone(0, 0), expected):
-                    return self.factor
-        return 0.0
-
-    def _position_offset(self) -> int | None:
-        """Finds the position of the first token, by which a text reads as without positions."""
-        if "position_ids" not in self.arguments:
-            return None
-        pad = getattr(self.model.config, "pad_token_id", None)
-        expected, count = self._alone(0, _S), torch.arange(_S + _SHORT, device=self.device)[None]
-        for offset in dict.fromkeys((0, pad + 1 if isinstance(pad, int) else 0, 1, 2)):
-            try:
-                if self._same(self._alone(0, _S, positions=count + offset), expected):
-                    return offset
-            except Exception:  # positions of another shape, or beyond a table
-                continue
-        return None
-
-    def _is_causal(self) -> bool:
-        if self.task_type not in TOKEN_OUTPUTS:
-            return False
-        whole, part = self._alone(1, 0), self.run(inputs_embeds=self.embeds[1:, :_SHORT] * self.factor)
-        return self._same([x[:, :_SHORT] for x in whole], self._answers(part, 0))
-
-    def _has_pooler(self) -> bool:
-        if self.task_type != "FEATURE_EXTRACTION" or "pooler_output" not in self.output:
-            return False
-        try:
-            return self._same([self.model.pooler(self.output["last_hidden_state"])], [self.output["pooler_output"]])
-        except Exception:  # no such module, or one that takes other arguments
-            return False
-
-    def _padded_as_alone(self, padding: str, offset: int | None, s: int) -> bool:
-        """Tells whether each text of a padded batch is read as alone, with padding where `padding` takes it."""
-        for left in (True, False):
-            rest = _LONG - _SHORT
-            short = [self.padding.expand(rest, -1), self.embeds[0, :_SHORT] * self.factor]
-            texts = torch.stack([torch.cat(short if left else short[::-1]), self.embeds[1] * self.factor])
-            mask = torch.ones(2, s + _LONG, dtype=torch.int64, device=self.device)
-            mask[0, s : s + rest] = 0 if left else 1
-            mask[0, s + _SHORT :] = 1 if left else 0
-            embeds = torch.cat([self.prompt[:s].expand(2, -1, -1), texts], dim=1)
-            order = arrangement(mask, s, padding)
-            inputs = {"inputs_embeds": moved(embeds, order)}
-            placed = moved(mask, order)
-            if "attention_mask" in self.arguments:
-                inputs["attention_mask"] = placed
-            if offset is not None:
-                inputs["position_ids"] = numbered(placed, offset)
-            try:
-                output = self.run(**inputs)
-            except Exception:
-                return False
-            for row, length in enumerate((_SHORT, _LONG)):
-                answers = [x[row : row + 1] for x in self._answers(output, 0)]
-                if self.task_type in TOKEN_OUTPUTS:
-                    columns = None if order is None else order[row : row + 1]
-                    answers = [moved_back(x, columns)[:, s:] for x in answers]
-                    answers = [x[:, -length:] if left else x[:, :length] for x in answers]
-                if not self._same(answers, self._alone(row, s)):
-                    return False
-        return True
+            raise _CannotBeAsked(reasons[0]) from error
+    with subject.quiet():
+        return question(subject)
 
 
-def _token_ids(config: Any) -> Iterator[Any]:
-    """Yields the ids, or lists of ids, of tokens that a configuration names, its parts' included."""
-    for name, value in config.__dict__.items():
-        if hasattr(value, "to_dict"):
-            yield from _token_ids(value)
-        elif "token" in name or name.endswith(("_id", "_index")):
-            yield value
-
-
-class _PositionTables(TorchDispatchMode):
-    """Watches which parameter is looked up at `n` places in a row, or some more, and the first of these."""
-
-    def __init__(self, model: nn.Module, n: int) -> None:
-        super().__init__()
-        self.names = {p.data_ptr(): name for name, p in model.named_parameters() if p.dim() > 1}
-        self.n = n
-        self.found: tuple[str, int, int] | None = None
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        table = args[0] if args and isinstance(args[0], Tensor) else None
-        if self.found is None and table is not None and table.data_ptr() in self.names:
-            places: Any = None
-            dimension = 0
-            if name == "embedding":
-                places = args[1]
-            elif name == "index":
-                places = args[1][0] if len(args[1]) == 1 else None
-            elif name == "index_select":
-                dimension, places = args[1], args[2]
-            elif name == "slice" and len(args) > 3:
-                dimension, places = args[1], torch.arange(args[2] or 0, args[3])
-            if isinstance(places, Tensor) and self.n <= places.numel() <= 2 * self.n and not places.is_floating_point():
-                places = places.flatten()
-                if bool((places.diff() == 1).all()):
-                    self.found = (self.names[table.data_ptr()], dimension, int(places[0]))
-        return function(*args, **(kwargs or {}))
+class _CannotBeAsked(Exception):
+    """A model of which no copy runs, nor the model itself."""

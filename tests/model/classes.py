@@ -21,8 +21,9 @@ from transformers.models.auto import modeling_auto as auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ept import EPTConfig, get_ept_model
+from ept.model.facts import TOKEN_OUTPUTS
 from ept.model.miniature import ATTEMPTS, miniature
-from ept.model.reading import TOKEN_OUTPUTS
+from ept.model.questions import token_ids
 
 KINDS = {
     "causal language models": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -41,6 +42,7 @@ _TEXT = {
     )
     for model_type in names
 }
+_THREE_AXES = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 # What a configuration needs beside its defaults, which alone make no model that runs.
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -57,6 +59,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    **{key: {"text_config": {"rope_parameters": _THREE_AXES}} for key in ("qwen2_vl", "qwen2_5_vl")},
     "xmod": {"default_language": "en_XX"},
 }
 TOLERANCE = 2e-4  # of the largest value
@@ -94,26 +97,26 @@ def tiny(model_type: str, name: str, **changes: Any) -> Any:
         try:
             model: Any = miniature(model_class, config, *attempt)
             with torch.no_grad():
-                model(**_inputs(model, torch.arange(4, 4 + SHORT)[None]))
+                model(**_inputs(model, plain_texts(config)[0][None]))
             return model
         except Exception as error:
             errors.append(error)
     raise errors[0]
 
 
-def attempt(kind: str, model_type: str, name: str) -> Outcome:
+def trial(kind: str, model_type: str, name: str) -> Outcome:
     """Puts an adapter on a tiny model of the class, and compares."""
     try:
         bare = tiny(model_type, name)
     except Exception as error:
         return Outcome(name, kind, "unbuilt", _line(error))
-    texts = [torch.randint(4, VOCABULARY, (n,), generator=torch.Generator().manual_seed(n)) for n in (SHORT, LONG)]
+    texts = plain_texts(bare.config)
     expected = _answers(bare, texts[0][None])
     try:
         model = get_ept_model(bare, EPTConfig.prompt_tuning(0)).eval()
     except ValueError as error:
         return Outcome(name, kind, "refused", _line(error))
-    if (worst := _difference(_answers(model, texts[0][None]), expected)) > TOLERANCE:
+    if (worst := difference(_answers(model, texts[0][None]), expected)) > TOLERANCE:
         return Outcome(name, kind, "wrong", f"without prompt and update it is off by {worst:.1e}")
     model.add_adapter("prompt", EPTConfig(num_virtual_tokens=3, r=2, max_length=LONG))
     model.set_adapter("prompt")
@@ -134,7 +137,7 @@ def attempt(kind: str, model_type: str, name: str) -> Outcome:
             continue
         for row, text in enumerate(texts):
             own = {k: _row(v, row, len(text), side, k, model) for k, v in together.items()}
-            if (worst := _difference(own, alone[row])) > TOLERANCE:
+            if (worst := difference(own, alone[row])) > TOLERANCE:
                 return Outcome(name, kind, "wrong", f"padded on the {side} it is off by {worst:.1e}")
     if generates:
         try:
@@ -146,10 +149,18 @@ def attempt(kind: str, model_type: str, name: str) -> Outcome:
     return Outcome(name, kind, "unpadded" if refusals else "pass", "; ".join([*refusals[:1], *details]))
 
 
+def plain_texts(config: Any) -> list[Tensor]:
+    """Draws two texts of ordinary tokens, short and long."""
+    special = {i for ids in token_ids(config) for i in (ids if isinstance(ids, (list, tuple)) else [ids])}
+    plain = torch.tensor([i for i in range(VOCABULARY) if i not in special])
+    generator = torch.Generator().manual_seed(2)
+    return [plain[torch.randint(len(plain), (n,), generator=generator)] for n in (SHORT, LONG)]
+
+
 def padded(texts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
     """Returns ids and mask `[2, n]` of texts padded on one side with an id that is also a word's."""
     n = max(map(len, texts))
-    ids, mask = torch.full((len(texts), n), 4), torch.zeros(len(texts), n, dtype=torch.int64)
+    ids, mask = torch.full((len(texts), n), int(texts[0][0])), torch.zeros(len(texts), n, dtype=torch.int64)
     for row, text in enumerate(texts):
         place = slice(n - len(text), n) if side == "left" else slice(0, len(text))
         ids[row, place], mask[row, place] = text, 1
@@ -193,7 +204,7 @@ def _generated(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
     return output[:, -3:]
 
 
-def _difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     worst = 0.0
     for name, values in expected.items():
         if actual[name].shape != values.shape:
@@ -222,7 +233,7 @@ def main() -> None:
             continue
         if arguments.kind in (None, kind):
             try:
-                outcomes.append(attempt(kind, model_type, name))
+                outcomes.append(trial(kind, model_type, name))
             except Exception as error:
                 outcomes.append(Outcome(name, kind, "wrong", f"{type(error).__name__}: {_line(error)}"))
             print(*(getattr(outcomes[-1], field) for field in ("name", "result", "detail")), flush=True)
