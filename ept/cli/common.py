@@ -76,6 +76,12 @@ def data_keys(
     return keys
 
 
+def encoding_of(set_: list[str] | None) -> str | None:
+    """Returns the encoding that `--set data.encoding` names for a file that is not the run's own; else None."""
+    named = [item.partition("=")[2].strip() for item in set_ or [] if item.startswith("data.encoding=")]
+    return named[-1] if named else None
+
+
 def answer(json: bool, value: Any, *shown: Any) -> None:
     """Prints a command's answer on standard output: `value` as JSON, or else tables and lines of text."""
     from rich.console import Console

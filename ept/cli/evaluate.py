@@ -7,7 +7,7 @@ from typing import Any
 
 from typer import Argument, Option
 
-from .common import JSON, SET, STRICT, answer, overrides, quiet
+from .common import JSON, SET, STRICT, answer, encoding_of, overrides, quiet
 
 
 def evaluate(
@@ -34,6 +34,7 @@ def evaluate(
     with quiet():
         from ept.runs.data import load_run_data, with_texts
         from ept.runs.folder import SPLITS_FILE
+        from ept.runs.labelling import check_names
         from ept.runs.predict import open_run
         from ept.tasks import load_split
         from ept.utils.tables import table
@@ -43,11 +44,10 @@ def evaluate(
         if file is not None:
             given = dict(zip([run.task.label_column, *run.task.source_columns], [label_column, *(text_column or [])]))
             names = {name: column for name, column in given.items() if column is not None}
-            if text_column and len(text_column) != len(run.task.source_columns):
-                wanted = ", ".join(run.task.source_columns)
-                raise ValueError(f"{len(text_column)} --text-column given, the run has {wanted}: give one for each")
+            if text_column:
+                check_names(run.task, text_column)
             form: Any = data.label_form
-            reading: Any = {"encoding": data.encoding, "strict": data.strict, "names": names}
+            reading: Any = {"encoding": encoding_of(set_), "strict": data.strict, "names": names}
             rows = load_split(run.task, file, labels=form, **reading)
             rows, truncation_rate = with_texts(rows, run.fit(list(rows), str(file)))
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer import Argument, Option
 
-from .common import JSON, SET, answer, quiet
+from .common import JSON, SET, answer, encoding_of, quiet
 
 
 def predict(
@@ -15,6 +15,9 @@ def predict(
     texts: list[str] | None = Argument(None, metavar="[TEXT]...", help="Texts to label; - reads a text a line."),
     file: Path | None = Option(
         None, help="A file (csv, tsv, jsonl, json, parquet) with the task's columns, or a column `text`."
+    ),
+    text_column: list[str] | None = Option(
+        None, "--text-column", metavar="NAME", help="With --file: what it calls the text column. Repeatable."
     ),
     output: Path | None = Option(None, help="Write the rows into this file (csv, tsv, jsonl, json, parquet)."),
     overwrite: bool = Option(False, "--overwrite", help="Replace the output file."),
@@ -40,8 +43,8 @@ def predict(
 
         if output is not None:
             check_output(output)
-        rows = read_rows(file) if file is not None else [{"text": text} for text in texts or []]
-        labelled = label_rows(open_run(run_dir, set_ or []), rows, str(file or "text"))
+        rows = read_rows(file, encoding_of(set_)) if file is not None else [{"text": text} for text in texts or []]
+        labelled = label_rows(open_run(run_dir, set_ or []), rows, str(file or "text"), text_column)
         if output is not None:
             write_rows(labelled, output)
     left_out = sum(row[PREDICTION] is None for row in labelled)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..tasks import local_task, render
+from ..tasks import Task, local_task, render
 from ..tasks.rows import BlankText
 from ..utils.files import write_atomically
 from .predict import Predictor
@@ -18,18 +18,28 @@ PREDICTION = "prediction"
 WRITERS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
-def label_rows(run: Predictor, rows: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
+def label_rows(
+    run: Predictor, rows: Sequence[Mapping[str, Any]], source: str, text_columns: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Labels rows: each as it is, with `prediction` and, where labels are ranked, `p(label)` for each of them.
 
     Without the task's columns the column `text` serves: of a task with one column it goes into the template, of others
     it is the whole input text. A row without text has None as its prediction, and so has an answer that is no label.
+
+    Args:
+        text_columns: what the rows call the task's columns, in their order, where they call them otherwise.
 
     Raises:
         ValueError: neither the task's columns nor `text` are there, or the rows have a column of the new ones' names.
     """
     task = run.task
     given: list[Mapping[str, Any]] = list(rows)
-    missing = [column for column in task.source_columns if column not in rows[0]]
+    if text_columns:
+        check_names(task, text_columns)
+        if absent := [column for column in text_columns if column not in rows[0]]:
+            raise ValueError(f"{source}: no column {absent[0]} (found: {', '.join(map(str, rows[0]))})")
+        given = [{name: row.get(column) for name, column in zip(task.source_columns, text_columns)} for row in rows]
+    missing = [column for column in task.source_columns if column not in given[0]]
     if missing and "text" not in rows[0]:
         present = ", ".join(map(str, rows[0])) or "none"
         raise ValueError(f"{source}: no column {', '.join(missing)} and no column text (found: {present})")
@@ -42,8 +52,9 @@ def label_rows(run: Predictor, rows: Sequence[Mapping[str, Any]], source: str) -
     if taken:
         raise ValueError(f"{source} has a column {sorted(taken)[0]!r} already: rename it")
     blank = {number for number, row in enumerate(given) if _is_blank(task, row)}
-    kept = [row for number, row in enumerate(given) if number not in blank]
-    encoded = [text.ids for text in run.fit(kept, source, task)]
+    numbers = [number for number in range(len(given)) if number not in blank]
+    kept = [given[number] for number in numbers]
+    encoded = [text.ids for text in run.fit(kept, source, task, [number + 1 for number in numbers])]
     written = iter(run.write(encoded, progress="predicting") if run.task.is_text else ())
     answers = iter(run.answer(encoded, progress="predicting") if not run.task.is_text else ())
     labelled = []
@@ -57,6 +68,13 @@ def label_rows(run: Predictor, rows: Sequence[Mapping[str, Any]], source: str) -
             found |= {f"p({name})": p for name, p in zip(labels, probabilities or ())}
         labelled.append({**row, **found})
     return labelled
+
+
+def check_names(task: Task, text_columns: Sequence[str]) -> None:
+    """Raises ValueError where there are not as many names as the task has text columns."""
+    if len(text_columns) != len(task.source_columns):
+        wanted = ", ".join(task.source_columns)
+        raise ValueError(f"{len(text_columns)} --text-column given, the run has {wanted}: give one for each")
 
 
 def _is_blank(task: Any, row: Mapping[str, Any]) -> bool:

@@ -65,10 +65,17 @@ class Predictor:
         if self.task_type != "SEQ_CLS" and not self.task.is_text:
             self.answers = encode_labels(self.tokenizer, self.labels, self.task_type)
 
-    def fit(self, rows: Sequence[Mapping[str, Any]], source: str, task: Task | None = None) -> list[FittedText]:
+    def fit(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        source: str,
+        task: Task | None = None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[FittedText]:
         """Renders each row, with the template of `task` or else its own, and tokenises it; raises as `fit_rows`."""
         truncate, task = self.config.data.on_too_long == "truncate", task or self.task
-        return fit_rows(task, rows, self.tokenizer, self.task_type, self.max_length, truncate=truncate, source=source)
+        options: Any = {"truncate": truncate, "source": source, "numbers": numbers}
+        return fit_rows(task, rows, self.tokenizer, self.task_type, self.max_length, **options)
 
     def predict(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[int]:
         """Predicts the index in `labels` for each text's tokens; -1 where a generated answer is none of them."""

@@ -100,25 +100,30 @@ def fit_rows(
     *,
     truncate: bool,
     source: str,
+    numbers: Sequence[int] | None = None,
 ) -> list[FittedText]:
     """Renders and tokenises each row, once unless it is too long: `max_length` counts start and end tokens.
 
     `rows` are as they lie in a data file, or those of a `TaskData` split.
+
+    Args:
+        numbers: of the rows in their file, where some of its rows are not there.
 
     Raises:
         ValueError: a row has no text, or is too long and not to be truncated; names `source`, the row (counted from 1),
             its tokens and the limit.
     """
     texts = []
-    for number, row in enumerate(rows, start=1):
+    numbers = numbers or [_number(row, position) for position, row in enumerate(rows, start=1)]
+    for number, row in zip(numbers, rows):
         try:
             texts.append(render(task, row))
         except ValueError as error:
-            raise ValueError(f"{source}, row {_number(row, number)}: {error}") from error
+            raise ValueError(f"{source}, row {number}: {error}") from error
     fitted = [FittedText(text, ids, False) for text, ids in zip(texts, encode_texts(tokenizer, texts, task_type))]
     too_long = [index for index, (_, ids, _) in enumerate(fitted) if len(ids) > max_length]
     if too_long and (not truncate or task.is_chat):  # a chat that is cut has lost its question
-        number = _number(rows[too_long[0]], too_long[0] + 1)
+        number = numbers[too_long[0]]
         raise ValueError(
             f"{source}, row {number}: the text has {len(fitted[too_long[0]].ids)} tokens, the limit is "
             f"data.max_length={max_length}: shorten it, raise data.max_length"

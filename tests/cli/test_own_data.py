@@ -244,8 +244,23 @@ def test_evaluate_a_file_with_other_columns(no_curves: None, tmp_path: Path, mod
     found = as_json("evaluate", run, "--file", other, *columns)
     assert found["rows"] == 60
     assert found["metrics"] == as_json("evaluate", run, "--file", file)["metrics"]
-    assert "no column 'how2'" in refused("evaluate", run, "--file", other, *columns[:2], "--label-column", "how2")
     assert "row 61: label ''" in refused("evaluate", run, "--file", other, *columns, "--strict")
+    answers = as_json("predict", run, "--file", other, "--text-column", "what")
+    own = as_json("predict", run, "--file", file)
+    assert [row["prediction"] for row in answers[:-1]] == [row["prediction"] for row in own]
+    assert answers[0].keys() >= {"what", "how", "prediction"}
+    other.write_text("what;how\n ;no\nfine " + "very " * 300 + ";yes\n", encoding="utf-8")
+    told = refused("predict", run, "--file", other, "--text-column", "what", "--set", "data.on_too_long=error")
+    assert "b.csv, row 2: the text has" in told
+    assert "no column which" in refused("predict", run, "--file", other, "--text-column", "which")
+    other.write_bytes("what;how\nПривет;no\nМир;yes\n".encode("cp1251"))
+    options = ("--file", other, *columns)
+    assert "it may be" in refused("evaluate", run, *options)
+    named = ("--set", "data.encoding=cp1251")
+    assert as_json("evaluate", run, *options, *named)["rows"] == 2
+    assert "no column 'how2'" in refused(
+        "evaluate", run, *options[:2], "--label-column", "how2", "--set", "data.encoding=cp1251"
+    )
 
 
 def test_compare_on_ones_own_file(tmp_path: Path, models: dict[str, Path]) -> None:
