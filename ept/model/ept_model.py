@@ -309,7 +309,7 @@ class EPTModel(ModelWithAdapters):
         if "generation_config" in self.__dict__:  # set on the wrapper by a user
             kwargs.setdefault("generation_config", self.__dict__["generation_config"])
         options = GenerationOptions(base, args, kwargs)
-        check_options(options, self._facts)
+        check_options(base, options, self._facts)
         if causal and ids is None and embeds is None:
             ids = start_of_text(options, base.device)
         if causal and ids is not None and mask is None:

@@ -61,8 +61,13 @@ class GenerationOptions(Mapping[str, Any]):
         return len(self.given)
 
 
-def check_options(options: GenerationOptions, facts: BaseModelFacts) -> None:
-    """Raises `ValueError` for an option that a prompt falsifies."""
+def check_options(model: Any, options: GenerationOptions, facts: BaseModelFacts) -> None:
+    """Raises `ValueError` for an option that a prompt falsifies, and for a model that is no decoder."""
+    if facts.task_type == "CAUSAL_LM" and not facts.is_causal:
+        raise ValueError(
+            f"{type(model).__name__} sees the text behind each token, so that it cannot generate one token after the "
+            "other: load it as a decoder (is_decoder=True in a configuration like BERT's)"
+        )
     for name, (allowed, reason) in REFUSED.items():
         value = options[name]
         if not any(value is a or (isinstance(a, (int, float)) and value == a) for a in allowed):
@@ -210,21 +215,23 @@ def embedding_new_tokens(
     Args:
         embed: makes embeddings `[rows, k, d]` of ids and of the real tokens before each, both `[rows, k]`.
     """
-    thread = threading.get_ident()
+    thread, read = threading.get_ident(), 0  # of a row, padding included
 
     def replace_ids(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        ids = inputs.get("input_ids")
-        if ids is None or threading.get_ident() != thread:
-            return None  # prompt and text are embedded already
-        mask = inputs.get("attention_mask")
+        nonlocal read
+        if threading.get_ident() != thread:
+            return None
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None:  # prompt and text, which are embedded already
+            read = cached_length(facts, inputs) + inputs["inputs_embeds"].shape[1]
+            return None
+        positions = torch.arange(read, read + ids.shape[1], device=ids.device).expand(len(ids), -1)
+        read += ids.shape[1]
         if inputs.get("position_ids") is not None:
-            positions = inputs["position_ids"]
-        elif isinstance(mask, Tensor) and mask.dim() == 2:
-            positions = position_ids_of(mask)
-        else:  # nothing is padded
-            k = ids.shape[1]
-            positions = (cached_length(facts, inputs) + torch.arange(k, device=ids.device)).expand(len(ids), -1)
-        embeds = embed(ids, positions[:, -ids.shape[1] :])
+            positions = inputs["position_ids"][:, -ids.shape[1] :]
+        elif isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == read:
+            positions = position_ids_of(mask)[:, -ids.shape[1] :]
+        embeds = embed(ids, positions)
         return args, {**{k: v for k, v in inputs.items() if k != "input_ids"}, "inputs_embeds": embeds}
 
     handle = model.register_forward_pre_hook(replace_ids, with_kwargs=True)

@@ -87,8 +87,6 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
             f"the prompt of {name} stands before the encoder's input, and changes with it: use_prompt_cache is for "
             "decoder-only models"
         )
-    if not facts.is_causal:
-        raise ValueError(f"the prompt of {name} sees the text behind it: call generate without use_prompt_cache")
     rope = getattr(config, "rope_parameters", None) or {}  # for all layers, or for each kind of layer
     types = {str(e["rope_type"]) for e in (rope, *rope.values()) if isinstance(e, dict) and "rope_type" in e}
     if kinds := types & {"dynamic", "longrope"}:

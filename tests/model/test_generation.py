@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import SMALL, VOCAB, adapted, make_batch, make_model
+import transformers
+from classes import VOCABULARY, tiny
+from tiny_models import SMALL, VOCAB, adapted, make_batch, make_model, randomise
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     CodeGenForCausalLM,
     GenerationConfig,
     GenerationMixin,
@@ -294,6 +298,41 @@ def test_as_many_new_tokens_as_there_are_positions():
     assert model.generate(**inputs, eos_token_id=None).shape == (1, 60)  # of the usual 20
     inputs = inputs_of("gpt2", (52, 20))
     assert model.generate(**inputs, max_new_tokens=8, eos_token_id=None).shape == (2, 60)
+
+
+@pytest.mark.parametrize("scope", ["text", "all"])
+@pytest.mark.parametrize(
+    "model_type, name",
+    [
+        ("falcon", "FalconForCausalLM"),
+        ("mpt", "MptForCausalLM"),
+        ("olmo_hybrid", "OlmoHybridForCausalLM"),
+        ("qwen3_next", "Qwen3NextForCausalLM"),
+        ("rwkv", "RwkvForCausalLM"),
+    ],
+)
+def test_what_is_generated_is_what_the_forward_scores(model_type, name, scope):
+    """On decoders that keep other things than keys and values, or number positions in their own ways."""
+    if not hasattr(transformers, name):
+        pytest.skip("of a later transformers")
+    model = get_ept_model(tiny(model_type, name), EPTConfig(**SMALL, update_scope=scope)).eval()
+    randomise(model)
+    ids = torch.randint(4, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(1))
+    output = model.generate(ids, **GREEDY, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
+    for step, logits in enumerate(output.logits):
+        text = (torch.arange(6 + step) < 6).long()[None]
+        with torch.no_grad():
+            scored = model(output.sequences[:, : 6 + step], text_mask=text).logits[:, -1]
+        torch.testing.assert_close(scored, logits, rtol=1e-3, atol=1e-4 * float(logits.abs().max()))
+
+
+def test_a_model_that_sees_what_comes_is_no_decoder():
+    config = BertConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48
+    )
+    model = get_ept_model(BertLMHeadModel(config), EPTConfig(**SMALL)).eval()
+    with pytest.raises(ValueError, match=r"BertLMHeadModel sees the text behind each token, .*: load it as a decoder"):
+        model.generate(**inputs_of("llama"), **GREEDY)
 
 
 def test_length_at_which_rope_changes_is_not_crossed():

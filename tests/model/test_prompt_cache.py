@@ -146,7 +146,7 @@ REFUSED = [
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         r"depends on the length of the whole text \(dynamic RoPE\)",
     ),
-    ("gemma3", {}, {"use_bidirectional_attention": True}, "sees the text behind it"),
+    ("gemma3", {}, {"use_bidirectional_attention": True}, "sees the text behind each token"),
 ]
 
 

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import DECODERS, SMALL, adapted, make_batch, make_model, randomise
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from tiny_models import DECODERS, SMALL, VOCAB, adapted, make_batch, make_model, randomise
+from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, Trainer, TrainingArguments
 
-from ept import EPTConfig, EPTModel
+from ept import EPTConfig, EPTModel, get_ept_model
 
 # transformers 5.24 calls `cache` what was `past_key_values`.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -41,6 +41,18 @@ def test_with_all_any_scorer_agrees_with_generation(name):
     text = adapted(name, max_length=10).generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
     torch.testing.assert_close(text.logits[0], generated.logits[0])
     assert not torch.allclose(text.logits[1], generated.logits[1])
+
+
+def test_with_all_a_model_without_positions_and_keys_agrees_too():
+    """Mamba's cache does not say how many tokens it has seen."""
+    config = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4, pad_token_id=1)
+    model = get_ept_model(MambaForCausalLM(config), EPTConfig(**SMALL, update_scope="all")).eval()
+    randomise(model)
+    inputs = inputs_for("llama", (4, 4))
+    generated = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    with torch.no_grad():
+        scored = model(generated.sequences).logits[:, -7:-1]
+    torch.testing.assert_close(scored, torch.stack(generated.logits, dim=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
