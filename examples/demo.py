@@ -26,6 +26,14 @@ console = Console()
 
 
 def main() -> None:
+    try:
+        demo()
+    except KeyboardInterrupt as stop:  # Ctrl-C or SIGTERM; a training step is finished and saved first
+        console.print(str(stop) or "stopped", markup=False)
+        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+
+
+def demo() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, written anew each time")
@@ -39,6 +47,7 @@ def main() -> None:
     model_file = source.package_file(source.MODEL_PACKAGE, source.MODEL_FILE)
 
     console.rule("Efficient Prompt Tuning: which headlines are sarcastic?")
+    console.print("Reading the headlines ...")
     rows = source.read_headlines(source.package_file(source.DATA_PACKAGE, source.DATA_FILE))
     data = arguments.output / "data"
     counts = source.write_splits(rows, data, arguments.seed)
@@ -53,6 +62,7 @@ def main() -> None:
     if arguments.steps is not None:
         config.training.max_steps = arguments.steps
 
+    console.print("Loading torch and transformers ...")
     from ept.cli.common import quiet
     from ept.runs.loading import default_device
     from ept.runs.report import results_tables
@@ -61,8 +71,9 @@ def main() -> None:
     console.print(f"Model: {model_file.stem}, frozen, on {default_device()}; only the adapter learns.")
     console.print(
         f"Training: {config.training.max_steps} steps of {config.training.batch_size} headlines, "
-        f"scored before and after on {config.data.max_test} held-out ones.\n"
+        f"scored before and after on {config.data.max_test} held-out ones."
     )
+    console.print("Unpacking the model and tokenising, then scoring it untrained ...\n")
     with quiet():
         results = train(config, overwrite=True)
     for part in results_tables(results):

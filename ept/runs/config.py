@@ -301,6 +301,8 @@ class TrainingConfig(Section):
     """Replay each compiled layer as one CUDA graph, needs `compile_layers` and a CUDA device."""
     tensorboard: bool = False
     """Write events for TensorBoard into the run's folder."""
+    report_to: list[Literal["wandb", "mlflow"]] = Field(default_factory=list)
+    """Services that the Trainer reports losses and scores to; they are set up by variables of their own."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:

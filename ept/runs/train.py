@@ -90,9 +90,11 @@ def train(
     """
     if config.output_dir is None:
         raise ValueError("output_dir is not set: give --output DIR")
-    if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        remedy = "pip install tensorboard, or set it to false"
-        raise ValueError(f"training.tensorboard needs the package tensorboard: {remedy}")
+    wanted: dict[str, str] = {name: f"training.report_to={name}" for name in config.training.report_to}
+    wanted |= {"tensorboard": "training.tensorboard"} if config.training.tensorboard else {}
+    for package, key in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{key} needs the package {package}: pip install {package}, or leave it out")
     folder, processes = RunFolder(Path(config.output_dir)), join()
     with StopSignals(folder, processes) as signals, with_advice(config, folder):
         processes.from_rank_zero(lambda: check_writable(folder))

@@ -287,7 +287,8 @@ def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> Tra
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"non_blocking": torch.cuda.is_available()},  # from pinned memory: no wait for the copy
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(training.report_to) or "none",
+        run_name=folder.path.name,
         restore_callback_states_from_checkpoint=training.early_stopping_patience is not None,
         seed=config.seed,
     )

@@ -14,6 +14,8 @@ import safetensors.torch
 import torch
 from run_checks import assert_same_weights, events, kill, losses, weights
 from tiny_runs import save_model
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from ept.runs import train as training
 from ept.runs.config import RunConfig, load_run_config
@@ -277,4 +279,24 @@ def test_tensorboard_needs_its_package(configure: Configure, tmp_path: Path, mon
     monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"training\.tensorboard needs the package tensorboard: pip install"):
         train(configure("bert", "training.tensorboard=true"))
+    with pytest.raises(ValueError, match=r"training\.report_to=wandb needs the package wandb: pip install wandb"):
+        train(configure("bert", "training.report_to=[wandb]"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_reports_to_the_services_of_the_trainer(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for MLflow's callback is told losses, scores and the run's name."""
+    told: dict[str, Any] = {}
+
+    class Service(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            told.update(logs, run_name=args.run_name)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "mlflow", Service)
+    find = training.importlib.util.find_spec
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name, *rest: name == "mlflow" or find(name, *rest))
+    train(configure("bert", "training.report_to=[mlflow]", "training.max_steps=5"))
+    assert told.keys() >= {"loss", "eval_accuracy"}
+    assert told["run_name"] == "run"
