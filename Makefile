@@ -26,7 +26,7 @@ INTEGRATIONS := trl==1.16.0 lm_eval==0.4.13 absl-py==2.5.1 nltk==3.10.4 rouge_sc
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test aot lint format ray bench gpu rehearse wheel clean tune local-kernel lowest fuzz nightly suite-against config-page \
+.PHONY: help install demo test aot compile-only warm lint format ray bench gpu rehearse wheel clean tune local-kernel lowest fuzz nightly suite-against config-page \
 	integrations peft-tests bitsandbytes-tests
 
 help: ## this list
@@ -53,7 +53,15 @@ demo: $(VENV)/.demo ## train EPT on a small real model and real headlines, and s
 test: $(VENV)/.installed ## all tests but those that need a GPU, two at a time (TEST_ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels
+	$(MAKE) compile-only TEST_ARGS="-k '$(COVERING)'"
 	$(MAKE) lowest local-kernel aot
+
+compile-only: $(VENV)/.installed ## the Triton tests on their way on an H100, compiled and not run; fails on spills
+	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels --compile-only sm_90 $(TEST_ARGS)
+
+warm: $(VENV)/.installed ## every kernel of tests, tuner and benchmarks for an H100, packed for the cache of a machine that has one
+	$(VENV)/bin/python -m ept_kernels.dev.aot --warm build/ept-sm90 --target sm_90 \
+		--then "$(VENV)/bin/python -m pytest -q tests/kernels/triton_kernels --compile-only sm_90"
 
 # Another triton: `pip install --no-deps --target FOLDER triton==VERSION`, then `make aot TRITON_PATH=FOLDER`.
 aot: $(VENV)/.installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; fails on spills
@@ -117,6 +125,7 @@ suite-against:
 	$(VENV)/bin/python -m ept env
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels
+	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels --compile-only sm_90
 	$(VENV)/bin/python -m ept_kernels.dev.aot
 
 lint: $(VENV)/.installed ## ruff (format and rules) and mypy

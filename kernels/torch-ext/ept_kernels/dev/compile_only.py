@@ -81,12 +81,13 @@ def driving(target: str) -> Iterator[Driver]:
         raise RuntimeError("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
     from triton.runtime import driver
 
-    before, ours = driver._active, Driver(target)
+    held = "_active" if hasattr(driver, "_active") else "active"  # of triton 3.4; reading `active` asks for a GPU since
+    before, ours = getattr(driver, held), Driver(target)
     driver.set_active(ours)
     try:
         yield ours
     finally:
-        driver._active = before
+        setattr(driver, held, before)
 
 
 class Driver:
