@@ -12,6 +12,8 @@ TRITON_PATH ?=
 FUZZ_CASES ?= 50000
 PEFT ?=
 BITSANDBYTES ?=
+# Of the Triton tests, those that `make test` compiles for an H100 besides: every kernel, in a minute.
+COVERING := not (any_ or tune or opcheck or several_types or forward_equals or backward_equals)
 HF_KERNELS := kernels==0.17.2
 # The lowest transformers and peft are those of constraints-lowest.txt; what that transformers needs older than ours:
 LOWEST := transformers peft huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0 \

@@ -1,11 +1,13 @@
 """What a new process pays: compiling where no kernel cache has it, and the first step with and without such a cache.
 
-TRITON_CACHE_DIR=FOLDER python -m benchmarks.cold joint_prompt | step     one of both in this process, as JSON
+TRITON_CACHE_DIR=FOLDER python -m benchmarks.cold joint_prompt | step | layer     one of them in this process, as JSON
+TRITON_CACHE_DIR=FOLDER python -m benchmarks.cold layer --rehearse                the same without a GPU: it compiles only
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -120,13 +122,27 @@ def step(device: str) -> Row:
     }
 
 
+def layer(device: str) -> Row:
+    """Takes the first forward and backward of an EPT layer of a T5-base alone, which no model's own time is part of."""
+    from ept import EPTConfig, EPTLayer
+
+    config = EPTConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=40, max_length=256, r=30)
+    ept_layer = EPTLayer(config, torch.nn.Embedding(32128, 768, device=device))
+    ids = torch.ones(8, 256, dtype=torch.long, device=device)
+    began, cpu = time.perf_counter(), sum(os.times()[:4])  # with those of the assembler, a process of its own
+    ept_layer(ids, torch.ones_like(ids))[0].sum().backward()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return {"median": time.perf_counter() - began, "cpu_seconds": sum(os.times()[:4]) - cpu}
+
+
 def main() -> None:
     if "--rehearse" in sys.argv:
         from ept_kernels.dev import compile_only
 
         compile_only.activate("sm_90")
     device = "cuda" if torch.cuda.is_available() and "--rehearse" not in sys.argv else "cpu"
-    print(json.dumps({"joint_prompt": joint_prompt, "step": step}[sys.argv[1]](device)))
+    print(json.dumps({"joint_prompt": joint_prompt, "step": step, "layer": layer}[sys.argv[1]](device)))
 
 
 if __name__ == "__main__":
