@@ -10,8 +10,8 @@ from conftest import INTERPRETED, launches_of, mostly_untouched, rounding
 from torch import Tensor
 
 from ept_kernels import launch
+from ept_kernels.dev.problems import TF32, Problem, PromptedEmbedding, as_tuple, in_float64
 from ept_kernels.dev.problems import PackedEmbedding as Packed
-from ept_kernels.dev.problems import Problem, PromptedEmbedding, as_tuple, in_float64
 from ept_kernels.library import reference_of
 from ept_kernels.prompted_embedding import launchers as kernels
 from ept_kernels.prompted_embedding.reference import token_at_reference
@@ -54,8 +54,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def assert_close(actual: Tensor, exact: Tensor, magnitude: Tensor, what: str) -> None:
     assert actual.shape == exact.shape, what
     tolerance = FLOAT32_TOLERANCE * magnitude + rounding(actual, exact)
-    if actual.dtype != torch.float32 and not INTERPRETED:  # the factors of a product may have been rounded to TF32
-        tolerance = tolerance + 2**-10 * magnitude
+    if actual.dtype != torch.float32 and not INTERPRETED:  # the factors of a product may have been cut off to TF32
+        tolerance = tolerance + TF32 * magnitude
     error = (actual.double() - exact).abs() - tolerance
     assert torch.isfinite(error).all(), f"{what}: not finite"
     assert (error <= 0).all(), f"{what}: {int((error > 0).sum())} of {error.numel()} off, the worst by {error.max()}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from ..library import reference_of
 # Largest error of a result, in units of its largest magnitude: one unit in the last place of 16 bits.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 TOLERANCE |= {torch.int32: 0.0, torch.uint8: 0.0}
+TF32 = 2**-9  # error of a product of two factors that are cut off after ten bits, in units of its magnitude
 
 NESTED_BLOCK_SIZE = 256
 PRODUCT_DTYPES = (torch.bfloat16, torch.float16)  # that a 4-bit weight is multiplied with by a kernel of ours
@@ -74,9 +76,30 @@ class Problem(ABC):
         """Bounds the error of a result in `dtype`, in units of its largest magnitude; 0: every bit is equal."""
         return TOLERANCE[dtype]
 
+    def errors_allowed(
+        self, actual: Sequence[Tensor], expected: Sequence[Tensor], inputs: tuple[Any, ...]
+    ) -> list[float]:
+        """Bounds the largest error of each of the `actual` results for `inputs`, of which the exact ones are known."""
+        return [self.tolerance(a.dtype) * largest(e) for a, e in zip(actual, expected, strict=True)]
+
+
+class _InTF32(Problem):
+    """A problem whose kernel multiplies in TF32 where its results are rounded to 16 bits."""
+
+    def errors_allowed(
+        self, actual: Sequence[Tensor], expected: Sequence[Tensor], inputs: tuple[Any, ...]
+    ) -> list[float]:
+        """Adds what truncated factors make of the sum of magnitudes, since what was added up may cancel."""
+        allowed = super().errors_allowed(actual, expected, inputs)
+        if all(a.dtype.itemsize != 2 for a in actual):
+            return allowed
+        magnitudes = (x.abs() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+        sums = self.expected(*magnitudes)
+        return [x + TF32 * largest(e) * (a.dtype.itemsize == 2) for x, a, e in zip(allowed, actual, sums, strict=True)]
+
 
 @dataclass(frozen=True)
-class PromptedEmbedding(Problem):
+class PromptedEmbedding(_InTF32):
     """A padded batch.
 
     Attributes:
@@ -152,7 +175,7 @@ class TokenAt(Problem):
 
 
 @dataclass(frozen=True)
-class PackedEmbedding(Problem):
+class PackedEmbedding(_InTF32):
     """Texts of so many tokens each, one after another; fields as of `PromptedEmbedding`."""
 
     lengths: tuple[int, ...] = (3, 1, 70)
@@ -511,6 +534,11 @@ def strided(x: Tensor) -> Tensor:
 def in_float64(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Converts the floating-point tensors among `inputs` to float64."""
     return tuple(x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def largest(x: Tensor) -> float:
+    """Returns the largest magnitude in `x`, 0 for none."""
+    return float(x.double().abs().max()) if x.numel() else 0.0
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:

@@ -50,6 +50,7 @@ from .problems import (
     Problem,
     PromptedEmbedding,
     as_tuple,
+    largest,
 )
 
 SAMPLES = 25  # timed runs over all sets of inputs
@@ -279,11 +280,11 @@ def refusal(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: S
             return f"{kernel.metadata.name} spills {kernel.n_spills} registers"
     if compile_only.active():
         return None  # no kernel has run
-    for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+    bounds = tunable.problem.errors_allowed(actual, expected, args)
+    for index, (a, e, allowed) in enumerate(zip(actual, expected, bounds, strict=True)):
         if a.shape != e.shape:
             return f"result {index} has shape {list(a.shape)}, the reference has {list(e.shape)}"
-        allowed = tunable.problem.tolerance(a.dtype) * float(e.double().abs().max()) if e.numel() else 0.0
-        worst = float((a.double() - e.double()).abs().max()) if e.numel() else 0.0
+        worst = largest(a.double() - e.double())
         if not worst <= allowed:
             return f"result {index} differs from the reference by {worst:.3g}, {allowed:.3g} is allowed"
     return None
