@@ -4,6 +4,11 @@ Every case is called in up to three ways on tensors of a few elements: through `
 implementation itself (`implementation`: the reference on a CPU, the launcher on a GPU); and, on a GPU, the kernels
 alone with their arguments at hand (`launch`). `nothing` is an operator with the signature of `prompted_embedding` that
 runs nothing, and `nothing, custom_op` the same registered by `torch.library.custom_op`.
+
+    python -m benchmarks.operator_overhead      what launching costs the host, without a GPU
+
+measures the launchers on CPU tensors, with a driver that compiles for sm_90 and launches nothing: all that Python does
+up to the driver's launch, without that and without entering a device.
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ from torch import Tensor
 import ept_kernels
 from ept.runs.loading import default_device
 from ept_kernels import launch, library
-from ept_kernels.dev.problems import JointPrompt, Problem, PromptedEmbedding
+from ept_kernels.dev import compile_only
+from ept_kernels.dev.problems import FourBit, JointPrompt, Problem, PromptedEmbedding
 
 from .record import Row
 from .timing import Call, ThreadClock, summary, time_in_turn
@@ -28,7 +34,9 @@ CALLS = 20  # calls timed together
 # The smallest training batch that has every part: one text of one token.
 EMBEDDING = PromptedEmbedding(n=1, d=16, s=1, m=1, r=1, batch=1, vocabulary=2)
 JOINT = JointPrompt(s=1, d=16, m=1, r=1, K=2, h=1)
-PROBLEMS: tuple[Problem, ...] = (EMBEDDING, EMBEDDING.backward, JOINT, JOINT.backward)
+PRODUCT = FourBit(128, 128, tokens=(16,), dtype=torch.bfloat16)
+DEQUANTIZED = FourBit(128, 128, tokens=(), dtype=torch.bfloat16, operator="dequantize_4bit")
+PROBLEMS: tuple[Problem, ...] = (EMBEDDING, EMBEDDING.backward, JOINT, JOINT.backward, DEQUANTIZED, PRODUCT)
 
 
 @torch.no_grad()
@@ -62,11 +70,16 @@ def measure(*, rounds: int) -> Iterator[Row]:
 def _ways(problem: Problem, device: torch.device) -> dict[str, Call]:
     name, args = problem.operator, problem.inputs(device)
     launcher = library.launcher_of(name) if ept_kernels.backend(device) == "triton" else None
-    implementation = launcher or getattr(ept_kernels, f"{name}_reference")
-    operator = getattr(ept_kernels, name)
+    implementation, operator = launcher or library.reference_of(name), getattr(torch.ops.ept, name).default
     ways: dict[str, Call] = {"operator": lambda _: operator(*args), "implementation": lambda _: implementation(*args)}
     if launcher is not None and device.type != "cpu":
         with launch.recording(launch.architecture(device)) as launched:
             launcher(*args)
         ways["launch"] = lambda _: [kernel[grid](*given, **meta) for kernel, grid, given, meta in launched]
     return ways
+
+
+if __name__ == "__main__":
+    compile_only.activate("sm_90")
+    for row in measure(rounds=50):
+        print(f"{row['case']}, {row['provider']}: {1e6 * row['median']:.1f} us")

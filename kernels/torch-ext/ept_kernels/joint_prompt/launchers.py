@@ -36,7 +36,7 @@ def joint_prompt(*arguments: Any) -> Tensor:
     prompt, beta, D, embedding_scale = (arguments[i] for i in (0, 3, 6, 10))
     if not prompt.numel() or not (beta.numel() or D.shape[1]):
         return embedding_scale * prompt
-    out = prompt.new_empty(prompt.shape)
+    out = prompt.new_empty(*prompt.shape)
     _run(prompt, arguments, (out, *[None] * 8))
     return out
 
@@ -53,7 +53,7 @@ def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor,
         return grad, *(x.new_zeros(x.shape) for x in parameters[1:])
     update = fusion and A.numel() > 0
     is_used = (True, update, update, fusion, fusion, fusion, spaces, spaces, spaces)
-    gradients = [(x.new_empty if used else x.new_zeros)(x.shape) for x, used in zip(parameters, is_used, strict=True)]
+    gradients = [(x.new_empty if used else x.new_zeros)(*x.shape) for x, used in zip(parameters, is_used, strict=True)]
     _run(grad_output, arguments, gradients)
     return tuple(gradients)
 

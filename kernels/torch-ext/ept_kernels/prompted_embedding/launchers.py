@@ -151,7 +151,7 @@ def prompted_embedding_backward(
     A, B = A.contiguous(), B.contiguous()
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
     grad_prompt = A.new_empty(*adapters, s, d)
-    grad_A, grad_B = ((x.new_empty if has_update else x.new_zeros)(x.shape, dtype=A.dtype) for x in (A, B))
+    grad_A, grad_B = ((x.new_empty if has_update else x.new_zeros)(*x.shape, dtype=A.dtype) for x in (A, B))
     tensors = (grad_output, found, A, B, adapter_ids)
     strides = grad_output.stride()
     first, last, parts_A, parts_B = _backward(
