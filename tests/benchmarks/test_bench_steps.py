@@ -42,7 +42,7 @@ def test_what_a_call_costs_beside_what_it_runs(record: Record) -> None:
     nothing = {row["provider"]: row for row in rows if row["case"] == "steps/call of nothing"}
     assert nothing["operator"]["overhead"]["median"] > 0
     assert "overhead" not in nothing["implementation"]
-    assert len(rows) == 2 * 6
+    assert len(rows) == 2 * 8
 
 
 def test_a_record_holds_no_path_and_every_unit_once(record: Record) -> None:
