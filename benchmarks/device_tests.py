@@ -21,48 +21,42 @@ LIMIT = 60.0  # seconds of one test
 MAX_ATTEMPTS = 2  # of a test whose process died
 KERNELS = "tests/kernels/triton_kernels"
 
-# pytest's arguments by table of cases. What is marked `gpu` lies in other folders, too.
+MARKED = "marked"  # the group of the tests that lie in other folders
 REDUCED = ("--noconftest", "tests/benchmarks/test_bench_counts.py")
 
 
-def run_tests(record: Record, about: Row, table: str, share: int, shares: int, files: tuple[str, ...] = ()) -> bool:
-    """Runs the tests of share number `share` that `record` lacks; returns whether all have ended.
+def run_tests(record: Record, about: Row, table: str, group: str = "", files: tuple[str, ...] = ()) -> bool:
+    """Runs the tests of a group that `record` lacks; returns whether all have ended.
 
     Args:
-        about: `measured_with` of the device, which every row gets. files: pytest's arguments in place of the table's.
+        about: `measured_with` of the device, which every row gets.
+        group: the share of the kernels' tests, such as `3/8`; `MARKED`: the tests marked `gpu` in other folders.
+        files: pytest's arguments in place of the group's.
     """
-    rows = Rows(record, about, table, share, shares)
+    share, _, shares = group.partition("/") if group and group != MARKED else ("1", "", "1")
+    rows = Rows(record, about, table, int(share) - 1, int(shares))
     # A package that is not here makes a file fail to be collected, which is a row, and not the end.
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        code = pytest.ExitCode(pytest.main([*options, *(files or arguments(table))], plugins=[rows]))
+        code = pytest.ExitCode(pytest.main([*options, *(files or arguments(table, group))], plugins=[rows]))
     if not rows.has_collected:
         last = "\n".join(printed.getvalue().splitlines()[-15:])
-        with record.unit("tests/collection") as add:
-            about = {"section": "tests", "case": "tests/collection", "provider": "all", **about}
-            add(
-                {
-                    **about,
-                    "status": "failed",
-                    "reason": f"no test was found (pytest ended with {code!r})",
-                    "output": last,
-                }
-            )
-        print(f"no test was found:\n{last}", flush=True)
+        reason = f"no test was found (pytest ended with {code!r})"
+        rows.write("collection", "failed", reason, output=last)
+        print(f"{reason}:\n{last}", flush=True)
     return not rows.is_device_broken and code != pytest.ExitCode.INTERNAL_ERROR
 
 
-def arguments(table: str) -> tuple[str, ...]:
-    """Returns pytest's arguments: the Triton tests, and the files that have a test marked `gpu`."""
+def arguments(table: str, group: str) -> tuple[str, ...]:
+    """Returns pytest's arguments. Files of other folders are no matter of the kernels' sessions: tests import their
+    folder's `conftest` by that name, of which there is one a process.
+    """
     if table == "reduced":
         return REDUCED
-    if table == "rehearsal":
-        return (KERNELS, "--compile-only", "sm_90")
-    marked = [
-        path for path in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in path.read_text(encoding="utf-8")
-    ]
-    others = [str(path.relative_to(ROOT)) for path in marked if ROOT / KERNELS not in path.parents]
-    return (KERNELS, *others)
+    if group != MARKED:
+        return (KERNELS, *(("--compile-only", "sm_90") if table == "rehearsal" else ()))
+    files = (path for path in sorted(ROOT.glob("tests/**/test_*.py")) if ROOT / KERNELS not in path.parents)
+    return tuple(str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text(encoding="utf-8"))
 
 
 class Rows:
@@ -80,12 +74,12 @@ class Rows:
         left = [item for item in chosen if not is_finished(ended.get(unit_of(item.nodeid)))]
         for item in [item for item in left if attempts[unit_of(item.nodeid)] >= MAX_ATTEMPTS]:
             left.remove(item)
-            self._write(item.nodeid, "failed", f"the process ended {MAX_ATTEMPTS} times while running it")
+            self.write(item.nodeid, "failed", f"the process ended {MAX_ATTEMPTS} times while running it")
         items[:] = left
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed and not self.share:
-            self._write(report.nodeid, *_failure(report))
+            self.write(report.nodeid, *_failure(report))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
@@ -107,15 +101,17 @@ class Rows:
         self.reports.append(report)
 
     def _is_wanted(self, item: Any) -> bool:
-        here = self.table == "reduced" or KERNELS in item.path.as_posix()
-        return here or item.get_closest_marker("gpu") is not None
+        if self.table == "reduced" or KERNELS in item.path.as_posix():
+            return True
+        return self.table == "gpu" and item.get_closest_marker("gpu") is not None
 
     def _described(self, nodeid: str) -> Row:
         return {"section": "tests", "case": unit_of(nodeid), "provider": "all", **self.about}
 
-    def _write(self, nodeid: str, status: str, reason: str) -> None:
+    def write(self, nodeid: str, status: str, reason: str, **more: str) -> None:
+        """Writes the unit of a test that does not run."""
         with self.record.unit(unit_of(nodeid)) as add:
-            add({**self._described(nodeid), "status": status, "reason": reason})
+            add({**self._described(nodeid), "status": status, "reason": reason, **more})
 
 
 def unit_of(nodeid: str) -> str:

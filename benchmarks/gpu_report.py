@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels/torch-ext"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.device_tests import MARKED
 from benchmarks.processes import Job, environment, run_jobs, start, stop
 from benchmarks.record import (
     RECORD_NAME,
@@ -72,7 +73,8 @@ class Section:
         if self.grouped and table != "reduced":
             return list(dict.fromkeys(work.group for work in works_of(self.suite, table, device)))
         if self.processes > 1 and not self.grouped:
-            return [f"{share}/{self.at_once}" for share in range(1, self.at_once + 1)]
+            shares = [f"{share}/{self.at_once}" for share in range(1, self.at_once + 1)]
+            return shares if table == "reduced" else [*shares, MARKED]
         return [""]
 
 

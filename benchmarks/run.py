@@ -75,8 +75,7 @@ def main() -> None:
     if arguments.suite == "tests":
         from .device_tests import run_tests
 
-        share, _, shares = arguments.group.partition("/")
-        if not run_tests(record, about, table, int(share or 1) - 1, int(shares or 1), tuple(arguments.only or ())):
+        if not run_tests(record, about, table, arguments.group, tuple(arguments.only or ())):
             raise SystemExit(1)  # to be begun again: the rest cannot run in this process
         left = 0
     else:

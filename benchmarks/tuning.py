@@ -22,7 +22,7 @@ from ept_kernels.library import launcher_of
 
 from .record import ROOT, Row, Work
 
-GOAL_WIDTH = "4096"  # of the sizes that the goals speak of: they are tuned first
+GOAL_SIZES = {"4096", str(4096 * 4096), str(14336 * 4096)}  # widths, and weights' elements, of cases with a goal
 SAMPLES = 15
 
 _winners = contextlib.ExitStack()  # later kernels are measured with what has won, as the tuner does
@@ -30,10 +30,15 @@ _winners = contextlib.ExitStack()  # later kernels are measured with what has wo
 
 def works_of(table: str, device: str) -> list[Work]:
     """Returns every tunable kernel as a unit, what has a goal first."""
-    found = sorted(tune.tunables(table == "reduced", device), key=lambda t: GOAL_WIDTH not in t.key.split("x"))
+    found = sorted(tune.tunables(table == "reduced", device), key=lambda tunable: not has_goal(tunable))
     measure = rehearsed if table == "rehearsal" else tuned
     works = [Work(f"tune/{t.kernel} {t.key}", partial(measure, t, torch.device(device)), limit=90) for t in found]
     return works if device == "cuda" or table == "rehearsal" else []
+
+
+def has_goal(tunable: Tunable) -> bool:
+    """Tells whether a goal speaks of the kernel at that size."""
+    return "packed" not in tunable.kernel and not GOAL_SIZES.isdisjoint(tunable.key.split("x"))
 
 
 def tuned(tunable: Tunable, device: torch.device) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_report, performance_page, processes, record, shapes, tables
+from benchmarks import device_tests, gpu_report, performance_page, processes, record, shapes, tables
 from benchmarks import run as benchmarks_run
 from benchmarks.gpu_report import PLAN
 from benchmarks.processes import Job, run_command, run_jobs
@@ -28,7 +29,7 @@ def fixed_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 
 STARTED = """
 import sys
-from benchmarks import gpu_report, record
+from benchmarks import device_tests, gpu_report, record
 record.source_fingerprint = lambda: "fixed"
 sys.argv = {arguments!r}
 gpu_report.main()
@@ -132,6 +133,19 @@ for module in ("benchmarks.device_tests", "benchmarks.gpu_report", "ept.profile.
 def test_the_report_needs_no_package_that_a_gpu_host_may_lack() -> None:
     row = run_command([sys.executable, "-c", WITHOUT], processes.environment(), seconds=120)
     assert row["status"] == "ok", row["output"]
+
+
+@pytest.mark.parametrize("group", ["1/8", device_tests.MARKED])
+def test_every_session_of_tests_is_collected_without_what_a_gpu_host_may_lack(group: str) -> None:
+    """One session a group: two folders' `conftest` in one process would hide each other."""
+    found = device_tests.arguments("rehearsal", group)
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('bitsandbytes', 'datasets', 'pydantic'))); import pytest; "
+    options = ("-q", "--collect-only", "--continue-on-collection-errors", "-p", "no:cacheprovider")
+    command = [sys.executable, "-c", f"{blocked} sys.exit(pytest.main({[*options, *found]!r}))"]
+    done = subprocess.run(command, cwd=ROOT, env=processes.environment(), capture_output=True, text=True)
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("E  ") and "Error" in line]
+    assert all("halted; None in sys.modules" in line for line in wrong), done.stdout
+    assert re.search(r"\d+ tests collected", done.stdout), done.stdout + done.stderr
 
 
 def test_a_suite_whose_file_cannot_be_imported_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
