@@ -339,6 +339,14 @@ class RMSNorm(Problem):
     residual: bool = False
     operator: str = field(default="rms_norm", kw_only=True)
 
+    @property
+    def small(self) -> RMSNorm:
+        return replace(self, rows=min(self.rows, 64))
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Allows three roundings: of the sum, of the normalised rows, and of these times the weight."""
+        return 3 * super().tolerance(dtype)
+
     def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
         g = torch.Generator(device).manual_seed(seed)
         x, other, residual = (normal(g, 1, self.rows, self.d).to(self.dtype) for _ in range(3))
@@ -372,6 +380,10 @@ class Rotary(Problem):
     interleaved: bool = False
     is_backward: bool = False
     operator: str = field(default="rotary", kw_only=True)
+
+    @property
+    def small(self) -> Rotary:
+        return replace(self, n=min(self.n, 16))
 
     def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
         g = torch.Generator(device).manual_seed(seed)

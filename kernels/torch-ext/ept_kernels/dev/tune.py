@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .. import launch
 from ..four_bit import dequantize, paths, splits
+from ..frozen import launchers as frozen
 from ..joint_prompt import launchers as joint_prompt
 from ..launch import Config, Size, padded
 from ..library import launcher_of
@@ -45,10 +46,13 @@ from .problems import (
     T5_BASE,
     T5_BASE_JOINT,
     WEIGHTS,
+    Activation,
     FourBit,
     JointPrompt,
     Problem,
     PromptedEmbedding,
+    RMSNorm,
+    Rotary,
     as_tuple,
     largest,
 )
@@ -100,6 +104,7 @@ def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list
         *_prompted_embedding(reduced),
         *_joint_prompt(reduced, torch.device(device)),
         *_four_bit(reduced, torch.device(device)),
+        *_frozen(reduced),
     ]
     most = {"joint": 1} if reduced else {}
     return [replace(t, candidates=t.candidates[: most.get(t.kernel[:5], 2)]) for t in found] if reduced else found
@@ -201,6 +206,29 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
                 candidates=[{"PATH": path} for path, is_there in there.items() if is_there],
                 problem=replace(p, tokens=(count,), dtype=of_tokens),
             )
+
+
+_ROWS = grid(TILE=(2048, 4096, 8192), num_warps=(4, 8))
+_ELEMENTS = grid(BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
+
+
+def _frozen(reduced: bool) -> Iterator[Tunable]:
+    """Lists the frozen model's element-wise kernels, at the rows of a training step of known models."""
+    # Under the interpreter bfloat16 is truncated.
+    tokens, dtype = (3, torch.float16) if reduced else (8 * 296, torch.bfloat16)
+    norms = [RMSNorm(tokens, d, dtype=dtype) for d in ((20,) if reduced else (768, 4096))]
+    turned = Rotary(1, n=tokens, dtype=dtype) if reduced else Rotary(8, 32, 32, 296, 128, 128, dtype)
+    gated, relu = (
+        Activation((tokens, 40 if reduced else 11008), dtype=dtype, operator=o) for o in ("gated_activation", "relu")
+    )
+    of_all = [
+        *((p, (p.d,), _ROWS) for norm in norms for p in (norm, norm.backward)),
+        (turned, (turned.width,), grid(BLOCK_H=(4, 8, 16, 32), num_warps=(4, 8))),
+        *((p, (1,), _ELEMENTS) for problem in (gated, relu) for p in (problem, problem.backward)),
+    ]
+    for problem, size, candidates in of_all:
+        default = frozen.heuristic(problem.operator, size[0])
+        yield Tunable(launch.key(problem.operator, dtype), size, default, candidates, problem)
 
 
 def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict[str, Any]:

@@ -86,12 +86,11 @@ def _rms_norm_backward(
 
 
 def _rows(kernel: str, shape: Size, dtype: torch.dtype, device: torch.device) -> tuple[Size, Size, dict[str, Any]]:
-    """Chooses how many rows a program takes, and the warps that share them."""
+    """Chooses how many rows a program takes."""
     *lead, d = shape
     config = dict(_chosen(kernel, d, dtype, device))
     width, rows = triton.next_power_of_2(max(d, 1)), math.prod(lead)
     block = max(1, config.pop("TILE") // width)
-    config["num_warps"] = min(32, config["num_warps"] * max(1, width // ROW_OF_FEW_WARPS))
     return (triton.cdiv(rows, block),), (rows, d), {"BLOCK_ROWS": block, "BLOCK_D": width, **config}
 
 
@@ -189,4 +188,12 @@ def _flat(
 
 @cached_choice
 def _chosen(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> Config:
-    return config_for(key(kernel, dtype), max(size, 1), device, CONFIGS[kernel])
+    return config_for(key(kernel, dtype), max(size, 1), device, heuristic(kernel, size))
+
+
+def heuristic(kernel: str, size: int) -> Config:
+    """Chooses meta-parameters of `kernel` where nothing was measured; `size` is the width of a norm's rows."""
+    config = dict(CONFIGS[kernel])
+    if "TILE" in config:
+        config["num_warps"] = min(32, config["num_warps"] * max(1, size // ROW_OF_FEW_WARPS))
+    return config
