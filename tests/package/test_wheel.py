@@ -68,7 +68,7 @@ def test_requirements(metadata: Message) -> None:
     assert "peft>=0.21" in always
     assert any(line.startswith("triton>=3.4;") and "Linux" in line for line in always)
     assert not any(line.startswith("kernels") for line in required), "Hugging Face's kernels must stay optional"
-    assert set(metadata.get_all("Provides-Extra") or []) == {"dev", "demo", "ray", "tensorboard"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"dev", "demo", "ray", "tensorboard", "text"}
 
 
 def test_console_script(wheel: zipfile.ZipFile) -> None:
