@@ -18,7 +18,7 @@ from typer import Argument, Option
 SET: Any = Option(None, "--set", metavar="KEY=VALUE", help="Set one dotted key, e.g. method.r=30. Repeatable.")
 DATA: Any = Argument(
     None,
-    metavar="[DATA]",
+    metavar="DATA",
     help="A file (csv, tsv, jsonl, json, parquet), a folder, a task's name, or a name on the hub.",
 )
 MODEL: Any = Option(None, metavar="NAME", help="The base model, a folder or hub name (model.name_or_path).")
