@@ -29,7 +29,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test aot compile-only warm lint format ray bench gpu rehearse wheel clean tune local-kernel lowest fuzz nightly suite-against config-page \
-	integrations peft-tests bitsandbytes-tests
+	integrations peft-tests bitsandbytes-tests models
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -115,10 +115,13 @@ peft-tests: $(if $(PEFT),$(VENV)/.installed,$(VENV)/peft-sources) ## PEFT's own 
 bitsandbytes-tests: $(VENV)/.installed ## bitsandbytes' own tests of its 4-bit layer, with its layer and with ours (BITSANDBYTES=CHECKOUT)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/integrations/bitsandbytes_suite.py $(BITSANDBYTES)
 
+models: $(VENV)/.installed ## docs/models.md: every text class of transformers at a tiny size, right or refused; fails where one is wrong
+	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python tests/model/classes.py --page docs/models.md
+
 nightly: ## the suite against the lowest supported and the newest versions, each in an environment of its own; other libraries
 	$(MAKE) suite-against VENV=$(VENV)-lowest VERSIONS="-c constraints-lowest.txt"
 	$(MAKE) suite-against VENV=$(VENV)-newest VERSIONS=--upgrade
-	$(MAKE) integrations peft-tests
+	$(MAKE) integrations peft-tests models
 
 suite-against:
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

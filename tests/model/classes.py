@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,10 @@ def tiny(model_type: str, name: str, **changes: Any) -> Any:
     raise errors[0]
 
 
-def trial(kind: str, model_type: str, name: str) -> Outcome:
+def trial(kind: str, model_type: str, name: str, **changes: Any) -> Outcome:
     """Puts an adapter on a tiny model of the class, and compares."""
     try:
-        bare = tiny(model_type, name)
+        bare = tiny(model_type, name, **changes)
     except Exception as error:
         return Outcome(name, kind, "unbuilt", _line(error))
     texts = plain_texts(bare.config)
@@ -219,26 +220,97 @@ def _line(error: Exception) -> str:
     return text[0][:300]
 
 
+MEANINGS = {
+    "pass": "right: without prompt and update the bare model's answer; a row alone as in a batch padded on either side",
+    "unpadded": "right for rows of one length; others are refused",
+    "refused": "refused when it is wrapped",
+    "unbuilt": "not tried: its configuration's defaults make no model that runs on ids alone",
+}
+
+
+INTRODUCTION = """# Models
+
+A model is asked how it reads its input, nothing is guessed from names. When it is wrapped, a random copy of its class
+and configuration, with few layers and small widths, reads a few tokens as ids and as embeddings, alone and padded on
+either side, with and without rows in front. What agrees is how the model is called (`ept/model/reading.py`); where
+nothing does, wrapping it ends in one sentence. A model of which no copy can be made is asked itself.
+
+The outputs decide the task: `SEQ_2_SEQ_LM`, `CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`,
+`FEATURE_EXTRACTION`. The last three give outputs for the text's own columns, without the prompt's rows; the answer's
+ends are sought among these, and a pooled output is made of them. `SEQ_CLS` pools what the model pools, the prompt's
+first row in most encoders, as in PEFT.
+
+Arguments with an entry a token (`token_type_ids`, `bbox`, `langs`, `global_attention_mask`) follow the tokens; others
+that might, images and sounds among them, are refused by name, while the text of such a model is read.
+
+`make models` tries every text class that transformers exports, here {version}, at a tiny random size, and draws this
+page: {totals}.
+"""
+
+
+def page(outcomes: list[Outcome]) -> str:
+    """Draws the page of all classes."""
+    counts = Counter((outcome.kind, outcome.result) for outcome in outcomes)
+    total = Counter(outcome.result for outcome in outcomes)
+    columns = (*MEANINGS, "wrong")
+    lines = [
+        INTRODUCTION.format(version=transformers.__version__, totals=", ".join(f"{total[r]} {r}" for r in columns)),
+        *(f"* **{result}**: {meaning}" for result, meaning in MEANINGS.items()),
+        "",
+        f"| classes | {' | '.join(columns)} |",
+        f"|---|{'---:|' * len(columns)}",
+        *(f"| {kind} | {' | '.join(str(counts[kind, result]) for result in columns)} |" for kind in KINDS),
+        "",
+    ]
+    for result, meaning in MEANINGS.items():
+        lines += [f"## {result.capitalize()}", "", f"{meaning[0].upper()}{meaning[1:]}.", ""]
+        chosen = [outcome for outcome in outcomes if outcome.result == result]
+        if result == "pass":
+            for kind in KINDS:
+                names = [outcome.name for outcome in chosen if outcome.kind == kind and not outcome.detail]
+                lines += [f"**{kind}** ({len(names)}): {', '.join(names)}", ""]
+            lines += ["With a note:", ""]
+            chosen = [outcome for outcome in chosen if outcome.detail]
+        lines += ["| class | why |", "|---|---|"]
+        for outcome in chosen:
+            why = outcome.detail.replace(f"{outcome.name} ", "").replace("|", "\\|")
+            lines.append(f"| {outcome.name} | {why[:160]} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="classes, or parts of their names; none: all")
     parser.add_argument("--kind", choices=KINDS)
+    parser.add_argument(
+        "--records", type=Path, help="a file of JSON lines, which is added to; known classes are left out"
+    )
     parser.add_argument("--page", type=Path, help="the page to write")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    outcomes = []
+    outcomes: dict[str, Outcome] = {}
+    if arguments.records and arguments.records.exists():
+        known = (Outcome(**json.loads(line)) for line in arguments.records.read_text(encoding="utf-8").splitlines())
+        outcomes = {outcome.name: outcome for outcome in known}
     for kind, model_type, name in text_classes():
-        if arguments.names and not any(part in name for part in arguments.names):
+        asked_for = not arguments.names or any(part in name for part in arguments.names)
+        if name in outcomes or not asked_for or arguments.kind not in (None, kind):
             continue
-        if arguments.kind in (None, kind):
-            try:
-                outcomes.append(trial(kind, model_type, name))
-            except Exception as error:
-                outcomes.append(Outcome(name, kind, "wrong", f"{type(error).__name__}: {_line(error)}"))
-            print(*(getattr(outcomes[-1], field) for field in ("name", "result", "detail")), flush=True)
-    print(dict(Counter(outcome.result for outcome in outcomes)))
-    sys.exit(any(outcome.result == "wrong" for outcome in outcomes))
+        try:
+            outcomes[name] = trial(kind, model_type, name)
+        except Exception as error:
+            outcomes[name] = Outcome(name, kind, "wrong", f"{type(error).__name__}: {_line(error)}")
+        print(name, outcomes[name].result, outcomes[name].detail, flush=True)
+        if arguments.records:
+            with arguments.records.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(outcomes[name])) + "\n")
+    print(dict(Counter(outcome.result for outcome in outcomes.values())))
+    if arguments.page:
+        order = {name: number for number, (_, _, name) in enumerate(text_classes())}
+        arguments.page.write_text(page(sorted(outcomes.values(), key=lambda o: order[o.name])), encoding="utf-8")
+    sys.exit(any(outcome.result == "wrong" for outcome in outcomes.values()))
 
 
 if __name__ == "__main__":
