@@ -62,8 +62,9 @@ compile-only: $(VENV)/.installed ## the Triton tests on their way on an H100, co
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels --compile-only sm_90 $(TEST_ARGS)
 
 warm: $(VENV)/.installed ## every kernel of tests, tuner and benchmarks for an H100, packed for the cache of a machine that has one
-	$(VENV)/bin/python -m ept_kernels.dev.aot --warm build/ept-sm90 --target sm_90 \
-		--then "$(VENV)/bin/python -m pytest -q tests/kernels/triton_kernels --compile-only sm_90"
+	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m ept_kernels.dev.aot --warm build/ept-sm90 --target sm_90 \
+		--then "$(VENV)/bin/python -m pytest -q tests/kernels/triton_kernels --compile-only sm_90" \
+		--then "$(VENV)/bin/python benchmarks/gpu_report.py --rehearse --fresh --minutes 30 --output build/warm.jsonl"
 
 # Another triton: `pip install --no-deps --target FOLDER triton==VERSION`, then `make aot TRITON_PATH=FOLDER`.
 aot: $(VENV)/.installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942; fails on spills

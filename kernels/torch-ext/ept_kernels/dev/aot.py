@@ -233,7 +233,9 @@ def main() -> None:
     parser.add_argument("--candidates", action="store_true", help="also every configuration that the tuner may try")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiled at a time; all processors")
     parser.add_argument("--warm", type=Path, metavar="FOLDER", help="fill a kernel cache for one target, and pack it")
-    parser.add_argument("--then", metavar="COMMAND", help="run with that cache before it is packed, and add to it")
+    parser.add_argument(
+        "--then", metavar="COMMAND", action="append", default=[], help="run with that cache before it is packed"
+    )
     parser.add_argument("--unpack", type=Path, metavar="FILE", help="put a packed cache into this machine's")
     arguments = parser.parse_args()
     targets = arguments.targets.split(",")
@@ -248,10 +250,10 @@ def main() -> None:
         if len(targets) > 1:
             raise SystemExit("--warm is for one target: add --target sm_90, or another of " + ", ".join(TARGETS))
         count = fill(arguments.warm, targets[0], arguments.only, arguments.jobs)
-        failed = subprocess.run(shlex.split(arguments.then)).returncode if arguments.then else 0
+        failed = [command for command in arguments.then if subprocess.run(shlex.split(command)).returncode]
         archive = warm.pack(arguments.warm, targets[0])
         print(f"{count} compiled for {targets[0]}; {archive} has {archive.stat().st_size / 1e6:.1f} MB")
-        sys.exit(failed)
+        sys.exit("\n".join(f"failed, so that kernels may be missing: {command}" for command in failed) or 0)
 
     def compiled(cases_of: Callable[[str], list[Case]]) -> list[dict[str, Any]]:
         # Launchers choose alike for all targets of one backend.
