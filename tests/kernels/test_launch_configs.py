@@ -143,3 +143,23 @@ def test_shipped_configurations_are_compiled_and_unknown_ones_refused(tmp_path, 
 @pytest.mark.parametrize("size, expected", [(0, 16), (1, 16), (16, 16), (17, 32), (64, 64), (65, 128)])
 def test_padded(size, expected):
     assert launch.padded(size) == expected
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype, known, expected",
+    [
+        ("cpu", torch.float32, True, "ieee"),
+        ("cuda", torch.bfloat16, False, "tf32"),
+        ("cuda", torch.float32, True, "bf16x6"),
+        ("cuda", torch.float32, False, "tf32x3"),
+        ("gfx942", torch.float16, False, "tf32"),
+        ("gfx942", torch.float32, False, "ieee"),
+        ("hip", torch.float16, True, "bf16x3"),
+        ("hip", torch.float16, False, "ieee"),
+    ],
+)
+def test_precision_is_one_that_the_device_and_this_triton_have(architecture, dtype, known, expected, monkeypatch):
+    """Triton 3.4 knows no products in pieces of bfloat16."""
+    monkeypatch.setattr(launch, "architecture", lambda device: architecture)
+    monkeypatch.setattr(launch, "_has_bfloat16_pieces", lambda: known)
+    assert launch.precision(dtype, torch.device("cpu")) == expected

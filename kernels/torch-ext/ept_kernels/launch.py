@@ -230,9 +230,19 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     found = architecture(device)
     if found not in ("cuda", "gfx942", "hip"):
         return "ieee"
-    if dtype == torch.float32:
-        return "bf16x6"
-    return "bf16x3" if found == "hip" else "tf32"
+    if dtype != torch.float32 and found != "hip":
+        return "tf32"
+    if not _has_bfloat16_pieces():
+        return "tf32x3" if found == "cuda" else "ieee"
+    return "bf16x6" if dtype == torch.float32 else "bf16x3"
+
+
+@functools.cache
+def _has_bfloat16_pieces() -> bool:
+    """Tells whether this Triton knows products in pieces of bfloat16; 3.4 does not."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return "bf16x6" in CUDAOptions.allowed_dot_input_precisions
 
 
 def all_registers(device: torch.device) -> Config:
