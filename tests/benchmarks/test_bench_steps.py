@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -62,6 +63,19 @@ def test_a_unit_that_does_not_exist_is_refused_with_the_names(
         run.main()
     assert "--only nonsense: choose from steps/t5-base, steps/bare, steps/options" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trace_gives_the_longest_kernels_and_how_busy_the_device_was(tmp_path: Path) -> None:
+    kernels = [("gemm", 0.0, 4.0), ("norm", 3.0, 2.0), ("gemm", 8.0, 2.0)]  # the second overlaps the first
+    events = [{"cat": "kernel", "name": name, "ts": 100 + ts, "dur": dur} for name, ts, dur in kernels]
+    trace = tmp_path / "trace.json"
+    trace.write_text(json.dumps({"traceEvents": [*events, {"cat": "cpu_op", "name": "mm", "ts": 0, "dur": 900}]}))
+    found = steps.kernels_of(trace)
+    assert (found["launches"], found["busy_fraction"]) == (3, pytest.approx(7 / 10))
+    assert [(k["name"], k["runs"]) for k in found["kernels"]] == [("gemm", 2), ("norm", 1)]
+    assert found["kernels"][0]["seconds"] == pytest.approx(6e-6)
+    trace.write_text(json.dumps({"traceEvents": []}))
+    assert steps.kernels_of(trace) == {}
 
 
 def test_a_method_measured_twice_is_named_so_the_second_time() -> None:

@@ -16,7 +16,7 @@ import torch
 from benchmarks import counts, operators, shapes
 from benchmarks.problems import Prepared, copies, prepare
 from benchmarks.record import ROOT
-from benchmarks.timing import Clock, ThreadClock, peak_bytes, ratio, summary, time_in_turn
+from benchmarks.timing import SPIN_HERTZ, Clock, DeviceClock, ThreadClock, peak_bytes, ratio, summary, time_in_turn
 
 CEILINGS = operators.Ceilings(1e9, {"float32": 1e9})
 TINY = next(case for case in shapes.reduced_cases() if case.kernel == "prompted_embedding")
@@ -55,6 +55,54 @@ def test_rounds_give_one_sample_each_and_pair_by_pair_a_ratio(clock: Clock) -> N
     assert [len(timing.samples) for timing in found.values()] == [6, 6]
     assert all(timing.clock == clock.name for timing in found.values())
     assert ratio(found["a"], found["b"])["median"] > 1
+
+
+class Stream:
+    """A device that works off a queue: every call takes it 3 ms, whatever the host takes to enqueue it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free_at = 0.0
+        stream = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = max(stream.free_at, time.perf_counter())
+
+            def query(self) -> bool:
+                return time.perf_counter() >= self.at
+
+            def elapsed_time(self, other: Event) -> float:
+                return 1e3 * (other.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.enqueue(cycles / SPIN_HERTZ))
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(torch.accelerator, "synchronize", self.wait)
+
+    def enqueue(self, seconds: float) -> None:
+        self.free_at = max(self.free_at, time.perf_counter()) + seconds
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.free_at - time.perf_counter()))
+
+
+def test_on_a_device_its_time_the_hosts_and_both_together_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(monkeypatch)
+
+    def call(_: int) -> None:
+        time.sleep(0.001)  # the host's work
+        stream.enqueue(0.003)
+
+    timing = time_in_turn({"only": call}, DeviceClock("cuda"), seconds=0.05)["only"]
+    assert timing.clock == "device events"
+    assert timing.host is not None
+    assert timing.call is not None
+    assert 0.0029 <= timing.median <= 0.01  # a busy machine leaves gaps
+    assert 0.001 <= timing.host < 0.02
+    assert timing.call >= 0.003
 
 
 def test_quantiles_are_those_between_the_samples() -> None:
