@@ -7,7 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import launches_of, mostly_untouched, rounding
+from tiny_models import make_model
 
+from ept.model.frozen import restore_frozen, swap_frozen
+from ept_kernels import launch
 from ept_kernels.dev.problems import Activation, RMSNorm, Rotary, as_tuple, in_float64
 from ept_kernels.frozen import launchers as kernels
 from ept_kernels.library import reference_of
@@ -125,3 +128,19 @@ def test_rows_beyond_two_to_the_31_elements(device):
     cos, sin = (torch.full((1, 1, width), value) for value in (0.0, 1.0))
     turned, _ = kernels.rotary(q, q[:1], cos, sin)
     torch.testing.assert_close(turned, torch.cat([-q[..., 2:], q[..., :2]], -1))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_whole_models_step_on_the_kernels(name, device):
+    model = make_model(name).to(device).requires_grad_(False)
+    embeds = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    labels = torch.arange(10, device=device).view(2, 5)
+    results = []
+    for change in (swap_frozen, restore_frozen):
+        assert change(model) > 0
+        before = launch.launches()
+        output = model(inputs_embeds=embeds, labels=labels)
+        results.append((output.logits, *torch.autograd.grad(output.loss, [embeds])))
+        assert (launch.launches() > before) == (change is swap_frozen)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
