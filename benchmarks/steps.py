@@ -290,6 +290,9 @@ def _options(batch: int, length: int, dtype: torch.dtype, layers: int | None, de
     yield SMOLLM2, "buckets of 32 tokens", "training.pad_to_multiple_of=32", many, buckets
 
     yield SMOLLM2, FUSED, FAST_FROZEN, *_unfused_and_fused(base, one)
+    nothing, _ = _unfused_and_fused(base, steps(varied, all_logits=True, **fixed))
+    _, everything = _unfused_and_fused(base, steps(grouped))
+    yield SMOLLM2, "label-only logits, grouped rows and fused modules together", "all three", nothing, everything
 
     compile_layers(base)
 
