@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.errors import TritonError
 
 from ept_kernels.dev import compile_only, warm
+from ept_kernels.frozen import launchers as frozen
 
 
 @triton.jit
@@ -119,3 +120,10 @@ def test_a_cache_that_would_not_be_found_is_refused(change, message, tmp_path, m
         archive = warm.pack(tmp_path / "warm", "sm_90")
     with pytest.raises(ValueError, match=message):
         warm.unpack(archive)
+
+
+@pytest.mark.parametrize("width", [1, 768, 2048, 5120, 6144, 7168, 12000, 16384])
+def test_norms_of_any_width_ask_for_a_number_of_warps_that_there_is(width):
+    """The interpreter takes any number, a compiler powers of two."""
+    for kernel in ("rms_norm", "rms_norm_backward"):
+        assert frozen.heuristic(kernel, width)["num_warps"] in (4, 8, 16, 32)

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, Prepared, Size, cached_choice, config_for, key, kinds, on_device
+from ..launch import Config, Prepared, Size, cached_choice, config_for, key, kinds, on_device, padded
 from .activation import gated_activation_backward_kernel, gated_activation_kernel, relu_backward_kernel, relu_kernel
 from .norm import rms_norm_backward_kernel, rms_norm_kernel
 from .reference import FORMS, rms_norm_backward_reference, rms_norm_reference
@@ -195,5 +195,5 @@ def heuristic(kernel: str, size: int) -> Config:
     """Chooses meta-parameters of `kernel` where nothing was measured; `size` is the width of a norm's rows."""
     config = dict(CONFIGS[kernel])
     if "TILE" in config:
-        config["num_warps"] = min(32, config["num_warps"] * max(1, size // ROW_OF_FEW_WARPS))
+        config["num_warps"] = min(32, config["num_warps"] * max(1, padded(size) // ROW_OF_FEW_WARPS))
     return config
