@@ -107,7 +107,7 @@ integrations: $(VENV)/integrations ## TRL, lm-eval, optuna, ONNX: every block of
 
 # The sources of the installed version, which hold its tests; PEFT=CHECKOUT takes another one's.
 $(VENV)/peft-sources: $(VENV)/.installed
-	$(PIP) download --quiet --no-deps --no-binary :all: -d $@ peft==$$($(VENV)/bin/python -c "import peft; print(peft.__version__)")
+	$(PIP) download --quiet --no-deps --no-binary :all: -d $@ peft==$$($(VENV)/bin/python -c "from importlib.metadata import version; print(version('peft'))")
 	tar -xzf $@/peft-*.tar.gz -C $@ --strip-components 1
 
 peft-tests: $(if $(PEFT),$(VENV)/.installed,$(VENV)/peft-sources) ## PEFT's own tests of prompt tuning, with EPT in its place (PEFT=CHECKOUT)
