@@ -73,7 +73,14 @@ def generation_of(model: Any, facts: BaseModelFacts) -> str | None:
     Returns:
         `"mask"` if it counts positions from the mask, `"positions"` if these have to be given; None: it does not.
     """
-    return _once("generation", model, lambda model: _asked(model, lambda subject: subject.generation(facts)))
+
+    def ask(model: Any) -> str | None:
+        try:
+            return _asked(model, lambda subject: subject.generation(facts))
+        except _CannotBeAsked:
+            return None
+
+    return _once("generation", model, ask)
 
 
 def _once(question: str, model: Any, ask: Callable[[Any], Any]) -> Any:
@@ -99,19 +106,14 @@ def _ask(model: Any) -> BaseModelFacts:
 def _asked(model: Any, question: Callable[[Subject], Any]) -> Any:
     """Puts a question to the first copy of `model` that can be made and run; where there is none, to itself."""
     reasons = []
-    for attempt in ATTEMPTS:
+    for attempt in (*ATTEMPTS, None):
         try:
-            subject = Subject(miniature(type(model), model.config, *attempt))
-            break
+            subject = Subject(model if attempt is None else miniature(type(model), model.config, *attempt))
+            with subject.quiet():
+                return question(subject)
         except Exception as error:  # whatever a class may raise
             reasons.append(f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:200])
-    else:
-        try:
-            subject = Subject(model)
-        except Exception as error:
-            raise _CannotBeAsked(reasons[0]) from error
-    with subject.quiet():
-        return question(subject)
+    raise _CannotBeAsked(reasons[0])
 
 
 class _CannotBeAsked(Exception):

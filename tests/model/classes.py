@@ -145,7 +145,9 @@ def trial(kind: str, model_type: str, name: str, **changes: Any) -> Outcome:
             new = torch.cat([_generated(model, text[None], None) for text in texts])
             if not torch.equal(_generated(model, *padded(texts, "left")), new):
                 return Outcome(name, kind, "wrong", "generates otherwise when padded")
-        except ValueError as error:
+        except Exception as error:
+            if not isinstance(error, ValueError) and _can_generate(bare, texts[0]):
+                raise
             details.append(f"generate: {_line(error)}")
     return Outcome(name, kind, "unpadded" if refusals else "pass", "; ".join([*refusals[:1], *details]))
 
@@ -203,6 +205,14 @@ def _generated(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
     options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
     output = model.generate(ids, **({} if mask is None else {"attention_mask": mask}), **options)
     return output[:, -3:]
+
+
+def _can_generate(model: Any, text: Tensor) -> bool:
+    try:
+        _generated(model, text[None], None)
+    except Exception:
+        return False
+    return True
 
 
 def difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
