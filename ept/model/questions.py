@@ -20,6 +20,7 @@ from .base_model import input_embedding
 from .facts import TASK_TYPES, TOKEN_OUTPUTS, BaseModelFacts
 from .layout import APART, BEHIND, BESIDE, FRONT, arrangement, moved, moved_back, numbered
 
+WITHOUT_LANGUAGE_MODEL = "is an encoder-decoder without a language-model head: use the class for conditional generation"
 TOLERANCE = 1e-4  # of the largest value in the answer to a row alone; rounding leaves a hundredth of it
 _S, _SHORT, _LONG, _ANSWER = 3, 7, 11, 2  # rows in front, tokens of the two texts, tokens of a decoder
 
@@ -160,7 +161,7 @@ class Subject:
         if self.encoder_decoder:
             if logits[:2] == (1, _ANSWER) and len(logits) == 3:
                 return "SEQ_2_SEQ_LM"
-            return "is an encoder-decoder without a language-model head: use the class for conditional generation"
+            return WITHOUT_LANGUAGE_MODEL
         if shapes.get("start_logits") == shapes.get("end_logits") == (1, _SHORT):
             return "QUESTION_ANS"
         if len(logits) == 2 and logits[0] == 1:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .facts import BaseModelFacts
 from .miniature import ATTEMPTS, miniature
-from .questions import Subject
+from .questions import WITHOUT_LANGUAGE_MODEL, Subject
 
 _KEPT: dict[Any, Any] = {}  # answers in this process, by the question, the model's class and its configuration
 
@@ -100,6 +100,10 @@ def _ask(model: Any) -> BaseModelFacts:
     try:
         return _asked(model, lambda subject: subject.facts(facts))
     except _CannotBeAsked as error:
+        if (
+            getattr(model.config, "is_encoder_decoder", False) and not model.can_generate()
+        ):  # some look for an end token
+            return replace(facts, refusal=WITHOUT_LANGUAGE_MODEL)
         return replace(facts, refusal=f"cannot be asked how it reads its input, a copy of it fails ({error})")
 
 

@@ -80,6 +80,12 @@ class TwiceEmbedded(transformers.LlamaForCausalLM):
         return super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
 
+def test_a_classifier_that_looks_for_an_end_token_in_the_ids_is_refused():
+    model = transformers.BartForSequenceClassification(make_model("bart").config)
+    with pytest.raises(ValueError, match="is an encoder-decoder without a language-model head"):
+        get_ept_model(model, EPTConfig())
+
+
 def test_more_than_a_look_up_of_ids_is_refused():
     model = TwiceEmbedded(make_model("llama").config)
     with pytest.raises(ValueError, match="TwiceEmbedded needs input_ids beside embeddings"):
