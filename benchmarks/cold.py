@@ -1,4 +1,4 @@
-"""What a new process pays: compiling where no kernel cache has it, and the first step with and without such a cache.
+"""The price of a new process: compiling where no kernel cache has it, and the first step with and without such a cache.
 
 TRITON_CACHE_DIR=FOLDER python -m benchmarks.cold joint_prompt | step | layer      one of them, here, as JSON
 TRITON_CACHE_DIR=FOLDER python -m benchmarks.cold layer --rehearse      without a GPU: it compiles only

@@ -48,7 +48,7 @@ def rest_works(table: str, device: str) -> list[Work]:
 
 
 def _has_goal(case: Case, table: str) -> bool:
-    """Of the reduced cases the first of each kernel stands for those with a goal."""
+    """Tells whether a goal is set for the case; of the reduced ones, the first of each kernel stands for them."""
     if table == "reduced":
         return case == next(other for other in TABLES[table]() if other.kernel == case.kernel)
     return case.id in GOAL_IDS

@@ -16,7 +16,7 @@ _PROBES = ("a", "The text, as it is.", "1 2")
 
 
 class PromptText(NamedTuple):
-    """What to write around an input text: `before + text + after`, tokenised with `add_special_tokens`."""
+    """The text to write around an input text: `before + text + after`, tokenised with `add_special_tokens`."""
 
     before: str
     after: str

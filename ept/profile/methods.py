@@ -51,7 +51,7 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What an adapter's configuration is made of; a run's `MethodConfig` needs pydantic, a profile does not."""
+    """Settings of an adapter's configuration; a run's `MethodConfig` needs pydantic, which a profile does without."""
 
     name: str
     num_virtual_tokens: int

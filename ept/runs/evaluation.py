@@ -1,4 +1,4 @@
-"""What a model answered to a split: its scores, and what the scores alone do not show.
+"""The answers of a model to a split: their scores, and what the scores alone do not show.
 
 A model that gives one answer to every row can have a good accuracy; here it is called by its name.
 """

@@ -1,4 +1,4 @@
-"""What a score alone does not show: constant answers, chance, labels one by one, probabilities that mean nothing."""
+"""Facts that a score does not show: constant answers, chance, labels one by one, probabilities that mean nothing."""
 
 import math
 import random
@@ -30,7 +30,7 @@ def test_one_answer_to_all_rows_is_named():
 
 @pytest.mark.parametrize("right, worthless", [(310, True), (318, True), (340, False)])
 def test_a_score_within_chance_of_the_majority_is_worthless(right, worthless):
-    """Of 500 rows with 60 % of one label: two standard errors are 4.3 points."""
+    """Two standard errors are 4.3 points, on 500 rows with 60 % of one label."""
     references = [0] * 300 + [1] * 200
     answers = [*references[:right], *(1 - r for r in references[right:])]
     random.Random(0).shuffle(pairs := list(zip(answers, references)))
