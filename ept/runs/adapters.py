@@ -28,15 +28,15 @@ def load_untrained(
 ) -> PeftModel:
     """Loads the base model with a fresh adapter for `task`.
 
-    Its prompt starts from the task in a line, unless the configuration says else. An adapter of ours takes the task's
-    template and labels along.
+    With `prompt_tuning_init="TEXT"` and no text of its own, its prompt starts from the task in a line. An adapter of
+    ours takes the task's template and labels along.
     """
     base = load_base_model(config.model, task_type, task.num_outputs, int(tokenizer.pad_token_id))
     settings, method = config.method, METHODS[config.method.name]
-    text = task.summary(config.data.label_form)
-    if "prompt_tuning_init" in method.settable and settings.prompt_tuning_init is settings.init_from is None:
-        start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": settings.prompt_tuning_init_text or text}
-        settings = settings.model_copy(update=start)
+    text = ""
+    if settings.prompt_tuning_init == "TEXT" or settings.prompt_tuning_init_text:
+        text = settings.prompt_tuning_init_text or task.summary(config.data.label_form)
+        settings = settings.model_copy(update={"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": text})
     adapter = adapter_config(settings, base, task_type, max_length, config.seed)
     if isinstance(adapter, EPTConfig):
         adapter.template = task.template

@@ -22,10 +22,11 @@ _FUSION = frozenset({"fusion", "fusion_dim", "fusion_score_scale", "fusion_weigh
 _SPACES = frozenset({"num_spaces", "space_dim", "space_activation", "space_gate"})
 _TOKENS = frozenset({"num_virtual_tokens"})
 _OURS = _TOKENS | {"embedding_scale", "base_dropout", "init_from"}
-_PROMPT = _OURS | {"prompt_tuning_init", "prompt_tuning_init_text"}
+_START = frozenset({"prompt_tuning_init", "prompt_tuning_init_text"})
+_PROMPT = _OURS | _START
 _EPT = _PROMPT | _LOW_RANK | _FUSION | _SPACES | {"update", "prompt_scale_shift"}
 _EPT_ROLES: dict[str, Role] = {
-    **dict.fromkeys(("prompt", "U", "beta", "Z", "scale", "shift", "gain"), "prompt"),
+    **dict.fromkeys(("prompt", "U", "Z", "scale", "shift", "gain"), "prompt"),
     **dict.fromkeys(("D", "G", "W_q", "W_k", "W_in", "W_down", "W_up"), "map"),
 }
 
@@ -85,7 +86,9 @@ _ALL = (
     ),
     Method("adept", "ADePT", "adapters:ept", _PROMPT | {"r"}, 60, roles=_EPT_ROLES),
     Method("residual", "residual prompt tuning", "adapters:ept", _PROMPT | {"residual_dim"}, 100, roles=_EPT_ROLES),
-    Method("prompt-tuning", "PEFT prompt tuning", "peft_models:prompt_tuning", _TOKENS, 100, profiled_as="peft-pt"),
+    Method(
+        "prompt-tuning", "PEFT prompt tuning", "peft_models:prompt_tuning", _TOKENS | _START, 100, profiled_as="peft-pt"
+    ),
     Method("p-tuning", "PEFT p-tuning", "peft_models:p_tuning", _TOKENS, 20),
     Method("mpt", "PEFT multitask prompt tuning", "peft_models:prompt_tuning", _TOKENS, 100),
     Method("lora", "PEFT LoRA", "peft_models:lora", frozenset({"r", "alpha"}), 0),

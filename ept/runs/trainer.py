@@ -237,10 +237,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Makes the groups of the optimizer, each at the rate that fits what a step of Adam does to the embeddings.
 
-    * `prompt`, `U` and `beta`, which stand in the units of the prompt: `learning_rate`;
+    * `prompt` and `U`, which stand in the units of the prompt: `learning_rate`;
     * the maps `D`, `G`, `W_q`, `W_k`: `low_rank_learning_rate`/√d. A step changes each of a column's d entries by about
       the rate, and they add up: at the whole rate the gate saturates within some tens of steps;
-    * all others (`A`, `B`, heads), the last group: `low_rank_learning_rate`.
+    * all others (`A`, `B`, `beta`, heads), the last group: `low_rank_learning_rate`.
 
     The other parameters of the peers, as `Method.roles` says. PEFT's methods: all of the adapter at `learning_rate`,
     heads at `low_rank_learning_rate`.

@@ -58,11 +58,9 @@ def test_a_run_learns_and_leaves_its_results(runs: dict[str, Path], family: str)
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("rate", [0, 500], ids=["no rate", "a rate far too high"])
-def test_a_run_that_learned_nothing_is_called_so(
-    configure: Configure, rate: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rates = (f"training.learning_rate={rate}", f"training.low_rank_learning_rate={rate}")
+def test_a_run_that_learned_nothing_is_called_so(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rates are far too high: the update drowns the text."""
+    rates = ("training.learning_rate=500", "training.low_rank_learning_rate=500")
     results = train(configure("llama", *rates, "training.eval_steps=5", "training.max_steps=20"))
     shown = capsys.readouterr().err
     if results["constant"]:
@@ -136,8 +134,8 @@ def test_learning_rates_by_parameter(configure: Configure, family: str) -> None:
     groups = parameter_groups(run.model, 0.05, 0.03)
     names = {parameter: name.rpartition(".")[2] for name, parameter in run.model.named_parameters()}
     prompts, maps, others = ({names[parameter] for parameter in group["params"]} for group in groups)
-    assert (prompts, maps) == ({"prompt", "U", "beta"}, {"D", "G"})
-    assert others >= {"A", "B"}
+    assert (prompts, maps) == ({"prompt", "U"}, {"D", "G"})
+    assert others >= {"A", "B", "beta"}
     assert [group["lr"] for group in groups] == pytest.approx([0.05, 0.03 / 32**0.5, 0.03])
     counted = sum(p.numel() for group in groups for p in group["params"])
     assert counted == run.model.get_nb_trainable_parameters()[0]
@@ -158,8 +156,8 @@ def prompt_rows(run: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["pt", "dept", "ept", "adept", "residual", "prompt-tuning"])
-def test_every_prompt_starts_from_the_task_in_a_line(configure: Configure, method: str) -> None:
-    run = prepare(configure("llama", f"method.name={method}", "method.r=null"))
+def test_every_prompt_can_start_from_the_task_in_a_line(configure: Configure, method: str) -> None:
+    run = prepare(configure("llama", f"method.name={method}", "method.r=null", "method.prompt_tuning_init=TEXT"))
     assert run.task.summary() == "sentence: sentence 0 or 1"
     ids = run.tokenizer(run.task.summary(), add_special_tokens=False)["input_ids"]
     found = prompt_rows(run)
@@ -172,7 +170,7 @@ def test_prompt_from_another_text_or_none(configure: Configure) -> None:
     ids = run.tokenizer("the film was good", add_special_tokens=False)["input_ids"][: len(prompt_rows(run))]
     expected = run.model.get_input_embeddings().weight[ids]
     torch.testing.assert_close(prompt_rows(run)[: len(ids)], expected.detach())
-    sampled = prepare(configure("llama", "method.prompt_tuning_init=SAMPLE_VOCAB"))
+    sampled = prepare(configure("llama"))
     assert not torch.equal(prompt_rows(sampled)[0], prompt_rows(run)[0])
 
 
