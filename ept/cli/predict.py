@@ -37,16 +37,17 @@ def predict(
     if output is not None and output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists: --overwrite replaces it")
     with quiet():
-        from ept.runs.labelling import PREDICTION, check_output, label_rows, write_rows
+        from ept.runs.labelling import PREDICTION, check_output, label_rows, probability_columns, write_rows
         from ept.runs.predict import open_run
         from ept.tasks import read_rows
 
         if output is not None:
             check_output(output)
         rows = read_rows(file, encoding_of(set_)) if file is not None else [{"text": text} for text in texts or []]
-        labelled = label_rows(open_run(run_dir, set_ or []), rows, str(file or "text"), text_column)
+        run = open_run(run_dir, set_ or [])
+        labelled, probabilities = label_rows(run, rows, str(file or "text"), text_column), probability_columns(run.task)
         if output is not None:
-            write_rows(labelled, output)
+            write_rows(labelled, output, probabilities)
     left_out = sum(row[PREDICTION] is None for row in labelled)
     if left_out:
         print(f"{left_out:,} of {len(labelled):,} rows have no text or no label as their answer", file=sys.stderr)
@@ -55,7 +56,7 @@ def predict(
         return
     lines = []
     for row in labelled:
-        shares = " ".join(f"{name}={value:.3f}" for name, value in row.items() if name.startswith("p("))
-        text = row["text"] if "text" in row else {k: v for k, v in row.items() if k != PREDICTION and k[:2] != "p("}
+        shares = " ".join(f"{name}={row[name]:.3f}" for name in probabilities if name in row)
+        text = row.get("text", {k: v for k, v in row.items() if k not in (PREDICTION, *probabilities)})
         lines.append("\t".join([row[PREDICTION] or "(no label)", shares, repr(text)]))
     answer(json, labelled, *lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ from .predict import Predictor
 
 PREDICTION = "prediction"
 WRITERS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+def probability_columns(task: Task) -> list[str]:
+    """Names the columns that the probabilities of the task's labels go to, in their order."""
+    return [f"p({label})" for label in task.label_words]
 
 
 def label_rows(
@@ -47,8 +52,8 @@ def label_rows(
         given = [{missing[0]: row.get("text")} for row in rows]
     elif missing:
         task = local_task("{text}", list(task.label_words), max_length=task.max_length)
-    labels = task.label_words
-    taken = {PREDICTION, *(f"p({label})" for label in labels)} & rows[0].keys()
+    labels, columns = task.label_words, probability_columns(task)
+    taken = {PREDICTION, *columns} & rows[0].keys()
     if taken:
         raise ValueError(f"{source} has a column {sorted(taken)[0]!r} already: rename it")
     blank = {number for number, row in enumerate(given) if _is_blank(task, row)}
@@ -65,7 +70,7 @@ def label_rows(
         elif number not in blank:
             label, probabilities = next(answers)
             found[PREDICTION] = labels[label] if label >= 0 else None
-            found |= {f"p({name})": p for name, p in zip(labels, probabilities or ())}
+            found |= zip(columns, probabilities or ())
         labelled.append({**row, **found})
     return labelled
 
@@ -87,10 +92,10 @@ def _is_blank(task: Any, row: Mapping[str, Any]) -> bool:
     return False
 
 
-def write_rows(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+def write_rows(rows: Sequence[Mapping[str, Any]], file: Path, probabilities: Collection[str]) -> None:
     """Writes rows into a file of one of the kinds `WRITERS`; it appears whole or not at all.
 
-    A csv file has an empty field for None, and probabilities with six digits.
+    A csv file has an empty field for None, and the columns `probabilities` with six digits.
     """
     kind = file.suffix.lower()
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -105,7 +110,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
         writer = csv.DictWriter(text, columns, delimiter="\t" if kind == ".tsv" else ",", lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: f"{value:.6f}" if name.startswith("p(") else value for name, value in row.items()})
+            writer.writerow({name: f"{value:.6f}" if name in probabilities else value for name, value in row.items()})
         write_atomically(file, text.getvalue())
     else:
         lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]

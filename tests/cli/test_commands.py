@@ -157,12 +157,14 @@ def test_predict(runs: dict[str, Path], tmp_path: Path, family: str) -> None:
 def test_predict_keeps_every_row_and_column(runs: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """Rows without text too; and a row's answer does not depend on those beside it."""
     file, output = tmp_path / "rows.csv", tmp_path / f"out.{kind}"
-    file.write_text(f"id,sentence,note\n007,{GOOD},a\n008,,b\n009,{BAD},\n010, ,d\n", encoding="utf-8")
+    own = "p(x)"  # a column of the file's own that is called like a probability
+    file.write_text(f"id,sentence,note,{own}\n007,{GOOD},a,u\n008,,b,u\n009,{BAD},,u\n010, ,d,u\n", encoding="utf-8")
     shown = succeed("predict", runs["bert"], "--file", file, "--output", output)
     assert "4 rows in" in shown.stdout
     assert "2 of 4 rows have no text" in shown.stderr
     rows = read_rows(output)
     assert [row["id"] for row in rows] == ["007", "008", "009", "010"]
+    assert {row[own] for row in rows} == {"u"}
     assert [row["note"] or "" for row in rows] == ["a", "b", "", "d"]
     assert [row["prediction"] or None for row in rows] == ["positive", None, "negative", None]
     (alone,) = as_json("predict", runs["bert"], BAD)
