@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from ept import EPTConfig, get_ept_model
 
-pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval", reason="needs lm_eval: `make integrations` runs it")
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 

@@ -37,7 +37,7 @@ def test_there_are_blocks_of_each_library():
 def test_block_runs(title, continued, code, models, tmp_path, monkeypatch):
     needed = packages(code) | ({"onnxscript"} if "torch.onnx" in code else set())
     if missing := [name for name in sorted(needed) if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"needs {', '.join(missing)}")
+        pytest.skip(f"needs {', '.join(missing)}: `make integrations` runs it")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     if not continued:
         names_before.clear()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ept import EPTConfig, get_ept_model
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", reason="needs trl: `make integrations` runs it")
 
 COMPLETIONS = [
     {"prompt": "the film was very good", "completion": " yes"},
