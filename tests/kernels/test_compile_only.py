@@ -67,6 +67,7 @@ def test_a_launch_is_refused_as_by_the_gpu(kernel, target, options, grid, messag
 
 
 SCRIPT = """
+import os
 import ept_kernels
 from ept_kernels.dev import compile_only
 from ept_kernels.dev.problems import TokenAt
@@ -75,6 +76,8 @@ from triton import knobs
 compiled = []
 knobs.compilation.listener = lambda *, cache_hit, **rest: compiled.append(not cache_hit)
 driver = compile_only.activate("sm_90")
+knobs.propagate_env = False
+knobs.compilation.disable_line_info &= not os.environ.get("WITH_LINES")  # as they are on a GPU
 before = ept_kernels.launch.launches()
 for n in (5, 5, 6):
     ept_kernels.token_at(*TokenAt(n).inputs())
@@ -93,15 +96,20 @@ def run_in_a_process(**variables: str) -> list[str]:
 
 
 def test_a_packed_cache_serves_another_process_in_another_place(tmp_path, monkeypatch):
-    """The first process takes the operators' way on a GPU and compiles; the second finds everything compiled."""
+    """The first process takes the operators' way on a GPU and compiles without line numbers; the second, which would
+    compile with them, finds everything compiled.
+    """
     cold = run_in_a_process(TRITON_CACHE_DIR=str(tmp_path / "warm"), TRITON_STORE_BINARY_ONLY="1")
     assert cold == ["triton", "3", "token_at_kernel", "1"]
     archive = warm.pack(tmp_path / "warm", "sm_90")
-    assert {path.suffix for path in (tmp_path / "warm").glob("*/*")} == {".json", ".cubin"}
+    kept = {path.suffix: path.read_bytes() for path in (tmp_path / "warm").glob("*/*")}
+    assert set(kept) == {".json", ".cubin"}
+    assert b".text.token_at_kernel" in kept[".cubin"]
+    assert b"debug_line" not in kept[".cubin"]
     (tmp_path / "warm").rename(tmp_path / "gone")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "elsewhere"))
     assert warm.unpack(archive) == 1
-    assert run_in_a_process() == ["triton", "3", "token_at_kernel", "0"]
+    assert run_in_a_process(WITH_LINES="1") == ["triton", "3", "token_at_kernel", "0"]
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@
 
 From then on CPU tensors go through the launchers as those of such a GPU do. What is launched is compiled by Triton as a
 host with that GPU compiles it, for the same types, constants and divisible numbers, into the same cache under the same
-keys, and then refused where the GPU would refuse it: shared memory, threads, the grid. A spill is refused too. Nothing
-runs: results stay as they were allocated, and whoever compares values has to ask `active`.
+keys, though without the line numbers, two thirds of a binary. It is then refused where the GPU would refuse it: shared
+memory, threads, the grid. A spill is refused too. Nothing runs: results stay as they were allocated, and whoever
+compares values has to ask `active`.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -44,7 +46,8 @@ ARCHITECTURES = {"cuda": "cuda", "hip": "gfx942"}  # by backend: for which launc
 MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along each axis, on GPUs of NVIDIA
 
 _active: str | None = None
-_for_good = contextlib.ExitStack()  # never left
+_until_exit = contextlib.ExitStack()
+atexit.register(_until_exit.close)  # later, the modules that it asks are gone
 
 
 def activate(target: str) -> Driver:
@@ -56,7 +59,7 @@ def activate(target: str) -> Driver:
         RuntimeError: there is no such target, or the interpreter is in the way.
     """
     global _active
-    driver = _for_good.enter_context(driving(target))
+    driver = _until_exit.enter_context(driving(target))
     _active = target
     launch.act_as(ARCHITECTURES[driver.limits.backend])
     library.take_kernels("cpu")
@@ -79,15 +82,30 @@ def driving(target: str) -> Iterator[Driver]:
         raise RuntimeError(f"target {target!r} is unknown: known are {', '.join(TARGETS)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
+    from triton import knobs
     from triton.runtime import driver
 
     held = "_active" if hasattr(driver, "_active") else "active"  # of triton 3.4; reading `active` asks for a GPU since
     before, ours = getattr(driver, held), Driver(target)
     driver.set_active(ours)
+    without_lines = _omit_lines(knobs, True)
     try:
         yield ours
     finally:
         setattr(driver, held, before)
+        _omit_lines(knobs, without_lines)
+
+
+def _omit_lines(knobs: Any, omitted: bool) -> bool:
+    """Sets whether binaries go without line numbers and PTX, which no launch reads; returns what was set before.
+
+    Not by the environment, which is a part of the keys: a host with a GPU looks for binaries as if they had them.
+    """
+    before, propagated = knobs.compilation.disable_line_info, knobs.propagate_env
+    knobs.propagate_env = False
+    knobs.compilation.disable_line_info = omitted
+    knobs.propagate_env = propagated
+    return before
 
 
 class Driver:
