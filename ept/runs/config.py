@@ -289,6 +289,8 @@ class TrainingConfig(Section):
     """A decoder's logits at the labels only. False: at every position."""
     balanced_sampling: bool = False
     """Draw train rows so that every label comes equally often, whatever its share; an epoch has as many rows."""
+    class_weights: bool = False
+    """Weigh the loss of each train row by the inverse share of its label, 1 in the mean over the rows."""
     group_by_length: bool = False
     """Batches of texts of like length: less padding, but another order of the rows."""
     pad_to_multiple_of: Count | None = None
@@ -315,6 +317,11 @@ class TrainingConfig(Section):
             raise ValueError(
                 "training.cuda_graphs and training.gradient_checkpointing exclude each other: a layer that is run "
                 "again in the backward pass would overwrite what was recorded; set one"
+            )
+        if self.balanced_sampling and self.class_weights:
+            raise ValueError(
+                "training.balanced_sampling and training.class_weights exclude each other: either makes rare labels "
+                "count as much as common ones; set one"
             )
         if self.balanced_sampling and self.group_by_length:
             raise ValueError("training.balanced_sampling and training.group_by_length exclude each other: set one")

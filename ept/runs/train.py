@@ -18,6 +18,7 @@ from ..utils.environment import hardware, peak_memory, versions
 from ..utils.files import write_atomically
 from .adapters import load_untrained, stored_parameters
 from .callbacks import locate_best
+from .class_weights import check_has_classes
 from .config import RunConfig
 from .data import RunData, load_run_data, max_length_of, resolved
 from .failures import check_writable, with_advice, writing
@@ -44,6 +45,8 @@ def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRu
     tokenizer = load_tokenizer(config.model)
     run_data = load_run_data(config.data, tokenizer, task_type, config.seed)
     task = run_data.data.task
+    if config.training.class_weights:
+        check_has_classes(task)
     model = load_untrained(config, task_type, task, max_length_of(config.data, task), tokenizer)
     if config.training.compile_layers:
         compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)

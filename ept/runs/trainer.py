@@ -15,8 +15,9 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..model.compilation import check_lengths
-from ..tasks.encoding import Collator, encode_split
+from ..tasks.encoding import WEIGHT, WEIGHTS, Collator, encode_split
 from .callbacks import ProgressBar, Recorder, WholeCheckpoints
+from .class_weights import added_loss, row_weights
 from .config import RunConfig
 from .failures import divergence_advice
 from .folder import MetricsLog, RunFolder
@@ -61,6 +62,8 @@ class PromptTrainer(Trainer):
             max_answer=config.data.max_answer,
             spaced=not data.task.is_chat,
         )
+        if training.class_weights:
+            encoded = encoded.add_column(WEIGHT, row_weights(data.train["label"][:]))
         if training.compile_layers and multiple is not None:
             check_lengths(max(encoded["length"]), multiple)
         collator = Collator(
@@ -118,11 +121,19 @@ class PromptTrainer(Trainer):
             non_blocking=torch.cuda.is_available(),
         )
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        filler = inputs.pop(FILLER_LABELS, None)
-        if filler is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        return super().compute_loss(model, {**inputs, "labels": filler}, *args, **kwargs) * 0.0
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        filler, weights = inputs.pop(FILLER_LABELS, None), inputs.pop(WEIGHTS, None)
+        given = inputs if filler is None else {**inputs, "labels": filler}
+        loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
+        if weights is not None:
+            shifted = self.run.task_type == "CAUSAL_LM"
+            added = added_loss(outputs["logits"], given["labels"], weights, num_items_in_batch, shifted)
+            # The gradients of the ranks are averaged, and `num_items_in_batch` counts the labels of all.
+            loss = loss + added * (self.run.processes.world_size if num_items_in_batch is not None else 1)
+        loss = loss if filler is None else loss * 0.0
+        return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

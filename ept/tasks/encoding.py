@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 IGNORE = -100  # the label of a position that has no part in the loss
 TEXT_IDS = "text_ids"
 """The column of a data set within the length limit that holds the tokens of each row's `text`."""
+WEIGHT, WEIGHTS = "weight", "weights"
+"""The column with the weight of a row's loss, where rows have one, and the entry of a batch with those of its rows."""
 
 
 class FittedText(NamedTuple):
@@ -181,7 +183,8 @@ def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, leng
 @dataclass
 class Collator:
     """The step from rows of `encode_split` to a batch: `input_ids`, `labels` and, where a row is padded,
-    `attention_mask` [B, n]: models wait for an accelerator to find out that a mask is all ones.
+    `attention_mask` [B, n]: models wait for an accelerator to find out that a mask is all ones. Rows with a `weight`
+    give `weights` [B].
 
     For CAUSAL_LM `logits_to_keep` (an int) comes with it: the labels of the batch and the position before them, so that
     the output head runs only there, or 0 (all positions); and `text_mask` [B, n], so that an accelerator need not be
@@ -207,6 +210,8 @@ class Collator:
         batch: dict[str, Any] = {"input_ids": pad(inputs, self.pad_token_id, left, length)}
         if min(map(len, inputs)) < length:
             batch["attention_mask"] = pad([[1] * len(ids) for ids in inputs], 0, left, length)
+        if WEIGHT in rows[0]:
+            batch[WEIGHTS] = torch.tensor([row[WEIGHT] for row in rows])
         if self.task_type == "SEQ_CLS":
             batch["labels"] = torch.tensor(labels, dtype=torch.float if isinstance(labels[0], float) else torch.long)
         elif self.task_type == "SEQ_2_SEQ_LM":

@@ -1,0 +1,51 @@
+"""Class weights: each row's loss counts by the inverse share of its label, the mean over the train rows being 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ..tasks.encoding import IGNORE
+
+if TYPE_CHECKING:
+    from ..tasks import Task
+
+
+def row_weights(labels: Sequence[int]) -> list[float]:
+    """Weighs every row by N / (labels · rows of its label), so that the rows of each label weigh the same together."""
+    counts = Counter(labels)
+    return [len(labels) / (len(counts) * counts[label]) for label in labels]
+
+
+def check_has_classes(task: Task) -> None:
+    """Raises ValueError for a regression and for answers in free text, which have no classes to weigh."""
+    if task.values or task.is_text:
+        kind = "numbers" if task.values else "free text"
+        raise ValueError(f"training.class_weights weighs labels, and the answers here are {kind}: leave it out")
+
+
+def added_loss(
+    logits: Tensor, labels: Tensor, weights: Tensor, num_items: Tensor | int | None, shifted: bool
+) -> Tensor:
+    """Computes what row weights add to the loss of a batch: Σ (weight − 1)·loss over its labels, by their number.
+
+    As a sum beside the model's own loss it leaves alone what the model adds to that, such as a router's.
+
+    Args:
+        logits: `[B, labels]`, or `[B, n, vocabulary]` with `shifted` a decoder's, of which those at the end belong to
+            the labels' last columns.
+        labels: `[B]` or `[B, m]`, −100 where there is none. weights: `[B]`.
+        num_items: labels to divide by, over all accumulated batches; None: those of this batch.
+    """
+    if shifted:
+        kept = min(logits.shape[1], labels.shape[1])
+        logits, labels = logits[:, -kept:][:, :-1], labels[:, -kept:][:, 1:]
+    losses = cross_entropy(
+        logits.float().reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORE, reduction="none"
+    )
+    extra = (weights - 1).to(losses).unsqueeze(-1) * losses.view(len(labels), -1)
+    return extra.sum() / (labels.ne(IGNORE).sum() if num_items is None else num_items)
