@@ -4,14 +4,15 @@
 less for the backward pass; `restore_frozen` turns them back. Only a module's class changes: parameters, hooks, names
 and state dict stay what they are, and a module is still an instance of its class, by which it is also named.
 
-A module is taken only where its `forward` is known (`known_forwards.py`). It decides at every call: the model's own
-code runs wherever the operators do not pay, while `torch.compile` traces, which fuses that code itself, and as soon as
-a weight wants a gradient.
+A module is taken only where its `forward` is known (`known_forwards.py`) and its fused form has computed the same on a
+trial (`frozen_trial.py`). It decides at every call: the model's own code runs wherever the operators do not pay, while
+`torch.compile` traces, which fuses that code itself, and as soon as a weight wants a gradient.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 import ept_kernels
 
 from .. import functional
-from . import known_forwards as known
-from .known_forwards import is_known_as
+from .frozen_trial import computes_the_same, is_on_trial, rotates_the_same
+from .known_forwards import known_as
 from .swapping import change_class, runs_its_class_forward
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +71,7 @@ def _pays(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or x.dtype not in _DTYPES or type(x) not in (Tensor, nn.Parameter):
         return False
-    return x.device.type == "meta" or ept_kernels.backend(x.device) == "triton"
+    return x.device.type == "meta" or ept_kernels.backend(x.device) == "triton" or is_on_trial()
 
 
 class _Fused(nn.Module):
@@ -130,41 +131,31 @@ class _FusedLlamaLayer(_Fused):
     def forward(
         self,
         hidden_states: Tensor,
+        *args: Any,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        given["position_embeddings"] = position_embeddings
+        if args:  # what stands in which place depends on transformers' release
+            return super().forward(hidden_states, *args, **given)
         normed, residual = _norm_of_sum(self.input_layernorm, hidden_states)
-        attended, _ = self.self_attn(
-            hidden_states=normed,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        attended, _ = self.self_attn(hidden_states=normed, **given)
         normed, residual = _norm_of_sum(self.post_attention_layernorm, attended, residual)
         return residual + self.mlp(normed)
 
 
 class _FusedT5SelfAttention(_Fused):
     def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Any, ...]:
+        if args:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
         normed, residual = _norm_of_sum(self.layer_norm, hidden_states)
-        attended, position_bias, weights = self.SelfAttention(
-            normed, mask=attention_mask, position_bias=position_bias, past_key_values=past_key_values, **kwargs
-        )
-        return residual + self.dropout(attended), position_bias, weights
+        attended, *others = self.SelfAttention(normed, mask=attention_mask, **kwargs)
+        return residual + self.dropout(attended), *others
 
 
 class _FusedT5FeedForward(_Fused):
@@ -210,45 +201,39 @@ def _projected(mlp: Any, x: Tensor) -> Tensor:
     return mlp.wo(x)
 
 
-_NORMS = {"llama": known.llama_norm, "t5": known.t5_norm, "olmo": known.olmo_norm, "gemma": known.gemma_norm}
-_OTHERS: dict[Callable[..., Any], type[_Fused]] = {
-    known.gated_mlp: _FusedGatedMLP,
-    known.t5_mlp: _FusedT5MLP,
-    known.t5_gated_mlp: _FusedT5GatedMLP,
-    known.llama_layer: _FusedLlamaLayer,
-    known.t5_self_attention: _FusedT5SelfAttention,
-    known.t5_feed_forward: _FusedT5FeedForward,
-}
-
-# Whether the result has the dtype of queries and keys, whatever the angles' is.
-_ROTARIES = {
-    known.rotary_of_all_columns: False,
-    known.rotary_of_first_columns: False,
-    known.rotary_in_float32: True,
-    known.rotary_in_their_dtype: True,
+# By what a known `forward` is; norms and attention have other ways.
+_CLASSES: dict[str, type[_Fused]] = {
+    "rms_norm": _FusedNorm,
+    "gated_mlp": _FusedGatedMLP,
+    "t5_mlp": _FusedT5MLP,
+    "t5_gated_mlp": _FusedT5GatedMLP,
+    "llama_layer": _FusedLlamaLayer,
+    "t5_self_attention": _FusedT5SelfAttention,
+    "t5_feed_forward": _FusedT5FeedForward,
 }
 
 
 @functools.cache
 def _fused_class(theirs: Any) -> type[nn.Module] | None:
-    """Derives the fused form of a class, under its name; None: its `forward` is not known."""
+    """Derives the fused form of a class, under its name; None: its `forward` is not known, or failed its trial."""
     forward = theirs.forward
-    bases: tuple[type, ...] = (_Fused, theirs)
+    base: type[_Fused] = _Fused
     members: dict[str, Any] = {}
-    form = next((name for name, source in _NORMS.items() if is_known_as(forward, source)), None)
-    other = next((new for source, new in _OTHERS.items() if is_known_as(forward, source)), None)
-    if form is not None:
-        if form == "gemma" and not is_known_as(getattr(theirs, "_norm", None), known.gemma_norm_of_rows):
-            return None
-        bases, members = (_FusedNorm, theirs), {"form": form}
-    elif other is not None:
-        bases = other, theirs
+    known = known_as(forward)
+    if known is not None and known.kind in _CLASSES:
+        base = _CLASSES[known.kind]
+        if known.kind == "rms_norm":
+            members = {"form": known.constant}
+            rows = known_as(getattr(theirs, "_norm", None)) if known.constant == "gemma" else None
+            if known.constant == "gemma" and (rows is None or rows.kind != "gemma_rows"):
+                return None
     elif (with_rotary := _with_rotary(forward)) is not None:
         members = {"forward": with_rotary}
     else:
         return None
     names = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "their_class": theirs}
-    return type(theirs.__name__, bases, {**names, **members})
+    fused = type(theirs.__name__, (base, theirs), {**names, **members})
+    return fused if known is None or computes_the_same(theirs, fused, known.kind) else None
 
 
 def _unpickled(theirs: Any) -> nn.Module:
@@ -259,32 +244,48 @@ def _unpickled(theirs: Any) -> nn.Module:
 def _with_rotary(forward: Any) -> Callable[..., Any] | None:
     """Makes the `forward` of an attention anew, of the same code, with the operator as its `apply_rotary_pos_emb`."""
     name = "apply_rotary_pos_emb"
-    if not isinstance(forward, types.FunctionType) or name not in forward.__code__.co_names:
+    plain = inspect.unwrap(forward)
+    if not isinstance(plain, types.FunctionType) or name not in plain.__code__.co_names:
         return None
-    theirs: Any = forward.__globals__.get(name)
-    rotate = getattr(theirs, "__globals__", {}).get("rotate_half")
-    form = next((form for form in _ROTARIES if theirs is not None and is_known_as(theirs, form)), None)
-    layout = next(
-        (x for x in (known.rotate_halves, known.rotate_pairs) if rotate is not None and is_known_as(rotate, x)), None
-    )
-    if form is None or layout is None:
+    theirs: Any = plain.__globals__.get(name)
+    known, layout = known_as(theirs), known_as(getattr(theirs, "__globals__", {}).get("rotate_half"))
+    if known is None or layout is None or (known.kind, layout.kind) != ("rotary", "rotate"):
         return None
-    any_angles, interleaved = _ROTARIES[form], layout is known.rotate_pairs
+    any_angles, interleaved = known.constant, layout.constant
+    if not rotates_the_same(theirs, functools.partial(functional.rotary, interleaved=interleaved), any_angles):
+        return None
 
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not _is_rotary(q, k, cos, sin, any_angles):
             return theirs(q, k, cos, sin, *args, **kwargs)
         return functional.rotary(q, k, cos, sin, interleaved)
 
-    variables = {**forward.__globals__, name: apply_rotary_pos_emb}
-    again = types.FunctionType(forward.__code__, variables, forward.__name__, forward.__defaults__, forward.__closure__)
-    again.__kwdefaults__ = forward.__kwdefaults__
+    again = _made_anew(forward, {name: apply_rotary_pos_emb})
+    if again is None:
+        return None
 
     @functools.wraps(forward)
     def forward_with_rotary(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return (forward if torch.compiler.is_compiling() else again)(self, *args, **kwargs)
 
     return forward_with_rotary
+
+
+def _made_anew(function: Any, variables: dict[str, Any]) -> Any:
+    """Copies a function with other globals, and its decorators around it; None: one of them keeps it elsewhere than in
+    its closure.
+    """
+    cells = function.__closure__
+    if (inner := getattr(function, "__wrapped__", None)) is None:
+        variables = {**function.__globals__, **variables}
+    else:
+        again, variables = _made_anew(inner, variables), function.__globals__
+        if again is None or all(cell.cell_contents is not inner for cell in cells or ()):
+            return None
+        cells = tuple(types.CellType(again) if cell.cell_contents is inner else cell for cell in cells)
+    new = types.FunctionType(function.__code__, variables, function.__name__, function.__defaults__, cells)
+    new.__kwdefaults__ = function.__kwdefaults__
+    return new
 
 
 def _is_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, any_angles: bool) -> bool:

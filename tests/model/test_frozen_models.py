@@ -11,7 +11,6 @@ import accelerate
 import pytest
 import torch
 import transformers
-from four_bit_helpers import load_4bit, write_checkpoints
 from tiny_models import SMALL, TASK_OF, make_batch, make_model, randomise
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,12 +35,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     **{name: (name, {}, set()) for name in ("gpt2", "opt", "bart", "bert")},
 }
 _SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 1}
-_SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48}
+_SIZES |= {"num_key_value_heads": 2, "intermediate_size": 48, "initializer_range": 0.1}
 OTHERS = {  # not among the tiny models: rotary pairs of neighbouring columns; norms of the heads
-    "cohere": (transformers.CohereForCausalLM, transformers.CohereConfig(**_SIZES), FUSED - {"ept.rms_norm"}),
-    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**_SIZES, head_dim=8), FUSED),
-    "olmo2": (transformers.Olmo2ForCausalLM, transformers.Olmo2Config(**_SIZES), FUSED),
+    "cohere": (transformers.CohereForCausalLM, transformers.CohereConfig, {}, FUSED - {"ept.rms_norm"}),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, {"head_dim": 8}, FUSED),
+    "olmo2": (transformers.Olmo2ForCausalLM, transformers.Olmo2Config, {}, FUSED),
 }
+ALL = [*FAMILIES, *OTHERS]
+BATCHES = {**{family: row[0] for family, row in FAMILIES.items()}, **dict.fromkeys(OTHERS, "llama")}
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +63,13 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def base(family: str) -> tuple[Any, set[str]]:
+def base(family: str, **sizes: int) -> tuple[Any, set[str]]:
     if family in OTHERS:
-        model_class, config, operators = OTHERS[family]
+        model_class, config_class, changes, operators = OTHERS[family]
         torch.manual_seed(0)
-        return model_class(config).eval(), operators
+        return model_class(config_class(**{**_SIZES, **changes, **sizes})).eval(), operators
     name, changes, operators = FAMILIES[family]
-    return make_model(name, **changes), operators
+    return make_model(name, **changes, **sizes), operators
 
 
 def adapted(model: Any, **options: Any) -> EPTModel:
@@ -94,10 +95,10 @@ def swapped(model: Any) -> list[Any]:
     return [module for module in model.modules() if frozen.is_swapped(module)]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize("family", ALL)
 def test_logits_and_gradients_stay_and_the_operators_compute_them(family):
     model, operators = base(family)
-    name = FAMILIES[family][0] if family in FAMILIES else "llama"
+    name = BATCHES[family]
     theirs = adapted(model, fast_frozen=False)
     names, classes = [*model.state_dict()], [type(module).__name__ for module in model.modules()]
     assert not swapped(theirs)
@@ -118,9 +119,9 @@ def test_logits_and_gradients_stay_and_the_operators_compute_them(family):
     assert all(torch.equal(again[key], e) for key, e in expected.items())
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name in TASK_OF and TASK_OF[name] != "SEQ_CLS"])
+@pytest.mark.parametrize("family", [family for family in ALL if TASK_OF[BATCHES[family]] != "SEQ_CLS"])
 def test_generated_tokens_stay(family):
-    batch = make_batch(family, side="right" if family == "t5" else "left")
+    batch = make_batch(BATCHES[family], side="right" if family.startswith("t5") else "left")
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     model = adapted(base(family)[0]).eval()
     actual = model.generate(**inputs, max_new_tokens=6, do_sample=False)
@@ -128,10 +129,29 @@ def test_generated_tokens_stay(family):
     assert torch.equal(actual, model.generate(**inputs, max_new_tokens=6, do_sample=False))
 
 
+@pytest.mark.parametrize("family", ["t5 v1.1", *OTHERS])
+def test_training_goes_the_same_way(family):
+    model, losses = adapted(base(family)[0]), {}
+    start = copy.deepcopy(model.prompt_encoder.state_dict())
+    for fast in (True, False):
+        swap_frozen(model) if fast else restore_frozen(model)
+        model.prompt_encoder.load_state_dict(start)
+        optimizer = torch.optim.AdamW(model.prompt_encoder.parameters(), lr=0.03)
+        losses[fast] = []
+        for _ in range(6):
+            loss = model(**make_batch(BATCHES[family])).loss
+            losses[fast].append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert losses[True][-1] < losses[True][0] - 0.02
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["llama", "gemma", "t5", "t5 v1.1"])
+@pytest.mark.parametrize("family", ["llama", "gemma", "t5", "t5 v1.1", *OTHERS])
 def test_16_bit_results_are_no_further_from_float64_than_they_were(family, dtype):
-    name = FAMILIES[family][0]
+    name = BATCHES[family]
     exact = adapted(base(family)[0].double())
     found = {}
     for fast in (True, False):
@@ -149,7 +169,7 @@ def test_16_bit_results_are_no_further_from_float64_than_they_were(family, dtype
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_checkpointing_compiling_and_autocast(family, monkeypatch):
-    name = FAMILIES[family][0]
+    name = BATCHES[family]
     model = adapted(base(family)[0])
     expected = results(model, name)
     model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -240,17 +260,25 @@ def test_copied_pickled_saved_and_dispatched(tmp_path):
     assert seen.calls["ept.rms_norm"] == 0
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_over_4_bit_weights(name, tmp_path_factory):
-    checkpoint = write_checkpoints(tmp_path_factory)[name]
-    loaded = load_4bit(name, checkpoint, "nf4", True)
+@pytest.mark.parametrize("family", ["llama", "t5", "t5 v1.1", *OTHERS])
+def test_over_4_bit_weights(family, tmp_path):
+    is_t5 = family.startswith("t5")  # widths that bitsandbytes' blocks of 64 divide
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128} if is_t5 else {"hidden_size": 64, "intermediate_size": 128}
+    plain, operators = base(family, **sizes)
+    plain.save_pretrained(tmp_path)
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    how.bnb_4bit_compute_dtype = torch.float32
+    loaded = type(plain).from_pretrained(tmp_path, quantization_config=how, dtype=torch.float32, device_map="cpu")
     swap_linear4bit(loaded, always=True)
-    model = adapted(loaded)
+    model, batch = adapted(loaded), make_batch(BATCHES[family], side="right" if is_t5 else "left")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     with Operators() as seen:
-        actual = results(model, name)
-    assert {"ept.rms_norm", "ept.matmul_4bit_backward"} <= {*seen.calls}
+        actual = results(model, BATCHES[family])
+    assert {*operators, "ept.matmul_4bit_backward"} <= {*seen.calls}
+    tokens = model.eval().generate(**inputs, max_new_tokens=4, do_sample=False)
     restore_frozen(model)
-    assert_alike(actual, results(model, name))
+    assert torch.equal(tokens, model.generate(**inputs, max_new_tokens=4, do_sample=False))
+    assert_alike(actual, results(model.train(), BATCHES[family]))
 
 
 def test_a_model_on_the_meta_device_counts_as_on_an_accelerator():
