@@ -31,6 +31,9 @@ LABEL_COLUMN: Any = Option(None, metavar="NAME", help="Column of the label (data
 TEMPLATE: Any = Option(
     None, metavar="TEXT", help="Input text with columns in braces, \\n for a line break (data.template); else made."
 )
+TARGET_TEMPLATE: Any = Option(
+    None, metavar="TEXT", help="For answers in free text: the answer, with columns in braces (data.target_template)."
+)
 STRICT: Any = Option(
     False, "--strict", help="Refuse rows with blank text or no label, which are else left out (data.strict)."
 )
@@ -51,13 +54,16 @@ def data_keys(
     label_column: str | None = None,
     template: str | None = None,
     strict: bool = False,
+    target_template: str | None = None,
 ) -> dict[str, object]:
     """Returns the keys that the options about data set; which of them a name belongs to depends on what is there.
 
     Raises FileNotFoundError for a path to nothing.
     """
     keys: dict[str, object] = {"data.text_columns": text_columns, "data.label_column": label_column}
-    keys |= {"data.template": template and template.replace("\\n", "\n"), "data.strict": strict}
+    written = {"data.template": template, "data.target_template": target_template}
+    keys |= {key: text and text.replace("\\n", "\n") for key, text in written.items()}
+    keys["data.strict"] = strict
     if data is not None:
         from ept.tasks.files import READERS
         from ept.tasks.table import TASKS

@@ -18,6 +18,7 @@ from .common import (
     SET,
     STEPS,
     STRICT,
+    TARGET_TEMPLATE,
     TEMPLATE,
     TEXT_COLUMN,
     answer,
@@ -33,6 +34,7 @@ def compare(
     text_column: list[str] | None = TEXT_COLUMN,
     label_column: str | None = LABEL_COLUMN,
     template: str | None = TEMPLATE,
+    target_template: str | None = TARGET_TEMPLATE,
     steps: int | None = STEPS,
     strict: bool = STRICT,
     config: Path | None = Option(None, metavar="FILE.yaml", help="The comparison's configuration."),
@@ -53,7 +55,7 @@ def compare(
     """
     from ept.compare.config import load_comparison
 
-    given = data_keys(own, text_column, label_column, template, strict)
+    given = data_keys(own, text_column, label_column, template, strict, target_template)
     given |= {"model.name_or_path": model, "training.max_steps": steps}
     if data is not None:
         given["data.data_dir"] = data

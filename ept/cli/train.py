@@ -18,6 +18,7 @@ from .common import (
     SET,
     STEPS,
     STRICT,
+    TARGET_TEMPLATE,
     TEMPLATE,
     TEXT_COLUMN,
     answer,
@@ -37,6 +38,7 @@ def train(
     text_column: list[str] | None = TEXT_COLUMN,
     label_column: str | None = LABEL_COLUMN,
     template: str | None = TEMPLATE,
+    target_template: str | None = TARGET_TEMPLATE,
     method: str | None = METHOD,
     steps: int | None = STEPS,
     output: Path | None = Option(
@@ -65,7 +67,7 @@ def train(
         config = output / "config.yaml"
     given: dict[str, object] = {"model.name_or_path": model, "method.name": method, "training.max_steps": steps}
     given["method.init_from"] = init_from
-    given |= {"output_dir": output, **data_keys(data, text_column, label_column, template, strict)}
+    given |= {"output_dir": output, **data_keys(data, text_column, label_column, template, strict, target_template)}
     run_config = load_run_config(config, overrides(set_, given))
     if (print_config or dry_run) and rank() != 0:
         return
@@ -74,10 +76,12 @@ def train(
         return
     if dry_run:
         with quiet():
+            from ept.runs.data import OwnRows
             from ept.runs.summary import run_summary, summary_table
             from ept.runs.train import prepare, with_data
 
-            summary = run_summary(prepare(with_data(run_config)))
+            rows = OwnRows()
+            summary = run_summary(prepare(with_data(run_config, rows), rows=rows))
         answer(json, summary, *_examples(summary), summary_table(summary, "dry run"), "nothing was written")
         return
     if run_config.output_dir is None and not resume and world_size() == 1:

@@ -15,7 +15,7 @@ from ..tasks import Task, TaskData, get_task, load_task, local_task
 from ..tasks.chat import MESSAGES, chat_task, has_chats
 from ..tasks.encoding import TEXT_IDS, FittedText, fit_rows
 from ..tasks.inference import commonest_share, default_metrics, default_template, find_columns, find_labels, find_texts
-from ..tasks.sources import raw_splits
+from ..tasks.sources import RawSplits, raw_splits
 from ..tasks.template import template_columns
 from .config import DataConfig
 from .folder import SPLITS_FILE
@@ -35,19 +35,46 @@ class RunData:
     truncation_rate: dict[str, float]
 
 
-def load_run_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task_type: str, seed: int = 0) -> RunData:
+class OwnRows:
+    """The rows of somebody's own data, read once: for what is inferred of them, and then for the splits."""
+
+    def __init__(self) -> None:
+        self._read: RawSplits | None = None
+
+    def of(self, config: DataConfig) -> RawSplits:
+        """Reads the rows when they are first asked for."""
+        if self._read is None:
+            files = {name.removesuffix("_file"): getattr(config, name) for name in FILES}
+            self._read = raw_splits(config.data_dir, files, config.encoding, hub=_hub(config), names_labels=True)
+        return self._read
+
+    def take(self) -> RawSplits | None:
+        """Hands over what has been read, and does not keep it; None where nothing has."""
+        read, self._read = self._read, None
+        return read
+
+
+def load_run_data(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    task_type: str,
+    seed: int = 0,
+    rows: OwnRows | None = None,
+) -> RunData:
     """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`).
 
-    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else. Raises as `load_task` and `fit_rows`.
+    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else; `rows` are those that `config` was
+    resolved with. Raises as `load_task` and `fit_rows`.
     """
-    config = resolved(config, task_type)
+    rows = rows or OwnRows()
+    config = resolved(config, task_type, rows)
     task = task_of(config, tokenizer)
     if task.is_text and task_type == "SEQ_CLS":
         raise ValueError("answers in free text need a language model, and this one is a classifier")
     given = config.model_dump(include={"data_dir", "encoding", "strict", "k_shot", *FILES})
     limits = config.model_dump(include={"max_train", "max_validation", "max_test"})
     drawn = read_splits(Path(config.splits)) if config.splits is not None else None
-    data = load_task(task, **given, **limits, labels=config.label_form, shot_seed=seed, drawn=drawn)
+    data = load_task(task, **given, **limits, labels=config.label_form, shot_seed=seed, drawn=drawn, raw=rows.take())
     max_length, truncate = max_length_of(config, task), config.on_too_long == "truncate"
     splits, rates = {}, {}
     for name in SPLITS:
@@ -78,56 +105,53 @@ def describe(data: TaskData) -> dict[str, Any]:
     }
 
 
-def resolved(config: DataConfig, task_type: str | None) -> DataConfig:
+def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = None) -> DataConfig:
     """Returns a configuration with all that was left to infer from the train rows of somebody's own data.
 
     Raises ValueError where there are no data, or where they leave open which column is what.
 
     Args:
         task_type: of the model; all but classifiers are asked for the label by its column's name.
+        rows: keeps what is read for `load_run_data`.
     """
+    own = rows or OwnRows()
     labelled = config.label_words is not None or config.label_values is not None
     if config.target_template is not None:
-        return _with_free_text(config)
+        return _with_free_text(config, own)
     if config.chat_column is not None:
         return config.model_copy(update={"metric": config.metric or list(TEXT_METRICS)})
     if not config.is_local or (labelled and None not in (config.template, config.label_column, config.metric)):
         return config
-    source, rows = _train_rows(config)
-    if not labelled and config.label_column is None and config.template is None and has_chats(rows):
+    source, train = own.of(config)["train"]
+    if not labelled and config.label_column is None and config.template is None and has_chats(train):
         return resolved(config.model_copy(update={"chat_column": MESSAGES}), task_type)
     texts = list(template_columns(config.template)) if config.template is not None else config.text_columns
-    texts, label = find_columns(rows, source, texts, config.label_column)
+    texts, label = find_columns(train, source, texts, config.label_column)
     asks = task_type != "SEQ_CLS"
     found: dict[str, Any] = {"label_column": label}
     found["template"] = config.template or default_template(texts, label, asks)
     if not labelled:
-        labels = find_labels(rows, label, source)
+        labels = find_labels(train, label, source)
         found |= {"label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
         for note in labels.notes:
             logger.warning("%s: %s", source, note)
     elif config.label_words is not None:
         task = local_task(found["template"], config.label_words, label_column=label)
-        found["metric"] = default_metrics(commonest_share([task.label_class(row.get(label)) for row in rows]))
+        found["metric"] = default_metrics(commonest_share([task.label_class(row.get(label)) for row in train]))
     found["metric"] = config.metric or found.get("metric")
     return config.model_copy(update={**found, "text_columns": None})
 
 
-def _with_free_text(config: DataConfig) -> DataConfig:
+def _with_free_text(config: DataConfig, own: OwnRows) -> DataConfig:
     """Returns the configuration of answers in free text with template and metrics."""
     answer = template_columns(str(config.target_template))
     template = config.template
     if template is None:
-        source, rows = _train_rows(config)
+        source, rows = own.of(config)["train"]
         others = [{name: value for name, value in row.items() if name not in answer} for row in rows]
         template = default_template(find_texts(others, source, config.text_columns), answer[0], asks=True)
     found = {"template": template, "text_columns": None, "metric": config.metric or list(TEXT_METRICS)}
     return config.model_copy(update=found)
-
-
-def _train_rows(config: DataConfig) -> tuple[str, Any]:
-    files = {name.removesuffix("_file"): getattr(config, name) for name in FILES}
-    return raw_splits(config.data_dir, files, config.encoding, hub=_hub(config), names_labels=True)["train"]
 
 
 def read_splits(path: Path) -> Any:

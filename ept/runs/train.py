@@ -20,7 +20,7 @@ from .adapters import load_untrained, stored_parameters
 from .callbacks import locate_best
 from .class_weights import check_has_classes
 from .config import RunConfig
-from .data import RunData, load_run_data, max_length_of, resolved
+from .data import OwnRows, RunData, load_run_data, max_length_of, resolved
 from .failures import check_writable, with_advice, writing
 from .folder import RunFolder, is_over, save_adapter
 from .loading import load_tokenizer, task_type_of
@@ -38,12 +38,12 @@ class PreparedRun(Predictor):
     run_data: RunData
 
 
-def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRun:
-    """Loads tokenizer, data and model, with a fresh adapter; writes nothing."""
+def prepare(config: RunConfig, processes: Processes | None = None, rows: OwnRows | None = None) -> PreparedRun:
+    """Loads tokenizer, data and model, with a fresh adapter; writes nothing. `rows` as in `load_run_data`."""
     set_seed(config.seed)  # a new classification head is drawn while loading
     task_type = task_type_of(config.model)
     tokenizer = load_tokenizer(config.model)
-    run_data = load_run_data(config.data, tokenizer, task_type, config.seed)
+    run_data = load_run_data(config.data, tokenizer, task_type, config.seed, rows)
     task = run_data.data.task
     if config.training.class_weights:
         check_has_classes(task)
@@ -54,11 +54,11 @@ def prepare(config: RunConfig, processes: Processes | None = None) -> PreparedRu
     return PreparedRun(config=config, run_data=run_data, processes=processes or Processes(), **parts)
 
 
-def with_data(config: RunConfig) -> RunConfig:
+def with_data(config: RunConfig, rows: OwnRows) -> RunConfig:
     """Returns the configuration with what `data` leaves to infer from its rows, as `ept.runs.data.resolved` does."""
     if not config.data.is_local:
         return config
-    return config.model_copy(update={"data": resolved(config.data, task_type_of(config.model))})
+    return config.model_copy(update={"data": resolved(config.data, task_type_of(config.model), rows)})
 
 
 def train(
@@ -98,15 +98,16 @@ def train(
     for package, key in wanted.items():
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{key} needs the package {package}: pip install {package}, or leave it out")
-    folder, processes = RunFolder(Path(config.output_dir)), join()
+    folder, processes, rows = RunFolder(Path(config.output_dir)), join(), OwnRows()
     with StopSignals(folder, processes) as signals, with_advice(config, folder):
         processes.from_rank_zero(lambda: check_writable(folder))
-        config = processes.from_rank_zero(lambda: with_data(config))
-        return _train(config, folder, signals, resume, overwrite, on_ready)
+        config = processes.from_rank_zero(lambda: with_data(config, rows))
+        return _train(config, rows, folder, signals, resume, overwrite, on_ready)
 
 
 def _train(
     config: RunConfig,
+    rows: OwnRows,
     folder: RunFolder,
     signals: StopSignals,
     resume: bool,
@@ -115,7 +116,7 @@ def _train(
 ) -> dict[str, Any]:
     processes = signals.processes
     processes.from_rank_zero(lambda: folder.check(config, resume, overwrite, processes.world_size))
-    trainer = processes.together(lambda: PromptTrainer(config, prepare(config, processes), folder))
+    trainer = processes.together(lambda: PromptTrainer(config, prepare(config, processes, rows), folder))
     trainer.add_callback(signals)
     run, recorder, log = trainer.run, trainer.recorder, trainer.recorder.log
 
@@ -156,7 +157,7 @@ def _train(
 
     data, training = run.run_data.data, config.training
     after, majority = evaluation.metrics, data.majority()
-    metric, rows = data.task.metrics[0], training.batch_size * training.gradient_accumulation_steps
+    metric, batch = data.task.metrics[0], training.batch_size * training.gradient_accumulation_steps
     results = {
         "method": config.method.name,
         "model": config.model.name_or_path,
@@ -176,7 +177,7 @@ def _train(
         "peak_memory_bytes": max(processes.gather(memory)),
         "peak_memory_kind": memory_kind,
         "processes": processes.world_size,
-        "global_batch_size": rows * processes.world_size,
+        "global_batch_size": batch * processes.world_size,
         "stored_parameters": stored_parameters(run.model),
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
         "test_metrics": after,

@@ -10,6 +10,8 @@ from .drawing import SPLITS
 from .files import READERS, File, Row, read_rows
 
 TRAIN_FILE = f"train{{{','.join(READERS)}}}"
+RawSplits = dict[str, tuple[str, list[Row]]]
+"""By split: its source, for messages, and its rows."""
 
 
 def raw_splits(
@@ -21,8 +23,8 @@ def raw_splits(
     hub_names: Sequence[str] = SPLITS,
     columns: Sequence[str] = (),
     names_labels: bool = False,
-) -> dict[str, tuple[str, list[Row]]]:
-    """Reads the splits that are there: the source of each, for messages, and its rows.
+) -> RawSplits:
+    """Reads the splits that are there.
 
     Args:
         files: by split. hub: the data set's path and configuration there, where neither folder nor file is given.
@@ -71,7 +73,7 @@ def raw_splits(
         raise ValueError(f"cannot load {name} from the hub: {reason(error)}") from error
     if hub_names[0] not in loaded:
         raise FileNotFoundError(f"{name} has no split '{hub_names[0]}', only {', '.join(loaded)}")
-    splits = {}
+    splits: RawSplits = {}
     for split, hub_name in zip(SPLITS, hub_names):
         if hub_name in loaded:
             rows = loaded[hub_name].to_list()

@@ -16,7 +16,7 @@ from .drawing import BALANCE_INTERVALS, SPLITS, few_shot, interval, sample, thre
 from .files import File, Row, read_rows
 from .metrics import compute_metrics, compute_text_metrics
 from .rows import ROW, dataset, examples, text_key
-from .sources import raw_splits
+from .sources import RawSplits, raw_splits
 from .task import Task
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def load_task(
     encoding: str | None = None,
     strict: bool = True,
     drawn: Mapping[str, Any] | None = None,
+    raw: RawSplits | None = None,
 ) -> TaskData:
     """Loads the three splits of `task` from `data_dir`, from the given files, or else from the hub.
 
@@ -118,6 +119,7 @@ def load_task(
         encoding: of text files, as in `read_rows`.
         strict: refuse rows with blank text or without a label. False: leave them out, with a warning.
         drawn: draw the very rows that `TaskData.drawn` has described, of the same data.
+        raw: the rows of these data, where they have been read already.
 
     Raises ValueError for bad content (with file and row), FileNotFoundError for a file or split that is not there, and
     ConnectionError where the hub cannot be reached.
@@ -129,21 +131,22 @@ def load_task(
             raise ValueError(f"max_{split}={limit}: give at least 1 row, or None for all")
 
     files = dict(zip(SPLITS, (train_file, validation_file, test_file)))
-    raw = raw_splits(
-        data_dir,
-        files,
-        encoding,
-        hub=task.hub,
-        hub_names=task.split_names,
-        columns=(*task.source_columns, task.label_column),
-        names_labels=task.is_local,
-    )
+    if raw is None:
+        raw = raw_splits(
+            data_dir,
+            files,
+            encoding,
+            hub=task.hub,
+            hub_names=task.split_names,
+            columns=(*task.source_columns, task.label_column),
+            names_labels=task.is_local,
+        )
     source, rows = raw.get("test", ("", []))
     test_labels = [row[task.label_column] for row in rows if task.label_column in row]
     # Hidden: all are missing, or -1 without that being one of the task's labels.
     if test_labels and all(str(v) in ("None", "", "-1", "-1.0") and task.label_class(v) is None for v in test_labels):
         logger.info("%s: the labels are hidden, the test split is made from the others", source)
-        del raw["test"]
+        raw = {split: found for split, found in raw.items() if split != "test"}
     checksums = {split: _checksum(rows) for split, (_, rows) in raw.items()}
     given, left_out = {}, Counter[str]()
     for split, (source, rows) in raw.items():

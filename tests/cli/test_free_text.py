@@ -38,7 +38,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_a_model_learns_to_write(tmp_path: Path, models: dict[str, Path], file: Path, family: str) -> None:
     run = tmp_path / "run"
-    options = ("--set", "data.target_template={moral}", "--template", "{story}", *EXACT, "--set", "data.max_answer=4")
+    options = ("--target-template", "{moral}", "--template", "{story}", *EXACT, "--set", "data.max_answer=4")
     rates = ("--set", "training.low_rank_learning_rate=0.03", "--set", "training.eval_steps=20")
     arguments = ("train", file, "--model", models[family], *options, *rates, "--steps", 40, "--output", run)
     shown = as_json(*arguments, "--dry-run")

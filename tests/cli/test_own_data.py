@@ -16,6 +16,8 @@ import yaml
 from test_commands import as_json, ept, refused, succeed
 from tiny_runs import sentence
 
+from ept.tasks import read_rows, sources
+
 Rows = list[dict[str, Any]]
 WORDS = ("no", "yes")
 
@@ -120,6 +122,20 @@ def test_a_dry_run_understands(tmp_path: Path, models: dict[str, Path], kind: st
         assert shown["truncation_rate"]["train"] == 1.0
 
 
+def test_a_file_is_read_once(
+    no_curves: None, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For what is inferred of its rows, and for the splits."""
+    read = []
+    monkeypatch.setattr(sources, "read_rows", lambda path, encoding: read.append(path) or read_rows(path, encoding))
+    file = write(tmp_path, "comma")
+    arguments = ("train", file, "--model", models["bert"], "--method", "pt")
+    succeed(*arguments, "--dry-run")
+    assert read == [file]
+    succeed(*arguments, "--steps", 1, "--output", tmp_path / "run")
+    assert read == [file, file]
+
+
 def test_one_class_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     file = tmp_path / "a.csv"
     file.write_text(as_csv(reviews(liked=lambda i: "yes")), encoding="utf-8")
@@ -161,6 +177,20 @@ def test_training_in_one_command(
     lines = (tmp_path / name).read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / name).write_text("".join(lines[:-1]), encoding="utf-8")
     assert "the train data have changed since these splits were drawn" in refused("evaluate", run)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_shuffled_labels_are_no_gain(no_curves: None, tmp_path: Path, models: dict[str, Path], family: str) -> None:
+    """Each review has a label drawn without a look at it, so that whatever is learned does not hold on test."""
+    chance, file = random.Random(8), tmp_path / "a.csv"
+    file.write_text(as_csv(reviews(400, liked=lambda i: chance.choice(WORDS))), encoding="utf-8")
+    options = ("--steps", 30, "--output", tmp_path / "run", "--set", "training.eval_steps=10")
+    done = ept("train", file, "--model", models[family], *options)
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert "is not above that of always giving the commonest label" in results["verdict"] or results["constant"]
+    said = " ".join(done.stdout.split())
+    assert f"On test the model {results['verdict']}" in said
+    assert done.exit_code == 0
 
 
 def test_two_templates_share_their_test_rows(no_curves: None, tmp_path: Path, models: dict[str, Path]) -> None:
@@ -231,7 +261,7 @@ def test_a_hub_data_set_is_labelled_by_its_names(models: dict[str, Path], monkey
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name) or loaded)
     shown = as_json("train", "owner/reviews:plain", "--model", models["bert"], "--dry-run")
     assert (shown["labels"], shown["rows"]["test"]) == (["no", "yes"], 6)
-    assert set(asked) == {("owner/reviews", "plain")}
+    assert asked == [("owner/reviews", "plain")]
 
 
 def test_evaluate_a_file_with_other_columns(no_curves: None, tmp_path: Path, models: dict[str, Path]) -> None:
