@@ -33,6 +33,7 @@ from .inputs import (
     cache_name,
     cached_length,
     call_inputs,
+    contiguously,
     divide_loss,
     extend,
     length_of,
@@ -220,7 +221,7 @@ class EPTModel(ModelWithAdapters):
         causal, arguments = self.active_peft_config.task_type == "CAUSAL_LM", self._facts.forward_arguments
         asks_for_few = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
         if asks_for_few and "logits_to_keep" in arguments and inputs.order is None:
-            inputs["logits_to_keep"] = logits_to_keep
+            inputs["logits_to_keep"] = contiguously(logits_to_keep, inputs.get("inputs_embeds"))
             labels = labels[:, -logits_to_keep:] if causal and labels is not None else labels
             logits_to_keep = 0
         if labels is not None:

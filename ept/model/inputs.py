@@ -226,6 +226,18 @@ def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: b
     output["loss"] = mean * (counted / num_items) + other
 
 
+def contiguously(logits_to_keep: Tensor | int, inputs_embeds: Tensor | None) -> Tensor | int:
+    """Makes the last so many positions an index on a CPU, where transformers would take a slice of the hidden states.
+
+    The slice is not contiguous, and for the product with a frozen head torch then copies the head once for every row
+    of the batch, in both directions (`should_fold` in its matmul).
+    """
+    if isinstance(logits_to_keep, Tensor) or inputs_embeds is None or inputs_embeds.device.type != "cpu":
+        return logits_to_keep
+    length = inputs_embeds.shape[1]
+    return torch.arange(max(length - logits_to_keep, 0), length)
+
+
 def shortened(output: Any, logits_to_keep: Tensor | int) -> Any:
     """Leaves of `output["logits"]` what `logits_to_keep` names, where a model has computed all; 0 leaves all."""
     if isinstance(logits_to_keep, Tensor):

@@ -268,6 +268,19 @@ def test_logits_are_shortened_only_where_asked_for(name, mode):
         model(**batch, labels=labels, logits_to_keep=torch.tensor([4]))
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_head_gets_contiguous_hidden_states(name):
+    """Of others, a CPU's matmul copies the frozen head once for each row of the batch."""
+    model, batch = adapted(name).train(), make_batch(name, (8, 5), "left")
+    seen = []
+    head = model.base_model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(**batch, logits_to_keep=3)
+    handle.remove()
+    assert [hidden.shape[1] for hidden in seen] == [3]
+    assert seen[0].is_contiguous()
+
+
 def test_a_model_that_computes_all_logits_has_them_shortened():
     """As FlauBERT and xLSTM, whose forward takes no `logits_to_keep`."""
     model, batch = adapted(), make_batch("llama", (8, 5), "left")
