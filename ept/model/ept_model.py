@@ -44,6 +44,7 @@ from .mixed import BASE, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
 from .prompt_cache import cached_prompt, check_cacheable
 from .reading import examine, infer_task_type, with_forward_of
+from .smoothing import refuse_label_smoothing
 from .texts import SeparateTexts, targets, text_before_answer
 
 
@@ -167,6 +168,8 @@ class EPTModel(ModelWithAdapters):
             given |= {"num_items_in_batch": num_items_in_batch, "logits_to_keep": logits_to_keep}
             given = {k: v for k, v in given.items() if isinstance(v, Tensor) or v not in (None, 0)}
             return self.base_model(input_ids, **given)
+        if labels is None and num_items_in_batch is not None and not torch.compiler.is_compiling():
+            refuse_label_smoothing()
         self._facts = with_forward_of(self._facts, self.base_model)
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
         if causal and labels is not None:

@@ -32,4 +32,5 @@ class BaseModelFacts:
     splits_prompt: bool = False  # padding may stand between prompt and text
     needs_mask: bool = False  # a mask of ones is not the same as none
     has_pooler: bool = False  # its module `pooler` makes the pooled output of the hidden states
+    ids_alone: tuple[int, ...] = ()  # special tokens that it reads otherwise as ids than as embeddings
     refusal: str | None = None  # the reason why it cannot be adapted

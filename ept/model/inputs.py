@@ -64,14 +64,16 @@ def call_inputs(
         prompt_cache: the prompt stays first, since its keys and values are cached.
 
     Raises:
-        ValueError: the mask has another length, the model cannot number that many positions or reads padding as text,
-            or an argument's entries cannot be told to follow the tokens.
+        ValueError: the mask has another length, the model cannot number that many positions, reads padding as text or
+            special tokens by their ids alone, or an argument's entries cannot be told to follow the tokens.
     """
     inputs = BaseInputs(kwargs)
     positions = inputs.pop("position_ids", None)
     if positions is not None and not _counts_tokens(positions, attention_mask):
         warnings.warn("position_ids are counted from the attention mask; those given are ignored", stacklevel=3)
     facts, embedding, layer = model._facts, model._embedding(), model._layer()
+    if facts.ids_alone and input_ids is not None:
+        _check_ids(type(model.base_model).__name__, facts.ids_alone, input_ids)
     layers: Any = dict(model.prompt_encoder.items())
     encoded = inputs.get("encoder_outputs")
     rows = next((x for x in (input_ids, inputs_embeds, encoded and encoded[0]) if x is not None), ())
@@ -177,6 +179,16 @@ def _mask_encoded(facts: BaseModelFacts, inputs: BaseInputs, attention_mask: Ten
     text = in_front.new_ones(len(in_front), n, dtype=torch.int64) if attention_mask is None else attention_mask
     mask = torch.cat([in_front.to(text), text], dim=1)
     inputs["attention_mask"] = moved(mask, arrangement(mask, s, facts.padding or APART))
+
+
+def _check_ids(name: str, ids_alone: Sequence[int], input_ids: Tensor) -> None:
+    """Refuses tokens that a model looks for among the ids, where a prompt makes it read embeddings."""
+    unlike = torch.isin(input_ids, torch.tensor(ids_alone, device=input_ids.device))
+    if bool(unlike.any()):
+        raise ValueError(
+            f"the text holds token {int(input_ids[unlike][0])}, which {name} reads otherwise from ids than from "
+            "embeddings, which a prompt needs: take it out of the text"
+        )
 
 
 def _check_argument(name: str, value: Tensor, facts: BaseModelFacts, n: int) -> None:

@@ -36,7 +36,9 @@ class Subject:
         self.device: Any = device_of(self.embedding)
         # Tokens that mean something to the model are no part of a text.
         special = {i for v in token_ids(model.config) for i in (v if isinstance(v, (list, tuple)) else [v])}
-        plain = [i for i in range(min(rows_of(self.embedding), 4096)) if i not in special] or [0]
+        rows, padding = rows_of(self.embedding), getattr(model.config, "pad_token_id", None)
+        self.special = sorted(i for i in special if type(i) is int and 0 <= i < rows and i != padding)
+        plain = [i for i in range(min(rows, 4096)) if i not in special] or [0]
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.tensor(plain)[torch.randint(len(plain), (2, _LONG), generator=generator)].to(self.device)
         self.answer = self.ids[:1, :_ANSWER].flip(1)
@@ -107,6 +109,7 @@ class Subject:
         facts = replace(
             facts,
             embedding_factor=self.factor,
+            ids_alone=self._ids_alone(),
             has_pooler=self._has_pooler(),
             position_table=tables.found,
             is_causal=self._is_causal(),
@@ -227,6 +230,30 @@ class Subject:
                 if self._same(self._alone(0, 0), expected):
                     return self.factor
         return 0.0
+
+    def _ids_alone(self) -> tuple[int, ...]:
+        """Finds the special tokens, but for padding, whose embeddings inside a text are not read as their ids are."""
+
+        def is_same(tokens: list[int]) -> bool:
+            ids = self.ids[:1].clone()
+            ids[0, 1 : 1 + len(tokens)] = torch.tensor(tokens, device=self.device)
+            embeds = self.embedding(ids) * self.factor
+            mask = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in self.arguments else {}
+            expected = self._answers(self.run(input_ids=ids, **mask), 0)
+            return self._same(self._answers(self.run(inputs_embeds=embeds, **mask), 0), expected)
+
+        def is_unlike(token: int) -> bool:
+            try:
+                return not is_same([token])
+            except Exception:  # such as the place of an image that is not there
+                return False
+
+        try:
+            if is_same(self.special[: _LONG - 2]) and len(self.special) <= _LONG - 2:
+                return ()
+        except Exception:
+            pass
+        return tuple(token for token in self.special if is_unlike(token))
 
     def _position_offset(self) -> int | None:
         """Finds the position of the first token, by which a text reads as without positions."""

@@ -251,7 +251,8 @@ ends are sought among these, and a pooled output is made of them. `SEQ_CLS` pool
 first row in most encoders, as in PEFT.
 
 Arguments with an entry a token (`token_type_ids`, `bbox`, `langs`, `global_attention_mask`) follow the tokens; others
-that might, images and sounds among them, are refused by name, while the text of such a model is read.
+that might, images and sounds among them, are refused by name, while the text of such a model is read. A token that a
+model reads by its id alone, as ESM its mask token, is refused where a text holds it.
 
 `make models` tries every text class that transformers exports, here {version}, at a tiny random size, and draws this
 page: {totals}.

@@ -41,7 +41,8 @@ FOUND: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("modernbert-decoder", "ModernBertDecoderForSequenceClassification", {}, {"padding": "front"}),  # pools the last
     ("gpt2", "GPT2ForSequenceClassification", {}, {"padding": "front", "position_offset": 0}),
     ("fnet", "FNetForSequenceClassification", {}, {"padding": None}),
-    ("esm", "EsmForSequenceClassification", {}, {"embedding_factor": pytest.approx(0.88)}),
+    ("esm", "EsmForSequenceClassification", {}, {"embedding_factor": pytest.approx(0.88), "ids_alone": (32,)}),
+    ("esm", "EsmModel", {"token_dropout": False}, {"embedding_factor": 1.0, "ids_alone": ()}),
     ("bert", "BertForTokenClassification", {}, {"task_type": "TOKEN_CLS"}),
     ("bert", "BertForQuestionAnswering", {}, {"task_type": "QUESTION_ANS"}),
     ("bert", "BertModel", {}, {"task_type": "FEATURE_EXTRACTION", "has_pooler": True}),
@@ -69,6 +70,14 @@ REFUSED = [
 def test_what_is_refused_at_wrapping(model_type, name, task_type, message):
     with pytest.raises(ValueError, match=message):
         get_ept_model(tiny(model_type, name), EPTConfig(task_type=task_type))
+
+
+def test_a_token_that_is_read_by_its_id_alone_is_refused():
+    """ESM leaves mask tokens out and scales the others up by their number, for which it looks among the ids."""
+    model = adapted_to("esm", "EsmForSequenceClassification")
+    with pytest.raises(ValueError, match="holds token 32, which EsmForSequenceClassification reads otherwise from ids"):
+        model(input_ids=IDS.index_fill(1, torch.tensor([2]), 32))
+    assert model(input_ids=IDS).logits.isfinite().all()
 
 
 class TwiceEmbedded(transformers.LlamaForCausalLM):

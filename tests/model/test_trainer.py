@@ -138,3 +138,22 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
         trainer.train()
         weights.append(adapter_of(trainer))
     torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("name", ONE_A_TASK)
+def test_label_smoothing_is_refused(name, tmp_path):
+    """The Trainer takes the labels out for it, and for a loss function of one's own, which works."""
+    with pytest.raises(ValueError, match="label_smoothing_factor does not work with prompts"):
+        make_trainer(name, tmp_path / "smoothed", label_smoothing_factor=0.1, max_steps=1).train()
+
+
+def test_a_loss_function_of_ones_own_is_that_of_the_model(tmp_path):
+    def loss_of(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    usual, own = (make_trainer("bert", tmp_path / name, logging_steps=1) for name in ("usual", "own"))
+    own.compute_loss_func = loss_of
+    usual.train()
+    own.train()
+    losses = [[event["loss"] for event in trainer.state.log_history if "loss" in event] for trainer in (usual, own)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -1,0 +1,27 @@
+"""Label smoothing by transformers' Trainer, which takes the labels out of a batch: refused in one sentence."""
+
+from __future__ import annotations
+
+import sys
+
+_FRAMES = 12  # from `forward` up to the Trainer's `compute_loss`, through wrappers of accelerate and torch
+
+
+def refuse_label_smoothing() -> None:
+    """Raises ValueError where the caller is a Trainer with `label_smoothing_factor`.
+
+    It would compute the loss by itself, and fails on it from deep inside: it looks for the class of a PEFT model where
+    LoRA keeps it, and does not know of the prompt's rows among the logits. A model is not told why its labels are gone,
+    and so the caller is looked at.
+    """
+    frame = sys._getframe(1)
+    for _ in range(_FRAMES):
+        if getattr(frame.f_locals.get("self"), "label_smoother", None) is not None:
+            raise ValueError(
+                "label_smoothing_factor does not work with prompts: the Trainer computes that loss without knowing of "
+                "the prompt's rows; set it to 0, or give the Trainer a compute_loss_func (a decoder's logits begin "
+                "with the prompt's rows)"
+            )
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
