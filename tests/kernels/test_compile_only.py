@@ -96,8 +96,8 @@ def run_in_a_process(**variables: str) -> list[str]:
 
 
 def test_a_packed_cache_serves_another_process_in_another_place(tmp_path, monkeypatch):
-    """The first process takes the operators' way on a GPU and compiles without line numbers; the second, which would
-    compile with them, finds everything compiled.
+    """One process takes the operators' way on a GPU and compiles without line numbers; another, which would have
+    them, finds everything compiled.
     """
     cold = run_in_a_process(TRITON_CACHE_DIR=str(tmp_path / "warm"), TRITON_STORE_BINARY_ONLY="1")
     assert cold == ["triton", "3", "token_at_kernel", "1"]

@@ -82,30 +82,43 @@ def driving(target: str) -> Iterator[Driver]:
         raise RuntimeError(f"target {target!r} is unknown: known are {', '.join(TARGETS)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
-    from triton import knobs
     from triton.runtime import driver
 
     held = "_active" if hasattr(driver, "_active") else "active"  # of triton 3.4; reading `active` asks for a GPU since
     before, ours = getattr(driver, held), Driver(target)
     driver.set_active(ours)
-    without_lines = _omit_lines(knobs, True)
     try:
-        yield ours
+        with _assembling_without_lines():
+            yield ours
     finally:
         setattr(driver, held, before)
-        _omit_lines(knobs, without_lines)
 
 
-def _omit_lines(knobs: Any, omitted: bool) -> bool:
-    """Sets whether binaries go without line numbers and PTX, which no launch reads; returns what was set before.
+@contextlib.contextmanager
+def _assembling_without_lines() -> Iterator[None]:
+    """Has ptxas leave out PTX and line numbers, two thirds of a binary, which no launch reads; the code stays the same.
 
-    Not by the environment, which is a part of the keys: a host with a GPU looks for binaries as if they had them.
+    Not for the stages before it, which make other code then, and not by the environment, which is a part of the keys:
+    a host with a GPU looks for binaries as if they had their lines.
     """
-    before, propagated = knobs.compilation.disable_line_info, knobs.propagate_env
-    knobs.propagate_env = False
-    knobs.compilation.disable_line_info = omitted
-    knobs.propagate_env = propagated
-    return before
+    from triton import knobs
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    make_cubin = CUDABackend.make_cubin
+
+    def without_lines(*arguments: Any) -> bytes:
+        before = knobs.compilation.disable_line_info, knobs.propagate_env
+        knobs.propagate_env, knobs.compilation.disable_line_info = False, True
+        try:
+            return make_cubin(*arguments)
+        finally:
+            knobs.compilation.disable_line_info, knobs.propagate_env = before
+
+    CUDABackend.make_cubin = without_lines
+    try:
+        yield
+    finally:
+        CUDABackend.make_cubin = make_cubin
 
 
 class Driver:
