@@ -73,9 +73,9 @@ def _ways(problem: Problem, device: torch.device) -> dict[str, Call]:
     implementation, operator = launcher or library.reference_of(name), getattr(torch.ops.ept, name).default
     ways: dict[str, Call] = {"operator": lambda _: operator(*args), "implementation": lambda _: implementation(*args)}
     if launcher is not None and device.type != "cpu":
-        with launch.recording(launch.architecture(device)) as launched:
+        with launch.watched() as launched:
             launcher(*args)
-        ways["launch"] = lambda _: [kernel[grid](*given, **meta) for kernel, grid, given, meta in launched]
+        ways["launch"] = lambda _: [kernel[grid](*given, **meta) for kernel, grid, given, meta, _ in launched]
     return ways
 
 

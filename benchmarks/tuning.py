@@ -5,7 +5,6 @@ python -m benchmarks.tuning     compiles what it will try, and all else that is 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from functools import partial
@@ -24,8 +23,6 @@ from .record import ROOT, Row, Work
 
 GOAL_SIZES = {"4096", str(4096 * 4096), str(14336 * 4096)}  # widths, and weights' elements, of cases with a goal
 SAMPLES = 15
-
-_winners = contextlib.ExitStack()  # later kernels are measured with what has won, as the tuner does
 
 
 def works_of(table: str, device: str) -> list[Work]:
@@ -46,8 +43,7 @@ def tuned(tunable: Tunable, device: torch.device) -> Row:
     device = torch.device(device.type, torch.accelerator.current_device_index())
     row = tune.tune(tunable, device, SAMPLES)
     name = torch.get_device_module(device).get_device_name(device)
-    tune.write(launch.config_file(device), [row], name, "python benchmarks/gpu_report.py")
-    _winners.enter_context(launch.trying(tunable.kernel, row["config"], tunable.size))
+    tune.write(launch.config_file(device), row, name, "python benchmarks/gpu_report.py")
     gained = f"{row['median_us']} µs, {row['default_us']} µs by the heuristic"
     says = f"{row['kernel']} {row['size']}: {gained}; {len(row['refused'])} of {row['tried']} refused"
     return {**row, "file": str(launch.config_file(device).relative_to(ROOT)), "summary": says}

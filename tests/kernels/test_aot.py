@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from ept_kernels import launch
 from ept_kernels.dev import aot, tune
-from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, PromptedEmbedding
+from ept_kernels.dev.compile_only import driving
+from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, Problem, PromptedEmbedding
+from ept_kernels.launch import Launch
 
-FINE = {"kernel": "k", "target": "sm_80", "spilled_bytes": 0, "shared_bytes": 100, "shared_limit": 100}
+ROW = {"kernel": "k", "target": "sm_80", "registers": 1, "spilled_bytes": 0, "shared_bytes": 0, "instructions": 1}
+ROW |= {"per_weight": ""}
 
 
 @triton.jit
@@ -27,68 +33,94 @@ def hungry(x, SIZE: tl.constexpr):
     tl.store(x + tl.arange(0, SIZE), b_x * tl.sum(b_x, axis=0))
 
 
-def case(size: int) -> aot.Case:
-    return aot.Case(f"hungry {size}", hungry, (1,), (torch.float32,), {"SIZE": size, "num_warps": 1, "num_stages": 1})
+@dataclass(frozen=True)
+class Hungry(Problem):
+    size: int = 0
+    operator: str = field(default="hungry", kw_only=True)
+
+    def inputs(self, device: Any = "cpu", seed: int = 0) -> tuple[Any, ...]:
+        return torch.ones(16), self.size
+
+
+def launch_hungry(x: torch.Tensor, size: int) -> None:
+    for _ in range(2):
+        launch.launch(hungry, (1,), x, SIZE=size, num_warps=1, num_stages=1)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-def test_a_spill_is_found(target):
-    spilling, fine = aot.compile_case(case(2**15), target), aot.compile_case(case(2**7), target)
-    assert spilling["spilled_bytes"] > 0
-    assert f"hungry {2**15} spills" in aot.problems(spilling)[0]
-    assert fine["spilled_bytes"] == 0
-    assert aot.problems(fine) == []
-    assert 0 < fine["registers"] < spilling["registers"]
-    assert 0 < fine["instructions"] < spilling["instructions"]
+def test_kernels_are_described_once_and_a_spill_is_found(target, monkeypatch):
+    monkeypatch.setattr(aot, "launcher_of", lambda operator: launch_hungry)
+    chosen = [aot.Case(Hungry(size), {}, " (x)") for size in (2**7, 2**8, 2**15)]
+    rows, refused = aot.compile_all([(case, target) for case in chosen], jobs=1)
+    assert [row["kernel"] for row in rows] == ["hungry size=128 (x)", "hungry size=256 (x)"]
+    assert all(row["spilled_bytes"] == 0 and row["target"] == target for row in rows)
+    assert 0 < rows[0]["registers"] <= rows[1]["registers"]
+    assert 0 < rows[0]["instructions"] < rows[1]["instructions"]
+    (reason,) = refused
+    assert reason.startswith(f"hungry size={2**15} (x) on {target}: hungry spills ")
 
 
-def test_problems_are_spills_and_too_much_shared_memory():
-    assert aot.problems(FINE) == []
-    assert aot.problems({**FINE, "spilled_bytes": 4}) == ["k spills 4 bytes on sm_80"]
-    (too_much,) = aot.problems({**FINE, "shared_bytes": 101})
-    assert "takes 101 bytes of shared memory on sm_80, the limit is 100" in too_much
-
-
-@pytest.mark.parametrize("row, failed", [(FINE, False), ({**FINE, "spilled_bytes": 4}, True)], ids=["fine", "spill"])
-def test_the_command_fails_on_a_problem(row, failed, monkeypatch, capsys):
-    row = {**row, "registers": 1, "instructions": 1, "per_weight": ""}
-    monkeypatch.setattr(aot, "cases", lambda *arguments: [case(1)])
-    monkeypatch.setattr(aot, "compile_all", lambda chosen, jobs: [row] if list(chosen) else [])
+@pytest.mark.parametrize("refused", [[], ["k spills"]], ids=["fine", "spill"])
+def test_the_command_fails_on_a_problem(refused, monkeypatch, capsys):
+    monkeypatch.setattr(aot, "compile_all", lambda chosen, jobs: ([ROW], refused) if list(chosen) else ([], []))
     monkeypatch.setattr(sys, "argv", ["aot"])
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(SystemExit) as stopped:
         aot.main()
-    assert bool(stopped.value.code) is failed
-    assert f"{int(failed)} problems" in capsys.readouterr().out
+    assert stopped.value.code == ("\n".join(refused) or 0)
+    assert f"{len(refused)} problems" in capsys.readouterr().out
 
 
-def forms(*problems):
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> set[Any]:
+    """The kernels that Triton was asked to compile for a GPU; it compiles none of them."""
+    keys: set[Any] = set()
+
+    def hook(*, key: str, fn: Any, **rest: Any) -> bool:
+        keys.add((fn.name, key))
+        return True
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", hook)
+    return keys
+
+
+def launches(target: str, cases: Iterable[aot.Case]) -> Iterator[Launch]:
+    for case in cases:
+        with driving(target), launch.configured(case.configs), launch.watched() as found:
+            aot.launcher_of(case.problem.operator)(*case.problem.inputs())
+        yield from found
+
+
+def forms(asked: set[Any], *problems: Problem) -> set[Any]:
     """Lists what Triton compiles for the launches of `problems`."""
-    return {case.form for problem in problems for case in aot.record(problem, "cuda")}
+    asked.clear()
+    assert list(launches("sm_100", [aot.Case(problem, {}) for problem in problems]))
+    return set(asked)
 
 
 @pytest.mark.parametrize("change", [{"s": 100}, {"m": 63}, {"r": 60}, {"s": 1, "m": 1, "r": 1}, {"K": 7}], ids=str)
-def test_a_compiled_joint_prompt_serves_all_lengths_and_ranks(change):
+def test_a_compiled_joint_prompt_serves_all_lengths_and_ranks(change, asked):
     """Neither s, m, r nor the number of gates up to 32 makes another kernel to compile."""
     problem = JointPrompt(s=40, m=256, r=30)
     other = replace(problem, **change)
-    assert len(forms(problem, problem.backward)) == 7  # six kernels, of which that of the rows differs in the backward
-    assert forms(other, other.backward) == forms(problem, problem.backward)
+    expected = forms(asked, problem, problem.backward)
+    assert len(expected) == 7  # six kernels, of which that of the rows differs in the backward
+    assert forms(asked, other, other.backward) == expected
 
 
-def test_another_batch_or_length_compiles_no_kernel_anew():
+def test_another_batch_or_length_compiles_no_kernel_anew(asked):
     seen = []
     for batch, n in ((3, 9), (1, 9), (16, 9), (3, 1), (3, 16), (3, 33), (2, 160)):
         padded = PromptedEmbedding(n, batch=batch, m=160)
-        seen.append(forms(padded, padded.backward, PackedEmbedding((160, *(n,) * batch))))
+        seen.append(forms(asked, padded, padded.backward, PackedEmbedding((160, *(n,) * batch))))
         assert seen[-1] == seen[0], f"{batch} texts of {n} tokens"
     assert len(seen[0]) == 5
 
 
-@pytest.mark.parametrize("architecture", ["cuda", "gfx942"])
-def test_every_kernel_is_among_the_cases_and_every_name_occurs_once(architecture):
-    cases = aot.cases(architecture)
-    assert len({c.name for c in cases}) == len({c.form for c in cases}) == len(cases)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_kernel_is_among_the_cases_and_every_name_occurs_once(target, asked):
+    cases = aot.cases()
+    assert len({case.problem.name for case in cases}) == len(cases)
+    found = list(launches(target, cases))
     modules = [m for name, m in sorted(sys.modules.items()) if name.startswith("ept_kernels.")]
     kernels = {
         x.fn.__name__
@@ -97,43 +129,23 @@ def test_every_kernel_is_among_the_cases_and_every_name_occurs_once(architecture
         if isinstance(x, triton.JITFunction) and x.fn.__name__.endswith("_kernel")
     }
     assert len(kernels) >= 10
-    assert kernels == {c.kernel.fn.__name__ for c in cases}
+    assert kernels == {launched.kernel.fn.__name__ for launched in found}
     assert {"sm_80", "sm_90", "sm_100", "gfx942"} == set(aot.TARGETS)
     # Nested absmax is rounded as in a dequantisation, and the assembler may use all registers where it has to.
-    four_bit = [c for c in cases if "4bit" in c.name and "reduce" not in c.name]
-    assert [c.meta["enable_fp_fusion"] for c in four_bit] == [False] * len(four_bit)
-    long = [c for c in cases if c.name.startswith(("joint_prompt", "matmul_4bit "))]
-    assert {c.meta.get("maxnreg") for c in long} == {255 if architecture == "cuda" else None}
-    assert {c.meta.get("maxnreg") for c in cases if c not in long} == {None}
-    assert {c.meta["PRECISION"] for c in cases if "PRECISION" in c.meta} == {"tf32", "bf16x6"}
+    metas = {name: [x.meta for x in found if name in x.kernel.fn.__name__] for name in ("_4bit_kernel", "joint", "mat")}
+    assert {meta["enable_fp_fusion"] for meta in metas["_4bit_kernel"]} == {False}
+    of_long = [meta for name in ("joint", "mat") for meta in metas[name] if "BLOCK_E" not in meta]
+    assert {meta.get("maxnreg") for meta in of_long} == {None if target == "gfx942" else 255}
+    assert {x.meta.get("maxnreg") for x in found if x.meta not in of_long} == {None}
+    assert {x.meta["PRECISION"] for x in found if "PRECISION" in x.meta} == {"tf32", "bf16x6"}
 
 
-def test_nothing_runs_and_nothing_is_remembered_while_launches_are_recorded():
-    problem = aot.compiled_problems()[-1]
-    before = launch.launches()
-    (case,) = aot.record(problem, "gfx942", {"dequantize_4bit/64-bit": {"ITERS": 2}}, note=" (x)")
-    assert launch.launches() == before + 1
-    assert case.name.endswith(" (x)")
-    assert (case.meta["UNITS"], case.meta["ITERS"], case.args[0]) == (1024, 2, torch.uint8)
-    assert launch.architecture(torch.device("cpu")) == "cpu"
-
-
-def test_every_kind_of_4_bit_weight_is_compiled_on_request(monkeypatch):
-    few, of_weights = aot.compiled_problems()[-3:], aot.every_four_bit_problem()[:20]
-    monkeypatch.setattr(aot, "compiled_problems", lambda: few)
-    monkeypatch.setattr(aot, "every_four_bit_problem", lambda: of_weights)
-    usual, every = aot.cases("cuda"), aot.cases("cuda", every=True)
-    assert every[: len(usual)] == usual
-    with_bias = [c for c in every[len(usual) :] if "bias" in c.name and c.kernel.fn.__name__ == "matmul_4bit_kernel"]
-    assert with_bias
-    assert all(c.args[c.kernel.arg_names.index("bias")] is not None for c in with_bias)
-
-
-def test_candidates_are_launched_as_the_tuner_would(monkeypatch):
+def test_candidates_are_launched_as_the_tuner_would(monkeypatch, asked):
     """The launchers take every kernel's configuration from the tuner."""
     kernels = {t.kernel: t for t in tune.tunables() if "." not in t.kernel}
     assert len(kernels) >= 12
     candidates = [replace(t, candidates=[{"num_warps": 2}]) for t in kernels.values()]
     monkeypatch.setattr(aot, "tunables", lambda: candidates)
-    found = {c.kernel.fn.__name__ for c in aot.candidate_cases("cuda") if c.meta["num_warps"] == 2}
+    found = {x.kernel.fn.__name__ for x in launches("sm_90", aot.candidate_cases()) if x.meta["num_warps"] == 2}
     assert found == {t.kernel.split("/")[0] + "_kernel" for t in candidates}
+    assert launch.architecture(torch.device("cpu")) == "cpu"

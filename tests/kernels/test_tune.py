@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,46 +123,68 @@ def test_bits_are_compared_where_nothing_is_tolerated():
         tune.tune(toy(1, off=1e-6, exact=True), CPU)
 
 
-def test_the_file_is_read_back_and_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "Some_GPU.json"
-    rows = [tune.tune(toy(1), CPU, samples=1)]
-    tune.write(path, rows, "Some GPU", "python -m ept_kernels.dev.tune --kernels toy")
-    tune.write(path, [{**rows[0], "kernel": "other"}], "Some GPU", "python -m ept_kernels.dev.tune --kernels other")
-    tune.write(path, [{**rows[0], "config": {"kind": 7}}], "Some GPU", "again")
+def test_the_file_is_added_to_and_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, row = tmp_path / "Some_GPU.json", tune.tune(toy(1), CPU, samples=1)
+    monkeypatch.setattr(launch, "config_file", lambda device: path)
+    chosen = launch.cached_choice(lambda: launch.config_for("toy", 9, torch.device("cuda"), {"kind": 0}))
+    for change, command, kind in (
+        ({}, "first", 1),
+        ({"kernel": "other"}, "other", 1),
+        ({"config": {"kind": 7}}, "again", 7),
+    ):
+        tune.write(path, {**row, **change}, "Some GPU", command)
+        assert chosen() == {"kind": kind}, command
     assert launch.load_configs(path) == {"toy": {(8,): {"kind": 7}}, "other": {(8,): {"kind": 1}}}
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content["device"] == "Some GPU"
-    assert [row["measured_with"]["command"].split()[-1] for row in content["measurements"]] == ["other", "again"]
+    assert [row["measured_with"]["command"] for row in content["measurements"]] == ["other", "again"]
     assert content["measurements"][0]["measured_with"]["torch"] == torch.__version__
-    monkeypatch.setattr(launch, "config_file", lambda device: path)
-    launch._measured.cache_clear()
-    assert launch.config_for("toy", 9, torch.device("cuda"), {"kind": 0}) == {"kind": 7}
-    launch._measured.cache_clear()
+    launch.forget_measured()
 
 
 def test_a_damaged_file_is_not_written_over(tmp_path: Path):
     path = tmp_path / "Some_GPU.json"
     path.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="damaged"):
-        tune.write(path, [], "Some GPU", "tune")
+        tune.write(path, {}, "Some GPU", "tune")
     assert path.read_text(encoding="utf-8") == "{"
 
 
-@pytest.mark.parametrize(
-    "arguments, interpreted, message",
-    [
-        ([], False, "no accelerator was found"),
-        (["--device", "cpu"], False, "needs TRITON_INTERPRET=1"),
-        (["--device", "cpu", "--output", str(launch.CONFIGS / "x.json")], True, "do not belong into"),
-        (["--device", "cpu", "--kernels", "embeding"], True, "known are .*prompted_embedding/"),
-    ],
-)
-def test_what_the_command_refuses(arguments, interpreted, message, monkeypatch):
-    if not arguments and torch.accelerator.is_available():
-        pytest.skip("this machine has an accelerator")
-    monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
-    with pytest.raises(SystemExit, match=message):
-        tune.main(arguments)
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A GPU that the command finds, and the file of its configurations; nothing runs on it."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Some GPU {device.index}")
+    monkeypatch.setattr(launch, "CONFIGS", tmp_path)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it takes long
+    return tmp_path / "Some_GPU_1.json"
+
+
+def test_the_command_writes_after_each_kernel(accelerator, monkeypatch, capsys):
+    def tuned(tunable: Tunable, device: torch.device, samples: int) -> dict[str, Any]:
+        measured = launch.load_configs(accelerator) if accelerator.is_file() else {}
+        row = {"kernel": tunable.kernel, "size": tunable.key, "config": {"written": sum(map(len, measured.values()))}}
+        return {**row, "median_us": 1.0, "default_us": 2.0, "tried": 3, "refused": {"{}": "spills"}}
+
+    monkeypatch.setattr(tune, "tune", tuned)
+    tune.main(["--kernels", "joint_prompt_rows,joint_prompt_sides"])
+    assert launch.load_configs(accelerator) == {
+        "joint_prompt_rows": {(768,): {"written": 0}, (4096,): {"written": 2}},
+        "joint_prompt_sides": {(768,): {"written": 1}, (4096,): {"written": 3}},
+    }
+    printed = capsys.readouterr().out
+    assert "joint_prompt_rows 768: 1.0 us (2.0 us by the heuristic)" in printed
+    assert "refused {}: spills" in printed
+
+
+def test_what_the_command_refuses(request, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(SystemExit, match="no accelerator was found"):
+        tune.main([])
+    request.getfixturevalue("accelerator")
+    with pytest.raises(SystemExit, match=r"known are .*prompted_embedding/"):
+        tune.main(["--kernels", "embeding"])
 
 
 def test_what_is_tunable_is_unique_bounded_and_on_the_launchers_own_keys():

@@ -1,4 +1,4 @@
-"""Launching: entering the device, counting and recording launches, measured configurations.
+"""Launching: entering the device, counting and watching launches, measured configurations.
 
 A configuration is a set of meta-parameters of one kernel (block sizes, `num_warps`, `num_stages`). Measured ones
 are data, one file a device, `configs/<device name>.json`, written by `python -m ept_kernels.dev.tune`:
@@ -23,7 +23,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -31,17 +31,25 @@ CONFIGS = Path(__file__).parent / "configs"
 
 Config = dict[str, int]
 Size = tuple[int, ...]
-Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel, grid, arguments, meta-parameters
+Kinds = tuple[bool, tuple[Any, ...], torch.device]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Launch(NamedTuple):
+    """What was given to `launch`, and what Triton has compiled for it: None under the interpreter."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+    compiled: Any
 
 
 class _State:
     launches = 0
-    compiled: list[Any] | None = None  # what launch() has run, while someone asks for it
-    recorded: list[Launch] | None = None  # what launch() was given, while nothing is to run
+    watched: list[Launch] | None = None  # while someone watches
     architecture: str | None = None  # that CPU tensors stand for
-    tried: ClassVar[dict[Any, Config]] = {}  # by kernel: the configuration it takes for the time being
-    adopted: ClassVar[dict[str, dict[Any, Config]]] = {}  # by kernel and size: as if measured
+    tried: dict[str, Config] = {}  # by kernel: the configuration it takes for the time being
 
 
 _choices: list[Any] = []  # caches that hold configurations
@@ -52,12 +60,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
     if not all(grid):
         return None
     _State.launches += 1
-    if _State.recorded is not None:
-        _State.recorded.append((kernel, grid, args, meta))
-        return None
     compiled = kernel[grid](*args, **meta)
-    if _State.compiled is not None:
-        _State.compiled.append(compiled)
+    if _State.watched is not None:
+        _State.watched.append(Launch(kernel, grid, args, meta, compiled))
     return compiled
 
 
@@ -66,19 +71,17 @@ class Prepared:
 
     Triton looks at every argument of every launch in Python, to find what it has compiled for such ones. That takes
     most of a launch's time on the host, so it is done once: whoever makes one of these keeps it by `cached_choice`, for
-    the `kinds` of the tensors and one device.
+    the `kinds` of the tensors.
     """
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, ...], numbers: tuple[float, ...], meta: dict[str, Any], kinds: Any
-    ):
+    def __init__(self, kernel: Any, grid: Size, numbers: tuple[float, ...], meta: dict[str, Any], kinds: Kinds):
         self.kernel, self.grid, self.numbers, self.meta = kernel, grid, numbers, meta
         self.is_kept = kinds[0] and all(grid)
         self.run: Callable[..., Any] | None = None
         self.rest: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
-        if self.run is not None and _State.compiled is None:
+        if self.run is not None and _State.watched is None:
             _State.launches += 1
             self.run(*tensors, *self.rest)
             return
@@ -89,16 +92,16 @@ class Prepared:
             self.run = compiled[(*self.grid, 1, 1)[:3]]
 
 
-def kinds(*tensors: torch.Tensor | None) -> tuple[bool, tuple[torch.dtype | None, ...]]:
-    """Returns what Triton compiles for: whether all addresses are multiples of 16 bytes, and the types."""
-    addresses, types = 0, list[torch.dtype | None]()
-    for x in tensors:
+def kinds(first: torch.Tensor, *others: torch.Tensor | None) -> Kinds:
+    """Returns what Triton compiles for: whether all addresses are multiples of 16 bytes, the types, the device."""
+    addresses, types = first.data_ptr(), list[Any]((first.dtype,))
+    for x in others:
         if x is None:
             types.append(None)
         else:
             addresses |= x.data_ptr()
             types.append(x.dtype)
-    return addresses % 16 == 0, tuple(types)
+    return addresses % 16 == 0, tuple(types), first.device
 
 
 def launches() -> int:
@@ -107,33 +110,25 @@ def launches() -> int:
 
 
 @contextlib.contextmanager
-def recording(architecture: str) -> Iterator[list[Launch]]:
-    """Collects what launchers launch, as they would on a GPU of `architecture`, and runs none of it: results of
-    CPU tensors stay uninitialised.
-    """
-    before, _State.recorded = _State.architecture, []
-    act_as(architecture)
+def watched() -> Iterator[list[Launch]]:
+    """Collects what is launched."""
+    _State.watched = []
     try:
-        yield _State.recorded
+        yield _State.watched
     finally:
-        _State.recorded = None
-        act_as(before)
-
-
-def act_as(architecture: str | None) -> None:
-    """Makes launchers choose as on a GPU of `architecture` whatever device their tensors lie on; None: no longer."""
-    _State.architecture = architecture
-    _forget_choices()
+        _State.watched = None
 
 
 @contextlib.contextmanager
-def compiled_kernels() -> Iterator[list[Any]]:
-    """Collects what `launch` runs: Triton's compiled kernels; None for each under the interpreter."""
-    _State.compiled = []
+def acting_as(architecture: str) -> Iterator[None]:
+    """Makes launchers choose as on a GPU of `architecture` whatever device their tensors lie on."""
+    before, _State.architecture = _State.architecture, architecture
+    _forget_choices()
     try:
-        yield _State.compiled
+        yield
     finally:
-        _State.compiled = None
+        _State.architecture = before
+        _forget_choices()
 
 
 _device_module = functools.cache(torch.get_device_module)
@@ -155,9 +150,7 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
     """
     if (tried := _State.tried.get(kernel)) is not None:
         return {**default, **tried}
-    known = dict(_State.adopted.get(kernel, {}))
-    if device.type != "cpu":
-        known = {**_measured(config_file(device)).get(kernel, {}), **known}
+    known = {} if device.type == "cpu" else _measured(config_file(device)).get(kernel, {})
     wanted = size if isinstance(size, tuple) else (size,)
 
     def distance(key: Size) -> float:
@@ -168,35 +161,22 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
 
 
 def cached_choice(function: _Function) -> _Function:
-    """Caches a function whose result depends on `config_for`; `trying` empties it."""
+    """Caches a function whose result depends on `config_for`; whatever changes that empties it."""
     cached = functools.lru_cache(maxsize=512)(function)
     _choices.append(cached)
     return cached  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def trying(kernel: str, config: Config, size: Size | None = None) -> Iterator[None]:
-    """Makes `kernel` take `config`, its defaults where it names nothing, on every device: at every size, or, with a
-    `size`, where that is the nearest, as if it had been measured.
-    """
-    held = _State.tried if size is None else _State.adopted.setdefault(kernel, {})
-    place: Any = kernel if size is None else size
-    held[place] = config
+def configured(configs: dict[str, Config]) -> Iterator[None]:
+    """Makes kernels take `configs`, their defaults where these name nothing, at every size and on every device."""
+    before, _State.tried = _State.tried, {**_State.tried, **configs}
     _forget_choices()
     try:
         yield
     finally:
-        del held[place]
+        _State.tried = before
         _forget_choices()
-
-
-@contextlib.contextmanager
-def configured(configs: dict[str, Config]) -> Iterator[None]:
-    """Makes several kernels take `configs` at every size."""
-    with contextlib.ExitStack() as stack:
-        for kernel, config in configs.items():
-            stack.enter_context(trying(kernel, config))
-        yield
 
 
 def key(kernel: str, dtype: torch.dtype) -> str:
@@ -298,6 +278,12 @@ def _measured(path: Path) -> dict[str, dict[Size, Config]]:
     except ValueError as error:
         warnings.warn(f"heuristic launch configurations are used: {error}", stacklevel=2)
         return {}
+
+
+def forget_measured() -> None:
+    """Makes files of measured configurations be read again, as one was written."""
+    _measured.cache_clear()
+    _forget_choices()
 
 
 def _forget_choices() -> None:

@@ -26,7 +26,7 @@ import ept_kernels
 from ept_kernels import FourBitWeight, launch
 from ept_kernels.dev.problems import FourBit
 from ept_kernels.four_bit import dequantize as kernels
-from ept_kernels.launch import trying
+from ept_kernels.launch import configured
 
 __all__ = ["watched_memory"]
 
@@ -139,7 +139,7 @@ def test_two_runs_give_equal_bits(device):
 @pytest.mark.parametrize("problem", [PROBLEMS[3], PROBLEMS[9], PROBLEMS[16]], ids=lambda p: p.name)
 def test_any_launch_configuration_is_right(config, problem, device):
     """A tuner may choose any of them."""
-    with trying(f"dequantize_4bit/{8 * problem.dtype.itemsize}-bit", config):
+    with configured({f"dequantize_4bit/{8 * problem.dtype.itemsize}-bit": config}):
         test_equals_bitsandbytes(problem, device)
 
 

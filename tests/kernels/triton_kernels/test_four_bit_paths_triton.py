@@ -12,11 +12,10 @@ from four_bit_problems import watched_memory
 
 from ept_kernels import launch
 from ept_kernels.dev.problems import FourBit
-from ept_kernels.four_bit import matmul as matmul_4bit_triton
 from ept_kernels.four_bit import paths as four_bit_paths
+from ept_kernels.four_bit.decode import Weight
 from ept_kernels.four_bit.paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, chosen_path, path_of
-from ept_kernels.four_bit.splits import Weight
-from ept_kernels.launch import trying
+from ept_kernels.launch import configured
 
 __all__ = ["watched_memory"]
 
@@ -98,13 +97,13 @@ def test_a_number_in_between_goes_the_way_of_the_next_larger(device, monkeypatch
 def test_the_launchers_go_the_chosen_way(path, device, monkeypatch):
     weight = weight_of(64, 128, device, nested=True)
     taken = []
-    ways = {FUSED: "run", LIBRARY: "dequantize_4bit", BITSANDBYTES: "bitsandbytes_product"}
+    ways = {FUSED: "fused_product", LIBRARY: "dequantize_4bit", BITSANDBYTES: "bitsandbytes_product"}
     for way, name in ways.items():
-        there = getattr(matmul_4bit_triton, name)
-        monkeypatch.setattr(matmul_4bit_triton, name, lambda *a, way=way, there=there: taken.append(way) or there(*a))
-    with trying("matmul_4bit.path/16-bit", {"PATH": path}):
-        matmul_4bit_triton.matmul_4bit(torch.ones(3, 128, dtype=F16, device=device), *weight[:5], None, *weight[5:])
-        matmul_4bit_triton.matmul_4bit_backward(torch.ones(3, 64, dtype=F16, device=device), *weight)
+        there = getattr(four_bit_paths, name)
+        monkeypatch.setattr(four_bit_paths, name, lambda *a, way=way, there=there: taken.append(way) or there(*a))
+    with configured({"matmul_4bit.path/16-bit": {"PATH": path}}):
+        four_bit_paths.matmul_4bit(torch.ones(3, 128, dtype=F16, device=device), *weight[:5], None, *weight[5:])
+        four_bit_paths.matmul_4bit_backward(torch.ones(3, 64, dtype=F16, device=device), *weight)
     assert taken == [path, LIBRARY]  # the input gradient has no other way
 
 
@@ -123,7 +122,7 @@ def test_the_launchers_go_the_chosen_way(path, device, monkeypatch):
 )
 def test_what_bitsandbytes_cannot_take_goes_another_way(columns, options, change, expected, device):
     weight = weight_of(32, columns, device, **options)._replace(**change)
-    with trying("matmul_4bit.path/16-bit", {"PATH": BITSANDBYTES}):
+    with configured({"matmul_4bit.path/16-bit": {"PATH": BITSANDBYTES}}):
         assert path_of(weight, 3, F16) == expected
         if expected == BITSANDBYTES:
             assert path_of(weight, 33, F16) == expected
@@ -132,9 +131,9 @@ def test_what_bitsandbytes_cannot_take_goes_another_way(columns, options, change
 def test_without_bitsandbytes_the_heuristic_decides(device, monkeypatch):
     weight = weight_of(32, 128, device)
     monkeypatch.setattr(four_bit_paths, "has_bitsandbytes", lambda: False)
-    with trying("matmul_4bit.path/16-bit", {"PATH": BITSANDBYTES}):
+    with configured({"matmul_4bit.path/16-bit": {"PATH": BITSANDBYTES}}):
         assert [path_of(weight, count, F16) for count in (1, 64, 65)] == [FUSED, FUSED, LIBRARY]
-    with trying("matmul_4bit.path/32-bit", {"PATH": BITSANDBYTES}):
+    with configured({"matmul_4bit.path/32-bit": {"PATH": BITSANDBYTES}}):
         assert path_of(weight, 1, F32) == (FUSED if INTERPRETED else LIBRARY)
     assert path_of(weight, 0, F16) == LIBRARY
 
@@ -144,7 +143,7 @@ def test_float32_is_never_fused_on_a_gpu():
     packed, absmax = torch.empty(64 * 64, dtype=torch.uint8, device="meta"), torch.empty(128, device="meta")
     weight = Weight(packed, absmax, None, None, None, "nf4", 64, 0, 64, 128)
     for bits, dtype, expected in ((16, F16, FUSED), (32, F32, LIBRARY)):
-        with trying(f"matmul_4bit.path/{bits}-bit", {"PATH": FUSED}):
+        with configured({f"matmul_4bit.path/{bits}-bit": {"PATH": FUSED}}):
             assert path_of(weight, 1, dtype) == expected
 
 
@@ -161,8 +160,8 @@ def test_bitsandbytes_path_is_right(quant_type, nested, bias, device):
     b = None if bias is None else torch.randn(48, device=device, dtype=torch.float64).to(bias)
     results = []
     for path in (BITSANDBYTES, LIBRARY):
-        with trying("matmul_4bit.path/32-bit", {"PATH": path}):
-            results.append(matmul_4bit_triton.matmul_4bit(x, *weight[:5], b, *weight[5:]))
+        with configured({"matmul_4bit.path/32-bit": {"PATH": path}}):
+            results.append(four_bit_paths.matmul_4bit(x, *weight[:5], b, *weight[5:]))
     assert results[0].shape == (2, 3, 48)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 

@@ -186,13 +186,13 @@ def test_the_kernels_are_given_one_type(device):
     """Compiled, a program that chooses among several tensors needs them of one type; the interpreter does not."""
     problem = JointPrompt(a=4)
     *parameters, G = problem.parameters(device)
-    with launch.recording("cuda") as launched:
+    with launch.watched() as launched:
         for last in (G, G.bfloat16()):
             kernels.joint_prompt(*parameters, last, *problem.options())
             kernels.joint_prompt_backward(problem.grad_output(device), *parameters, last, *problem.options())
     given = [
         {x.dtype for x in args if isinstance(x, Tensor)}
-        for kernel, _, args, _ in launched
+        for kernel, _, args, *_ in launched
         if kernel is kernels.joint_prompt_products_kernel
     ]
     assert given == [{torch.float32}] * 4

@@ -28,9 +28,8 @@ from ept_kernels import FourBitWeight, launch
 from ept_kernels.dev.problems import FourBit
 from ept_kernels.four_bit import matmul as kernels
 from ept_kernels.four_bit import paths as four_bit_paths
-from ept_kernels.four_bit import splits as four_bit_products
-from ept_kernels.four_bit.decode import levels, levels_of_tile
-from ept_kernels.launch import trying
+from ept_kernels.four_bit.decode import Weight, levels, levels_of_tile
+from ept_kernels.launch import configured
 
 __all__ = ["watched_memory"]
 
@@ -84,24 +83,24 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     launch._forget_choices()
     with contextlib.ExitStack() as stack:
         if not INTERPRETED:
-            stack.enter_context(trying("matmul_4bit.path/32-bit", {"PATH": four_bit_paths.LIBRARY}))
+            stack.enter_context(configured({"matmul_4bit.path/32-bit": {"PATH": four_bit_paths.LIBRARY}}))
         yield
     launch._forget_choices()
 
 
 def forward(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> Tensor:
-    return kernels.matmul_4bit(x, *weight.tensors, bias, *weight.sizes)
+    return four_bit_paths.matmul_4bit(x, *weight.tensors, bias, *weight.sizes)
 
 
 def backward(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
-    return kernels.matmul_4bit_backward(grad_output, *weight.tensors, *weight.sizes)
+    return four_bit_paths.matmul_4bit_backward(grad_output, *weight.tensors, *weight.sizes)
 
 
 def exact_weight(weight: FourBitWeight, path: str, dtype: torch.dtype) -> Tensor:
     """As the products of that path see it, in float64: rounded to the tokens' type, but fused under the interpreter."""
     device = weight.packed.device
     if path == FUSED:
-        dtype = four_bit_products.operand_type(dtype, device)
+        dtype = kernels.operand_type(dtype, device)
         return ept_kernels.dequantize_4bit_reference(weight, dtype).double()
     return ept_kernels.dequantize_4bit(weight, dtype).double()  # under the interpreter bfloat16 is truncated
 
@@ -209,7 +208,7 @@ def test_number_of_launches(problem, launches, device):
     weight, x = problem.weight(device), problem.random(problem.columns, device)
     grad, bias = problem.random(problem.rows, device), problem.bias_tensor(device)
     assert (launches_of(forward, x, weight, bias), launches_of(backward, grad, weight)) == (launches, 1)
-    weight = four_bit_products.Weight(*weight.tensors, *weight.sizes)
+    weight = Weight(*weight.tensors, *weight.sizes)
     taken = four_bit_paths.path_of(weight, math.prod(problem.tokens), F16)
     assert taken == (four_bit_paths.FUSED if path(problem) == FUSED else four_bit_paths.LIBRARY)
 
@@ -233,7 +232,7 @@ CONFIGS = [
 @pytest.mark.parametrize("problem", [FourBit(70, 576, (5, 5)), FourBit(130, 320, (20,), block_size=32)], ids=str)
 def test_any_launch_configuration_is_right(config, problem, device):
     """A tuner may choose any of them; more splits than tiles become as many as there are tiles."""
-    with trying("matmul_4bit/32/16-bit", config):
+    with configured({"matmul_4bit/32/16-bit": config}):
         check_forward(problem, device)
 
 
@@ -292,12 +291,12 @@ def test_operators(problem, device):
 @pytest.mark.parametrize("splits, elements", [(3, 2**30), (1, 2**31 + 1024)])
 def test_offsets_of_partial_sums_have_64_bits(splits, elements, device, monkeypatch):
     """The last tile of results whose partial sums, or which themselves, go beyond 2³¹."""
-    config = four_bit_products.CONFIGS["matmul_4bit_reduce"]
+    config = kernels.CONFIGS["matmul_4bit_reduce"]
     partial = mostly_untouched(splits * elements, F32).view(splits, elements)
     out = mostly_untouched(elements, F32)
     partial[:, -5:] = torch.randn(splits, 5)
     raise_programs(monkeypatch, elements // config["BLOCK_E"] - 1)
-    kernel = four_bit_products.matmul_4bit_reduce_kernel
+    kernel = kernels.matmul_4bit_reduce_kernel
     launch.launch(kernel, (1,), partial, None, out, splits, elements, 4096, **config)
     torch.testing.assert_close(out[-5:], partial[:, -5:].sum(0))
     assert out[-5:].abs().min() > 0
@@ -320,7 +319,7 @@ def test_offsets_have_64_bits(device, monkeypatch):
     raise_programs(monkeypatch, rows // 16, columns // 4096 - 1, 0)
     x = torch.randn(2, columns)
     out = mostly_untouched(columns // 4096 * 2 * rows, F32).view(-1, 2, rows)
-    pointers = four_bit_products.Weight(*weight.tensors, *weight.sizes).pointers()
+    pointers = Weight(*weight.tensors, *weight.sizes).pointers()
     options = {"BLOCK_SIZE": block, "NESTED_BLOCK_SIZE": 0, "OPERAND": kernels.tl.float32}
     tile = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 4096}
     arguments = (*pointers, x, None, out, 2, rows, columns, 1, *x.stride())

@@ -1,18 +1,20 @@
 """Compiles every kernel in every shipped configuration for the supported targets, without a GPU.
 
-    python -m ept_kernels.dev.aot [--json FILE] [--targets NAME,NAME] [--only KERNEL] [--jobs NUMBER]
+    python -m ept_kernels.dev.aot [--json FILE] [--targets NAME,NAME] [--only OPERATOR] [--jobs NUMBER]
     python -m ept_kernels.dev.aot --warm FOLDER --targets NAME [--then COMMAND]
 
-Prints a table (kernel, target, registers, spilled bytes, shared memory, instructions, and instructions a weight where
-4-bit weights are decoded) and fails on any spill, and on shared memory over the target's limit.
+The launchers are called as on such a GPU, with the driver of `compile_only.py`; what that refuses, such as a spill or
+too much shared memory, fails. Prints registers, spilled bytes, shared memory and instructions of each kernel, and
+instructions a weight where 4-bit weights are decoded.
 
-`--every` adds every kind of 4-bit weight and of its operands, `--candidates` every configuration that the tuner may
-try. Both take long. What is wrong with a candidate is printed and is no failure: the tuner refuses such ones.
+`--candidates` adds every configuration that the tuner may try, which takes long. What is wrong with one of these is
+printed and is no failure: the tuner refuses such ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -21,85 +23,43 @@ import shlex
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from .. import launch
-from ..launch import Config
+from ..launch import Config, Launch
 from ..library import launcher_of
 from . import warm
-from .compile_only import ARCHITECTURES, TARGETS, disassembled, driving, facts_of
-from .problems import Problem, compiled_problems, every_four_bit_problem
+from .compile_only import TARGETS, Target, disassembled, driving, facts_of
+from .problems import Problem, compiled_problems
 from .tune import Tunable, tunables
+
+Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """One kernel as a launcher launches it, its tensors replaced by their types."""
+    """A call of a launcher, in `configs` by kernel in place of the heuristics'; `note` is put behind the names."""
 
-    name: str
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    meta: dict[str, Any]
-
-    @property
-    def form(self) -> Any:
-        """Tells apart what Triton compiles for: types, constants, and of integers whether they are 1 or divisible by
-        16, unless the kernel asks not to be specialised for them.
-        """
-        args = [
-            type(x)
-            if type(x) is float or (type(x) is int and parameter.do_not_specialize)
-            else (x == 1, x % 16 == 0)
-            if type(x) is int
-            else x
-            for x, parameter in zip(self.args, self.kernel.params)
-        ]
-        return self.kernel, *args, *sorted(self.meta.items(), key=lambda item: item[0])
+    problem: Problem
+    configs: dict[str, Config]
+    note: str = ""
 
 
-def record(problem: Problem, architecture: str, configs: dict[str, Config] | None = None, note: str = "") -> list[Case]:
-    """Calls the launcher of `problem`'s operator on CPU tensors and returns what it would launch on `architecture`.
-
-    `configs` are configurations by kernel in place of the heuristics'; `note` is put behind the names.
-    """
-    launcher = launcher_of(problem.operator)
-    assert launcher is not None, f"{problem.operator} has no kernels"
-    inputs = problem.inputs()
-    with launch.recording(architecture) as launched, launch.configured(configs or {}):
-        launcher(*inputs)
-    found = []
-    for kernel, grid, args, meta in launched:
-        name = kernel.fn.__name__.removesuffix("_kernel")
-        of = "" if name == problem.operator else f" of {problem.operator}"
-        types = tuple(x.dtype if isinstance(x, torch.Tensor) else x for x in args)
-        found.append(Case(f"{name}{of} {problem.sizes}{note}", kernel, grid, types, meta))
-    return found
+def cases() -> list[Case]:
+    """Lists calls that launch every kernel in the heuristics' configurations."""
+    return [Case(problem, {}) for problem in compiled_problems()]
 
 
-def cases(architecture: str, every: bool = False) -> list[Case]:
-    """Lists every kernel as the launchers launch it in the heuristics' configurations, each form once."""
-    found = [case for problem in compiled_problems() for case in record(problem, architecture)]
-    for problem in every_four_bit_problem() if every else ():
-        # With a bias the sum is not split: then the kernel itself adds it, and writes the result.
-        unsplit = {f"{problem.operator}/{tile}/16-bit": {"SPLITS": 1} for tile in (16, 32, 64)} if problem.bias else {}
-        found += record(problem, architecture, unsplit)
-    return _distinct(found)
-
-
-def shipped_cases(architecture: str) -> list[Case]:
-    """Lists every kernel in every measured configuration that is shipped under `configs/`.
+def shipped_cases() -> Iterator[Case]:
+    """Lists a call for every measured configuration that is shipped under `configs/`.
 
     Raises:
         ValueError: a file is damaged, or names a kernel and a size that the tuner does not know.
     """
     known = {(tunable.kernel, tunable.size): tunable for tunable in tunables()}
-    found = []
     for path in sorted(launch.CONFIGS.glob("*.json")):
         for kernel, sizes in launch.load_configs(path).items():
             for size, config in sizes.items() if "." not in kernel else ():  # with a dot: a measured number
@@ -107,43 +67,89 @@ def shipped_cases(architecture: str) -> list[Case]:
                     raise ValueError(
                         f"{path} has {kernel} at {size}, which the tuner does not know: remove the entry, or tune anew"
                     )
-                found += _recorded(known[kernel, size], architecture, config, f" ({path.stem})")
-    return _distinct(found)
+                yield _case(known[kernel, size], config, f" ({path.stem})")
 
 
-def candidate_cases(architecture: str) -> list[Case]:
-    """Lists every kernel in every configuration that the tuner may try, each form once."""
+def candidate_cases() -> list[Case]:
+    """Lists a call for every configuration that the tuner may try."""
     kernels = [tunable for tunable in tunables() if "." not in tunable.kernel]  # with a dot: a measured number
-    tried = ((tunable, config) for tunable in kernels for config in tunable.candidates)
-    return _distinct([case for t, config in tried for case in _recorded(t, architecture, config, f" {config}")])
+    return [_case(tunable, config, f" {config}") for tunable in kernels for config in tunable.candidates]
 
 
-def _recorded(tunable: Tunable, architecture: str, config: Config, note: str) -> list[Case]:
+def _case(tunable: Tunable, config: Config, note: str) -> Case:
     configs = {**tunable.held, tunable.kernel: {**tunable.default, **config}}
-    return record(tunable.problem.small, architecture, configs, note)
+    return Case(tunable.problem.small, configs, note)
 
 
-def _distinct(found: list[Case]) -> list[Case]:
-    first: dict[Any, Case] = {}
-    for case in found:
-        first.setdefault(case.form, case)
-    return list(first.values())
+_waiting: list[tuple[Case, str]] = []  # what the processes of compile_all inherit
 
 
-_waiting: list[tuple[Case, str]] = []  # what the processes of compile_all inherit: a kernel cannot be sent to them
+def compile_all(chosen: Iterable[tuple[Case, str]], jobs: int) -> tuple[list[Row], list[str]]:
+    """Compiles the kernels of every case for its target in `jobs` processes forked from this one.
 
-
-def compile_all(chosen: Iterable[tuple[Case, str]], jobs: int) -> list[dict[str, Any]]:
-    """Compiles every case for its target, in order, in `jobs` processes forked from this one."""
+    Returns a row for every kernel that there is, in order, and what was refused.
+    """
     _waiting[:] = chosen
-    if jobs == 1 or len(_waiting) < 2:
-        return [compile_case(*pair) for pair in _waiting]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as processes:
-        return list(processes.map(_compile_waiting, range(len(_waiting))))
+        found = list(processes.map(_compile_waiting, range(len(_waiting))))
+    rows: dict[str, Row] = {}
+    for row in (row for of_case, _ in found for row in of_case):
+        rows.setdefault(row["hash"], row)
+    return list(rows.values()), [reason for _, reason in found if reason is not None]
 
 
-def _compile_waiting(index: int) -> dict[str, Any]:
+def _compile_waiting(index: int) -> tuple[list[Row], str | None]:
     return compile_case(*_waiting[index])
+
+
+def compile_case(case: Case, target: str) -> tuple[list[Row], str | None]:
+    """Calls the launcher for `target`; returns a row for each kernel that it launched, and why it could not go on."""
+    launcher: Any = launcher_of(case.problem.operator)
+    inputs, reason = _inputs_of(case.problem), None
+    with driving(target) as driver, launch.configured(case.configs), launch.watched() as launches:
+        try:
+            launcher(*inputs)
+        except Exception as error:  # whatever a compiler or the driver may raise
+            reason = f"{case.problem.name}{case.note} on {target}: {str(error).strip().splitlines()[0]}"
+    return [_row(case, target, launched, driver.limits) for launched in launches], reason
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs_of(problem: Problem) -> tuple[Any, ...]:
+    return problem.inputs()
+
+
+def _row(case: Case, target: str, launched: Launch, limits: Target) -> Row:
+    """Describes a compiled kernel: registers and spilled bytes of a thread, bytes of shared memory, instructions."""
+    meta, metadata, weights = launched.meta, launched.compiled.metadata, 0  # weights: those that a program decodes
+    if "UNITS" in meta:
+        weights = meta["UNITS"] * 2 * meta["BYTES"] * meta["ITERS"]
+    elif "OPERAND" in meta:
+        weights = meta["BLOCK_N"] * meta["BLOCK_K"]
+    name = metadata.name.removesuffix("_kernel")
+    of = "" if name == case.problem.operator else f" of {case.problem.operator}"
+    facts = _facts(launched.compiled, limits.backend)
+    return {
+        "kernel": f"{name}{of} {case.problem.sizes}{case.note}",
+        "target": target,
+        **facts,
+        # Of a thread, loops counted once, and what stands around them too.
+        "per_weight": round(facts["instructions"] * metadata.num_warps * limits.warp / weights, 1) if weights else "",
+        "shared_bytes": metadata.shared,
+        "num_warps": metadata.num_warps,
+        "num_stages": metadata.num_stages,
+        "hash": launched.compiled.hash,
+    }
+
+
+@functools.cache
+def _facts(compiled: Any, backend: str) -> dict[str, int]:
+    if backend == "hip":
+        count = len(re.findall(r"^\s+[a-z]+_[a-z0-9_]+\s", compiled.asm.get("amdgcn", ""), re.MULTILINE))
+    else:
+        code = disassembled(compiled.kernel, "nvdisasm", "-c")
+        count = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
+    return {**facts_of(compiled.kernel, backend), "instructions": count}
 
 
 def fill(folder: Path, target: str, only: str, jobs: int) -> int:
@@ -151,85 +157,24 @@ def fill(folder: Path, target: str, only: str, jobs: int) -> int:
     and returns how many kernels those are.
     """
     os.environ.update(TRITON_CACHE_DIR=str(folder.absolute()), TRITON_STORE_BINARY_ONLY="1")
-    lists = (cases, shipped_cases, candidate_cases)
-    found = [case for cases_of in lists for case in cases_of(ARCHITECTURES[TARGETS[target].backend])]
-    _waiting[:] = [(case, target) for case in _distinct(found) if only in case.name]
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as processes:
-        return sum(processes.map(_is_compiled, range(len(_waiting))))
+    found = [*cases(), *shipped_cases(), *candidate_cases()]
+    rows, refused = compile_all([(case, target) for case in found if only in case.problem.name], jobs)
+    print(*refused, sep="\n", flush=True)
+    return len(rows)
 
 
-def _is_compiled(index: int) -> bool:
-    case, target = _waiting[index]
-    try:
-        with driving(target):
-            case.kernel.warmup(*case.args, grid=case.grid, **case.meta)
-    except Exception as error:  # of a candidate: the tuner refuses it
-        print(f"{case.name}: {str(error).strip().splitlines()[0]}", flush=True)
-        return False
-    return True
-
-
-def compile_case(case: Case, target: str) -> dict[str, Any]:
-    """Compiles `case` for `target`; returns registers, spilled bytes, shared memory (bytes) and instructions.
-
-    Triton's own just-in-time compiler does it, which sees the types, constants and divisible numbers that it would see
-    at a launch. Raises whatever it raises.
-    """
-    with driving(target) as driver:
-        compiled = case.kernel.warmup(*case.args, grid=case.grid, **case.meta)
-    backend, _, warp, limit = driver.limits
-    facts = {**facts_of(compiled.kernel, backend), "instructions": _instructions(compiled.asm, backend)}
-    warps, meta, weights = compiled.metadata.num_warps, case.meta, 0  # weights: those that a program decodes
-    if "UNITS" in meta:
-        weights = meta["UNITS"] * 2 * meta["BYTES"] * meta["ITERS"]
-    elif "OPERAND" in meta:
-        weights = meta["BLOCK_N"] * meta["BLOCK_K"]
-    return {
-        "kernel": case.name,
-        "target": target,
-        **facts,
-        # Of a thread, loops counted once, and what stands around them too.
-        "per_weight": round(facts["instructions"] * warps * warp / weights, 1) if weights else "",
-        "shared_bytes": compiled.metadata.shared,
-        "shared_limit": limit,
-        "num_warps": warps,
-        "num_stages": compiled.metadata.num_stages,
-    }
-
-
-def problems(row: dict[str, Any]) -> list[str]:
-    """Lists what is wrong with a compiled case."""
-    found = []
-    if row["spilled_bytes"]:
-        found.append(f"{row['kernel']} spills {row['spilled_bytes']} bytes on {row['target']}")
-    if row["shared_bytes"] > row["shared_limit"]:
-        found.append(
-            f"{row['kernel']} takes {row['shared_bytes']} bytes of shared memory on {row['target']}, the limit is "
-            f"{row['shared_limit']}"
-        )
-    return found
-
-
-def table(rows: Iterable[dict[str, Any]]) -> str:
+def table(rows: Iterable[Row]) -> str:
     columns = ("kernel", "target", "registers", "spilled_bytes", "shared_bytes", "instructions", "per_weight")
     lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
-def _instructions(asm: Any, backend: str) -> int:
-    if backend == "hip":
-        return len(re.findall(r"^\s+[a-z]+_[a-z0-9_]+\s", asm["amdgcn"], re.MULTILINE))
-    code = disassembled(asm["cubin"], "nvdisasm", "-c")
-    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--every", action="store_true", help="also every kind of 4-bit weight and of its operands")
+    parser.add_argument("--only", default="", help="calls of operators whose name or sizes contain this")
     parser.add_argument("--candidates", action="store_true", help="also every configuration that the tuner may try")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiled at a time; all processors")
     parser.add_argument("--warm", type=Path, metavar="FOLDER", help="fill a kernel cache for one target, and pack it")
@@ -255,24 +200,21 @@ def main() -> None:
         print(f"{count} compiled for {targets[0]}; {archive} has {archive.stat().st_size / 1e6:.1f} MB")
         sys.exit("\n".join(f"failed, so that kernels may be missing: {command}" for command in failed) or 0)
 
-    def compiled(cases_of: Callable[[str], list[Case]]) -> list[dict[str, Any]]:
-        # Launchers choose alike for all targets of one backend.
-        by_backend = {backend: cases_of(ARCHITECTURES[backend]) for backend in {TARGETS[t].backend for t in targets}}
-        wanted = [(case, t) for t in targets for case in by_backend[TARGETS[t].backend] if arguments.only in case.name]
-        return compile_all(wanted, arguments.jobs)
+    def compiled(found: Iterable[Case]) -> tuple[list[Row], list[str]]:
+        wanted = [case for case in found if arguments.only in case.problem.name]
+        return compile_all([(case, target) for target in targets for case in wanted], arguments.jobs)
 
-    rows = compiled(lambda architecture: [*cases(architecture, arguments.every), *shipped_cases(architecture)])
-    candidates = compiled(candidate_cases) if arguments.candidates else []
-    if not rows and not candidates:
-        raise SystemExit(f"--only {arguments.only}: no kernel's name contains this")
+    rows, refused = compiled([*cases(), *shipped_cases()])
+    candidates, passed_over = compiled(candidate_cases() if arguments.candidates else [])
+    if not rows and not refused:
+        raise SystemExit(f"--only {arguments.only}: no operator's name or sizes contain this")
     print(table([*rows, *candidates]))
-    for refused in [problem for row in candidates for problem in problems(row)]:
-        print(f"the tuner refuses it: {refused}")
+    for reason in passed_over:
+        print(f"the tuner refuses it: {reason}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    found = [problem for row in rows for problem in problems(row)]
-    print(f"{len(rows)} compiled with triton {version('triton')}, {len(found)} problems")
-    sys.exit("\n".join(found) or 0)
+    print(f"{len(rows)} compiled with triton {version('triton')}, {len(refused)} problems")
+    sys.exit("\n".join(refused) or 0)
 
 
 if __name__ == "__main__":

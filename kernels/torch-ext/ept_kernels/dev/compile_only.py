@@ -61,7 +61,6 @@ def activate(target: str) -> Driver:
     global _active
     driver = _until_exit.enter_context(driving(target))
     _active = target
-    launch.act_as(ARCHITECTURES[driver.limits.backend])
     library.take_kernels("cpu")
     return driver
 
@@ -73,7 +72,7 @@ def active() -> str | None:
 
 @contextlib.contextmanager
 def driving(target: str) -> Iterator[Driver]:
-    """Lets Triton compile for `target`, and launch in vain, for a while.
+    """Lets launchers choose and Triton compile for `target`, and launch in vain, for a while.
 
     Raises:
         RuntimeError: as by `activate`.
@@ -88,7 +87,7 @@ def driving(target: str) -> Iterator[Driver]:
     before, ours = getattr(driver, held), Driver(target)
     driver.set_active(ours)
     try:
-        with _assembling_without_lines():
+        with launch.acting_as(ARCHITECTURES[ours.limits.backend]), _assembling_without_lines():
             yield ours
     finally:
         setattr(driver, held, before)

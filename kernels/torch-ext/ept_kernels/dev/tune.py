@@ -1,14 +1,12 @@
 """Measures the kernels' launch configurations on the GPU at hand and writes them to `configs/<device name>.json`.
 
-    python -m ept_kernels.dev.tune [--kernels NAME,NAME] [--output FILE]
+    python -m ept_kernels.dev.tune [--kernels NAME,NAME]
 
 A candidate is timed if `refusal` has nothing against it: the operator over several sets of inputs, together larger than
 the L2 cache, one after another, in a CUDA graph where there are such; the time is the median over the samples. The
 fastest that serves its variants, too, is measured again in turn with the heuristic's configuration and wins if it is
-faster by more than the noise. Kernels that are no longer measured keep what an existing file says.
-
-`TRITON_INTERPRET=1 python -m ept_kernels.dev.tune --device cpu` runs all of this on tiny sizes without a GPU, to
-check the tuner itself. Its times are the interpreter's, and its output never goes to `configs/`.
+faster by more than the noise. The file is written after each kernel, and later ones are measured with what has won: a
+path of a product with the kernels that it will have. Kernels that are no longer measured keep what the file says.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import platform
 import statistics
 import sys
@@ -33,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import launch
-from ..four_bit import dequantize, paths, splits
+from ..four_bit import dequantize, matmul, paths
 from ..frozen import launchers as frozen
 from ..joint_prompt import launchers as joint_prompt
 from ..launch import Config, Size, padded
@@ -127,16 +124,12 @@ def _prompted_embedding(reduced: bool) -> Iterator[Tunable]:
     tiny = PromptedEmbedding(n=5, d=40, s=2, m=5, r=3, batch=2, padding="none", dtype=torch.bfloat16, vocabulary=11)
     for p in [tiny] if reduced else [T5_BASE, replace(T5_BASE, dtype=torch.float32), LLAMA_7B]:
         timed = {"prompted_embedding": p, "prompted_embedding_packed": p.packed}
-        for kernel, candidates in _EMBEDDING_GRIDS.items():
+        for kernel, tried in _EMBEDDING_GRIDS.items():
             default = prompted_embedding.heuristic(kernel, p.d, p.r, p.dtype)
-            complete = [{**default, **candidate} for candidate in candidates]
-            yield Tunable(
-                kernel=launch.key(kernel, p.dtype),
-                size=(p.d, padded(p.r)),
-                default=default,
-                candidates=[c for c in complete if prompted_embedding.bounded(c, p.d, p.r) == c],
-                problem=timed.get(kernel, p.backward),
-            )
+            complete = [{**default, **candidate} for candidate in tried]
+            candidates = [c for c in complete if prompted_embedding.bounded(c, p.d, p.r) == c]
+            problem = timed.get(kernel, p.backward)
+            yield Tunable(launch.key(kernel, p.dtype), (p.d, padded(p.r)), default, candidates, problem)
 
 
 # Kernels of the joint prompt, all timed within its backward.
@@ -150,17 +143,10 @@ _JOINT_GRIDS = {
 
 def _joint_prompt(reduced: bool, device: torch.device) -> Iterator[Tunable]:
     for p in [JointPrompt(s=2, d=20, m=5, K=2, h=1)] if reduced else [T5_BASE_JOINT, LLAMA_7B_JOINT]:
+        variants = [] if reduced else [p, replace(p, a=16).backward]
         for kernel, candidates in _JOINT_GRIDS.items():
             default = joint_prompt.heuristic(kernel, device)
-            complete = [{**default, **candidate} for candidate in candidates]
-            yield Tunable(
-                kernel=kernel,
-                size=(p.d,),
-                default=default,
-                candidates=[c for c in complete if c != default],
-                problem=p.backward,
-                variants=[] if reduced else [p, replace(p, a=16).backward],
-            )
+            yield Tunable(kernel, (p.d,), default, candidates, p.backward, variants)
 
 
 _DEQUANTIZE_GRID = grid(UNITS=(128, 256, 512), ITERS=(1, 2, 4, 8), num_warps=(4, 8))
@@ -184,12 +170,12 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
             problem=p,
             variants=[*(replace(p, **kind) for kind in _VARIANTS), odd],
         )
-    for p, tile in itertools.product(weights, splits.TILES):
+    for p, tile in itertools.product(weights, matmul.TILES):
         p = replace(p, tokens=(tile,))
         yield Tunable(
             kernel=launch.key(f"matmul_4bit/{tile}", dtype),
             size=(p.rows, p.columns),
-            default=splits.heuristic(f"matmul_4bit/{tile}", p.rows, p.columns),
+            default=matmul.heuristic(f"matmul_4bit/{tile}", p.rows, p.columns),
             candidates=_PRODUCT_GRID,
             problem=p,
             variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
@@ -298,14 +284,14 @@ def refusal(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: S
 
     launcher: Any = launcher_of(tunable.problem.operator)
     configs = {**tunable.held, tunable.kernel: config}
-    with launch.configured(configs), launch.compiled_kernels() as compiled, _poisoned_memory():
+    with launch.configured(configs), launch.watched() as launches, _poisoned_memory():
         try:
             actual = as_tuple(launcher(*args))
         except TritonError as error:  # out of shared memory or registers, or refused by the assembler
             return str(error).strip().splitlines()[0]
-    for kernel in compiled:
-        if kernel is not None and kernel.n_spills:
-            return f"{kernel.metadata.name} spills {kernel.n_spills} registers"
+    for compiled in (launched.compiled for launched in launches):
+        if compiled is not None and compiled.n_spills:
+            return f"{compiled.metadata.name} spills {compiled.n_spills} registers"
     if compile_only.active():
         return None  # no kernel has run
     bounds = tunable.problem.errors_allowed(actual, expected, args)
@@ -318,16 +304,15 @@ def refusal(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: S
     return None
 
 
-def write(path: Path, rows: list[dict[str, Any]], device: str, command: str) -> None:
-    """Adds the winners in `rows` to the file at `path`, which holds what was measured on `device` before."""
+def write(path: Path, row: dict[str, Any], device: str, command: str) -> None:
+    """Adds the winner in `row` to the file at `path`, which holds what was measured on `device` before."""
     content: dict[str, Any] = {"kernels": {}, "measurements": []}
     if path.is_file():
         launch.load_configs(path)  # a damaged file is not written over
         content.update(json.loads(path.read_text(encoding="utf-8")))
-    for row in rows:
-        content["kernels"].setdefault(row["kernel"], {})[row["size"]] = row["config"]
-    new = {(row["kernel"], row["size"]) for row in rows}
-    kept = [row for row in content["measurements"] if (row["kernel"], row["size"]) not in new]
+    kernel, size = row["kernel"], row["size"]
+    content["kernels"].setdefault(kernel, {})[size] = row["config"]
+    kept = [old for old in content["measurements"] if (old["kernel"], old["size"]) != (kernel, size)]
     with_what = {
         "command": command,
         "python": platform.python_version(),
@@ -335,11 +320,12 @@ def write(path: Path, rows: list[dict[str, Any]], device: str, command: str) -> 
         "triton": version("triton"),
         "runtime": str(torch.version.cuda or torch.version.hip or ""),
     }
-    content |= {"device": device, "measurements": [*kept, *({**row, "measured_with": with_what} for row in rows)]}
+    content |= {"device": device, "measurements": [*kept, {**row, "measured_with": with_what}]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(path)
+    launch.forget_measured()
 
 
 def _times(calls: Sequence[Callable[[], Any]], samples: int, device: torch.device) -> list[float]:
@@ -389,53 +375,30 @@ def _poisoned_memory() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default="", help="comma-separated: those whose name contains one of these")
-    parser.add_argument("--output", type=Path, help="the file to write; by default this device's under configs/")
-    parser.add_argument("--device", help="by default the accelerator; cpu checks the tuner, under the interpreter")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="timed runs a configuration")
     options = parser.parse_args(arguments)
-    interpreted = options.device == "cpu"
-    if interpreted and os.environ.get("TRITON_INTERPRET") != "1":
-        raise SystemExit("--device cpu needs TRITON_INTERPRET=1 in the environment: Triton compiles for GPUs only")
-    if options.device is not None:
-        device = torch.device(options.device)
-    elif (found := torch.accelerator.current_accelerator(check_available=True)) is not None:
-        device = torch.device(found.type, torch.accelerator.current_device_index())
-    else:
-        raise SystemExit(
-            "no accelerator was found to tune for; `TRITON_INTERPRET=1 python -m ept_kernels.dev.tune --device cpu` "
-            "checks the tuner itself"
-        )
-    if interpreted and options.output and launch.CONFIGS.resolve() in options.output.resolve().parents:
-        raise SystemExit(f"--output {options.output}: the interpreter's times do not belong into {launch.CONFIGS}")
+    if (found := torch.accelerator.current_accelerator(check_available=True)) is None:
+        raise SystemExit("no accelerator was found to tune for")
+    device = torch.device(found.type, torch.accelerator.current_device_index())
     with contextlib.suppress(ImportError):  # without it there is one path less to measure
         import bitsandbytes  # noqa: F401
     wanted = options.kernels.split(",")
-    chosen = [t for t in tunables(interpreted, device) if any(name in t.kernel for name in wanted)]
+    known = tunables(device=device)
+    chosen = [tunable for tunable in known if any(name in tunable.kernel for name in wanted)]
     if not chosen:
-        raise SystemExit(f"--kernels {options.kernels}: known are {', '.join(sorted({t.kernel for t in tunables()}))}")
-    rows = []
-    with contextlib.ExitStack() as winners, launch.on_device(torch.empty(0, device=device)):
-        for tunable in chosen:
-            row = tune(tunable, device, options.samples)
-            rows.append(row)
-            # Later ones are measured with what has won: a path of a product with the kernels that it will have.
-            winners.enter_context(launch.trying(tunable.kernel, row["config"], tunable.size))
-            print(
-                f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
-                f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",
-                flush=True,
-            )
-            for config, reason in row["refused"].items():
-                print(f"    refused {config}: {reason}", flush=True)
-    name, output = "cpu, Triton's interpreter: no measurement", options.output
-    if not interpreted:
-        name, output = torch.get_device_module(device).get_device_name(device), output or launch.config_file(device)
-    if output is not None:
-        command = " ".join(["python -m ept_kernels.dev.tune", *(arguments if arguments is not None else sys.argv[1:])])
-        write(output, rows, name, command)
-        print(f"written to {output}")
-    if interpreted:
-        print("these are the interpreter's times: they check the tuner and say nothing about a GPU")
+        raise SystemExit(f"--kernels {options.kernels}: known are {', '.join(sorted({t.kernel for t in known}))}")
+    command = " ".join(["python -m ept_kernels.dev.tune", *(arguments if arguments is not None else sys.argv[1:])])
+    for tunable in chosen:
+        row = tune(tunable, device, options.samples)
+        write(launch.config_file(device), row, torch.get_device_module(device).get_device_name(device), command)
+        print(
+            f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
+            f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",
+            flush=True,
+        )
+        for config, reason in row["refused"].items():
+            print(f"    refused {config}: {reason}", flush=True)
+    print(f"written to {launch.config_file(device)}")
 
 
 if __name__ == "__main__":

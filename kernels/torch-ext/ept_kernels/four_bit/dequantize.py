@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, Prepared, architecture, cached_choice, config_for, key, kinds, on_device
+from ..launch import Config, Kinds, Prepared, architecture, cached_choice, config_for, key, kinds, on_device
 from .decode import decode, is_word_aligned, load_absmax
 from .weight import levels
 
@@ -83,17 +83,16 @@ def dequantize_4bit(*arguments: Any) -> Tensor:
     tensors, quant_type, packed = arguments[:5], arguments[5], arguments[0]
     out = packed.new_empty(rows, columns, dtype=dtype)
     words = is_word_aligned(packed, rows * columns)
-    run = _prepared(kinds(*tensors), words, arguments[6:10], dtype, packed.device)
+    run = _prepared(kinds(*tensors), words, arguments[6:10], dtype)
     with on_device(packed):
         run(*tensors, levels(quant_type, packed.device), out)
     return out
 
 
 @cached_choice
-def _prepared(
-    kinds: tuple[Any, ...], words: bool, sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Prepared:
+def _prepared(kinds: Kinds, words: bool, sizes: tuple[int, ...], dtype: torch.dtype) -> Prepared:
     block_size, nested_block_size, rows, columns = sizes
+    device = kinds[2]
     config = config_for(key("dequantize_4bit", dtype), rows * columns, device, heuristic(device))
     bytes_ = 4 if words else 1
     options = {

@@ -1,27 +1,36 @@
-"""Products with a 4-bit weight: the Triton kernel of `x·Wᵀ + bias`, and the launchers of both directions.
+"""Triton kernel of a product with a 4-bit weight, `x·Wᵀ + bias`, for few tokens, and its launcher.
 
 It computes `outᵀ = W·xᵀ`: the decoded weights are the left operand, which matrix units take from registers, and the
 tokens are its narrow side. Columns are taken in the order of the nibbles of a word (the first weights of all words of a
 tile, then the second ones, …), in W and in x alike, so that a thread keeps what it has decoded. Weights are rounded to
-x's type, as dequantised ones are; products are added up in float32 and rounded once. `paths.py` says when it is taken.
+x's type, as dequantised ones are; products are added up in float32 and rounded once.
 
-The input gradient has no kernel of its own: in training a product has as many rows as a batch has tokens, for which a
-dequantisation and the library's product are the fastest way.
+Too few tiles to fill a GPU are split along the sum; the splits' partial sums are added in a fixed order by a second
+launch. `paths.py` says when all this is taken, and what else there is.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import WEIGHTS, absmax_of_words, levels_of_tile, load_tile, split_8
-from .dequantize import dequantize_4bit
-from .paths import BITSANDBYTES, FUSED, bitsandbytes_product, path_of
-from .splits import Weight, run
+from .. import launch
+from ..launch import Config, Kinds, Prepared, Size
+from .decode import WEIGHTS, Weight, absmax_of_words, levels_of_tile, load_tile, split_8
+
+# BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
+_PRODUCT = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}
+TILES = (16, 32, 64)  # BLOCK_M; more tokens take several
+CONFIGS: dict[str, Config] = {
+    **{f"matmul_4bit/{tile}": {"BLOCK_M": tile, **_PRODUCT} for tile in TILES},
+    "matmul_4bit_reduce": {"BLOCK_E": 1024, "num_warps": 4, "num_stages": 1},
+}
+# Programs that splitting is to bring about: several for each multiprocessor of a large GPU.
+PROGRAMS = 512
+
+TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -92,35 +101,84 @@ def matmul_4bit_kernel(
     tl.store(p_out, tl.trans(b_out).to(out.dtype.element_ty), mask=mask)
 
 
-def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
-    """Computes `ept_kernels.matmul_4bit_reference` of a weight's tensors, the bias and the weight's sizes: in one or
-    two launches, or in one and a library's product, or by bitsandbytes.
-    """
-    weight, bias = Weight(*arguments[:5], *arguments[6:]), arguments[5]
-    x, shape = x.detach(), (*x.shape[:-1], weight.rows)
-    flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
-    bias = None if bias is None else bias.detach()
-    path = path_of(weight, flat.shape[0], x.dtype)
-    if path == FUSED:
-        return run(matmul_4bit_kernel, flat, weight, bias).view(shape)
-    if path == BITSANDBYTES:
-        return bitsandbytes_product(flat, weight, bias).view(shape)
-    # Results go to a given tensor: that leaves autocast out, which would change the type.
-    out = x.new_empty(flat.shape[0], weight.rows)
-    W = dequantize_4bit(*weight, x.dtype)
-    if bias is None:
-        torch.mm(flat, W.t(), out=out)
-    else:
-        torch.addmm(bias.to(x.dtype), flat, W.t(), out=out)
-    return out.view(shape)
+@triton.jit(do_not_specialize=["splits", "elements"])
+def matmul_4bit_reduce_kernel(
+    partial,  # [splits, tokens, width] float32, contiguous
+    bias,  # [width], or None
+    out,  # [tokens, width], contiguous
+    # Shape
+    splits,
+    elements,  # tokens·width
+    width,
+    # Meta-parameters
+    BLOCK_E: tl.constexpr,
+):
+    """Computes `out = Σ partial + bias`, split by split."""
+    o_e = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_e = o_e < elements
+    b_out = tl.zeros([BLOCK_E], tl.float32)
+    for i_split in range(splits):
+        b_out += tl.load(partial + tl.cast(i_split, tl.int64) * elements + o_e, mask=m_e, other=0.0)
+    if bias is not None:
+        b_out += tl.load(bias + o_e % width, mask=m_e, other=0.0).to(tl.float32)
+    tl.store(out + o_e, b_out.to(out.dtype.element_ty), mask=m_e)
 
 
-def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
-    """Computes `ept_kernels.matmul_4bit_backward_reference` of a weight's tensors and sizes: a dequantisation and the
-    library's product.
+def fused_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """Computes `x·Wᵀ + bias` of `x` `[tokens, columns]` in its type, in one launch or, with splits, in two."""
+    product, total, splits = _prepared(launch.kinds(*weight[:5], x, bias), weight[6:], x.shape[0], x.stride())
+    out = x.new_empty(x.shape[0], weight.rows)
+    with launch.on_device(x):
+        if total is None:
+            product(*weight.pointers(), x, bias, out)
+            return out
+        partial = x.new_empty(splits, *out.shape, dtype=torch.float32)
+        product(*weight.pointers(), x, None, partial)
+        total(partial, bias, out)
+    return out
+
+
+@launch.cached_choice
+def _prepared(
+    kinds: Kinds, sizes: tuple[int, ...], tokens: int, strides: Size
+) -> tuple[Prepared, Prepared | None, int]:
+    """Prepares the product and, where it is split, the sum; takes the smallest tile that holds the tokens, or the
+    largest there is.
     """
-    weight, grad = Weight(*arguments), grad_output.detach()
-    flat = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)  # [tokens, rows]
-    out = grad.new_empty(flat.shape[0], weight.columns)
-    torch.mm(flat, dequantize_4bit(*weight, grad.dtype), out=out)
-    return out.view(*grad.shape[:-1], weight.columns)
+    block_size, nested_block_size, rows, columns = sizes
+    _, (*_, dtype, _), device = kinds
+    tile = next((size for size in TILES if tokens <= size), TILES[-1])
+    name = f"matmul_4bit/{tile}"
+    config = launch.config_for(launch.key(name, dtype), (rows, columns), device, heuristic(name, rows, columns))
+    tiles = triton.cdiv(columns, config["BLOCK_K"])
+    tiles_a_split = triton.cdiv(tiles, config["SPLITS"])
+    splits = triton.cdiv(tiles, tiles_a_split)
+    options = {
+        **{name: value for name, value in config.items() if name != "SPLITS"},
+        "BLOCK_SIZE": block_size,
+        "NESTED_BLOCK_SIZE": nested_block_size,
+        "OPERAND": TRITON_TYPES[operand_type(dtype, device)],
+        "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
+        **launch.all_registers(device),  # the assembler otherwise spills a few on sm_80
+    }
+    grid = (triton.cdiv(rows, config["BLOCK_N"]), splits, triton.cdiv(tokens, config["BLOCK_M"]))
+    product = Prepared(matmul_4bit_kernel, grid, (tokens, rows, columns, tiles_a_split, *strides), options, kinds)
+    if splits == 1:
+        return product, None, 1
+    config, elements = CONFIGS["matmul_4bit_reduce"], tokens * rows
+    sums = (triton.cdiv(elements, config["BLOCK_E"]),)
+    return product, Prepared(matmul_4bit_reduce_kernel, sums, (splits, elements, rows), config, kinds), splits
+
+
+def heuristic(kernel: str, rows: int, columns: int) -> Config:
+    """Chooses meta-parameters of `kernel`, such as `"matmul_4bit/16"`, where nothing was measured."""
+    config = dict(CONFIGS[kernel])
+    wanted = PROGRAMS // triton.cdiv(rows, config["BLOCK_N"])
+    # Partial sums, written and read, are to be no more bytes than the packed weight; a split has four tiles or more.
+    affordable = columns // (16 * config["BLOCK_M"])
+    return {**config, "SPLITS": max(1, min(wanted, affordable, columns // (4 * config["BLOCK_K"])))}
+
+
+def operand_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Says what `dtype` tokens are multiplied in: under the interpreter float32, it has no 16-bit products."""
+    return torch.float32 if launch.architecture(device) == "cpu" else dtype

@@ -1,6 +1,6 @@
-"""Which way a product with a 4-bit weight goes: measured for each device, number of tokens and shape.
+"""Launchers of the products with a 4-bit weight, and which way one goes: measured for each device, tokens and shape.
 
-* `FUSED`: the kernel here, which decodes the weight as it multiplies. For few tokens.
+* `FUSED`: the kernel in `matmul.py`, which decodes the weight as it multiplies. For few tokens.
 * `BITSANDBYTES`: its `gemm_4bit`, by its own choice between a fused kernel and a dequantisation. For very few tokens,
   and where it is measured to be fastest: nothing is lost to it.
 * `LIBRARY`: one launch that dequantises into a fresh tensor, and the library's product. For many tokens, blocks that
@@ -9,6 +9,9 @@
 
 float32 tokens are never fused on a GPU: in pieces of bfloat16, as the matrix units would have to take them, neither
 they nor the weights fit into registers.
+
+The input gradient has no kernel of its own: in training a product has as many rows as a batch has tokens, for which a
+dequantisation and the library's product are the fastest way.
 
 The measured choice is `{"PATH": number}` by tokens, rows and columns, under `matmul_4bit.path/16-bit` and
 `matmul_4bit.path/32-bit` in `configs/`.
@@ -24,8 +27,9 @@ import torch
 from torch import Tensor
 
 from ..launch import architecture, cached_choice, config_for, key
-from .decode import is_word_aligned
-from .splits import TILES, Weight
+from .decode import Weight, is_word_aligned
+from .dequantize import dequantize_4bit
+from .matmul import TILES, fused_product
 
 LIBRARY, FUSED, BITSANDBYTES = 0, 1, 2
 
@@ -39,6 +43,40 @@ FUSED_UP_TO = TILES[-1]
 
 _THEIR_NESTED_BLOCK_SIZE = 256
 _THEIR_MAX_WEIGHTS = 2**31 - 1  # they count in 32 bits
+
+
+def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
+    """Computes `ept_kernels.matmul_4bit_reference` of a weight's tensors, the bias and the weight's sizes: in one or
+    two launches, or in one and a library's product, or by bitsandbytes.
+    """
+    weight, bias = Weight(*arguments[:5], *arguments[6:]), arguments[5]
+    x, shape = x.detach(), (*x.shape[:-1], weight.rows)
+    flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
+    bias = None if bias is None else bias.detach()
+    path = path_of(weight, flat.shape[0], x.dtype)
+    if path == FUSED:
+        return fused_product(flat, weight, bias).view(shape)
+    if path == BITSANDBYTES:
+        return bitsandbytes_product(flat, weight, bias).view(shape)
+    # Results go to a given tensor: that leaves autocast out, which would change the type.
+    out = x.new_empty(flat.shape[0], weight.rows)
+    W = dequantize_4bit(*weight, x.dtype)
+    if bias is None:
+        torch.mm(flat, W.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), flat, W.t(), out=out)
+    return out.view(shape)
+
+
+def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
+    """Computes `ept_kernels.matmul_4bit_backward_reference` of a weight's tensors and sizes: a dequantisation and the
+    library's product.
+    """
+    weight, grad = Weight(*arguments), grad_output.detach()
+    flat = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)  # [tokens, rows]
+    out = grad.new_empty(flat.shape[0], weight.columns)
+    torch.mm(flat, dequantize_4bit(*weight, grad.dtype), out=out)
+    return out.view(*grad.shape[:-1], weight.columns)
 
 
 def path_of(weight: Weight, tokens: int, dtype: torch.dtype) -> int:

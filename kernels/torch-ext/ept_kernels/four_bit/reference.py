@@ -159,11 +159,11 @@ _matmul_4bit = register(
     f"matmul_4bit(Tensor x, {SCHEMA.format('Tensor? bias,')}) -> Tensor",
     matmul_parts,
     lambda x, *weight: x.new_empty(*x.shape[:-1], weight[-2]),
-    "four_bit.matmul",
+    "four_bit.paths",
 )
 _matmul_4bit_backward = register(
     f"matmul_4bit_backward(Tensor grad_output, {SCHEMA.format('')}) -> Tensor",
     matmul_backward_parts,
     lambda grad_output, *weight: grad_output.new_empty(*grad_output.shape[:-1], weight[-1]),
-    "four_bit.matmul",
+    "four_bit.paths",
 )

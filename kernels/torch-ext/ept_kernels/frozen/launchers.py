@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, Prepared, Size, cached_choice, config_for, key, kinds, on_device, padded
+from ..launch import Config, Kinds, Prepared, Size, cached_choice, config_for, key, kinds, on_device, padded
 from .activation import gated_activation_backward_kernel, gated_activation_kernel, relu_backward_kernel, relu_kernel
 from .norm import rms_norm_backward_kernel, rms_norm_kernel
 from .reference import FORMS, rms_norm_backward_reference, rms_norm_reference
@@ -46,17 +46,15 @@ def rms_norm(
     out = x.new_empty(x.shape, dtype=weight.dtype if form == "t5" else x.dtype)
     total = x.new_empty(0 if residual is None else x.shape)
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    run = _rms_norm(kinds(*tensors), x.shape, float(eps), form, x.dtype, x.device)
+    run = _rms_norm(kinds(*tensors), x.shape, float(eps), form)
     with on_device(x):
         run(*tensors, out, total, rstd)
     return out, total, rstd
 
 
 @cached_choice
-def _rms_norm(
-    kinds: tuple[Any, ...], shape: Size, eps: float, form: str, dtype: torch.dtype, device: torch.device
-) -> Prepared:
-    grid, sizes, options = _rows("rms_norm", shape, dtype, device)
+def _rms_norm(kinds: Kinds, shape: Size, eps: float, form: str) -> Prepared:
+    grid, sizes, options = _rows("rms_norm", shape, kinds[1][0], kinds[2])
     offset, rounds_first = FORMS[form]
     options = {"OFFSET": offset, "ROUNDS_FIRST": rounds_first, **options}
     return Prepared(rms_norm_kernel, grid, (eps, *sizes), options, kinds)
@@ -71,17 +69,15 @@ def rms_norm_backward(
     tensors = [x.contiguous() for x in (grad_output, h, weight, rstd)]
     grad_h = None if grad_h is None else grad_h.contiguous()
     out = h.new_empty(h.shape)
-    run = _rms_norm_backward(kinds(*tensors, grad_h), h.shape, form, h.dtype, h.device)
+    run = _rms_norm_backward(kinds(*tensors, grad_h), h.shape, form)
     with on_device(h):
         run(*tensors, grad_h, out)
     return out
 
 
 @cached_choice
-def _rms_norm_backward(
-    kinds: tuple[Any, ...], shape: Size, form: str, dtype: torch.dtype, device: torch.device
-) -> Prepared:
-    grid, sizes, options = _rows("rms_norm_backward", shape, dtype, device)
+def _rms_norm_backward(kinds: Kinds, shape: Size, form: str) -> Prepared:
+    grid, sizes, options = _rows("rms_norm_backward", shape, kinds[1][1], kinds[2])
     return Prepared(rms_norm_backward_kernel, grid, sizes, {"OFFSET": FORMS[form][0], **options}, kinds)
 
 
@@ -103,25 +99,17 @@ def rotary(
     tensors = q, k, cos.contiguous(), sin.contiguous()
     out_q, out_k = q.new_empty(batch, n, heads, width), k.new_empty(batch, n, k.shape[1], width)
     how = interleaved, backward, cos.shape[0] == 1, cos.shape[-1]
-    run = _rotary(kinds(*tensors), q.shape, k.shape[1], (*q.stride()[:3], *k.stride()[:3]), how, q.dtype, q.device)
+    run = _rotary(kinds(*tensors), q.shape, k.shape[1], (*q.stride()[:3], *k.stride()[:3]), how)
     with on_device(q):
         run(*tensors, out_q, out_k)
     return out_q.transpose(1, 2), out_k.transpose(1, 2)
 
 
 @cached_choice
-def _rotary(
-    kinds: tuple[Any, ...],
-    shape: Size,
-    k_heads: int,
-    strides: Size,
-    how: tuple[bool, bool, bool, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Prepared:
+def _rotary(kinds: Kinds, shape: Size, k_heads: int, strides: Size, how: tuple[bool, bool, bool, int]) -> Prepared:
     batch, q_heads, n, width = shape
     interleaved, backward, shared, columns = how
-    config = _chosen("rotary", width, dtype, device)
+    config = _chosen("rotary", width, kinds[1][0], kinds[2])
     blocks = triton.cdiv(q_heads, config["BLOCK_H"]) + triton.cdiv(k_heads, config["BLOCK_H"])
     options = {
         "SHARED": shared,
@@ -167,21 +155,14 @@ def _launch_flat(
     name: str, inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], activation: str | None = None
 ) -> None:
     first, tensors = inputs[0], [x.contiguous() for x in inputs]
-    run = _flat(kinds(*tensors), name, first.numel(), activation, first.dtype, first.device)
+    run = _flat(kinds(*tensors), name, first.numel(), activation)
     with on_device(first):
         run(*tensors, *results)
 
 
 @cached_choice
-def _flat(
-    kinds: tuple[Any, ...],
-    name: str,
-    elements: int,
-    activation: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Prepared:
-    config = _chosen(name, 1, dtype, device)
+def _flat(kinds: Kinds, name: str, elements: int, activation: str | None) -> Prepared:
+    config = _chosen(name, 1, kinds[1][0], kinds[2])
     options = config if activation is None else {"ACTIVATION": activation, **config}
     return Prepared(FLAT[name], (triton.cdiv(elements, config["BLOCK"]),), (elements,), options, kinds)
 

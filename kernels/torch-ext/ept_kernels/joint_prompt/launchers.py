@@ -66,8 +66,8 @@ def _run(grad_output: Tensor, arguments: tuple[Any, ...], results: Sequence[Tens
     tensors = tuple([x.contiguous() for x in tensors])
     prompt, A, B, beta, W_q, W_k, D, U, G, grad_output = tensors
     out, grad_A, grad_B, grad_beta, *gradients = results
-    types, is_backward = launch.kinds(*tensors, *results), grad_A is not None
-    elements, launches = _prepared(types, shapes, arguments[9:], is_backward, prompt.device)
+    kinds, is_backward = launch.kinds(*tensors, *results), grad_A is not None
+    elements, launches = _prepared(kinds, shapes, arguments[9:], is_backward)
     products, total, rows, sides, expand = launches
     with launch.on_device(prompt):
         workspace = prompt.new_empty(elements, dtype=torch.float32)
@@ -80,10 +80,10 @@ def _run(grad_output: Tensor, arguments: tuple[Any, ...], results: Sequence[Tens
 
 @launch.cached_choice
 def _prepared(
-    types: tuple[Any, ...], shapes: tuple[Any, ...], options: tuple[Any, ...], is_backward: bool, device: torch.device
+    kinds: launch.Kinds, shapes: tuple[Any, ...], options: tuple[Any, ...], is_backward: bool
 ) -> tuple[int, list[launch.Prepared]]:
     """Counts the workspace's elements and prepares the launches, that of the sides without programs if not needed."""
-    (s, d), (m, r), _, (fusion,), (_, a), _, (_, columns), _, (_, K) = shapes
+    device, ((s, d), (m, r), _, (fusion,), (_, a), _, (_, columns), _, (_, K)) = kinds[2], shapes
     m, r = (m, r) if fusion and m and r else (0, 0)
     sizes = (s, m, r, a if fusion else 0, columns, K if columns else 0)
     w = layout.fn(0, *sizes)
@@ -117,7 +117,7 @@ def _prepared(
     launches = []
     for config, (kernel, (grid, numbers)) in zip(configs, programs.items(), strict=True):
         meta = config | {name: value for name, value in constants.items() if name in kernel.arg_names}
-        launches.append(launch.Prepared(kernel, grid, numbers, meta | launch.all_registers(device), types))
+        launches.append(launch.Prepared(kernel, grid, numbers, meta | launch.all_registers(device), kinds))
     return w.partial + parts * (w.at_q + w.at_B) * w.width, launches
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, Prepared, Size, cached_choice, config_for, key, kinds, on_device, padded, precision
+from ..launch import Config, Kinds, Prepared, Size, cached_choice, config_for, key, kinds, on_device, padded, precision
 from .backward import prompted_embedding_backward_kernel, prompted_embedding_reduce_kernel, token_at_kernel
 from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
@@ -37,14 +37,14 @@ def token_at(positions: Tensor, m: int) -> Tensor:
     """Computes `ept_kernels.token_at_reference` in one launch."""
     positions = positions.contiguous()
     found = positions.new_empty(positions.shape[0], m, dtype=torch.int32)
-    run = _token_at(kinds(positions), positions.shape, m, positions.device)
+    run = _token_at(kinds(positions), positions.shape, m)
     with on_device(positions):
         run(positions, found)
     return found
 
 
 @cached_choice
-def _token_at(kinds: tuple[Any, ...], shape: Size, m: int, device: torch.device) -> Prepared:
+def _token_at(kinds: Kinds, shape: Size, m: int) -> Prepared:
     grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * shape[0],)
     return Prepared(token_at_kernel, grid, (shape[1], m), TOKEN_AT, kinds)
 
@@ -68,7 +68,7 @@ def prompted_embedding(
     tensors = (input_ids.contiguous(), positions, found, table, prompt.contiguous(), A.contiguous(), B.contiguous())
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
     shapes = (input_ids.shape, table.shape, prompt.shape, A.shape)
-    run = _forward(kinds(*tensors, adapter_ids), shapes, table.stride(), float(scale), table.dtype, table.device)
+    run = _forward(kinds(*tensors, adapter_ids), shapes, table.stride(), float(scale))
     out = table.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], table.shape[1])
     with on_device(table):
         run(*tensors, adapter_ids, out)
@@ -76,16 +76,10 @@ def prompted_embedding(
 
 
 @cached_choice
-def _forward(
-    kinds: tuple[Any, ...],
-    shapes: tuple[Size, ...],
-    strides: Size,
-    scale: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Prepared:
+def _forward(kinds: Kinds, shapes: tuple[Size, ...], strides: Size, scale: float) -> Prepared:
     (batch, n), (vocabulary, d), (*_, s, _), A_shape = shapes
     m, r = A_shape[-2:] if math.prod(A_shape) and n else (0, 0)
+    _, (_, _, _, dtype, *_), device = kinds
     config, options = _chosen("prompted_embedding", d, r, dtype, dtype, device)
     tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
     runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if len(A_shape) == 2 else batch
@@ -102,7 +96,7 @@ def prompted_embedding_packed(
     """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
     tensors = (input_ids.contiguous(), cu_seqlens.contiguous(), table, *(x.contiguous() for x in (prompt, A, B)))
     shapes = (input_ids.shape, cu_seqlens.shape, table.shape, prompt.shape, A.shape)
-    run = _packed(kinds(*tensors), shapes, table.stride(), float(scale), table.dtype, table.device)
+    run = _packed(kinds(*tensors), shapes, table.stride(), float(scale))
     out = table.new_empty(input_ids.shape[0] + (cu_seqlens.shape[0] - 1) * prompt.shape[0], table.shape[1])
     with on_device(table):
         run(*tensors, out)
@@ -110,16 +104,10 @@ def prompted_embedding_packed(
 
 
 @cached_choice
-def _packed(
-    kinds: tuple[Any, ...],
-    shapes: tuple[Size, ...],
-    strides: Size,
-    scale: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Prepared:
+def _packed(kinds: Kinds, shapes: tuple[Size, ...], strides: Size, scale: float) -> Prepared:
     (tokens,), (ends,), (_, d), (s, _), (m, r) = shapes
     texts = ends - 1
+    _, (_, _, dtype, *_), device = kinds
     config, options = _chosen("prompted_embedding_packed", d, r, dtype, dtype, device)
     tiles = triton.cdiv(tokens, config["BLOCK_T"])
     runs = triton.cdiv(tiles, config["ITERS"])  # as even as possible
@@ -153,9 +141,8 @@ def prompted_embedding_backward(
     grad_prompt = A.new_empty(*adapters, s, d)
     grad_A, grad_B = ((x.new_empty if has_update else x.new_zeros)(*x.shape, dtype=A.dtype) for x in (A, B))
     tensors = (grad_output, found, A, B, adapter_ids)
-    strides = grad_output.stride()
     first, last, parts_A, parts_B = _backward(
-        kinds(*tensors), grad_output.shape, strides, s, A.shape, float(scale), grad_output.dtype, A.dtype, A.device
+        kinds(*tensors), grad_output.shape, grad_output.stride(), s, A.shape, float(scale)
     )
     partial_A, partial_B = (A.new_empty(size, dtype=torch.float32) for size in (parts_A, parts_B))
     with on_device(grad_output):
@@ -167,20 +154,13 @@ def prompted_embedding_backward(
 
 @cached_choice
 def _backward(
-    kinds: tuple[Any, ...],
-    grad_shape: Size,
-    strides: Size,
-    s: int,
-    A_shape: Size,
-    scale: float,
-    read: torch.dtype,
-    written: torch.dtype,
-    device: torch.device,
+    kinds: Kinds, grad_shape: Size, strides: Size, s: int, A_shape: Size, scale: float
 ) -> tuple[Prepared, Prepared | None, int, int]:
     """Prepares both launches; counts the elements of the partial sums of `grad_A` and of `grad_B`."""
     batch, rows, d = grad_shape
     m, r = A_shape[-2:] if math.prod(A_shape) and rows > s else (A_shape[-2], 0)
     adapters = math.prod(A_shape[:-2])
+    _, (read, _, written, *_), device = kinds
     config, options = _chosen("prompted_embedding_backward", d, r, read, written, device)
     columns = triton.cdiv(d, config["BLOCK_D"])
     tiles = triton.cdiv(m, config["BLOCK_M"]) if r else 0
