@@ -21,6 +21,7 @@ ABLATIONS = {
     "ept-no-spaces": {"D", "U", "G"},
     "ept-uniform-gate": {"G"},
     "ept-fixed-beta": {"beta"},
+    "ept-cosine": set(),
     "ept-raw-scale": set(),
 }
 
@@ -44,6 +45,7 @@ def test_ablations_lack_one_part(name, missing):
     whole, ablated = config_of("ept"), config_of(name)
     assert set(whole.parameter_shapes(D)) - set(ablated.parameter_shapes(D)) == missing
     assert ablated.embedding_scale == (1.0 if name == "ept-raw-scale" else "auto")
+    assert ablated.lowrank_init == ("cosine" if name == "ept-cosine" else "uniform")
 
 
 def test_usual_lengths_are_those_of_the_configurations():
