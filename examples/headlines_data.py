@@ -1,10 +1,15 @@
 """The demo's model and data, out of two packages of the package index: nothing is downloaded from a model hub.
 
 Only the files inside are used; neither package is imported (their own dependencies are not installed).
+
+    python examples/headlines_data.py FOLDER
+
+writes the headlines into FOLDER, in splits as the demo's.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Iterable
@@ -70,3 +75,15 @@ def write_splits(rows: Iterable[Row], folder: Path, seed: int) -> dict[str, int]
     for name, lines in files.items():
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     return {name: len(lines) for name, lines in files.items() if name != "headlines"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where to write {train,validation,test}.jsonl")
+    folder = parser.parse_args().folder
+    counts = write_splits(read_headlines(package_file(DATA_PACKAGE, DATA_FILE)), folder, seed=0)
+    print(f"{folder}: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,8 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from ..tasks import TaskData
+from ..tasks.rows import ROW
 from ..utils.files import write_atomically
 from ..utils.plots import plot
 from ..utils.tables import markdown, properties, table
@@ -25,15 +27,14 @@ MAX_MATRIX = 30  # labels of a confusion matrix that can still be read
 def write_report(
     results: dict[str, Any],
     evaluation: Evaluation | TextEvaluation,
-    texts: Sequence[str],
+    data: TaskData,
     events: list[dict[str, Any]],
     folder: RunFolder,
 ) -> None:
     """Writes `report.md`, the learning curve and, of a classification, the confusion matrix into a run's folder.
 
     Args:
-        results: what `results.json` holds. evaluation, texts: the answers to the test split, and its texts. events: the
-            run's log.
+        results: what `results.json` holds. evaluation: the answers to the test split of `data`. events: the run's log.
     """
     learning_curve(results, events, folder.curve)
     figures = [folder.curve]
@@ -47,11 +48,14 @@ def write_report(
     if "by_label" in results:
         parts += ["## By label", markdown(*_by_label(results))]
     parts += [f"![{figure.stem.replace('_', ' ')}]({figure.name})" for figure in figures]
+    numbers = f"Rows are numbered as in the {data.sources['test'][0]} data, from 1."
     if isinstance(evaluation, TextEvaluation):
-        written = [[str(n), *map(_shortened, pair)] for n, pair in enumerate(evaluation.samples(), start=1)]
-        parts += ["## What the model writes", markdown(["test row", "right answer", "the model's"], written)]
+        pairs = zip(data.test[ROW], evaluation.samples())
+        written = [[str(number), *map(_shortened, pair)] for number, pair in pairs]
+        parts += ["## What the model writes", markdown(["row", "right answer", "the model's"], written), numbers]
     elif mistakes := evaluation.confident_mistakes():
-        parts += ["## Most confident mistakes", markdown(*_mistakes(evaluation, mistakes, texts))]
+        rows = [data.test[place] for place in mistakes]
+        parts += ["## Most confident mistakes", markdown(*_mistakes(evaluation, mistakes, rows)), numbers]
     name = folder.path.name
     commands = [f"ept predict {name} 'a text'", f"ept evaluate {name}", f"ept export {name} --output exported"]
     parts += ["## What next", "In the folder above this one:", "```sh\n" + "\n".join(commands) + "\n```"]
@@ -171,12 +175,13 @@ def _shortened(text: str) -> str:
     return textwrap.shorten(text, 200, placeholder=" …")
 
 
-def _mistakes(evaluation: Evaluation, places: Sequence[int], texts: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    rows = []
-    for place in places:
+def _mistakes(
+    evaluation: Evaluation, places: Sequence[int], rows: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    shown = []
+    for place, row in zip(places, rows):
         answer, right = evaluation.answers[place], evaluation.references[place]
         assert answer.probabilities is not None
-        text = _shortened(texts[place])
         said = f"{evaluation.labels[answer.label]} ({answer.probabilities[answer.label]:.1%})"
-        rows.append([str(place + 1), text, evaluation.labels[right], said])
-    return ["test row", "text", "label", "answer"], rows
+        shown.append([str(row[ROW]), _shortened(row["text"]), evaluation.labels[right], said])
+    return ["row", "text", "label", "answer"], shown

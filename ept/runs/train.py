@@ -190,7 +190,7 @@ def _train(
         "config": config.to_dict(),
     }
     if processes.is_rank_zero:
-        write_report(results, evaluation, data.test["text"], log.read(), folder)
+        write_report(results, evaluation, data, log.read(), folder)
         write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
     processes.leave()
     return results

@@ -17,7 +17,8 @@ def table(header: Sequence[str], rows: Rows, title: str | None = None, left: int
     The first column is never broken; where the terminal is narrow other cells are, and none is cut off. Cells and title
     are printed as they are: rich would read `[red]` as its markup and `:heart:` as a picture.
     """
-    built = Table(title=Text(title, "table.title") if title is not None else None, **style)
+    heading = Text(title, "table.title") if title is not None else None
+    built = Table(title=heading, min_width=heading.cell_len if heading is not None else None, **style)  # on one line
     for place, column in enumerate(header):
         justify: Any = "left" if place < left else "right"
         built.add_column(Text(column), justify=justify, overflow="fold", no_wrap=place == 0)

@@ -32,8 +32,9 @@ def test_markdown() -> None:
 
 
 def test_terminal() -> None:
-    shown = printed(table(HEADER, ROWS, "a title"))
-    assert shown[0].strip() == "a title"
+    title = "a title that is longer than the table"
+    shown = printed(table(HEADER, ROWS, title))
+    assert shown[0].strip() == title
     assert any(line.split() == ["│", "a|b", "│", "1", "│"] for line in shown)
     assert any("prompt tuning" in line and "method" not in line for line in printed(properties(ROWS)))
 
