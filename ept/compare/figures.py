@@ -40,6 +40,9 @@ def draw(settings: Sequence[Setting], folder: Path, published: bool = False) -> 
     if sized := [setting for setting in settings if setting.sweep in SIZE_SWEEPS]:
         files.append(folder / "score_against_parameters.png")
         score_against_parameters(sized, files[-1], published)
+    if settings and any(len(method.curve) > 1 for method in settings[0].methods):
+        files.append(folder / "score_over_steps.png")
+        score_over_steps(settings[0], files[-1])
     for sweep in ("model", *X_LABELS):
         if points := [setting for setting in settings if setting.sweep == sweep]:
             files.append(folder / ("methods_by_model.png" if sweep == "model" else f"score_against_{sweep}.png"))
@@ -72,6 +75,21 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
             round_numbers = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
             axes.set_xticks([value for value in round_numbers if ends[0] <= value <= ends[1]])
             axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def score_over_steps(setting: Setting, file: Path) -> None:
+    """Draws each method's mean score on validation over the steps."""
+    seeds = max((m.mean.n for m in setting.methods if m.mean), default=0)
+    title = setting.tasks[0] if len(setting.tasks) == 1 else f"mean over {len(setting.tasks)} tasks"
+    title += f", {seeds} seed{'s' if seeds > 1 else ''}"
+    with plot(file, title, legend="beside") as (axes,):
+        for method in setting.methods:
+            if len(method.curve) > 1:
+                marker, style = _style(method.method)
+                steps = sorted(method.curve)
+                axes.plot(steps, [100 * method.curve[step] for step in steps], marker=marker, **style)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("score on validation (%)")
 
 
 def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[float]:

@@ -19,6 +19,7 @@ from ..runs.method_table import METHODS
 from ..utils.files import write_atomically
 from ..utils.tables import markdown as table
 from .plan import Record
+from .progress import Curve, curve_of, mean_curve, steps_table
 
 CONFIDENCE = 0.95
 SIZES = {
@@ -70,27 +71,35 @@ def interval(values: Sequence[float], error: float | None = None) -> Interval:
 class PairedTest:
     """Paired t-test of two methods over the `n` pairs (task, seed) that both have; `p` is two-sided.
 
-    `p` is None where it is undefined: fewer than two pairs, or all differences equal.
+    `p_of_tasks` is that of the means of the tasks, which are independent of each other as pairs of one task are not.
+    Each is None where it is undefined: fewer than two pairs, or all differences equal.
     """
 
     first: str
     second: str
     difference: Interval
     p: float | None
+    p_of_tasks: float | None = None
 
 
 def paired_test(first: str, one: Scores, second: str, other: Scores) -> PairedTest | None:
     """Tests the difference `one` − `other` over their common pairs; None where they have none."""
-    from scipy.stats import ttest_rel
-
     common = sorted(set(one) & set(other))
     if not common:
         return None
-    ours, theirs = [one[key] for key in common], [other[key] for key in common]
-    differences = [a - b for a, b in zip(ours, theirs)]
-    has_spread = max(differences) - min(differences) > 1e-12  # never of a single pair
-    p = float(ttest_rel(ours, theirs).pvalue) if has_spread else None
-    return PairedTest(first, second, interval(differences), p)
+    differences = {key: one[key] - other[key] for key in common}
+    by_task = [
+        statistics.fmean(differences[key] for key in keys) for _, keys in itertools.groupby(common, lambda key: key[0])
+    ]
+    found = list(differences.values())
+    return PairedTest(first, second, interval(found), _p_of(found), _p_of(by_task))
+
+
+def _p_of(differences: Sequence[float]) -> float | None:
+    from scipy.stats import ttest_1samp
+
+    has_spread = max(differences) - min(differences) > 1e-12  # never of a single one
+    return float(ttest_1samp(differences, 0.0).pvalue) if has_spread else None
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,8 @@ class MethodSummary:
     learning_rates: dict[str, tuple[float, float]]
     constant: int = 0
     """How many of the runs ended with one answer to all rows."""
+    curve: Curve = field(default_factory=dict)
+    """The mean score on validation at each step that all runs were scored at."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,11 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
     times = [found["step_time_ms"] for found in results.values() if found["step_time_ms"] is not None]
     adapter = RunFolder(records[0].outcome.folder).adapter / "adapter_config.json"
     saved, known = json.loads(adapter.read_text(encoding="utf-8")), METHODS[name].settable
+    curves: dict[str, list[Curve]] = {}
+    for record in records:
+        if record.outcome.results:
+            curve = curve_of(record.outcome.folder, record.outcome.results["metric"])
+            curves.setdefault(record.run.task, []).append(curve)
     return MethodSummary(
         method=name,
         stored=max(found["stored_parameters"] for found in results.values()),
@@ -190,6 +206,7 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
         step_time_ms=statistics.median(times) if times else None,
         learning_rates={record.run.task: record.run.rates for record in records},
         constant=sum(found["constant"] for found in results.values()),
+        curve=mean_curve(curves),
     )
 
 
@@ -249,11 +266,16 @@ def markdown(records: Sequence[Record], settings: Sequence[Setting], command: st
         if setting.tests:
             rows = []
             for test in setting.tests:
-                difference, p = test.difference, "-" if test.p is None else f"{test.p:.3f}"
                 names = f"{METHODS[test.first].title} − {METHODS[test.second].title}"
-                rows.append([names, difference.text(), p, str(difference.n)])
-            parts += ["Paired t-test over the pairs (task, seed):"]
-            parts += [table(["difference", "points", "p (two-sided)", "n"], rows)]
+                ps = ["-" if p is None else f"{p:.3f}" for p in (test.p, test.p_of_tasks)]
+                rows.append([names, test.difference.text(), ps[0], str(test.difference.n), ps[1]])
+            parts += ["Paired t-test, two-sided, over the n pairs (task, seed), and over the means of the tasks:"]
+            parts += [table(["difference", "points", "p", "n", "p of the tasks"], rows)]
+        if steps := steps_table(setting.methods):
+            parts += [
+                "Steps, by the mean score on validation, on straight lines between the evaluations:",
+                table(*steps),
+            ]
     rates = [
         [setting.title, task, method.title, f"{prompt:g}", f"{others:g}" if method.has_two_rates else "-"]
         for setting in settings

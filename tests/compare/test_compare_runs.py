@@ -173,7 +173,7 @@ def test_what_each_part_brings(tiny, tmp_path):
     settings += ["method.num_virtual_tokens=null", "method.r=null", "training.max_steps=2", "training.eval_steps=2"]
     settings += ["compare.seeds=[0]", "compare.learning_rates=[0.05]"]
     records = compare(load_comparison(example, overrides(tiny, tmp_path, *settings, f"compare.methods={PARTS}")))
-    assert [record.outcome.error for record in records] == [None] * 6
+    assert [record.outcome.error for record in records] == [None] * len(PARTS)
     (setting,) = summarise(records)
     assert [method.method for method in setting.methods] == PARTS
     assert all(500 < method.parameters <= 600 for method in setting.methods)
@@ -199,7 +199,7 @@ def test_command(once, tiny):
     ]
     result = ept(*arguments(tiny, folder))
     assert result.exit_code == 0, result.output
-    files = {"comparison.csv", "comparison.md", "score_against_parameters.png", "runs"}
+    files = {"comparison.csv", "comparison.md", "score_against_parameters.png", "score_over_steps.png", "runs"}
     assert {path.name for path in folder.iterdir()} == files
     assert "prompt" in result.stdout
     shown = json.loads(ept(*arguments(tiny, folder), "--json").stdout)

@@ -2,11 +2,13 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
 from ept.compare.execute import Outcome
 from ept.compare.plan import PlannedRun, Record
+from ept.compare.progress import steps_table, steps_to
 from ept.compare.tables import as_json, interval, markdown, paired_test, scores_table, summarise, write_tables
 from ept.runs.config import RunConfig
 
@@ -30,7 +32,11 @@ def test_paired_test_of_known_values():
     found = paired_test("x", one, "y", other)
     assert (found.difference.mean, found.difference.n) == (2, 5)
     assert found.p == pytest.approx(0.00320, abs=5e-6)
+    assert found.p_of_tasks is None  # both tasks differ by 2
     assert paired_test("y", other, "x", one).difference.mean == -2
+    # of the tasks' means 1, 2 and 3: t = 2 / (1 / sqrt(3)) = 3.4641, p = 0.0742 at 2
+    tasks = {(name, seed): mean + aside for name, mean in zip("abc", (1, 2, 3)) for seed, aside in ((0, 1), (1, -1))}
+    assert paired_test("x", tasks, "y", dict.fromkeys(tasks, 0)).p_of_tasks == pytest.approx(0.0742, abs=5e-5)
 
 
 def test_paired_test_without_a_spread():
@@ -53,6 +59,8 @@ def record(
     (run.folder / "adapter").mkdir(parents=True)
     adapter = {"num_virtual_tokens": 7, "r": 3, "num_spaces": 4 * (method == "ept"), "space_dim": 2}
     (run.folder / "adapter/adapter_config.json").write_text(json.dumps(adapter), "utf-8")
+    curve = [{"step": 10, "loss": 1.0}, {"step": 10, "eval_accuracy": score / 2}, {"step": 20, "eval_accuracy": score}]
+    (run.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, curve)) + "\n", "utf-8")
     results = {
         "task": task,
         "metric": "accuracy",
@@ -101,6 +109,21 @@ def test_summary(records):
     assert test.difference.mean == pytest.approx((0.2 + 0.2 + 0.1) / 3)
     assert base.failed == ["lora"]
     assert swept.methods[0].mean is None  # the run of the other task was not chosen
+
+
+def test_steps(records):
+    base, _ = summarise(records)
+    pt, ept = base.methods
+    assert pt.curve == {10: pytest.approx(0.575 / 2), 20: pytest.approx(0.575)}  # of 0.65 and 0.5
+    assert ept.curve[20] == pytest.approx(0.75)
+    header, rows = steps_table(base.methods)
+    assert header[-2:] == ["steps to prompt tuning's end", "share of its steps"]
+    # on the line from (10, 0.375) to (20, 0.75): 0.7125 at 19, 0.575 at 15.3
+    assert rows[1] == ["EPT", "20", "75.0", "19", "15", "0.77"]
+    assert rows[0][-2:] == ["20", "1.00"]
+    assert steps_to({10: 0.5, 20: 0.6}, 0.7) is None
+    assert steps_to({10: 0.5, 20: 0.6}, 0.4) == 10  # no straight line from nowhere
+    assert steps_table([replace(pt, curve={20: 0.5})]) is None
 
 
 def test_table(records):

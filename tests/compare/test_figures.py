@@ -1,5 +1,6 @@
 """Each figure is drawn when there are runs for it, and published results only on request."""
 
+from dataclasses import replace
 from importlib.resources import files
 
 import matplotlib.image
@@ -52,6 +53,13 @@ def test_all_together_and_nothing(tmp_path):
     assert draw([], tmp_path) == []
     failed = Setting("k_shot", 4, ["glue/sst2"], [], [], ["pt"], 1, "")
     assert draw([failed], tmp_path) == []
+
+
+def test_scores_over_steps_are_drawn_where_there_are_several(tmp_path):
+    methods = [replace(method, curve={60: 0.5, 120: 0.6 + 0.1 * i}) for i, method in enumerate(BASE.methods)]
+    found = {file.name for file in draw([replace(BASE, methods=methods)], tmp_path)}
+    assert found == {"score_against_parameters.png", "score_over_steps.png"}
+    assert matplotlib.image.imread(tmp_path / "score_over_steps.png")[..., :3].std() > 0.01  # not blank
 
 
 def test_methods_at_one_budget_stand_side_by_side():

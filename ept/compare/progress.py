@@ -1,0 +1,81 @@
+"""Learning curves of a comparison: by the scores on validation, how many steps each method needs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..runs.folder import RunFolder
+from ..runs.method_table import METHODS
+
+if TYPE_CHECKING:
+    from .tables import MethodSummary
+
+BASELINE = "pt"
+"""The method whose last score the others' steps are counted to."""
+NEARLY = 0.95
+"""Share of a method's last score that counts as nearly there."""
+
+Curve = Mapping[int, float]
+"""Step: score on validation."""
+
+
+def curve_of(folder: Path, metric: str) -> Curve:
+    """Reads a finished run's scores on validation out of its metrics."""
+    rows = map(json.loads, RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines())
+    return {row["step"]: row[f"eval_{metric}"] for row in rows if f"eval_{metric}" in row}
+
+
+def mean_curve(by_task: Mapping[str, Sequence[Curve]]) -> Curve:
+    """Averages over the runs of each task, then over the tasks, at the steps that all runs were scored at."""
+    runs = list(itertools.chain.from_iterable(by_task.values()))
+    steps = sorted(set.intersection(*(set(curve) for curve in runs))) if runs else []
+    return {
+        step: statistics.fmean(statistics.fmean(curve[step] for curve in found) for found in by_task.values())
+        for step in steps
+    }
+
+
+def steps_to(curve: Curve, score: float) -> float | None:
+    """Finds where a curve, straight between its evaluations, first reaches a score; None where it never does."""
+    points: Iterable[tuple[int, float]] = sorted(curve.items())
+    before: tuple[int, float] | None = None
+    for step, value in points:
+        if value >= score:
+            if before is None:
+                return float(step)
+            return before[0] + (step - before[0]) * (score - before[1]) / (value - before[1])
+        before = (step, value)
+    return None
+
+
+def steps_table(methods: Sequence[MethodSummary]) -> tuple[list[str], list[list[str]]] | None:
+    """Returns header and rows of what the curves tell; None where no method was scored more than once."""
+    curves = {m.method: m.curve for m in methods if len(m.curve) > 1}
+    if not curves:
+        return None
+    baseline = curves.get(BASELINE)
+
+    def cell(steps: float | None) -> str:
+        return "not reached" if steps is None else f"{steps:,.0f}"
+
+    header = ["method", "steps", "validation at the end", f"steps to {NEARLY:.0%} of it"]
+    header += [f"steps to {METHODS[BASELINE].title}'s end", "share of its steps"] if baseline else []
+    rows = []
+    for name, curve in curves.items():
+        last = max(curve)
+        row = [
+            METHODS[name].title,
+            f"{last:,}",
+            f"{100 * curve[last]:.1f}",
+            cell(steps_to(curve, NEARLY * curve[last])),
+        ]
+        if baseline:
+            steps = steps_to(curve, baseline[max(baseline)])
+            row += [cell(steps), "-" if steps is None else f"{steps / max(baseline):.2f}"]
+        rows.append(row)
+    return header, rows
