@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from ept_kernels.dev import problems
-from ept_kernels.dev.problems import FourBit, Problem, opcheck_problems
+from ept_kernels.dev.problems import FourBit, opcheck_problems
 from ept_kernels.dev.tune import Tunable, refusal
 from ept_kernels.library import launcher_of, reference_of
+from ept_kernels.problem import Problem
 
 from .processes import environment, run_command
 from .record import Row, Work

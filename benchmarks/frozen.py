@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ept_kernels
-from ept_kernels.dev.problems import normal
+from ept_kernels.problem import normal
 
 from .shapes import Case
 

@@ -24,7 +24,8 @@ import ept_kernels
 from ept.runs.loading import default_device
 from ept_kernels import launch, library
 from ept_kernels.dev import compile_only
-from ept_kernels.dev.problems import FourBit, JointPrompt, Problem, PromptedEmbedding
+from ept_kernels.dev.problems import FourBit, JointPrompt, PromptedEmbedding
+from ept_kernels.problem import Problem
 
 from .record import Row
 from .timing import Call, ThreadClock, summary, time_in_turn

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ept_kernels import launch
-from ept_kernels.dev.problems import as_tuple
+from ept_kernels.problem import as_tuple
 
 from .problems import Prepared, prepare
 from .record import Row, Work, is_device_broken

@@ -19,8 +19,9 @@ from triton import knobs
 from ept_kernels import launch
 from ept_kernels.dev import aot, tune
 from ept_kernels.dev.compile_only import driving
-from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, Problem, PromptedEmbedding
+from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, PromptedEmbedding
 from ept_kernels.launch import Launch
+from ept_kernels.problem import Problem
 
 ROW = {"kernel": "k", "target": "sm_80", "registers": 1, "spilled_bytes": 0, "shared_bytes": 0, "instructions": 1}
 ROW |= {"per_weight": ""}

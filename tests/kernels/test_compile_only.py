@@ -76,7 +76,7 @@ SCRIPT = """
 import os
 import ept_kernels
 from ept_kernels.dev import compile_only
-from ept_kernels.dev.problems import TokenAt
+from ept_kernels.dev.problems import PromptedEmbedding
 from triton import knobs
 
 compiled = []
@@ -86,7 +86,7 @@ knobs.propagate_env = False
 knobs.compilation.disable_line_info &= not os.environ.get("WITH_LINES")  # as they are on a GPU
 before = ept_kernels.launch.launches()
 for n in (5, 5, 6):
-    ept_kernels.token_at(*TokenAt(n).inputs())
+    ept_kernels.token_at(*PromptedEmbedding(n, m=6, operator="token_at").inputs())
 assert compile_only.active() == "sm_90"
 launched, loaded = ept_kernels.launch.launches() - before, [row["kernel"] for row in driver.loaded]
 print(ept_kernels.backend("cpu"), launched, *loaded, sum(compiled))

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 import ept_kernels
 from ept import embedding
 from ept_kernels import launch, library
-from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding, as_tuple
+from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding
+from ept_kernels.problem import as_tuple
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ept_kernels
 from ept import functional
-from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding, as_tuple, in_float64, opcheck_problems, strided
+from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding, opcheck_problems
 from ept_kernels.joint_prompt.reference import ACTIVATIONS, NORM_EPS
+from ept_kernels.problem import as_tuple, in_float64, strided
 
 F64 = torch.float64
 

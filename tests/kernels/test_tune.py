@@ -17,8 +17,8 @@ from triton.runtime.errors import OutOfResources
 
 from ept_kernels import launch
 from ept_kernels.dev import tune
-from ept_kernels.dev.problems import Problem
 from ept_kernels.dev.tune import Tunable
+from ept_kernels.problem import Problem
 
 CPU = torch.device("cpu")
 SLOW = 0.004  # seconds

@@ -36,7 +36,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Launch(NamedTuple):
-    """What was given to `launch`, and what Triton has compiled for it: None under the interpreter."""
+    """One call of `launch`, and what Triton has compiled for it: None under the interpreter."""
 
     kernel: Any
     grid: tuple[int, ...]

@@ -11,9 +11,10 @@ from tiny_models import make_model
 
 from ept.model.frozen import restore_frozen, swap_frozen
 from ept_kernels import launch
-from ept_kernels.dev.problems import Activation, RMSNorm, Rotary, as_tuple, in_float64
+from ept_kernels.dev.problems import Activation, RMSNorm, Rotary
 from ept_kernels.frozen import launchers as kernels
 from ept_kernels.library import reference_of
+from ept_kernels.problem import as_tuple, in_float64
 
 F16, BF16 = torch.float16, torch.bfloat16
 FLOAT32_TOLERANCE = 2e-6  # of the magnitude of what was added up

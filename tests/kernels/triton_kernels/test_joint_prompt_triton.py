@@ -11,9 +11,10 @@ from torch import Tensor
 
 import ept_kernels
 from ept_kernels import launch
-from ept_kernels.dev.problems import JointPrompt, as_tuple, in_float64
+from ept_kernels.dev.problems import JointPrompt
 from ept_kernels.joint_prompt import launchers as kernels
 from ept_kernels.joint_prompt.reference import ACTIVATIONS
+from ept_kernels.problem import as_tuple, in_float64
 
 NAMES = ("prompt", "A", "B", "beta", "W_q", "W_k", "D", "U", "G")
 FLOAT32_TOLERANCE = 1e-5  # of the largest magnitude of a result, or of what it is the sum of

@@ -10,9 +10,10 @@ from conftest import INTERPRETED, launches_of, mostly_untouched, rounding
 from torch import Tensor
 
 from ept_kernels import launch
-from ept_kernels.dev.problems import TF32, Problem, PromptedEmbedding, as_tuple, in_float64
 from ept_kernels.dev.problems import PackedEmbedding as Packed
+from ept_kernels.dev.problems import PromptedEmbedding
 from ept_kernels.library import reference_of
+from ept_kernels.problem import TF32, Problem, as_tuple, in_float64
 from ept_kernels.prompted_embedding import launchers as kernels
 from ept_kernels.prompted_embedding.reference import token_at_reference
 

@@ -32,9 +32,10 @@ from typing import Any, NamedTuple
 from .. import launch
 from ..launch import Config, Launch
 from ..library import launcher_of
+from ..problem import Problem
 from . import warm
 from .compile_only import TARGETS, Target, disassembled, driving, facts_of
-from .problems import Problem, compiled_problems
+from .problems import compiled_problems
 from .tune import Tunable, tunables
 
 Row = dict[str, Any]

@@ -35,6 +35,7 @@ from ..frozen import launchers as frozen
 from ..joint_prompt import launchers as joint_prompt
 from ..launch import Config, Size, padded
 from ..library import launcher_of
+from ..problem import Problem, as_tuple, largest
 from ..prompted_embedding import launchers as prompted_embedding
 from . import compile_only
 from .problems import (
@@ -46,12 +47,9 @@ from .problems import (
     Activation,
     FourBit,
     JointPrompt,
-    Problem,
     PromptedEmbedding,
     RMSNorm,
     Rotary,
-    as_tuple,
-    largest,
 )
 
 SAMPLES = 25  # timed runs over all sets of inputs
