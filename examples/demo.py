@@ -18,6 +18,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ept.runs.config import load_run_config
+from ept.runs.method_table import METHODS
 
 CONFIG = Path(__file__).with_name("headlines.yaml")
 EXAMPLES = 5
@@ -36,6 +37,9 @@ def main() -> None:
 def demo() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
+    parser.add_argument(
+        "--method", choices=METHODS, default="ept", metavar="NAME", help="pt, dept, ... at the same stored size"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, written anew each time")
     parser.add_argument("--seed", type=int, default=0, help="draws the split, the initialisation and the order of rows")
     arguments = parser.parse_args()
@@ -46,7 +50,7 @@ def demo() -> None:
     started = time.perf_counter()
     model_file = source.package_file(source.MODEL_PACKAGE, source.MODEL_FILE)
 
-    console.rule("Efficient Prompt Tuning: which headlines are sarcastic?")
+    console.rule(f"{METHODS[arguments.method].title}: which headlines are sarcastic?")
     console.print("Reading the headlines ...")
     rows = source.read_headlines(source.package_file(source.DATA_PACKAGE, source.DATA_FILE))
     data = arguments.output / "data"
@@ -55,7 +59,7 @@ def demo() -> None:
         f"Data: {len(rows):,} different headlines, split by a hash of their text into "
         f"{counts['train']:,} to train on, {counts['validation']:,} to validate on, {counts['test']:,} held out."
     )
-    config = load_run_config(CONFIG)
+    config = load_run_config(CONFIG, [f"method.name={arguments.method}"])
     config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
     config.data.data_dir = str(data)
     config.output_dir, config.seed = str(arguments.output), arguments.seed
