@@ -9,22 +9,24 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ept.compare.progress import BASELINE, steps_to
 from ept.profile.clock import PHASES
 from ept.profile.report import draw_phases, draw_sweep, title
 
 from . import tables
-from .goals import BARE_STEP, EPT_METHOD, VS_PEFT
+from .goals import BARE_STEP, EPT_METHOD, SCORES, VS_PEFT
 from .plots import Plot, draw_steps, drawable
 from .record import RECORD_NAME, RESULTS, ROOT, Record, Row, is_measured, profile_row
 from .tables import markdown, spread
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = "performance"  # folder beside the page
-OVERHEAD, VS_PEFT_NAME = "step_overhead.json", "training_step.json"
+OVERHEAD, VS_PEFT_NAME, SCORES_NAME = "step_overhead.json", "training_step.json", "scores.json"
 
 HEAD = """\
 # Performance
@@ -91,6 +93,9 @@ def rows_of(folder: Path) -> list[Row]:
         record = json.loads(vs_peft.read_text(encoding="utf-8"))
         earlier = [row for case in record["cases"] for row in goal_rows(case)]
         rows[:0] = [{**row, "section": "vs-peft"} for row in earlier]
+    scores = folder / SCORES_NAME
+    if scores.exists():
+        rows += score_rows(json.loads(scores.read_text(encoding="utf-8")))
     for row in rows:
         if not is_measured(row):
             kind = "reduced" if row["reduced"] else "rehearsed"
@@ -186,6 +191,32 @@ def goal_rows(case: Row) -> list[Row]:
     """Makes rows of one case of an earlier record of EPT's step against PEFT's, as the goals know it."""
     name = f"{VS_PEFT[case['case']]} {case['data']['padding']}"
     return [{**profile_row(method, case), **_about(case), "status": "ok", "case": name} for method in case["methods"]]
+
+
+def score_rows(record: Row) -> list[Row]:
+    """Makes rows of a comparison's `comparison.json`, one a method: its mean score, and what the goals ask of EPT."""
+    (setting, *_), rows = record["settings"], []
+    curves = {m["method"]: {int(step): score for step, score in m["curve"].items()} for m in setting["methods"]}
+    goal = curves.get(BASELINE, {})
+    for method in setting["methods"]:
+        name, curve = method["method"], curves[method["method"]]
+        ps = [
+            # Of a difference the wrong way round, however sure, nothing follows for the goal.
+            test["p"] if (test["difference"]["mean"] > 0) == (test["first"] == name) else 1.0
+            for test in setting["tests"]
+            if {test["first"], test["second"]} == {name, "dept"}
+        ]
+        reached = steps_to(curve, goal[max(goal)]) if goal and curve else None
+        rows.append(
+            {
+                **{"section": SCORES, "case": SCORES, "provider": name, "status": "ok", "reason": "", **_about(record)},
+                "score": method["mean"] and method["mean"]["mean"],
+                "p_value": ps[0] if ps else None,
+                # What never gets there needs more steps than any number; prompt tuning itself ends with its last.
+                "steps_to_score": max(goal) if name == BASELINE else math.inf if goal and reached is None else reached,
+            }
+        )
+    return rows
 
 
 def _about(record: Row) -> Row:

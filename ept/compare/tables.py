@@ -211,9 +211,10 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
 
 
 def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Setting], command: str) -> list[Path]:
-    """Writes `comparison.csv` and `comparison.md`; returns their paths.
+    """Writes `comparison.csv`, `comparison.md` and `comparison.json`; returns their paths.
 
-    The first has a line for each run: scores as fractions, times in milliseconds and seconds, memory in bytes.
+    The first has a line for each run: scores as fractions, times in milliseconds and seconds, memory in bytes. The last
+    has what `as_json` returns, with command, versions and hardware.
     """
     columns = (
         "sweep", "value", "task", "method", "model", "seed", "learning_rate", "low_rank_learning_rate", "chosen",
@@ -241,16 +242,25 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
         }
         writer.writerow({**found, **vars(run), **values})
     folder.mkdir(parents=True, exist_ok=True)
-    sheet, page = folder / "comparison.csv", folder / "comparison.md"
-    write_atomically(sheet, text.getvalue())
-    write_atomically(page, markdown(records, settings, command))
-    return [sheet, page]
+    about = next(({name: found[name] for name in ("versions", "hardware")} for found in _finished(records)), {})
+    contents = {
+        "comparison.csv": text.getvalue(),
+        "comparison.md": markdown(records, settings, command),
+        "comparison.json": json.dumps({"command": command, **about, **as_json(records, settings)}, indent=1) + "\n",
+    }
+    for name, content in contents.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in contents]
+
+
+def _finished(records: Sequence[Record]) -> list[dict[str, Any]]:
+    return [record.outcome.results for record in records if record.outcome.results]
 
 
 def markdown(records: Sequence[Record], settings: Sequence[Setting], command: str) -> str:
     """Writes the whole comparison as one page."""
     about = "No run has finished."
-    if found := [record.outcome.results for record in records if record.outcome.results]:
+    if found := _finished(records):
         versions = ", ".join(f"{name} {version}" for name, version in found[-1]["versions"].items() if version)
         machine = ", ".join(f"{name} {value}" for name, value in found[-1]["hardware"].items() if value)
         seeds = ", ".join(map(str, dict.fromkeys(record.run.seed for record in records)))

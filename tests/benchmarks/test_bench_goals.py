@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import goals, shapes, steps
 from benchmarks.goals import GOALS, MET, MISSED, NOT_MEASURED, Goal, judge
+from benchmarks.performance_page import score_rows
 from benchmarks.tables import goal_table
 
 
@@ -114,3 +115,32 @@ def test_the_table_shows_a_miss_with_its_number() -> None:
     line = next(text for text in goal_table(pair(case, 1.0, 1.25)).splitlines() if "4096×4096" in text)
     assert "1.25 ×" in line
     assert MISSED in line
+
+
+def test_a_comparison_is_held_against_the_goals_of_scores() -> None:
+    def method(name: str, mean: float, curve: dict[str, float]) -> dict[str, object]:
+        return {"method": name, "mean": {"mean": mean}, "curve": curve}
+
+    methods = [
+        method("pt", 0.70, {"60": 0.5, "120": 0.6}),
+        method("dept", 0.60, {"60": 0.4, "120": 0.5}),
+        method("ept", 0.69, {"60": 0.6, "120": 0.7}),
+    ]
+    test = {"first": "ept", "second": "dept", "p": 0.01, "difference": {"mean": 0.09}}
+    tests = [test, {"first": "ept", "second": "pt", "p": 0.9, "difference": {"mean": -0.01}}]
+    record = {"hardware": {"gpus": []}, "settings": [{"methods": methods, "tests": tests}]}
+    rows = score_rows(record)
+    found = {goal.against: judge(goal, rows) for goal in goals.GOALS if goal.cases == (goals.SCORES,)}
+    assert {name: verdict.status for name, verdict in found.items()} == {
+        "DePT": goals.MET,
+        "tuned prompt tuning": goals.MISSED,
+        "ULPT": goals.NOT_MEASURED,
+        "p": goals.MET,
+        "prompt tuning": goals.MET,
+    }
+    assert found["prompt tuning"].worst == 0.5
+    methods[2]["curve"], test["difference"] = {"60": 0.1, "120": 0.2}, {"mean": -0.09}
+    above = next(goal for goal in goals.GOALS if goal.field == "p_value")
+    assert judge(above, score_rows(record)).status == goals.MISSED  # surely below
+    steps = next(goal for goal in goals.GOALS if goal.field == "steps_to_score")
+    assert judge(steps, score_rows(record)).status == goals.MISSED  # never reached

@@ -199,7 +199,8 @@ def test_command(once, tiny):
     ]
     result = ept(*arguments(tiny, folder))
     assert result.exit_code == 0, result.output
-    files = {"comparison.csv", "comparison.md", "score_against_parameters.png", "score_over_steps.png", "runs"}
+    files = {"comparison.csv", "comparison.json", "comparison.md", "runs"}
+    files |= {"score_against_parameters.png", "score_over_steps.png"}
     assert {path.name for path in folder.iterdir()} == files
     assert "prompt" in result.stdout
     shown = json.loads(ept(*arguments(tiny, folder), "--json").stdout)

@@ -162,7 +162,10 @@ def test_page_and_csv(records, tmp_path):
         "| r = 2 | glue/sst2 | EPT | 0.1 | 0.001 |",
     ):
         assert part in page
-    table, written = write_tables(tmp_path / "new", records, settings, command)
+    table, written, machines = write_tables(tmp_path / "new", records, settings, command)
+    found = json.loads(machines.read_text("utf-8"))
+    assert (found["command"], found["hardware"]) == (command, {"cores": 2})
+    assert found["settings"][0]["methods"][0]["curve"].keys() == {"10", "20"}
     assert (table, written.read_text("utf-8")) == (tmp_path / "new/comparison.csv", page)
     lines = list(csv.DictReader(table.read_text("utf-8").splitlines()))
     assert len(lines) == len(records)
