@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..utils.files import sync
+from ..utils.progress import LINE_SECONDS, print_line, time_left
 from .config import RunConfig
 from .failures import check_finite, divergence_advice
 from .folder import PREFIX, MetricsLog, RunFolder, delete_surplus, read_seal, seal
 
 if TYPE_CHECKING:
     from .trainer import PromptTrainer
-
-LINE_SECONDS = 30.0
-"""Without a terminal there is a line at least this often."""
 
 
 class Recorder(TrainerCallback):
@@ -136,10 +133,9 @@ class ProgressBar(TrainerCallback):
         done, left = state.global_step - self.first_step, state.max_steps - state.global_step
         remaining = ""
         if done and left:
-            seconds = round((self.printed - self.started) / done * left)
-            remaining = f"{timedelta(seconds=seconds)} left"
+            remaining = time_left(self.printed - self.started, done, done + left)
         line = "  ".join(filter(None, (f"step {state.global_step}/{state.max_steps}", self.loss, *parts, remaining)))
-        self.console.print(line, markup=False, highlight=False)
+        print_line(self.console, line)
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -25,6 +25,8 @@ MODEL_CLASSES = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
 }
+OF_TOKENS = {"TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
+"""Parts of the names of classes with heads that a run does not train, and their task types."""
 
 
 def default_device() -> torch.device:
@@ -41,7 +43,14 @@ def task_type_of(model: ModelConfig) -> str:
         return model.task_type
     if model.gguf_file is not None:
         return "CAUSAL_LM"  # llama.cpp files hold decoders
-    return infer_task_type(_from_pretrained(AutoConfig, model))
+    config = _from_pretrained(AutoConfig, model)
+    for name in config.architectures or ():
+        if task := next((task for part, task in OF_TOKENS.items() if part in name), None):
+            raise ValueError(
+                f"{model.name_or_path} is a {name}, and a run trains {', '.join(MODEL_CLASSES)}: {task} is for "
+                "get_ept_model and the Trainer; model.task_type=SEQ_CLS gives the model a new head, for whole texts"
+            )
+    return infer_task_type(config)
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:

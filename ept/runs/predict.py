@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from ..model.compilation import uncompiled
 from ..tasks import GROUP, UNPARSABLE, Task, compute_metrics, nearest_value
 from ..tasks.encoding import IGNORE, TEXT_IDS, Collator, FittedText, encode_labels, encode_split, fit_rows, pad
 from ..tasks.metrics import compute_text_metrics
+from ..utils.progress import with_lines
 from .adapters import load_trained
 from .config import RunConfig, load_run_config
 from .data import max_length_of, task_of
@@ -100,12 +101,16 @@ class Predictor:
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         size, console, own = self.config.training.eval_batch_size, Console(stderr=True), dict[int, T]()
         batches = self.processes.share([order[start : start + size] for start in range(0, len(order), size)])
-        shows = progress is not None and self.processes.is_rank_zero and console.is_terminal
+        steps: Iterable[list[int]] = batches
+        if self.processes.is_rank_zero and not console.is_terminal:
+            steps = with_lines(batches, progress or "scoring", console)
+        elif self.processes.is_rank_zero and progress is not None:
+            steps = track(batches, progress, console=console, transient=True)
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), uncompiled():  # evaluation has shapes of its own, each of which would be compiled
-                for batch in track(batches, progress or "", console=console, transient=True, disable=not shows):
+                for batch in steps:
                     own.update(zip(batch, function([encoded[index] for index in batch])))
         finally:
             self.model.train(was_training)

@@ -7,6 +7,7 @@ import datetime
 import io
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,19 @@ def test_one_class_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
         message = refused("train", file, "--model", models["bert"], "--output", tmp_path / "run", *option)
         assert "a.csv: column 'liked' holds one label alone, 'yes': a task needs at least 2" in message
     assert sorted(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("head, task", [("TokenClassification", "TOKEN_CLS"), ("QuestionAnswering", "QUESTION_ANS")])
+def test_heads_for_tokens_are_refused(tmp_path: Path, models: dict[str, Path], head: str, task: str) -> None:
+    """A run would put another head in their place without a word."""
+    model = shutil.copytree(models["bert"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, "architectures": [f"BertFor{head}"]}), encoding="utf-8")
+    arguments = ("train", write(tmp_path, "comma"), "--model", model, "--dry-run")
+    message = refused(*arguments)
+    assert f"is a BertFor{head}, and a run trains SEQ_2_SEQ_LM, CAUSAL_LM, SEQ_CLS: {task} is for" in message
+    assert "expected one of SEQ_2_SEQ_LM, CAUSAL_LM, SEQ_CLS" in refused(*arguments, "--set", f"model.task_type={task}")
+    assert as_json(*arguments, "--set", "model.task_type=SEQ_CLS")["task_type"] == "SEQ_CLS"
 
 
 def test_a_file_with_gaps_is_refused_where_one_asks_for_that(tmp_path: Path, models: dict[str, Path]) -> None:

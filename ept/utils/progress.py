@@ -1,0 +1,36 @@
+"""Progress without a terminal: a line now and then, in place of a bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+from rich.console import Console
+
+T = TypeVar("T")
+
+LINE_SECONDS = 30.0
+"""Without a terminal there is a line at least this often."""
+
+
+def with_lines(items: Sequence[T], what: str, console: Console) -> Iterator[T]:
+    """Yields the items; every `LINE_SECONDS` a line tells how many are done, and the time that is left."""
+    started = printed = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - printed > LINE_SECONDS:
+            print_line(console, f"{what}  {done}/{len(items)} batches  {time_left(now - started, done, len(items))}")
+            printed = now
+        yield item
+
+
+def time_left(seconds: float, done: int, total: int) -> str:
+    """Says how long the rest takes where `done` of `total` took so many seconds."""
+    return f"{timedelta(seconds=round(seconds / done * (total - done)))} left"
+
+
+def print_line(console: Console, line: str) -> None:
+    """Prints a line as it is, and on one line."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
