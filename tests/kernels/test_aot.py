@@ -23,7 +23,7 @@ from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, PromptedEmbed
 from ept_kernels.launch import Launch
 from ept_kernels.problem import Problem
 
-ROW = {"kernel": "k", "target": "sm_80", "registers": 1, "spilled_bytes": 0, "shared_bytes": 0, "instructions": 1}
+ROW = {"kernel": "k", "target": "sm_80", "registers": 1, "shared_bytes": 0, "instructions": 1}
 ROW |= {"per_weight": ""}
 
 
@@ -54,7 +54,7 @@ def test_kernels_are_described_once_and_a_spill_is_found(target, monkeypatch):
     chosen = [aot.Case(Hungry(size), {}, " (x)") for size in (2**7, 2**8, 2**15)]
     rows, refused = aot.compile_all([(case, target) for case in chosen], jobs=1)
     assert [row["kernel"] for row in rows] == ["hungry size=128 (x)", "hungry size=256 (x)"]
-    assert all(row["spilled_bytes"] == 0 and row["target"] == target for row in rows)
+    assert all(row["target"] == target for row in rows)
     assert 0 < rows[0]["registers"] <= rows[1]["registers"]
     assert 0 < rows[0]["instructions"] < rows[1]["instructions"]
     (reason,) = refused

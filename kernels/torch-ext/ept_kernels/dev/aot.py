@@ -4,8 +4,8 @@
     python -m ept_kernels.dev.aot --warm FOLDER --targets NAME [--then COMMAND]
 
 The launchers are called as on such a GPU, with the driver of `compile_only.py`; what that refuses, such as a spill or
-too much shared memory, fails. Prints registers, spilled bytes, shared memory and instructions of each kernel, and
-instructions a weight where 4-bit weights are decoded.
+too much shared memory, fails. Prints registers, shared memory and instructions of each kernel, and instructions a
+weight where 4-bit weights are decoded.
 
 `--candidates` adds every configuration that the tuner may try, which takes long. What is wrong with one of these is
 printed and is no failure: the tuner refuses such ones.
@@ -34,7 +34,7 @@ from ..launch import Config, Launch
 from ..library import launcher_of
 from ..problem import Problem
 from . import warm
-from .compile_only import TARGETS, Target, disassembled, driving, facts_of
+from .compile_only import TARGETS, Target, disassembled, driving
 from .problems import compiled_problems
 from .tune import Tunable, tunables
 
@@ -82,15 +82,16 @@ def _case(tunable: Tunable, config: Config, note: str) -> Case:
     return Case(tunable.problem.small, configs, note)
 
 
-_waiting: list[tuple[Case, str]] = []  # what the processes of compile_all inherit
+_waiting: list[tuple[Case, str, bool]] = []  # what the processes of compile_all inherit
 
 
-def compile_all(chosen: Iterable[tuple[Case, str]], jobs: int) -> tuple[list[Row], list[str]]:
+def compile_all(chosen: Iterable[tuple[Case, str]], jobs: int, is_counted: bool = True) -> tuple[list[Row], list[str]]:
     """Compiles the kernels of every case for its target in `jobs` processes forked from this one.
 
-    Returns a row for every kernel that there is, in order, and what was refused.
+    Returns a row for every kernel that there is, in order, with its instructions if these are to be counted, which
+    takes a while, and what was refused.
     """
-    _waiting[:] = chosen
+    _waiting[:] = [(case, target, is_counted) for case, target in chosen]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as processes:
         found = list(processes.map(_compile_waiting, range(len(_waiting))))
     rows: dict[str, Row] = {}
@@ -103,7 +104,7 @@ def _compile_waiting(index: int) -> tuple[list[Row], str | None]:
     return compile_case(*_waiting[index])
 
 
-def compile_case(case: Case, target: str) -> tuple[list[Row], str | None]:
+def compile_case(case: Case, target: str, is_counted: bool) -> tuple[list[Row], str | None]:
     """Calls the launcher for `target`; returns a row for each kernel that it launched, and why it could not go on."""
     launcher: Any = launcher_of(case.problem.operator)
     inputs, reason = _inputs_of(case.problem), None
@@ -112,7 +113,7 @@ def compile_case(case: Case, target: str) -> tuple[list[Row], str | None]:
             launcher(*inputs)
         except Exception as error:  # whatever a compiler or the driver may raise
             reason = f"{case.problem.name}{case.note} on {target}: {str(error).strip().splitlines()[0]}"
-    return [_row(case, target, launched, driver.limits) for launched in launches], reason
+    return [_row(case, target, launched, driver.limits, is_counted) for launched in launches], reason
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,8 +121,8 @@ def _inputs_of(problem: Problem) -> tuple[Any, ...]:
     return problem.inputs()
 
 
-def _row(case: Case, target: str, launched: Launch, limits: Target) -> Row:
-    """Describes a compiled kernel: registers and spilled bytes of a thread, bytes of shared memory, instructions."""
+def _row(case: Case, target: str, launched: Launch, limits: Target, is_counted: bool) -> Row:
+    """Describes a compiled kernel: registers of a thread, bytes of shared memory, instructions."""
     meta, metadata, weights = launched.meta, launched.compiled.metadata, 0  # weights: those that a program decodes
     if "UNITS" in meta:
         weights = meta["UNITS"] * 2 * meta["BYTES"] * meta["ITERS"]
@@ -129,13 +130,14 @@ def _row(case: Case, target: str, launched: Launch, limits: Target) -> Row:
         weights = meta["BLOCK_N"] * meta["BLOCK_K"]
     name = metadata.name.removesuffix("_kernel")
     of = "" if name == case.problem.operator else f" of {case.problem.operator}"
-    facts = _facts(launched.compiled, limits.backend)
+    count = _instructions(launched.compiled, limits.backend) if is_counted else 0
     return {
         "kernel": f"{name}{of} {case.problem.sizes}{case.note}",
         "target": target,
-        **facts,
+        "registers": launched.compiled.n_regs,
+        "instructions": count,
         # Of a thread, loops counted once, and what stands around them too.
-        "per_weight": round(facts["instructions"] * metadata.num_warps * limits.warp / weights, 1) if weights else "",
+        "per_weight": round(count * metadata.num_warps * limits.warp / weights, 1) if weights else "",
         "shared_bytes": metadata.shared,
         "num_warps": metadata.num_warps,
         "num_stages": metadata.num_stages,
@@ -144,13 +146,11 @@ def _row(case: Case, target: str, launched: Launch, limits: Target) -> Row:
 
 
 @functools.cache
-def _facts(compiled: Any, backend: str) -> dict[str, int]:
+def _instructions(compiled: Any, backend: str) -> int:
     if backend == "hip":
-        count = len(re.findall(r"^\s+[a-z]+_[a-z0-9_]+\s", compiled.asm.get("amdgcn", ""), re.MULTILINE))
-    else:
-        code = disassembled(compiled.kernel, "nvdisasm", "-c")
-        count = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
-    return {**facts_of(compiled.kernel, backend), "instructions": count}
+        return len(re.findall(r"^\s+[a-z]+_[a-z0-9_]+\s", compiled.asm["amdgcn"], re.MULTILINE))
+    code = disassembled(compiled.kernel, "nvdisasm", "-c")
+    return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
 
 
 def fill(folder: Path, target: str, only: str, jobs: int) -> int:
@@ -159,13 +159,13 @@ def fill(folder: Path, target: str, only: str, jobs: int) -> int:
     """
     os.environ.update(TRITON_CACHE_DIR=str(folder.absolute()), TRITON_STORE_BINARY_ONLY="1")
     found = [*cases(), *shipped_cases(), *candidate_cases()]
-    rows, refused = compile_all([(case, target) for case in found if only in case.problem.name], jobs)
+    rows, refused = compile_all([(case, target) for case in found if only in case.problem.name], jobs, False)
     print(*refused, sep="\n", flush=True)
     return len(rows)
 
 
 def table(rows: Iterable[Row]) -> str:
-    columns = ("kernel", "target", "registers", "spilled_bytes", "shared_bytes", "instructions", "per_weight")
+    columns = ("kernel", "target", "registers", "shared_bytes", "instructions", "per_weight")
     lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
