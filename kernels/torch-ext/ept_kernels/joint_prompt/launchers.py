@@ -60,13 +60,14 @@ def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor,
 
 def _run(grad_output: Tensor, arguments: tuple[Any, ...], results: Sequence[Tensor | None]) -> None:
     """Launches what writes `results`: the joint prompt and eight times None, or the gradients."""
-    tensors, shapes = (*arguments[:9], grad_output), tuple([x.shape for x in arguments[:9]])
-    if len({x.dtype for x in tensors}) > 1:  # a program chooses among tensors: they have to be of one type
-        tensors = tuple(x.float() for x in tensors)
-    tensors = tuple([x.contiguous() for x in tensors])
+    tensors = tuple([x.contiguous() for x in (*arguments[:9], grad_output)])
+    kinds = launch.kinds(*tensors, *results)
+    if len(set(kinds[1][:10])) > 1:  # a program chooses among tensors: they have to be of one type
+        tensors = tuple([x.float() for x in tensors])
+        kinds = launch.kinds(*tensors, *results)
     prompt, A, B, beta, W_q, W_k, D, U, G, grad_output = tensors
     out, grad_A, grad_B, grad_beta, *gradients = results
-    kinds, is_backward = launch.kinds(*tensors, *results), grad_A is not None
+    shapes, is_backward = (prompt.shape, A.shape, beta.shape, W_q.shape, D.shape, G.shape), grad_A is not None
     elements, launches = _prepared(kinds, shapes, arguments[9:], is_backward)
     products, total, rows, sides, expand = launches
     with launch.on_device(prompt):
@@ -74,7 +75,8 @@ def _run(grad_output: Tensor, arguments: tuple[Any, ...], results: Sequence[Tens
         products(prompt, grad_output, B, W_q, W_k, D, U, G, workspace)
         total(A, workspace)
         rows(A, workspace)
-        sides(A, beta, workspace, grad_A, grad_beta)
+        if is_backward:
+            sides(A, beta, workspace, grad_A, grad_beta)
         expand(prompt, grad_output, A, B, beta, W_q, W_k, D, U, G, workspace, out, grad_B, *gradients)
 
 
@@ -83,7 +85,7 @@ def _prepared(
     kinds: launch.Kinds, shapes: tuple[Any, ...], options: tuple[Any, ...], is_backward: bool
 ) -> tuple[int, list[launch.Prepared]]:
     """Counts the workspace's elements and prepares the launches, that of the sides without programs if not needed."""
-    device, ((s, d), (m, r), _, (fusion,), (_, a), _, (_, columns), _, (_, K)) = kinds[2], shapes
+    device, ((s, d), (m, r), (fusion,), (_, a), (_, columns), (_, K)) = kinds[2], shapes
     m, r = (m, r) if fusion and m and r else (0, 0)
     sizes = (s, m, r, a if fusion else 0, columns, K if columns else 0)
     w = layout.fn(0, *sizes)
