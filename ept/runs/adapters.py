@@ -31,7 +31,8 @@ def load_untrained(
     With `prompt_tuning_init="TEXT"` and no text of its own, its prompt starts from the task in a line. An adapter of
     ours takes the task's template and labels along.
     """
-    base = load_base_model(config.model, task_type, task.num_outputs, int(tokenizer.pad_token_id))
+    pad_token_id = int(tokenizer.pad_token_id)
+    base = load_base_model(config.model, task_type, task.num_outputs, pad_token_id, max_length=max_length)
     settings, method = config.method, METHODS[config.method.name]
     text = ""
     if settings.prompt_tuning_init == "TEXT" or settings.prompt_tuning_init_text:
@@ -50,9 +51,16 @@ def load_untrained(
     return model
 
 
-def load_trained(config: RunConfig, adapter: Path, task_type: str, num_labels: int, pad_token_id: int) -> PeftModel:
+def load_trained(
+    config: RunConfig,
+    adapter: Path,
+    task_type: str,
+    num_labels: int,
+    pad_token_id: int,
+    max_length: int | None = None,
+) -> PeftModel:
     """Loads the base model with the adapter saved in the folder `adapter`, ready for inference."""
-    base = load_base_model(config.model, task_type, num_labels, pad_token_id)
+    base = load_base_model(config.model, task_type, num_labels, pad_token_id, max_length=max_length)
     attach_trained = module_of(METHODS[config.method.name]).attach_trained
     return attach_trained(base, adapter, **config.model.model_dump(include=FAST)).eval()
 

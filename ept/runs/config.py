@@ -61,8 +61,9 @@ class ModelConfig(Section):
     """Where the tokenizer is, when it is not beside the model."""
     task_type: Literal["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"] | None = None
     """None: encoder-decoders are SEQ_2_SEQ_LM, decoders with a language-model head CAUSAL_LM, all others SEQ_CLS."""
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """Type of the frozen weights; `auto`: the one they are saved in."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto", "fastest"] = "float32"
+    """Type of the frozen weights; `auto`: the one they are saved in; `fastest`: bfloat16 where the machine multiplies
+    it in hardware (a GPU, or a processor with avx512_bf16 or AMX), else float32."""
     load_in_4bit: bool = False
     """Quantise the frozen weights to 4 bits, through bitsandbytes."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -76,7 +77,8 @@ class ModelConfig(Section):
     fast_frozen: bool = True
     """Run norms, rotary embeddings and activations of known families through this project's operators."""
     attn_implementation: str | None = None
-    """As in transformers: `eager`, `sdpa`, `flash_attention_2`, ... None: its own choice."""
+    """As in transformers: `eager`, `sdpa`, `flash_attention_2`, ... None: its own choice, but `eager` in place of
+    `sdpa` where that is the faster one: on a processor, in bfloat16, with texts of at most 400 tokens."""
 
 
 EXCLUSIVE = (

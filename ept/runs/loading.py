@@ -6,13 +6,14 @@ import copy
 import logging
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.reading import infer_task_type
+from .cpu import choose_attention, fastest_dtype
 from .processes import is_cpu_requested, local_rank, world_size
 
 if TYPE_CHECKING:
@@ -69,15 +70,23 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_base_model(
-    model: ModelConfig, task_type: str, num_labels: int, pad_token_id: int, device: torch.device | None = None
+    model: ModelConfig,
+    task_type: str,
+    num_labels: int,
+    pad_token_id: int,
+    device: torch.device | None = None,
+    max_length: int | None = None,
 ) -> PreTrainedModel:
     """Loads the base model in eval mode on `device` (None: the accelerator, else the CPU).
+
+    With `max_length`, the most tokens of a text, the attention is the faster one (`cpu.choose_attention`), unless the
+    configuration names one.
 
     A GGUF file is unpacked into a plain float model of the same class; `load_in_4bit` quantises through bitsandbytes.
     Raises ValueError where it cannot be loaded.
     """
     device = device or default_device()
-    options: dict[str, Any] = {"dtype": model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)}
+    options: dict[str, Any] = {"dtype": dtype_of(model, device)}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
     if task_type == "SEQ_CLS":
@@ -123,7 +132,21 @@ def load_base_model(
         base.config.pad_token_id = pad_token_id  # decoders pool at the last real token
     if not model.load_in_4bit:
         base.to(device)
+    if model.attn_implementation is None:
+        choose_attention(base, max_length)
     return base.eval()
+
+
+def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype | Literal["auto"]:
+    """Returns the dtype of the weights that the configuration asks for on `device`."""
+    if model.dtype == "auto":
+        return "auto"
+    return fastest_dtype(device) if model.dtype == "fastest" else getattr(torch, model.dtype)
+
+
+def weights_of(base: PreTrainedModel) -> dict[str, str]:
+    """Tells how a loaded model computes: the dtype of its weights (in 4 bits: of the others), and its attention."""
+    return {"dtype": str(base.dtype).removeprefix("torch."), "attention": base.config._attn_implementation}
 
 
 def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:

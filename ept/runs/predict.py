@@ -236,7 +236,8 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> Predictor:
     config, adapter = trained_run(run_dir, overrides)
     task_type, tokenizer = task_type_of(config.model), load_tokenizer(config.model)
     task = task_of(config.data, tokenizer)
-    model = load_trained(config, adapter, task_type, task.num_outputs, int(tokenizer.pad_token_id))
+    pad_token_id, max_length = int(tokenizer.pad_token_id), max_length_of(config.data, task)
+    model = load_trained(config, adapter, task_type, task.num_outputs, pad_token_id, max_length)
     return Predictor(config=config, task=task, task_type=task_type, tokenizer=tokenizer, model=model)
 
 

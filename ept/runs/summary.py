@@ -10,6 +10,7 @@ from rich.table import Table
 from ..utils.messages import listed
 from ..utils.tables import properties
 from .data import describe
+from .loading import weights_of
 
 if TYPE_CHECKING:
     from .train import PreparedRun
@@ -21,6 +22,7 @@ def run_summary(run: PreparedRun) -> dict[str, Any]:
     adapter = run.model.active_peft_config.to_dict()
     return {
         "model": config.model.name_or_path,
+        **weights_of(run.model.get_base_model()),
         "task": task.name,
         "task_type": run.task_type,
         "kind": "free text" if task.is_text else "regression" if task.values else "classification",
@@ -51,6 +53,7 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
     balance = [("label balance", _shares(summary["label_balance"]))] if labels else []
     rows = [
         ("model", f"{summary['model']} ({summary['task_type']})"),
+        ("weights", f"{summary['dtype']}, {summary['attention']} attention"),
         ("text", f"{listed(summary['text_columns'])}, as {summary['template']!r}"),
         ("label", f"{summary['label_column']}, {summary['kind']}"),
         *labels,

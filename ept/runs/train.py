@@ -20,10 +20,11 @@ from .adapters import load_untrained, stored_parameters
 from .callbacks import locate_best
 from .class_weights import check_has_classes
 from .config import RunConfig
+from .cpu import keep_freed_memory
 from .data import OwnRows, RunData, load_run_data, max_length_of, resolved
 from .failures import check_writable, with_advice, writing
 from .folder import RunFolder, is_over, save_adapter
-from .loading import load_tokenizer, task_type_of
+from .loading import default_device, load_tokenizer, task_type_of, weights_of
 from .predict import Predictor
 from .processes import Processes, join
 from .report import write_report
@@ -115,6 +116,8 @@ def _train(
     on_ready: Callable[[PreparedRun], None],
 ) -> dict[str, Any]:
     processes = signals.processes
+    if default_device().type == "cpu":
+        keep_freed_memory()
     processes.from_rank_zero(lambda: folder.check(config, resume, overwrite, processes.world_size))
     trainer = processes.together(lambda: PromptTrainer(config, prepare(config, processes, rows), folder))
     trainer.add_callback(signals)
@@ -161,6 +164,7 @@ def _train(
     results = {
         "method": config.method.name,
         "model": config.model.name_or_path,
+        **weights_of(run.model.get_base_model()),
         "task": data.task.name,
         "metric": metric,
         "score": after[metric],
