@@ -29,13 +29,14 @@ RESULT_KEYS = {
     "best_validation", "train_seconds", "step_time_ms", "peak_memory_bytes", "peak_memory_kind", "processes",
     "global_batch_size", "stored_parameters", "trainable_parameters", "test_metrics", "test_metrics_before", "rows",
     "truncation_rate", "max_length", "versions", "hardware", "config", "verdict", "answers", "constant", "by_label",
-    "calibration_error",
+    "calibration_error", "dtype", "attention",
 }  # fmt: skip
 
 
 def test_a_run_learns_and_leaves_its_results(runs: dict[str, Path], family: str) -> None:
     results = json.loads((runs[family] / "results.json").read_text(encoding="utf-8"))
     assert set(results) == RESULT_KEYS
+    assert (results["dtype"], results["attention"]) == ("float32", "sdpa")
     assert results["score"] >= 0.95
     assert results["score"] > results["score_before"]
     assert results["majority"] == pytest.approx(21 / 32)  # 96 train rows, halves: the lower label; 21 of 32 test rows
