@@ -8,33 +8,50 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import time
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import headlines_data as source
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
-
-from ept.runs.config import load_run_config
-from ept.runs.method_table import METHODS
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CONFIG = Path(__file__).with_name("headlines.yaml")
 EXAMPLES = 5
 
-console = Console()
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM before or after the training, which has a way of its own: a step is finished and saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         demo()
-    except KeyboardInterrupt as stop:  # Ctrl-C or SIGTERM; a training step is finished and saved first
-        console.print(str(stop) or "stopped", markup=False)
-        raise SystemExit(getattr(stop, "exit_code", 130)) from None
+    except KeyboardInterrupt as stopped:
+        print(stopped)
+        raise SystemExit(getattr(stopped, "exit_code", 130)) from None
+
+
+def stop(number: int, frame: Any) -> None:
+    raise Stopped(number)
 
 
 def demo() -> None:
+    # Here, where a signal is waited for: these imports take seconds.
+    import headlines_data as source
+    from rich.console import Console
+
+    from ept.runs.config import load_run_config
+    from ept.runs.method_table import METHODS
+
+    console = Console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
     parser.add_argument(
@@ -84,15 +101,18 @@ def demo() -> None:
         console.print(part)
     gain, held_out = 100 * (results["score"] - results["majority"]), results["rows"]["test"]
     console.print(f"{gain:+.1f} points over always giving the commoner label, on {held_out} held-out headlines.\n")
-    show_examples(arguments.output)
+    show_examples(arguments.output, console)
     console.print()
     for name, file in {"Adapter": "adapter", "Results": "results.json", "Learning curve": "learning_curve.png"}.items():
         console.print(f"{name + ':':15} {arguments.output / file}")
     console.print(f"Done in {time.perf_counter() - started:.0f} s.")
 
 
-def show_examples(folder: Path) -> None:
+def show_examples(folder: Path, console: Console) -> None:
     """Loads the adapter back from disk and lets it judge the first held-out headlines."""
+    from rich.table import Column, Table
+    from rich.text import Text
+
     from ept.cli.common import quiet
     from ept.runs.predict import open_run
     from ept.tasks import read_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,22 @@ def test_it_learns(script: str, pattern: str, gain: float, other: str, capsys: p
 
 def test_demo_explains_itself() -> None:
     assert "--steps" in run_python(str(ROOT / "examples" / "demo.py"), "--help").stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_demo_in_one_line(number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    demo = runpy.run_path(str(ROOT / "examples" / "demo.py"))
+    main = demo["main"]
+    main.__globals__["demo"] = lambda: signal.raise_signal(number)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert stopped.value.code == 128 + number
+    assert capsys.readouterr().out == f"stopped by {number.name}\n"
 
 
 def test_headlines_config_is_valid() -> None:
