@@ -40,6 +40,9 @@ STRICT: Any = Option(
 JSON: Any = Option(False, "--json", help="Print JSON on standard output, everything else on standard error.")
 PRINT_CONFIG: Any = Option(False, "--print-config", help="Print the whole configuration as YAML and exit.")
 
+FILE_WIDTH = 120
+"""Columns of a table that goes into a file or a pipe, where rich would break numbers to fit into 80."""
+
 
 def overrides(set_: list[str] | None, options: Mapping[str, object]) -> list[str]:
     """Returns what `--set` gives, and after it the keys that options of their own have set."""
@@ -94,8 +97,11 @@ def answer(json: bool, value: Any, *shown: Any) -> None:
 
     if json:
         shown = (json_format.dumps(value, indent=2, ensure_ascii=False),)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=FILE_WIDTH)
     for part in shown:
-        typer.echo(part) if isinstance(part, str) else Console().print(part)
+        typer.echo(part) if isinstance(part, str) else console.print(part)
 
 
 def shares(values: Mapping[str, float]) -> str:

@@ -54,7 +54,10 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
     """Draws a point for each method and size: mean score with its interval over trainable parameters."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    ours = {name: {m.parameters: mean for _, m, mean in found} for name, found in _by_method(settings).items()}
+    ours = {
+        name: {m.parameters: (mean, seed_means(m)) for _, m, mean in found}
+        for name, found in _by_method(settings).items()
+    }
     theirs = published_scores(settings[0].tasks) if published else []
     sizes = [size for found in ours.values() for size in found] + [size for _, size, _ in theirs]
     ends = (min(sizes) / 2, max(sizes) * 2)  # methods at one budget differ by a few parameters: no axis for these alone
@@ -62,8 +65,11 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
     height = max(4.2, 0.5 + 0.18 * (len(ours) + len(theirs)))
     with _scores(file, settings, width=10 if published else 7, height=height) as (axes,):
         for name, found in ours.items():
-            points = sorted(((next(places), mean) for mean in found.values()), key=lambda point: point[0])
-            _series(axes, name, points, line=len(found) > 1)
+            points = sorted(((next(places), *both) for both in found.values()), key=lambda point: point[0])
+            _series(axes, name, [(x, mean) for x, mean, _ in points], line=len(found) > 1)
+            seeds = [(x, 100 * score) for x, _, scores in points for score in scores if len(scores) > 1]
+            if seeds:  # the interval of two or three seeds is wide, and hides where they lie
+                axes.scatter(*zip(*seeds), marker="_", s=60, color=_style(name)[1]["color"], label="each seed")
         for number, (label, _, score) in enumerate(theirs, start=1):
             style = {"marker": f"${number}$", "color": "black", "linewidths": 0.1, "s": 50 if number < 10 else 90}
             axes.scatter([next(places)], [score], label=f"published, T5-Base: {label}", **style)
@@ -90,6 +96,14 @@ def score_over_steps(setting: Setting, file: Path) -> None:
                 axes.plot(steps, [100 * method.curve[step] for step in steps], marker=marker, **style)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("score on validation (%)")
+
+
+def seed_means(method: MethodSummary) -> list[float]:
+    """Computes the mean score over the tasks of each seed that has them all."""
+    by_seed: dict[int, list[float]] = {}
+    for (_, seed), score in method.scores.items():
+        by_seed.setdefault(seed, []).append(score)
+    return [statistics.fmean(scores) for scores in by_seed.values() if len(scores) == len(method.tasks)]
 
 
 def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import Task, local_task, render
-from ..tasks.rows import BlankText
+from ..tasks.rows import BlankText, with_all_columns
 from ..utils.files import write_atomically
 from .predict import Predictor
 
@@ -24,7 +24,7 @@ def probability_columns(task: Task) -> list[str]:
 
 
 def label_rows(
-    run: Predictor, rows: Sequence[Mapping[str, Any]], source: str, text_columns: Sequence[str] | None = None
+    run: Predictor, rows: Sequence[dict[str, Any]], source: str, text_columns: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Labels rows: each as it is, with `prediction` and, where labels are ranked, `p(label)` for each of them.
 
@@ -38,6 +38,7 @@ def label_rows(
         ValueError: neither the task's columns nor `text` are there, or the rows have a column of the new ones' names.
     """
     task = run.task
+    rows = with_all_columns(rows)
     given: list[Mapping[str, Any]] = list(rows)
     if text_columns:
         check_names(task, text_columns)

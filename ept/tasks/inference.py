@@ -119,6 +119,8 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
     one label alone, with labels that differ in case or blanks only, with too many different ones, and for a file that
     has a row in place of its header.
     """
+    if shape := next((type(v).__name__ for row in rows if isinstance(v := row.get(column), (list, dict))), None):
+        raise ValueError(f"{source}: column '{column}' holds a {shape}, not one label a row: write a word or a number")
     counts = Counter(_written(row.get(column)) for row in rows if not is_missing(row.get(column)))
     total, where = sum(counts.values()), f"{source}: column '{column}'"
     if not counts:

@@ -140,6 +140,7 @@ def examples(
     refused with `strict`; else they stay, with an empty `text`, until the splits are drawn, which are the same ones for
     every template. Raises ValueError with the source and the row (counted from 1).
     """
+    rows = with_all_columns(rows) if task.is_local else rows
     found: list[Row] = []
     left_out: dict[str, list[int]] = {BLANK: [], UNLABELLED: [], UNANSWERED: []}
     keys = raw_keys(rows, task.target_columns)
@@ -186,6 +187,12 @@ def examples(
             example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
         found.append(example)
     return found, {reason: numbers for reason, numbers in left_out.items() if numbers}
+
+
+def with_all_columns(rows: Sequence[Row]) -> list[Row]:
+    """Gives every row all columns of the file: what a line of JSON leaves out is missing, as null is."""
+    names: Row = dict.fromkeys(name for row in rows for name in row)
+    return [row if len(row) == len(names) else {**names, **row} for row in rows]
 
 
 def _target(task: Task, row: Mapping[str, Any]) -> str | None:

@@ -53,7 +53,7 @@ def plot(
     if title:
         figure.suptitle(textwrap.fill(title, int(10.5 * width)), fontsize="medium")  # an inch holds so many characters
     if labelled:
-        places: dict[str, Any] = {"below": "outside lower center", "beside": "outside right upper"}
+        places: dict[str, Any] = {"below": "outside lower center", "beside": "outside center right"}
         style: dict[str, Any] = {"ncols": legend_columns if legend == "below" else 1, "frameon": False}
         figure.legend(labelled.values(), labelled, loc=places[legend], fontsize="small", **style)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,10 @@ import yaml
 from tiny_runs import FAMILIES, run_config
 from typer.testing import CliRunner, Result
 
+from ept.cli.common import answer
 from ept.cli.main import app
 from ept.tasks import read_rows
+from ept.utils.tables import table
 
 GOOD, BAD = "the film was very good", "the long plot was awful"
 
@@ -235,3 +237,12 @@ def test_env() -> None:
     assert report["hardware"]["cores"] >= 1
     text = succeed("env").stdout
     assert all(part in text for part in (report["versions"]["torch"], "reference on cpu"))
+
+
+def test_a_table_in_a_pipe_breaks_no_number(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    header, row = ["method", *("abcdefgh")], ["prompt tuning", *["39,170.5"] * 8]
+    answer(False, None, table(header, [row]))
+    assert capsys.readouterr().out.count("39,170.5") == 8

@@ -68,6 +68,16 @@ KINDS: dict[str, tuple[str, str | bytes, dict[str, Any]]] = {
         as_csv(reviews(liked=lambda i: WORDS[i % 2] if i > 3 else "")),
         {"left_out": {"no label": 4}, "rows": None},
     ),
+    "labels left out": (
+        "a.jsonl",
+        as_jsonl([row if i > 3 else {"review": row["review"]} for i, row in enumerate(TEXT)]),
+        {"left_out": {"no label": 4}, "rows": None},
+    ),
+    "texts left out": (
+        "a.jsonl",
+        as_jsonl([row if i > 3 else {"liked": row["liked"]} for i, row in enumerate(TEXT)]),
+        {"left_out": {"blank text": 4}, "rows": None},
+    ),
     "blank texts": (
         "a.csv",
         as_csv([{"review": " " if i < 4 else row["review"], "liked": row["liked"]} for i, row in enumerate(TEXT)]),
@@ -116,9 +126,7 @@ def test_a_dry_run_understands(tmp_path: Path, models: dict[str, Path], kind: st
     wanted = {key: value for key, value in expected.items() if value is not None}
     assert {key: shown[key] for key in wanted} == wanted
     assert sorted(tmp_path.iterdir()) == [file]
-    assert sum(shown["rows"].values()) == {"missing labels": 56, "blank texts": 56, "duplicated rows": 120}.get(
-        kind, 60
-    )
+    assert sum(shown["rows"].values()) == {"duplicated rows": 120}.get(kind, 60) - sum(shown["left_out"].values())
     if kind == "longer than the limit":
         assert shown["truncation_rate"]["train"] == 1.0
 

@@ -6,7 +6,7 @@ from importlib.resources import files
 import matplotlib.image
 import pytest
 
-from ept.compare.figures import draw, side_by_side
+from ept.compare.figures import draw, seed_means, side_by_side
 from ept.compare.published import published_scores
 from ept.compare.tables import MethodSummary, Setting, interval
 from ept.tasks import TASKS
@@ -60,6 +60,12 @@ def test_scores_over_steps_are_drawn_where_there_are_several(tmp_path):
     found = {file.name for file in draw([replace(BASE, methods=methods)], tmp_path)}
     assert found == {"score_against_parameters.png", "score_over_steps.png"}
     assert matplotlib.image.imread(tmp_path / "score_over_steps.png")[..., :3].std() > 0.01  # not blank
+
+
+def test_a_seed_is_drawn_where_it_has_every_task():
+    scores = {("a", 0): 0.5, ("b", 0): 0.7, ("a", 1): 0.9, ("a", 2): 0.6, ("b", 2): 0.6}
+    method = replace(BASE.methods[0], tasks=dict.fromkeys("ab", interval([0.5])), scores=scores)
+    assert seed_means(method) == pytest.approx([0.6, 0.6])
 
 
 def test_methods_at_one_budget_stand_side_by_side():
