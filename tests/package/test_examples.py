@@ -32,7 +32,9 @@ def test_it_learns(script: str, pattern: str, gain: float, other: str, capsys: p
 
 
 def test_demo_explains_itself() -> None:
-    assert "--steps" in run_python(str(ROOT / "examples" / "demo.py"), "--help").stdout
+    shown = run_python(str(ROOT / "examples" / "demo.py"), "--help").stdout
+    assert "--steps" in shown
+    assert "--method" in shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
