@@ -72,8 +72,8 @@ class Evaluation:
         if score > majority + error:
             return None
         return (
-            f"{name} {score:.3f} is not above that of always giving the commonest label, {majority:.3f}, by more than "
-            f"chance ({error:.3f} on {len(self.answers):,} rows)"
+            f"scores {name} {score:.3f}, which is not above that of always giving the commonest label, {majority:.3f}, "
+            f"by more than chance ({error:.3f} on {len(self.answers):,} rows)"
         )
 
     def by_label(self) -> dict[str, dict[str, float]]:

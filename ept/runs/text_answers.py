@@ -45,7 +45,8 @@ class TextEvaluation:
         name, score = next(iter(self.metrics.items()))
         if (text := self.constancy()) is not None or score > majority:
             return text
-        return f"{name} {score:.3f} is not above that of always giving the commonest answer, {majority:.3f}"
+        usual = f"always giving the commonest answer, {majority:.3f}"
+        return f"scores {name} {score:.3f}, which is not above that of {usual}"
 
     def confident_mistakes(self) -> list[int]:
         """Finds none: a written answer has no probability to be compared."""

@@ -38,8 +38,8 @@ def test_a_score_within_chance_of_the_majority_is_worthless(right, worthless):
     assert (found is not None) == worthless
     if worthless:
         assert found == (
-            f"accuracy {right / 500:.3f} is not above that of always giving the commonest label, 0.600, by more than "
-            "chance (0.043 on 500 rows)"
+            f"scores accuracy {right / 500:.3f}, which is not above that of always giving the commonest label, 0.600, "
+            "by more than chance (0.043 on 500 rows)"
         )
 
 
