@@ -26,6 +26,7 @@ from ept.runs.loading import load_base_model
 from ept.runs.trainer import EpochLengthGroupedSampler
 
 from .attention import as_glibc_starts
+from .goals import EPT_EVERYTHING
 from .headlines import BATCH, LENGTH, headline_rows
 from .record import Row
 from .timing import Call, ThreadClock, ratio, time_in_turn
@@ -34,7 +35,7 @@ CPU = torch.device("cpu")
 EPOCH = 25  # batches that are grouped by length; the one of median size is measured
 TOKENS = {"ept": 40, "peft-pt": 100}
 STARTED, PEFT_ALIKE = "PEFT, as a user starts it", "PEFT, dtype and attention of EPT's"
-EQUIPPED, NOTHING, EPT_EVERYTHING = "PEFT, every option", "EPT, no option", "EPT, every option"
+EQUIPPED, NOTHING = "PEFT, every option", "EPT, no option"
 
 
 @dataclass(frozen=True)

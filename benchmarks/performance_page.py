@@ -27,6 +27,8 @@ from .tables import markdown, spread
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = "performance"  # folder beside the page
 OVERHEAD, VS_PEFT_NAME, SCORES_NAME = "step_overhead.json", "training_step.json", "scores.json"
+ON_REQUEST = "everything.jsonl"
+"""Record of the units of `python -m benchmarks.run steps --only everything attention`."""
 
 HEAD = """\
 # Performance
@@ -93,6 +95,8 @@ def rows_of(folder: Path) -> list[Row]:
         record = json.loads(vs_peft.read_text(encoding="utf-8"))
         earlier = [row for case in record["cases"] for row in goal_rows(case)]
         rows[:0] = [{**row, "section": "vs-peft"} for row in earlier]
+    for row in Record(folder / ON_REQUEST).results():
+        rows.append({**row, "section": row["case"].split()[0]})  # not of the report's steps
     scores = folder / SCORES_NAME
     if scores.exists():
         rows += score_rows(json.loads(scores.read_text(encoding="utf-8")))
@@ -135,6 +139,8 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
         "Training steps": tables.step_table(rows),
         "Kernels of a step that take longest": tables.kernel_table(rows),
         tables.OPTIONS_TITLE: tables.options_text(gains) if gains else "",
+        tables.EVERYTHING_TITLE: tables.everything_text(rows),
+        tables.ATTENTION_TITLE: tables.attention_text(rows) + written_by(folder / ON_REQUEST),
         tables.BARE_TITLE: tables.bare_text(bare),
         "Not measured": "\n".join(f"* {line}" for line in [*tables.reasons(rows), *map(cut_off, unfinished)]),
     }
@@ -155,6 +161,16 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
         lines = [[name, f"`{command}`" if command else "–"] for name, command in commands]
         parts.append(f"### Further records\n\n{markdown(['record', 'command'], lines)}\n")
     return "\n".join(parts), plots
+
+
+def written_by(record: Path) -> str:
+    """Returns command, machine and versions of a record of JSON lines; nothing where there is none."""
+    header = Record(record).header()
+    return (
+        f"\nRecord `{record.name}`: {measured_with(header, header['command'], header['started'][:10])}"
+        if header
+        else ""
+    )
 
 
 def cut_off(row: Row) -> str:

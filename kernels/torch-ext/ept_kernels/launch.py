@@ -200,6 +200,18 @@ def architecture(device: torch.device) -> str:
     return "gfx942" if "gfx942" in torch.cuda.get_device_properties(device).gcnArchName else "hip"
 
 
+def has_tensor_memory(device: torch.device) -> bool:
+    """Tells whether products are added up in a memory of their own, of 512 columns, as on sm_100 and sm_103."""
+    if architecture(device) != "cuda":
+        return False
+    from triton.runtime import driver
+
+    try:
+        return int(driver.active.get_current_target().arch) // 10 == 10
+    except RuntimeError:  # no GPU: a test asks what one would be given
+        return False
+
+
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """Chooses the `input_precision` of a product of float32 operands whose result is stored in `dtype`.
 

@@ -147,12 +147,14 @@ def _prepared(
     """
     block_size, nested_block_size, rows, columns = sizes
     _, (*_, dtype, _), device = kinds
-    tile = next((size for size in TILES if tokens <= size), TILES[-1])
+    # In tensor memory each of the eight products of a step has columns of its own: eight times 64 are all there are.
+    tiles = TILES[:-1] if launch.has_tensor_memory(device) else TILES
+    tile = next((size for size in tiles if tokens <= size), tiles[-1])
     name = f"matmul_4bit/{tile}"
     config = launch.config_for(launch.key(name, dtype), (rows, columns), device, heuristic(name, rows, columns))
-    tiles = triton.cdiv(columns, config["BLOCK_K"])
-    tiles_a_split = triton.cdiv(tiles, config["SPLITS"])
-    splits = triton.cdiv(tiles, tiles_a_split)
+    tiles_of_columns = triton.cdiv(columns, config["BLOCK_K"])
+    tiles_a_split = triton.cdiv(tiles_of_columns, config["SPLITS"])
+    splits = triton.cdiv(tiles_of_columns, tiles_a_split)
     options = {
         **{name: value for name, value in config.items() if name != "SPLITS"},
         "BLOCK_SIZE": block_size,

@@ -9,7 +9,19 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, Kinds, Prepared, Size, cached_choice, config_for, key, kinds, on_device, padded
+from ..launch import (
+    Config,
+    Kinds,
+    Prepared,
+    Size,
+    architecture,
+    cached_choice,
+    config_for,
+    key,
+    kinds,
+    on_device,
+    padded,
+)
 from .activation import gated_activation_backward_kernel, gated_activation_kernel, relu_backward_kernel, relu_kernel
 from .norm import rms_norm_backward_kernel, rms_norm_kernel
 from .reference import FORMS, rms_norm_backward_reference, rms_norm_reference
@@ -169,7 +181,10 @@ def _flat(kinds: Kinds, name: str, elements: int, activation: str | None) -> Pre
 
 @cached_choice
 def _chosen(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> Config:
-    return config_for(key(kernel, dtype), max(size, 1), device, heuristic(kernel, size))
+    default = heuristic(kernel, size)
+    if architecture(device) in ("gfx942", "hip"):  # 64 threads a warp there, and no more than 1,024 a program
+        default["num_warps"] = min(default["num_warps"], 16)
+    return config_for(key(kernel, dtype), max(size, 1), device, default)
 
 
 def heuristic(kernel: str, size: int) -> Config:
