@@ -228,8 +228,8 @@ def score_rows(record: Row) -> list[Row]:
                 **{"section": SCORES, "case": SCORES, "provider": name, "status": "ok", "reason": "", **_about(record)},
                 "score": method["mean"] and method["mean"]["mean"],
                 "p_value": ps[0] if ps else None,
-                # What never gets there needs more steps than any number; prompt tuning itself ends with its last.
-                "steps_to_score": max(goal) if name == BASELINE else math.inf if goal and reached is None else reached,
+                # What never gets there needs more steps than any number.
+                "steps_to_score": math.inf if goal and reached is None else reached,
             }
         )
     return rows

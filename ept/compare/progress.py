@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .tables import MethodSummary
 
 BASELINE = "pt"
-"""The method whose last score the others' steps are counted to."""
+"""The method whose last score all steps are counted to, its own as well."""
 NEARLY = 0.95
 """Share of a method's last score that counts as nearly there."""
 
@@ -59,6 +59,8 @@ def steps_table(methods: Sequence[MethodSummary]) -> tuple[list[str], list[list[
     if not curves:
         return None
     baseline = curves.get(BASELINE)
+    # A curve is not monotonic: the baseline, too, may have had its last score before the end.
+    its_steps = steps_to(baseline, baseline[max(baseline)]) if baseline else None
 
     def cell(steps: float | None) -> str:
         return "not reached" if steps is None else f"{steps:,.0f}"
@@ -76,6 +78,6 @@ def steps_table(methods: Sequence[MethodSummary]) -> tuple[list[str], list[list[
         ]
         if baseline:
             steps = steps_to(curve, baseline[max(baseline)])
-            row += [cell(steps), "-" if steps is None else f"{steps / max(baseline):.2f}"]
+            row += [cell(steps), "-" if steps is None or not its_steps else f"{steps / its_steps:.2f}"]
         rows.append(row)
     return header, rows
