@@ -51,17 +51,17 @@ def draw(settings: Sequence[Setting], folder: Path, published: bool = False) -> 
 
 
 def score_against_parameters(settings: Sequence[Setting], file: Path, published: bool) -> None:
-    """Draws a point for each method and size: mean score with its interval over trainable parameters."""
+    """Draws a point for each method and size: mean score with its interval over the stored parameters."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     ours = {
-        name: {m.parameters: (mean, seed_means(m)) for _, m, mean in found}
+        name: {(m.stored, m.parameters): (mean, seed_means(m)) for _, m, mean in found}  # K changes the latter alone
         for name, found in _by_method(settings).items()
     }
     theirs = published_scores(settings[0].tasks) if published else []
-    sizes = [size for found in ours.values() for size in found] + [size for _, size, _ in theirs]
+    sizes = [stored for found in ours.values() for stored, _ in found] + [size for _, size, _ in theirs]
     ends = (min(sizes) / 2, max(sizes) * 2)  # methods at one budget differ by a few parameters: no axis for these alone
-    places = iter(side_by_side(sizes, step=0.018 * math.log10(ends[1] / ends[0])))
+    places = iter(side_by_side(sizes, step=0.03 * math.log10(ends[1] / ends[0])))
     height = max(4.2, 0.5 + 0.18 * (len(ours) + len(theirs)))
     with _scores(file, settings, width=10 if published else 7, height=height) as (axes,):
         for name, found in ours.items():
@@ -75,7 +75,7 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
             axes.scatter([next(places)], [score], label=f"published, T5-Base: {label}", **style)
         axes.set_xscale("log")
         axes.set_xlim(ends)
-        axes.set_xlabel("trainable parameters (equal budgets side by side)")
+        axes.set_xlabel("stored parameters (equal sizes side by side)")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         if ends[1] / ends[0] < 100:
             round_numbers = [digit * 10**power for power in range(12) for digit in (1, 2, 5)]
