@@ -77,7 +77,8 @@ def whole_way(
     ept("train", "--resume", "--output", run, "--steps", 2 * steps)
     longer = read_results(run)
     check("steps of the run trained on", longer["steps"], "those wanted", 2 * steps)
-    ept(*train, "--steps", steps, "--init-from", run, "--output", folder / "from_run")
+    sizes = ("--set", "method.budget=null")  # they are the old adapter's
+    ept(*train, *sizes, "--steps", steps, "--init-from", run, "--output", folder / "from_run")
     return {"trained": trained, "trained on": longer, "started from it": read_results(folder / "from_run")}
 
 
