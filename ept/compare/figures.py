@@ -16,7 +16,7 @@ from typing import Any
 from ..runs.method_table import METHODS
 from ..utils.plots import plot
 from .published import published_scores
-from .tables import Interval, MethodSummary, Setting
+from .tables import Interval, MethodSummary, Setting, seed_means
 
 MARKERS = "osD^vP*Xh<>d"
 X_LABELS = {
@@ -55,7 +55,9 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     ours = {
-        name: {(m.stored, m.parameters): (mean, seed_means(m)) for _, m, mean in found}  # K changes the latter alone
+        name: {
+            (m.stored, m.parameters): (mean, [*seed_means(m.scores, m.tasks).values()]) for _, m, mean in found
+        }  # K changes the latter alone
         for name, found in _by_method(settings).items()
     }
     theirs = published_scores(settings[0].tasks) if published else []
@@ -85,9 +87,7 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
 
 def score_over_steps(setting: Setting, file: Path) -> None:
     """Draws each method's mean score on validation over the steps."""
-    seeds = max((m.mean.n for m in setting.methods if m.mean), default=0)
-    title = setting.tasks[0] if len(setting.tasks) == 1 else f"mean over {len(setting.tasks)} tasks"
-    title += f", {seeds} seed{'s' if seeds > 1 else ''}"
+    title, _ = _title(setting)
     with plot(file, title, legend="beside") as (axes,):
         for method in setting.methods:
             if len(method.curve) > 1:
@@ -96,14 +96,6 @@ def score_over_steps(setting: Setting, file: Path) -> None:
                 axes.plot(steps, [100 * method.curve[step] for step in steps], marker=marker, **style)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("score on validation (%)")
-
-
-def seed_means(method: MethodSummary) -> list[float]:
-    """Computes the mean score over the tasks of each seed that has them all."""
-    by_seed: dict[int, list[float]] = {}
-    for (_, seed), score in method.scores.items():
-        by_seed.setdefault(seed, []).append(score)
-    return [statistics.fmean(scores) for scores in by_seed.values() if len(scores) == len(method.tasks)]
 
 
 def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[float]:
@@ -198,17 +190,18 @@ def _series(axes: Any, name: str, points: Sequence[tuple[Any, Interval]], line: 
     axes.errorbar([x for x, _ in points], heights, yerr=reach, **style)
 
 
+def _title(setting: Setting) -> tuple[str, int]:
+    """Says what a score is the mean of, and returns the number of seeds as well."""
+    seeds = max(m.mean.n for m in setting.methods if m.mean)
+    title = setting.tasks[0] if len(setting.tasks) == 1 else f"mean over {len(setting.tasks)} tasks"
+    return f"{title}, {seeds} seed{'s' if seeds > 1 else ''}", seeds
+
+
 @contextmanager
 def _scores(file: Path, settings: Sequence[Setting], **options: Any) -> Iterator[list[Any]]:
     """Opens a plot whose first panel is of scores, with the names of the methods beside it."""
-    tasks = settings[0].tasks
-    seeds = max(m.mean.n for m in settings[0].methods if m.mean)
-    title = tasks[0] if len(tasks) == 1 else f"mean over {len(tasks)} tasks"
-    title += (
-        f", {seeds} seeds, bars: 95 % interval within 0 .. 100"
-        if seeds > 1
-        else ", 1 seed, bars: 95 % interval of the test rows"
-    )
+    title, seeds = _title(settings[0])
+    title += f", bars: 95 % interval {'within 0 .. 100' if seeds > 1 else 'of the test rows'}"
     with plot(file, title, legend="beside", **options) as panels:
         yield panels
         majorities = {round(100 * statistics.fmean(s.majority.values()), 6) for s in settings if s.majority}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,14 +42,12 @@ def mean_curve(by_task: Mapping[str, Sequence[Curve]]) -> Curve:
 
 def steps_to(curve: Curve, score: float) -> float | None:
     """Finds where a curve, straight between its evaluations, first reaches a score; None where it never does."""
-    points: Iterable[tuple[int, float]] = sorted(curve.items())
-    before: tuple[int, float] | None = None
-    for step, value in points:
-        if value >= score:
-            if before is None:
-                return float(step)
-            return before[0] + (step - before[0]) * (score - before[1]) / (value - before[1])
-        before = (step, value)
+    points = sorted(curve.items())
+    if points and points[0][1] >= score:
+        return float(points[0][0])
+    for (start, low), (end, high) in itertools.pairwise(points):
+        if high >= score:
+            return start + (end - start) * (score - low) / (high - low)
     return None
 
 

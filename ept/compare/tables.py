@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,17 +176,26 @@ def summarise(records: Sequence[Record]) -> list[Setting]:
     return settings
 
 
+def seed_means(scores: Scores, tasks: Collection[str]) -> dict[int, float]:
+    """Computes the mean score over the tasks of each seed that has them all."""
+    seeds = dict.fromkeys(seed for _, seed in scores)
+    return {
+        seed: statistics.fmean(scores[task, seed] for task in tasks)
+        for seed in seeds
+        if all((task, seed) in scores for task in tasks)
+    }
+
+
 def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> MethodSummary:
     results = {(r.run.task, r.run.seed): r.outcome.results for r in records if r.outcome.results}
     scores = {key: found["score"] for key, found in results.items()}
     by_task = {task: [score for (t, _), score in scores.items() if t == task] for task in tasks}
-    seeds = [s for s in dict.fromkeys(seed for _, seed in scores) if all((task, s) in scores for task in tasks)]
-    means = [statistics.fmean(scores[task, seed] for task in tasks) for seed in seeds]
+    means = seed_means(scores, tasks)
     errors: dict[tuple[str, int], float] = {
         key: standard_error(found["metric"], found["score"], found["rows"]["test"]) for key, found in results.items()
     }
     by_rows = {task: next((error for (t, _), error in errors.items() if t == task), None) for task in tasks}
-    of_mean = math.hypot(*(errors[task, seed] for task in tasks for seed in seeds[:1])) / len(tasks)
+    of_mean = math.hypot(*(errors[task, seed] for task in tasks for seed in [*means][:1])) / len(tasks)
     times = [found["step_time_ms"] for found in results.values() if found["step_time_ms"] is not None]
     adapter = RunFolder(records[0].outcome.folder).adapter / "adapter_config.json"
     saved, known = json.loads(adapter.read_text(encoding="utf-8")), METHODS[name].settable
@@ -201,7 +210,7 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
         parameters=max(found["trainable_parameters"] for found in results.values()),
         sizes={size: saved[size] for size in SIZES if saved.get(size) and (size != "space_dim" or size in known)},
         tasks={task: interval(values, by_rows[task]) for task, values in by_task.items() if values},
-        mean=interval(means, of_mean) if means else None,
+        mean=interval([*means.values()], of_mean) if means else None,
         scores=scores,
         step_time_ms=statistics.median(times) if times else None,
         learning_rates={record.run.task: record.run.rates for record in records},

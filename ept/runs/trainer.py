@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -193,8 +192,7 @@ class BalancedSampler(WeightedRandomSampler):
     """
 
     def __init__(self, labels: list[int], seed: int) -> None:
-        counts = Counter(labels)
-        super().__init__([1 / counts[label] for label in labels], len(labels))
+        super().__init__(row_weights(labels), len(labels))
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:

@@ -99,7 +99,7 @@ def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list
         *_prompted_embedding(reduced),
         *_joint_prompt(reduced, torch.device(device)),
         *_four_bit(reduced, torch.device(device)),
-        *_frozen(reduced),
+        *_frozen(reduced, torch.device(device)),
     ]
     most = {"joint": 1} if reduced else {}
     return [replace(t, candidates=t.candidates[: most.get(t.kernel[:5], 2)]) for t in found] if reduced else found
@@ -196,7 +196,7 @@ _ROWS = grid(TILE=(2048, 4096, 8192), num_warps=(4, 8))
 _ELEMENTS = grid(BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
 
 
-def _frozen(reduced: bool) -> Iterator[Tunable]:
+def _frozen(reduced: bool, device: torch.device) -> Iterator[Tunable]:
     """Lists the frozen model's element-wise kernels, at the rows of a training step of known models."""
     # Under the interpreter bfloat16 is truncated.
     tokens, dtype = (3, torch.float16) if reduced else (8 * 296, torch.bfloat16)
@@ -211,7 +211,7 @@ def _frozen(reduced: bool) -> Iterator[Tunable]:
         *((p, (1,), _ELEMENTS) for problem in (gated, relu) for p in (problem, problem.backward)),
     ]
     for problem, size, candidates in of_all:
-        default = frozen.heuristic(problem.operator, size[0])
+        default = frozen.heuristic(problem.operator, size[0], device)
         yield Tunable(launch.key(problem.operator, dtype), size, default, candidates, problem)
 
 

@@ -181,15 +181,14 @@ def _flat(kinds: Kinds, name: str, elements: int, activation: str | None) -> Pre
 
 @cached_choice
 def _chosen(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> Config:
-    default = heuristic(kernel, size)
-    if architecture(device) in ("gfx942", "hip"):  # 64 threads a warp there, and no more than 1,024 a program
-        default["num_warps"] = min(default["num_warps"], 16)
-    return config_for(key(kernel, dtype), max(size, 1), device, default)
+    return config_for(key(kernel, dtype), max(size, 1), device, heuristic(kernel, size, device))
 
 
-def heuristic(kernel: str, size: int) -> Config:
+def heuristic(kernel: str, size: int, device: torch.device) -> Config:
     """Chooses meta-parameters of `kernel` where nothing was measured; `size` is the width of a norm's rows."""
     config = dict(CONFIGS[kernel])
     if "TILE" in config:
-        config["num_warps"] = min(32, config["num_warps"] * max(1, padded(size) // ROW_OF_FEW_WARPS))
+        # A program has at most 1,024 threads, of which a warp has 64 on AMD's GPUs.
+        most = 16 if architecture(device) in ("gfx942", "hip") else 32
+        config["num_warps"] = min(most, config["num_warps"] * max(1, padded(size) // ROW_OF_FEW_WARPS))
     return config
