@@ -82,4 +82,4 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     if len(sys.argv) > 3 and sys.argv[2] in ("theirs", "ours"):
         sys.exit(run(*sys.argv[1:4], sys.argv[4:]))
-    sys.exit(compare(Path(sys.argv[1]), sys.argv[2:]))
+    sys.exit(compare(Path(sys.argv[1]), sys.argv[2:]) or 0)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -282,10 +283,12 @@ def page(outcomes: list[Outcome]) -> str:
                 lines += [f"**{kind}** ({len(names)}): {', '.join(names)}", ""]
             lines += ["With a note:", ""]
             chosen = [outcome for outcome in chosen if outcome.detail]
-        lines += ["| class | why |", "|---|---|"]
+        reasons: dict[str, list[str]] = {}
         for outcome in chosen:
-            why = outcome.detail.replace(f"{outcome.name} ", "").replace("|", "\\|")
-            lines.append(f"| {outcome.name} | {why[:160]} |")
+            why = outcome.detail.replace(outcome.name, "the class").replace("|", "\\|")
+            reasons.setdefault(shorten(why, 260, placeholder=" …"), []).append(outcome.name)
+        lines += ["| why | classes |", "|---|---|"]
+        lines += [f"| {why} | {', '.join(names)} |" for why, names in reasons.items()]
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
