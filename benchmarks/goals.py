@@ -96,10 +96,6 @@ def _products(low: int, high: int, layer: tuple[int, int] | None = None) -> tupl
 T5_STEP = "steps/t5-base"
 LLAMA_STEP = "steps/llama-2-7b nf4"
 BARE_STEP = "steps/bare"
-VS_PEFT = {
-    "smollm2-headlines": "steps/vs-peft smollm2",
-    "t5-base": "steps/vs-peft t5-base",
-}  # by model; and the padding
 EVERYTHING, EPT_EVERYTHING = "steps/everything", "EPT, every option"
 COLD_START, COMPILING = "cold/start", "cold/joint_prompt"
 SCORES = "scores"

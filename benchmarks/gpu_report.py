@@ -41,7 +41,7 @@ from benchmarks.record import (
     measured_with,
 )
 from benchmarks.run import complete, table_of, works_of
-from benchmarks.tables import check_table, goal_table, option_table, plan_table, reasons, step_table
+from benchmarks.tables import check_table, everything_text, goal_table, plan_table, reasons, step_table
 
 MINUTES = 9.0
 STARTS = 20  # of a section whose process died, which every unit survives twice
@@ -140,7 +140,7 @@ def summary(results: list[Row]) -> str:
         plan_table(results),
         check_table(results),
         step_table(results),
-        option_table(results),
+        everything_text(results),
         "\n".join(f"* {line}" for line in reasons(results)),
         goal_table(results),
     ]

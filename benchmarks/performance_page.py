@@ -19,14 +19,15 @@ from ept.profile.clock import PHASES
 from ept.profile.report import draw_phases, draw_sweep, title
 
 from . import tables
-from .goals import BARE_STEP, EPT_METHOD, SCORES, VS_PEFT
+from .goals import BARE_STEP, EPT_METHOD, SCORES
 from .plots import Plot, draw_steps, drawable
 from .record import RECORD_NAME, RESULTS, ROOT, Record, Row, is_measured, profile_row
-from .tables import markdown, spread
+from .tables import markdown, seconds, spread
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = "performance"  # folder beside the page
 OVERHEAD, VS_PEFT_NAME, SCORES_NAME = "step_overhead.json", "training_step.json", "scores.json"
+BARE_TITLE = "EPT's step beside the bare frozen model on as many positions"
 ON_REQUEST = "everything.jsonl"
 """Record of the units of `python -m benchmarks.run steps --only everything attention`."""
 
@@ -90,11 +91,6 @@ def rows_of(folder: Path) -> list[Row]:
         record = json.loads(overhead.read_text(encoding="utf-8"))
         # First, so that the report's own row, if any, is the one that counts.
         rows.insert(0, {**overhead_row(record), **_about(record), "section": "bare", "status": "ok", "reason": ""})
-    vs_peft = folder / VS_PEFT_NAME
-    if vs_peft.exists():
-        record = json.loads(vs_peft.read_text(encoding="utf-8"))
-        earlier = [row for case in record["cases"] for row in goal_rows(case)]
-        rows[:0] = [{**row, "section": "vs-peft"} for row in earlier]
     for row in Record(folder / ON_REQUEST).results():
         rows.append({**row, "section": row["case"].split()[0]})  # not of the report's steps
     scores = folder / SCORES_NAME
@@ -114,7 +110,8 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
     rows = rows_of(folder)
     header = Record(folder / RECORD_NAME).header()
     name = header["device"] if header else folder.name
-    parts = [f"## {name if name != 'cpu' else 'CPU'}\n"]
+    on_cpu = name == "cpu"
+    parts = [f"## {'CPU' if on_cpu else name}\n"]
     plots: dict[str, Plot] = {}
 
     def shown(plot: Plot) -> str:
@@ -122,14 +119,14 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
         plots[path] = plot
         return f"![{plot.caption}]({path})\n\n{plot.caption}\n"
 
-    if name == "cpu":
+    if on_cpu:
         parts.append(CPU_NOTE)
     if header:
         parts.append(measured_with(header, header["command"], header["started"][:10]))
     parts += map(shown, drawable(rows))
 
     steps = [row for row in rows if row["section"] == "steps"]
-    bare, gains = ([row for row in steps if field in row] for field in ("ratio_to_bare", "gain"))
+    bare = [row for row in steps if "ratio_to_bare" in row]
     unfinished = [row for row in rows if row["section"] == "plan" and row["left"]]
     sections = {
         "The report's sections": tables.plan_table(rows),
@@ -138,10 +135,9 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
         "Kernels": tables.peer_table(rows),
         "Training steps": tables.step_table(rows),
         "Kernels of a step that take longest": tables.kernel_table(rows),
-        tables.OPTIONS_TITLE: tables.options_text(gains) if gains else "",
-        tables.EVERYTHING_TITLE: tables.everything_text(rows),
-        tables.ATTENTION_TITLE: tables.attention_text(rows) + written_by(folder / ON_REQUEST),
-        tables.BARE_TITLE: tables.bare_text(bare),
+        f"EPT's step with every option, against PEFT's{', on a processor' * on_cpu}": tables.everything_text(rows),
+        "Attention on a processor": tables.attention_text(rows) + written_by(folder / ON_REQUEST),
+        BARE_TITLE: tables.bare_text(bare),
         "Not measured": "\n".join(f"* {line}" for line in [*tables.reasons(rows), *map(cut_off, unfinished)]),
     }
     parts += [f"### {name}\n\n{text.rstrip()}\n" for name, text in sections.items() if text]
@@ -203,12 +199,6 @@ def step_rows(record: Row) -> list[Row]:
     ]
 
 
-def goal_rows(case: Row) -> list[Row]:
-    """Makes rows of one case of an earlier record of EPT's step against PEFT's, as the goals know it."""
-    name = f"{VS_PEFT[case['case']]} {case['data']['padding']}"
-    return [{**profile_row(method, case), **_about(case), "status": "ok", "case": name} for method in case["methods"]]
-
-
 def score_rows(record: Row) -> list[Row]:
     """Makes rows of a comparison's `comparison.json`, one a method: its mean score, and what the goals ask of EPT."""
     (setting, *_), rows = record["settings"], []
@@ -260,15 +250,20 @@ def overhead_row(record: Row) -> Row:
 
 
 def _options(record: Row) -> Section:
-    """Shows an earlier record of what each option gains."""
-    size = {"batch": record["batch"], "length": record["length"]}
-    about = {"size": size, "dtype": record["dtype"], "method": record["method"]}
-    rows = [{"provider": name, "reason": reason} for name, reason in record["not_measured"].items()]
+    """Shows an earlier record of what each option gains, switched off and on in turn."""
+    lines = []
     for option in record["options"]:
-        times = {"median": 1e-3 * option["on_ms"]["median"], "off_median": 1e-3 * option["off_ms"]["median"]}
-        named = {"provider": option["option"], "samples": option["pairs"], "model": option["shape"]}
-        rows.append({**named, **times, "setting": option["setting"], "gain": option["gain"], **about})
-    return tables.options_text(rows), None
+        times = [seconds(1e-3 * option[name]["median"]) for name in ("off_ms", "on_ms")]
+        gain = spread(option["gain"], 3, " ×")
+        lines.append([option["option"], tables.setting(option), option["shape"], *times, gain])
+    left_out = [f"\nWithout a figure: {name}: {reason}.\n" for name, reason in record["not_measured"].items()]
+    text = (
+        "One option switched off and on in turn, everything else at its default; the gain is taken pair by pair, off\n"
+        f"over on: above 1 the option is faster. Median (20 to 80 %) of {record['options'][0]['pairs']} pairs; "
+        f"{record['method']}, {record['dtype']},\n{record['batch']} rows of at most {record['length']} tokens.\n\n"
+    )
+    table = markdown(["option", "setting", "shape", "without", "with", "gain (20–80 %)"], lines)
+    return f"{text}{table}\n{''.join(left_out)}", None
 
 
 def _vs_peft(record: Row) -> Section:
@@ -325,11 +320,11 @@ def _profile(record: Row) -> Section:
 
 # Pattern of a file's name, of which the first that fits counts; title and content of its section.
 KINDS: tuple[tuple[str, str, Callable[[Row], Section]], ...] = (
-    (OVERHEAD, tables.BARE_TITLE, lambda record: (tables.bare_text([overhead_row(record)]), None)),
+    (OVERHEAD, BARE_TITLE, lambda record: (tables.bare_text([overhead_row(record)]), None)),
     (VS_PEFT_NAME, "EPT's step against PEFT's prompt tuning", _vs_peft),
     ("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile),
     ("profile*.json", "`ept profile`: where a step's time goes", _profile),
-    ("step_options.json", tables.OPTIONS_TITLE, _options),
+    ("step_options.json", "What each option of the training step gains", _options),
 )
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.run kernels --device cpu --output FILE.jsonl                 operators against their peers
     python -m benchmarks.run steps --device cuda --output FILE.jsonl --seconds 100    as many steps as fit
-    python -m benchmarks.run steps --output FILE.jsonl --only options adapters        units on request
+    python -m benchmarks.run steps --output FILE.jsonl --only everything adapters     units on request
 
 The same command continues a record where it was. It begins nothing new after `--seconds`. The sections of the report of
 a GPU (`benchmarks/gpu_report.py`) are suites, too.

@@ -7,14 +7,10 @@ from collections.abc import Iterable, Sequence
 
 from ept.utils import tables
 
-from .goals import EVERYTHING, GOALS, NOT_MEASURED, SET_FOR, judge
+from .goals import GOALS, NOT_MEASURED, SET_FOR, judge
 from .record import Row, by_case, is_measured
 from .shapes import COPY, LIGER, MODEL, OURS, OURS_AGAIN
 
-BARE_TITLE = "EPT's step beside the bare frozen model on as many positions"
-OPTIONS_TITLE = "What each option of the training step gains"
-ATTENTION_TITLE = "Attention on a processor"
-EVERYTHING_TITLE = "EPT's step with every option, against PEFT's, on a processor"
 PEERS_FIRST = ("reference", "torch.compile", "bitsandbytes", "PEFT", "unquantised", MODEL, LIGER)
 
 
@@ -124,19 +120,11 @@ def check_table(results: Iterable[Row]) -> str:
 
 def kernel_table(results: Iterable[Row]) -> str:
     """Shows where a training step's time goes on the device: the kernels that took longest, of every method."""
-    lines = [
-        [
-            row["case"],
-            row["provider"],
-            f"{100 * row['busy_fraction']:.0f} %",
-            name["name"],
-            str(name["runs"]),
-            seconds(name["seconds"]),
-        ]
-        for row in results
-        if row.get("kernels")
-        for name in row["kernels"]
-    ]
+    lines = []
+    for row in results:
+        for kernel in row.get("kernels", ()):
+            step = [row["case"], row["provider"], f"{100 * row['busy_fraction']:.0f} %"]
+            lines.append([*step, kernel["name"], str(kernel["runs"]), seconds(kernel["seconds"])])
     return markdown(["step", "method", "device busy", "kernel", "runs", "time"], lines)
 
 
@@ -158,23 +146,12 @@ def step_table(results: Iterable[Row]) -> str:
     """Shows whole training steps: time, memory, tokens a second."""
     lines = []
     for row in results:
-        if row["section"] == "steps" and row["status"] == "ok" and "gain" not in row:
+        if row["section"] == "steps" and row["status"] == "ok" and "over_started" not in row:
             tokens = f"{row['tokens_per_second']:.0f}" if row.get("tokens_per_second") else "–"
             low_high = f"{seconds(row['p20'])} – {seconds(row['p80'])}" if "p20" in row else "–"
             memory = mebibytes(row.get("peak_bytes"))
             lines.append([row["case"], row["provider"], seconds(row["median"]), low_high, memory, tokens])
     return markdown(["step", "method", "time", "20–80 %", "peak memory", "text tokens/s"], lines)
-
-
-def option_table(results: Iterable[Row]) -> str:
-    """Shows what each option of the training step gains: time without it and with it, and their ratio."""
-    lines = []
-    for row in results:
-        if "gain" in row:
-            setting = f"`{row['setting']}`" if "=" in row["setting"] else row["setting"]
-            times = seconds(row["off_median"]), seconds(row["median"])
-            lines.append([row["provider"], setting, row["model"], *times, spread(row["gain"], 3, " ×")])
-    return markdown(["option", "setting", "shape", "without", "with", "gain (20–80 %)"], lines)
 
 
 def goal_table(results: Iterable[Row]) -> str:
@@ -206,32 +183,26 @@ def bare_text(rows: list[Row]) -> str:
     )
 
 
-def options_text(rows: list[Row]) -> str:
-    """Shows what each option gains, and which have no figure here."""
-    first = next(row for row in rows if "gain" in row)
-    left_out = [f"\nWithout a figure: {row['provider']}: {row['reason']}.\n" for row in rows if "gain" not in row]
-    return (
-        "One option switched off and on in turn, everything else at its default; the gain is taken pair by pair, off\n"
-        f"over on: above 1 the option is faster. Median (20 to 80 %) of {first['samples']} pairs; {first['method']}, "
-        f"{first['dtype']},\n{first['size']['batch']} rows of at most {first['size']['length']} tokens.\n\n"
-        f"{option_table(rows)}\n{''.join(left_out)}"
-    )
+def setting(row: Row) -> str:
+    """Shows what switches an option on: a key of the configuration as code."""
+    return f"`{row['setting']}`" if "=" in row["setting"] else row["setting"]
 
 
 def everything_text(results: Iterable[Row]) -> str:
-    """Shows each option of a step on a processor alone and all together, beside PEFT's step."""
+    """Shows each option of a step alone and all together, beside PEFT's step."""
+    rows = [row for row in results if "over_started" in row and row["status"] == "ok"]
     lines = []
-    for row in results:
-        if row["section"] == EVERYTHING and row["status"] == "ok":
-            setting = f"`{row['setting']}`" if "=" in row["setting"] else row["setting"]
-            ratios = [row.get(name) for name in ("gain_alone", "over_started", "over_alike")]
-            cells = [spread(found, 3, " ×") if found else "" for found in ratios]
-            lines.append([row["model"], row["provider"], setting, seconds(row["median"]), *cells])
+    for row in rows:
+        ratios = [row.get(name) for name in ("gain_alone", "over_started", "over_alike")]
+        cells = [spread(found, 3, " ×") if found else "" for found in ratios]
+        lines.append([row["model"], row["provider"], setting(row), seconds(row["median"]), *cells])
     head = ["model", "version", "setting", "step", "gain over EPT, no option"]
     head += ["over PEFT's as started", "over PEFT's in the same dtype and attention"]
+    on_cpu = bool(rows) and rows[0]["device_type"] == "cpu"
     text = (
-        "One thread, in time of the processor, all versions in turn; median (20 to 80 %). PEFT's prompt tuning with\n"
-        "100 tokens, EPT with 40; the frozen model's dropout is off in all. The goal is judged by the last column.\n\n"
+        f"{'One thread, in time of the processor, all' if on_cpu else 'All'} versions in turn; median (20 to 80 %). "
+        "PEFT's prompt tuning with\n100 tokens, EPT with 40; the frozen model's dropout is off in all."
+        f"{' The goal is judged by the last column.' if on_cpu else ''}\n\n"
     )
     return f"{text}{markdown(head, lines)}\n" if lines else ""
 

@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import run, steps
 from benchmarks.record import Record
-from benchmarks.tables import bare_text, options_text, step_table
+from benchmarks.step_options import NOTHING, STARTED, VERSIONS
+from benchmarks.tables import bare_text, everything_text, step_table
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
     output = tmp_path_factory.mktemp("steps") / "record.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         command = ["run", "steps", "--reduced", "--output", str(output)]
-        command += ["--only", "bare", "options", "adapters", "operators"]
+        command += ["--only", "bare", "everything", "adapters", "operators"]
         patch.setattr(sys, "argv", command)
         patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         run.main()
@@ -49,9 +50,9 @@ def test_what_a_call_costs_beside_what_it_runs(record: Record) -> None:
 def test_a_record_holds_no_path_and_every_unit_once(record: Record) -> None:
     header = record.header()
     assert header is not None
-    assert header["command"].endswith("--output record.jsonl --only bare options adapters operators")
+    assert header["command"].endswith("--output record.jsonl --only bare everything adapters operators")
     ended = [line["unit"] for line in record.lines() if line["line"] == "end"]
-    assert ended == [f"steps/{name}" for name in ("bare", "options", "adapters", "operators")]
+    assert ended == [f"steps/{name}" for name in ("bare", "everything", "adapters", "operators")]
 
 
 def test_a_unit_that_does_not_exist_is_refused_with_the_names(
@@ -61,7 +62,7 @@ def test_a_unit_that_does_not_exist_is_refused_with_the_names(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(SystemExit):
         run.main()
-    assert "--only nonsense: choose from steps/t5-base, steps/bare, steps/options" in capsys.readouterr().err
+    assert "--only nonsense: choose from steps/t5-base, steps/bare, steps/attention" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -85,10 +86,20 @@ def test_a_method_measured_twice_is_named_so_the_second_time() -> None:
     assert all(row["median"] > 0 and row["phases"] for row in rows)
 
 
-def test_options_and_the_bare_step_have_their_texts(record: Record) -> None:
-    options = [row for row in record.results() if row["unit"] == "steps/options"]
-    assert [row["provider"] for row in options] == ["label-only logits", "SDPA"]
-    assert "2 pairs; ept, 40 virtual tokens, float32,\n1 rows of at most 8 tokens" in options_text(options)
+def test_the_bare_step_has_its_text(record: Record) -> None:
     (bare,) = (row for row in record.results() if row["unit"] == "steps/bare")
     assert bare["ratio_p20"] <= bare["ratio_to_bare"] <= bare["ratio_p80"]
     assert "batch 1, 8 text tokens, 48 positions" in bare_text([bare])
+
+
+def test_every_option_alone_and_all_together_stand_beside_the_peers_steps(record: Record) -> None:
+    rows = {row["provider"]: row for row in record.results() if row["unit"] == "steps/everything"}
+    asked = [version for version in VERSIONS if version.only_on in ("", "cpu") and not version.compiled]
+    assert list(rows) == [version.name for version in asked]
+    assert rows[NOTHING]["gain_alone"]["median"] == rows[STARTED]["over_started"]["median"] == 1.0
+    assert "gain_alone" not in rows[STARTED]
+    assert rows["all in float32"]["over_alike"] == rows["all in float32"]["over_started"]
+    text = everything_text(record.results())
+    assert "`training.group_by_length=true` |" in text
+    assert text.startswith("One thread, in time of the processor")
+    assert not any(line.startswith("| steps/everything") for line in step_table(record.results()).splitlines())
