@@ -32,6 +32,8 @@ def lookup(
         raise ValueError(
             f"input_ids must be integers of shape [batch, length], got {input_ids.dtype} {list(input_ids.shape)}"
         )
+    if input_ids is not None:
+        _check_vocabulary(input_ids, len(embedding.weight) if is_plain_lookup(embedding) else rows_of(embedding))
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width):
         raise ValueError(f"inputs_embeds must have shape [batch, length, {width}], got {list(inputs_embeds.shape)}")
     given: Any = inputs_embeds if input_ids is None else input_ids
@@ -47,6 +49,21 @@ def lookup(
         return input_ids, embedding.weight, attention_mask
     rows = (given if input_ids is None else embedding(input_ids)).reshape(batch * n, width)
     return torch.arange(batch * n, device=rows.device).view(batch, n), rows, attention_mask.to(rows.device)
+
+
+def _check_vocabulary(input_ids: Tensor, rows: int) -> None:
+    """Raises `ValueError` for ids on a CPU that the table has no rows for; torch would take −1 for the last row.
+
+    An accelerator is not waited for: its kernel makes such a row NaN.
+    """
+    if input_ids.device.type != "cpu" or type(input_ids) is not Tensor or torch.compiler.is_compiling():
+        return
+    if input_ids.numel() and (int(input_ids.min()) < 0 or int(input_ids.max()) >= rows):
+        strange = int(input_ids[(input_ids < 0) | (input_ids >= rows)][0])
+        raise ValueError(
+            f"input_ids hold {strange}, the model's embedding has the rows 0 to {rows - 1}: take the model's own "
+            "tokenizer, resize_token_embeddings after adding tokens, and pad with a token of the vocabulary"
+        )
 
 
 def is_plain_lookup(embedding: nn.Module) -> bool:
@@ -81,12 +98,14 @@ def embedding_rms(embedding: nn.Module) -> float:
     """Computes the root mean square ρ of the vectors that `embedding` gives for its whole vocabulary.
 
     Raises:
-        ValueError: the embeddings are all zero or not finite, which no unit can be taken from.
+        ValueError: the embeddings have no values yet, or are all zero or not finite, which no unit can be taken from.
     """
     rows, device = rows_of(embedding), device_of(embedding)
     total, count = 0.0, 0
     for start in range(0, rows, _ROWS_AT_ONCE):
         vectors = embedding(torch.arange(start, min(start + _ROWS_AT_ONCE, rows), device=device))
+        if vectors.is_meta:
+            raise ValueError("the model is on the meta device: load its weights first")
         total += float(torch.linalg.vector_norm(vectors.float(), dtype=torch.float64)) ** 2
         count += vectors.numel()
     rms = math.sqrt(total / count)

@@ -24,7 +24,7 @@ from .adapter_files import SCALE_NAME, check_weights, read_adapter, read_config,
 from .adapter_lock import exclusive
 from .base_model import check_heads, input_embedding, name_labels, set_mode, trained_heads, wrapped_heads
 from .facts import TASKS_WITH_HEAD, BaseModelFacts
-from .mixed import follow_rows
+from .mixed import BASE, follow_rows
 from .prompt_cache import PromptCache
 from .reading import infer_task_type
 
@@ -38,6 +38,17 @@ _PEFT_SIZES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
+
+
+def check_adapter(adapter_name: str, config: Any) -> None:
+    """Raises `ValueError` for a name that no adapter can have, and for a configuration of another kind."""
+    if not isinstance(config, EPTConfig):
+        raise ValueError(f"an EPT model takes EPTConfig adapters, got {type(config).__name__}")
+    if not adapter_name or "." in adapter_name or adapter_name == BASE:
+        raise ValueError(
+            f"an adapter cannot be named {adapter_name!r}: give it a name without a dot that is not {BASE!r}, which "
+            "names rows without an adapter"
+        )
 
 
 class ModelWithAdapters(PeftModel):
@@ -113,8 +124,7 @@ class ModelWithAdapters(PeftModel):
         Raises:
             ValueError: the name is taken, or the configuration does not fit the model.
         """
-        if not isinstance(peft_config, EPTConfig):
-            raise ValueError(f"an EPT model takes EPTConfig adapters, got {type(peft_config).__name__}")
+        check_adapter(adapter_name, peft_config)
         base, first = self.base_model, not self.peft_config
         task_type = peft_config.task_type or infer_task_type(base)
         if not first and task_type != self.active_peft_config.task_type:

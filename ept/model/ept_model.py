@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import EPTConfig
 from ..embedding import lookup
 from .adapter_lock import AdapterLock, shared
-from .adapters import ModelWithAdapters
+from .adapters import ModelWithAdapters, check_adapter
 from .base_model import freeze, swap_4bit, without_checkpointing
 from .compilation import compile_layers
 from .frozen import swap_frozen
@@ -105,8 +105,14 @@ class EPTModel(ModelWithAdapters):
         fast_frozen: bool = True,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"model is {model!r:.80}, no model: load it first, by AutoModelForCausalLM.from_pretrained"
+            )
         if isinstance(model, PeftModel):
-            raise ValueError("the model already carries an adapter: pass the base model, or use add_adapter")
+            remedy = "use its add_adapter" if isinstance(model, EPTModel) else "pass its merge_and_unload()"
+            raise ValueError(f"the model already carries an adapter: pass the base model, or {remedy}")
+        check_adapter(adapter_name, peft_config)
         self.adapter_lock = AdapterLock()
         self._prompt_caches = {}
         peft_config.task_type = peft_config.task_type or infer_task_type(model)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..embedding import position_ids_of
 from .facts import BaseModelFacts
-from .inputs import cached_length
+from .inputs import cache_name, cached_length
 from .layout import numbered
 from .reading import generation_of
 
@@ -133,7 +133,15 @@ def bound_length(
                 f"{s} prompt tokens, {longest} text tokens and {count} new ones are more than the {limit} positions of "
                 f"{type(model).__name__}: ask for at most {max(room, 0)} new tokens"
             )
-    _check_rope(model, s + longest, s + longest + (20 if count is None else count) - 1)
+    read = s + (20 if count is None else count) - 1  # the last new token is not
+    _check_rope(model, s + longest, longest + read)
+    cache: Any = options.given.get("past_key_values") or options.given.get(cache_name(facts))
+    places = [layer.max_cache_len for layer in getattr(cache, "layers", ()) if _is_full_when_filled(layer)]
+    if places and min(places) < n + read:
+        raise ValueError(
+            f"{s} prompt tokens, {n} text tokens and new ones fill {n + read} places, the cache has {min(places)}: "
+            f"make it with max_cache_len={n + read}"
+        )
 
 
 def _position_limit(model: Any, facts: BaseModelFacts) -> int | None:
@@ -164,6 +172,11 @@ def choose_positions(inputs: dict[str, Any], facts: BaseModelFacts, model: Any, 
         if positions is None and real is not None and facts.position_offset is not None:
             positions = numbered(real, facts.position_offset)
         inputs["position_ids"] = positions
+
+
+def _is_full_when_filled(layer: Any) -> bool:
+    """Tells whether a cache's layer has a fixed number of places, of which a window does not leave the oldest."""
+    return hasattr(layer, "max_cache_len") and not getattr(layer, "is_sliding", False)
 
 
 def _check_rope(model: Any, before: int, after: int) -> None:

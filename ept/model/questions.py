@@ -208,27 +208,12 @@ class Subject:
         expected = self._answers(self.output, 0)
         if self._same(self._alone(0, 0), expected):
             return 1.0
-        # Modules around the embedding may scale what they get from ids, and not what they get as embeddings.
-        path = next((name for name, module in self.model.named_modules() if module is self.embedding), "")
-        parents = [path.rpartition(".")[0]] if path else []
-        while parents and parents[-1]:
-            parents.append(parents[-1].rpartition(".")[0])
-        outputs: list[Any] = []
-        hooks = [
-            self.model.get_submodule(parent).register_forward_hook(lambda module, args, output: outputs.append(output))
-            for parent in parents
-        ]
-        try:
+        # Many multiply what they look up, and not what they are given as embeddings.
+        with _Multiples(self.embeds[:1, :_SHORT]) as multiples:
             self.run(input_ids=self.ids[:1, :_SHORT])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        embeds = self.embeds[:1, :_SHORT]
-        for output in outputs:
-            if isinstance(output, Tensor) and output.shape == embeds.shape:
-                self.factor = float((output * embeds).sum() / embeds.square().sum())
-                if self._same(self._alone(0, 0), expected):
-                    return self.factor
+        for self.factor in multiples.found:
+            if self._same(self._alone(0, 0), expected):
+                return self.factor
         return 0.0
 
     def _ids_alone(self) -> tuple[int, ...]:
@@ -326,6 +311,23 @@ def token_ids(config: Any) -> Iterator[Any]:
             yield from token_ids(value)
         elif "token" in name or name.endswith(("_id", "_index")):
             yield value
+
+
+class _Multiples(TorchDispatchMode):
+    """Watches for multiples of `embeds` among all that a model computes; `found` has their factors, each once."""
+
+    def __init__(self, embeds: Tensor) -> None:
+        super().__init__()
+        self.embeds, self.found = embeds, list[float]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) and output.shape == self.embeds.shape and output.dtype == self.embeds.dtype:
+            factor = float((output.double() * self.embeds.double()).sum() / self.embeds.double().square().sum())
+            error = float((output - factor * self.embeds).abs().max() / self.embeds.abs().max())
+            if error <= 1e-3 * abs(factor) and factor not in (1.0, *self.found):
+                self.found.append(factor)
+        return output
 
 
 class _PositionTables(TorchDispatchMode):

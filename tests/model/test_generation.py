@@ -24,6 +24,7 @@ from transformers import (
     Phi3Config,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    StaticCache,
     StoppingCriteriaList,
     WatermarkingConfig,
 )
@@ -279,6 +280,16 @@ def test_second_turn_reads_the_text_again_and_refuses_the_first_turns_cache():
 def test_more_new_tokens_than_positions_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         adapted("gpt2").generate(**inputs_of("gpt2"), **options)
+
+
+def test_a_cache_of_a_fixed_size_needs_places_for_the_prompt():
+    model, inputs = adapted("llama"), inputs_of("llama")
+    needed = 5 + inputs["input_ids"].shape[1] + 5  # prompt, text, and new tokens but the last
+    cache = StaticCache(config=model.base_model.config, max_cache_len=needed)
+    assert torch.equal(model.generate(**inputs, **GREEDY, **{CACHE: cache}), model.generate(**inputs, **GREEDY))
+    small = StaticCache(config=model.base_model.config, max_cache_len=needed - 1)
+    with pytest.raises(ValueError, match=f"fill {needed} places, the cache has {needed - 1}: make it with max_c"):
+        model.generate(**inputs, **GREEDY, **{CACHE: small})
 
 
 @pytest.mark.parametrize("kind, sizes", [(GPTJForCausalLM, {"rotary_dim": 4}), (CodeGenForCausalLM, {"rotary_dim": 4})])

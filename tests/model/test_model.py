@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import peft
 import pytest
 import torch
 from peft import PeftModel
@@ -461,15 +462,37 @@ def test_mixed_batch_trains():
 
 def test_what_cannot_work_is_refused():
     llama, t5 = make_model("llama"), make_model("t5")
+    with torch.device("meta"):
+        without_weights = LlamaForCausalLM(llama.config)
     not_seq2seq = "SEQ_2_SEQ_LM does not fit LlamaForCausalLM, which is for CAUSAL_LM"
     for model, task_type, message in (
         (llama, "SEQ_2_SEQ_LM", f"task_type={not_seq2seq}"),
         (t5, "CAUSAL_LM", "task_type=CAUSAL_LM does not fit T5ForConditionalGeneration, which is for SEQ_2_SEQ_LM"),
-        (adapted("llama"), None, "already carries an adapter"),
+        (adapted("llama"), None, "already carries an adapter: pass the base model, or use its add_adapter"),
+        (peft.get_peft_model(make_model("llama"), peft.LoraConfig()), None, "or pass its merge_and_unload"),
+        (without_weights, None, "the model is on the meta device: load its weights first"),
+        ("gpt2", None, "model is 'gpt2', no model: load it first"),
         (llama.model, "SEQ_CLS", "task_type=SEQ_CLS does not fit LlamaModel, which is for FEATURE_EXTRACTION"),
     ):
         with pytest.raises(ValueError, match=message):
             get_ept_model(model, EPTConfig(task_type=task_type))
+    for config in (None, {"num_virtual_tokens": 3}, peft.LoraConfig()):
+        with pytest.raises(ValueError, match=f"takes EPTConfig adapters, got {type(config).__name__}"):
+            get_ept_model(llama, config)
+    for name in ("", "a.b", "__base__"):
+        with pytest.raises(ValueError, match=f"an adapter cannot be named '{name}'"):
+            get_ept_model(llama, EPTConfig(**SMALL), name)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "t5", "bert"])  # Gemma's embedding is called, not only read
+@pytest.mark.parametrize("strange", [-1, -100, VOCAB])
+def test_ids_that_the_embedding_has_no_rows_for_are_named(family, strange):
+    model, batch = adapted(family), make_batch(family)
+    batch["input_ids"][0, 2] = strange
+    with pytest.raises(
+        ValueError, match=f"input_ids hold {strange}, the model's embedding has the rows 0 to {VOCAB - 1}"
+    ):
+        model(**batch)
 
 
 REFUSED_CALLS = [

@@ -43,6 +43,8 @@ FOUND: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("fnet", "FNetForSequenceClassification", {}, {"padding": None}),
     ("esm", "EsmForSequenceClassification", {}, {"embedding_factor": pytest.approx(0.88), "ids_alone": (32,)}),
     ("esm", "EsmModel", {"token_dropout": False}, {"embedding_factor": 1.0, "ids_alone": ()}),
+    ("marian", "MarianMTModel", {"scale_embedding": True}, {"embedding_factor": pytest.approx(32**0.5, rel=1e-7)}),
+    ("pegasus", "PegasusForConditionalGeneration", {"scale_embedding": False}, {"embedding_factor": 1.0}),
     ("bert", "BertForTokenClassification", {}, {"task_type": "TOKEN_CLS"}),
     ("bert", "BertForQuestionAnswering", {}, {"task_type": "QUESTION_ANS"}),
     ("bert", "BertModel", {}, {"task_type": "FEATURE_EXTRACTION", "has_pooler": True}),
