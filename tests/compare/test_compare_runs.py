@@ -24,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="the optional package ray is not installed: `make ray` runs it"
 )
-PARTS = ["ept", "ept-no-fusion", "ept-no-spaces", "ept-uniform-gate", "ept-fixed-beta", "ept-cosine", "ept-raw-scale"]
+PARTS = ["ept", "ept-no-fusion", "ept-no-spaces", "ept-uniform-gate", "ept-fixed-beta", "ept-cosine", "ept-token"]
+PARTS += ["ept-raw-scale"]
 
 
 def overrides(tiny, output, *more):

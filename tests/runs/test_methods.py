@@ -22,6 +22,7 @@ ABLATIONS = {
     "ept-uniform-gate": {"G"},
     "ept-fixed-beta": {"beta"},
     "ept-cosine": set(),
+    "ept-token": {"A", "B"},
     "ept-raw-scale": set(),
 }
 
