@@ -156,3 +156,14 @@ def test_precision_is_one_that_the_device_and_this_triton_have(architecture, dty
     monkeypatch.setattr(launch, "architecture", lambda device: architecture)
     monkeypatch.setattr(launch, "_has_bfloat16_pieces", lambda: known)
     assert launch.precision(dtype, torch.device("cpu")) == expected
+
+
+def test_tensor_memory_is_looked_for_on_the_tensors_device_or_the_gpu_that_is_stood_in_for(monkeypatch):
+    """Of two GPUs the other one may be the current one."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (9, 0), 1: (10, 3)}[device.index])
+    devices = [torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")]
+    assert [launch.has_tensor_memory(device) for device in devices] == [False, False, True]
+    for architecture, capability in (("cuda", 90), ("cuda", 100), ("cuda", 120), ("gfx942", 0)):
+        with launch.acting_as(architecture, capability):
+            assert launch.has_tensor_memory(devices[0]) == (capability == 100)

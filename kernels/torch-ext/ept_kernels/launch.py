@@ -31,7 +31,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 Config = dict[str, int]
 Size = tuple[int, ...]
-Kinds = tuple[bool, tuple[Any, ...], torch.device]
+Kinds = tuple[bool, tuple[Any, ...], torch.device, tuple[Any, ...]]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -49,6 +49,7 @@ class _State:
     launches = 0
     watched: list[Launch] | None = None  # while someone watches
     architecture: str | None = None  # that CPU tensors stand for
+    capability = 0  # and its compute capability, such as 90, where it has one
     tried: dict[str, Config] = {}  # by kernel: the configuration it takes for the time being
 
 
@@ -93,15 +94,30 @@ class Prepared:
 
 
 def kinds(first: torch.Tensor, *others: torch.Tensor | None) -> Kinds:
-    """Returns what Triton compiles for: whether all addresses are multiples of 16 bytes, the types, the device."""
-    addresses, types = first.data_ptr(), list[Any]((first.dtype,))
+    """Returns what launches depend on: whether all addresses are multiples of 16 bytes, types, the device, shapes."""
+    addresses, types, shapes = first.data_ptr(), list[Any]((first.dtype,)), list[Any]((first.shape,))
     for x in others:
         if x is None:
             types.append(None)
+            shapes.append(None)
         else:
             addresses |= x.data_ptr()
             types.append(x.dtype)
-    return addresses % 16 == 0, tuple(types), first.device
+            shapes.append(x.shape)
+    return addresses % 16 == 0, tuple(types), first.device, tuple(shapes)
+
+
+def check_shapes(**pairs: tuple[Size | None, Size | None]) -> None:
+    """Refuses tensors of other shapes than those beside them: kernels would read memory that is not theirs.
+
+    Raises:
+        ValueError: names the first that differs, its shape and the right one; None: no tensor.
+    """
+    for name, (given, expected) in pairs.items():
+        if given != expected:
+            raise ValueError(
+                f"{name} has shape {given and [*given]}, by the others it has to be {expected and [*expected]}"
+            )
 
 
 def launches() -> int:
@@ -120,14 +136,15 @@ def watched() -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
-def acting_as(architecture: str) -> Iterator[None]:
+def acting_as(architecture: str, capability: int = 0) -> Iterator[None]:
     """Makes launchers choose as on a GPU of `architecture` whatever device their tensors lie on."""
-    before, _State.architecture = _State.architecture, architecture
+    before = _State.architecture, _State.capability
+    _State.architecture, _State.capability = architecture, capability
     _forget_choices()
     try:
         yield
     finally:
-        _State.architecture = before
+        _State.architecture, _State.capability = before
         _forget_choices()
 
 
@@ -204,12 +221,9 @@ def has_tensor_memory(device: torch.device) -> bool:
     """Tells whether products are added up in a memory of their own, of 512 columns, as on sm_100 and sm_103."""
     if architecture(device) != "cuda":
         return False
-    from triton.runtime import driver
-
-    try:
-        return int(driver.active.get_current_target().arch) // 10 == 10
-    except RuntimeError:  # no GPU: a test asks what one would be given
-        return False
+    if _State.architecture is not None:
+        return _State.capability // 10 == 10
+    return torch.cuda.get_device_capability(device)[0] == 10
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -144,6 +144,40 @@ def test_ids_outside_the_table_give_nan_and_read_nothing(ids, device):
     torch.testing.assert_close(kernels.prompted_embedding(*inputs), right, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=str)
+def test_packed_ids_outside_the_table_and_texts_longer_than_A_give_nan_and_read_nothing(ids, device):
+    inputs = list(Packed((3, 9), s=2, ids=ids).inputs(device))
+    right = kernels.prompted_embedding_packed(*inputs)
+    inputs[0] = inputs[0].clone()
+    inputs[0][:5] = torch.tensor([-100, -1, 37, torch.iinfo(ids).max, torch.iinfo(ids).min], dtype=ids)
+    inputs[4] = inputs[4][:7]
+    right[[2, 3, 4, 7, 8]], right[14:] = float("nan"), float("nan")  # rows 0, 1 and 5, 6 are the prompt's
+    torch.testing.assert_close(kernels.prompted_embedding_packed(*inputs), right, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("adapter", [2, -3, 2**40, -(2**40)])
+def test_an_adapter_that_there_is_not_gives_nan_and_reads_nothing(adapter, device):
+    inputs = list(PromptedEmbedding(adapters=2, padding="none").inputs(device))
+    inputs[-1] = torch.tensor([1, 0, 1], device=device)
+    right = kernels.prompted_embedding(*inputs)
+    inputs[-1] = torch.tensor([1, adapter, 1], device=device)
+    right[1] = float("nan")
+    torch.testing.assert_close(kernels.prompted_embedding(*inputs), right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_positions_outside_A_give_nan_and_no_gradient(device):
+    problem = PromptedEmbedding(batch=2, n=9, padding="none")
+    inputs, of_backward = list(problem.inputs(device)), list(problem.backward.inputs(device))
+    right = kernels.prompted_embedding(*inputs)
+    inputs[1] = of_backward[1] = inputs[1].clone()
+    inputs[1][1, 3:5] = torch.tensor([problem.m, 2**40])
+    right[1, problem.s + 3 : problem.s + 5] = float("nan")
+    torch.testing.assert_close(kernels.prompted_embedding(*inputs), right, rtol=0, atol=0, equal_nan=True)
+    without = [*of_backward[:1], of_backward[1].masked_fill(of_backward[1] >= problem.m, -1), *of_backward[2:]]
+    results = [kernels.prompted_embedding_backward(*arguments) for arguments in (of_backward, without)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_of_two_tokens_at_one_position_one_is_nan(device):
     inputs = list(PromptedEmbedding(batch=1, n=4, m=4, padding="none").inputs(device))
     inputs[1] = torch.tensor([[0, 2, 2, 3]], device=device)

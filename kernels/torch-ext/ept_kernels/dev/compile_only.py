@@ -87,7 +87,8 @@ def driving(target: str) -> Iterator[Driver]:
     before, ours = getattr(driver, held), Driver(target)
     driver.set_active(ours)
     try:
-        with launch.acting_as(ARCHITECTURES[ours.limits.backend]), _assembling_without_lines():
+        capability = ours.limits.architecture if isinstance(ours.limits.architecture, int) else 0
+        with launch.acting_as(ARCHITECTURES[ours.limits.backend], capability), _assembling_without_lines():
             yield ours
     finally:
         setattr(driver, held, before)

@@ -126,7 +126,7 @@ def matmul_4bit_reduce_kernel(
 
 def fused_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """Computes `x·Wᵀ + bias` of `x` `[tokens, columns]` in its type, in one launch or, with splits, in two."""
-    product, total, splits = _prepared(launch.kinds(*weight[:5], x, bias), weight[6:], x.shape[0], x.stride())
+    product, total, splits = _prepared(launch.kinds(*weight[:5], x, bias), weight[6:], x.stride())
     out = x.new_empty(x.shape[0], weight.rows)
     with launch.on_device(x):
         if total is None:
@@ -139,14 +139,12 @@ def fused_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 @launch.cached_choice
-def _prepared(
-    kinds: Kinds, sizes: tuple[int, ...], tokens: int, strides: Size
-) -> tuple[Prepared, Prepared | None, int]:
+def _prepared(kinds: Kinds, sizes: tuple[int, ...], strides: Size) -> tuple[Prepared, Prepared | None, int]:
     """Prepares the product and, where it is split, the sum; takes the smallest tile that holds the tokens, or the
     largest there is.
     """
     block_size, nested_block_size, rows, columns = sizes
-    _, (*_, dtype, _), device = kinds
+    _, (*_, dtype, _), device, (*_, (tokens, _), _) = kinds
     # In tensor memory each of the eight products of a step has columns of its own: eight times 64 are all there are.
     tiles = TILES[:-1] if launch.has_tensor_memory(device) else TILES
     tile = next((size for size in tiles if tokens <= size), tiles[-1])

@@ -16,6 +16,7 @@ from ..launch import (
     Size,
     architecture,
     cached_choice,
+    check_shapes,
     config_for,
     key,
     kinds,
@@ -58,14 +59,16 @@ def rms_norm(
     out = x.new_empty(x.shape, dtype=weight.dtype if form == "t5" else x.dtype)
     total = x.new_empty(0 if residual is None else x.shape)
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    run = _rms_norm(kinds(*tensors), x.shape, float(eps), form)
+    run = _rms_norm(kinds(*tensors), float(eps), form)
     with on_device(x):
         run(*tensors, out, total, rstd)
     return out, total, rstd
 
 
 @cached_choice
-def _rms_norm(kinds: Kinds, shape: Size, eps: float, form: str) -> Prepared:
+def _rms_norm(kinds: Kinds, eps: float, form: str) -> Prepared:
+    shape, residual, weight = kinds[3]
+    check_shapes(weight=(weight, shape[-1:]), residual=(residual, residual and shape))
     grid, sizes, options = _rows("rms_norm", shape, kinds[1][0], kinds[2])
     offset, rounds_first = FORMS[form]
     options = {"OFFSET": offset, "ROUNDS_FIRST": rounds_first, **options}
@@ -81,14 +84,17 @@ def rms_norm_backward(
     tensors = [x.contiguous() for x in (grad_output, h, weight, rstd)]
     grad_h = None if grad_h is None else grad_h.contiguous()
     out = h.new_empty(h.shape)
-    run = _rms_norm_backward(kinds(*tensors, grad_h), h.shape, form)
+    run = _rms_norm_backward(kinds(*tensors, grad_h), form)
     with on_device(h):
         run(*tensors, grad_h, out)
     return out
 
 
 @cached_choice
-def _rms_norm_backward(kinds: Kinds, shape: Size, form: str) -> Prepared:
+def _rms_norm_backward(kinds: Kinds, form: str) -> Prepared:
+    grad, shape, weight, rstd, grad_h = kinds[3]
+    check_shapes(grad_output=(grad, shape), weight=(weight, shape[-1:]), rstd=(rstd, (*shape[:-1], 1)))
+    check_shapes(grad_h=(grad_h, grad_h and shape))
     grid, sizes, options = _rows("rms_norm_backward", shape, kinds[1][1], kinds[2])
     return Prepared(rms_norm_backward_kernel, grid, sizes, {"OFFSET": FORMS[form][0], **options}, kinds)
 
@@ -110,17 +116,18 @@ def rotary(
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     tensors = q, k, cos.contiguous(), sin.contiguous()
     out_q, out_k = q.new_empty(batch, n, heads, width), k.new_empty(batch, n, k.shape[1], width)
-    how = interleaved, backward, cos.shape[0] == 1, cos.shape[-1]
-    run = _rotary(kinds(*tensors), q.shape, k.shape[1], (*q.stride()[:3], *k.stride()[:3]), how)
+    run = _rotary(kinds(*tensors), (*q.stride()[:3], *k.stride()[:3]), interleaved, backward)
     with on_device(q):
         run(*tensors, out_q, out_k)
     return out_q.transpose(1, 2), out_k.transpose(1, 2)
 
 
 @cached_choice
-def _rotary(kinds: Kinds, shape: Size, k_heads: int, strides: Size, how: tuple[bool, bool, bool, int]) -> Prepared:
-    batch, q_heads, n, width = shape
-    interleaved, backward, shared, columns = how
+def _rotary(kinds: Kinds, strides: Size, interleaved: bool, backward: bool) -> Prepared:
+    (batch, q_heads, n, width), k, cos, sin = kinds[3]
+    k_heads, shared, columns = k[1], cos[0] == 1, cos[-1]
+    angles = (1 if shared else batch, n, columns)
+    check_shapes(k=(k, (batch, k_heads, n, width)), cos=(cos, angles), sin=(sin, angles))
     config = _chosen("rotary", width, kinds[1][0], kinds[2])
     blocks = triton.cdiv(q_heads, config["BLOCK_H"]) + triton.cdiv(k_heads, config["BLOCK_H"])
     options = {
@@ -167,13 +174,19 @@ def _launch_flat(
     name: str, inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], activation: str | None = None
 ) -> None:
     first, tensors = inputs[0], [x.contiguous() for x in inputs]
-    run = _flat(kinds(*tensors), name, first.numel(), activation)
+    run = _flat(kinds(*tensors), name, activation)
     with on_device(first):
         run(*tensors, *results)
 
 
 @cached_choice
-def _flat(kinds: Kinds, name: str, elements: int, activation: str | None) -> Prepared:
+def _flat(kinds: Kinds, name: str, activation: str | None) -> Prepared:
+    first, *others = kinds[3]
+    elements = math.prod(first)
+    if name == "relu_backward":
+        check_shapes(passes=(others[0], (triton.cdiv(elements, 8),)))
+    else:
+        check_shapes(**{of: (other, first) for of, other in zip(("up", "gate"), reversed(others))})
     config = _chosen(name, 1, kinds[1][0], kinds[2])
     options = config if activation is None else {"ACTIVATION": activation, **config}
     return Prepared(FLAT[name], (triton.cdiv(elements, config["BLOCK"]),), (elements,), options, kinds)

@@ -61,14 +61,13 @@ def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor,
 def _run(grad_output: Tensor, arguments: tuple[Any, ...], results: Sequence[Tensor | None]) -> None:
     """Launches what writes `results`: the joint prompt and eight times None, or the gradients."""
     tensors = tuple([x.contiguous() for x in (*arguments[:9], grad_output)])
-    kinds = launch.kinds(*tensors, *results)
-    if len(set(kinds[1][:10])) > 1:  # a program chooses among tensors: they have to be of one type
+    kinds = launch.kinds(*tensors)  # the results have the parameters' types, and addresses of their own
+    if kinds[1].count(kinds[1][0]) < 10:  # a program chooses among tensors: they have to be of one type
         tensors = tuple([x.float() for x in tensors])
-        kinds = launch.kinds(*tensors, *results)
     prompt, A, B, beta, W_q, W_k, D, U, G, grad_output = tensors
     out, grad_A, grad_B, grad_beta, *gradients = results
-    shapes, is_backward = (prompt.shape, A.shape, beta.shape, W_q.shape, D.shape, G.shape), grad_A is not None
-    elements, launches = _prepared(kinds, shapes, arguments[9:], is_backward)
+    is_backward = grad_A is not None
+    elements, launches = _prepared(kinds, arguments[9:], is_backward)
     products, total, rows, sides, expand = launches
     with launch.on_device(prompt):
         workspace = prompt.new_empty(elements, dtype=torch.float32)
@@ -81,11 +80,19 @@ def _run(grad_output: Tensor, arguments: tuple[Any, ...], results: Sequence[Tens
 
 
 @launch.cached_choice
-def _prepared(
-    kinds: launch.Kinds, shapes: tuple[Any, ...], options: tuple[Any, ...], is_backward: bool
-) -> tuple[int, list[launch.Prepared]]:
+def _prepared(kinds: launch.Kinds, options: tuple[Any, ...], is_backward: bool) -> tuple[int, list[launch.Prepared]]:
     """Counts the workspace's elements and prepares the launches, that of the sides without programs if not needed."""
-    device, ((s, d), (m, r), (fusion,), (_, a), (_, columns), (_, K)) = kinds[2], shapes
+    device, ((s, d), (m, r), B, (fusion,), W_q, W_k, D, U, G, grad_output) = kinds[2:]
+    a, columns, K = W_q[-1], D[-1], G[-1]
+    launch.check_shapes(
+        B=(B, (r, d)),
+        W_q=(W_q, (d, a)),
+        W_k=(W_k, (d, a)),
+        D=(D, (d, columns // max(K, 1) * max(K, 1))),
+        U=(U, (columns, d)),
+        G=(G, (d, K)),
+        grad_output=(grad_output, (s, d)),
+    )
     m, r = (m, r) if fusion and m and r else (0, 0)
     sizes = (s, m, r, a if fusion else 0, columns, K if columns else 0)
     w = layout.fn(0, *sizes)

@@ -24,10 +24,10 @@ def load_A(A, o_m, o_r, m_m, r):
 
 
 @triton.jit
-def _write_prompt_rows(prompt, out, o_s, o_out, m_s, o_d, d):
-    """Copies the prompt's rows `o_s` `[BLOCK_T]`, columns `o_d`, to rows `o_out` of the output."""
+def _write_prompt_rows(prompt, out, o_s, o_out, m_s, o_d, d, is_known=True):
+    """Copies the prompt's rows `o_s` `[BLOCK_T]`, columns `o_d`, to rows `o_out` of the output; NaN if not known."""
     mask = m_s[:, None] & (o_d < d)[None, :]
-    b_P = tl.load(prompt + o_s[:, None] * d + o_d[None, :], mask=mask, other=0.0)
+    b_P = tl.load(prompt + o_s[:, None] * d + o_d[None, :], mask=mask & is_known, other=float("nan"))
     tl.store(out + o_out[:, None] * d + o_d[None, :], b_P.to(tl.float32).to(out.dtype.element_ty), mask=mask)
 
 
@@ -73,7 +73,8 @@ def prompted_embedding_kernel(
 
     The first programs own positions: a tile of `C = scale·A·B` is made once and added to the tokens that stand there,
     batch row by batch row. The next ones own rows of the prompt. The last ones look for tokens without an update, and
-    write them, all of their columns. An id outside the table reads nothing and gives NaN.
+    write them, all of their columns. An id outside the table, a position outside A and an adapter that there is not
+    read nothing and give NaN.
     """
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
@@ -87,16 +88,19 @@ def prompted_embedding_kernel(
         first = i_program // columns // (tiles_m + tiles_s) * rows
         last = tl.minimum(first + rows, batch)
         updated = m  # rows of A that count
+        is_known = True
         if adapter_ids is not None:
             i_a = tl.load(adapter_ids + first).to(tl.int64)
-            updated = tl.where(i_a >= 0, m, 0)
+            is_known = (i_a >= -adapters) & (i_a < adapters)
+            updated = tl.where((i_a >= 0) & is_known, m, 0)
             i_a = tl.where(i_a >= 0, i_a, i_a + adapters)  # a negative one counts from the end, as indexing does
+            i_a = tl.where(is_known, i_a, 0)
             prompt += i_a * s * d
             A += i_a * m * r
             B += i_a * r * d
         if i_tile < tiles_m:
             o_m = i_tile * BLOCK_T + tl.arange(0, BLOCK_T)
-            b_C = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+            b_C = tl.full([BLOCK_T, BLOCK_D], tl.where(is_known, 0.0, float("nan")), tl.float32)
             if RANK > 0:
                 # At most 64 of the rank at a time: what operands are split into has to fit into registers.
                 STEP: tl.constexpr = RANK if RANK < 64 else 64
@@ -120,7 +124,7 @@ def prompted_embedding_kernel(
         else:
             o_s = ((i_tile - tiles_m) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
             for i in range(first, last):
-                _write_prompt_rows(prompt, out + tl.cast(i, tl.int64) * width, o_s, o_s, o_s < s, o_d, d)
+                _write_prompt_rows(prompt, out + tl.cast(i, tl.int64) * width, o_s, o_s, o_s < s, o_d, d, is_known)
     else:
         i_loose = i_program - owned
         i_b = (i_loose // tl.cdiv(n, BLOCK_T)).to(tl.int64)
@@ -131,8 +135,9 @@ def prompted_embedding_kernel(
         m_n = (o_n < n) & (b_owner != o_n)
         if tl.max(m_n.to(tl.int32), axis=0) > 0:
             b_id, is_read = _row_of(input_ids + i_b * n, o_n, m_n, vocabulary)
-            # Of two tokens at one position, which no text has, the first is nobody's: NaN rather than a wrong result.
-            is_read = is_read & ~is_owned
+            # Of two tokens at one position, which no text has, the first is nobody's, as is one beyond A: NaN rather
+            # than a wrong result.
+            is_read = is_read & ((b_position < 0) | (m == 0))
             for start in range(0, d, BLOCK_D):
                 o_d = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_D)
                 m_d = (o_d < d)[None, :]
@@ -142,7 +147,7 @@ def prompted_embedding_kernel(
                 tl.store(p_out, b_W.to(out.dtype.element_ty), mask=m_n[:, None] & m_d)
 
 
-@triton.jit(do_not_specialize=["tokens", "texts", "prompt_tiles", "tiles", "steps"])
+@triton.jit(do_not_specialize=["tokens", "texts", "prompt_tiles", "tiles", "steps", "vocabulary"])
 def prompted_embedding_packed_kernel(
     input_ids,  # [tokens], contiguous
     cu_seqlens,  # [texts + 1], contiguous
@@ -162,6 +167,7 @@ def prompted_embedding_packed_kernel(
     prompt_tiles,  # of all texts' prompt rows together
     tiles,  # token tiles in a run
     steps,  # of the bisection: ceil(log2(texts + 1))
+    vocabulary,
     stride_table_v,
     stride_table_d,
     # Meta-parameters
@@ -174,6 +180,7 @@ def prompted_embedding_packed_kernel(
     """Does the same over all texts: a tile holds prompt rows of several texts, or tokens of several texts.
 
     A program takes a tile of prompt rows, or a run of token tiles of one column tile, whose tile of `B` is loaded once.
+    An id outside the table and a text longer than A read nothing there and give NaN.
     """
     columns = tl.cdiv(d, BLOCK_D)
     i_group = tl.program_id(0) // columns
@@ -202,10 +209,12 @@ def prompted_embedding_packed_kernel(
                 high = tl.where(begun, high, middle - 1)
             i_text = low.to(tl.int64)
             o_m = o_n - tl.load(cu_seqlens + i_text, mask=m_n, other=0).to(tl.int64)  # positions
-            b_id = tl.load(input_ids + o_n, mask=m_n, other=0).to(tl.int64)
+            b_id, is_read = _row_of(input_ids, o_n, m_n, vocabulary)
+            if RANK > 0:
+                is_read = is_read & (o_m < m)
             mask = m_n[:, None] & (o_d < d)[None, :]
             p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
-            b_E = tl.load(p_W, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
+            b_E = tl.load(p_W, mask=is_read[:, None] & (o_d < d)[None, :], other=float("nan")).to(tl.float32)
             if RANK > 0:
                 b_A = load_A(A, o_m, o_r, m_n & (o_m < m), r)  # [BLOCK_T, RANK]
                 b_E += scale * tl.dot(b_A, b_B, input_precision=PRECISION)

@@ -12,7 +12,20 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import Config, Kinds, Prepared, Size, cached_choice, config_for, key, kinds, on_device, padded, precision
+from ..launch import (
+    Config,
+    Kinds,
+    Prepared,
+    Size,
+    cached_choice,
+    check_shapes,
+    config_for,
+    key,
+    kinds,
+    on_device,
+    padded,
+    precision,
+)
 from .backward import prompted_embedding_backward_kernel, prompted_embedding_reduce_kernel, token_at_kernel
 from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
@@ -37,16 +50,17 @@ def token_at(positions: Tensor, m: int) -> Tensor:
     """Computes `ept_kernels.token_at_reference` in one launch."""
     positions = positions.contiguous()
     found = positions.new_empty(positions.shape[0], m, dtype=torch.int32)
-    run = _token_at(kinds(positions), positions.shape, m)
+    run = _token_at(kinds(positions), m)
     with on_device(positions):
         run(positions, found)
     return found
 
 
 @cached_choice
-def _token_at(kinds: Kinds, shape: Size, m: int) -> Prepared:
-    grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * shape[0],)
-    return Prepared(token_at_kernel, grid, (shape[1], m), TOKEN_AT, kinds)
+def _token_at(kinds: Kinds, m: int) -> Prepared:
+    ((batch, n),) = kinds[3]
+    grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * batch,)
+    return Prepared(token_at_kernel, grid, (n, m), TOKEN_AT, kinds)
 
 
 def prompted_embedding(
@@ -67,8 +81,7 @@ def prompted_embedding(
         found = token_at(positions, A.shape[-2]) if has_update else positions.new_empty(0, dtype=torch.int32)
     tensors = (input_ids.contiguous(), positions, found, table, prompt.contiguous(), A.contiguous(), B.contiguous())
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
-    shapes = (input_ids.shape, table.shape, prompt.shape, A.shape)
-    run = _forward(kinds(*tensors, adapter_ids), shapes, table.stride(), float(scale))
+    run = _forward(kinds(*tensors, adapter_ids), table.stride(), float(scale))
     out = table.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], table.shape[1])
     with on_device(table):
         run(*tensors, adapter_ids, out)
@@ -76,13 +89,21 @@ def prompted_embedding(
 
 
 @cached_choice
-def _forward(kinds: Kinds, shapes: tuple[Size, ...], strides: Size, scale: float) -> Prepared:
-    (batch, n), (vocabulary, d), (*_, s, _), A_shape = shapes
-    m, r = A_shape[-2:] if math.prod(A_shape) and n else (0, 0)
-    _, (_, _, _, dtype, *_), device = kinds
+def _forward(kinds: Kinds, strides: Size, scale: float) -> Prepared:
+    _, (_, _, _, dtype, *_), device, (ids, positions, found, table, prompt, A_shape, B, adapter_ids) = kinds
+    (batch, n), (vocabulary, d), s, (*adapters, m, r) = ids, table, prompt[-2], A_shape
+    check_shapes(
+        positions=(positions, ids),
+        prompt=(prompt, (*adapters, s, d)),
+        B=(B, (*adapters, r, d)),
+        adapter_ids=(adapter_ids, (batch,) if adapters else None),
+    )
+    m, r = (m, r) if math.prod(A_shape) and batch * n else (0, 0)
+    if m:
+        check_shapes(token_at=(found, (batch, m)))
     config, options = _chosen("prompted_embedding", d, r, dtype, dtype, device)
     tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
-    runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if len(A_shape) == 2 else batch
+    runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if not adapters else batch
     rows = triton.cdiv(batch, max(runs, 1))
     runs = triton.cdiv(batch, max(rows, 1))
     grid = (tiles * runs + batch * triton.cdiv(n, config["BLOCK_T"]),)
@@ -95,8 +116,7 @@ def prompted_embedding_packed(
 ) -> Tensor:
     """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
     tensors = (input_ids.contiguous(), cu_seqlens.contiguous(), table, *(x.contiguous() for x in (prompt, A, B)))
-    shapes = (input_ids.shape, cu_seqlens.shape, table.shape, prompt.shape, A.shape)
-    run = _packed(kinds(*tensors), shapes, table.stride(), float(scale))
+    run = _packed(kinds(*tensors), table.stride(), float(scale))
     out = table.new_empty(input_ids.shape[0] + (cu_seqlens.shape[0] - 1) * prompt.shape[0], table.shape[1])
     with on_device(table):
         run(*tensors, out)
@@ -104,17 +124,17 @@ def prompted_embedding_packed(
 
 
 @cached_choice
-def _packed(kinds: Kinds, shapes: tuple[Size, ...], strides: Size, scale: float) -> Prepared:
-    (tokens,), (ends,), (_, d), (s, _), (m, r) = shapes
-    texts = ends - 1
-    _, (_, _, dtype, *_), device = kinds
+def _packed(kinds: Kinds, strides: Size, scale: float) -> Prepared:
+    _, (_, _, dtype, *_), device, ((tokens,), (ends,), (vocabulary, d), prompt, (m, r), B) = kinds
+    s, texts = prompt[0], ends - 1
+    check_shapes(prompt=(prompt, (s, d)), B=(B, (r, d)))
     config, options = _chosen("prompted_embedding_packed", d, r, dtype, dtype, device)
     tiles = triton.cdiv(tokens, config["BLOCK_T"])
     runs = triton.cdiv(tiles, config["ITERS"])  # as even as possible
     tiles = triton.cdiv(tiles, max(runs, 1))
     prompt_tiles = triton.cdiv(texts * s, config["BLOCK_T"])
     grid = (triton.cdiv(d, config["BLOCK_D"]) * (prompt_tiles + runs),)
-    numbers = (scale, tokens, texts, s, d, m, r, prompt_tiles, tiles, texts.bit_length(), *strides)
+    numbers = (scale, tokens, texts, s, d, m, r, prompt_tiles, tiles, texts.bit_length(), vocabulary, *strides)
     return Prepared(prompted_embedding_packed_kernel, grid, numbers, options, kinds)
 
 
@@ -141,9 +161,7 @@ def prompted_embedding_backward(
     grad_prompt = A.new_empty(*adapters, s, d)
     grad_A, grad_B = ((x.new_empty if has_update else x.new_zeros)(*x.shape, dtype=A.dtype) for x in (A, B))
     tensors = (grad_output, found, A, B, adapter_ids)
-    first, last, parts_A, parts_B = _backward(
-        kinds(*tensors), grad_output.shape, grad_output.stride(), s, A.shape, float(scale)
-    )
+    first, last, parts_A, parts_B = _backward(kinds(*tensors), grad_output.stride(), s, float(scale))
     partial_A, partial_B = (A.new_empty(size, dtype=torch.float32) for size in (parts_A, parts_B))
     with on_device(grad_output):
         first(*tensors, grad_prompt, partial_A, partial_B)
@@ -153,14 +171,16 @@ def prompted_embedding_backward(
 
 
 @cached_choice
-def _backward(
-    kinds: Kinds, grad_shape: Size, strides: Size, s: int, A_shape: Size, scale: float
-) -> tuple[Prepared, Prepared | None, int, int]:
+def _backward(kinds: Kinds, strides: Size, s: int, scale: float) -> tuple[Prepared, Prepared | None, int, int]:
     """Prepares both launches; counts the elements of the partial sums of `grad_A` and of `grad_B`."""
-    batch, rows, d = grad_shape
-    m, r = A_shape[-2:] if math.prod(A_shape) and rows > s else (A_shape[-2], 0)
-    adapters = math.prod(A_shape[:-2])
-    _, (read, _, written, *_), device = kinds
+    _, (read, _, written, *_), device, ((batch, rows, d), found, A_shape, B, adapter_ids) = kinds
+    *lead, m, r = A_shape
+    check_shapes(B=(B, (*lead, r, d)), adapter_ids=(adapter_ids, (batch,) if lead else None))
+    if not math.prod(A_shape) or not batch * (rows - s):
+        r = 0
+    else:
+        check_shapes(token_at=(found, (batch, m)))
+    adapters = math.prod(lead)
     config, options = _chosen("prompted_embedding_backward", d, r, read, written, device)
     columns = triton.cdiv(d, config["BLOCK_D"])
     tiles = triton.cdiv(m, config["BLOCK_M"]) if r else 0
