@@ -38,6 +38,8 @@ def export(
         raise ValueError("--model is for the embeddings of texts and --as-tokens: give one of them, or leave it out")
     if texts is not None and as_tokens:
         raise ValueError("--texts and --as-tokens exclude each other: give one")
+    if output.is_file():
+        raise FileExistsError(f"{output} is a file: give a folder")
     with quiet():
         from ept.model.adapter_files import CONFIG_NAME
         from ept.model.base_model import input_embedding

@@ -92,6 +92,8 @@ def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
 def check_writable(folder: RunFolder) -> None:
     """Raises OSError, before anything is loaded, where the folder can be neither written nor made."""
     place = _existing(folder.path)
+    if not place.is_dir():
+        raise FileExistsError(f"{place} is a file: choose another --output, a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise OSError(_refused(folder.path, f"{place} is not writable"))
 

@@ -104,7 +104,13 @@ def write_rows(rows: Sequence[Mapping[str, Any]], file: Path, probabilities: Col
         import pyarrow  # type: ignore[import-untyped]
         from pyarrow import parquet
 
-        table = pyarrow.table({column: [row.get(column) for row in rows] for column in columns})
+        def array(values: list[Any]) -> Any:
+            try:
+                return pyarrow.array(values)
+            except pyarrow.ArrowException:  # a column of JSON may hold numbers and words
+                return pyarrow.array([None if value is None else str(value) for value in values])
+
+        table = pyarrow.table({column: array([row.get(column) for row in rows]) for column in columns})
         write_atomically(file, lambda path: parquet.write_table(table, path))
     elif kind in (".csv", ".tsv"):
         text = io.StringIO(newline="")

@@ -153,6 +153,15 @@ def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
     """Calls `cls.from_pretrained`, with one clear error and never with trust_remote_code."""
     if (name := model.name_or_path) is None:
         raise ValueError("model.name_or_path is not set: give a model folder or hub name")
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(f"{name}: no such model folder: check the path")
+    if path.is_dir() and not (path / "config.json").is_file() and model.gguf_file is None:
+        if any((path / part).is_file() for part in ("adapter_config.json", "config.yaml")):
+            raise ValueError(
+                f"{name} holds an adapter: give its base model here; --init-from RUN starts from an adapter"
+            )
+        raise ValueError(f"{name} holds no model, there is no config.json: check the path")
     if model.gguf_file is not None:
         options["gguf_file"] = model.gguf_file
         if Path(name).is_dir() and not (Path(name) / model.gguf_file).is_file():

@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..utils.messages import listed
+
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
@@ -22,6 +24,7 @@ DELIMITERS = ",;\t|"
 MAX_ACCENTED = 0.2
 """Up to this share of its letters text that is not UTF-8 is taken for cp1252: European languages have 0 to 15 % of
 letters beyond ASCII, a Cyrillic, Greek or Japanese text that is read as cp1252 over 50 %."""
+_MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}  # that files begin with
 ENCODINGS = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "shift_jis", "gb18030", "big5", "euc_kr")
 
 
@@ -32,8 +35,8 @@ def read_rows(path: File, encoding: str | None = None) -> list[Row]:
     file may have commas, semicolons, tabs or bars between its fields.
 
     Args:
-        encoding: of a text file. None: UTF-8, or UTF-16 by its mark; a csv file that is neither may be cp1252, with a
-            warning.
+        encoding: of a text file. None: UTF-8, or UTF-16 and UTF-32 by their marks; a csv file that is neither may be
+            cp1252, with a warning.
 
     Raises FileNotFoundError when there is no such file, ValueError for an unsupported suffix or encoding, for content
     that does not parse (with its line or row) and for a file without rows.
@@ -60,10 +63,10 @@ def read_text(path: Path, encoding: str | None = None, guess: bool = False) -> s
         guess: take for cp1252, with a warning, what is not UTF-8 and has as few accents as a European language.
     """
     content = path.read_bytes()
-    utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    name = encoding or ("UTF-16" if utf16 else "UTF-8")
+    marked = next((name for name, marks in _MARKS.items() if content.startswith(marks)), "UTF-8")
+    name = encoding or marked
     try:
-        return content.decode(name).removeprefix("\ufeff")
+        text = content.decode(name).removeprefix("\ufeff")
     except LookupError as error:
         raise ValueError(f"unknown encoding {encoding!r}: name one that Python knows, such as cp1252") from error
     except UnicodeDecodeError as error:
@@ -78,6 +81,12 @@ def read_text(path: Path, encoding: str | None = None, guess: bool = False) -> s
             f" (it may be {fitting})" if fitting else ""
         )
         raise ValueError(f"{path}, line {line}: {byte}: {remedy}") from error
+    if (place := text.find("\0")) >= 0:
+        line = text.count("\n", 0, place) + 1
+        wide = next((n for n, i in (("utf-16-le", 1), ("utf-16-be", 0)) if not any(content[i : i + 20 : 2])), None)
+        remedy = f"set data.encoding to its own (it may be {wide})" if wide else "take it out, or copy the file again"
+        raise ValueError(f"{path}, line {line}: a byte 0x00, which is no part of a text: {remedy}")
+    return text
 
 
 @cache
@@ -159,7 +168,7 @@ def _rows_of(whole: Any, path: Path) -> list[Any]:
             return tables[0]
         if not arrays and not any(isinstance(value, dict) for value in whole.values()):
             return [whole]
-    found = f"an object with {', '.join(map(repr, whole))}" if isinstance(whole, dict) else type(whole).__name__
+    found = f"an object with {listed(map(repr, whole))}" if isinstance(whole, dict) else type(whole).__name__
     raise ValueError(f"{path} holds {found}, not rows: write an array of objects, [{{column: value}}, ...]")
 
 
@@ -168,9 +177,12 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)
     text = read_text(path, encoding, guess=True)  # JSON is UTF-8 by its own rule, csv files are whatever
     delimiter = find_delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ",")
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    line = text.lstrip("\r\n").partition("\n")[0]
+    spaced = delimiter in line and line.count(delimiter) == line.count(f"{delimiter} ")  # a, b, c
+    options: Any = {"strict": True, "delimiter": delimiter, "skipinitialspace": spaced}
+    reader = csv.reader(io.StringIO(text, newline=""), **options)
     try:
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
         if len(set(header)) < len(header):
             raise ValueError(f"{path}: the header {','.join(header)} names a column twice: rename one of them")
         for fields in filter(None, reader):  # empty lines give no fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
     """Finds the labels in a column, in a fixed order: numbers rise, words are sorted.
 
     Numbers that are not whole, or more than 20 different ones, make a regression. Raises ValueError for a column with
-    one label alone, with labels that differ in case or blanks only, with too many different ones, and for a file that
+    one label alone, with labels that look alike, with too many different ones, and for a file that
     has a row in place of its header.
     """
     if shape := next((type(v).__name__ for row in rows if isinstance(v := row.get(column), (list, dict))), None):
@@ -155,7 +156,7 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
 def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
     alike: dict[str, list[str]] = defaultdict(list)
     for word in by_word:
-        alike[text_key(word)].append(word)
+        alike[_as_seen(word)].append(word)
     if len(by_word) == 1:
         raise ValueError(f"{where} holds one label alone, {shown(next(iter(by_word)))}: a task needs at least 2")
     if twins := next((words for words in alike.values() if len(words) > 1), None):
@@ -164,14 +165,20 @@ def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
         mapping = ", ".join(f"'{word}': '{other}'" for word, other in merged.items())
         pair = " and ".join(f"{word!r} ({by_word[word]} rows)" for word in twins)
         raise ValueError(
-            f"{where}: labels {pair} differ in case or blanks alone: write {common!r} for all, or say which are one "
-            f'with --set "data.label_words={{{mapping}}}"'
+            f"{where}: labels {pair} differ in case, blanks or invisible signs alone: write {common!r} for all, or say "
+            f'which are one with --set "data.label_words={{{mapping}}}"'
         )
     if len(by_word) > MAX_LABELS or (len(by_word) > FEW and len(by_word) > total / 2):
         raise ValueError(
             f"{where} holds {len(by_word)} different values in {total} rows, too many for labels: "
             "name the label's column with --label-column; for answers in free text give --target-template {column}"
         )
+
+
+def _as_seen(word: str) -> str:
+    """Gives what labels that look alike share: case, blanks, invisible signs and ways to write an accent aside."""
+    composed = unicodedata.normalize("NFC", word)
+    return text_key("".join(sign for sign in composed if unicodedata.category(sign) != "Cf"))
 
 
 def _grid(low: float, high: float) -> list[float]:

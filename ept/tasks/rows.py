@@ -6,6 +6,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import date
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from .files import Row
@@ -71,7 +73,7 @@ def as_text(column: str, value: Any) -> str:
     """Gives a cell's text; raises ValueError for a list or another structure."""
     if is_missing(value):
         return ""
-    if isinstance(value, (str, int, float)):
+    if isinstance(value, (str, int, float, Decimal, date)):
         return str(value)
     raise ValueError(f"column '{column}' holds a {type(value).__name__}, not text: flatten it to a string first")
 
@@ -225,7 +227,7 @@ def is_number(value: Any) -> bool:
         except ValueError:
             return False
         return True
-    return isinstance(value, (int, float))
+    return isinstance(value, (int, float, Decimal))
 
 
 def text_key(text: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
@@ -174,7 +176,7 @@ def _spellings(value: Any) -> list[str]:
     if isinstance(value, str):
         value = value.strip()
         return [value, value.casefold()] if value.casefold() in ("true", "false") else [value]
-    return []
+    return [str(value)] if isinstance(value, (Decimal, date)) else []  # of Parquet files
 
 
 def local_task(

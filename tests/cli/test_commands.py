@@ -176,6 +176,13 @@ def test_predict_keeps_every_row_and_column(runs: dict[str, Path], tmp_path: Pat
     assert len(read_rows(output)) == 1
 
 
+def test_predict_writes_columns_of_numbers_and_words(runs: dict[str, Path], tmp_path: Path) -> None:
+    file, output = tmp_path / "rows.jsonl", tmp_path / "out.parquet"
+    file.write_text(f'{{"id": 7, "sentence": "{GOOD}"}}\n{{"id": "x", "sentence": "{BAD}"}}\n', encoding="utf-8")
+    succeed("predict", runs["bert"], "--file", file, "--output", output)
+    assert [row["id"] for row in read_rows(output)] == ["7", "x"]
+
+
 def test_bad_input_to_evaluate_and_predict(runs: dict[str, Path], tmp_path: Path) -> None:
     run = runs["bert"]
     empty, other = tmp_path / "empty.jsonl", tmp_path / "other.jsonl"

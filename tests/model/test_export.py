@@ -269,6 +269,7 @@ MISTAKES = [
         ["--texts", "binary.txt", "--model", "base"],
         "binary.txt, line 1: byte 0xff is not UTF-8: save the file as UTF-8",
     ),
+    (["--output", "rows.jsonl"], "rows.jsonl is a file: give a folder"),
     (["--texts", "long.txt", "--model", "base"], "text 1: input has 13 tokens, the adapter was made for max_length=12"),
 ]
 

@@ -28,6 +28,9 @@ READ = [
     ("a.csv", "\ufefftext,label\n日本語 🎉,good\n", [{"text": "日本語 🎉", "label": "good"}]),
     ("a.csv", "text,label\nÇa coûte 5 €,good\n".encode("cp1252"), [{"text": "Ça coûte 5 €", "label": "good"}]),
     ("a.csv", "text\tlabel\nüber\tgood\n".encode("utf-16"), [{"text": "über", "label": "good"}]),
+    ("a.csv", "text\tlabel\nüber\tgood\n".encode("utf-32"), [{"text": "über", "label": "good"}]),
+    ("a.csv", 'text, label\n"so, so", good\n', [{"text": "so, so", "label": "good"}]),
+    ("a.csv", "text ,label\n so, good\n", [{"text": " so", "label": " good"}]),
     ("a.jsonl", '\ufeff{"a": 1}\r\n\r\n{"a": "x\u2028y\x85z"}', [{"a": 1}, {"a": "x\u2028y\x85z"}]),
     ("a.jsonl", '{"a": "\\ud83c\\udf89"}', [{"a": "🎉"}]),
     ("a.json", '{\n  "a": 1,\n  "b": "x"\n}', [{"a": 1, "b": "x"}]),
@@ -81,6 +84,10 @@ REFUSED = [
     ("a.json", '{"text": {"0": "a"}, "label": {"0": 1}}', "holds an object with 'text', 'label', not rows"),
     ("a.json", "7", "holds int, not rows"),
     ("a.json", '{\n "a": 1,\n}', "a.json, line 3: not JSON"),
+    ("a.json", json.dumps({str(i): {} for i in range(99)}), "an object with '0', .* '7', and 91 more, not rows"),
+    ("a.csv", "text,label\nso,a\nso,b\0\n", "line 3: a byte 0x00, which is no part of a text: take it out"),
+    ("a.csv", "text,label\nso,a\n".encode("utf-16-le"), r"set data.encoding to its own \(it may be utf-16-le\)"),
+    ("a.csv", "text,label\nso,a\n".encode("utf-16-be"), r"set data.encoding to its own \(it may be utf-16-be\)"),
     ("a.tsv", "a\tb\nx\ty\tz\n", "line 2: the header has 2 columns, this line has 3: .* quote fields that hold tabs"),
 ]
 

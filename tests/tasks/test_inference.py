@@ -106,11 +106,13 @@ NO_LABELS = [
     (["", None], "column 'label' is empty"),
     (
         ["Good", "good", "bad", "good", "Bad"],
-        r"labels 'Good' \(1 rows\) and 'good' \(2 rows\) differ in case or blanks alone: write 'good' for all.*"
+        r"labels 'Good' \(1 rows\) and 'good' \(2 rows\) differ in case, blanks or invisible signs alone: "
+        r"write 'good' for all.*"
         r"data.label_words=\{'Good': 'good', 'good': 'good', 'bad': 'bad', 'Bad': 'bad'\}",
     ),
     ([["good"], ["bad"]], "a.csv: column 'label' holds a list, not one label a row"),
-    (["very  good", "very good"], "differ in case or blanks alone"),
+    *((["café", other, "no"], "differ in case, blanks or invisible signs") for other in ("cafe\u0301", "café\u200b")),
+    (["very  good", "very good"], "differ in case, blanks or invisible signs alone"),
     ([f"answer {n}" for n in range(9)], "holds 9 different values in 9 rows, too many for labels"),
 ]
 

@@ -1,5 +1,8 @@
 """The table of tasks, get_task, local_task and how raw labels are read."""
 
+from datetime import date, datetime
+from decimal import Decimal
+
 import pytest
 
 from ept.tasks import TASKS, get_task, local_task, render
@@ -88,6 +91,12 @@ LABELS = [
     ({True: "fun", False: "dry"}, [(True, 0), (False, 1), (1, 0), ("0", 1), ("True", 0), ("false", 1)], ["fun"]),
     ({-1: "down", 1: "up"}, [(-1, 0), ("-1", 0), (-1.0, 0), (1, 1)], [0, "-1.0"]),
     ({1: "bad", 2: "bad", 3: "good"}, [(1, 0), (2, 0), (3, 1), ("3", 1)], [0, 4]),
+    (
+        ["2024-01-01", "2024-01-02"],
+        [(date(2024, 1, 2), 1), ("2024-01-01", 0)],
+        [datetime(2024, 1, 1)],
+    ),
+    ({"0": "no", "1.5": "yes"}, [(Decimal("1.5"), 1), (Decimal(0), 0)], [Decimal(2)]),
     ({"True": "a", True: "b"}, [("True", 0), (True, 1)], [0]),
 ]
 

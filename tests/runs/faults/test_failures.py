@@ -247,3 +247,6 @@ def test_a_folder_that_may_not_be_written_is_refused_at_once(tmp_path: Path, mon
     with pytest.raises(OSError, match=rf"cannot write {folder.path}: {tmp_path} is not writable: give this user"):
         check_writable(folder)
     assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file is a file: choose another --output, a folder"):
+        check_writable(RunFolder(tmp_path / "file" / "run"))
