@@ -8,6 +8,7 @@ One thread, in time of the processor, both in turn, with freed memory kept and a
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from ept.runs.cpu import M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD, keep_freed_memory
 
 from .record import Row
-from .timing import Call, ThreadClock, ratio, time_in_turn
+from .timing import Call, ThreadClock, one_thread, ratio, time_in_turn
 
 # Heads, heads of keys and values, width of a head: SmolLM2-135M, T5-base, MiniLM.
 KINDS = {"llama": (9, 3, 64), "t5": (12, 12, 64), "bert": (12, 12, 32)}
@@ -26,26 +27,19 @@ DTYPES = ("float32", "bfloat16")
 
 def measure(*, batch: int, lengths: tuple[int, ...], rounds: int) -> Iterator[Row]:
     """Yields a row for every dtype, kind, length and handling of memory; the gain is SDPA's time over eager's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for kept in (False, True):
+    with one_thread():
+        for kept, dtype, kind, length in itertools.product((False, True), DTYPES, KINDS, lengths):
             keep_freed_memory() if kept else as_glibc_starts()
-            for dtype in DTYPES:
-                for kind in KINDS:
-                    for length in lengths:
-                        calls = implementations(kind, batch, length, getattr(torch, dtype))
-                        times = time_in_turn(calls, ThreadClock("cpu", 1), rounds=rounds, warmup=1)
-                        yield {
-                            "provider": f"{kind}, {length}, {dtype}{', memory kept' if kept else ''}",
-                            **times["eager"].as_dict(),
-                            "sdpa_median": times["sdpa"].median,
-                            "gain_of_eager": ratio(times["sdpa"], times["eager"]),
-                            "size": {"batch": batch, "length": length},
-                            "dtype": dtype,
-                        }
-    finally:
-        torch.set_num_threads(threads)
+            calls = implementations(kind, batch, length, getattr(torch, dtype))
+            times = time_in_turn(calls, ThreadClock("cpu", 1), rounds=rounds, warmup=1)
+            yield {
+                "provider": f"{kind}, {length}, {dtype}{', memory kept' if kept else ''}",
+                **times["eager"].as_dict(),
+                "sdpa_median": times["sdpa"].median,
+                "gain_of_eager": ratio(times["sdpa"], times["eager"]),
+                "size": {"batch": batch, "length": length},
+                "dtype": dtype,
+            }
 
 
 def implementations(kind: str, batch: int, length: int, dtype: torch.dtype) -> dict[str, Call]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ept.profile.report import PHASE_COLOURS
+from ept.profile.report import draw_bars
 from ept.utils.plots import plot
 
 from .record import Row, by_case
@@ -135,17 +135,9 @@ def draw_steps(results: list[Row], path: Path) -> None:
     for panel, (case, methods) in _panels(path, cases, height=1.2 + 0.5 * max(map(len, cases.values()))):
         rows = list(methods.values())
         names = [METHOD_TITLES.get(method, method) for method in methods]
-        left = [0.0] * len(rows)
-        for phase, colour in zip(rows[0]["phases"], PHASE_COLOURS):
-            widths = [1e3 * row["phases"][phase] for row in rows]
-            panel.barh(names, widths, left=left, label=phase.replace("_", " "), color=colour)
-            left = [a + b for a, b in zip(left, widths)]
-        medians = [1e3 * row["median"] for row in rows]
-        spread = [[1e3 * abs(row[q] - row["median"]) for row in rows] for q in ("p20", "p80")]
-        panel.errorbar(medians, names, xerr=spread, fmt="none", ecolor="black", capsize=3, label="20 to 80 %")
-        size = f"{rows[0]['size']['batch']}×{rows[0]['size']['length']}"
-        panel.set(xlabel="time of a step (ms)", title=f"{case.removeprefix('steps/')}, {size}")
-        panel.set_ylim(len(names) - 0.4, -0.6)  # the first on top
+        draw_bars(panel, names, [row["phases"] for row in rows], rows, unit=1e3)
+        size = rows[0]["size"]
+        panel.set_title(f"{case.removeprefix('steps/')}, {size['batch']}×{size['length']}")
 
 
 def _panels(path: Path, content: dict[str, Any], height: float = 3.4) -> Iterator[tuple[Any, tuple[str, Any]]]:

@@ -204,14 +204,6 @@ class Record:
         """Returns the results of every finished unit; of a unit that was measured again, the last ones."""
         return [result for results in self.units()[1].values() for result in results]
 
-    def finished(self, unit: str) -> bool:
-        """Tells whether `unit` has ended, and not because its time was up."""
-        return is_finished(self.units()[1].get(unit))
-
-    def attempts(self, unit: str) -> int:
-        """Counts how often `unit` was begun and did not end."""
-        return self.units()[0][unit]
-
     def units(self) -> tuple[Counter[str], dict[str, list[Row]]]:
         """Returns by unit how often it was begun and did not end, and the results of those that did."""
         attempts: Counter[str] = Counter()

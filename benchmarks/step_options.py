@@ -30,7 +30,7 @@ from .attention import as_glibc_starts
 from .goals import EPT_EVERYTHING
 from .headlines import BATCH, LENGTH, headline_rows
 from .record import Row
-from .timing import Call, Clock, ThreadClock, ratio, time_in_turn
+from .timing import Call, Clock, ThreadClock, one_thread, ratio, time_in_turn
 
 EPOCH = 25  # batches that are grouped by length; the one of median size is measured
 TOKENS = {"ept": 40, "peft-pt": 100}
@@ -150,13 +150,9 @@ def options(
         return take
 
     clock = ThreadClock("cpu", 1) if device.type == "cpu" else Clock(device.type)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         calls = {version.name: step(version) for version in versions}
         times = time_in_turn(calls, clock, rounds=rounds, warmup=1)
-    finally:
-        torch.set_num_threads(threads)
     # PEFT's step with the dtype and attention of a version's, where one is measured.
     alike = {(False, False): STARTED, (True, True): PEFT_ALIKE}
     for version in versions:

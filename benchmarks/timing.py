@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, pairwise
 from typing import Any
@@ -105,6 +106,17 @@ def time_in_turn(
             alone[name] += clock.host_times
     with_host, only_host = ({n: statistics.median(x) if x else None for n, x in of.items()} for of in (host, alone))
     return {n: Timing(samples[n], with_host[n], host_bound[n], clock.name, only_host[n]) for n in calls}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch compute on one thread, whose time a `ThreadClock` counts, as long as the context lasts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Clock:

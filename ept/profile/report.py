@@ -55,21 +55,35 @@ def shares_table(report: dict[str, Any]) -> Table:
 
 def draw_phases(report: dict[str, Any], file: Path) -> None:
     """Draws a stacked bar for each method into a PNG."""
-    methods = report["methods"][::-1]  # the first on top
-    labels = [f"{_NAMES[m['method']]}, {m['num_virtual_tokens']} tokens" for m in methods]
-    left = [0.0] * len(methods)
+    methods = report["methods"]
+    names = [f"{_NAMES[m['method']]}, {m['num_virtual_tokens']} tokens" for m in methods]
     with plot(file, title(report), width=8, height=1.8 + 0.45 * len(methods), legend_columns=4) as (axes,):
-        for phase, colour in zip(PHASES, PHASE_COLOURS):
-            widths = [method["phases_ms"][phase] for method in methods]
-            axes.barh(labels, widths, left=left, color=colour, label=phase)
-            left = [start + width for start, width in zip(left, widths)]
-        low, high = ([abs(m["step_ms"][q] - m["step_ms"]["median"]) for m in methods] for q in ("p20", "p80"))
-        medians = [method["step_ms"]["median"] for method in methods]
-        style = {"fmt": "none", "ecolor": "black", "capsize": 3, "label": "step, 20 to 80 %"}
-        axes.errorbar(medians, labels, xerr=[low, high], **style)
-        axes.set_xlabel("time of a training step (ms)")
-        axes.set_xlim(left=0)
-        axes.set_ylim(-0.6, len(methods) - 0.4)
+        draw_bars(axes, names, [m["phases_ms"] for m in methods], [m["step_ms"] for m in methods])
+
+
+def draw_bars(
+    axes: Any,
+    names: Sequence[str],
+    phases: Sequence[dict[str, float]],
+    steps: Sequence[dict[str, Any]],
+    unit: float = 1,
+) -> None:
+    """Draws a bar for each name, the first on top: its phases one after another, and the spread of the whole step.
+
+    Args:
+        unit: milliseconds of one of the values.
+    """
+    left = [0.0] * len(names)
+    for phase, colour in zip(phases[0], PHASE_COLOURS):
+        widths = [unit * found[phase] for found in phases]
+        axes.barh(names, widths, left=left, color=colour, label=phase.replace("_", " "))
+        left = [start + width for start, width in zip(left, widths)]
+    medians = [unit * step["median"] for step in steps]
+    spread = [[unit * abs(step[q] - step["median"]) for step in steps] for q in ("p20", "p80")]
+    axes.errorbar(medians, names, xerr=spread, fmt="none", ecolor="black", capsize=3, label="step, 20 to 80 %")
+    axes.set_xlabel("time of a training step (ms)")
+    axes.set_xlim(left=0)
+    axes.set_ylim(len(names) - 0.4, -0.6)
 
 
 def draw_sweep(report: dict[str, Any], file: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import BatchSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, Sampler, WeightedRandomSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -159,19 +159,15 @@ class PromptTrainer(Trainer):
         return metrics
 
 
-class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """The order of an epoch's rows with those of like length side by side, from its seed and number alone.
+class _EpochSampler(Sampler[int]):
+    """A sampler whose order of an epoch's rows follows from its seed and number alone.
 
-    transformers' own sampler draws from the global generator, whose state at the start of an epoch a run that resumes
-    inside that epoch does not know.
-
-    Args:
-        batch_size: rows of an optimiser step, over all ranks. lengths: tokens of every row.
+    The samplers that it stands before draw from the global generator, whose state at the start of an epoch a run that
+    resumes inside that epoch does not know.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
+    seed: int
+    epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Takes the number of the epoch from the data loader."""
@@ -182,8 +178,20 @@ class EpochLengthGroupedSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class BalancedSampler(WeightedRandomSampler):
-    """An order of an epoch's rows in which every label comes equally often, from its seed and number alone.
+class EpochLengthGroupedSampler(_EpochSampler, LengthGroupedSampler):
+    """The order of an epoch's rows with those of like length side by side.
+
+    Args:
+        batch_size: rows of an optimiser step, over all ranks. lengths: tokens of every row.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+
+
+class BalancedSampler(_EpochSampler, WeightedRandomSampler):
+    """An order of an epoch's rows in which every label comes equally often.
 
     Rows of rare labels come several times, others not in every epoch.
 
@@ -193,15 +201,7 @@ class BalancedSampler(WeightedRandomSampler):
 
     def __init__(self, labels: list[int], seed: int) -> None:
         super().__init__(row_weights(labels), len(labels))
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Takes the number of the epoch from the data loader."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        self.seed = seed
 
 
 class SharedBatches(BatchSampler):

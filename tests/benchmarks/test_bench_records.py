@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import record as records
-from benchmarks.record import ROOT, Record, Work
+from benchmarks.record import ROOT, Record, Work, is_finished
 from benchmarks.run import MAX_ATTEMPTS, run
 
 ABOUT = {"sources": "0123", "device": "cpu", "device_type": "cpu", "reduced": True}
@@ -31,18 +31,19 @@ def test_results_of_a_unit_count_only_once_it_has_ended(tmp_path: Path) -> None:
         run(record, [Work("b", interrupted)], {}, seconds=60)
     again = Record.resume(tmp_path / "r.jsonl", HEADER)
     assert [row["value"] for row in again.results()] == [1]
-    assert (again.finished("a"), again.finished("b"), again.attempts("b")) == (True, False, 1)
+    attempts, ended = again.units()
+    assert (set(ended), attempts["b"]) == ({"a"}, 1)
 
 
 def test_what_was_cut_off_counts_as_never_begun_once_it_is_forgiven(tmp_path: Path) -> None:
     record = Record.resume(tmp_path / "r.jsonl", HEADER)
     for _ in range(MAX_ATTEMPTS):
         record.append({"line": "begin", "unit": "a"})
-    assert record.attempts("a") == MAX_ATTEMPTS
+    assert record.units()[0]["a"] == MAX_ATTEMPTS
     record.forgive()
     lines = len(record.lines())
     record.forgive()
-    assert (record.attempts("a"), len(record.lines())) == (0, lines)
+    assert (record.units()[0]["a"], len(record.lines())) == (0, lines)
     run(record, [Work("a", lambda: [{"value": 1}])], {}, seconds=60)
     assert [(row["status"], row["value"]) for row in record.results()] == [("ok", 1)]
 
@@ -95,9 +96,9 @@ def test_a_unit_whose_process_keeps_dying_is_given_up_with_a_reason(tmp_path: Pa
     for _ in range(MAX_ATTEMPTS):
         with pytest.raises(SystemExit):
             run(record, [Work("steps/a", dies)], {}, seconds=60)
-        assert not record.finished("steps/a")
+        assert not record.units()[1]
     assert run(record, [Work("steps/a", dies)], {}, seconds=60) == 0
-    assert record.finished("steps/a")
+    assert is_finished(record.units()[1]["steps/a"])
     (row,) = record.results()
     assert (row["status"], row["section"], row["case"]) == ("failed", "steps", "steps/a")
     assert f"{MAX_ATTEMPTS} times" in row["reason"]
