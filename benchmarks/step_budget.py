@@ -27,6 +27,7 @@ from ept.profile.shapes import shape_config
 from .tables import markdown
 
 LABELS = 2  # a row
+MODULES = ("its own", "fused")
 
 # Operators that move nothing.
 _VIEWS = {
@@ -145,20 +146,29 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=40, help="virtual tokens before them")
     parser.add_argument("--operators", action="store_true", help="also every operator that moves much")
     options = parser.parse_args()
-    rows = []
+    counted: dict[str, tuple[Counted, Counted]] = {}
     for text in options.models:
         name, _, batch = text.partition(":")
-        for what, counted in zip(("its own", "fused"), compare(name, int(batch or 8), options.length + options.prompt)):
-            kinds = counted.by_kind()
-            launches = sum(counted.launches.values()), kinds[ELEMENT_WISE][0]
+        positions = options.length + options.prompt
+        counted[f"{name}, {batch} × {positions}"] = compare(name, int(batch or 8), positions)
+    print(table(counted))
+    for step, both in counted.items() if options.operators else ():
+        for modules, found in zip(MODULES, both):
+            for operator, number in found.bytes.most_common(12):
+                print(f"{step}, {modules}: {operator} {found.launches[operator]} launches, {number / 1e9:.2f} GB")
+
+
+def table(counted: dict[str, tuple[Counted, Counted]]) -> str:
+    """Returns what was counted, by step, with the model's own modules and with fused ones, as a Markdown table."""
+    lines = []
+    for step, both in counted.items():
+        for modules, found in zip(MODULES, both):
+            kinds = found.by_kind()
+            launches = sum(found.launches.values()), kinds[ELEMENT_WISE][0]
             gigabytes = [f"{kinds[kind][1] / 1e9:.1f}" for kind in (ELEMENT_WISE, ATTENTION)]
-            size = f"{name}, {batch} × {options.length + options.prompt}"
-            rows.append([size, what, *map(str, launches), *gigabytes, f"{counted.operations / 1e12:.1f}"])
-            if options.operators:
-                for operator, number in counted.bytes.most_common(12):
-                    print(f"{name} {what}: {operator} {counted.launches[operator]} launches, {number / 1e9:.2f} GB")
+            lines.append([step, modules, *map(str, launches), *gigabytes, f"{found.operations / 1e12:.1f}"])
     columns = ["model", "modules", "launches", "element-wise", "element-wise GB", "attention GB", "TFLOP in products"]
-    print(markdown(columns, rows))
+    return markdown(columns, lines)
 
 
 if __name__ == "__main__":

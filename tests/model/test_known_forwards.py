@@ -40,7 +40,7 @@ def test_installed_transformers_is_known(family):
         known = known_as(function)
         assert known is not None, (
             f"transformers {transformers.__version__} has changed {name}, which runs unfused now. See what it "
-            f"computes: if the fused form {kind} still does, add its digest {digest_of(function)} to known_forwards.json"
+            f"computes: if the fused form {kind} still does, add its digest {digest_of(function)} to the table"
         )
         assert (known.kind, known.constant) == kind
         assert name in known.names
