@@ -12,6 +12,9 @@ aten = torch.ops.aten
 # What reads a number, or a size that depends on numbers, back from the device.
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
 PACKAGES = ("ept", "ept_kernels", "transformers", "peft")
+# On a CPU it is looked whether there is anything to move, and whether every id has a row; an accelerator moves, and its
+# kernel makes such a row NaN.
+CPU_ONLY = {"ept.model.layout.arrangement", "ept.embedding._check_vocabulary"}
 
 
 class Waits(TorchDispatchMode):
@@ -20,6 +23,10 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+
+    def of_an_accelerator(self) -> list[str]:
+        """Lists the waits without those that only a CPU is asked for."""
+        return [place for place in self.found if place not in CPU_ONLY]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Indexing by a mask is a nonzero in disguise.

@@ -12,8 +12,6 @@ from waits import Waits
 
 # Without a mask a decoder looks in its positions for several texts in one row, and asks once.
 WITHOUT_PADDING = {"llama": ["transformers.masking_utils.find_packed_sequence_indices"], "t5": [], "bert": []}
-# On a CPU it is looked whether there is anything to move; elsewhere it is moved.
-CPU_ONLY = {"ept.model.layout.arrangement"}
 
 
 def step_of(name: str, lengths: tuple[int, int], device: str = "cpu") -> tuple[Any, dict[str, Any]]:
@@ -34,9 +32,9 @@ def test_nothing_of_ours_waits(name: str, lengths: tuple[int, int]) -> None:
     model, batch = step_of(name, lengths)
     with Waits() as waits:
         model(**batch).loss.backward()
-    assert [place for place in waits.found if not place.startswith("transformers.") and place not in CPU_ONLY] == []
+    assert [place for place in waits.of_an_accelerator() if not place.startswith("transformers.")] == []
     if lengths == (7, 7) and name in WITHOUT_PADDING:
-        assert waits.found == WITHOUT_PADDING[name]
+        assert waits.of_an_accelerator() == WITHOUT_PADDING[name]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
