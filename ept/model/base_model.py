@@ -127,15 +127,18 @@ def swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -
 def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
     """Puts the frozen model in the mode that training an adapter wants.
 
-    Without `dropout` it stays in `eval` mode while training. Two kinds of module need the training flag all the
-    same: layers under gradient checkpointing, which would silently keep all activations, and bitsandbytes' 4-bit
-    layers on a CPU, which would repack their weights beyond differentiation.
+    Without `dropout` it stays in `eval` mode while training. Three kinds of module need the training flag all the
+    same: layers under gradient checkpointing, which would silently keep all activations, bitsandbytes' 4-bit
+    layers on a CPU, which would repack their weights beyond differentiation, and embeddings to which
+    NEFTune's noise is hooked, which is none in `eval` mode.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     model.train(training and dropout)
     for module in model.modules():
-        if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4"):
+        if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4") or (
+            training and isinstance(module, nn.Embedding) and module._forward_hooks
+        ):
             module.training = True
         elif training and isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True

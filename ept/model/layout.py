@@ -26,14 +26,16 @@ def arrangement(mask: Tensor, s: int, padding: str) -> Tensor | None:
     """
     if padding == APART or (padding == BESIDE and not s):
         return None
+    # A CPU is asked whether anything has to move at all: it has the answer, which a compiled graph cannot wait for.
+    can_ask = mask.device.type == "cpu" and not torch.compiler.is_compiling()
     if padding == BESIDE:
         leading = (mask[:, s:].cumsum(1) == 0).sum(1, keepdim=True)  # [batch, 1]
-        if mask.device.type == "cpu" and not bool(leading.any()):
+        if can_ask and not bool(leading.any()):
             return None
         index = torch.arange(mask.shape[1], device=mask.device)
         return torch.where(index < leading, index + s, torch.where(index < leading + s, index - leading, index))
     is_real = mask.bool().to(torch.int8)
-    if mask.device.type == "cpu" and bool((is_real.diff(dim=1) * (1 if padding == FRONT else -1) >= 0).all()):
+    if can_ask and bool((is_real.diff(dim=1) * (1 if padding == FRONT else -1) >= 0).all()):
         return None
     return torch.sort(is_real, dim=1, stable=True, descending=padding == BEHIND).indices
 

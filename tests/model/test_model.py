@@ -225,6 +225,28 @@ def test_base_is_in_eval_mode_while_training_unless_asked_otherwise():
     assert training_modules(adapted("bert")) == {"ModulesToSaveWrapper", "ModuleDict", "Linear"}
 
 
+def test_noise_of_neftune_reaches_the_text_while_training():
+    """The Trainer hooks it to the embedding, whose `training` flag it asks."""
+    model, batch = adapted("llama"), make_batch("llama")
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, output: output + module.training * torch.rand_like(output))
+    for mode in (False, True):
+        model.train(mode)
+        assert torch.equal(model(**batch).loss, model(**batch).loss) is not mode
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ONE_A_TASK)
+def test_a_padded_batch_is_exported(name, side):
+    model, batch = adapted(name), make_batch(name, side=side)
+    options = {"decoder_input_ids": batch["labels"].clamp(min=0)} if name == "t5" else {}
+    options |= {} if name == "bert" else {"use_cache": False}
+    inputs = (batch["input_ids"], batch["attention_mask"])
+    with torch.no_grad():
+        exported = torch.export.export(model, inputs, options, strict=False).module()
+        torch.testing.assert_close(exported(*inputs, **options).logits, model(*inputs, **options).logits)
+
+
 def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):
