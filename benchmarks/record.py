@@ -45,7 +45,7 @@ class Work:
     Attributes:
         unit: its name, `section/…`. rows: measures it, and gives a row or several. described: fields of all its rows
             beside section and case.
-        needs: a package without which it is skipped. on_request: measured only where `--only` names it.
+        needs: packages without which it is skipped. on_request: measured only where `--only` names it.
         group: of a section whose units do not all share one process: those of one group do.
         limit: seconds after which its process is ended, as one that hangs.
     """

@@ -21,8 +21,8 @@ from ept.runs.loading import default_device
 
 from . import attention, mixed_adapters, operator_overhead
 from .goals import BARE_STEP, EPT_METHOD, EVERYTHING, LLAMA_STEP, T5_STEP
+from .options import options
 from .record import Row, Work, profile_row
-from .step_options import options
 from .timing import Call, Clock, ratio, time_in_turn
 
 METHODS = ("pt", "dept", "ept", "peft-pt")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import run, steps
+from benchmarks.options import NOTHING, STARTED, VERSIONS
 from benchmarks.record import Record
-from benchmarks.step_options import NOTHING, STARTED, VERSIONS
 from benchmarks.tables import bare_text, everything_text, step_table
 
 

@@ -5,7 +5,7 @@ come, padded to the longest of their batch. Once it has the dtype and attention 
 those of EPT's step, by which the goal is judged, and once every option that EPT's has, so that the prompts alone
 differ. In all of them the frozen model's dropout is off, which a plain Trainer would have to pay for.
 
-All take their steps in turn; on a processor one thread, in time of the processor.
+All take their steps in turn; on a CPU with one thread, in CPU time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ept.model.compilation import compile_layers
-from ept.model.frozen import restore_frozen, swap_frozen
+from ept.model.frozen import swap_frozen
 from ept.profile.batches import make_batches, random_rows
 from ept.profile.clock import take_step
 from ept.profile.methods import Method, MethodSpec, make_method
@@ -48,9 +48,9 @@ class Version:
     only_on: str = ""
     label_only: bool = False
     grouped: bool = False
-    kept: bool = False  # memory of a processor
+    kept: bool = False  # freed memory, on a CPU
     half: bool = False  # the fastest dtype
-    eager: bool = False  # attention, on a processor in bfloat16
+    eager: bool = False  # attention, on a CPU in bfloat16
     fused: bool = False  # norms, rotary embeddings, activations, where kernels run
     multiple: int = 1  # that the lengths of batches are rounded up to
     compiled: bool = False
@@ -113,19 +113,25 @@ def options(
     ]
     dtypes = {False: torch.float32, True: fastest_dtype(device)}
     bases: dict[tuple[Any, ...], Any] = {}
-    methods: dict[tuple[Any, ...], Method] = {}
+    methods: dict[tuple[str, tuple[Any, ...]], Method] = {}
+    on_cpu = device.type == "cpu"
 
     def step(version: Version) -> Call:
         dtype = dtypes[version.half]
-        kind = dtype, version.compiled, version.graphs
+        attention = "eager" if version.eager and on_cpu and dtype == torch.bfloat16 else "sdpa"
+        is_fused = version.fused and not on_cpu
+        # A copy of the model for each state that it can be in: a change would count in the time of a step.
+        kind = dtype, attention, is_fused, version.compiled, version.graphs
         if kind not in bases:
             bases[kind] = copy.deepcopy(base).to(dtype)
+            bases[kind].set_attn_implementation(attention)
+            if is_fused:
+                swap_frozen(bases[kind])
             if version.compiled:
                 compile_layers(bases[kind], cuda_graphs=version.graphs)
-        own, key = bases[kind], (version.method, *kind)
-        if key not in methods:
+        if (version.method, kind) not in methods:
             spec = MethodSpec(version.method, TOKENS[version.method])
-            methods[key] = make_method(spec, own, task_type, length)
+            methods[version.method, kind] = make_method(spec, bases[kind], task_type, length)
         batches = make_batches(
             orders[version.grouped],
             batch=batch,
@@ -138,18 +144,15 @@ def options(
             device=device,
         )
         inputs = sorted(batches, key=lambda made: made["input_ids"].numel())[EPOCH // 2]
-        is_eager = version.eager and device.type == "cpu" and dtype == torch.bfloat16
 
         def take(_: int) -> None:
-            if device.type == "cpu":
+            if on_cpu:
                 keep_freed_memory() if version.kept else as_glibc_starts()
-            swap_frozen(own) if version.fused else restore_frozen(own)
-            own.set_attn_implementation("eager" if is_eager else "sdpa")
-            take_step(methods[key], inputs)
+            take_step(methods[version.method, kind], inputs)
 
         return take
 
-    clock = ThreadClock("cpu", 1) if device.type == "cpu" else Clock(device.type)
+    clock = ThreadClock("cpu", 1) if on_cpu else Clock(device.type)
     with one_thread():
         calls = {version.name: step(version) for version in versions}
         times = time_in_turn(calls, clock, rounds=rounds, warmup=1)
