@@ -22,7 +22,6 @@ from ept_kernels.library import launcher_of
 from .record import ROOT, Row, Work
 
 GOAL_SIZES = {"4096", str(4096 * 4096), str(14336 * 4096)}  # widths, and weights' elements, of cases with a goal
-SAMPLES = 15
 
 
 def works_of(table: str, device: str) -> list[Work]:
@@ -41,7 +40,7 @@ def has_goal(tunable: Tunable) -> bool:
 def tuned(tunable: Tunable, device: torch.device) -> Row:
     """Measures every candidate and writes the winner to this device's file, which later processes read."""
     device = torch.device(device.type, torch.accelerator.current_device_index())
-    row = tune.tune(tunable, device, SAMPLES)
+    row = tune.tune(tunable, device)
     name = torch.get_device_module(device).get_device_name(device)
     tune.write(launch.config_file(device), row, name, "python benchmarks/gpu_report.py")
     gained = f"{row['median_us']} µs, {row['default_us']} µs by the heuristic"

@@ -159,7 +159,7 @@ def test_precision_is_one_that_the_device_and_this_triton_have(architecture, dty
 
 
 def test_tensor_memory_is_looked_for_on_the_tensors_device_or_the_gpu_that_is_stood_in_for(monkeypatch):
-    """Of two GPUs the other one may be the current one."""
+    """Two GPUs of a machine differ, and the other one may be current."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (9, 0), 1: (10, 3)}[device.index])
     devices = [torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")]

@@ -70,7 +70,7 @@ def launchers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_fastest_right_candidate_wins():
-    row = tune.tune(toy(1), CPU, samples=3)
+    row = tune.tune(toy(1), CPU)
     assert row["config"] == {"kind": 1}
     assert row["median_us"] < row["default_us"]
     assert row["default_us"] >= 1e6 * SLOW
@@ -82,7 +82,7 @@ def test_the_fastest_right_candidate_wins():
     ids=["spill", "too large", "leaves memory unwritten", "wrong"],
 )
 def test_a_bad_candidate_is_refused_however_fast(kind, reason):
-    row = tune.tune(toy(kind), CPU, samples=1)
+    row = tune.tune(toy(kind), CPU)
     assert row["config"] == {"kind": 0}
     ((config, why),) = row["refused"].items()
     assert json.loads(config) == {"kind": kind}
@@ -93,14 +93,14 @@ def test_a_bad_candidate_is_refused_however_fast(kind, reason):
 def microseconds(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     """Sets how long a call takes by the `kind` that is tried, in place of a clock."""
     times: dict[int, float] = {}
-    monkeypatch.setattr(tune, "_times", lambda calls, n, device: n * [times[launch._State.tried["toy"]["kind"]]])
+    monkeypatch.setattr(tune, "_microseconds", lambda *_: times[launch._State.tried["toy"]["kind"]])
     return times
 
 
 def test_a_winner_has_to_serve_its_variants(microseconds):
     """The second best wins where the best fails on other inputs of its configuration."""
     microseconds.update({0: 100.0, 1: 10.0, 6: 5.0})
-    row = tune.tune(replace(toy(1, 6), variants=[Doubling(size=5)]), CPU, samples=3)
+    row = tune.tune(replace(toy(1, 6), variants=[Doubling(size=5)]), CPU)
     assert (row["config"], row["median_us"]) == ({"kind": 1}, 10.0)
     ((config, why),) = row["refused"].items()
     assert json.loads(config) == {"kind": 6}
@@ -110,7 +110,7 @@ def test_a_winner_has_to_serve_its_variants(microseconds):
 @pytest.mark.parametrize("faster, expected", [(1.0, 0), (0.985, 0), (0.97, 1)])
 def test_a_gain_within_the_noise_keeps_the_heuristic(faster, expected, microseconds):
     microseconds.update({0: 100.0, 1: 100.0 * faster})
-    assert tune.tune(toy(1), CPU, samples=5)["config"] == {"kind": expected}
+    assert tune.tune(toy(1), CPU)["config"] == {"kind": expected}
 
 
 def test_a_heuristic_that_is_wrong_stops_the_tuner():
@@ -124,7 +124,7 @@ def test_bits_are_compared_where_nothing_is_tolerated():
 
 
 def test_the_file_is_added_to_and_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path, row = tmp_path / "Some_GPU.json", tune.tune(toy(1), CPU, samples=1)
+    path, row = tmp_path / "Some_GPU.json", tune.tune(toy(1), CPU)
     monkeypatch.setattr(launch, "config_file", lambda device: path)
     chosen = launch.cached_choice(lambda: launch.config_for("toy", 9, torch.device("cuda"), {"kind": 0}))
     for change, command, kind in (
@@ -162,7 +162,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_the_command_writes_after_each_kernel(accelerator, monkeypatch, capsys):
-    def tuned(tunable: Tunable, device: torch.device, samples: int) -> dict[str, Any]:
+    def tuned(tunable: Tunable, device: torch.device) -> dict[str, Any]:
         measured = launch.load_configs(accelerator) if accelerator.is_file() else {}
         row = {"kernel": tunable.kernel, "size": tunable.key, "config": {"written": sum(map(len, measured.values()))}}
         return {**row, "median_us": 1.0, "default_us": 2.0, "tried": 3, "refused": {"{}": "spills"}}

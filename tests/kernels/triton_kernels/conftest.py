@@ -84,13 +84,16 @@ def device() -> torch.device:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills whatever a launcher allocates with NaN, or an index far outside, until a kernel writes it."""
-    new_empty = torch.Tensor.new_empty
 
-    def poisoned_new_empty(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        x = new_empty(self, *args, **kwargs)
-        return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max // 2)
+    def filled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+            x = allocate(*args, **kwargs)
+            return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max // 2)
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty)
+        return allocate_filled
+
+    for module, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
+        monkeypatch.setattr(module, name, filled(getattr(module, name)))
 
 
 def launches_of(function: Callable[..., Any], *arguments: Any) -> int:

@@ -24,7 +24,7 @@ def test_every_candidate_is_measured_through_the_launcher(tunable, device, monke
     for name, module in list(sys.modules.items()):
         if name.startswith("ept_kernels") and getattr(module, "config_for", None) is config_for:
             monkeypatch.setattr(module, "config_for", spy)
-    row = tune.tune(tunable, device, samples=1)
+    row = tune.tune(tunable, device)
     assert (tunable.kernel, tunable.size) in asked
     assert row["tried"] == len(tunable.candidates)
     assert row["refused"] == {}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -82,26 +83,20 @@ def _case(tunable: Tunable, config: Config, note: str) -> Case:
     return Case(tunable.problem.small, configs, note)
 
 
-_waiting: list[tuple[Case, str, bool]] = []  # what the processes of compile_all inherit
-
-
 def compile_all(chosen: Iterable[tuple[Case, str]], jobs: int, is_counted: bool = True) -> tuple[list[Row], list[str]]:
     """Compiles the kernels of every case for its target in `jobs` processes forked from this one.
 
     Returns a row for every kernel that there is, in order, with its instructions if these are to be counted, which
     takes a while, and what was refused.
     """
-    _waiting[:] = [(case, target, is_counted) for case, target in chosen]
+    chosen = list(chosen)
+    arguments = [case for case, _ in chosen], [target for _, target in chosen], itertools.repeat(is_counted)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as processes:
-        found = list(processes.map(_compile_waiting, range(len(_waiting))))
+        found = list(processes.map(compile_case, *arguments))
     rows: dict[str, Row] = {}
     for row in (row for of_case, _ in found for row in of_case):
         rows.setdefault(row["hash"], row)
     return list(rows.values()), [reason for _, reason in found if reason is not None]
-
-
-def _compile_waiting(index: int) -> tuple[list[Row], str | None]:
-    return compile_case(*_waiting[index])
 
 
 def compile_case(case: Case, target: str, is_counted: bool) -> tuple[list[Row], str | None]:

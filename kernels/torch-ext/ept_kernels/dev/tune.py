@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import testing
 
 from .. import launch
 from ..four_bit import dequantize, matmul, paths
@@ -52,8 +53,6 @@ from .problems import (
     Rotary,
 )
 
-SAMPLES = 25  # timed runs over all sets of inputs
-WARMUP = 3
 GAIN = 0.02  # by how much a candidate has to be faster than the heuristic's choice
 UNKNOWN_CACHE = 256 * 2**20  # bytes, where the device does not tell the size of its L2 cache
 MAX_SETS = 64  # of inputs
@@ -215,7 +214,7 @@ def _frozen(reduced: bool, device: torch.device) -> Iterator[Tunable]:
         yield Tunable(launch.key(problem.operator, dtype), size, default, candidates, problem)
 
 
-def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict[str, Any]:
+def tune(tunable: Tunable, device: torch.device) -> dict[str, Any]:
     """Measures every candidate of `tunable`.
 
     Returns:
@@ -240,7 +239,7 @@ def tune(tunable: Tunable, device: torch.device, samples: int = SAMPLES) -> dict
 
     def measure(config: Config) -> float:
         with launch.configured({**tunable.held, tunable.kernel: config}):
-            return statistics.median(_times([functools.partial(launcher, *args) for args in sets], samples, device))
+            return _microseconds([functools.partial(launcher, *args) for args in sets], device)
 
     if reason := refusal(tunable, tunable.default, sets[0], expected):
         raise RuntimeError(f"{tunable.kernel} at {tunable.key}: the heuristic's configuration: {reason}")
@@ -326,33 +325,19 @@ def write(path: Path, row: dict[str, Any], device: str, command: str) -> None:
     launch.forget_measured()
 
 
-def _times(calls: Sequence[Callable[[], Any]], samples: int, device: torch.device) -> list[float]:
-    """Measures microseconds of one call, for every sample over all calls."""
+def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
+    """Measures a call, one after another of all, on a GPU without the time that Python takes to launch."""
 
     def run_all() -> None:
         for call in calls:
             call()
 
     if device.type == "cpu":
-        return [1e6 * timeit.timeit(run_all, number=1) / len(calls) for _ in range(samples)]
-    module = torch.get_device_module()
-    for _ in range(WARMUP):  # also compiles, which a graph cannot record
-        run_all()
-    module.synchronize()
-    replay = run_all
-    if hasattr(module, "CUDAGraph"):  # without the time that Python takes to launch
-        graph = module.CUDAGraph()
-        with module.graph(graph):
-            run_all()
-        replay = graph.replay
-        replay()
-    events = [(torch.Event(enable_timing=True), torch.Event(enable_timing=True)) for _ in range(samples)]
-    for start, end in events:
-        start.record()
-        replay()
-        end.record()
-    module.synchronize()
-    return [1e3 * start.elapsed_time(end) / len(calls) for start, end in events]
+        milliseconds = 1e3 * timeit.timeit(run_all, number=1)
+    else:
+        measure = testing.do_bench_cudagraph if device.type == "cuda" else testing.do_bench
+        milliseconds = measure(run_all, return_mode="median")
+    return 1e3 * milliseconds / len(calls)
 
 
 @contextlib.contextmanager
@@ -373,7 +358,6 @@ def _poisoned_memory() -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default="", help="comma-separated: those whose name contains one of these")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="timed runs a configuration")
     options = parser.parse_args(arguments)
     if (found := torch.accelerator.current_accelerator(check_available=True)) is None:
         raise SystemExit("no accelerator was found to tune for")
@@ -387,7 +371,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"--kernels {options.kernels}: known are {', '.join(sorted({t.kernel for t in known}))}")
     command = " ".join(["python -m ept_kernels.dev.tune", *(arguments if arguments is not None else sys.argv[1:])])
     for tunable in chosen:
-        row = tune(tunable, device, options.samples)
+        row = tune(tunable, device)
         write(launch.config_file(device), row, torch.get_device_module(device).get_device_name(device), command)
         print(
             f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "

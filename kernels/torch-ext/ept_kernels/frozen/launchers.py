@@ -9,20 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import (
-    Config,
-    Kinds,
-    Prepared,
-    Size,
-    architecture,
-    cached_choice,
-    check_shapes,
-    config_for,
-    key,
-    kinds,
-    on_device,
-    padded,
-)
+from .. import launch
+from ..launch import Config, Kinds, Prepared, Size
 from .activation import gated_activation_backward_kernel, gated_activation_kernel, relu_backward_kernel, relu_kernel
 from .norm import rms_norm_backward_kernel, rms_norm_kernel
 from .reference import FORMS, rms_norm_backward_reference, rms_norm_reference
@@ -59,16 +47,16 @@ def rms_norm(
     out = x.new_empty(x.shape, dtype=weight.dtype if form == "t5" else x.dtype)
     total = x.new_empty(0 if residual is None else x.shape)
     rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    run = _rms_norm(kinds(*tensors), float(eps), form)
-    with on_device(x):
+    run = _rms_norm(launch.kinds(*tensors), float(eps), form)
+    with launch.on_device(x):
         run(*tensors, out, total, rstd)
     return out, total, rstd
 
 
-@cached_choice
+@launch.cached_choice
 def _rms_norm(kinds: Kinds, eps: float, form: str) -> Prepared:
     shape, residual, weight = kinds[3]
-    check_shapes(weight=(weight, shape[-1:]), residual=(residual, residual and shape))
+    launch.check_shapes(weight=(weight, shape[-1:]), residual=(residual, residual and shape))
     grid, sizes, options = _rows("rms_norm", shape, kinds[1][0], kinds[2])
     offset, rounds_first = FORMS[form]
     options = {"OFFSET": offset, "ROUNDS_FIRST": rounds_first, **options}
@@ -84,17 +72,17 @@ def rms_norm_backward(
     tensors = [x.contiguous() for x in (grad_output, h, weight, rstd)]
     grad_h = None if grad_h is None else grad_h.contiguous()
     out = h.new_empty(h.shape)
-    run = _rms_norm_backward(kinds(*tensors, grad_h), form)
-    with on_device(h):
+    run = _rms_norm_backward(launch.kinds(*tensors, grad_h), form)
+    with launch.on_device(h):
         run(*tensors, grad_h, out)
     return out
 
 
-@cached_choice
+@launch.cached_choice
 def _rms_norm_backward(kinds: Kinds, form: str) -> Prepared:
     grad, shape, weight, rstd, grad_h = kinds[3]
-    check_shapes(grad_output=(grad, shape), weight=(weight, shape[-1:]), rstd=(rstd, (*shape[:-1], 1)))
-    check_shapes(grad_h=(grad_h, grad_h and shape))
+    launch.check_shapes(grad_output=(grad, shape), weight=(weight, shape[-1:]), rstd=(rstd, (*shape[:-1], 1)))
+    launch.check_shapes(grad_h=(grad_h, grad_h and shape))
     grid, sizes, options = _rows("rms_norm_backward", shape, kinds[1][1], kinds[2])
     return Prepared(rms_norm_backward_kernel, grid, sizes, {"OFFSET": FORMS[form][0], **options}, kinds)
 
@@ -116,18 +104,18 @@ def rotary(
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     tensors = q, k, cos.contiguous(), sin.contiguous()
     out_q, out_k = q.new_empty(batch, n, heads, width), k.new_empty(batch, n, k.shape[1], width)
-    run = _rotary(kinds(*tensors), (*q.stride()[:3], *k.stride()[:3]), interleaved, backward)
-    with on_device(q):
+    run = _rotary(launch.kinds(*tensors), (*q.stride()[:3], *k.stride()[:3]), interleaved, backward)
+    with launch.on_device(q):
         run(*tensors, out_q, out_k)
     return out_q.transpose(1, 2), out_k.transpose(1, 2)
 
 
-@cached_choice
+@launch.cached_choice
 def _rotary(kinds: Kinds, strides: Size, interleaved: bool, backward: bool) -> Prepared:
     (batch, q_heads, n, width), k, cos, sin = kinds[3]
     k_heads, shared, columns = k[1], cos[0] == 1, cos[-1]
     angles = (1 if shared else batch, n, columns)
-    check_shapes(k=(k, (batch, k_heads, n, width)), cos=(cos, angles), sin=(sin, angles))
+    launch.check_shapes(k=(k, (batch, k_heads, n, width)), cos=(cos, angles), sin=(sin, angles))
     config = _chosen("rotary", width, kinds[1][0], kinds[2])
     blocks = triton.cdiv(q_heads, config["BLOCK_H"]) + triton.cdiv(k_heads, config["BLOCK_H"])
     options = {
@@ -174,27 +162,27 @@ def _launch_flat(
     name: str, inputs: tuple[Tensor, ...], results: tuple[Tensor, ...], activation: str | None = None
 ) -> None:
     first, tensors = inputs[0], [x.contiguous() for x in inputs]
-    run = _flat(kinds(*tensors), name, activation)
-    with on_device(first):
+    run = _flat(launch.kinds(*tensors), name, activation)
+    with launch.on_device(first):
         run(*tensors, *results)
 
 
-@cached_choice
+@launch.cached_choice
 def _flat(kinds: Kinds, name: str, activation: str | None) -> Prepared:
     first, *others = kinds[3]
     elements = math.prod(first)
     if name == "relu_backward":
-        check_shapes(passes=(others[0], (triton.cdiv(elements, 8),)))
+        launch.check_shapes(passes=(others[0], (triton.cdiv(elements, 8),)))
     else:
-        check_shapes(**{of: (other, first) for of, other in zip(("up", "gate"), reversed(others))})
+        launch.check_shapes(**{of: (other, first) for of, other in zip(("up", "gate"), reversed(others))})
     config = _chosen(name, 1, kinds[1][0], kinds[2])
     options = config if activation is None else {"ACTIVATION": activation, **config}
     return Prepared(FLAT[name], (triton.cdiv(elements, config["BLOCK"]),), (elements,), options, kinds)
 
 
-@cached_choice
+@launch.cached_choice
 def _chosen(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> Config:
-    return config_for(key(kernel, dtype), max(size, 1), device, heuristic(kernel, size, device))
+    return launch.config_for(launch.key(kernel, dtype), max(size, 1), device, heuristic(kernel, size, device))
 
 
 def heuristic(kernel: str, size: int, device: torch.device) -> Config:
@@ -202,6 +190,6 @@ def heuristic(kernel: str, size: int, device: torch.device) -> Config:
     config = dict(CONFIGS[kernel])
     if "TILE" in config:
         # A program has at most 1,024 threads, of which a warp has 64 on AMD's GPUs.
-        most = 16 if architecture(device) in ("gfx942", "hip") else 32
-        config["num_warps"] = min(most, config["num_warps"] * max(1, padded(size) // ROW_OF_FEW_WARPS))
+        most = 16 if launch.architecture(device) in ("gfx942", "hip") else 32
+        config["num_warps"] = min(most, config["num_warps"] * max(1, launch.padded(size) // ROW_OF_FEW_WARPS))
     return config

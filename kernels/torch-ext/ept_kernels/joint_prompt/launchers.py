@@ -46,19 +46,19 @@ def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor,
 
     Gradients of parameters that have elements but no part in the result (`A` without fusion) are filled with zeros.
     """
-    prompt, A, _, beta, _, _, D, *_ = parameters = arguments[:9]
+    prompt, A, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
     fusion, spaces = beta.numel() > 0, D.shape[1] > 0
     if not prompt.numel() or not (fusion or spaces):
         grad = (arguments[10] * grad_output).to(prompt.dtype)
         return grad, *(x.new_zeros(x.shape) for x in parameters[1:])
     update = fusion and A.numel() > 0
     is_used = (True, update, update, fusion, fusion, fusion, spaces, spaces, spaces)
-    gradients = [(x.new_empty if used else x.new_zeros)(*x.shape) for x, used in zip(parameters, is_used, strict=True)]
-    _run(grad_output, arguments, gradients)
+    gradients = [(torch.empty_like if used else torch.zeros_like)(x) for x, used in zip(parameters, is_used)]
+    _run(grad_output, [*parameters, *arguments[9:]], gradients)
     return tuple(gradients)
 
 
-def _run(grad_output: Tensor, arguments: tuple[Any, ...], results: Sequence[Tensor | None]) -> None:
+def _run(grad_output: Tensor, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> None:
     """Launches what writes `results`: the joint prompt and eight times None, or the gradients."""
     tensors = tuple([x.contiguous() for x in (*arguments[:9], grad_output)])
     kinds = launch.kinds(*tensors)  # the results have the parameters' types, and addresses of their own
@@ -67,7 +67,7 @@ def _run(grad_output: Tensor, arguments: tuple[Any, ...], results: Sequence[Tens
     prompt, A, B, beta, W_q, W_k, D, U, G, grad_output = tensors
     out, grad_A, grad_B, grad_beta, *gradients = results
     is_backward = grad_A is not None
-    elements, launches = _prepared(kinds, arguments[9:], is_backward)
+    elements, launches = _prepared(kinds, (*arguments[9:],), is_backward)
     products, total, rows, sides, expand = launches
     with launch.on_device(prompt):
         workspace = prompt.new_empty(elements, dtype=torch.float32)

@@ -12,20 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import (
-    Config,
-    Kinds,
-    Prepared,
-    Size,
-    cached_choice,
-    check_shapes,
-    config_for,
-    key,
-    kinds,
-    on_device,
-    padded,
-    precision,
-)
+from .. import launch
+from ..launch import Config, Kinds, Prepared, Size
 from .backward import prompted_embedding_backward_kernel, prompted_embedding_reduce_kernel, token_at_kernel
 from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
 
@@ -50,13 +38,13 @@ def token_at(positions: Tensor, m: int) -> Tensor:
     """Computes `ept_kernels.token_at_reference` in one launch."""
     positions = positions.contiguous()
     found = positions.new_empty(positions.shape[0], m, dtype=torch.int32)
-    run = _token_at(kinds(positions), m)
-    with on_device(positions):
+    run = _token_at(launch.kinds(positions), m)
+    with launch.on_device(positions):
         run(positions, found)
     return found
 
 
-@cached_choice
+@launch.cached_choice
 def _token_at(kinds: Kinds, m: int) -> Prepared:
     ((batch, n),) = kinds[3]
     grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * batch,)
@@ -81,18 +69,18 @@ def prompted_embedding(
         found = token_at(positions, A.shape[-2]) if has_update else positions.new_empty(0, dtype=torch.int32)
     tensors = (input_ids.contiguous(), positions, found, table, prompt.contiguous(), A.contiguous(), B.contiguous())
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
-    run = _forward(kinds(*tensors, adapter_ids), table.stride(), float(scale))
+    run = _forward(launch.kinds(*tensors, adapter_ids), table.stride(), float(scale))
     out = table.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], table.shape[1])
-    with on_device(table):
+    with launch.on_device(table):
         run(*tensors, adapter_ids, out)
     return out
 
 
-@cached_choice
+@launch.cached_choice
 def _forward(kinds: Kinds, strides: Size, scale: float) -> Prepared:
     _, (_, _, _, dtype, *_), device, (ids, positions, found, table, prompt, A_shape, B, adapter_ids) = kinds
     (batch, n), (vocabulary, d), s, (*adapters, m, r) = ids, table, prompt[-2], A_shape
-    check_shapes(
+    launch.check_shapes(
         positions=(positions, ids),
         prompt=(prompt, (*adapters, s, d)),
         B=(B, (*adapters, r, d)),
@@ -100,7 +88,7 @@ def _forward(kinds: Kinds, strides: Size, scale: float) -> Prepared:
     )
     m, r = (m, r) if math.prod(A_shape) and batch * n else (0, 0)
     if m:
-        check_shapes(token_at=(found, (batch, m)))
+        launch.check_shapes(token_at=(found, (batch, m)))
     config, options = _chosen("prompted_embedding", d, r, dtype, dtype, device)
     tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
     runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if not adapters else batch
@@ -116,18 +104,18 @@ def prompted_embedding_packed(
 ) -> Tensor:
     """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
     tensors = (input_ids.contiguous(), cu_seqlens.contiguous(), table, *(x.contiguous() for x in (prompt, A, B)))
-    run = _packed(kinds(*tensors), table.stride(), float(scale))
+    run = _packed(launch.kinds(*tensors), table.stride(), float(scale))
     out = table.new_empty(input_ids.shape[0] + (cu_seqlens.shape[0] - 1) * prompt.shape[0], table.shape[1])
-    with on_device(table):
+    with launch.on_device(table):
         run(*tensors, out)
     return out
 
 
-@cached_choice
+@launch.cached_choice
 def _packed(kinds: Kinds, strides: Size, scale: float) -> Prepared:
     _, (_, _, dtype, *_), device, ((tokens,), (ends,), (vocabulary, d), prompt, (m, r), B) = kinds
     s, texts = prompt[0], ends - 1
-    check_shapes(prompt=(prompt, (s, d)), B=(B, (r, d)))
+    launch.check_shapes(prompt=(prompt, (s, d)), B=(B, (r, d)))
     config, options = _chosen("prompted_embedding_packed", d, r, dtype, dtype, device)
     tiles = triton.cdiv(tokens, config["BLOCK_T"])
     runs = triton.cdiv(tiles, config["ITERS"])  # as even as possible
@@ -161,25 +149,25 @@ def prompted_embedding_backward(
     grad_prompt = A.new_empty(*adapters, s, d)
     grad_A, grad_B = ((x.new_empty if has_update else x.new_zeros)(*x.shape, dtype=A.dtype) for x in (A, B))
     tensors = (grad_output, found, A, B, adapter_ids)
-    first, last, parts_A, parts_B = _backward(kinds(*tensors), grad_output.stride(), s, float(scale))
+    first, last, parts_A, parts_B = _backward(launch.kinds(*tensors), grad_output.stride(), s, float(scale))
     partial_A, partial_B = (A.new_empty(size, dtype=torch.float32) for size in (parts_A, parts_B))
-    with on_device(grad_output):
+    with launch.on_device(grad_output):
         first(*tensors, grad_prompt, partial_A, partial_B)
         if last is not None:
             last(partial_A, partial_B, grad_A, grad_B)
     return grad_prompt, grad_A, grad_B
 
 
-@cached_choice
+@launch.cached_choice
 def _backward(kinds: Kinds, strides: Size, s: int, scale: float) -> tuple[Prepared, Prepared | None, int, int]:
     """Prepares both launches; counts the elements of the partial sums of `grad_A` and of `grad_B`."""
     _, (read, _, written, *_), device, ((batch, rows, d), found, A_shape, B, adapter_ids) = kinds
     *lead, m, r = A_shape
-    check_shapes(B=(B, (*lead, r, d)), adapter_ids=(adapter_ids, (batch,) if lead else None))
+    launch.check_shapes(B=(B, (*lead, r, d)), adapter_ids=(adapter_ids, (batch,) if lead else None))
     if not math.prod(A_shape) or not batch * (rows - s):
         r = 0
     else:
-        check_shapes(token_at=(found, (batch, m)))
+        launch.check_shapes(token_at=(found, (batch, m)))
     adapters = math.prod(lead)
     config, options = _chosen("prompted_embedding_backward", d, r, read, written, device)
     columns = triton.cdiv(d, config["BLOCK_D"])
@@ -199,13 +187,13 @@ def _chosen(
     kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
 ) -> tuple[Config, dict[str, Any]]:
     """Chooses the configuration and meta-parameters of `kernel` that reads rows in `read` and writes in `written`."""
-    config = config_for(key(kernel, read), (d, padded(r)), device, heuristic(kernel, d, r, read))
+    config = launch.config_for(launch.key(kernel, read), (d, launch.padded(r)), device, heuristic(kernel, d, r, read))
     config = bounded(config, d, r)
     options: dict[str, Any] = {name: value for name, value in config.items() if name not in ("ITERS", "PROGRAMS")}
     if "BLOCK_T" in config:
-        options["RANK"] = padded(r) if r else 0
+        options["RANK"] = launch.padded(r) if r else 0
     if "BLOCK_D" in config:
-        options["PRECISION"] = precision(written, device)
+        options["PRECISION"] = launch.precision(written, device)
     return config, options
 
 
@@ -225,7 +213,7 @@ def bounded(config: Config, d: int, r: int) -> Config:
     """Narrows the column tile to what `d` needs and to what the registers hold of B, `[rank, BLOCK_D]`."""
     if "BLOCK_D" not in config:
         return config
-    widest = padded(d)
+    widest = launch.padded(d)
     if "BLOCK_T" in config:  # the forward holds B's tile throughout
-        widest = min(widest, max(16, 1024 * config["num_warps"] // padded(r)))
+        widest = min(widest, max(16, 1024 * config["num_warps"] // launch.padded(r)))
     return {**config, "BLOCK_D": min(config["BLOCK_D"], widest)}
