@@ -6,7 +6,7 @@ A model that gives one answer to every row can have a good accuracy; here it is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -52,12 +52,11 @@ class Evaluation:
 
     @property
     def is_constant(self) -> bool:
-        return max(self.shares.values()) >= CONSTANT_SHARE and len(set(self.references)) > 1
+        return self.constancy() is not None
 
     def constancy(self) -> str | None:
         """Says in words that the model gives one answer whatever the text; None where it does not."""
-        name, share = next(iter(self.shares.items()))
-        return f"answers {name!r} to {share:.0%} of the rows" if self.is_constant else None
+        return one_answer(self.shares, self.references)
 
     def verdict(self, majority: float) -> str | None:
         """Says what makes the score worthless: one answer to all, or no more than the commonest label gives.
@@ -125,6 +124,13 @@ class Evaluation:
         if not self.is_regression:
             found.update(by_label=self.by_label(), calibration_error=self.calibration_error())
         return found
+
+
+def one_answer(shares: Mapping[str, float], references: Sequence[Any]) -> str | None:
+    """Says in words that the first of `shares`, the commonest, is all that was answered, where it is not all right."""
+    name, share = next(iter(shares.items()))
+    is_constant = share >= CONSTANT_SHARE and len(set(references)) > 1
+    return f"answers {name!r} to {share:.0%} of the rows" if is_constant else None
 
 
 def standard_error(metric: str, score: float, rows: int) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .evaluation import CONSTANT_SHARE
+from .evaluation import one_answer
 
 MAX_SAMPLES = 10
 
@@ -22,8 +22,6 @@ class TextEvaluation:
     metrics: dict[str, float]
     texts: Sequence[str]
     references: Sequence[str]
-    labels: Sequence[str] = ()
-    is_regression: bool = False
 
     @property
     def shares(self) -> dict[str, float]:
@@ -36,9 +34,7 @@ class TextEvaluation:
 
     def constancy(self) -> str | None:
         """Says in words that the model gives one answer whatever the text; None where it does not."""
-        text, share = next(iter(self.shares.items()))
-        is_constant = share >= CONSTANT_SHARE and len(set(self.references)) > 1
-        return f"answers {text!r} to {share:.0%} of the rows" if is_constant else None
+        return one_answer(self.shares, self.references)
 
     def verdict(self, majority: float) -> str | None:
         """Says what makes the score worthless: one answer to all, or no more than the commonest answer gives."""
@@ -47,10 +43,6 @@ class TextEvaluation:
             return text
         usual = f"always giving the commonest answer, {majority:.3f}"
         return f"scores {name} {score:.3f}, which is not above that of {usual}"
-
-    def confident_mistakes(self) -> list[int]:
-        """Finds none: a written answer has no probability to be compared."""
-        return []
 
     def samples(self) -> list[tuple[str, str]]:
         """Gives the first right answers, each with what the model wrote."""
