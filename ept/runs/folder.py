@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..utils.files import sync_folder, sync_tree, write_atomically
+from .config import with_whole_paths
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -75,9 +76,9 @@ class RunFolder:
                 "training.max_steps trains it on, --overwrite starts it anew"
             )
         if self.config.exists():
-            old, pairs = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}, []
+            old, pairs = with_whole_paths(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}), []
             usual = type(config)().to_dict()
-            for name, new in config.to_dict().items():
+            for name, new in with_whole_paths(config.to_dict()).items():
                 if isinstance(new, dict) and isinstance(old.get(name), dict):
                     had = {**usual[name], **old[name]}  # a key that is newer than the run had its usual value
                     pairs += [(f"{name}.{key}", had.get(key), value) for key, value in new.items()]
@@ -130,7 +131,7 @@ class RunFolder:
         for file in (self.config, self.metrics, self.splits, self.results, self.report, self.curve, self.confusion):
             for half in self.path.glob(f".{file.name}.*.tmp"):  # of a run that was killed
                 half.unlink()
-        write_atomically(self.config, config.to_yaml())
+        write_atomically(self.config, config.from_dict(with_whole_paths(config.to_dict())).to_yaml())
         checkpoint = self.last_checkpoint() if resume else None
         best = read_state(checkpoint).get("best_global_step") if checkpoint else None
         delete_surplus(self.checkpoints, checkpoint, config.training.save_total_limit, best)

@@ -155,7 +155,7 @@ def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
         raise ValueError("model.name_or_path is not set: give a model folder or hub name")
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1):
-        raise ValueError(f"{name}: no such model folder: check the path")
+        raise ValueError(f"{name}: no such model folder: check the path (model.name_or_path)")
     if path.is_dir() and not (path / "config.json").is_file() and model.gguf_file is None:
         if any((path / part).is_file() for part in ("adapter_config.json", "config.yaml")):
             raise ValueError(

@@ -171,7 +171,8 @@ def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
     if len(by_word) > MAX_LABELS or (len(by_word) > FEW and len(by_word) > total / 2):
         raise ValueError(
             f"{where} holds {len(by_word)} different values in {total} rows, too many for labels: "
-            "name the label's column with --label-column; for answers in free text give --target-template {column}"
+            f"name the label's column with --label-column; list more than {MAX_LABELS} labels in data.label_words; "
+            "for answers in free text give --target-template {column}"
         )
 
 

@@ -265,6 +265,24 @@ def test_what_a_name_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert as_json("train", name, "--print-config")["data"][key] == name
 
 
+def test_a_run_is_used_from_any_folder(
+    no_curves: None, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names of files and models that a run was given count from the folder it was started in."""
+    shutil.copytree(models["bert"], tmp_path / "own" / "bert")
+    (tmp_path / "own" / "a.csv").write_text(as_csv(TEXT), encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "own")
+    short = ("--model", "bert", "--method", "pt", "--output", "run")
+    succeed("train", "a.csv", *short, "--steps", 1)
+    answers = as_json("predict", "run", "the film was good")
+    monkeypatch.chdir(tmp_path)
+    assert as_json("predict", "own/run", "the film was good") == answers
+    assert as_json("evaluate", "own/run")["rows"] == 6
+    succeed("train", "--resume", "--output", "own/run", "--steps", 2)
+    monkeypatch.chdir(tmp_path / "own")
+    succeed("train", "a.csv", *short, "--steps", 3, "--resume")  # what was given then, once more
+
+
 @pytest.mark.parametrize("name, message", [
     ("nowhere.csv", "nowhere.csv: no such file"), ("./nowhere", "./nowhere: no such file or folder"),
     ("a/b/c", "a/b/c: no such file or folder"),

@@ -215,7 +215,7 @@ def test_infinite_loss_is_an_error(configure: Configure, monkeypatch: pytest.Mon
     (["data.task=null", "data.data_dir=null"], "no data: give a file, as in `ept train FILE --model NAME`"),
     (["model.name_or_path=null"], "model.name_or_path is not set"),
     (["model.name_or_path=nowhere/at-all"], "cannot load 'nowhere/at-all' with AutoConfig"),
-    (["model.name_or_path=/no/where"], "/no/where: no such model folder: check the path"),
+    (["model.name_or_path=/no/where"], "/no/where: no such model folder: check the path (model.name_or_path)"),
     ([f"model.name_or_path={TESTS}"], "holds no model, there is no config.json"),
     ([f"model.name_or_path={TESTS}/versions/adapter_0.1.0.dev0/decoder"], "holds an adapter: give its base model here"),
     (["model.gguf_file=a.gguf"], "there is no a.gguf in"),
