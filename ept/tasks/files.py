@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from os import PathLike
@@ -176,24 +177,28 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     # By the csv module, not pandas: the texts "NA", "None" and "007" stay what they are.
     csv.field_size_limit(2**31 - 1)
     text = read_text(path, encoding, guess=True)  # JSON is UTF-8 by its own rule, csv files are whatever
-    delimiter = find_delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ",")
+    told = re.match(r"sep=([,;\t|])\r?\n", text)  # as spreadsheets begin their files
+    text = text[told.end() :] if told else text
+    delimiter = told[1] if told else find_delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ",")
     line = text.lstrip("\r\n").partition("\n")[0]
     spaced = delimiter in line and line.count(delimiter) == line.count(f"{delimiter} ")  # a, b, c
     options: Any = {"strict": True, "delimiter": delimiter, "skipinitialspace": spaced}
+    above = 1 if told else 0
     reader = csv.reader(io.StringIO(text, newline=""), **options)
+    lines = filter(None, reader)  # an empty line gives no fields
     try:
-        header = [name.strip() for name in next(reader, [])]
+        header = [name.strip() for name in next(lines, [])]
         if len(set(header)) < len(header):
             raise ValueError(f"{path}: the header {','.join(header)} names a column twice: rename one of them")
-        for fields in filter(None, reader):  # empty lines give no fields
+        for fields in lines:
             if len(fields) != len(header):
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: the header has {len(header)} columns, this line has "
+                    f"{path}, line {above + reader.line_num}: the header has {len(header)} columns, this line has "
                     f"{len(fields)}: correct the line, quote fields that hold {_name(delimiter)}"
                 )
-            yield f"line {reader.line_num}", dict(zip(header, fields))
+            yield f"line {above + reader.line_num}", dict(zip(header, fields))
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not CSV ({error}): correct the quoting") from error
+        raise ValueError(f"{path}, line {above + reader.line_num}: not CSV ({error}): correct the quoting") from error
 
 
 def _name(delimiter: str) -> str:

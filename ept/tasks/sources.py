@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..utils.messages import reason
+from ..utils.messages import listed, reason
 from .drawing import SPLITS
 from .files import READERS, File, Row, read_rows
 
+logger = logging.getLogger(__name__)
+
+OTHER_NAMES = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing",)}
+"""What people call the files of a folder beside the splits' own names."""
 TRAIN_FILE = f"train{{{','.join(READERS)}}}"
 RawSplits = dict[str, tuple[str, list[Row]]]
 """By split: its source, for messages, and its rows."""
@@ -40,10 +45,11 @@ def raw_splits(
             raise ValueError(f"data_dir={str(data_dir)!r} and {names}: give one or the other")
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder: data_dir must hold {TRAIN_FILE}")
+        there = [path for suffix in READERS for path in sorted(folder.iterdir()) if path.suffix.lower() == suffix]
+        there = [path for path in there if path.is_file()]
         for split, hub_name in zip(SPLITS, hub_names):
-            paths = [folder / f"{name}{suffix}" for name in (hub_name, split) for suffix in READERS]
-            found = [path for path in dict.fromkeys(paths) if path.is_file()]
-            found = [path for path in found if path.stem == found[0].stem]
+            names_of_split = ((hub_name,), (split,), OTHER_NAMES[split])
+            found = next(filter(None, ([p for p in there if p.stem.lower() in n] for n in names_of_split)), [])
             if len(found) > 1:
                 raise ValueError(f"{folder} holds {', '.join(p.name for p in found)}: keep one file for each split")
             if found:
@@ -51,6 +57,8 @@ def raw_splits(
         if "train" not in given:
             present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise FileNotFoundError(f"{folder} has no train split: it needs {TRAIN_FILE}, it holds {present}")
+        if unread := [path.name for path in there if path not in given.values()]:
+            logger.warning("%s: %s is no train, validation or test file and is not read", folder, listed(unread))
     elif given and "train" not in given:
         raise ValueError(f"{names} without train_file: give train_file as well")
     if given:

@@ -30,6 +30,8 @@ READ = [
     ("a.csv", "text\tlabel\nüber\tgood\n".encode("utf-16"), [{"text": "über", "label": "good"}]),
     ("a.csv", "text\tlabel\nüber\tgood\n".encode("utf-32"), [{"text": "über", "label": "good"}]),
     ("a.csv", 'text, label\n"so, so", good\n', [{"text": "so, so", "label": "good"}]),
+    ("a.csv", 'sep=;\r\ntext;label\r\n"so, so";good\r\n', [{"text": "so, so", "label": "good"}]),
+    ("a.csv", "\n\ntext,label\n\nso,good\n", [{"text": "so", "label": "good"}]),
     ("a.csv", "text ,label\n so, good\n", [{"text": " so", "label": " good"}]),
     ("a.jsonl", '\ufeff{"a": 1}\r\n\r\n{"a": "x\u2028y\x85z"}', [{"a": 1}, {"a": "x\u2028y\x85z"}]),
     ("a.jsonl", '{"a": "\\ud83c\\udf89"}', [{"a": "🎉"}]),
@@ -88,6 +90,7 @@ REFUSED = [
     ("a.csv", "text,label\nso,a\nso,b\0\n", "line 3: a byte 0x00, which is no part of a text: take it out"),
     ("a.csv", "text,label\nso,a\n".encode("utf-16-le"), r"set data.encoding to its own \(it may be utf-16-le\)"),
     ("a.csv", "text,label\nso,a\n".encode("utf-16-be"), r"set data.encoding to its own \(it may be utf-16-be\)"),
+    ("a.csv", "sep=,\na,b\nx,y,z\n", "line 3: the header has 2 columns, this line has 3"),
     ("a.tsv", "a\tb\nx\ty\tz\n", "line 2: the header has 2 columns, this line has 3: .* quote fields that hold tabs"),
 ]
 

@@ -73,6 +73,18 @@ def test_data_dir(tmp_path, suffix):
     assert list(load_task(SST2, data_dir=str(tmp_path), labels="words").test["target"]) == ["negative", "positive"]
 
 
+@pytest.mark.parametrize("name", ["valid", "val", "dev", "Validation"])
+def test_other_names_of_the_validation_file(tmp_path, name, caplog):
+    write_splits(tmp_path, train=sst2_rows(0, 12), **{name: sst2_rows(20, 4)}, extra=sst2_rows(30, 2))
+    data = load_task(SST2, data_dir=tmp_path)
+    given = {f"sentence: {row['sentence']}" for row in sst2_rows(20, 4)}
+    assert set(texts(data.validation) + texts(data.test)) == given  # two halves of a small one
+    assert "extra.jsonl is no train, validation or test file and is not read" in caplog.text
+    write_splits(tmp_path, ".json", **{name: sst2_rows(20, 4)})
+    with pytest.raises(ValueError, match=rf"holds {name}.jsonl, {name}.json: keep one file for each split"):
+        load_task(SST2, data_dir=tmp_path)
+
+
 def test_files(tmp_path):
     files = {
         "train_file": write(tmp_path / "a.csv", sst2_rows(0, 5)),
