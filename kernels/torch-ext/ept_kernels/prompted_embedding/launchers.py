@@ -69,15 +69,16 @@ def prompted_embedding(
         found = token_at(positions, A.shape[-2]) if has_update else positions.new_empty(0, dtype=torch.int32)
     tensors = (input_ids.contiguous(), positions, found, table, prompt.contiguous(), A.contiguous(), B.contiguous())
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
-    run = _forward(launch.kinds(*tensors, adapter_ids), table.stride(), float(scale))
-    out = table.new_empty(input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], table.shape[1])
+    run, shape = _forward(launch.kinds(*tensors, adapter_ids), table.stride(), float(scale))
+    out = table.new_empty(*shape)
     with launch.on_device(table):
         run(*tensors, adapter_ids, out)
     return out
 
 
 @launch.cached_choice
-def _forward(kinds: Kinds, strides: Size, scale: float) -> Prepared:
+def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size]:
+    """Prepares the launch; says what shape its result has."""
     _, (_, _, _, dtype, *_), device, (ids, positions, found, table, prompt, A_shape, B, adapter_ids) = kinds
     (batch, n), (vocabulary, d), s, (*adapters, m, r) = ids, table, prompt[-2], A_shape
     launch.check_shapes(
@@ -96,7 +97,7 @@ def _forward(kinds: Kinds, strides: Size, scale: float) -> Prepared:
     runs = triton.cdiv(batch, max(rows, 1))
     grid = (tiles * runs + batch * triton.cdiv(n, config["BLOCK_T"]),)
     numbers = (scale, batch, n, s, d, m, r, rows, runs, vocabulary, A_shape[0], *strides)
-    return Prepared(prompted_embedding_kernel, grid, numbers, options, kinds)
+    return Prepared(prompted_embedding_kernel, grid, numbers, options, kinds), (batch, s + n, d)
 
 
 def prompted_embedding_packed(
@@ -104,15 +105,15 @@ def prompted_embedding_packed(
 ) -> Tensor:
     """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
     tensors = (input_ids.contiguous(), cu_seqlens.contiguous(), table, *(x.contiguous() for x in (prompt, A, B)))
-    run = _packed(launch.kinds(*tensors), table.stride(), float(scale))
-    out = table.new_empty(input_ids.shape[0] + (cu_seqlens.shape[0] - 1) * prompt.shape[0], table.shape[1])
+    run, shape = _packed(launch.kinds(*tensors), table.stride(), float(scale))
+    out = table.new_empty(*shape)
     with launch.on_device(table):
         run(*tensors, out)
     return out
 
 
 @launch.cached_choice
-def _packed(kinds: Kinds, strides: Size, scale: float) -> Prepared:
+def _packed(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size]:
     _, (_, _, dtype, *_), device, ((tokens,), (ends,), (vocabulary, d), prompt, (m, r), B) = kinds
     s, texts = prompt[0], ends - 1
     launch.check_shapes(prompt=(prompt, (s, d)), B=(B, (r, d)))
@@ -123,7 +124,7 @@ def _packed(kinds: Kinds, strides: Size, scale: float) -> Prepared:
     prompt_tiles = triton.cdiv(texts * s, config["BLOCK_T"])
     grid = (triton.cdiv(d, config["BLOCK_D"]) * (prompt_tiles + runs),)
     numbers = (scale, tokens, texts, s, d, m, r, prompt_tiles, tiles, texts.bit_length(), vocabulary, *strides)
-    return Prepared(prompted_embedding_packed_kernel, grid, numbers, options, kinds)
+    return Prepared(prompted_embedding_packed_kernel, grid, numbers, options, kinds), (tokens + texts * s, d)
 
 
 def prompted_embedding_backward(
@@ -147,7 +148,8 @@ def prompted_embedding_backward(
     A, B = A.contiguous(), B.contiguous()
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
     grad_prompt = A.new_empty(*adapters, s, d)
-    grad_A, grad_B = ((x.new_empty if has_update else x.new_zeros)(*x.shape, dtype=A.dtype) for x in (A, B))
+    like = torch.empty_like if has_update else torch.zeros_like
+    grad_A, grad_B = like(A), like(B, dtype=A.dtype)
     tensors = (grad_output, found, A, B, adapter_ids)
     first, last, parts_A, parts_B = _backward(launch.kinds(*tensors), grad_output.stride(), s, float(scale))
     partial_A, partial_B = (A.new_empty(size, dtype=torch.float32) for size in (parts_A, parts_B))
