@@ -5,7 +5,6 @@ Imports nothing heavy, so that printing or checking a configuration is instant.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -394,26 +393,6 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """Writes YAML that `load_run_config` reads back to an equal configuration."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-
-_PATHS = {
-    "model": ("name_or_path", "tokenizer_name_or_path"),
-    "data": ("data_dir", "train_file", "validation_file", "test_file", "splits"),
-    "method": ("init_from",),
-}
-
-
-def with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a configuration's values with the files and folders that exist as whole paths.
-
-    A run is used from other folders than it was trained in, where a relative path is another file or a name on the hub.
-    """
-    values = dict(values)
-    for section, keys in _PATHS.items():
-        if isinstance(part := values.get(section), dict):
-            there = {key: part[key] for key in keys if isinstance(part.get(key), str) and os.path.exists(part[key])}
-            values[section] = {**part, **{key: os.path.abspath(path) for key, path in there.items()}}
-    return values
 
 
 load_run_config = RunConfig.load

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ..utils.files import sync_folder, sync_tree, write_atomically
-from .config import with_whole_paths
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -26,6 +25,13 @@ SPLITS_FILE = "splits.json"
 
 # A resumed run may change these: they change memory and disk, not what is trained.
 MAY_CHANGE = ("training.gradient_checkpointing", "training.eval_batch_size", "training.save_total_limit")
+
+# The keys of a configuration that name files and folders.
+_PATHS = {
+    "model": ("name_or_path", "tokenizer_name_or_path"),
+    "data": ("data_dir", "train_file", "validation_file", "test_file", "splits"),
+    "method": ("init_from",),
+}
 
 PREFIX = "checkpoint-"
 SEAL = "whole.json"
@@ -147,6 +153,19 @@ class RunFolder:
         """Returns the checkpoint that is being written, or that a killed run was writing."""
         found = checkpoint_folders(self.checkpoints).values()
         return next((path for path in found if not (path / SEAL).exists()), None)
+
+
+def with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns a configuration's values with the files and folders that exist as whole paths.
+
+    A run is used from other folders than it was trained in, where a relative path is another file or a name on the hub.
+    """
+    values = dict(values)
+    for section, keys in _PATHS.items():
+        if isinstance(part := values.get(section), dict):
+            there = {key: part[key] for key in keys if isinstance(part.get(key), str) and os.path.exists(part[key])}
+            values[section] = {**part, **{key: os.path.abspath(path) for key, path in there.items()}}
+    return values
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
