@@ -1,4 +1,4 @@
-"""Attention on a processor: PyTorch's fused one (SDPA) against the one that transformers writes out (eager).
+"""Attention on a CPU: PyTorch's fused one (SDPA) against the one that transformers writes out (eager).
 
 Forward and backward, by dtype, kind and length; `ept.runs.cpu` chooses by it.
 

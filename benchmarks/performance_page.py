@@ -135,8 +135,8 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
         "Kernels": tables.peer_table(rows),
         "Training steps": tables.step_table(rows),
         "Kernels of a step that take longest": tables.kernel_table(rows),
-        f"EPT's step with every option, against PEFT's{', on a processor' * on_cpu}": tables.everything_text(rows),
-        "Attention on a processor": tables.attention_text(rows) + written_by(folder / ON_REQUEST),
+        f"EPT's step with every option, against PEFT's{', on a CPU' * on_cpu}": tables.everything_text(rows),
+        "Attention on a CPU": tables.attention_text(rows) + written_by(folder / ON_REQUEST),
         BARE_TITLE: tables.bare_text(bare),
         "Not measured": "\n".join(f"* {line}" for line in [*tables.reasons(rows), *map(cut_off, unfinished)]),
     }

@@ -208,7 +208,7 @@ def everything_text(results: Iterable[Row]) -> str:
 
 
 def attention_text(results: Iterable[Row]) -> str:
-    """Shows where attention on a processor is faster written out."""
+    """Shows where attention on a CPU is faster written out."""
     lines = [
         [row["provider"], *map(seconds, (row["sdpa_median"], row["median"])), spread(row["gain_of_eager"], 2, " ×")]
         for row in results

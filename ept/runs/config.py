@@ -78,7 +78,7 @@ class ModelConfig(Section):
     """Run norms, rotary embeddings and activations of known families through this project's operators."""
     attn_implementation: str | None = None
     """As in transformers: `eager`, `sdpa`, `flash_attention_2`, ... None: its own choice, but `eager` in place of
-    `sdpa` where that is the faster one: on a processor, in bfloat16, with texts of at most 400 tokens."""
+    `sdpa` where that is the faster one: on a CPU, in bfloat16, with texts of at most 400 tokens."""
 
 
 EXCLUSIVE = (

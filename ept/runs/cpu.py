@@ -1,4 +1,4 @@
-"""Faster training on a processor: the dtype of the weights, the attention, and memory that is kept. Figures in
+"""Faster training on a CPU: the dtype of the weights, the attention, and memory that is kept. Figures in
 docs/profiling.md.
 """
 
@@ -30,7 +30,7 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def choose_attention(base: Any, max_length: int | None) -> None:
-    """Turns SDPA into attention written out where that is faster: in bfloat16 on a processor, for short texts.
+    """Turns SDPA into attention written out where that is faster: in bfloat16 on a CPU, for short texts.
 
     There PyTorch's fused attention takes two to seven times as long. In float32 it is the faster but for the shortest.
 

@@ -167,7 +167,7 @@ def test_a_suite_whose_file_cannot_be_imported_is_a_row(tmp_path: Path, monkeypa
     written = Record(tmp_path / "r.jsonl")
     assert benchmarks_run.run(written, benchmarks_run.works_of("steps", "gpu", "cuda"), {}, seconds=60) == 0
     rows = [(row["case"], row["status"], row["reason"]) for row in written.results()]
-    assert rows == [("steps/absent", "skipped", "benchmarks.absent is not installed")]
+    assert rows == [("steps/absent", "failed", "ModuleNotFoundError: No module named 'benchmarks.absent'")]
 
 
 def sleeping(seconds: float, code: int = 0) -> list[str]:

@@ -1,4 +1,4 @@
-"""The dtype, the attention and the memory of a run on a processor."""
+"""The dtype, the attention and the memory of a run on a CPU."""
 
 from __future__ import annotations
 
