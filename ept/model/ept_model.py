@@ -352,6 +352,15 @@ class EPTModel(ModelWithAdapters):
         with without_checkpointing(base), self._updating_new_tokens(causal, adapter_names):
             return base.generate(**inputs)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses continuous batching, which would answer without the adapter: it reads ids alone, without a prompt.
+
+        Within `disable_adapter()` use the `base_model`.
+        """
+        raise ValueError("continuous batching reads ids alone, without a prompt: call generate with a padded batch")
+
+    continuous_batching_context_manager = init_continuous_batching = generate_batch
+
     def _updating_new_tokens(self, causal: bool, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
         """Gives the tokens that a decoder's `generate` embeds itself their update, where the scope covers them."""
         names = [self.active_adapter] if adapter_names is None else list(adapter_names)

@@ -282,6 +282,12 @@ def test_more_new_tokens_than_positions_are_refused(options, message):
         adapted("gpt2").generate(**inputs_of("gpt2"), **options)
 
 
+@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+def test_continuous_batching_which_would_answer_without_the_adapter_is_refused(name):
+    with pytest.raises(ValueError, match="continuous batching reads ids alone, without a prompt"):
+        getattr(adapted("llama"), name)([[5, 6, 7]])
+
+
 def test_a_cache_of_a_fixed_size_needs_places_for_the_prompt():
     model, inputs = adapted("llama"), inputs_of("llama")
     needed = 5 + inputs["input_ids"].shape[1] + 5  # prompt, text, and new tokens but the last
