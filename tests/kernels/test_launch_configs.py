@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +158,23 @@ def test_precision_is_one_that_the_device_and_this_triton_have(architecture, dty
     monkeypatch.setattr(launch, "architecture", lambda device: architecture)
     monkeypatch.setattr(launch, "_has_bfloat16_pieces", lambda: known)
     assert launch.precision(dtype, torch.device("cpu")) == expected
+
+
+def test_tensors_on_several_devices_are_refused():
+    def on(index: int) -> Any:
+        name = "cpu" if index < 0 else f"cuda:{index}"
+        return SimpleNamespace(
+            data_ptr=lambda: 16,
+            get_device=lambda: index,
+            device=torch.device(name),
+            dtype=torch.float32,
+            shape=torch.Size([3]),
+        )
+
+    assert launch.kinds(on(1), None, on(1))[2] == torch.device("cuda:1")
+    for indices, named in (((0, 1), "cuda:0 and cuda:1"), ((0, 0, -1), "cpu and cuda:0"), ((-1, 0), "cpu and cuda:0")):
+        with pytest.raises(ValueError, match=f"tensors are on {named}: move them"):
+            launch.kinds(*map(on, indices))
 
 
 def test_tensor_memory_is_looked_for_on_the_tensors_device_or_the_gpu_that_is_stood_in_for(monkeypatch):

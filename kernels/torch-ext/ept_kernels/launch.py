@@ -94,8 +94,13 @@ class Prepared:
 
 
 def kinds(first: torch.Tensor, *others: torch.Tensor | None) -> Kinds:
-    """Returns what launches depend on: whether all addresses are multiples of 16 bytes, types, the device, shapes."""
+    """Returns what launches depend on: whether all addresses are multiples of 16 bytes, types, the device, shapes.
+
+    Raises:
+        ValueError: the tensors are on several devices: a kernel would read memory that its own device cannot.
+    """
     addresses, types, shapes = first.data_ptr(), list[Any]((first.dtype,)), list[Any]((first.shape,))
+    index, elsewhere = first.get_device(), 0
     for x in others:
         if x is None:
             types.append(None)
@@ -104,6 +109,10 @@ def kinds(first: torch.Tensor, *others: torch.Tensor | None) -> Kinds:
             addresses |= x.data_ptr()
             types.append(x.dtype)
             shapes.append(x.shape)
+            elsewhere |= x.get_device() ^ index
+    if elsewhere:
+        devices = {str(x.device) for x in (first, *others) if x is not None}
+        raise ValueError(f"tensors are on {' and '.join(sorted(devices))}: move them to one device")
     return addresses % 16 == 0, tuple(types), first.device, tuple(shapes)
 
 

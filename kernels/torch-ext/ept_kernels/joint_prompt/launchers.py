@@ -33,11 +33,11 @@ CONFIGS: dict[str, launch.Config] = {
 
 def joint_prompt(*arguments: Any) -> Tensor:
     """Computes `ept_kernels.joint_prompt_reference` in four launches, in none without fusion and spaces."""
-    prompt, beta, D, embedding_scale = (arguments[i] for i in (0, 3, 6, 10))
+    prompt, _, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
     if not prompt.numel() or not (beta.numel() or D.shape[1]):
-        return embedding_scale * prompt
-    out = prompt.new_empty(*prompt.shape)
-    _run(prompt, arguments, (out, *[None] * 8))
+        return arguments[10] * prompt
+    out = torch.empty_like(prompt)
+    _run((*parameters, prompt), arguments[9:], (out, *[None] * 8))
     return out
 
 
@@ -54,20 +54,22 @@ def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor,
     update = fusion and A.numel() > 0
     is_used = (True, update, update, fusion, fusion, fusion, spaces, spaces, spaces)
     gradients = [(torch.empty_like if used else torch.zeros_like)(x) for x, used in zip(parameters, is_used)]
-    _run(grad_output, [*parameters, *arguments[9:]], gradients)
+    _run((*parameters, grad_output.contiguous()), arguments[9:], gradients)
     return tuple(gradients)
 
 
-def _run(grad_output: Tensor, arguments: Sequence[Any], results: Sequence[Tensor | None]) -> None:
-    """Launches what writes `results`: the joint prompt and eight times None, or the gradients."""
-    tensors = tuple([x.contiguous() for x in (*arguments[:9], grad_output)])
+def _run(tensors: tuple[Tensor, ...], options: tuple[Any, ...], results: Sequence[Tensor | None]) -> None:
+    """Launches what writes `results`: the joint prompt and eight times None, or the gradients.
+
+    `tensors`: the parameters and the incoming gradient, all contiguous; in the forward the prompt in its place.
+    """
     kinds = launch.kinds(*tensors)  # the results have the parameters' types, and addresses of their own
     if kinds[1].count(kinds[1][0]) < 10:  # a program chooses among tensors: they have to be of one type
         tensors = tuple([x.float() for x in tensors])
     prompt, A, B, beta, W_q, W_k, D, U, G, grad_output = tensors
     out, grad_A, grad_B, grad_beta, *gradients = results
     is_backward = grad_A is not None
-    elements, launches = _prepared(kinds, (*arguments[9:],), is_backward)
+    elements, launches = _prepared(kinds, options, is_backward)
     products, total, rows, sides, expand = launches
     with launch.on_device(prompt):
         workspace = prompt.new_empty(elements, dtype=torch.float32)
