@@ -21,7 +21,8 @@ import torch
 
 from ept_kernels.dev import problems
 from ept_kernels.dev.problems import FourBit, opcheck_problems
-from ept_kernels.dev.tune import Tunable, refusal
+from ept_kernels.dev.tunables import Tunable
+from ept_kernels.dev.tune import refusal
 from ept_kernels.library import launcher_of, reference_of
 from ept_kernels.problem import Problem
 

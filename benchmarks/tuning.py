@@ -16,7 +16,7 @@ import torch
 from ept_kernels import launch
 from ept_kernels.dev import aot, tune
 from ept_kernels.dev.compile_only import TARGETS
-from ept_kernels.dev.tune import Tunable
+from ept_kernels.dev.tunables import Tunable, tunables
 from ept_kernels.library import launcher_of
 
 from .record import ROOT, Row, Work
@@ -26,7 +26,7 @@ GOAL_SIZES = {"4096", str(4096 * 4096), str(14336 * 4096)}  # widths, and weight
 
 def works_of(table: str, device: str) -> list[Work]:
     """Returns every tunable kernel as a unit, what has a goal first."""
-    found = sorted(tune.tunables(table == "reduced", device), key=lambda tunable: not has_goal(tunable))
+    found = sorted(tunables(table == "reduced", device), key=lambda tunable: not has_goal(tunable))
     measure = rehearsed if table == "rehearsal" else tuned
     works = [Work(f"tune/{t.kernel} {t.key}", partial(measure, t, torch.device(device)), limit=90) for t in found]
     return works if device == "cuda" or table == "rehearsal" else []

@@ -17,9 +17,10 @@ import triton.language as tl
 from triton import knobs
 
 from ept_kernels import launch
-from ept_kernels.dev import aot, tune
+from ept_kernels.dev import aot
 from ept_kernels.dev.compile_only import driving
 from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, PromptedEmbedding
+from ept_kernels.dev.tunables import tunables
 from ept_kernels.launch import Launch
 from ept_kernels.problem import Problem
 
@@ -143,7 +144,7 @@ def test_every_kernel_is_among_the_cases_and_every_name_occurs_once(target, aske
 
 def test_candidates_are_launched_as_the_tuner_would(monkeypatch, asked):
     """The launchers take every kernel's configuration from the tuner."""
-    kernels = {t.kernel: t for t in tune.tunables() if "." not in t.kernel}
+    kernels = {t.kernel: t for t in tunables() if "." not in t.kernel}
     assert len(kernels) >= 12
     candidates = [replace(t, candidates=[{"num_warps": 2}]) for t in kernels.values()]
     monkeypatch.setattr(aot, "tunables", lambda: candidates)

@@ -119,9 +119,10 @@ def test_every_shipped_file_is_sound_and_known_to_the_tuner():
 
 
 def test_shipped_configurations_are_compiled_and_unknown_ones_refused(tmp_path, monkeypatch):
-    from ept_kernels.dev import aot, tune
+    from ept_kernels.dev import aot
+    from ept_kernels.dev.tunables import tunables
 
-    tunable = tune.tunables()[0]
+    tunable = tunables()[0]
     size = "x".join(map(str, tunable.size))
     config = {**tunable.default, "num_warps": 8}
     kernels = {tunable.kernel: {size: config}, "product.path": {"8": {"PATH": 1}}}

@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources
 
 from ept_kernels import launch
 from ept_kernels.dev import tune
-from ept_kernels.dev.tune import Tunable
+from ept_kernels.dev.tunables import Tunable, tunables
 from ept_kernels.problem import Problem
 
 CPU = torch.device("cpu")
@@ -188,9 +188,9 @@ def test_what_the_command_refuses(request, monkeypatch):
 
 
 def test_what_is_tunable_is_unique_bounded_and_on_the_launchers_own_keys():
-    found = tune.tunables()
+    found = tunables()
     assert len({(t.kernel, t.size) for t in found}) == len(found)
-    for tunable in [*found, *tune.tunables(reduced=True)]:
+    for tunable in [*found, *tunables(reduced=True)]:
         assert 1 <= len(tunable.candidates) <= 64, tunable.kernel
         assert all(set(c) <= set(tunable.default) for c in tunable.candidates), tunable.kernel
         if "." not in tunable.kernel:  # a kernel, not a measured number

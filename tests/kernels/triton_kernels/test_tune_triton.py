@@ -8,8 +8,9 @@ import pytest
 
 from ept_kernels import launch
 from ept_kernels.dev import tune
+from ept_kernels.dev.tunables import tunables
 
-REDUCED = tune.tunables(reduced=True)
+REDUCED = tunables(reduced=True)
 
 
 @pytest.mark.parametrize("tunable", REDUCED, ids=[f"{t.kernel} {t.size}" for t in REDUCED])

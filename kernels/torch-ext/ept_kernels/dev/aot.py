@@ -37,7 +37,7 @@ from ..problem import Problem
 from . import warm
 from .compile_only import TARGETS, Target, disassembled, driving
 from .problems import compiled_problems
-from .tune import Tunable, tunables
+from .tunables import Tunable, tunables
 
 Row = dict[str, Any]
 

@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import itertools
 import json
 import platform
 import statistics
 import sys
 import timeit
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,187 +29,15 @@ from torch import Tensor
 from triton import testing
 
 from .. import launch
-from ..four_bit import dequantize, matmul, paths
-from ..frozen import launchers as frozen
-from ..joint_prompt import launchers as joint_prompt
-from ..launch import Config, Size, padded
+from ..launch import Config
 from ..library import launcher_of
-from ..problem import Problem, as_tuple, largest
-from ..prompted_embedding import launchers as prompted_embedding
+from ..problem import as_tuple, largest
 from . import compile_only
-from .problems import (
-    LLAMA_7B,
-    LLAMA_7B_JOINT,
-    T5_BASE,
-    T5_BASE_JOINT,
-    WEIGHTS,
-    Activation,
-    FourBit,
-    JointPrompt,
-    PromptedEmbedding,
-    RMSNorm,
-    Rotary,
-)
+from .tunables import Tunable, tunables
 
 GAIN = 0.02  # by how much a candidate has to be faster than the heuristic's choice
 UNKNOWN_CACHE = 256 * 2**20  # bytes, where the device does not tell the size of its L2 cache
 MAX_SETS = 64  # of inputs
-
-
-@dataclass(frozen=True)
-class Tunable:
-    """One kernel at one size, as the tuner measures it and as its shipped configurations are compiled ahead of time.
-
-    Attributes:
-        kernel, size: as the launcher gives them to `config_for`; together unique.
-        default: the heuristic's configuration, which is measured first and kept unless another is faster.
-        candidates: configurations to try; each replaces the values of `default` that it names. See `grid`.
-        problem: whose launcher is timed, as a whole, also where the kernel is one of several in it. It has to take its
-            configuration through `config_for`, under a cache made with `cached_choice` if any.
-        variants: other problems that the same configuration serves: the winner has to be right for them and not to
-            spill, too.
-        held: configurations of other kernels meanwhile.
-    """
-
-    kernel: str
-    size: Size
-    default: Config
-    candidates: Sequence[Config]
-    problem: Problem
-    variants: Sequence[Problem] = ()
-    held: dict[str, Config] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """Names the size in the file."""
-        return "x".join(map(str, self.size))
-
-
-def grid(**values: Sequence[int]) -> list[Config]:
-    """Lists every combination: `grid(BLOCK=(16, 32), num_warps=(4, 8))` are four configurations."""
-    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-
-
-def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list[Tunable]:
-    """Lists all that there is to tune on `device`; `reduced`: at tiny sizes, with few candidates."""
-    found = [
-        *_prompted_embedding(reduced),
-        *_joint_prompt(reduced, torch.device(device)),
-        *_four_bit(reduced, torch.device(device)),
-        *_frozen(reduced, torch.device(device)),
-    ]
-    most = {"joint": 1} if reduced else {}
-    return [replace(t, candidates=t.candidates[: most.get(t.kernel[:5], 2)]) for t in found] if reduced else found
-
-
-# Kernels of the prompted embedding, by whether the forward or the backward is timed.
-_EMBEDDING_GRIDS = {
-    "prompted_embedding": grid(
-        BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256, 512), PROGRAMS=(256, 512, 1024), num_warps=(4, 8)
-    ),
-    "prompted_embedding_packed": grid(BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256), ITERS=(1, 4), num_warps=(4, 8)),
-    "prompted_embedding_backward": grid(
-        BLOCK_M=(32, 64, 128), BLOCK_D=(32, 64, 128), STAGES=(2, 4, 6), num_warps=(4, 8)
-    ),
-    "prompted_embedding_reduce": grid(BLOCK_E=(64, 256, 1024), BLOCK_P=(4, 16)),
-}
-
-
-def _prompted_embedding(reduced: bool) -> Iterator[Tunable]:
-    tiny = PromptedEmbedding(n=5, d=40, s=2, m=5, r=3, batch=2, padding="none", dtype=torch.bfloat16, vocabulary=11)
-    for p in [tiny] if reduced else [T5_BASE, replace(T5_BASE, dtype=torch.float32), LLAMA_7B]:
-        timed = {"prompted_embedding": p, "prompted_embedding_packed": p.packed}
-        for kernel, tried in _EMBEDDING_GRIDS.items():
-            default = prompted_embedding.heuristic(kernel, p.d, p.r, p.dtype)
-            complete = [{**default, **candidate} for candidate in tried]
-            candidates = [c for c in complete if prompted_embedding.bounded(c, p.d, p.r) == c]
-            problem = timed.get(kernel, p.backward)
-            yield Tunable(launch.key(kernel, p.dtype), (p.d, padded(p.r)), default, candidates, problem)
-
-
-# Kernels of the joint prompt, all timed within its backward.
-_JOINT_GRIDS = {
-    "joint_prompt_products": grid(BLOCK_K=(16, 32), PROGRAMS=(132, 264, 528), num_warps=(4, 8)),
-    "joint_prompt_rows": grid(num_warps=(4, 8), num_stages=(1, 2)),
-    "joint_prompt_sides": grid(num_warps=(4, 8), num_stages=(1, 2)),
-    "joint_prompt_expand": grid(BLOCK_D=(32, 64), num_warps=(4, 8), num_stages=(1, 2)),
-}
-
-
-def _joint_prompt(reduced: bool, device: torch.device) -> Iterator[Tunable]:
-    for p in [JointPrompt(s=2, d=20, m=5, K=2, h=1)] if reduced else [T5_BASE_JOINT, LLAMA_7B_JOINT]:
-        variants = [] if reduced else [p, replace(p, a=16).backward]
-        for kernel, candidates in _JOINT_GRIDS.items():
-            default = joint_prompt.heuristic(kernel, device)
-            yield Tunable(kernel, (p.d,), default, candidates, p.backward, variants)
-
-
-_DEQUANTIZE_GRID = grid(UNITS=(128, 256, 512), ITERS=(1, 2, 4, 8), num_warps=(4, 8))
-_PRODUCT_GRID = grid(BLOCK_N=(64, 128), BLOCK_K=(128, 256), SPLITS=(1, 2, 4, 8), num_warps=(4, 8))
-_VARIANTS = ({"block_size": 32}, {"nested": False}, {"nested": False, "block_size": 128})  # share a configuration
-
-
-def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
-    """Lists the kernels, then the paths of a product: these are measured with the kernels that have won."""
-    # Under the interpreter, which the reduced ones are for, bfloat16 is truncated.
-    dtype = torch.float16 if reduced else torch.bfloat16
-    weights = [FourBit(*shape, dtype=dtype) for shape in ([(32, 128)] if reduced else WEIGHTS)]
-    for p in {p.rows * p.columns: p for p in weights}.values():  # all that a dequantisation depends on
-        p = replace(p, tokens=(), operator="dequantize_4bit")
-        odd = replace(p, rows=p.rows - 1, columns=p.columns - 1)  # no whole words
-        yield Tunable(
-            kernel=launch.key("dequantize_4bit", dtype),
-            size=(p.rows * p.columns,),
-            default=dequantize.heuristic(device),
-            candidates=_DEQUANTIZE_GRID,
-            problem=p,
-            variants=[*(replace(p, **kind) for kind in _VARIANTS), odd],
-        )
-    for p, tile in itertools.product(weights, matmul.TILES):
-        p = replace(p, tokens=(tile,))
-        yield Tunable(
-            kernel=launch.key(f"matmul_4bit/{tile}", dtype),
-            size=(p.rows, p.columns),
-            default=matmul.heuristic(f"matmul_4bit/{tile}", p.rows, p.columns),
-            candidates=_PRODUCT_GRID,
-            problem=p,
-            variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
-            held={launch.key("matmul_4bit.path", dtype): {"PATH": paths.FUSED}},
-        )
-    for p, count in itertools.product(weights, paths.COUNTS[: 4 if reduced else None]):
-        for of_tokens in (dtype, torch.float32) if count <= 8 and not reduced else (dtype,):
-            there = {paths.LIBRARY: True, paths.FUSED: paths.has_fused(of_tokens, device)}
-            there[paths.BITSANDBYTES] = paths.has_bitsandbytes()
-            yield Tunable(
-                kernel=launch.key("matmul_4bit.path", of_tokens),
-                size=(count, p.rows, p.columns),
-                default={"PATH": paths.heuristic_path(count, of_tokens, device)},
-                candidates=[{"PATH": path} for path, is_there in there.items() if is_there],
-                problem=replace(p, tokens=(count,), dtype=of_tokens),
-            )
-
-
-_ROWS = grid(TILE=(2048, 4096, 8192), num_warps=(4, 8))
-_ELEMENTS = grid(BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
-
-
-def _frozen(reduced: bool, device: torch.device) -> Iterator[Tunable]:
-    """Lists the frozen model's element-wise kernels, at the rows of a training step of known models."""
-    # Under the interpreter bfloat16 is truncated.
-    tokens, dtype = (3, torch.float16) if reduced else (8 * 296, torch.bfloat16)
-    norms = [RMSNorm(tokens, d, dtype=dtype) for d in ((20,) if reduced else (768, 4096))]
-    turned = Rotary(1, n=tokens, dtype=dtype) if reduced else Rotary(8, 32, 32, 296, 128, 128, dtype)
-    gated, relu = (
-        Activation((tokens, 40 if reduced else 11008), dtype=dtype, operator=o) for o in ("gated_activation", "relu")
-    )
-    of_all = [
-        *((p, (p.d,), _ROWS) for norm in norms for p in (norm, norm.backward)),
-        (turned, (turned.width,), grid(BLOCK_H=(4, 8, 16, 32), num_warps=(4, 8))),
-        *((p, (1,), _ELEMENTS) for problem in (gated, relu) for p in (problem, problem.backward)),
-    ]
-    for problem, size, candidates in of_all:
-        default = frozen.heuristic(problem.operator, size[0], device)
-        yield Tunable(launch.key(problem.operator, dtype), size, default, candidates, problem)
 
 
 def tune(tunable: Tunable, device: torch.device) -> dict[str, Any]:
