@@ -97,6 +97,13 @@ def read_config(folder: str | os.PathLike[str], /, **hub: Any) -> EPTConfig:
         raise ValueError(f"{path} has a field of the wrong type: {reason(error)}") from error
 
 
+def is_same_name(ours: str, theirs: str) -> bool:
+    """Tells whether two names may be one model's: a path may have been given from another folder."""
+    one, other = ([part for part in Path(name).parts if part not in ("..", ".")] for name in (ours, theirs))
+    length = min(len(one), len(other))
+    return one[-length:] == other[-length:]
+
+
 def read_adapter(
     folder: str | os.PathLike[str], model: Any, is_trainable: bool, config: EPTConfig | None = None, /, **hub: Any
 ) -> tuple[EPTConfig, dict[str, Tensor]]:
@@ -114,7 +121,7 @@ def read_adapter(
         raise ValueError(
             "the adapter is folded into its inference form and cannot be trained: load the one it was folded from"
         )
-    if ours and theirs and str(ours) != str(theirs):
+    if ours and theirs and not is_same_name(str(ours), str(theirs)):
         warnings.warn(
             f"the adapter was made for {shown(theirs)}, this base model is {ours!r}; results are those of the adapter "
             "only if the weights are the same",

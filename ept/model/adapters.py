@@ -68,6 +68,12 @@ class ModelWithAdapters(PeftModel):
         self._layer()
         return self.peft_config[self.active_adapter]
 
+    @property
+    def text_limit(self) -> int | None:
+        """The most text tokens that the base model can number behind the active prompt; None: any number of them."""
+        limit = self._facts.position_limit
+        return None if limit is None else limit - self.active_peft_config.num_virtual_tokens
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Lets the bare base model answer, with its own heads, as long as the context lasts."""
@@ -126,6 +132,12 @@ class ModelWithAdapters(PeftModel):
         """
         check_adapter(adapter_name, peft_config)
         base, first = self.base_model, not self.peft_config
+        limit, prompt = self._facts.position_limit, peft_config.num_virtual_tokens
+        if limit is not None and prompt >= limit:
+            raise ValueError(
+                f"num_virtual_tokens={prompt} leaves no room for text, {type(base).__name__} has {limit} positions: "
+                "use fewer"
+            )
         task_type = peft_config.task_type or infer_task_type(base)
         if not first and task_type != self.active_peft_config.task_type:
             raise ValueError(

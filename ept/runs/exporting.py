@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+from ..model.adapter_files import is_same_name
 from ..model.export import FoldedAdapter
 from ..model.vocabulary import add_prompt_tokens
 from ..tasks import local_task, read_rows, render
 from ..tasks.files import READERS, read_text
 from ..utils.files import write_atomically
+from ..utils.messages import shown
 from .config import ModelConfig, RunConfig
 from .data import task_of
 from .loading import load_base_model, load_tokenizer, task_type_of
+
+logger = logging.getLogger(__name__)
 
 TOKENS_NAME = "prompt_tokens.json"
 
@@ -27,6 +32,9 @@ def base_of(adapter: FoldedAdapter, config: RunConfig | None, model: str | None)
     described.name_or_path = model or described.name_or_path
     if described.name_or_path is None:
         raise ValueError("the base model is needed for that: give --model")
+    theirs = adapter.layer.config.base_model_name_or_path
+    if theirs and not is_same_name(described.name_or_path, theirs):
+        logger.warning("the adapter was made for %s, the texts are those of %s", shown(theirs), described.name_or_path)
     return described, adapter.layer.config.task_type or task_type_of(described)
 
 

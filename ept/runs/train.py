@@ -14,6 +14,10 @@ from transformers import TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from ..model.compilation import compile_layers
+from ..model.ept_model import EPTModel
+from ..tasks import TaskData
+from ..tasks.drawing import SPLITS
+from ..tasks.encoding import TEXT_IDS
 from ..utils.environment import hardware, peak_memory, versions
 from ..utils.files import write_atomically
 from .adapters import load_untrained, stored_parameters
@@ -49,10 +53,24 @@ def prepare(config: RunConfig, processes: Processes | None = None, rows: OwnRows
     if config.training.class_weights:
         check_has_classes(task)
     model = load_untrained(config, task_type, task, max_length_of(config.data, task), tokenizer)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("there is nothing to train: give the method prompt tokens (method.num_virtual_tokens)")
+    _check_positions(model, run_data.data)
     if config.training.compile_layers:
         compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)
     parts: Any = {"task": task, "task_type": task_type, "tokenizer": tokenizer, "model": model}
     return PreparedRun(config=config, run_data=run_data, processes=processes or Processes(), **parts)
+
+
+def _check_positions(model: Any, data: TaskData) -> None:
+    """Refuses texts that the model has no positions for, before the first of them comes in the middle of training."""
+    limit = model.text_limit if isinstance(model, EPTModel) else None
+    longest = max(len(ids) for split in SPLITS for ids in getattr(data, split)[TEXT_IDS])
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"the model has positions for {limit} tokens behind the prompt, the longest text has {longest}: set "
+            f"data.max_length={limit} or a shorter prompt (method.num_virtual_tokens)"
+        )
 
 
 def with_data(config: RunConfig, rows: OwnRows) -> RunConfig:

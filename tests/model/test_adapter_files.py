@@ -112,6 +112,15 @@ def test_other_base_model_is_warned_of(saved):
         EPTModel.from_pretrained(base, saved[1])
 
 
+@pytest.mark.parametrize("made_for", ["models/tiny", "../tiny", "tiny"])
+def test_a_base_model_named_from_another_folder_is_the_same(saved, made_for, recwarn):
+    _edit_config(base_model_name_or_path=made_for)(saved[1])
+    base = make_model("llama")
+    base.name_or_path = "/home/models/tiny"
+    EPTModel.from_pretrained(base, saved[1])
+    assert not any("made for" in str(warning.message) for warning in recwarn)
+
+
 def test_other_width_is_refused(saved):
     wide = make_model("llama", hidden_size=64)
     with pytest.raises(ValueError, match=r"made for embeddings of width 32 .* has 64: load it with its own base model"):

@@ -218,6 +218,8 @@ def test_infinite_loss_is_an_error(configure: Configure, monkeypatch: pytest.Mon
     (["model.name_or_path=/no/where"], "/no/where: no such model folder: check the path (model.name_or_path)"),
     ([f"model.name_or_path={TESTS}"], "holds no model, there is no config.json"),
     ([f"model.name_or_path={TESTS}/versions/adapter_0.1.0.dev0/decoder"], "holds an adapter: give its base model here"),
+    (["data.max_length=128", "method.num_virtual_tokens=125"], "positions for 3 tokens behind the prompt, the longest"),
+    (["method.num_virtual_tokens=128"], "num_virtual_tokens=128 leaves no room for text, Bert"),
     (["model.gguf_file=a.gguf"], "there is no a.gguf in"),
     (["model.task_type=SEQ_2_SEQ_LM"], "with AutoModelForSeq2SeqLM: Unrecognized configuration class"),
     pytest.param(
@@ -233,6 +235,12 @@ def test_refused_before_anything_is_written(
         train(configure("bert", *overrides))
     assert message in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_train_is_refused(configure: Configure) -> None:
+    none = [f"method.{name}=0" for name in ("num_virtual_tokens", "r", "num_spaces")]
+    with pytest.raises(ValueError, match="there is nothing to train: give the method prompt tokens"):
+        train(configure("llama", *none, "method.fusion=false"))
 
 
 @pytest.mark.parametrize("precision", ["model.dtype=bfloat16", "training.bf16=true", "model.load_in_4bit=true"])
