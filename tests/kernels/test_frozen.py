@@ -116,3 +116,13 @@ def test_a_weight_that_wants_a_gradient_is_refused():
         functional.rms_norm(torch.ones(2, 8), weight)
     with torch.no_grad():
         functional.rms_norm(torch.ones(2, 8), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_sum_with_a_residual_of_another_dtype_is_rounded_to_that_of_the_rows(dtype):
+    """The fake says so, for compiled models."""
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    x, weight, residual = normal(3, 8, dtype=dtype), normal(8, dtype=dtype), normal(3, 8, dtype=other, seed=1)
+    checked = torch.library.opcheck(torch.ops.ept.rms_norm.default, (x, weight, residual))
+    assert set(checked.values()) == {"SUCCESS"}, checked
+    assert torch.equal(torch.ops.ept.rms_norm(x, weight, residual)[1], (x + residual).to(dtype))

@@ -45,7 +45,7 @@ def rms_norm_reference(
     """Computes RMSNorm of `x`, or of `x + residual`.
 
     Args:
-        x: `[..., d]`. residual: like `x`, or None.
+        x: `[..., d]`. residual: of x's shape, or None.
         weight: `[d]`.
         eps: added to the mean square.
         form: whose: `llama`, `t5`, `olmo` or `gemma`, which differ in where they round.
@@ -57,7 +57,7 @@ def rms_norm_reference(
     dtype = compute_dtype(x, weight)
     offset, rounds_first = FORMS[form]
     out_dtype = weight.dtype if form == "t5" else x.dtype
-    total = x if residual is None else x + residual
+    total = x if residual is None else (x + residual).to(x.dtype)
     h = total.to(dtype)
     rstd = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
     out = h * rstd
