@@ -138,6 +138,10 @@ class EPTConfig(PromptLearningConfig):
             setattr(self, name, getattr(getattr(self, name), "value", getattr(self, name)))
         if isinstance(self.prompt_tuning_init, str):
             self.prompt_tuning_init = self.prompt_tuning_init.upper()
+        for name in [f.name for f in fields(self)]:  # numbers of NumPy, as grids of sizes have them
+            value = getattr(self, name)
+            if getattr(value, "shape", None) == () and hasattr(value, "item"):
+                setattr(self, name, value.item())
         # None is allowed where it is the default.
         given = {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None or f.default is not None}
         for name, allowed in _CHOICES.items():

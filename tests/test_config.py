@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 from peft import PeftConfig
 from tiny_models import make_model
@@ -122,6 +123,20 @@ def test_impossible_budget_names_the_smallest():
 def test_bad_field_is_named(fields, message):
     with pytest.raises((TypeError, ValueError), match=message):
         EPTConfig(**fields)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = EPTConfig(
+        num_virtual_tokens=numpy.int64(3), r=numpy.int32(2), alpha=numpy.float32(0.5), fusion=numpy.True_
+    )
+    assert [type(getattr(config, name)) for name in ("num_virtual_tokens", "r", "alpha", "fusion")] == [
+        int,
+        int,
+        float,
+        bool,
+    ]
+    config.save_pretrained(tmp_path)
+    assert EPTConfig.from_pretrained(tmp_path) == config
 
 
 def test_every_field_has_help():

@@ -178,8 +178,10 @@ class ModelWithAdapters(PeftModel):
         """Makes `adapter_name` the active adapter, trainable unless `inference_mode`; all others are frozen.
 
         Raises:
-            ValueError: there is no such adapter.
+            ValueError: there is no such adapter, or several are named.
         """
+        if not isinstance(adapter_name, str):
+            raise ValueError(f"one adapter is active at a time, got {shown(adapter_name)}: name one, or one a row")
         self._layer(adapter_name)
         self.active_adapter = adapter_name
         _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)

@@ -453,6 +453,8 @@ def test_adapters_can_be_added_set_and_deleted(name):
     assert list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match="no adapter named 'second': loaded are default"):
         model.set_adapter("second")
+    with pytest.raises(ValueError, match=r"one adapter is active at a time, got \['default', 'second'\]"):
+        model.set_adapter(["default", "second"])
 
 
 @pytest.mark.parametrize("name", ONE_A_TASK)
