@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def without_code(text: str) -> str:
@@ -34,19 +34,19 @@ def anchors(text: str) -> set[str]:
 
 
 def broken(page: Path) -> list[str]:
-    """The links of `page` that lead nowhere."""
-    found = []
+    """The links of `page` that lead nowhere, or out of the repository."""
+    found, root = [], ROOT if page.is_relative_to(ROOT) else page.parent
     for target in links(page.read_text(encoding="utf-8")):
         name, _, anchor = unquote(target).partition("#")
         file = (page.parent / name).resolve() if name else page
-        if not file.exists() or not file.is_relative_to(page.parent if page.name == "README.md" else page.parents[1]):
+        if not file.exists() or not file.is_relative_to(root):
             found.append(f"{target}: no such file")
         elif anchor and anchor not in anchors(file.read_text(encoding="utf-8")):
             found.append(f"{target}: no such heading")
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     assert not broken(page)
 
