@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..embedding import position_ids_of
 from .facts import BaseModelFacts
-from .inputs import cache_name, cached_length
+from .inputs import cache_among, cached_length
 from .layout import numbered
 from .reading import generation_of
 
@@ -135,8 +135,8 @@ def bound_length(
             )
     read = s + (20 if count is None else count) - 1  # the last new token is not
     _check_rope(model, s + longest, longest + read)
-    cache: Any = options.given.get("past_key_values") or options.given.get(cache_name(facts))
-    places = [layer.max_cache_len for layer in getattr(cache, "layers", ()) if _is_full_when_filled(layer)]
+    layers = getattr(cache_among(facts, options.given), "layers", ())
+    places = [layer.max_cache_len for layer in layers if _is_full_when_filled(layer)]
     if places and min(places) < n + read:
         raise ValueError(
             f"{s} prompt tokens, {n} text tokens and new ones fill {n + read} places, the cache has {min(places)}: "

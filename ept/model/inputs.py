@@ -204,10 +204,14 @@ def _check_argument(name: str, value: Tensor, facts: BaseModelFacts, n: int) -> 
 
 def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
     """Counts the positions in the key-value cache among `inputs`; 0 without one."""
-    cache: Any = inputs.get("past_key_values")
-    if cache is None:  # newer models take the older name as well
-        cache = inputs.get(cache_name(facts))
+    cache = cache_among(facts, inputs)
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def cache_among(facts: BaseModelFacts, inputs: dict[str, Any]) -> Any:
+    """Returns the key-value cache among `inputs`, under either name, or None."""
+    cache = inputs.get("past_key_values")  # newer models take the older name as well
+    return inputs.get(cache_name(facts)) if cache is None else cache
 
 
 def cache_name(facts: BaseModelFacts) -> str:

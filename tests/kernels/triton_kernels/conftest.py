@@ -109,7 +109,9 @@ def mostly_untouched(elements: int, dtype: torch.dtype) -> torch.Tensor:
     try:
         memory = mmap.mmap(-1, elements * dtype.itemsize, flags=flags)
     except (OSError, ValueError) as error:
-        pytest.skip(f"no address space for {elements} elements: {error}")
+        pytest.skip(
+            f"no address space for {elements} elements ({error}): runs where a process may reserve it (`ulimit -v`)"
+        )
     return torch.frombuffer(memory, dtype=dtype)
 
 

@@ -203,7 +203,7 @@ def test_offsets_have_64_bits(columns, device, monkeypatch):
     of every program is raised.
     """
     if not INTERPRETED and device.type == "cpu":
-        pytest.skip("a GPU has the memory")
+        pytest.skip("takes the memory of a GPU: `make gpu` runs it there, `make test` under the interpreter")
     rows, block_size, tail = 2**16 + 1, 4096, 5000  # elements that are not zero
     elements = rows * columns
     packed = torch.zeros(0 if INTERPRETED else (elements + 1) // 2, dtype=torch.uint8, device=device)
