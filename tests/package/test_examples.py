@@ -113,3 +113,18 @@ def test_splits_depend_on_seed_and_text_alone(headlines_data: Any, tmp_path: Pat
 def test_a_missing_package_is_named_with_the_remedy(headlines_data: Any) -> None:
     with pytest.raises(FileNotFoundError, match="no_such_package is not installed: run `make demo`"):
         headlines_data.package_file("no_such_package", "file")
+
+
+def test_splits_of_the_comparison_share_no_row_and_fresh_ones_test_on_others() -> None:
+    script = runpy.run_path(str(ROOT / "examples" / "comparison_data.py"))
+    train, validation = ([f"{name} {i}" for i in range(2000)] for name in ("train", "validation"))
+    usual, fresh = (
+        {task: script[name](task, train, validation) for task in tasks}
+        for name, tasks in (("usual", script["TASKS"]), ("fresh", script["FRESH"]))
+    )
+    for splits in (*usual.values(), *fresh.values()):
+        rows = [row for part in splits.values() for row in part]
+        assert {*splits} == {"train", "validation", "test"}
+        assert len({*rows}) == len(rows), "a row stands in two splits"
+    for task in {*usual} & {*fresh}:
+        assert not {*usual[task]["test"]} & {*fresh[task]["test"]}
