@@ -21,7 +21,6 @@ import torch
 
 from ept_kernels.dev import problems
 from ept_kernels.dev.problems import FourBit, opcheck_problems
-from ept_kernels.dev.tunables import Tunable
 from ept_kernels.dev.tune import refusal
 from ept_kernels.library import launcher_of, reference_of
 from ept_kernels.problem import Problem
@@ -131,9 +130,7 @@ def check(problem: Problem, device: str, compared: bool = True) -> Row:
     if device == "cuda":
         torch.cuda.synchronize()
         row["first_call_seconds"] = time.monotonic() - began
-    if device == "cuda" and (
-        reason := refusal(Tunable("", (1,), {}, (), problem), {}, inputs, problem.expected(*inputs))
-    ):
+    if device == "cuda" and (reason := refusal(problem, {}, inputs, problem.expected(*inputs))):
         return {**row, "status": "failed", "reason": reason}
     return row
 

@@ -112,7 +112,7 @@ _JOINT_GRIDS = {
 
 def _joint_prompt(reduced: bool, device: torch.device) -> Iterator[Tunable]:
     for p in [JointPrompt(s=2, d=20, m=5, K=2, h=1)] if reduced else [T5_BASE_JOINT, LLAMA_7B_JOINT]:
-        variants = [] if reduced else [p, replace(p, a=16).backward]
+        variants = [p, replace(p, a=16).backward]
         for kernel, candidates in _JOINT_GRIDS.items():
             default = joint_prompt.heuristic(kernel, device)
             yield Tunable(kernel, (p.d,), default, candidates, p.backward, variants)

@@ -31,7 +31,7 @@ from triton import testing
 from .. import launch
 from ..launch import Config
 from ..library import launcher_of
-from ..problem import as_tuple, largest
+from ..problem import Problem, as_tuple, largest
 from . import compile_only
 from .tunables import Tunable, tunables
 
@@ -63,24 +63,27 @@ def tune(tunable: Tunable, device: torch.device) -> dict[str, Any]:
     sets += [problem.inputs(device, seed) for seed in range(1, count)]
     expected = problem.expected(*sets[0])
 
+    def chosen(config: Config) -> dict[str, Config]:
+        return {**tunable.held, tunable.kernel: config}
+
     def measure(config: Config) -> float:
-        with launch.configured({**tunable.held, tunable.kernel: config}):
+        with launch.configured(chosen(config)):
             return _microseconds([functools.partial(launcher, *args) for args in sets], device)
 
-    if reason := refusal(tunable, tunable.default, sets[0], expected):
+    if reason := refusal(problem, chosen(tunable.default), sets[0], expected):
         raise RuntimeError(f"{tunable.kernel} at {tunable.key}: the heuristic's configuration: {reason}")
     times: list[tuple[float, Config]] = []
     refused: dict[str, str] = {}
     for config in tunable.candidates:
         config = {**tunable.default, **config}
-        if reason := refusal(tunable, config, sets[0], expected):
+        if reason := refusal(problem, chosen(config), sets[0], expected):
             refused[json.dumps(config)] = reason
         else:
             times.append((measure(config), config))
     best = tunable.default
     for _, config in sorted(times, key=lambda timed: timed[0]):
         others = ((variant, variant.inputs(device)) for variant in tunable.variants)
-        reasons = (refusal(tunable, config, args, variant.expected(*args)) for variant, args in others)
+        reasons = (refusal(variant, chosen(config), args, variant.expected(*args)) for variant, args in others)
         if reason := next(filter(None, reasons), None):
             refused[json.dumps(config)] = reason
         else:
@@ -101,12 +104,13 @@ def tune(tunable: Tunable, device: torch.device) -> dict[str, Any]:
     }
 
 
-def refusal(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: Sequence[Tensor]) -> str | None:
-    """Runs `config` once; says why it must not win if it fails, spills, or differs from `expected`."""
+def refusal(
+    problem: Problem, configs: dict[str, Config], args: tuple[Any, ...], expected: Sequence[Tensor]
+) -> str | None:
+    """Runs `problem` once in `configs`; says why they must not win if it fails, spills, or differs from `expected`."""
     from triton.runtime.errors import TritonError
 
-    launcher: Any = launcher_of(tunable.problem.operator)
-    configs = {**tunable.held, tunable.kernel: config}
+    launcher: Any = launcher_of(problem.operator)
     with launch.configured(configs), launch.watched() as launches, _poisoned_memory():
         try:
             actual = as_tuple(launcher(*args))
@@ -117,7 +121,7 @@ def refusal(tunable: Tunable, config: Config, args: tuple[Any, ...], expected: S
             return f"{compiled.metadata.name} spills {compiled.n_spills} registers"
     if compile_only.active():
         return None  # no kernel has run
-    bounds = tunable.problem.errors_allowed(actual, expected, args)
+    bounds = problem.errors_allowed(actual, expected, args)
     for index, (a, e, allowed) in enumerate(zip(actual, expected, bounds, strict=True)):
         if a.shape != e.shape:
             return f"result {index} has shape {list(a.shape)}, the reference has {list(e.shape)}"
