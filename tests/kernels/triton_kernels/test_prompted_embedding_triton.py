@@ -65,7 +65,6 @@ def assert_close(actual: Tensor, exact: Tensor, magnitude: Tensor, what: str) ->
 # Fewer and larger programs than are shipped, for wide problems: the interpreter's time goes by their number.
 LARGE = {
     "prompted_embedding": {"BLOCK_T": 32, "BLOCK_D": 512, "num_warps": 32},
-    "prompted_embedding_packed": {"BLOCK_T": 32, "BLOCK_D": 512, "num_warps": 32},
     "prompted_embedding_backward": {"BLOCK_M": 64, "BLOCK_D": 512},
     "prompted_embedding_reduce": {"BLOCK_E": 4096},
 }
@@ -98,13 +97,14 @@ PACKED = {
     "one text": Packed((63,), s=40, d=100, r=30, dtype=torch.bfloat16, ids=torch.int32),
     "empty texts": Packed((0, 3, 0, 0, 40, 1, 0), s=40, r=30, d=100, dtype=torch.float16),
     "empty texts, no prompt": Packed((0, 3, 0, 0, 40, 1, 0), s=0, d=100, ids=torch.int32),
-    "many texts": Packed((1,) * 130, s=1, d=20, ids=torch.int32),
+    "many texts": Packed((1,) * 50, s=1, d=20, ids=torch.int32),
     "no tokens": Packed((0, 0, 0)),
     "no texts": Packed(()),
     "no update": Packed((5, 33), r=0, dtype=torch.bfloat16),
     "strided": Packed((5, 33, 4), strided=True),
     "wide": Packed((20, 13), d=1000, s=33, r=64),
-    "runs of tiles": Packed((256, 256, 1), d=20, s=2, r=1),
+    "no update, one long text among short ones": Packed((1, 0, 90, 2, 1), r=0, d=20),
+    "short and long texts": Packed((33, 2, 256, 256, 1), d=20, s=2, r=1),
     "long prompt": Packed((63, 2), d=768, s=100),
     "wide and narrow texts": Packed((9, 1), d=4096, s=1, r=30, dtype=torch.bfloat16),
 }
@@ -152,6 +152,20 @@ def test_packed_ids_outside_the_table_and_texts_longer_than_A_give_nan_and_read_
     inputs[0][:5] = torch.tensor([-100, -1, 37, torch.iinfo(ids).max, torch.iinfo(ids).min], dtype=ids)
     inputs[4] = inputs[4][:7]
     right[[2, 3, 4, 7, 8]], right[14:] = float("nan"), float("nan")  # rows 0, 1 and 5, 6 are the prompt's
+    torch.testing.assert_close(kernels.prompted_embedding_packed(*inputs), right, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("r", [3, 0])
+def test_packed_texts_longer_than_A_are_written_to_their_end(r, device, monkeypatch):
+    """NaN behind A's last row, the table's bits without an update; neither is what memory held, here zeros."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    problem = Packed((3, 90, 0, 20, 21, 1), s=2, r=r)
+    inputs = list(problem.inputs(device))
+    right = kernels.prompted_embedding_packed(*inputs)
+    assert (right != 0).any(1).all()
+    inputs[4] = inputs[4][:20]
+    behind = torch.cat([torch.arange(-problem.s, length) >= 20 for length in problem.lengths])
+    right[behind.to(device) & (r > 0)] = float("nan")
     torch.testing.assert_close(kernels.prompted_embedding_packed(*inputs), right, rtol=0, atol=0, equal_nan=True)
 
 
@@ -223,9 +237,9 @@ def test_two_runs_give_equal_bits(adapters, device):
 @pytest.mark.parametrize(
     "change",
     [
-        {"BLOCK_T": 16, "BLOCK_M": 16, "ITERS": 1, "PROGRAMS": 1, "BLOCK_R": 32, "BLOCK_E": 64, "BLOCK_P": 2},
-        {"BLOCK_T": 64, "BLOCK_M": 64, "BLOCK_D": 32, "ITERS": 9, "BLOCK_N": 16, "BLOCK_P": 32, "num_warps": 8},
-        {"ITERS": 2, "STAGES": 1, "BLOCK_R": 64, "PROGRAMS": 9},
+        {"BLOCK_T": 16, "BLOCK_M": 16, "PROGRAMS": 1, "BLOCK_R": 32, "BLOCK_E": 64, "BLOCK_P": 2},
+        {"BLOCK_T": 64, "BLOCK_M": 64, "BLOCK_D": 32, "BLOCK_N": 16, "BLOCK_P": 32, "num_warps": 8},
+        {"STAGES": 1, "BLOCK_R": 64, "PROGRAMS": 9},
     ],
     ids=["small", "large", "runs of two"],
 )
@@ -240,6 +254,7 @@ def test_any_launch_configuration_is_right(change, device):
         check(PromptedEmbedding(d=100, n=90, s=3, r=30, m=80, batch=2), device)
         check(PromptedEmbedding(d=100, n=90, s=3, r=30, m=80, batch=2, padding="shuffled").backward, device)
         check(Packed((3, 1, 70), d=100), device)
+        check(Packed((3, 1, 70), d=100, r=0), device)
 
 
 @pytest.mark.parametrize(

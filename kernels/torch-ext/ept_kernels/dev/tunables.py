@@ -76,12 +76,11 @@ def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list
     return [replace(t, candidates=t.candidates[: most.get(t.kernel[:5], 2)]) for t in found] if reduced else found
 
 
-# Kernels of the prompted embedding, by whether the forward or the backward is timed.
+# Kernels of the prompted embedding: the forward's, and those that are timed within the backward.
 _EMBEDDING_GRIDS = {
     "prompted_embedding": grid(
         BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256, 512), PROGRAMS=(256, 512, 1024), num_warps=(4, 8)
     ),
-    "prompted_embedding_packed": grid(BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256), ITERS=(1, 4), num_warps=(4, 8)),
     "prompted_embedding_backward": grid(
         BLOCK_M=(32, 64, 128), BLOCK_D=(32, 64, 128), STAGES=(2, 4, 6), num_warps=(4, 8)
     ),
@@ -92,13 +91,12 @@ _EMBEDDING_GRIDS = {
 def _prompted_embedding(reduced: bool) -> Iterator[Tunable]:
     tiny = PromptedEmbedding(n=5, d=40, s=2, m=5, r=3, batch=2, padding="none", dtype=torch.bfloat16, vocabulary=11)
     for p in [tiny] if reduced else [T5_BASE, replace(T5_BASE, dtype=torch.float32), LLAMA_7B]:
-        timed = {"prompted_embedding": p, "prompted_embedding_packed": p.packed}
         for kernel, tried in _EMBEDDING_GRIDS.items():
             default = prompted_embedding.heuristic(kernel, p.d, p.r, p.dtype)
             complete = [{**default, **candidate} for candidate in tried]
             candidates = [c for c in complete if prompted_embedding.bounded(c, p.d, p.r) == c]
-            problem = timed.get(kernel, p.backward)
-            yield Tunable(launch.key(kernel, p.dtype), (p.d, padded(p.r)), default, candidates, problem)
+            problem, variants = (p, [p.packed]) if kernel == p.operator else (p.backward, [])
+            yield Tunable(launch.key(kernel, p.dtype), (p.d, padded(p.r)), default, candidates, problem, variants)
 
 
 # Kernels of the joint prompt, all timed within its backward.

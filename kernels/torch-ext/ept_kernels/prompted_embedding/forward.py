@@ -24,11 +24,14 @@ def load_A(A, o_m, o_r, m_m, r):
 
 
 @triton.jit
-def _write_prompt_rows(prompt, out, o_s, o_out, m_s, o_d, d, is_known=True):
-    """Copies the prompt's rows `o_s` `[BLOCK_T]`, columns `o_d`, to rows `o_out` of the output; NaN if not known."""
-    mask = m_s[:, None] & (o_d < d)[None, :]
-    b_P = tl.load(prompt + o_s[:, None] * d + o_d[None, :], mask=mask & is_known, other=float("nan"))
-    tl.store(out + o_out[:, None] * d + o_d[None, :], b_P.to(tl.float32).to(out.dtype.element_ty), mask=mask)
+def _tokens_of(cu_seqlens, i_b, is_there, n, PACKED: tl.constexpr):
+    """Returns where the tokens of text `i_b` begin and end: packed, among those of all texts, else from 0 to n."""
+    if PACKED:
+        begin = tl.load(cu_seqlens + i_b, mask=is_there, other=0).to(tl.int64)
+        end = tl.load(cu_seqlens + i_b + 1, mask=is_there, other=0).to(tl.int64)
+    else:
+        begin, end = 0, n
+    return begin, end
 
 
 @triton.jit
@@ -38,27 +41,39 @@ def _row_of(input_ids, o_n, m_n, vocabulary):
     return b_id, m_n & (b_id >= 0) & (b_id < vocabulary)
 
 
+@triton.jit
+def _look_up(input_ids, token_at, i_b, is_there, o_m, n, m, vocabulary, PACKED: tl.constexpr):
+    """Finds which tokens of text `i_b` stand at positions `o_m`, -1 where none does, and which rows they are."""
+    if PACKED:
+        begin, end = _tokens_of(token_at, i_b, is_there, n, PACKED)
+        o_n = tl.where((o_m < m) & (o_m < end - begin), begin + o_m, -1)
+    else:
+        o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & is_there, other=-1).to(tl.int64)
+    b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
+    return o_n, b_id, is_read
+
+
 @triton.jit(do_not_specialize=["batch", "n", "s", "m", "r", "rows", "runs", "vocabulary", "adapters"])
 def prompted_embedding_kernel(
-    input_ids,  # [batch, n], contiguous
-    positions,  # [batch, n], contiguous
-    token_at,  # [batch, m] int32, contiguous
+    input_ids,  # [batch, n], contiguous; packed: [tokens]
+    positions,  # [batch, n], contiguous; packed: None
+    token_at,  # [batch, m] int32, contiguous; packed: cu_seqlens [batch + 1]
     table,  # [vocabulary, d]
     prompt,  # [s, d] or [adapters, s, d], contiguous
     A,  # [m, r] or [adapters, m, r], contiguous
     B,  # [r, d] or [adapters, r, d], contiguous
     adapter_ids,  # [batch] or None, contiguous
-    out,  # [batch, s + n, d], contiguous
+    out,  # [batch, s + n, d], contiguous; packed: [batch·s + tokens, d]
     scale,
     # Shape
-    batch,
-    n,
+    batch,  # texts
+    n,  # packed: tokens of the average text, rounded up
     s,
     d,
     m,  # 0 without an update
     r,
-    rows,  # batch rows that a program writes, one after another; 1 with adapters
-    runs,  # how many such runs of rows there are
+    rows,  # texts that a program writes, one after another; 1 with adapters
+    runs,  # how many such runs of texts there are
     vocabulary,
     adapters,
     stride_table_v,
@@ -66,21 +81,24 @@ def prompted_embedding_kernel(
     # Meta-parameters
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PACKED: tl.constexpr,
     RANK: tl.constexpr,  # r padded to a power of two from 16 up; 0: no update
     PRECISION: tl.constexpr,
 ):
-    """Writes one column tile of some positions, or of some rows of the prompt, in a run of batch rows; or some tokens.
+    """Writes one column tile of some positions, or of some rows of the prompt, in a run of texts; or some tokens.
 
     The first programs own positions: a tile of `C = scale·A·B` is made once and added to the tokens that stand there,
-    batch row by batch row. The next ones own rows of the prompt. The last ones look for tokens without an update, and
-    write them, all of their columns. An id outside the table, a position outside A and an adapter that there is not
-    read nothing and give NaN.
+    text by text. The next ones own rows of the prompt. The last ones look for tokens without an update, and write
+    them, all of their columns. An id outside the table, a position outside A and an adapter that there is not read
+    nothing and give NaN.
     """
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
-    tiles_m, tiles_s = tl.cdiv(m, BLOCK_T), tl.cdiv(s, BLOCK_T)
+    tiles_m, tiles_s, tiles_n = tl.cdiv(m, BLOCK_T), tl.cdiv(s, BLOCK_T), tl.cdiv(n, BLOCK_T)
+    if PACKED:
+        n = 0  # from here on, since tokens are counted through all texts
     owned = (tiles_m + tiles_s) * runs * columns
-    width = tl.cast(s + n, tl.int64) * d
+    width = tl.cast(s + n, tl.int64) * d  # from a text's rows to those of the next; packed: besides its tokens
     if i_program < owned:
         o_d = (i_program % columns).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
         m_d = (o_d < d)[None, :]
@@ -109,114 +127,52 @@ def prompted_embedding_kernel(
                     b_A = load_A(A, o_m.to(tl.int64), o_r, o_m < updated, r)  # [BLOCK_T, STEP]
                     b_C += scale * tl.dot(b_A, load_B(B, o_r, o_d, r, d), input_precision=PRECISION)
             i_b = first.to(tl.int64)
-            o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & (first < last), other=-1).to(tl.int64)
-            b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
+            o_n, b_id, is_read = _look_up(input_ids, token_at, i_b, first < last, o_m, n, m, vocabulary, PACKED)
             for i in range(first, last):
                 p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
                 b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
                 p_out = out + tl.cast(i, tl.int64) * width + (s + o_n)[:, None] * d + o_d[None, :]
                 m_out = (o_n >= 0)[:, None] & m_d
-                # The next row's look-up, two loads in a row, runs while this one's embeddings are on their way.
+                # The next text's look-up, two loads in a row, runs while this one's embeddings are on their way.
                 i_b = tl.cast(i + 1, tl.int64)
-                o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & (i + 1 < last), other=-1).to(tl.int64)
-                b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
+                o_n, b_id, is_read = _look_up(input_ids, token_at, i_b, i_b < last, o_m, n, m, vocabulary, PACKED)
                 tl.store(p_out, (b_W + b_C).to(out.dtype.element_ty), mask=m_out)
         else:
             o_s = ((i_tile - tiles_m) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+            mask = (o_s < s)[:, None] & m_d
             for i in range(first, last):
-                _write_prompt_rows(prompt, out + tl.cast(i, tl.int64) * width, o_s, o_s, o_s < s, o_d, d, is_known)
+                i_b = tl.cast(i, tl.int64)
+                begin, _ = _tokens_of(token_at, i_b, True, n, PACKED)
+                b_P = tl.load(prompt + o_s[:, None] * d + o_d[None, :], mask=mask & is_known, other=float("nan"))
+                p_out = out + i_b * width + (begin + o_s)[:, None] * d + o_d[None, :]
+                tl.store(p_out, b_P.to(tl.float32).to(out.dtype.element_ty), mask=mask)
     else:
         i_loose = i_program - owned
-        i_b = (i_loose // tl.cdiv(n, BLOCK_T)).to(tl.int64)
-        o_n = (i_loose % tl.cdiv(n, BLOCK_T)).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-        b_position = tl.load(positions + i_b * n + o_n, mask=o_n < n, other=0)
-        is_owned = (b_position >= 0) & (b_position < m)
-        b_owner = tl.load(token_at + i_b * m + b_position, mask=(o_n < n) & is_owned, other=-1)
-        m_n = (o_n < n) & (b_owner != o_n)
-        if tl.max(m_n.to(tl.int32), axis=0) > 0:
-            b_id, is_read = _row_of(input_ids + i_b * n, o_n, m_n, vocabulary)
-            # Of two tokens at one position, which no text has, the first is nobody's, as is one beyond A: NaN rather
-            # than a wrong result.
-            is_read = is_read & ((b_position < 0) | (m == 0))
-            for start in range(0, d, BLOCK_D):
-                o_d = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_D)
-                m_d = (o_d < d)[None, :]
-                p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
-                b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
-                p_out = out + i_b * width + (s + o_n)[:, None] * d + o_d[None, :]
-                tl.store(p_out, b_W.to(out.dtype.element_ty), mask=m_n[:, None] & m_d)
-
-
-@triton.jit(do_not_specialize=["tokens", "texts", "prompt_tiles", "tiles", "steps", "vocabulary"])
-def prompted_embedding_packed_kernel(
-    input_ids,  # [tokens], contiguous
-    cu_seqlens,  # [texts + 1], contiguous
-    table,  # [vocabulary, d]
-    prompt,  # [s, d], contiguous
-    A,  # [m, r], contiguous
-    B,  # [r, d], contiguous
-    out,  # [tokens + texts·s, d], contiguous
-    scale,
-    # Shape
-    tokens,
-    texts,
-    s,
-    d,
-    m,
-    r,
-    prompt_tiles,  # of all texts' prompt rows together
-    tiles,  # token tiles in a run
-    steps,  # of the bisection: ceil(log2(texts + 1))
-    vocabulary,
-    stride_table_v,
-    stride_table_d,
-    # Meta-parameters
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-    RANK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Does the same over all texts: a tile holds prompt rows of several texts, or tokens of several texts.
-
-    A program takes a tile of prompt rows, or a run of token tiles of one column tile, whose tile of `B` is loaded once.
-    An id outside the table and a text longer than A read nothing there and give NaN.
-    """
-    columns = tl.cdiv(d, BLOCK_D)
-    i_group = tl.program_id(0) // columns
-    o_d = (tl.program_id(0) % columns).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    if i_group < prompt_tiles:
-        o_p = i_group * BLOCK_T + tl.arange(0, BLOCK_T)  # text·s + row of the prompt
-        i_text = (o_p // s).to(tl.int64)
-        m_p = i_text < texts
-        begin = tl.load(cu_seqlens + i_text, mask=m_p, other=0).to(tl.int64)
-        _write_prompt_rows(prompt, out, (o_p % s).to(tl.int64), begin + o_p, m_p, o_d, d)
-    else:
-        if RANK > 0:
-            o_r = tl.arange(0, RANK).to(tl.int64)
-            b_B = load_B(B, o_r, o_d, r, d)  # [RANK, BLOCK_D]
-        first = (i_group - prompt_tiles) * tiles * BLOCK_T
-        last = tl.minimum(first + tiles * BLOCK_T, tokens)
-        for start in tl.range(first, last, BLOCK_T, num_stages=STAGES):
-            o_n = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_T)
-            m_n = o_n < tokens
-            low = tl.zeros_like(o_n).to(tl.int32)  # the text of each token: the last one that begins at or before it
-            high = low + (texts - 1)
-            for _ in range(steps):
-                middle = (low + high + 1) // 2
-                begun = tl.load(cu_seqlens + middle.to(tl.int64), mask=m_n, other=0) <= o_n
-                low = tl.where(begun, middle, low)
-                high = tl.where(begun, high, middle - 1)
-            i_text = low.to(tl.int64)
-            o_m = o_n - tl.load(cu_seqlens + i_text, mask=m_n, other=0).to(tl.int64)  # positions
-            b_id, is_read = _row_of(input_ids, o_n, m_n, vocabulary)
-            if RANK > 0:
-                is_read = is_read & (o_m < m)
-            mask = m_n[:, None] & (o_d < d)[None, :]
-            p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
-            b_E = tl.load(p_W, mask=is_read[:, None] & (o_d < d)[None, :], other=float("nan")).to(tl.float32)
-            if RANK > 0:
-                b_A = load_A(A, o_m, o_r, m_n & (o_m < m), r)  # [BLOCK_T, RANK]
-                b_E += scale * tl.dot(b_A, b_B, input_precision=PRECISION)
-            p_out = out + (o_n + (i_text + 1) * s)[:, None] * d + o_d[None, :]
-            tl.store(p_out, b_E.to(out.dtype.element_ty), mask=mask)
+        i_b = (i_loose // tiles_n).to(tl.int64)
+        begin, end = _tokens_of(token_at, i_b, True, n, PACKED)
+        start_n = begin + (i_loose % tiles_n).to(tl.int64) * BLOCK_T
+        tiles = 1
+        if PACKED:  # what is behind a text's first m tokens has no update, and may be more than the programs
+            start_n += m
+            tiles = tl.cdiv(end - start_n, tiles_n * BLOCK_T)
+        for i_n in range(tiles):
+            o_n = start_n + tl.cast(i_n, tl.int64) * tiles_n * BLOCK_T + tl.arange(0, BLOCK_T)
+            if PACKED:
+                b_position, m_n = o_n - begin, o_n < end
+            else:
+                b_position = tl.load(positions + i_b * n + o_n, mask=o_n < n, other=0)
+                is_owned = (b_position >= 0) & (b_position < m)
+                b_owner = tl.load(token_at + i_b * m + b_position, mask=(o_n < n) & is_owned, other=-1)
+                m_n = (o_n < n) & (b_owner != o_n)
+            if tl.max(m_n.to(tl.int32), axis=0) > 0:
+                b_id, is_read = _row_of(input_ids + i_b * n, o_n, m_n, vocabulary)
+                # Of two tokens at one position, which no text has, the first is nobody's, as is one beyond A: NaN
+                # rather than a wrong result.
+                is_read = is_read & ((b_position < 0) | (m == 0))
+                for start in range(0, d, BLOCK_D):
+                    o_d = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_D)
+                    m_d = (o_d < d)[None, :]
+                    p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
+                    b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
+                    p_out = out + i_b * width + (s + o_n)[:, None] * d + o_d[None, :]
+                    tl.store(p_out, b_W.to(out.dtype.element_ty), mask=m_n[:, None] & m_d)

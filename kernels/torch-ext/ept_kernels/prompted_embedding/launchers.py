@@ -1,6 +1,6 @@
 """Launchers of the prompted embedding's Triton kernels, and their choices.
 
-Two launches forward, three backward; the first is the same.
+Two launches forward, three backward, of which the first is the same; packed, one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from torch import Tensor
 from .. import launch
 from ..launch import Config, Kinds, Prepared, Size
 from .backward import prompted_embedding_backward_kernel, prompted_embedding_reduce_kernel, token_at_kernel
-from .forward import prompted_embedding_kernel, prompted_embedding_packed_kernel
+from .forward import prompted_embedding_kernel
 
-_FORWARD = {"num_warps": 8, "num_stages": 1}
 _BACKWARD = {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_R": 16, "STAGES": 4, "num_warps": 4, "num_stages": 3}
 
 # Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs are wanted, which decides how
-# many batch rows one takes. ITERS: row tiles that a program may take, one after another. STAGES: depth of the software
-# pipeline over them.
+# many batch rows one takes. STAGES: depth of the software pipeline over them.
 CONFIGS: dict[str, Config] = {
-    "prompted_embedding": {"BLOCK_T": 16, "BLOCK_D": 256, "PROGRAMS": 512, **_FORWARD},
-    "prompted_embedding_packed": {"BLOCK_T": 16, "BLOCK_D": 256, "ITERS": 4, "STAGES": 1, **_FORWARD},
+    "prompted_embedding": {"BLOCK_T": 16, "BLOCK_D": 256, "PROGRAMS": 512, "num_warps": 8, "num_stages": 1},
     "prompted_embedding_backward": _BACKWARD,
     "prompted_embedding_reduce": {"BLOCK_E": 256, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2},
 }
@@ -67,6 +64,28 @@ def prompted_embedding(
     if found is None:
         has_update = A.numel() and positions.numel()
         found = token_at(positions, A.shape[-2]) if has_update else positions.new_empty(0, dtype=torch.int32)
+    return _launched(input_ids, positions, found, table, prompt, A, B, scale, adapter_ids)
+
+
+def prompted_embedding_packed(
+    input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
+    return _launched(input_ids, None, cu_seqlens.contiguous(), table, prompt, A, B, scale, None)
+
+
+def _launched(
+    input_ids: Tensor,
+    positions: Tensor | None,
+    found: Tensor,
+    table: Tensor,
+    prompt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    adapter_ids: Tensor | None,
+) -> Tensor:
+    """Launches the forward. Without `positions` the batch is packed, and `found` is `cu_seqlens`."""
     tensors = (input_ids.contiguous(), positions, found, table, prompt.contiguous(), A.contiguous(), B.contiguous())
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
     run, shape = _forward(launch.kinds(*tensors, adapter_ids), table.stride(), float(scale))
@@ -80,15 +99,22 @@ def prompted_embedding(
 def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size]:
     """Prepares the launch; says what shape its result has."""
     _, (_, _, _, dtype, *_), device, (ids, positions, found, table, prompt, A_shape, B, adapter_ids) = kinds
-    (batch, n), (vocabulary, d), s, (*adapters, m, r) = ids, table, prompt[-2], A_shape
+    (vocabulary, d), s, (*adapters, m, r) = table, prompt[-2], A_shape
+    is_packed = positions is None
+    if is_packed:
+        (tokens,), batch = ids, found[0] - 1
+        n = triton.cdiv(tokens, max(batch, 1))  # of the average text
+    else:
+        batch, n = ids
+        tokens = batch * n
     launch.check_shapes(
-        positions=(positions, ids),
+        positions=(positions, None if is_packed else ids),
         prompt=(prompt, (*adapters, s, d)),
         B=(B, (*adapters, r, d)),
         adapter_ids=(adapter_ids, (batch,) if adapters else None),
     )
-    m, r = (m, r) if math.prod(A_shape) and batch * n else (0, 0)
-    if m:
+    m, r = (m, r) if math.prod(A_shape) and tokens else (0, 0)
+    if m and not is_packed:
         launch.check_shapes(token_at=(found, (batch, m)))
     config, options = _chosen("prompted_embedding", d, r, dtype, dtype, device)
     tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
@@ -97,34 +123,8 @@ def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size]
     runs = triton.cdiv(batch, max(rows, 1))
     grid = (tiles * runs + batch * triton.cdiv(n, config["BLOCK_T"]),)
     numbers = (scale, batch, n, s, d, m, r, rows, runs, vocabulary, A_shape[0], *strides)
-    return Prepared(prompted_embedding_kernel, grid, numbers, options, kinds), (batch, s + n, d)
-
-
-def prompted_embedding_packed(
-    input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
-) -> Tensor:
-    """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
-    tensors = (input_ids.contiguous(), cu_seqlens.contiguous(), table, *(x.contiguous() for x in (prompt, A, B)))
-    run, shape = _packed(launch.kinds(*tensors), table.stride(), float(scale))
-    out = table.new_empty(*shape)
-    with launch.on_device(table):
-        run(*tensors, out)
-    return out
-
-
-@launch.cached_choice
-def _packed(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size]:
-    _, (_, _, dtype, *_), device, ((tokens,), (ends,), (vocabulary, d), prompt, (m, r), B) = kinds
-    s, texts = prompt[0], ends - 1
-    launch.check_shapes(prompt=(prompt, (s, d)), B=(B, (r, d)))
-    config, options = _chosen("prompted_embedding_packed", d, r, dtype, dtype, device)
-    tiles = triton.cdiv(tokens, config["BLOCK_T"])
-    runs = triton.cdiv(tiles, config["ITERS"])  # as even as possible
-    tiles = triton.cdiv(tiles, max(runs, 1))
-    prompt_tiles = triton.cdiv(texts * s, config["BLOCK_T"])
-    grid = (triton.cdiv(d, config["BLOCK_D"]) * (prompt_tiles + runs),)
-    numbers = (scale, tokens, texts, s, d, m, r, prompt_tiles, tiles, texts.bit_length(), vocabulary, *strides)
-    return Prepared(prompted_embedding_packed_kernel, grid, numbers, options, kinds), (tokens + texts * s, d)
+    run = Prepared(prompted_embedding_kernel, grid, numbers, options | {"PACKED": is_packed}, kinds)
+    return run, (tokens + batch * s, d) if is_packed else (batch, s + n, d)
 
 
 def prompted_embedding_backward(
@@ -191,7 +191,7 @@ def _chosen(
     """Chooses the configuration and meta-parameters of `kernel` that reads rows in `read` and writes in `written`."""
     config = launch.config_for(launch.key(kernel, read), (d, launch.padded(r)), device, heuristic(kernel, d, r, read))
     config = bounded(config, d, r)
-    options: dict[str, Any] = {name: value for name, value in config.items() if name not in ("ITERS", "PROGRAMS")}
+    options: dict[str, Any] = {name: value for name, value in config.items() if name != "PROGRAMS"}
     if "BLOCK_T" in config:
         options["RANK"] = launch.padded(r) if r else 0
     if "BLOCK_D" in config:
@@ -204,10 +204,9 @@ def heuristic(kernel: str, d: int, r: int = 0, dtype: torch.dtype = torch.bfloat
     config = dict(CONFIGS[kernel])
     if kernel == "prompted_embedding_backward" and d <= NARROW:
         config.update(BLOCK_M=32, BLOCK_D=32)
-    elif "BLOCK_T" in config and dtype.itemsize > 2:
+    elif kernel == "prompted_embedding" and dtype.itemsize > 2:
         config["BLOCK_D"] //= 2  # of a float32 table's rows half as many columns fill a tile
-        if kernel == "prompted_embedding":
-            config["num_warps"] = 4  # eight leave a thread too few registers for operands in three pieces
+        config["num_warps"] = 4  # eight leave a thread too few registers for operands in three pieces
     return bounded(config, d, r)
 
 
