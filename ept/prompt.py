@@ -130,7 +130,7 @@ class EPTLayer(BasePromptEncoder):
         prompt = table.new_zeros(0, self.d, dtype=torch.float32) if prompt is None else prompt
         prompt, A, B = (part.to(table.device) for part in (prompt, self.part("A"), self.part("B")))
         if self.config.update == "token" and self.config.r:
-            ids, table = self._updated_tokens(ids, positions, table)
+            ids, table = self.updated_tokens(ids, positions, table)
         return functional.prompted_embedding(ids, positions, table, prompt, A, B, self.update_scale())
 
     def joint_prompt(self) -> Tensor:
@@ -165,16 +165,15 @@ class EPTLayer(BasePromptEncoder):
         }
         return torch.zeros(shapes[name], device=device)
 
-    def _updated_tokens(self, ids: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    def updated_tokens(self, ids: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Adds ADePT's update, a function of the token alone: `W[id] + ρ·(relu(W[id]/ρ·W_in + b_in)·W_out + b_out)`.
 
-        Returns ids and the table they are rows of, as `lookup` does.
+        Returns ids and the table they are rows of, as `lookup` does. Arguments as of `embed`.
         """
-        rows, device = table[ids].float(), table.device
-        W_in, b_in, W_out, b_out = (self.part(name).to(device) for name in ("W_in", "b_in", "W_out", "b_out"))
-        update = torch.relu(rows / self.embedding_scale @ W_in + b_in) @ W_out + b_out
-        rows = rows + self.embedding_scale * update * (positions >= 0)[..., None]
-        return torch.arange(ids.numel(), device=device).view(ids.shape), rows.to(table.dtype).flatten(0, 1)
+        rows = table[ids].float()
+        W_in, b_in, W_out, b_out = (part.to(table.device) for part in self.token_update().values())
+        rows = rows + (torch.relu(rows @ W_in + b_in) @ W_out + b_out) * (positions >= 0)[..., None]
+        return torch.arange(ids.numel(), device=table.device).view(ids.shape), rows.to(table.dtype).flatten(0, 1)
 
     def update_scale(self) -> float:
         """Returns the factor of `A·B` in the embeddings, `ρ·α/√r`."""
@@ -194,6 +193,12 @@ class EPTLayer(BasePromptEncoder):
             delattr(self, name)
         for name in self.config.parameter_shapes(self.d):
             self.register_parameter(name, nn.Parameter(folded[name].detach(), requires_grad=False))
+
+    def token_update(self) -> dict[str, Tensor]:
+        """Gives an update by the token in the units of the embeddings, `relu(e·W_in + b_in)·W_out + b_out`."""
+        scale = self.embedding_scale
+        W_in, b_in, W_out, b_out = (self.part(name) for name in ("W_in", "b_in", "W_out", "b_out"))
+        return {"W_in": W_in / scale, "b_in": b_in, "W_out": scale * W_out, "b_out": scale * b_out}
 
     def position_table(self) -> Tensor:
         """Multiplies the update out: `C = ρ·c·A·B` `[m, d]`, in the units of the embedding table."""

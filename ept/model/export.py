@@ -1,8 +1,9 @@
 """Adapters for other engines: folded into one prompt and one table, and the embeddings of given texts.
 
 An engine needs nothing of this package to use them: the model's input for a text of n tokens is the prompt `[s, d]`,
-then the embedding of token i plus row i of the table, for i = 0 … n − 1. Tokens that are generated get no row, unless
-the adapter was trained with `update_scope="all"`.
+then the embedding of token i plus row i of the table, for i = 0 … n − 1. In place of the table, an update by the token
+is the bottleneck that makes it of the token's embedding. Tokens that are generated get neither, unless the adapter was
+trained with `update_scope="all"`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,17 @@ from .adapter_files import read_config, read_weights, weight_shapes, write_tenso
 TENSORS_NAME = "folded.safetensors"
 INFO_NAME = "folded.json"
 EMBEDS_NAME = "prompt_embeds.safetensors"
-FORMAT, FORMAT_VERSION, FORMAT_VERSION_OF_ALL = "ept-folded", 1, 2  # the latter: generated tokens get rows as well
+FORMAT = "ept-folded"
+VERSIONS = {("position", "text"): 1, ("position", "all"): 2, ("token", "text"): 3, ("token", "all"): 3}
+_BY_TOKEN = "[prompt; e_i + relu(e_i @ W_in + b_in) @ W_out + b_out], e_i = embedding(id_i) in float32, for all "
 _INPUTS = {
-    "text": "[prompt; embedding(id_i) + table[i]], i from 0 over the input text's real tokens",
-    "all": "[prompt; embedding(id_i) + table[i]], i from 0 over all real tokens, generated ones too; none beyond table",
+    ("position", "text"): "[prompt; embedding(id_i) + table[i]], i from 0 over the input text's real tokens",
+    (
+        "position",
+        "all",
+    ): "[prompt; embedding(id_i) + table[i]], i from 0 over all real tokens, generated ones too; none beyond table",
+    ("token", "text"): f"{_BY_TOKEN}real tokens of the input text",
+    ("token", "all"): f"{_BY_TOKEN}real tokens, generated ones too",
 }
 _HEADS = "base_model."  # PEFT's prefix of trained modules of the base model
 
@@ -44,12 +52,7 @@ class FoldedAdapter:
     def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
         """Reads and folds the adapter that `save_pretrained` wrote to `folder`; needs no base model."""
         config, shapes = read_config(folder), weight_shapes(folder)
-        if config.r and config.update == "token":
-            raise ValueError(
-                f"{folder}: its update depends on the token, not on the position (ADePT), and folds into no table: "
-                "serve it with this package"
-            )
-        widths = {shapes[name][-1] for name in ("prompt", "B", "shift") if shapes.get(name)}
+        widths = {shapes[name][-1] for name in ("prompt", "B", "W_out", "shift") if shapes.get(name)}
         if len(widths) != 1:
             raise ValueError(f"{folder} has neither prompt nor low-rank update of one width: there is nothing to fold")
         d = widths.pop()
@@ -63,20 +66,25 @@ class FoldedAdapter:
     def tensors(self) -> dict[str, Tensor]:
         """Returns `prompt` `[s, d]` and `table` `[m, d]`, float32 in the units of the embeddings, and `head.<name>`.
 
-        Parts that the adapter lacks are absent.
+        An update by the token has `W_in` `[d, r]`, `b_in` `[r]`, `W_out` `[r, d]` and `b_out` `[d]` in place of the
+        table. Parts that the adapter lacks are absent.
         """
-        parts = {"prompt": self.layer.part("prompt"), "table": self.layer.position_table()}
-        used = {"prompt": self.layer.config.num_virtual_tokens, "table": self.layer.config.r}
+        layer, config = self.layer, self.layer.config
+        parts = {"prompt": layer.part("prompt")} if config.num_virtual_tokens else {}
+        if config.r and config.update == "token":
+            parts |= layer.token_update()
+        elif config.r:
+            parts["table"] = layer.position_table()
         heads = {f"head.{name}": tensor for name, tensor in self.heads.items()}
-        return {**{name: tensor.detach() for name, tensor in parts.items() if used[name]}, **heads}
+        return {**{name: tensor.detach() for name, tensor in parts.items()}, **heads}
 
     def info(self) -> dict[str, Any]:
         """Lists what an engine must know beside the tensors."""
         config, tensors = self.layer.config, self.tensors()
-        scope = config.update_scope if "table" in tensors else "text"
+        kind = (config.update, config.update_scope) if config.r else ("position", "text")
         return {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION_OF_ALL if scope == "all" else FORMAT_VERSION,
+            "format_version": VERSIONS[kind],
             "ept_version": __version__,
             "task_type": config.task_type,
             "base_model_name_or_path": config.base_model_name_or_path,
@@ -86,8 +94,8 @@ class FoldedAdapter:
             "num_virtual_tokens": config.num_virtual_tokens,
             "max_length": config.max_length if "table" in tensors else None,
             "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-            "update_scope": scope,
-            "inputs_embeds": _INPUTS[scope],
+            "update_scope": kind[1],
+            "inputs_embeds": _INPUTS[kind],
         }
 
     @torch.no_grad()

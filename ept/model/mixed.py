@@ -37,16 +37,13 @@ def embed_mixed(
         embeddings `[batch, s + n, d]` with `s` the longest prompt, attention mask `[batch, s + n]`.
 
     Raises:
-        ValueError: names are unknown or not one a row, a text is too long for its adapter, or an adapter's update
-            depends on the token.
+        ValueError: names are unknown or not one a row, or a text is too long for its adapter.
     """
     if len(names) != ids.shape[0]:
         raise ValueError(f"adapter_names has {len(names)} names for a batch of {ids.shape[0]} rows: give one a row")
     used = [name for name in dict.fromkeys(names) if name != BASE]
     if unknown := [name for name in used if name not in layers]:
         raise ValueError(f"no adapter named {', '.join(map(repr, unknown))}: loaded are {', '.join(layers)}")
-    if by_token := [name for name in used if layers[name].config.r and layers[name].config.update == "token"]:
-        raise ValueError(f"adapter {by_token[0]!r} has an update that depends on the token: mixed batches take none")
     chosen = [layers[name] for name in used]
     if not chosen:
         return table[ids], attention_mask
@@ -55,9 +52,12 @@ def embed_mixed(
         rows = [row for row, own in enumerate(names) if own == name]
         own_text = None if text_mask is None else text_mask[rows]
         positions[rows] = layers[name].positions(attention_mask[rows], own_text)
+    if by_token := [name for name in used if layers[name].config.r and layers[name].config.update == "token"]:
+        ids, table = _updated_by_token({name: layers[name] for name in by_token}, names, ids, positions, table)
     configs, d, device = [layer.config for layer in chosen], table.shape[1], table.device
-    s, r = max(c.num_virtual_tokens for c in configs), max(c.r for c in configs)
-    m = max((c.max_length for c in configs if c.r), default=0)
+    by_position = [c for c in configs if c.r and c.update == "position"]
+    s, r = max(c.num_virtual_tokens for c in configs), max((c.r for c in by_position), default=0)
+    m = max((c.max_length for c in by_position), default=0)
 
     def padded(matrix: Tensor, rows: int, columns: int, front: bool = False) -> Tensor:
         missing = rows - matrix.shape[0]
@@ -72,6 +72,21 @@ def embed_mixed(
     embeds = functional.prompted_embedding(ids, positions, table, prompts, A, B, 1.0, adapter_ids)
     in_front = prompt_mask(layers, names, device).to(attention_mask.dtype)
     return embeds, torch.cat([in_front, attention_mask], dim=1)
+
+
+def _updated_by_token(
+    layers: Mapping[str, EPTLayer], names: Sequence[str], ids: Tensor, positions: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Adds the updates of `layers`, which depend on the token, to their rows, whose `positions` become −1.
+
+    Returns ids and the table they are rows of, as `lookup` does.
+    """
+    embeds = table[ids]
+    for name, layer in layers.items():
+        rows = [row for row, own in enumerate(names) if own == name]
+        embeds[rows] = layer.updated_tokens(ids[rows], positions[rows], table)[1].view_as(embeds[rows])
+        positions[rows] = -1
+    return torch.arange(ids.numel(), device=table.device).view(ids.shape), embeds.flatten(0, 1)
 
 
 def prompt_mask(layers: Mapping[str, EPTLayer], names: Sequence[str], device: torch.device) -> Tensor:

@@ -24,6 +24,8 @@ SIZES = {
     "whole": {"num_virtual_tokens": 5, "max_length": 12, "r": 3},
     "prompt alone": {"num_virtual_tokens": 4, "max_length": 12, "r": 0, "fusion": False, "num_spaces": 0},
     "update alone": {"num_virtual_tokens": 0, "max_length": 12, "r": 3},
+    "by the token": {"num_virtual_tokens": 4, "max_length": 5, "r": 3, "update": "token"},
+    "by the token alone": {"num_virtual_tokens": 0, "r": 3, "update": "token"},
 }
 TEXTS = ["w5 w6 w7 w8", "w9 w10"]
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
@@ -85,15 +87,18 @@ def test_files_hold_what_they_say(name, size, tmp_path):
     tensors = load_file(tmp_path / "out" / "folded.safetensors")
     info = json.loads((tmp_path / "out" / "folded.json").read_text(encoding="utf-8"))
     assert info["format"] == "ept-folded"
-    assert info["format_version"] == 1
+    by_token = size.startswith("by the token")
+    assert info["format_version"] == (3 if by_token else 1)
     assert info["task_type"] == TASK_OF[name]
     assert info["hidden_size"] == 32
     assert info["num_virtual_tokens"] == SIZES[size]["num_virtual_tokens"]
-    assert info["max_length"] == (12 if SIZES[size]["r"] else None)
+    assert info["max_length"] == (12 if SIZES[size]["r"] and not by_token else None)
     assert info["tensors"] == {key: list(tensor.shape) for key, tensor in tensors.items()}
     assert {"head.classifier.weight", "head.classifier.bias"} <= set(tensors) or name != "bert"
     layer = model.fold().prompt_encoder["default"]
-    assert ("prompt" in tensors, "table" in tensors) == (SIZES[size]["num_virtual_tokens"] > 0, SIZES[size]["r"] > 0)
+    has_table = SIZES[size]["r"] > 0 and not by_token
+    assert ("prompt" in tensors, "table" in tensors) == (SIZES[size]["num_virtual_tokens"] > 0, has_table)
+    assert ({"W_in", "b_in", "W_out", "b_out"} <= set(tensors)) == by_token
     expected = {"prompt": layer.joint_prompt().detach(), "table": layer.position_table().detach()}
     expected = {name: tensor for name, tensor in expected.items() if name in tensors}
     torch.testing.assert_close({name: tensors[name] for name in expected}, expected)
@@ -108,12 +113,6 @@ def test_a_folded_adapter_is_exported_as_it_is(tmp_path):
     torch.testing.assert_close(tensors["table"], scale * saved["A"] @ saved["B"])
 
 
-def test_an_update_of_tokens_is_not_exported(tmp_path):
-    get_ept_model(make_model("llama"), EPTConfig.adept(3, 2)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="its update depends on the token"):
-        FoldedAdapter.read(tmp_path)
-
-
 def test_an_update_of_generated_tokens_is_written_down_and_not_made_of_texts(tmp_path):
     adapted("llama", update_scope="all").save_pretrained(tmp_path / "adapter")
     folded = FoldedAdapter.read(tmp_path / "adapter")
@@ -126,9 +125,10 @@ def test_an_update_of_generated_tokens_is_written_down_and_not_made_of_texts(tmp
     assert FoldedAdapter.read(tmp_path / "plain").info()["format_version"] == 1
 
 
-def test_the_documents_example_reproduces_generation(tmp_path, base_folder, monkeypatch):
+@pytest.mark.parametrize("size", ["whole", "by the token"])
+def test_the_documents_example_reproduces_generation(size, tmp_path, base_folder, monkeypatch):
     """The code of docs/serving.md, run as it stands there."""
-    model = adapted()
+    model = adapted(**SIZES[size])
     model.save_pretrained(tmp_path / "adapter")
     result = run("export", tmp_path / "adapter", "--output", tmp_path / "exported")
     assert result.exit_code == 0, result.output

@@ -15,13 +15,15 @@ from tiny_models import ONE_A_TASK, TASK_OF, make_batch, make_model, randomise
 from ept import EPTConfig, EPTModel, get_ept_model
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-# Every adapter is of another size; one has no prompt, one no low-rank update, one a prompt alone.
+# Every adapter is of another size; one has no prompt, one no low-rank update, one a prompt alone, one an update by the
+# token.
 SIZES = [
     {"num_virtual_tokens": 5, "r": 3, "max_length": 12},
     {"num_virtual_tokens": 2, "r": 1, "max_length": 30, "alpha": 3.0},
     {"num_virtual_tokens": 7, "r": 0, "max_length": 8, "fusion": False},
     {"num_virtual_tokens": 0, "r": 2, "max_length": 9},
     {"num_virtual_tokens": 6, "r": 0, "fusion": False, "num_spaces": 0},
+    {"num_virtual_tokens": 3, "r": 2, "max_length": 6, "update": "token"},
 ]
 
 
@@ -63,8 +65,8 @@ def test_mixed_batch_of_saved_adapters_of_every_size(name, folders):
     """Logits, and for what generates tokens, are those of each adapter alone, heads included."""
     model = load_all(name, folders(name, SIZES))
     decoder = TASK_OF[name] == "CAUSAL_LM"
-    names = ["a1", "a0", "__base__", "a3", "a2", "a4"]
-    batch = make_batch(name, (8, 4, 9, 6, 5, 7), "left" if decoder else "right")
+    names = ["a1", "a0", "__base__", "a3", "a2", "a5", "a4"]
+    batch = make_batch(name, (8, 4, 9, 6, 5, 8, 7), "left" if decoder else "right")
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     with torch.no_grad():
         mixed = model(**batch, adapter_names=names).logits
@@ -93,10 +95,27 @@ def test_a_folded_adapter_answers_in_a_mixed_batch_as_before(folders):
     assert torch.equal(model.fold("a1")(**batch, adapter_names=names).logits, expected)
 
 
-def test_an_update_of_tokens_is_refused_in_a_mixed_batch():
-    model = get_ept_model(make_model("llama"), EPTConfig.adept(3, 2))
-    with pytest.raises(ValueError, match="adapter 'default' has an update that depends on the token"):
-        model(**make_batch("llama"), adapter_names=["default", "__base__"])
+def test_adapters_whose_updates_depend_on_the_token_are_trained_beside_each_other():
+    """Gradients in a mixed batch are those of each adapter on its own rows."""
+    by_token = {"num_virtual_tokens": 3, "r": 2, "update": "token"}
+    model = get_ept_model(make_model("t5"), EPTConfig(**by_token))
+    model.add_adapter("other", EPTConfig(**by_token, seed=1))
+    model.add_adapter("plain", EPTConfig(num_virtual_tokens=2, r=1, max_length=9))
+    randomise(model)
+    model.prompt_encoder.requires_grad_(True)  # of inactive adapters, too
+    names = ["other", "default", "plain", "other"]
+    batch = make_batch("t5", (5, 6, 4, 5))
+    logits = model(**batch, adapter_names=names).logits
+    logits.square().sum().backward()
+    layers = model.prompt_encoder
+    mixed = {name: [p.grad.clone() for p in layers[name].parameters()] for name in layers}
+    model.zero_grad()
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        one = {key: value[row : row + 1] for key, value in batch.items()}
+        model(**one).logits.square().sum().backward()
+    for name in layers:
+        torch.testing.assert_close(mixed[name], [p.grad for p in layers[name].parameters()], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
