@@ -47,7 +47,7 @@ def goal_problems() -> list[Problem]:
     named = {problem.operator for problem in found}
     others = (*problems.compiled_problems(), *opcheck_problems())
     first = {problem.operator: problem for problem in reversed(others) if problem.operator not in named}
-    return [problem for problem in (*found, *first.values()) if launcher_of(problem.operator) is not None]
+    return [*found, *first.values()]
 
 
 def environment_works(table: str, device: str) -> list[Work]:
@@ -59,9 +59,7 @@ def environment_works(table: str, device: str) -> list[Work]:
 def once_works(table: str, device: str) -> list[Work]:
     """Returns every problem of `goal_problems` as a unit; those of one operator share a process and no other does."""
     reduced = table == "reduced"
-    chosen = (
-        [problem for problem in opcheck_problems() if launcher_of(problem.operator)] if reduced else goal_problems()
-    )
+    chosen = opcheck_problems() if reduced else goal_problems()
     compared = table != "rehearsal"
     return [
         Work(f"once/{problem.name}", partial(check, problem, device, compared), group=problem.operator)
@@ -71,7 +69,7 @@ def once_works(table: str, device: str) -> list[Work]:
 
 def sanitizer_works(table: str, device: str) -> list[Work]:
     """Returns every operator as a unit: small launches of it under NVIDIA's memory checker."""
-    operators = dict.fromkeys(problem.operator for problem in opcheck_problems() if launcher_of(problem.operator))
+    operators = dict.fromkeys(problem.operator for problem in opcheck_problems())
     return [
         Work(
             f"sanitizer/{name}",
@@ -159,7 +157,7 @@ def main() -> None:
 
         compile_only.activate("sm_90")
     device = "cuda" if torch.cuda.is_available() and not rehearsed else "cpu"
-    wanted = [problem for problem in opcheck_problems() if launcher_of(problem.operator)]
+    wanted = opcheck_problems()
     if names := [name for name in arguments if not name.startswith("--")]:
         wanted = [problem for problem in wanted if problem.operator in names]
     for problem in wanted:

@@ -1,6 +1,6 @@
 """Compiles every kernel in every shipped configuration for the supported targets, without a GPU.
 
-    python -m ept_kernels.dev.aot [--json FILE] [--targets NAME,NAME] [--only OPERATOR] [--jobs NUMBER]
+    python -m ept_kernels.dev.aot [--targets NAME,NAME] [--only OPERATOR] [--jobs NUMBER]
     python -m ept_kernels.dev.aot --warm FOLDER --targets NAME [--then COMMAND]
 
 The launchers are called as on such a GPU, with the driver of `compile_only.py`; what that refuses, such as a spill or
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import re
@@ -134,8 +133,6 @@ def _row(case: Case, target: str, launched: Launch, limits: Target, is_counted: 
         # Of a thread, loops counted once, and what stands around them too.
         "per_weight": round(count * metadata.num_warps * limits.warp / weights, 1) if weights else "",
         "shared_bytes": metadata.shared,
-        "num_warps": metadata.num_warps,
-        "num_stages": metadata.num_stages,
         "hash": launched.compiled.hash,
     }
 
@@ -168,7 +165,6 @@ def table(rows: Iterable[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
     parser.add_argument("--only", default="", help="calls of operators whose name or sizes contain this")
     parser.add_argument("--candidates", action="store_true", help="also every configuration that the tuner may try")
@@ -207,8 +203,6 @@ def main() -> None:
     print(table([*rows, *candidates]))
     for reason in passed_over:
         print(f"the tuner refuses it: {reason}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     print(f"{len(rows)} compiled with triton {version('triton')}, {len(refused)} problems")
     sys.exit("\n".join(refused) or 0)
 

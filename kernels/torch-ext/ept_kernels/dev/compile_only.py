@@ -4,9 +4,8 @@
 
 From then on CPU tensors go through the launchers as those of such a GPU do. What is launched is compiled by Triton as a
 host with that GPU compiles it, for the same types, constants and divisible numbers, into the same cache under the same
-keys, though without the line numbers, two thirds of a binary. It is then refused where the GPU would refuse it: shared
-memory, threads, the grid. A spill is refused too. Nothing runs: results stay as they were allocated, and whoever
-compares values has to ask `active`.
+keys. It is then refused where the GPU would refuse it: shared memory, threads, the grid. A spill is refused too.
+Nothing runs: results stay as they were allocated, and whoever compares values has to ask `active`.
 """
 
 from __future__ import annotations
@@ -50,19 +49,16 @@ _until_exit = contextlib.ExitStack()
 atexit.register(_until_exit.close)  # later, the modules that it asks are gone
 
 
-def activate(target: str) -> Driver:
+def activate(target: str) -> None:
     """Makes this process one of a host with the GPU `target`, of `TARGETS`, that only compiles.
-
-    Returns its driver, which knows what was loaded.
 
     Raises:
         RuntimeError: there is no such target, or the interpreter is in the way.
     """
     global _active
-    driver = _until_exit.enter_context(driving(target))
+    _until_exit.enter_context(driving(target))
     _active = target
     library.take_kernels("cpu")
-    return driver
 
 
 def active() -> str | None:
@@ -88,49 +84,17 @@ def driving(target: str) -> Iterator[Driver]:
     driver.set_active(ours)
     try:
         capability = ours.limits.architecture if isinstance(ours.limits.architecture, int) else 0
-        with launch.acting_as(ARCHITECTURES[ours.limits.backend], capability), _assembling_without_lines():
+        with launch.acting_as(ARCHITECTURES[ours.limits.backend], capability):
             yield ours
     finally:
         setattr(driver, held, before)
 
 
-@contextlib.contextmanager
-def _assembling_without_lines() -> Iterator[None]:
-    """Has ptxas leave out PTX and line numbers, two thirds of a binary, which no launch reads; the code stays the same.
-
-    Not for the stages before it, which make other code then, and not by the environment, which is a part of the keys:
-    a host with a GPU looks for binaries as if they had their lines.
-    """
-    from triton import knobs
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    make_cubin = CUDABackend.make_cubin
-
-    def without_lines(*arguments: Any) -> bytes:
-        before = knobs.compilation.disable_line_info, knobs.propagate_env
-        knobs.propagate_env, knobs.compilation.disable_line_info = False, True
-        try:
-            return make_cubin(*arguments)
-        finally:
-            knobs.compilation.disable_line_info, knobs.propagate_env = before
-
-    CUDABackend.make_cubin = without_lines
-    try:
-        yield
-    finally:
-        CUDABackend.make_cubin = make_cubin
-
-
 class Driver:
-    """A driver as Triton's just-in-time compiler asks for one.
-
-    Attributes:
-        loaded: registers and spilled bytes of a thread, and bytes of shared memory, of every kernel that was launched.
-    """
+    """A driver as Triton's just-in-time compiler asks for one."""
 
     def __init__(self, target: str) -> None:
         self.target, self.limits = target, TARGETS[target]
-        self.loaded: list[dict[str, Any]] = []
         self.utils = self
         self.launcher_cls = lambda source, metadata: partial(self._launch, metadata.name)
 
@@ -156,7 +120,6 @@ class Driver:
         facts, threads = facts_of(binary, self.limits.backend), 1024
         if self.limits.backend == "cuda":  # of 65,536 registers, handed out by the eight, to whole warps
             threads = min(threads, 65536 // (-(-facts["registers"] // 8) * 8) // 32 * 32)
-        self.loaded.append({"kernel": name, **facts, "shared_bytes": shared})
         return self, facts, facts["registers"], facts["spilled_bytes"] // 4, threads
 
     def _launch(self, name: str, x: int, y: int, z: int, stream: int, facts: dict[str, int], *rest: Any) -> None:

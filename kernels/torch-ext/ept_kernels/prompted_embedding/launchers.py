@@ -50,7 +50,7 @@ def _token_at(kinds: Kinds, m: int) -> Prepared:
 
 def prompted_embedding(
     input_ids: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     table: Tensor,
     prompt: Tensor,
     A: Tensor,
@@ -59,33 +59,15 @@ def prompted_embedding(
     adapter_ids: Tensor | None = None,
     found: Tensor | None = None,
 ) -> Tensor:
-    """Computes `ept_kernels.prompted_embedding_reference` in two launches, one with `token_at` or without an update."""
-    positions = positions.contiguous()
-    if found is None:
-        has_update = A.numel() and positions.numel()
-        found = token_at(positions, A.shape[-2]) if has_update else positions.new_empty(0, dtype=torch.int32)
-    return _launched(input_ids, positions, found, table, prompt, A, B, scale, adapter_ids)
+    """Computes `ept_kernels.prompted_embedding_reference` in two launches, one with `token_at` or without an update.
 
-
-def prompted_embedding_packed(
-    input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
-) -> Tensor:
-    """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
-    return _launched(input_ids, None, cu_seqlens.contiguous(), table, prompt, A, B, scale, None)
-
-
-def _launched(
-    input_ids: Tensor,
-    positions: Tensor | None,
-    found: Tensor,
-    table: Tensor,
-    prompt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    adapter_ids: Tensor | None,
-) -> Tensor:
-    """Launches the forward. Without `positions` the batch is packed, and `found` is `cu_seqlens`."""
+    Without positions the batch is packed, and `found` is where its texts begin.
+    """
+    if positions is not None:
+        positions = positions.contiguous()
+        if found is None:
+            has_update = A.numel() and positions.numel()
+            found = token_at(positions, A.shape[-2]) if has_update else positions.new_empty(0, dtype=torch.int32)
     tensors = (input_ids.contiguous(), positions, found, table, prompt.contiguous(), A.contiguous(), B.contiguous())
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
     run, shape = _forward(launch.kinds(*tensors, adapter_ids), table.stride(), float(scale))
@@ -93,6 +75,13 @@ def _launched(
     with launch.on_device(table):
         run(*tensors, adapter_ids, out)
     return out
+
+
+def prompted_embedding_packed(
+    input_ids: Tensor, cu_seqlens: Tensor, table: Tensor, prompt: Tensor, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """Computes `ept_kernels.prompted_embedding_packed_reference` in one launch."""
+    return prompted_embedding(input_ids, None, table, prompt, A, B, scale, None, cu_seqlens.contiguous())
 
 
 @launch.cached_choice
