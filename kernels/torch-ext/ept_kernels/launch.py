@@ -48,8 +48,7 @@ class Launch(NamedTuple):
 class _State:
     launches = 0
     watched: list[Launch] | None = None  # while someone watches
-    architecture: str | None = None  # that CPU tensors stand for
-    capability = 0  # and its compute capability, such as 90, where it has one
+    architecture: int | str | None = None  # that CPU tensors stand for: a compute capability, such as 90, or "gfx942"
     tried: dict[str, Config] = {}  # by kernel: the configuration it takes for the time being
 
 
@@ -145,15 +144,16 @@ def watched() -> Iterator[list[Launch]]:
 
 
 @contextlib.contextmanager
-def acting_as(architecture: str, capability: int = 0) -> Iterator[None]:
-    """Makes launchers choose as on a GPU of `architecture` whatever device their tensors lie on."""
-    before = _State.architecture, _State.capability
-    _State.architecture, _State.capability = architecture, capability
+def acting_as(architecture: int | str) -> Iterator[None]:
+    """Makes launchers choose as on a GPU of compute capability `architecture`, such as 90, or as on an AMD GPU of that
+    name, whatever device their tensors lie on.
+    """
+    before, _State.architecture = _State.architecture, architecture
     _forget_choices()
     try:
         yield
     finally:
-        _State.architecture, _State.capability = before
+        _State.architecture = before
         _forget_choices()
 
 
@@ -220,7 +220,7 @@ def architecture(device: torch.device) -> str:
     `"cuda"`, too.
     """
     if _State.architecture is not None:
-        return _State.architecture
+        return "cuda" if isinstance(_State.architecture, int) else _State.architecture
     if device.type != "cuda" or not torch.version.hip:
         return device.type
     return "gfx942" if "gfx942" in torch.cuda.get_device_properties(device).gcnArchName else "hip"
@@ -230,8 +230,8 @@ def has_tensor_memory(device: torch.device) -> bool:
     """Tells whether products are added up in a memory of their own, of 512 columns, as on sm_100 and sm_103."""
     if architecture(device) != "cuda":
         return False
-    if _State.architecture is not None:
-        return _State.capability // 10 == 10
+    if isinstance(_State.architecture, int):
+        return _State.architecture // 10 == 10
     return torch.cuda.get_device_capability(device)[0] == 10
 
 

@@ -41,7 +41,6 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 * 1024),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
 }
-ARCHITECTURES = {"cuda": "cuda", "hip": "gfx942"}  # by backend: for which launchers choose
 MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along each axis, on GPUs of NVIDIA
 
 _active: str | None = None
@@ -83,8 +82,7 @@ def driving(target: str) -> Iterator[Driver]:
     before, ours = getattr(driver, held), Driver(target)
     driver.set_active(ours)
     try:
-        capability = ours.limits.architecture if isinstance(ours.limits.architecture, int) else 0
-        with launch.acting_as(ARCHITECTURES[ours.limits.backend], capability):
+        with launch.acting_as(ours.limits.architecture):
             yield ours
     finally:
         setattr(driver, held, before)

@@ -173,16 +173,12 @@ def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> f
 @contextlib.contextmanager
 def _poisoned_memory() -> Iterator[None]:
     """Fills what is allocated with NaN or the largest integer: memory may still hold an earlier candidate's result."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    deterministic: Any = torch.utils.deterministic
-    filled = deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = True
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        deterministic.fill_uninitialized_memory = filled
+        torch.set_deterministic_debug_mode(before)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,12 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import tarfile
-from collections import defaultdict
+import shutil
+import tempfile
 from importlib.metadata import version
-from io import BytesIO
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from .compile_only import TARGETS
 
@@ -56,18 +54,11 @@ def pack(folder: Path, target: str) -> Path:
 
     Whatever else than binaries and metadata lies in it is removed.
     """
-    archive = folder.with_name(f"{folder.name}.tar.xz")
-    with tarfile.open(archive, "w:xz") as packed:
-        content = json.dumps(made_with(target)).encode()
-        entry = tarfile.TarInfo(MADE_WITH)
-        entry.size = len(content)
-        packed.addfile(entry, BytesIO(content))
-        for path in sorted(folder.glob("*/*")):
-            if path.suffix not in PACKED:
-                path.unlink()
-            elif not path.name.startswith("__grp__"):  # which names the folder; it is written on arrival
-                packed.add(path, path.relative_to(folder).as_posix())
-    return archive
+    for path in folder.glob("*/*"):
+        if path.suffix not in PACKED:
+            path.unlink()
+    (folder / MADE_WITH).write_text(json.dumps(made_with(target)), encoding="utf-8")
+    return Path(shutil.make_archive(str(folder), "xztar", folder))
 
 
 def unpack(archive: Path) -> int:
@@ -78,27 +69,24 @@ def unpack(archive: Path) -> int:
     """
     from triton.runtime.cache import FileCacheManager
 
-    kernels: dict[str, dict[str, bytes]] = defaultdict(dict)
-    made: dict[str, Any] = {}
-    with tarfile.open(archive, "r:xz") as packed:
-        for entry in packed:
-            key, name = PurePosixPath("/", entry.name).parts[-2:]
-            content = packed.extractfile(entry)
-            if content is not None and name == MADE_WITH:
-                made = json.loads(content.read())
-            elif content is not None and key.isalnum() and name.endswith(PACKED):
-                kernels[key][name] = content.read()
-    if made.get("target") not in TARGETS:
-        raise ValueError(f"{archive} holds no kernels: make it with `python -m ept_kernels.dev.aot --warm`")
-    here = made_with(made["target"])
-    if made != here:
-        theirs, ours = (f"triton {x['triton']} for Python {x['python']}" for x in (made, here))
-        other = f"here is {ours}" if theirs != ours else "here is another build of it, or other TRITON_ variables"
-        raise ValueError(
-            f"{archive} was made with {theirs}, {other}: nothing of it would be found. Make it with the same"
-        )
-    for key, files in kernels.items():
-        cache = FileCacheManager(key)
-        paths = {name: cache.put(content, name) for name, content in files.items()}
-        cache.put_group(next(name for name in files if name.endswith(".json")), paths)
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.unpack_archive(archive, folder, filter="data")
+        about = Path(folder, MADE_WITH)
+        made = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        if made.get("target") not in TARGETS:
+            raise ValueError(f"{archive} holds no kernels: make it with `python -m ept_kernels.dev.aot --warm`")
+        here = made_with(made["target"])
+        if made != here:
+            theirs, ours = (f"triton {x['triton']} for Python {x['python']}" for x in (made, here))
+            other = f"here is {ours}" if theirs != ours else "here is another build of it, or other TRITON_ variables"
+            raise ValueError(
+                f"{archive} was made with {theirs}, {other}: nothing of it would be found. Make it with the same"
+            )
+        kernels = [path for path in Path(folder).iterdir() if path.is_dir()]
+        for kernel in kernels:
+            cache = FileCacheManager(kernel.name)
+            # A group names its folder; it is written anew.
+            files = [path for path in kernel.iterdir() if not path.name.startswith("__grp__")]
+            paths = {path.name: cache.put(path.read_bytes(), path.name) for path in files}
+            cache.put_group(next(name for name in paths if name.endswith(".json")), paths)
     return len(kernels)

@@ -57,12 +57,6 @@ def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr
 
 
 @triton.jit
-def nibble_at(b_word, SHIFT: tl.constexpr):
-    """Extracts the nibble at bit `SHIFT` of each word, int32."""
-    return ((b_word >> SHIFT) & 15).to(tl.int32)
-
-
-@triton.jit
 def join_8(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
     """Joins eight to `[..., 2, 2, 2]`: in order, to be reshaped to `[..., 8]`."""
     b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
@@ -112,19 +106,13 @@ def levels_of_tile(levels, b_word):
     """Looks up the levels of the weights in words `[ROWS, WORDS]`, in order: float32 `[ROWS, WORDS, 2, 2, 2]`."""
     ROWS: tl.constexpr = b_word.shape[0]
     WORDS: tl.constexpr = b_word.shape[1]
+    # The lowest byte comes first, its high nibble before its low one.
     b_nibble = join_8(
-        nibble_at(b_word, 4),
-        nibble_at(b_word, 0),
-        nibble_at(b_word, 12),
-        nibble_at(b_word, 8),
-        nibble_at(b_word, 20),
-        nibble_at(b_word, 16),
-        nibble_at(b_word, 28),
-        nibble_at(b_word, 24),
+        b_word >> 4, b_word, b_word >> 12, b_word >> 8, b_word >> 20, b_word >> 16, b_word >> 28, b_word >> 24
     )
     # All of the tile at once: each gather writes the table to shared memory, between two barriers.
     b_table = tl.load(levels + tl.arange(0, 16))
-    b_level = tl.gather(b_table, tl.reshape(b_nibble, [ROWS * WORDS * WEIGHTS]), 0)
+    b_level = tl.gather(b_table, tl.reshape((b_nibble & 15).to(tl.int32), [ROWS * WORDS * WEIGHTS]), 0)
     return tl.reshape(b_level, [ROWS, WORDS, 2, 2, 2])
 
 
