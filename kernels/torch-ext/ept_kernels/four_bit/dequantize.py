@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, Kinds, Prepared, architecture, cached_choice, config_for, key, kinds, on_device
-from .decode import decode, is_word_aligned, load_absmax
-from .weight import levels
+from .decode import Weight, decode, is_word_aligned, load_absmax
 
 # UNITS: words or bytes in a tile, a power of two. ITERS: tiles that a program takes, one after another; with one, all
 # loads are under way before anything is stored.
@@ -79,13 +78,12 @@ def heuristic(device: torch.device) -> Config:
 
 def dequantize_4bit(*arguments: Any) -> Tensor:
     """Computes `ept_kernels.dequantize_4bit_reference` of a weight's tensors and sizes and a type in one launch."""
-    *_, rows, columns, dtype = arguments
-    tensors, quant_type, packed = arguments[:5], arguments[5], arguments[0]
-    out = packed.new_empty(rows, columns, dtype=dtype)
-    words = is_word_aligned(packed, rows * columns)
-    run = _prepared(kinds(*tensors), words, arguments[6:10], dtype)
-    with on_device(packed):
-        run(*tensors, levels(quant_type, packed.device), out)
+    weight, dtype = Weight(*arguments[:-1]), arguments[-1]
+    out = weight.packed.new_empty(weight.rows, weight.columns, dtype=dtype)
+    words = is_word_aligned(weight.packed, weight.rows * weight.columns)
+    run = _prepared(kinds(*weight[:5]), words, weight[6:], dtype)
+    with on_device(weight.packed):
+        run(*weight.pointers(), out)
     return out
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .scores import weights
-from .tiles import INVERSE_RMS, TILE, add_product, dot, layout, load, store
+from .tiles import INVERSE_RMS, TILE, add_product, add_products, dot, layout, load, store
 
 
 @triton.jit
@@ -110,17 +110,11 @@ def joint_prompt_expand_kernel(
     elif i < w.at_q:
         o_r, A_T, normed = o_i - w.at_B, (A, 1, r, r, m), (w.normed, w.at_q - w.at_B, 1)
         b_out = add_product(b_out, mix_T, o_i, g, o_d, s, PRECISION)
-        for k in range(0, r, TILE):
-            o_k = k + tl.arange(0, TILE)
-            b_gram = tl.zeros([TILE, TILE], tl.float32)  # the gradient of B·Bᵀ
-            b_gram = add_product(b_gram, A_T, o_r, normed, o_k, m, PRECISION)
-            b_out += dot(b_gram, load((B, d, 1, r, d), o_k, o_d), PRECISION)
+        # By the gradient of B·Bᵀ; then by that of B·W_k.
+        b_out = add_products(b_out, A_T, o_r, normed, m, (B, d, 1, r, d), o_d, r, PRECISION)
         if MAPS:
-            for k in range(0, a, TILE):
-                o_k = k + tl.arange(0, TILE)
-                b_key = tl.zeros([TILE, TILE], tl.float32)  # the gradient of B·W_k
-                b_key = add_product(b_key, sides_T, o_i, (w.products, w.width, 1), w.at_q + o_k, s, PRECISION)
-                b_out += dot(b_key, load((W_k, 1, a, a, d), o_k, o_d), PRECISION)
+            queries = (w.products + w.at_q, w.width, 1)
+            b_out = add_products(b_out, sides_T, o_i, queries, s, (W_k, 1, a, a, d), o_d, a, PRECISION)
         else:
             b_out = add_product(b_out, sides_T, o_i, p, o_d, s, PRECISION)
         store((grad_B, d, 1, r, d), b_out, o_r, o_d)
@@ -134,9 +128,7 @@ def joint_prompt_expand_kernel(
             store((grad_W_q, 1, a, a, d), b_out, o_i - w.at_q, o_d)
         else:
             o_a = o_i - w.at_k
-            for k in range(0, r, TILE):
-                o_k = k + tl.arange(0, TILE)
-                b_key = tl.zeros([TILE, TILE], tl.float32)  # of B·W_k, transposed
-                b_key = add_product(b_key, (w.products + w.at_q, 1, w.width), o_a, sides, w.at_B + o_k, s, PRECISION)
-                b_out += dot(b_key, load((B, d, 1, r, d), o_k, o_d), PRECISION)
+            # By the gradient of B·W_k, transposed.
+            queries_T, to_B = (w.products + w.at_q, 1, w.width), (w.sides + w.at_B, w.width, 1)
+            b_out = add_products(b_out, queries_T, o_a, to_B, s, (B, d, 1, r, d), o_d, r, PRECISION)
             store((grad_W_k, 1, a, a, d), b_out, o_a, o_d)

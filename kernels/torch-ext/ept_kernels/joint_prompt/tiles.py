@@ -98,3 +98,14 @@ def add_product(b_sum, x, o_i, y, o_j, end, PRECISION: tl.constexpr, begin=0, BL
         o_k = k + tl.arange(0, BLOCK)
         b_sum += dot(load(x, o_i, o_k), load(y, o_k, o_j), PRECISION)
     return b_sum
+
+
+@triton.jit
+def add_products(b_sum, x, o_i, y, middle, z, o_j, end, PRECISION: tl.constexpr):
+    """Adds rows `o_i` of `x·y`, a sum over `middle`, times columns `o_j` of `z`, a sum over `end`: as `add_product`."""
+    for k in range(0, end, TILE):
+        o_k = k + tl.arange(0, TILE)
+        b_xy = tl.zeros([o_i.shape[0], TILE], tl.float32)
+        b_xy = add_product(b_xy, x, o_i, y, o_k, middle, PRECISION)
+        b_sum += dot(b_xy, load(z, o_k, o_j), PRECISION)
+    return b_sum
