@@ -57,11 +57,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     before = driver._active
     driver.set_active(active)
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **meta: gpu.run(kernel, *args, **meta))
-    monkeypatch.setattr(launch._State, "architecture", "cuda")
-    launch._forget_choices()
-    yield gpu
+    with launch.acting_as(90):
+        yield gpu
     driver._active = before
-    launch._forget_choices()
 
 
 EMBEDDING = PromptedEmbedding(n=5, d=8, s=2, m=6, r=2)
