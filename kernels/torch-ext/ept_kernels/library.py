@@ -33,7 +33,6 @@ _library = Library(NAMESPACE, "FRAGMENT")
 _registered: dict[str, tuple[Callable[..., Any], str | None]] = {}
 
 _with_kernels = {"cuda", "xpu"}  # types of devices
-_looked_up: list[dict[str, Callable[..., Any]]] = []  # by operator: what was found for each type of device
 
 _CHOICES = ("", "triton", "reference")
 _choice = os.environ.get("EPT_KERNELS", "")
@@ -61,8 +60,8 @@ def _backend(device_type: str) -> str:
 def take_kernels(device_type: str) -> None:
     """Sends tensors on devices of that type through the kernels from here on, as those on a GPU."""
     _with_kernels.add(device_type)
-    for cache in (_backend.cache_clear, *(functions.clear for functions in _looked_up)):
-        cache()
+    _backend.cache_clear()
+    _function_of.cache_clear()
 
 
 def register(
@@ -121,17 +120,16 @@ def autograd_inside_operators() -> Iterator[None]:
         yield
 
 
-def _dispatch(name: str, reference: Callable[..., Any], tensors: int) -> Callable[..., Any]:
-    # Looked up once a device type: what a call costs beside its implementation is these few lines.
-    functions: dict[str, Callable[..., Any]] = {}
-    _looked_up.append(functions)
+@functools.cache
+def _function_of(name: str, device_type: str) -> Callable[..., Any]:
+    """Finds what runs the operator `name`: the launcher of its kernels, or the reference."""
+    return (launcher_of(name) if _backend(device_type) == "triton" else None) or reference_of(name)
 
+
+def _dispatch(name: str, reference: Callable[..., Any], tensors: int) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         device_type = args[0].device.type
-        function = functions.get(device_type)
-        if function is None:
-            launcher = launcher_of(name) if _backend(device_type) == "triton" else None
-            function = functions[device_type] = launcher or reference
+        function = _function_of(name, device_type)
         if function is not reference:
             for x in args[:tensors]:  # any() would make a generator at every call
                 if x is not None and x.dtype is torch.float64:

@@ -101,18 +101,13 @@ def compile_all(chosen: Iterable[tuple[Case, str]], jobs: int, is_counted: bool 
 def compile_case(case: Case, target: str, is_counted: bool) -> tuple[list[Row], str | None]:
     """Calls the launcher for `target`; returns a row for each kernel that it launched, and why it could not go on."""
     launcher: Any = launcher_of(case.problem.operator)
-    inputs, reason = _inputs_of(case.problem), None
+    inputs, reason = case.problem.inputs(), None
     with driving(target) as driver, launch.configured(case.configs), launch.watched() as launches:
         try:
             launcher(*inputs)
         except Exception as error:  # whatever a compiler or the driver may raise
             reason = f"{case.problem.name}{case.note} on {target}: {str(error).strip().splitlines()[0]}"
     return [_row(case, target, launched, driver.limits, is_counted) for launched in launches], reason
-
-
-@functools.lru_cache(maxsize=1)
-def _inputs_of(problem: Problem) -> tuple[Any, ...]:
-    return problem.inputs()
 
 
 def _row(case: Case, target: str, launched: Launch, limits: Target, is_counted: bool) -> Row:

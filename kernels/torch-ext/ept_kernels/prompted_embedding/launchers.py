@@ -66,8 +66,7 @@ def prompted_embedding(
     if positions is not None:
         positions = positions.contiguous()
         if found is None:
-            has_update = A.numel() and positions.numel()
-            found = token_at(positions, A.shape[-2]) if has_update else positions.new_empty(0, dtype=torch.int32)
+            found = token_at(positions, A.shape[-2] if A.numel() and positions.numel() else 0)
     tensors = (input_ids.contiguous(), positions, found, table, prompt.contiguous(), A.contiguous(), B.contiguous())
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
     run, shape = _forward(launch.kinds(*tensors, adapter_ids), table.stride(), float(scale))
@@ -133,7 +132,7 @@ def prompted_embedding_backward(
     *adapters, m, _ = A.shape
     has_update = A.numel() and positions.numel()
     if found is None:
-        found = token_at(positions, m) if has_update else positions.new_empty(0, dtype=torch.int32)
+        found = token_at(positions, m if has_update else 0)
     A, B = A.contiguous(), B.contiguous()
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
     grad_prompt = A.new_empty(*adapters, s, d)
