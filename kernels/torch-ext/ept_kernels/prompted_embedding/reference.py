@@ -70,20 +70,17 @@ def prompted_embedding_packed_reference(
     Returns:
         `[tokens + texts·s, d]` in the table's dtype.
     """
-    dtype = compute_dtype(table, prompt, A)
     starts = cu_seqlens.to(torch.int64)
     s, texts = prompt.shape[0], starts.numel() - 1
     index = torch.arange(input_ids.shape[0], device=input_ids.device)
     text_of = torch.searchsorted(starts[1:].contiguous(), index, right=True)  # [tokens]
     positions = index - starts[text_of]
-    tokens = table[input_ids].to(dtype)
-    if A.shape[-1] > 0:
-        tokens = tokens + scale * (A.to(dtype)[positions] @ B.to(dtype))
-    out = tokens.new_empty(input_ids.shape[0] + texts * s, table.shape[1])
-    out[index + (text_of + 1) * s] = tokens
+    rows = prompted_embedding_reference(input_ids[None], positions[None], table, prompt, A, B, scale)[0]
+    out = rows.new_empty(input_ids.shape[0] + texts * s, table.shape[1])
+    out[index + (text_of + 1) * s] = rows[s:]
     prompt_at = (starts[:-1] + torch.arange(texts, device=starts.device) * s)[:, None]  # [texts, 1]
-    out[prompt_at + torch.arange(s, device=starts.device)] = prompt.to(dtype)
-    return out.to(table.dtype)
+    out[prompt_at + torch.arange(s, device=starts.device)] = rows[:s]
+    return out
 
 
 def token_at_reference(positions: Tensor, m: int) -> Tensor:
