@@ -162,6 +162,13 @@ def test_frozen_table_gets_no_gradient_and_the_backward_is_repeatable():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("change", [{}, {"n": 0}, {"r": 0}], ids=["update", "no text", "no update"])
+def test_gradients_have_the_dtype_of_A(change):
+    grad, positions, A, B, *rest = embedding(dtype=torch.float32, **change).backward.inputs()
+    gradients = ept_kernels.prompted_embedding_backward(grad, positions, A, B.bfloat16(), *rest)
+    assert {x.dtype for x in gradients} == {torch.float32}
+
+
 def test_packed_batch_equals_the_padded_one():
     _, _, table, prompt, A, B, scale, _ = embedding().inputs()
     texts = [torch.tensor([4, 5, 6]), torch.tensor([7]), torch.tensor([1, 2, 3, 8, 9])]
