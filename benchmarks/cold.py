@@ -53,7 +53,8 @@ def _in_new_process(what: str, cache: str, options: list[str]) -> Row:
     variables = environment(TRITON_CACHE_DIR=cache, EPT_KERNELS="triton")
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        said = done.stderr.strip().splitlines()  # nothing, where a signal has ended it
+        raise RuntimeError(said[-1] if said else f"the process ended with code {done.returncode}")
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
 
@@ -101,6 +102,7 @@ def step(device: str) -> Row:
     there, task_type, size = torch.device(device), "SEQ_2_SEQ_LM", {"batch": 8, "length": 256}
     base = build_shape("t5-base", dtype=torch.bfloat16, device=there)
     method = make_method(MethodSpec.parse("ept"), base, task_type, size["length"])
+    method.enter(base)
     rows = random_rows(size["batch"], task_type, base.config.vocab_size, size["length"], varied=False, seed=0)
     how: dict[str, Any] = {
         "padding": "none",

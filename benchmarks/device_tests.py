@@ -88,13 +88,15 @@ class Rows:
         with self.record.unit(unit_of(item.nodeid), LIMIT, self._described(item.nodeid)) as add:
             result = yield
             status, reason = _outcome(self.reports)
+            self.is_device_broken = is_device_broken()  # also by a kernel whose results it has not read
+            if self.is_device_broken and status != "failed":
+                status, reason = "failed", "a kernel that it launched broke the device's context"
             seconds = time.monotonic() - began
             add({**self._described(item.nodeid), "status": status, "reason": reason, "seconds": seconds})
         if status == "failed":
             print(f"failed: {item.nodeid}: {reason}", file=sys.stderr, flush=True)
-            self.is_device_broken = is_device_broken()
-            if self.is_device_broken:
-                item.session.shouldstop = "the device's context is broken"
+        if self.is_device_broken:
+            item.session.shouldstop = "the device's context is broken"
         return result
 
     def pytest_runtest_logreport(self, report: Any) -> None:

@@ -167,6 +167,8 @@ def run(record: Record, works: Iterable[Work], about: Row, seconds: float, limit
                     add({**described, **row})
                     if "summary" in row:
                         print(f"{row.get('status', 'ok')}: {row['summary']}", flush=True)
+                if torch.cuda.is_initialized():  # what its last kernels do wrong is said of this unit and not the next
+                    torch.cuda.synchronize()
             except Exception as error:  # what cannot run is a result; the next one is still measured
                 add({**described, "status": "failed", "reason": f"{type(error).__name__}: {error}"})
                 print(f"failed: {work.unit}: {error}", flush=True)

@@ -5,6 +5,8 @@ python -m benchmarks.tuning     compiles what it will try, and all else that is 
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import time
 from functools import partial
@@ -26,6 +28,9 @@ GOAL_SIZES = {"4096", str(4096 * 4096), str(14336 * 4096)}  # widths, and weight
 
 def works_of(table: str, device: str) -> list[Work]:
     """Returns every tunable kernel as a unit, what has a goal first."""
+    if device == "cuda":  # its product is one of the paths, and is there once it is loaded
+        with contextlib.suppress(ImportError):
+            importlib.import_module("bitsandbytes")
     found = sorted(tunables(table == "reduced", device), key=lambda tunable: not has_goal(tunable))
     measure = rehearsed if table == "rehearsal" else tuned
     works = [Work(f"tune/{t.kernel} {t.key}", partial(measure, t, torch.device(device)), limit=90) for t in found]

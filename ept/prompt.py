@@ -44,6 +44,7 @@ class EPTLayer(BasePromptEncoder):
     """
 
     uses_shared_state = True  # for PEFT: no layer to inject into a model by itself
+    _basis: Tensor | None
 
     def __init__(
         self, config: EPTConfig, embedding: nn.Module, *, initialise: bool = True, tokenizer: Any = None
@@ -56,8 +57,9 @@ class EPTLayer(BasePromptEncoder):
             self.embedding_scale = embedding_rms(embedding) if initialise else 1.0
         else:
             self.embedding_scale = float(config.embedding_scale)
-        # Not registered: it follows from the seed, and is no part of the state.
-        self._basis = None if self.config.folded else reparameterization.frozen_basis(self.config, self.d)
+        # No part of the state, as it follows from the seed; a buffer, so that no step waits for its way to the device.
+        basis = None if self.config.folded else reparameterization.frozen_basis(self.config, self.d)
+        self.register_buffer("_basis", None if basis is None else basis.to(device_of(embedding)), persistent=False)
         for name, shape in self.config.parameter_shapes(self.d).items():
             zeros = torch.zeros(shape, device=device_of(embedding))
             self.register_parameter(name, nn.Parameter(zeros, requires_grad=not config.folded))
@@ -188,7 +190,7 @@ class EPTLayer(BasePromptEncoder):
             return
         with torch.no_grad():
             folded = {**self._parameters, "prompt": self.joint_prompt()}
-        self.config.folded = True
+        self.config.folded, self._basis = True, None
         for name in list(self._parameters):
             delattr(self, name)
         for name in self.config.parameter_shapes(self.d):

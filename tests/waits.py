@@ -31,9 +31,15 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Indexing by a mask is a nonzero in disguise.
         by_mask = func is aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
-        if func in WAITING or by_mask:
+        if func in WAITING or by_mask or _is_copied_from_host(func, args, kwargs or {}):
             self.found.append(_caller())
         return func(*args, **(kwargs or {}))
+
+
+def _is_copied_from_host(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Tells of a copy from ordinary memory: a GPU takes it before the processor may go on. Here others stand for it."""
+    is_copy = func is aten._to_copy.default and args[0].device.type == "cpu"
+    return is_copy and torch.device(kwargs.get("device") or "cpu").type != "cpu"
 
 
 def _caller() -> str:

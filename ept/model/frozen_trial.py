@@ -94,7 +94,7 @@ def _apart() -> Iterator[None]:
             torch.autocast("cpu", enabled=False),
             torch.device("cpu"),
         ):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # alone: `torch.manual_seed` sets an accelerator's, too
             yield
     finally:
         _on_trial.reset(token)

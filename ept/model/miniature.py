@@ -65,7 +65,7 @@ def miniature(model_class: type[nn.Module], config: Any, widths: str | None = "s
             if size > MAX_PARAMETERS:
                 raise ValueError(f"a small {model_class.__name__} would have {size:,} parameters")
         with torch.device("cpu"):
-            torch.manual_seed(_SEED)
+            torch.default_generator.manual_seed(_SEED)  # and not those of accelerators
             model: Any = model_class(small).to(torch.float32)
             _randomise(model)
     return model.eval().requires_grad_(False)

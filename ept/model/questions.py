@@ -60,7 +60,11 @@ class Subject:
         """Leaves no trace: modes, random states and warnings are as before."""
         modes = [(module, module.training) for module in self.model.modules()]
         state, verbosity = numpy.random.get_state(), logging.get_verbosity()
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        kind = self.device.type
+        on_accelerator: dict[str, Any] = {} if kind in ("cpu", "meta") else {"device_type": kind}
+        used = [self.device] if on_accelerator else []
+        forked = torch.random.fork_rng(devices=used, **on_accelerator)
+        with forked, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 self.model.eval()
@@ -74,7 +78,7 @@ class Subject:
 
     def run(self, **inputs: Any) -> dict[str, Tensor]:
         """Calls the model and returns its outputs by name."""
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         if self.encoder_decoder:
             rows = len(next(iter(inputs.values())))
             inputs["decoder_input_ids"] = self.answer.expand(rows, -1)
@@ -153,7 +157,7 @@ class Subject:
 
     def _generated(self, **inputs: Tensor) -> list[Tensor]:
         """Generates a few tokens, and returns the logits of each step."""
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         options = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": True, "output_logits": True}
         return list(self.model.generate(**inputs, **options, max_new_tokens=3, min_new_tokens=3).logits)
 

@@ -26,7 +26,7 @@ _FULL = {
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors gives an errno
 # As PyTorch's CPU allocator, and libraries that call into accelerators, say that there is no memory left.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 
 
 @contextmanager
@@ -82,7 +82,8 @@ def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
         place = unfinished or folder.path
         if isinstance(error, SafetensorError) and (found := _SYSTEM_ERROR.search(str(error))):
             raise OSError(int(found[1]), reason(error), str(place)) from error
-        if unfinished and isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+        is_devices = isinstance(error, torch.AcceleratorError) or _is_out_of_memory(error)
+        if unfinished and isinstance(error, RuntimeError) and not is_devices:
             # torch.save keeps the system's reason to itself.
             likely = errno.EIO if os.access(_existing(place), os.W_OK) else errno.EACCES
             raise OSError(likely, reason(error), str(place)) from error

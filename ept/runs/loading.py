@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from ..model.reading import infer_task_type
 from .cpu import choose_attention, fastest_dtype
-from .processes import is_cpu_requested, local_rank, world_size
+from .processes import accelerator_index, is_cpu_requested, world_size
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -35,7 +35,7 @@ def default_device() -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or is_cpu_requested():
         return torch.device("cpu")
-    return torch.device(accelerator.type, local_rank()) if world_size() > 1 else accelerator
+    return torch.device(accelerator.type, accelerator_index()) if world_size() > 1 else accelerator
 
 
 def task_type_of(model: ModelConfig) -> str:

@@ -100,7 +100,7 @@ def exit_rank(end: SystemExit) -> None:
 def join() -> Processes:
     """Connects the processes that a launcher has started; returns this one alone where none has.
 
-    The accelerator numbered LOCAL_RANK becomes the current one. Raises ValueError where the processes are to share one
+    The accelerator of this process becomes the current one. Raises ValueError where the processes are to share one
     model (FSDP, DeepSpeed), or the launcher has not started them.
     """
     # `accelerate launch --cpu --num_processes N` starts N processes only under mpirun.
@@ -122,7 +122,7 @@ def join() -> Processes:
 
     on_cpu = is_cpu_requested() or torch.accelerator.current_accelerator(check_available=True) is None
     if not on_cpu:
-        torch.accelerator.set_device_index(local_rank())
+        torch.accelerator.set_device_index(accelerator_index())
     state = PartialState(cpu=on_cpu)
     return Processes(state.process_index, state.num_processes, _message_group())
 
@@ -138,8 +138,15 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """Returns the number of this process, and of its accelerator, on its machine."""
+    """Returns the number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def accelerator_index() -> int:
+    """Returns the number of this process' accelerator: that of the process, but 0 where it is shown one alone."""
+    import torch
+
+    return local_rank() % max(torch.accelerator.device_count(), 1)
 
 
 def is_cpu_requested() -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import device_tests, gpu_report, performance_page, processes, record, shapes, tables
 from benchmarks import run as benchmarks_run
@@ -168,6 +169,47 @@ def test_a_suite_whose_file_cannot_be_imported_is_a_row(tmp_path: Path, monkeypa
     assert benchmarks_run.run(written, benchmarks_run.works_of("steps", "gpu", "cuda"), {}, seconds=60) == 0
     rows = [(row["case"], row["status"], row["reason"]) for row in written.results()]
     assert rows == [("steps/absent", "failed", "ModuleNotFoundError: No module named 'benchmarks.absent'")]
+
+
+def test_a_unit_whose_last_kernel_breaks_the_device_fails_and_ends_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is met at the next look at the device, which is no later unit's."""
+
+    def synchronize() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    written = Record(tmp_path / "r.jsonl")
+    works = [Work(f"once/{name}", lambda: {"launched": True}) for name in "ab"]
+    with pytest.raises(SystemExit, match="the device's context is broken"):
+        benchmarks_run.run(written, works, {}, seconds=60)
+    rows = [(row["case"], row["status"], row["reason"]) for row in written.results()]
+    reason = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert rows == [("once/a", "ok", ""), ("once/a", "failed", reason)]
+
+
+def test_a_test_whose_kernel_breaks_the_device_fails_and_the_others_are_left_for_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, file = Record(tmp_path / "r.jsonl"), tmp_path / "test_two_launches.py"
+    file.write_text("def test_a(): pass\ndef test_b(): pass\n")
+    monkeypatch.setattr(device_tests, "is_device_broken", lambda: True)
+    assert not device_tests.run_tests(written, {}, "reduced", files=("--noconftest", str(file)))
+    (row,) = written.results()
+    assert (row["case"].rpartition("::")[2], row["status"]) == ("test_a", "failed")
+    assert row["reason"] == "a kernel that it launched broke the device's context"
+
+
+def test_the_path_by_bitsandbytes_is_there_to_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its product is there once it is loaded, and no weight of it has been met in this process."""
+    (tmp_path / "bitsandbytes.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    del sys.modules["bitsandbytes"]
+    assert any("matmul_4bit.path" in work.unit for work in benchmarks_run.works_of("tune", "gpu", "cuda"))
+    assert sys.modules["bitsandbytes"].__file__ == str(tmp_path / "bitsandbytes.py")
 
 
 def sleeping(seconds: float, code: int = 0) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
+from waits import Waits
 
 import ept_kernels
 from ept import embedding
@@ -69,12 +70,15 @@ def test_layer_compiles_or_is_captured_in_a_cuda_graph_on_a_gpu(backend):
 # Without a GPU: tensors without data raise wherever a value would be read, leave their device, or decide a shape.
 
 
-def test_layer_waits_for_no_value_and_keeps_to_its_device(monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"prompt_rank": 2}], ids=["", "a prompt in a frozen basis"])
+def test_layer_waits_for_no_value_and_keeps_to_its_device(options, monkeypatch):
     monkeypatch.setattr(embedding, "is_plain_lookup", lambda embedding: True)  # which says no to weights without data
-    layer = make_layer().to("meta")
+    layer = make_layer(**options).to("meta")
     layer._embedding[0].to("meta")
     ids, mask = (x.to("meta") for x in make_ids())
-    output, *gradients = step(layer, ids, mask)
+    with Waits() as waits:
+        output, *gradients = step(layer, ids, mask)
+    assert waits.found == []
     assert output.shape == (3, 5 + 9, 64)
     assert len(gradients) == len(list(layer.parameters()))
     assert all(x.is_meta for x in (output, *gradients))

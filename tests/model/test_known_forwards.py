@@ -151,9 +151,11 @@ def test_a_trial_leaves_no_trace(untried, monkeypatch):
     with torch.device("meta"), torch.inference_mode():
         models = [make_model("llama"), make_model("llama")]
         torch.manual_seed(0)
-        expected = torch.random.get_rng_state()
+        expected, seeded = torch.random.get_rng_state(), list[int]()
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
         for model in models:
             assert swap_frozen(model) == 11
         assert torch.equal(torch.random.get_rng_state(), expected)
+        assert not seeded  # nor are the numbers of accelerators others
     assert sorted(theirs.__name__ for theirs in tried) == ["LlamaDecoderLayer", "LlamaMLP", "LlamaRMSNorm"]
     assert not is_on_trial()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ept import EPTConfig, get_ept_model
 from ept.model.miniature import miniature, shrunk
-from ept.model.reading import BaseModelFacts, facts_of
+from ept.model.reading import BaseModelFacts, facts_of, generation_of
 
 IDS = torch.arange(4, 11)[None]
 
@@ -119,11 +119,16 @@ def test_what_cannot_be_copied_is_asked_itself_and_stays_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_asking_leaves_no_trace():
-    """Random states of torch, numpy and Python, the default device and dtype, and the model's configuration."""
+def test_asking_leaves_no_trace(monkeypatch):
+    """Random states of torch, accelerators', numpy and Python, and the model's configuration."""
     model = make_model("gpt2", n_positions=77).train()
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     states = torch.get_rng_state(), numpy.random.get_state()[1].copy(), random.getstate(), model.config.to_dict()
-    assert facts_of(model).task_type == "CAUSAL_LM"
+    facts = facts_of(model)
+    assert facts.task_type == "CAUSAL_LM"
+    assert generation_of(model, facts) is not None
+    assert not seeded
     now = torch.get_rng_state(), numpy.random.get_state()[1], random.getstate(), model.config.to_dict()
     assert torch.equal(states[0], now[0])
     assert (states[1] == now[1]).all()

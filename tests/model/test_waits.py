@@ -75,5 +75,5 @@ def test_a_step_on_a_gpu_waits_no_more_often(name: str) -> None:
             model(**batch).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waited = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    waited = [str(warning.message) for warning in caught if "called a synchronizing" in str(warning.message)]
     assert len(waited) == len(WITHOUT_PADDING[name]), waited

@@ -295,9 +295,14 @@ def test_a_comparison_is_one_process(monkeypatch: Any) -> None:
         compare(ComparisonConfig())
 
 
-@pytest.mark.parametrize("several, index", [("1", None), ("4", 3)], ids=["alone", "several"])
-def test_the_device_of_a_process(several: str, index: int | None, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    "several, devices, index",
+    [("1", 4, None), ("4", 4, 3), ("4", 1, 0)],
+    ids=["alone", "several", "each is shown its own"],
+)
+def test_the_device_of_a_process(several: str, devices: int, index: int | None, monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
     monkeypatch.setenv("WORLD_SIZE", several)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert default_device() == torch.device("cuda", index)

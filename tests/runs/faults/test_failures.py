@@ -213,6 +213,7 @@ DISK = {
     "safetensors": (SafetensorError("I/O error: none left (os error 28)"), OSError, r"none left .*: free some space\."),
     "torch": (RuntimeError("unexpected pos 576 vs 534"), OSError, "unexpected pos 576 vs 534 .*: look for a full disk"),
     "accelerator": (torch.OutOfMemoryError("HIP out of memory"), MemoryError, "out of memory: set training.gradient_"),
+    "cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), MemoryError, "out of memory: set"),
     "CPU": (real_memory_error(), MemoryError, "out of memory: .*There is no checkpoint yet"),
     "Python": (MemoryError(), MemoryError, "out of memory: .*load_in_4bit=true. There is no checkpoint yet"),
 }  # fmt: skip
@@ -228,6 +229,18 @@ def test_errors_of_libraries_come_with_advice(
     assert re.search(message, str(found.value)), found.value
     assert "[Errno" not in str(found.value)
     assert found.value.__cause__ is not None
+
+
+def test_an_error_of_the_device_while_a_checkpoint_is_saved_is_not_the_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "unfinished_checkpoint", lambda folder: SAVING)
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    with (
+        pytest.raises(torch.AcceleratorError) as found,
+        with_advice(RunConfig(), RunFolder(RUN)),
+        writing(RunFolder(RUN)),
+    ):
+        raise error
+    assert found.value is error
 
 
 @pytest.mark.parametrize("error", [
