@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import shutil
+import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +14,12 @@ import torch
 from layer_checks import MAX_LENGTH, check_captured, check_compiled, make_ids, make_layer, step
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from waits import Waits
 
-import ept_kernels
 from ept import embedding
 from ept_kernels import launch, library
-from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding
+from ept_kernels.dev.problems import opcheck_problems
 from ept_kernels.problem import as_tuple
 
 CPU = torch.device("cpu")
@@ -88,60 +88,57 @@ def test_layer_waits_for_no_value_and_keeps_to_its_device(options, monkeypatch):
         output.cpu()
 
 
-def _arguments(name: str, batch: int = 3, n: int = 9) -> tuple[Any, ...]:
-    """Makes arguments of the operator `name`: one small training batch; the parameters are the same for all."""
-    problem: Any = PromptedEmbedding(n, batch=batch, m=160, padding="left")
-    if name.startswith("joint"):
-        problem = JointPrompt(a=4)
-    if name == "prompted_embedding_packed":
-        ids, _, *others, _ = problem.inputs()
-        return ids.flatten(), torch.arange(batch + 1) * n, *others
-    return (problem.backward if name.endswith("backward") else problem).inputs()
+PROBLEMS = [problem for problem in opcheck_problems() if not problem.strided]
 
 
-OPERATORS = [name for name in ept_kernels.__all__ if re.fullmatch("(prompted|joint)_.*(?<!_reference)", name)]
-needs_triton = pytest.mark.skipif(
-    find_spec("triton") is None, reason="Triton is not installed: `make test` runs it where it has wheels (Linux)"
-)
+@pytest.fixture
+def meta(monkeypatch):
+    """Has problems drawn and launchers called on the meta device, which stands for a GPU: nothing has a value."""
+    for name in ("rand", "randint", "randn", "randperm"):
+        draw = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *size, generator=None, draw=draw, **how: draw(*size, **how))
+    generator = SimpleNamespace(device=torch.device("meta"), manual_seed=lambda seed: generator)
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator)
+    monkeypatch.setattr(launch, "on_device", lambda tensor: nullcontext())
+    monkeypatch.setattr(launch, "_measured", lambda path: {})
+    monkeypatch.setattr(launch, "config_file", lambda device: None)
+    for module in [m for name, m in sys.modules.items() if name.startswith("ept_kernels.") and hasattr(m, "on_device")]:
+        monkeypatch.setattr(module, "on_device", launch.on_device)
+    with launch.acting_as(90):
+        yield torch.device("meta")
 
 
-def run_without_data(function, name: str, batch: int = 3, n: int = 9) -> list[Tensor]:
-    """Calls `function` with the operator's arguments as tensors without data."""
-    args = _arguments(name, batch, n)
-    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        args = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args]
-        return [*as_tuple(function(*args))]
+def laid_out(result) -> list[tuple[Any, ...]]:
+    return [(x.shape, x.dtype, x.stride()) for x in as_tuple(result)]
 
 
-def test_reading_a_value_would_be_found():
-    with pytest.raises(DataDependentOutputException):
-        run_without_data(lambda ids, *rest: torch.zeros(int(ids.max())), "prompted_embedding")
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: p.name)
+def test_operators_read_no_value_and_keep_to_the_device_of_their_inputs(problem, meta, monkeypatch):
+    """Inputs, the right results, references, fakes, and what launchers hand over and return."""
+
+    def is_there(values) -> bool:
+        return all(x.is_meta for x in tree_leaves(values) if isinstance(x, Tensor))
+
+    inputs, reference = problem.inputs(meta), library.reference_of(problem.operator)
+    expected = laid_out(reference(*inputs))
+    assert is_there(inputs)
+    assert is_there(reference(*inputs))
+    assert is_there(problem.expected(*inputs))
+    assert laid_out(getattr(torch.ops.ept, problem.operator).default(*inputs)) == expected
+    if find_spec("triton") is not None and (launcher := library.launcher_of(problem.operator)) is not None:
+        launched = []
+
+        def record(kernel, grid, *args, **meta):
+            launched.append(all(type(size) is int for size in grid) and is_there((args, meta)))
+
+        monkeypatch.setattr(launch, "launch", record)  # which every prepared launch calls at first
+        result = launcher(*inputs)
+        assert is_there(result)
+        assert laid_out(result) == expected
+        assert launched
+        assert all(launched)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
-def test_reference_reads_no_value(name):
-    reference = getattr(ept_kernels, f"{name}_reference")
-    expected = as_tuple(reference(*_arguments(name)))
-    for a, e in zip(run_without_data(reference, name), expected, strict=True):
-        assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
-
-
-@needs_triton
-@pytest.mark.parametrize("name", OPERATORS)
-def test_launcher_reads_no_value_and_hands_over_torchs_memory_only(name, monkeypatch):
-    launcher = library.launcher_of(name)
-    assert launcher is not None, f"{name} has no Triton kernels"
-    launched = []
-
-    def record(kernel, grid, *args, **meta):
-        launched.append(grid)
-        assert all(type(x) is int for x in grid), grid
-        for value in tree_leaves((args, meta)):
-            assert isinstance(value, FakeTensor) or not hasattr(value, "data_ptr"), (kernel, value)
-
-    monkeypatch.setattr(launch, "launch", record)  # which every prepared launch calls at first
-    actual = run_without_data(launcher, name)
-    assert launched
-    expected = run_without_data(getattr(ept_kernels, name), name)  # the operator's fake
-    for a, e in zip(actual, expected, strict=True):
-        assert (a.shape, a.dtype, a.stride()) == (e.shape, e.dtype, e.stride())
+def test_reading_a_value_would_be_found(meta):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        int(PROBLEMS[0].inputs(meta)[0].max())

