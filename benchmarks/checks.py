@@ -85,7 +85,9 @@ def describe(device: str) -> Row:
     """Returns what a reader of the record may ask of the machine, and which packages are missing."""
     row: Row = {
         "missing": [name for name in OPTIONAL if importlib.util.find_spec(name) is None],
-        "tools": [name for name in ("compute-sanitizer", "ptxas", "nvcc", "make") if shutil.which(name)],
+        "tools": [
+            name for name in ("compute-sanitizer", "ptxas", "nvcc", "gcc", "clang", "make") if shutil.which(name)
+        ],
         "triton_cache": os.environ.get("TRITON_CACHE_DIR", ""),
         "processors": os.cpu_count(),
     }

@@ -17,7 +17,7 @@ import pytest
 
 from .record import ROOT, Record, Row, is_device_broken, is_finished
 
-LIMIT = 60.0  # seconds of one test
+LIMIT = 60.0  # seconds of one test; twice as many of one marked `gpu`, which may compile a whole model
 MAX_ATTEMPTS = 2  # of a test whose process died
 KERNELS = "tests/kernels/triton_kernels"
 
@@ -85,7 +85,8 @@ class Rows:
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
         self.reports.clear()
         began = time.monotonic()
-        with self.record.unit(unit_of(item.nodeid), LIMIT, self._described(item.nodeid)) as add:
+        limit = LIMIT * (1 if item.get_closest_marker("gpu") is None else 2)
+        with self.record.unit(unit_of(item.nodeid), limit, self._described(item.nodeid)) as add:
             result = yield
             status, reason = _outcome(self.reports)
             self.is_device_broken = is_device_broken()  # also by a kernel whose results it has not read

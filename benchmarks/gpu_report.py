@@ -74,7 +74,7 @@ class Section:
             return list(dict.fromkeys(work.group for work in works_of(self.suite, table, device)))
         if self.processes > 1 and not self.grouped:
             shares = [f"{share}/{self.at_once}" for share in range(1, self.at_once + 1)]
-            return shares if table == "reduced" else [*shares, MARKED]
+            return shares if table == "reduced" else [MARKED, *shares]  # first what nothing else can tell
         return [""]
 
 
