@@ -60,10 +60,9 @@ class Subject:
         """Leaves no trace: modes, random states and warnings are as before."""
         modes = [(module, module.training) for module in self.model.modules()]
         state, verbosity = numpy.random.get_state(), logging.get_verbosity()
-        kind = self.device.type
-        on_accelerator: dict[str, Any] = {} if kind in ("cpu", "meta") else {"device_type": kind}
-        used = [self.device] if on_accelerator else []
-        forked = torch.random.fork_rng(devices=used, **on_accelerator)
+        # A copy is on a CPU; the model itself may be on an accelerator, whose generator is another one.
+        kind = self.device.type if self.device.type in ("cuda", "xpu") else None
+        forked = torch.random.fork_rng([self.device], device_type=kind) if kind else torch.random.fork_rng([])
         with forked, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
