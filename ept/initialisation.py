@@ -25,19 +25,20 @@ def initial_values(config: EPTConfig, embedding: nn.Module, rho: float, tokenize
         embedding: maps ids `[…]` to vectors `[…, d]`. tokenizer: for a start from a text; None loads the one that
             `config` names.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    values = {name: torch.zeros(shape) for name, shape in config.parameter_shapes(config.token_dim).items()}
-    if "prompt" in values:
-        values["prompt"] = _rows(config, len(values["prompt"]), embedding, rho, tokenizer, generator)
-    if "A" in values:
-        values["A"], values["B"] = _update(config, values["B"], embedding, rho, tokenizer, generator)
-    for name in ("Z", "D", "W_q", "W_k", "W_in", "W_down", "W_up"):
-        if name in values:  # unit variance after the product with a normalised row; Z's rows are those of the basis
-            rows = 1 if name == "Z" else len(values[name])
-            values[name] = torch.randn(values[name].shape, generator=generator) / math.sqrt(rows)
-    if "scale" in values:
-        values["scale"] += 1
-    return values
+    with torch.device("cpu"):
+        generator = torch.Generator().manual_seed(config.seed)
+        values = {name: torch.zeros(shape) for name, shape in config.parameter_shapes(config.token_dim).items()}
+        if "prompt" in values:
+            values["prompt"] = _rows(config, len(values["prompt"]), embedding, rho, tokenizer, generator)
+        if "A" in values:
+            values["A"], values["B"] = _update(config, values["B"], embedding, rho, tokenizer, generator)
+        for name in ("Z", "D", "W_q", "W_k", "W_in", "W_down", "W_up"):
+            if name in values:  # unit variance after the product with a normalised row; Z's rows are those of the basis
+                rows = 1 if name == "Z" else len(values[name])
+                values[name] = torch.randn(values[name].shape, generator=generator) / math.sqrt(rows)
+        if "scale" in values:
+            values["scale"] += 1
+        return values
 
 
 def _update(

@@ -27,7 +27,7 @@ def frozen_basis(config: EPTConfig, d: int) -> Tensor | None:
         return None
     # Another stream of numbers than that of the parameters' start, which has the same seed.
     generator = torch.Generator().manual_seed(config.seed ^ 0x5EED)
-    return torch.randn((config.prompt_rank, d), generator=generator) / math.sqrt(config.prompt_rank)
+    return torch.randn((config.prompt_rank, d), generator=generator, device="cpu") / math.sqrt(config.prompt_rank)
 
 
 def short_prompt(part: Callable[[str], Tensor], basis: Tensor | None, present: Mapping[str, object]) -> Tensor:

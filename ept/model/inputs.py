@@ -251,7 +251,7 @@ def contiguously(logits_to_keep: Tensor | int, inputs_embeds: Tensor | None) -> 
     if isinstance(logits_to_keep, Tensor) or inputs_embeds is None or inputs_embeds.device.type != "cpu":
         return logits_to_keep
     length = inputs_embeds.shape[1]
-    return torch.arange(max(length - logits_to_keep, 0), length)
+    return torch.arange(max(length - logits_to_keep, 0), length, device=inputs_embeds.device)
 
 
 def shortened(output: Any, logits_to_keep: Tensor | int) -> Any:

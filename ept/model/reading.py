@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .facts import BaseModelFacts
@@ -112,9 +113,10 @@ def _asked(model: Any, question: Callable[[Subject], Any]) -> Any:
     reasons = []
     for attempt in (*ATTEMPTS, None):
         try:
-            subject = Subject(model if attempt is None else miniature(type(model), model.config, *attempt))
-            with subject.quiet():
-                return question(subject)
+            with torch.device("cpu"):  # which is the default device, unless a user has set another one
+                subject = Subject(model if attempt is None else miniature(type(model), model.config, *attempt))
+                with subject.quiet():
+                    return question(subject)
         except Exception as error:  # whatever a class may raise
             reasons.append(f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:200])
     raise _CannotBeAsked(reasons[0])

@@ -75,7 +75,8 @@ class SeparateTexts:
             return None
         nothing = torch.zeros_like(real)
         real, starts = (real, nothing) if packed is None else packed
-        return cls._of(real.cpu(), starts.cpu(), (nothing if labelled is None else labelled).cpu(), tokens.device)
+        with torch.device("cpu"):
+            return cls._of(real.cpu(), starts.cpu(), (nothing if labelled is None else labelled).cpu(), tokens.device)
 
     @classmethod
     def _of(cls, real: Tensor, starts: Tensor, labelled: Tensor, device: torch.device) -> SeparateTexts:

@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 from classes import tiny, trial
-from tiny_models import SMALL, make_model, randomise
+from tiny_models import SMALL, adapted, make_batch, make_model, randomise
 from torch import Tensor
 
 from ept import EPTConfig, get_ept_model
+from ept.model import reading
 from ept.model.miniature import miniature, shrunk
 from ept.model.reading import BaseModelFacts, facts_of, generation_of
 
@@ -134,6 +135,24 @@ def test_asking_leaves_no_trace(monkeypatch):
     assert (states[1] == now[1]).all()
     assert states[2:] == now[2:]
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"prompt_rank": 3}, {"lowrank_init": "cosine"}, {"lowrank_init": "svd"}], ids=str
+)
+def test_a_default_device_of_the_users_changes_nothing(fields, monkeypatch):
+    """A tensor that is made without saying where would lie there. The device here gives none a value."""
+    batch = make_batch("llama")
+    batch["labels"][0, 2] = 5  # two answers in a row, which is read twice
+    models = [adapted(seed=None, **fields)]
+    monkeypatch.setattr(reading, "_KEPT", {})
+    base = make_model("llama")
+    with torch.device("meta"):
+        models.append(get_ept_model(base, EPTConfig(**SMALL | fields)).eval())
+        losses = [model(**batch).loss for model in models]
+    assert torch.equal(*losses)
+    for expected, parameter in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(expected, parameter)
 
 
 def test_a_class_and_configuration_are_asked_once(monkeypatch):
