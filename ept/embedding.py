@@ -33,7 +33,7 @@ def lookup(
             f"input_ids must be integers of shape [batch, length], got {input_ids.dtype} {list(input_ids.shape)}"
         )
     if input_ids is not None:
-        _check_vocabulary(input_ids, len(embedding.weight) if is_plain_lookup(embedding) else rows_of(embedding))
+        check_vocabulary(input_ids, len(embedding.weight) if is_plain_lookup(embedding) else rows_of(embedding))
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width):
         raise ValueError(f"inputs_embeds must have shape [batch, length, {width}], got {list(inputs_embeds.shape)}")
     given: Any = inputs_embeds if input_ids is None else input_ids
@@ -51,7 +51,7 @@ def lookup(
     return torch.arange(batch * n, device=rows.device).view(batch, n), rows, attention_mask.to(rows.device)
 
 
-def _check_vocabulary(input_ids: Tensor, rows: int) -> None:
+def check_vocabulary(input_ids: Tensor, rows: int) -> None:
     """Raises `ValueError` for ids on a CPU that the table has no rows for; torch would take −1 for the last row.
 
     An accelerator is not waited for: its kernel makes such a row NaN.

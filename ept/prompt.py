@@ -209,6 +209,8 @@ class EPTLayer(BasePromptEncoder):
     def check_length(self, positions: Tensor, longest: int | None = None) -> None:
         """Raises `ValueError` for a text longer than A has rows; a compiled graph raises `RuntimeError`.
 
+        On a GPU that is an assertion of the device, after which the process can do no more there.
+
         `longest` is the text's length where it is known; else that of `positions` is a bound.
         """
         limit = self.config.max_length

@@ -14,7 +14,7 @@ WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_s
 PACKAGES = ("ept", "ept_kernels", "transformers", "peft")
 # On a CPU it is looked whether there is anything to move, and whether every id has a row; an accelerator moves, and its
 # kernel makes such a row NaN.
-CPU_ONLY = {"ept.model.layout.arrangement", "ept.embedding._check_vocabulary"}
+CPU_ONLY = {"ept.model.layout.arrangement", "ept.embedding.check_vocabulary"}
 
 
 class Waits(TorchDispatchMode):

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
+from ..embedding import check_vocabulary, rows_of
+from ..model.base_model import input_embedding
 from ..model.compilation import uncompiled
 from ..tasks import GROUP, UNPARSABLE, Task, compute_metrics, nearest_value
 from ..tasks.encoding import IGNORE, TEXT_IDS, Collator, FittedText, encode_labels, encode_split, fit_rows, pad
@@ -207,9 +209,14 @@ class Predictor:
             "input_ids": pad([[*ids, *answer] for ids in inputs], self.tokenizer.pad_token_id, left),
             "attention_mask": pad([[1] * (len(ids) + len(answer)) for ids in inputs], 0, left),
         }
+        check_vocabulary(batch["input_ids"], self.rows_of_table())  # while they are on the CPU
         if left:
             batch["text_mask"] = pad([[1] * len(ids) + [0] * len(answer) for ids in inputs], 0, left).bool()
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+
+    def rows_of_table(self) -> int:
+        """Returns how many ids the model's embedding has rows for."""
+        return rows_of(input_embedding(self.model.get_base_model()))
 
     def _before_end(self, answer: list[int]) -> tuple[int, ...]:
         """Takes an answer's tokens up to the end token, where there is one."""

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerState, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from ..embedding import check_vocabulary
 from ..model.compilation import compile_layers
 from ..model.ept_model import EPTModel
 from ..tasks import TaskData
@@ -55,17 +56,24 @@ def prepare(config: RunConfig, processes: Processes | None = None, rows: OwnRows
     model = load_untrained(config, task_type, task, max_length_of(config.data, task), tokenizer)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("there is nothing to train: give the method prompt tokens (method.num_virtual_tokens)")
-    _check_positions(model, run_data.data)
     if config.training.compile_layers:
         compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)
     parts: Any = {"task": task, "task_type": task_type, "tokenizer": tokenizer, "model": model}
-    return PreparedRun(config=config, run_data=run_data, processes=processes or Processes(), **parts)
+    run = PreparedRun(config=config, run_data=run_data, processes=processes or Processes(), **parts)
+    _check_texts(run, run_data.data)
+    return run
 
 
-def _check_positions(model: Any, data: TaskData) -> None:
-    """Refuses texts that the model has no positions for, before the first of them comes in the middle of training."""
-    limit = model.text_limit if isinstance(model, EPTModel) else None
-    longest = max(len(ids) for split in SPLITS for ids in getattr(data, split)[TEXT_IDS])
+def _check_texts(run: PreparedRun, data: TaskData) -> None:
+    """Refuses texts that the model has no positions or no rows of its embedding for, before the first of them comes in
+    the middle of training, where an accelerator would make NaN of it.
+    """
+    longest = largest = 0
+    for split in SPLITS:
+        for ids in getattr(data, split)[TEXT_IDS]:
+            longest, largest = max(longest, len(ids)), max(largest, max(ids, default=0))
+    check_vocabulary(torch.tensor([largest], device="cpu"), run.rows_of_table())
+    limit = run.model.text_limit if isinstance(run.model, EPTModel) else None
     if limit is not None and longest > limit:
         raise ValueError(
             f"the model has positions for {limit} tokens behind the prompt, the longest text has {longest}: set "

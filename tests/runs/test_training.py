@@ -17,11 +17,13 @@ from tiny_runs import save_model
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
+from ept.runs import predict
 from ept.runs import train as training
 from ept.runs.config import RunConfig, load_run_config
 from ept.runs.folder import RunFolder
 from ept.runs.train import prepare, train
 from ept.runs.trainer import BalancedSampler, PromptTrainer, parameter_groups
+from ept.tasks.encoding import TEXT_IDS
 
 TESTS = Path(__file__).parents[1]
 Configure = Callable[..., RunConfig]
@@ -207,6 +209,21 @@ def test_infinite_loss_is_an_error(configure: Configure, monkeypatch: pytest.Mon
     message = r"the loss became nan by step 5: lower training\.learning_rate \(0\.05\)"
     with pytest.raises(FloatingPointError, match=message):
         train(configure("bert"))
+
+
+def test_ids_that_the_model_has_no_rows_for_are_refused_before_a_device_sees_them(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU's look-up refuses them as well; a GPU's makes NaN of them, and the loss would be blamed on the rate."""
+    config, message = configure("bert"), "input_ids hold 9, the model's embedding has the rows 0 to 8"
+    run = prepare(config)
+    largest = max(max(ids) for ids in run.run_data.data.train[TEXT_IDS])
+    monkeypatch.setattr(predict, "rows_of", lambda embedding: largest)
+    with pytest.raises(ValueError, match=f"input_ids hold {largest}, the model's embedding has the rows 0 to "):
+        prepare(config)
+    monkeypatch.setattr(predict, "rows_of", lambda embedding: 9)
+    with pytest.raises(ValueError, match=message):
+        run.predict([[4, 5], [4, 9]])
 
 
 @pytest.mark.parametrize("overrides, message", [
