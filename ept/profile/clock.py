@@ -43,18 +43,19 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 def time_step(method: Method, base: Any, batch: dict[str, Any], device: torch.device) -> StepTime:
     """Takes one training step and times it; on a GPU the clock runs until the device has finished."""
-    on_gpu = device.type == "cuda"
+    on_gpu = device.type != "cpu"
+    module: Any = torch.get_device_module(device)
     marks: list[tuple[str, Any]] = []  # each ends a phase, which began at the mark before
 
     def mark(phase: str) -> None:
         if on_gpu:  # an event, so that nothing waits for the device within the step
-            now: Any = torch.cuda.Event(enable_timing=True)
+            now: Any = module.Event(enable_timing=True)
             now.record()
         else:
             now = time.perf_counter()
         marks.append((phase, now))
 
-    wait = functools.partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
+    wait = functools.partial(torch.accelerator.synchronize, device) if on_gpu else lambda: None
     with _marked(method, base, mark):
         wait()
         start = time.perf_counter()

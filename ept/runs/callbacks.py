@@ -66,11 +66,11 @@ class Recorder(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = control.should_evaluate = True
         self.steps_open += 1
-        on_gpu = args.device.type == "cuda"
+        on_gpu = args.device.type != "cpu"
         if self.step_started is None or (on_gpu and not (control.should_log or control.should_evaluate)):
             return
         if on_gpu:
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize(args.device)
         elapsed = time.perf_counter() - self.step_started
         self.step_times += [elapsed / self.steps_open] * self.steps_open
         self.step_started, self.steps_open = None, 0

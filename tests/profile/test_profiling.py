@@ -106,6 +106,32 @@ def test_every_method_gives_the_base_model_the_same_work(name: str) -> None:
     assert set(work.values()) == {(3, 3 if name == "llama" else 2, VOCAB)}
 
 
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_an_accelerator_tells_the_time_of_the_phases_and_is_waited_for(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works behind the processor, whose clock knows nothing of a phase. Here every mark comes after two seconds."""
+    marks: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            marks.append(self)
+
+        def elapsed_time(self, later: Any) -> float:
+            return 2e3 * (marks.index(later) - marks.index(self))
+
+    waited: list[torch.device] = []
+    method = make_method(MethodSpec.parse("ept"), base := make_model("llama"), "CAUSAL_LM", 12)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    time = time_step(method, base, batch_of("llama"), device := torch.device(kind, 1))
+    assert waited == [device] * 2
+    assert time.phases == dict.fromkeys(PHASES, 2e3) | {"embedding": 4e3}  # before and after the prompt is made
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("all_logits", [False, True])
 def test_prompt_tuning_and_pefts_have_one_loss_and_one_step(name: str, all_logits: bool) -> None:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from transformers.integrations import integration_utils
 
 from ept.runs import predict
 from ept.runs import train as training
+from ept.runs.callbacks import Recorder
 from ept.runs.config import RunConfig, load_run_config
-from ept.runs.folder import RunFolder
+from ept.runs.folder import MetricsLog, RunFolder
 from ept.runs.train import prepare, train
 from ept.runs.trainer import BalancedSampler, PromptTrainer, parameter_groups
 from ept.tasks.encoding import TEXT_IDS
@@ -209,6 +211,24 @@ def test_infinite_loss_is_an_error(configure: Configure, monkeypatch: pytest.Mon
     message = r"the loss became nan by step 5: lower training\.learning_rate \(0\.05\)"
     with pytest.raises(FloatingPointError, match=message):
         train(configure("bert"))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_steps_on_an_accelerator_share_the_time_until_it_is_waited_for(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    recorder = Recorder(RunConfig(), MetricsLog(tmp_path / "metrics.jsonl"))
+    args: Any = SimpleNamespace(device=torch.device(kind, 1))
+    state: Any = SimpleNamespace(global_step=1, max_steps=9)
+    for logs in (False, False, True):
+        control: Any = SimpleNamespace(should_log=logs, should_evaluate=False)
+        recorder.on_step_begin(args, state, control)
+        recorder.on_step_end(args, state, control)
+        assert len(recorder.step_times) == (3 if logs else 0)
+    assert waited == [args.device]
+    assert len(set(recorder.step_times)) == 1
 
 
 def test_ids_that_the_model_has_no_rows_for_are_refused_before_a_device_sees_them(
