@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 
@@ -15,8 +17,12 @@ import triton
 import triton.language as tl
 from triton.errors import TritonError
 
+from ept_kernels import launch
 from ept_kernels.dev import compile_only, warm
+from ept_kernels.dev.problems import LLAMA_7B
 from ept_kernels.frozen import launchers as frozen
+from ept_kernels.library import launcher_of
+from ept_kernels.prompted_embedding.forward import prompted_embedding_kernel
 
 
 @triton.jit
@@ -65,6 +71,7 @@ def test_a_launch_is_refused_as_by_the_gpu(kernel, target, options, grid, messag
 
 
 SCRIPT = """
+import os
 import ept_kernels
 from ept_kernels.dev import compile_only
 from ept_kernels.dev.problems import PromptedEmbedding
@@ -73,6 +80,8 @@ from triton import knobs
 asked = []
 knobs.compilation.listener = lambda *, src, cache_hit, **rest: asked.append((src.name, cache_hit))
 compile_only.activate("sm_90")
+knobs.propagate_env = False
+knobs.compilation.disable_line_info &= not os.environ.get("WITH_LINES")  # as they are on a GPU
 before = ept_kernels.launch.launches()
 for n in (5, 5, 6):
     ept_kernels.token_at(*PromptedEmbedding(n, m=6, operator="token_at").inputs())
@@ -90,17 +99,38 @@ def run_in_a_process(**variables: str) -> str:
 
 
 def test_a_packed_cache_serves_another_process_in_another_place(tmp_path, monkeypatch):
-    """One process takes the operators' way on a GPU and compiles; another finds everything compiled."""
+    """One process takes the operators' way on a GPU and compiles without line numbers; another, which would have
+    them, finds everything compiled.
+    """
     cold = run_in_a_process(TRITON_CACHE_DIR=str(tmp_path / "warm"), TRITON_STORE_BINARY_ONLY="1")
     assert cold == "triton 3 ('token_at_kernel', False)"
     archive = warm.pack(tmp_path / "warm", "sm_90")
     kept = {path.suffix: path.read_bytes() for path in (tmp_path / "warm").glob("*/*")}
     assert set(kept) == {".json", ".cubin"}
     assert b".text.token_at_kernel" in kept[".cubin"]
+    assert b"debug_line" not in kept[".cubin"]
     (tmp_path / "warm").rename(tmp_path / "gone")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "elsewhere"))
     assert warm.unpack(archive) == 1
-    assert run_in_a_process() == "triton 3 ('token_at_kernel', True)"
+    assert run_in_a_process(WITH_LINES="1") == "triton 3 ('token_at_kernel', True)"
+
+
+def test_without_line_numbers_the_code_is_the_same(tmp_path, monkeypatch):
+    """This kernel's is another, and spills, where they are left out before the assembler."""
+    problem, codes, with_lines = LLAMA_7B.small, [], []
+    for way in (compile_only._assembling_without_lines, contextlib.nullcontext):
+        monkeypatch.setattr(compile_only, "_assembling_without_lines", way)
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / way.__name__))
+        prompted_embedding_kernel.device_caches.clear()
+        with compile_only.driving("sm_90"), launch.watched() as launches:
+            launcher_of(problem.operator)(*problem.inputs())
+        binary = launches[-1].compiled.kernel
+        with_lines.append(b"debug_line" in binary)
+        codes.append(re.findall(r"/\*[0-9a-f]{4}\*/.*", compile_only.disassembled(binary, "nvdisasm", "-c")))
+    assert with_lines == [False, True]
+    assert len(codes[0]) > 500
+    assert codes[0] == codes[1]
+    prompted_embedding_kernel.device_caches.clear()
 
 
 @pytest.mark.parametrize(

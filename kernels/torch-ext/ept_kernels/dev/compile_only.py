@@ -4,8 +4,9 @@
 
 From then on CPU tensors go through the launchers as those of such a GPU do. What is launched is compiled by Triton as a
 host with that GPU compiles it, for the same types, constants and divisible numbers, into the same cache under the same
-keys. It is then refused where the GPU would refuse it: shared memory, threads, the grid. A spill is refused too.
-Nothing runs: results stay as they were allocated, and whoever compares values has to ask `active`.
+keys, though without the line numbers, two thirds of a binary. It is then refused where the GPU would refuse it: shared
+memory, threads, the grid. A spill is refused too. Nothing runs: results stay as they were allocated, and whoever
+compares values has to ask `active`.
 """
 
 from __future__ import annotations
@@ -82,10 +83,37 @@ def driving(target: str) -> Iterator[Driver]:
     before, ours = getattr(driver, held), Driver(target)
     driver.set_active(ours)
     try:
-        with launch.acting_as(ours.limits.architecture):
+        with launch.acting_as(ours.limits.architecture), _assembling_without_lines():
             yield ours
     finally:
         setattr(driver, held, before)
+
+
+@contextlib.contextmanager
+def _assembling_without_lines() -> Iterator[None]:
+    """Has ptxas leave out PTX and line numbers, two thirds of a binary, which no launch reads; the code stays the same.
+
+    Not for the stages before it, which make other code then, and not by the environment, which is a part of the keys:
+    a host with a GPU looks for binaries as if they had their lines.
+    """
+    from triton import knobs
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    make_cubin = CUDABackend.make_cubin
+
+    def without_lines(*arguments: Any) -> bytes:
+        before = knobs.compilation.disable_line_info, knobs.propagate_env
+        knobs.propagate_env, knobs.compilation.disable_line_info = False, True
+        try:
+            return make_cubin(*arguments)
+        finally:
+            knobs.compilation.disable_line_info, knobs.propagate_env = before
+
+    CUDABackend.make_cubin = without_lines
+    try:
+        yield
+    finally:
+        CUDABackend.make_cubin = make_cubin
 
 
 class Driver:
