@@ -44,7 +44,6 @@ class EPTLayer(BasePromptEncoder):
     """
 
     uses_shared_state = True  # for PEFT: no layer to inject into a model by itself
-    _basis: Tensor | None
 
     def __init__(
         self, config: EPTConfig, embedding: nn.Module, *, initialise: bool = True, tokenizer: Any = None
@@ -57,9 +56,8 @@ class EPTLayer(BasePromptEncoder):
             self.embedding_scale = embedding_rms(embedding) if initialise else 1.0
         else:
             self.embedding_scale = float(config.embedding_scale)
-        # No part of the state, as it follows from the seed; a buffer, so that no step waits for its way to the device.
-        basis = None if self.config.folded else reparameterization.frozen_basis(self.config, self.d)
-        self.register_buffer("_basis", None if basis is None else basis.to(device_of(embedding)), persistent=False)
+        # No buffer: it follows from the seed, and stays in float32 whatever the layer is cast to.
+        self._basis = None if config.folded else reparameterization.frozen_basis(self.config, self.d)
         for name, shape in self.config.parameter_shapes(self.d).items():
             zeros = torch.zeros(shape, device=device_of(embedding))
             self.register_parameter(name, nn.Parameter(zeros, requires_grad=not config.folded))
@@ -67,6 +65,7 @@ class EPTLayer(BasePromptEncoder):
             with torch.no_grad():
                 for name, value in initial_values(self.config, embedding, self.embedding_scale, tokenizer).items():
                     self._parameters[name].copy_(value)
+        self._place_basis()
 
     def forward(
         self,
@@ -140,7 +139,7 @@ class EPTLayer(BasePromptEncoder):
         config = self.config
         if config.folded or not config.num_virtual_tokens:
             return self.part("prompt")
-        short = reparameterization.short_prompt(self.part, self._basis, self._parameters)
+        short = reparameterization.short_prompt(self.part, self._basis_here(), self._parameters)
         return functional.joint_prompt(
             short,
             *map(self.part, _PARTS[1:]),
@@ -195,6 +194,7 @@ class EPTLayer(BasePromptEncoder):
             delattr(self, name)
         for name in self.config.parameter_shapes(self.d):
             self.register_parameter(name, nn.Parameter(folded[name].detach(), requires_grad=False))
+        self._place_basis()
 
     def token_update(self) -> dict[str, Tensor]:
         """Gives an update by the token in the units of the embeddings, `relu(e·W_in + b_in)·W_out + b_out`."""
@@ -224,6 +224,22 @@ class EPTLayer(BasePromptEncoder):
         longest = int(positions.max()) + 1
         if longest > limit:
             raise ValueError(f"input has {longest} tokens, {remedy}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EPTLayer:
+        super()._apply(fn, recurse)
+        self._place_basis()
+        return self
+
+    def _place_basis(self) -> None:
+        """Copies the prompt's frozen basis to the layer's device, once a move, so that no step waits for it."""
+        Z = self._parameters.get("Z")
+        self._placed_basis = self._basis if self._basis is None or Z is None else self._basis.to(Z.device)
+
+    def _basis_here(self) -> Tensor | None:
+        placed = self._placed_basis
+        # Its parameters may have come to their device otherwise, as accelerate's hooks and loaders bring them there.
+        is_here = placed is not None and placed.device == self.part("Z").device
+        return placed if is_here else self._basis
 
     def extra_repr(self) -> str:
         names = ("num_virtual_tokens", "r", "num_spaces", "space_dim", "fusion")

@@ -217,6 +217,18 @@ def with_random_parameters(config, **changes):
     return layer
 
 
+def test_a_frozen_basis_outlives_casts_and_places_without_data():
+    layer = with_random_parameters(EPTConfig.ulpt(4, 3, seed=5))
+    state, expected = layer.state_dict(), layer.joint_prompt()
+    layer.to(torch.bfloat16).to(torch.float32)
+    layer.to("meta").to_empty(device="cpu")
+    layer.load_state_dict(state)
+    assert torch.equal(layer.joint_prompt(), expected)
+    layer.to("meta")
+    layer.load_state_dict(state, assign=True)  # which moves nothing, as loaders of large models do
+    assert torch.equal(layer.joint_prompt(), expected)
+
+
 def test_ulpt_is_a_mixture_of_frozen_rows_that_follow_from_the_seed():
     layer = with_random_parameters(EPTConfig.ulpt(4, 3, seed=5))
     generator = torch.Generator().manual_seed(5 ^ 0x5EED)
