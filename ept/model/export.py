@@ -28,13 +28,11 @@ INFO_NAME = "folded.json"
 EMBEDS_NAME = "prompt_embeds.safetensors"
 FORMAT = "ept-folded"
 VERSIONS = {("position", "text"): 1, ("position", "all"): 2, ("token", "text"): 3, ("token", "all"): 3}
+_BY_POSITION = "[prompt; embedding(id_i) + table[i]], i from 0 over "
 _BY_TOKEN = "[prompt; e_i + relu(e_i @ W_in + b_in) @ W_out + b_out], e_i = embedding(id_i) in float32, for all "
 _INPUTS = {
-    ("position", "text"): "[prompt; embedding(id_i) + table[i]], i from 0 over the input text's real tokens",
-    (
-        "position",
-        "all",
-    ): "[prompt; embedding(id_i) + table[i]], i from 0 over all real tokens, generated ones too; none beyond table",
+    ("position", "text"): f"{_BY_POSITION}the input text's real tokens",
+    ("position", "all"): f"{_BY_POSITION}all real tokens, generated ones too; none beyond table",
     ("token", "text"): f"{_BY_TOKEN}real tokens of the input text",
     ("token", "all"): f"{_BY_TOKEN}real tokens, generated ones too",
 }
@@ -76,7 +74,7 @@ class FoldedAdapter:
         elif config.r:
             parts["table"] = layer.position_table()
         heads = {f"head.{name}": tensor for name, tensor in self.heads.items()}
-        return {**{name: tensor.detach() for name, tensor in parts.items()}, **heads}
+        return {name: tensor.detach() for name, tensor in parts.items()} | heads
 
     def info(self) -> dict[str, Any]:
         """Lists what an engine must know beside the tensors."""

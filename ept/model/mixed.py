@@ -48,12 +48,15 @@ def embed_mixed(
     if not chosen:
         return table[ids], attention_mask
     positions = torch.full(ids.shape, -1, device=attention_mask.device)
+    by_token = []  # layers whose updates depend on the token, each with its rows
     for name in used:
-        rows = [row for row, own in enumerate(names) if own == name]
+        layer, rows = layers[name], [row for row, own in enumerate(names) if own == name]
         own_text = None if text_mask is None else text_mask[rows]
-        positions[rows] = layers[name].positions(attention_mask[rows], own_text)
-    if by_token := [name for name in used if layers[name].config.r and layers[name].config.update == "token"]:
-        ids, table = _updated_by_token({name: layers[name] for name in by_token}, names, ids, positions, table)
+        positions[rows] = layer.positions(attention_mask[rows], own_text)
+        if layer.config.r and layer.config.update == "token":
+            by_token.append((layer, rows))
+    if by_token:
+        ids, table = _updated_by_token(by_token, ids, positions, table)
     configs, d, device = [layer.config for layer in chosen], table.shape[1], table.device
     by_position = [c for c in configs if c.r and c.update == "position"]
     s, r = max(c.num_virtual_tokens for c in configs), max((c.r for c in by_position), default=0)
@@ -75,15 +78,14 @@ def embed_mixed(
 
 
 def _updated_by_token(
-    layers: Mapping[str, EPTLayer], names: Sequence[str], ids: Tensor, positions: Tensor, table: Tensor
+    layers: Sequence[tuple[EPTLayer, list[int]]], ids: Tensor, positions: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Adds the updates of `layers`, which depend on the token, to their rows, whose `positions` become −1.
 
     Returns ids and the table they are rows of, as `lookup` does.
     """
     embeds = table[ids]
-    for name, layer in layers.items():
-        rows = [row for row, own in enumerate(names) if own == name]
+    for layer, rows in layers:
         embeds[rows] = layer.updated_tokens(ids[rows], positions[rows], table)[1].view_as(embeds[rows])
         positions[rows] = -1
     return torch.arange(ids.numel(), device=table.device).view(ids.shape), embeds.flatten(0, 1)
