@@ -22,7 +22,15 @@ from ..prompt import EPTLayer
 from ..utils.messages import shown
 from .adapter_files import SCALE_NAME, check_weights, read_adapter, read_config, read_weights, write_adapter
 from .adapter_lock import exclusive
-from .base_model import check_heads, input_embedding, name_labels, set_mode, trained_heads, wrapped_heads
+from .base_model import (
+    check_heads,
+    input_embedding,
+    name_labels,
+    set_mode,
+    train_in_float32,
+    trained_heads,
+    wrapped_heads,
+)
 from .facts import TASKS_WITH_HEAD, BaseModelFacts
 from .mixed import BASE, follow_rows
 from .prompt_cache import PromptCache
@@ -165,6 +173,7 @@ class ModelWithAdapters(PeftModel):
         name_labels(base, peft_config.label_words)
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
         super().add_adapter(adapter_name, peft_config, **kwargs)
+        train_in_float32(base, adapter_name)
         follow_rows(base)
         if first:
             self.active_adapter = adapter_name

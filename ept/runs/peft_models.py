@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..embedding import embedding_width
-from ..model.base_model import input_embedding, set_mode
+from ..model.base_model import input_embedding, set_mode, train_in_float32
 from ..model.inputs import divide_loss
 from .method_table import Method
 
@@ -38,6 +38,7 @@ def attach(
     torch.manual_seed(seed)
     kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     model = type(kind.__name__, (_LikeEPTModel, kind), {})(base, config)
+    train_in_float32(base, "default")
     if text and config.peft_type == PeftType.PROMPT_TUNING:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config.num_virtual_tokens]
         with torch.no_grad():

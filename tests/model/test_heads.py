@@ -1,0 +1,127 @@
+"""What an adapter trains of the base model's own modules: in float32 on a 16-bit model, there and after saving."""
+
+import pytest
+import torch
+from tiny_models import SMALL, make_batch, make_model, randomise
+
+from ept import EPTConfig, EPTModel, get_ept_model
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def adapted(family, dtype=torch.bfloat16, **fields):
+    model = get_ept_model(make_model(family).to(dtype), EPTConfig(**{**SMALL, **fields}))
+    randomise(model)
+    return model
+
+
+def heads_of(model):
+    return {name: p for name, p in model.named_parameters() if "modules_to_save" in name}
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama_classifier", "bart"])
+def test_heads_of_a_16_bit_model_are_float32(family, dtype):
+    fields = {"task_type": "SEQ_CLS"} if family != "bart" else {"modules_to_save": ["lm_head"]}
+    model, batch = adapted(family, dtype, **fields), make_batch(family)
+    heads = heads_of(model)
+    assert heads
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in heads.values())
+    output = model(**batch)
+    assert output.logits.dtype == output.loss.dtype == torch.float32
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in heads.values())
+    with torch.no_grad(), model.disable_adapter():  # the model's own head stays as it was
+        assert model(input_ids=batch["input_ids"], labels=batch["labels"]).logits.dtype == dtype
+
+
+def test_a_step_that_bfloat16_would_lose_counts():
+    model, batch = adapted("bert"), make_batch("bert")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, weight_decay=0.0)
+    before = {name: p.detach().clone() for name, p in heads_of(model).items()}
+    model(**batch).loss.backward()
+    optimizer.step()
+    for name, parameter in heads_of(model).items():
+        moved = (parameter - before[name]).abs()
+        assert (moved > 5e-7).float().mean() > 0.9, name
+        lost = parameter.detach().bfloat16() == before[name].bfloat16()
+        assert lost.float().mean() > 0.9, name
+
+
+def test_modules_that_others_read_give_the_models_own_type():
+    model, batch = adapted("bert", modules_to_save=["LayerNorm", "word_embeddings"]), make_batch("bert")
+    heads = heads_of(model)
+    assert len(heads) > 8
+    assert all(p.dtype == torch.float32 for p in heads.values())
+    output = model(**batch)
+    assert output.logits.dtype == torch.bfloat16  # by the head, which is not trained
+    output.loss.backward()
+    assert sum(p.grad is not None for p in heads.values()) >= 8
+    wide = get_ept_model(make_model("bert").to(torch.bfloat16), EPTConfig(**SMALL, modules_to_save=["pooler"]))
+    assert wide(**batch).logits.dtype == torch.bfloat16
+
+
+def test_other_models_heads_keep_their_type():
+    for dtype in (torch.float32, torch.float64):
+        model = adapted("bert", dtype)
+        assert {p.dtype for p in heads_of(model).values()} == {dtype}
+        assert model(**make_batch("bert")).logits.dtype == dtype
+
+
+@pytest.mark.parametrize("family", ["bert", "llama_classifier"])
+def test_logits_after_saving_and_loading_are_equal(family, tmp_path):
+    model, batch = adapted(family).eval(), make_batch(family)
+    model.save_pretrained(tmp_path)
+    loaded = EPTModel.from_pretrained(make_model(family).to(torch.bfloat16), tmp_path)
+    assert {p.dtype for p in heads_of(loaded).values()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_heads_saved_in_bfloat16_are_read(tmp_path):
+    import safetensors.torch
+
+    model, batch = adapted("bert").eval(), make_batch("bert")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    narrow = {name: t.bfloat16() if "classifier" in name else t for name, t in state.items()}
+    safetensors.torch.save_file(narrow, path)
+    loaded = EPTModel.from_pretrained(make_model("bert").to(torch.bfloat16), tmp_path)
+    assert {p.dtype for p in heads_of(loaded).values()} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0.05, atol=0.05)
+
+
+def test_a_mixed_batch_takes_each_rows_head():
+    model = adapted("bert").eval()
+    model.add_adapter("other", EPTConfig(**SMALL))
+    randomise(model, seed=3)
+    batch = make_batch("bert", lengths=(7, 7, 7))
+    del batch["labels"]
+    with torch.no_grad():
+        mixed = model(**batch, adapter_names=["default", "__base__", "other"]).logits
+        alone = []
+        for name in ("default", "other"):
+            model.set_adapter(name)
+            alone.append(model(**batch).logits)
+        with model.disable_adapter():
+            alone.insert(1, model(**batch).logits.float())
+    assert mixed.dtype == torch.float32
+    for row, logits in enumerate(alone):
+        torch.testing.assert_close(mixed[row], logits[row], rtol=0.02, atol=0.05)
+
+
+def test_heads_beside_pefts_methods_are_float32():
+    from ept.runs.adapters import adapter_config
+    from ept.runs.config import MethodConfig
+    from ept.runs.peft_models import attach
+
+    for name, budget in (("lora", 2000), ("prompt-tuning", 320)):
+        base = make_model("bert").to(torch.bfloat16)
+        config = adapter_config(MethodConfig(name=name, budget=budget), base, "SEQ_CLS", 16, seed=0)
+        model = attach(base, config)
+        heads = heads_of(model)
+        assert heads
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in heads.values())
+        model(**make_batch("bert")).loss.backward()
