@@ -40,7 +40,7 @@ class CompareConfig(Section):
     """Of the prompt (of the whole adapter for PEFT's methods): one list, or a list a method with `default` for the
     others. The best on validation is the one that is reported on test. None: `training.learning_rate` alone."""
     low_rank_learning_rates: Rates = None
-    """Of all other parameters, crossed with the former. A method without any takes part only where it is named."""
+    """Of all other parameters, crossed with the former. A method without any has none."""
     learning_rate_seeds: Count | None = None
     """Search the rates with the first so many seeds, and run the other seeds at the best. None: with all."""
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
@@ -92,10 +92,10 @@ load_comparison = ComparisonConfig.load
 def rates_of(compare: CompareConfig, method: str, default: tuple[float, float]) -> list[tuple[float, float]]:
     """Lists the pairs of learning rates to try for a method: of the prompt, and of everything else."""
 
-    def rates(given: Rates, use_default: bool, otherwise: float) -> list[float]:
+    def rates(given: Rates, otherwise: float) -> list[float]:
         named = given if isinstance(given, dict) else {} if given is None else {DEFAULT: given}
-        return named.get(method) or (named.get(DEFAULT) if use_default else None) or [otherwise]
+        return named.get(method) or named.get(DEFAULT) or [otherwise]
 
-    prompt = rates(compare.learning_rates, True, default[0])
-    others = rates(compare.low_rank_learning_rates, METHODS[method].has_two_rates, default[1])
+    prompt = rates(compare.learning_rates, default[0])
+    others = rates(compare.low_rank_learning_rates if METHODS[method].has_two_rates else None, default[1])
     return [(first, second) for first in prompt for second in others]

@@ -17,9 +17,12 @@ from ..utils.progress import LINE_SECONDS, print_line, time_left
 from .config import RunConfig
 from .failures import check_finite, divergence_advice
 from .folder import PREFIX, MetricsLog, RunFolder, delete_surplus, read_seal, seal
+from .regression import UNIT
 
 if TYPE_CHECKING:
     from .trainer import PromptTrainer
+
+RATES = {"prompt": "learning_rate", "other": "low_rank_learning_rate", "head": "head_learning_rate"}  # by role
 
 
 class Recorder(TrainerCallback):
@@ -37,7 +40,7 @@ class Recorder(TrainerCallback):
         self.step_started: float | None = None
         self.steps_open = 0
         self.step_times: list[float] = []
-        self.rates: list[float] = []
+        self.rates: dict[str, float] = {}  # by the name of their setting
 
     def seconds(self) -> float:
         """Returns the wall time of the training loop with its evaluations, over all sittings of a resumed run."""
@@ -60,7 +63,9 @@ class Recorder(TrainerCallback):
             self.step_started = time.perf_counter()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+        groups = kwargs["optimizer"].param_groups
+        of_roles = {group["role"]: group["lr"] / group.get(UNIT, 1.0) for group in groups}
+        self.rates = {name: of_roles[role] for role, name in RATES.items() if role in of_roles}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -80,8 +85,7 @@ class Recorder(TrainerCallback):
             return
         event = {"step": state.global_step, "seconds": round(self.seconds(), 3), **logs}
         if "loss" in logs:
-            event["learning_rate"] = self.rates[0]
-            event["low_rank_learning_rate"] = self.rates[-1]
+            event |= self.rates
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(
                     f"the loss became {logs['loss']} by step {state.global_step}: {divergence_advice(self.config)}"

@@ -258,7 +258,9 @@ class TrainingConfig(Section):
     learning_rate: NotNegative = 0.05
     """Of the prompt, in units of the embedding's root mean square."""
     low_rank_learning_rate: NotNegative = 1e-3
-    """Of every other parameter (A, B, fusion, spaces, heads)."""
+    """Of every other parameter of the adapter (A, B, fusion, spaces)."""
+    head_learning_rate: NotNegative | None = None
+    """Of a classifier's head. None: 4 over the width of what the head reads, such as 0.005 for a width of 768."""
     weight_decay: NotNegative = 0.0
     """Decay of all trained parameters, as in AdamW."""
     warmup_steps: Size = 0

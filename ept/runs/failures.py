@@ -112,7 +112,8 @@ def divergence_advice(config: RunConfig) -> str:
     training = config.training
     return (
         f"lower training.learning_rate ({training.learning_rate}) or training.low_rank_learning_rate "
-        f"({training.low_rank_learning_rate}), or add training.warmup_steps"
+        f"({training.low_rank_learning_rate}), of a classifier training.head_learning_rate, or add "
+        "training.warmup_steps"
     )
 
 

@@ -69,6 +69,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def has_new_head(model: ModelConfig, num_labels: int) -> bool:
+    """Tells whether a classifier that is loaded for so many labels gets a head that nobody has trained."""
+    saved = _from_pretrained(AutoConfig, model)
+    return saved.num_labels != num_labels or not any("SequenceClass" in name for name in saved.architectures or ())
+
+
 def load_base_model(
     model: ModelConfig,
     task_type: str,

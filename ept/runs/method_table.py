@@ -15,7 +15,7 @@ from ..utils.messages import shown
 if TYPE_CHECKING:
     from .config import MethodConfig
 
-Role = Literal["prompt", "map", "other"]
+Role = Literal["prompt", "map", "head", "other"]
 
 _LOW_RANK = frozenset({"r", "alpha", "lowrank_init", "update_scope"})
 _FUSION = frozenset({"fusion", "fusion_dim", "fusion_score_scale", "fusion_weight"})
@@ -62,9 +62,9 @@ class Method:
         return self.roles is not None
 
     def role(self, parameter: str) -> Role:
-        """Names the learning rate of a model's parameter; classification heads have the "other" one."""
+        """Names the learning rate of a model's parameter."""
         if "modules_to_save" in parameter:
-            return "other"
+            return "head"
         return "prompt" if self.roles is None else self.roles.get(parameter.rpartition(".")[2], "other")
 
 

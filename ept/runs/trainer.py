@@ -23,6 +23,7 @@ from .folder import MetricsLog, RunFolder
 from .loading import default_device
 from .method_table import METHODS
 from .processes import Processes
+from .regression import in_units_of, last_layer, spread_of
 
 if TYPE_CHECKING:
     from .train import PreparedRun
@@ -37,6 +38,8 @@ SAME_NAME = {
     *("max_grad_norm", "eval_steps", "logging_steps", "bf16", "fp16", "optim"),
 }
 FILLER_LABELS = "filler_labels"
+HEAD_STEP = 4.0
+"""By how much a step of Adam moves a head's result at most, where what it reads is of magnitude one."""
 COLLAPSED_AFTER = 2
 """Evaluations with one answer to all rows, after which a run is told what to change."""
 
@@ -61,6 +64,9 @@ class PromptTrainer(Trainer):
             max_answer=config.data.max_answer,
             spaced=not data.task.is_chat,
         )
+        self.spread = None  # of the numbers that a head of its own is to give
+        if run.task_type == "SEQ_CLS" and data.task.values:
+            self.spread = spread_of(encoded["labels"][:])
         if training.class_weights:
             encoded = encoded.add_column(WEIGHT, row_weights(data.train["label"][:]))
         if training.compile_layers and multiple is not None:
@@ -131,6 +137,8 @@ class PromptTrainer(Trainer):
             added = added_loss(outputs["logits"], given["labels"], weights, num_items_in_batch, shifted)
             # The gradients of the ranks are averaged, and `num_items_in_batch` counts the labels of all.
             loss = loss + added * (self.run.processes.world_size if num_items_in_batch is not None else 1)
+        if self.spread is not None:  # the share of the variance that is left
+            loss = loss / self.spread**2
         loss = loss if filler is None else loss * 0.0
         return (loss, outputs) if return_outputs else loss
 
@@ -140,7 +148,10 @@ class PromptTrainer(Trainer):
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             training, method = self.run_config.training, self.run_config.method.name
             rates = (training.learning_rate, training.low_rank_learning_rate, training.weight_decay)
-            self.optimizer = optimizer(parameter_groups(model, *rates, method), **options)
+            groups = parameter_groups(model, *rates, method, training.head_learning_rate)
+            if self.spread is not None and (layer := last_layer(model)) is not None:
+                groups = in_units_of(self.spread, layer, groups)
+            self.optimizer = optimizer(groups, **options)
         return self.optimizer
 
     def evaluate(
@@ -243,29 +254,33 @@ def parameter_groups(
     low_rank_learning_rate: float,
     weight_decay: float = 0.0,
     method: str = "ept",
+    head_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Makes the groups of the optimizer, each at the rate that fits what a step of Adam does to the embeddings.
 
     * `prompt` and `U`, which stand in the units of the prompt: `learning_rate`;
     * the maps `D`, `G`, `W_q`, `W_k`: `low_rank_learning_rate`/√d. A step changes each of a column's d entries by about
       the rate, and they add up: at the whole rate the gate saturates within some tens of steps;
-    * all others (`A`, `B`, `beta`, heads), the last group: `low_rank_learning_rate`.
+    * heads and what else is trained of the model itself: `head_learning_rate`, or `HEAD_STEP` over the width that the
+      first matrix reads, for the same reason;
+    * all others (`A`, `B`, `beta`): `low_rank_learning_rate`.
 
-    The other parameters of the peers, as `Method.roles` says. PEFT's methods: all of the adapter at `learning_rate`,
-    heads at `low_rank_learning_rate`.
+    The other parameters of the peers, as `Method.roles` says. PEFT's methods: all of the adapter at `learning_rate`.
     """
-    groups: dict[str, list[torch.nn.Parameter]] = {"prompt": [], "map": [], "other": []}
+    groups: dict[str, list[torch.nn.Parameter]] = {"prompt": [], "map": [], "head": [], "other": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[METHODS[method].role(name)].append(parameter)
     maps = groups["map"]  # [d, …] each
+    read = next((head.shape[-1] for head in groups["head"] if head.dim() > 1), 1)
     rates = {
         "prompt": learning_rate,
         "map": low_rank_learning_rate / math.sqrt(maps[0].shape[0]) if maps else 0.0,
+        "head": HEAD_STEP / read if head_learning_rate is None else head_learning_rate,
         "other": low_rank_learning_rate,
     }
     return [
-        {"params": parameters, "lr": rates[role], "weight_decay": weight_decay}
+        {"params": parameters, "lr": rates[role], "weight_decay": weight_decay, "role": role}
         for role, parameters in groups.items()
         if parameters
     ]

@@ -37,8 +37,8 @@ def test_rates_of_methods_with_one_kind_of_parameter():
     compare = comparison("compare.methods=[pt, dept, lora]", "compare.low_rank_learning_rates=[1, 2]").compare
     assert rates_of(compare, "dept", (9.0, 8.0)) == [(9.0, 1.0), (9.0, 2.0)]
     assert rates_of(compare, "lora", (9.0, 8.0)) == [(9.0, 8.0)]
-    named = comparison("compare.low_rank_learning_rates={pt: [3]}").compare  # with a head, prompt tuning has others
-    assert rates_of(named, "pt", (9.0, 8.0)) == [(9.0, 3.0)]
+    named = comparison("compare.low_rank_learning_rates={pt: [3]}").compare  # prompt tuning has nothing else
+    assert rates_of(named, "pt", (9.0, 8.0)) == [(9.0, 8.0)]
 
 
 def test_a_changed_setting_is_another_run_and_the_folder_is_not():

@@ -139,10 +139,14 @@ def test_learning_rates_by_parameter(configure: Configure, family: str) -> None:
     run = prepare(configure(family))
     groups = parameter_groups(run.model, 0.05, 0.03)
     names = {parameter: name.rpartition(".")[2] for name, parameter in run.model.named_parameters()}
-    prompts, maps, others = ({names[parameter] for parameter in group["params"]} for group in groups)
-    assert (prompts, maps) == ({"prompt", "U"}, {"D", "G"})
-    assert others >= {"A", "B", "beta"}
-    assert [group["lr"] for group in groups] == pytest.approx([0.05, 0.03 / 32**0.5, 0.03])
+    found = {group["role"]: {names[parameter] for parameter in group["params"]} for group in groups}
+    expected = {"prompt": {"prompt", "U"}, "map": {"D", "G"}, "other": {"A", "B", "beta"}}
+    assert found == expected | ({"head": {"weight", "bias"}} if family == "bert" else {})
+    rates = {"prompt": 0.05, "map": 0.03 / 32**0.5, "head": 4 / 32, "other": 0.03}
+    assert {group["role"]: group["lr"] for group in groups} == pytest.approx({role: rates[role] for role in found})
+    if family == "bert":
+        named = parameter_groups(run.model, 0.05, 0.03, head_learning_rate=0.7)
+        assert [group["lr"] for group in named if group["role"] == "head"] == [0.7]
     counted = sum(p.numel() for group in groups for p in group["params"])
     assert counted == run.model.get_nb_trainable_parameters()[0]
 

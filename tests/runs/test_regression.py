@@ -1,0 +1,76 @@
+"""A classifier's head for numbers, whatever they are measured in: where it starts, and that it learns."""
+
+import json
+import random
+import statistics
+
+import pytest
+import torch
+from tiny_runs import BAD, GOOD, OTHER
+from torch import nn
+
+from ept.runs.predict import open_run
+from ept.runs.regression import UNIT, in_units_of, last_layer
+from ept.runs.train import prepare, train
+
+UNITS = {"shares": (0.002, 0.0005), "stars": (3.0, 1.0), "prices": (240_000.0, 60_000.0), "years": (1990.0, 4.0)}
+
+
+def save_numbers(folder, mean, spread):
+    """Sentences whose last word says which half of the range the number is in, and how far."""
+    chance = random.Random(0)
+    folder.mkdir()
+    for split, count in (("train", 96), ("validation", 32), ("test", 32)):
+        lines = []
+        for index in range(count):
+            sign = 1 if index % 2 else -1
+            words = [*chance.choices(OTHER, k=chance.randint(3, 6)), chance.choice(GOOD if sign > 0 else BAD)]
+            number = mean + spread * sign * chance.uniform(0.5, 1.5)
+            lines.append(json.dumps({"text": " ".join(words), "label": round(number, 6)}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def settings(tmp_path, unit):
+    data = save_numbers(tmp_path / "numbers", *UNITS[unit])
+    return "data.task=null", f"data.data_dir={data}", "training.learning_rate=0.1", "training.max_steps=60"
+
+
+@pytest.mark.parametrize("unit, dtype", [("shares", "float32"), ("prices", "bfloat16"), ("years", "bfloat16")])
+def test_a_run_learns_numbers_of_any_unit(configure, tmp_path, unit, dtype):
+    config = configure("bert", *settings(tmp_path, unit), f"model.dtype={dtype}")
+    results = train(config)
+    assert results["test_metrics"]["pearson"] > 0.8
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+    assert losses[0] < 4  # in shares of the variance
+    assert losses[-1] < 0.6
+    mean, spread = UNITS[unit]
+    predictor = open_run(tmp_path / "run")
+    low, high = (predictor.fit([{"text": f"the film was {word}"}], "test")[0].ids for word in ("awful", "lovely"))
+    logits = predictor.model(**predictor._batch([low, high])).logits[:, 0].tolist()
+    assert mean - 2.5 * spread < logits[0] < mean < logits[1] < mean + 2.5 * spread
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_new_head_starts_at_the_mean(configure, tmp_path, unit):
+    run = prepare(configure("bert", *settings(tmp_path, unit)))
+    values = [run.task.values[label] for label in run.run_data.data.train["label"]]
+    ids = run.run_data.data.train["text_ids"][:16]
+    with torch.no_grad():
+        found = run.model(**run._batch(ids)).logits[:, 0].tolist()
+    mean, spread = statistics.fmean(values), statistics.pstdev(values)
+    assert all(abs(x - mean) < 8 * spread for x in found)
+    assert statistics.pstdev(found) > 1e-4 * spread
+
+
+def test_rates_of_the_last_layer_are_in_units_of_the_spread():
+    body, layer = nn.Linear(3, 4), nn.Linear(4, 1)
+    groups = [{"params": list(body.parameters()), "lr": 0.1}, {"params": [*layer.parameters()], "lr": 0.01}]
+    first, last = in_units_of(50.0, layer, groups)
+    assert first == {"params": list(body.parameters()), "lr": 0.1}
+    assert last == {"params": [layer.weight, layer.bias], "lr": 0.5, UNIT: 50.0}
+
+
+def test_a_head_of_several_numbers_has_no_last_layer(configure):
+    assert last_layer(prepare(configure("bert")).model) is None
