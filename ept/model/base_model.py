@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -55,22 +56,29 @@ def train_in_float32(model: nn.Module, adapter_name: str) -> None:
         )
         narrow = [t for t in (*module.parameters(), *module.buffers()) if t.dtype in _HALF]
         if narrow:
-            module.register_forward_pre_hook(_widen, with_kwargs=True)
+            module.register_forward_pre_hook(_convert_inputs, with_kwargs=True)
             if "." in key or not ends_in_heads:
-                module.register_forward_hook(partial(_narrow, narrow[0].dtype))
+                module.register_forward_hook(partial(_convert_result, wrapper.original_module))
         for tensor in narrow:
             tensor.data = tensor.data.float()
 
 
-def _widen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    def wide(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype in _HALF else x
-
-    return tuple(map(wide, args)), {name: wide(x) for name, x in kwargs.items()}
+def _convert_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    dtype = _dtype_of(module)
+    return tuple(_converted(x, dtype) for x in args), {name: _converted(x, dtype) for name, x in kwargs.items()}
 
 
-def _narrow(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
-    return result.to(dtype) if isinstance(result, Tensor) else tuple(x.to(dtype) for x in result)
+def _convert_result(original: nn.Module, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+    dtype = _dtype_of(original)
+    return tuple(_converted(x, dtype) for x in result) if isinstance(result, tuple) else _converted(result, dtype)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next(t.dtype for t in chain(module.parameters(), module.buffers()) if t.is_floating_point())
+
+
+def _converted(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
 def name_labels(model: Any, words: Sequence[str] | None) -> None:

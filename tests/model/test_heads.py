@@ -1,5 +1,7 @@
 """What an adapter trains of the base model's own modules: in float32 on a 16-bit model, there and after saving."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import SMALL, make_batch, make_model, randomise
@@ -59,6 +61,15 @@ def test_modules_that_others_read_give_the_models_own_type():
     assert sum(p.grad is not None for p in heads.values()) >= 8
     wide = get_ept_model(make_model("bert").to(torch.bfloat16), EPTConfig(**SMALL, modules_to_save=["pooler"]))
     assert wide(**batch).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("trained", [None, ["LayerNorm"]])
+def test_the_whole_model_can_be_converted_afterwards(trained):
+    batch = make_batch("bert")
+    for dtype in (torch.bfloat16, torch.float32):
+        model = copy.deepcopy(adapted("bert", modules_to_save=trained)).to(dtype).eval()
+        with torch.no_grad():
+            assert model(**batch).logits.dtype == dtype
 
 
 def test_other_models_heads_keep_their_type():
