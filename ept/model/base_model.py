@@ -51,9 +51,9 @@ def train_in_float32(model: nn.Module, adapter_name: str) -> None:
     wrapped = {key: module for key, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
     ends_in_heads = all(name in wrapped for name in _outside_backbone(model))
     for key, wrapper in wrapped.items():
-        module: Any = (
-            wrapper.modules_to_save[adapter_name] if adapter_name in wrapper.modules_to_save else nn.Identity()
-        )
+        if adapter_name not in wrapper.modules_to_save:  # of another adapter
+            continue
+        module = wrapper.modules_to_save[adapter_name]
         narrow = [t for t in (*module.parameters(), *module.buffers()) if t.dtype in _HALF]
         if narrow:
             module.register_forward_pre_hook(_convert_inputs, with_kwargs=True)
