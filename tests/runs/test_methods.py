@@ -123,7 +123,7 @@ def test_a_new_method_is_a_row_and_a_file(monkeypatch):
     settings = load_run_config(None, ["method.name=mine", "method.r=3"]).method
     config = adapter_config(settings, "base", "CAUSAL_LM", M, seed=0)
     assert module_of(mine).attach("base", config) == ("base", "Mine")
-    assert [mine.role(name) for name in ("x.Z", "x.A", "head.modules_to_save.Z")] == ["map", "other", "other"]
+    assert [mine.role(name) for name in ("x.Z", "x.A", "head.modules_to_save.Z")] == ["map", "other", "head"]
 
 
 def test_an_ablation_may_repeat_what_it_fixes():
