@@ -1,8 +1,8 @@
-"""A classifier's head for numbers: it starts at their mean and learns in units of their spread.
+"""A classifier's head for numbers, whatever they are measured in.
 
-A new head gives numbers around 0, and its rate is what its weights move by a step. For prices around 200,000 that would
-be no start from which training arrives. In units of the spread every regression is trained alike, and the head still
-gives the numbers themselves, whoever loads it.
+A new head gives numbers around 0, and its rate is what its weights move by a step: from there prices around 200,000 are
+never reached. So every regression is learned in units, and from a start, in which its numbers are spread as ratings
+from 0 to 5 are. The head still gives the numbers themselves, whoever loads it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from torch import nn
 from ..model.base_model import wrapped_heads
 
 UNIT = "unit"  # of a group of parameters: by what its rate is larger than the configuration's
+# Mean and standard deviation of such ratings (STS-B's). A start at the mean learned less: docs/results/README.md.
+MEAN, SPREAD = 2.7, 1.5
 
 
-def spread_of(values: Sequence[float]) -> float:
-    """Returns the standard deviation of the train rows' numbers; 1 where they are all the same."""
-    return statistics.pstdev(values) or 1.0
+def unit_of(values: Sequence[float]) -> float:
+    """Returns the unit in which the train rows' numbers have the standard deviation `SPREAD`; 1 for equal numbers."""
+    return statistics.pstdev(values) / SPREAD or 1.0
 
 
 def last_layer(model: nn.Module) -> nn.Linear | None:
@@ -31,21 +33,22 @@ def last_layer(model: nn.Module) -> nn.Linear | None:
     return found[0] if len(found) == 1 else None
 
 
-def start_at_mean(model: nn.Module, values: Sequence[float]) -> None:
-    """Makes a new head start around the mean of the train rows' numbers, as far from it as they are themselves."""
+def start_below(model: nn.Module, values: Sequence[float]) -> None:
+    """Makes a new head start `MEAN` units below the mean of the train rows' numbers, and give numbers in those units."""
     if (layer := last_layer(model)) is not None:
+        unit = unit_of(values)
         with torch.no_grad():
-            layer.weight.mul_(spread_of(values))
+            layer.weight.mul_(unit)
             if layer.bias is not None:
-                layer.bias.mul_(spread_of(values)).add_(statistics.fmean(values))
+                layer.bias.mul_(unit).add_(statistics.fmean(values) - MEAN * unit)
 
 
-def in_units_of(spread: float, layer: nn.Linear, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Puts the parameters of `layer` last, in groups with a rate that is `spread` times that of their group."""
+def in_units_of(unit: float, layer: nn.Linear, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Puts the parameters of `layer` last, in groups with a rate that is `unit` times that of their group."""
     own = {id(parameter) for parameter in layer.parameters()}
     kept = [{**group, "params": [p for p in group["params"] if id(p) not in own]} for group in groups]
     moved = [
-        {**group, "params": [p for p in group["params"] if id(p) in own], "lr": group["lr"] * spread, UNIT: spread}
+        {**group, "params": [p for p in group["params"] if id(p) in own], "lr": group["lr"] * unit, UNIT: unit}
         for group in groups
     ]
     return [group for group in (*kept, *moved) if group["params"]]

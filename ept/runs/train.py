@@ -32,7 +32,7 @@ from .folder import RunFolder, is_over, save_adapter
 from .loading import default_device, has_new_head, load_tokenizer, task_type_of, weights_of
 from .predict import Predictor
 from .processes import Processes, join
-from .regression import start_at_mean
+from .regression import start_below
 from .report import write_report
 from .stop import StopSignals
 from .trainer import PromptTrainer
@@ -56,7 +56,7 @@ def prepare(config: RunConfig, processes: Processes | None = None, rows: OwnRows
         check_has_classes(task)
     model = load_untrained(config, task_type, task, max_length_of(config.data, task), tokenizer)
     if task_type == "SEQ_CLS" and task.values and has_new_head(config.model, task.num_outputs):
-        start_at_mean(model, [task.values[label] for label in run_data.data.train["label"]])
+        start_below(model, [task.values[label] for label in run_data.data.train["label"]])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("there is nothing to train: give the method prompt tokens (method.num_virtual_tokens)")
     if config.training.compile_layers:

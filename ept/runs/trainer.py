@@ -23,7 +23,7 @@ from .folder import MetricsLog, RunFolder
 from .loading import default_device
 from .method_table import METHODS
 from .processes import Processes
-from .regression import in_units_of, last_layer, spread_of
+from .regression import in_units_of, last_layer, unit_of
 
 if TYPE_CHECKING:
     from .train import PreparedRun
@@ -64,9 +64,9 @@ class PromptTrainer(Trainer):
             max_answer=config.data.max_answer,
             spaced=not data.task.is_chat,
         )
-        self.spread = None  # of the numbers that a head of its own is to give
+        self.unit = None  # of the numbers that a head of its own is to give
         if run.task_type == "SEQ_CLS" and data.task.values:
-            self.spread = spread_of(encoded["labels"][:])
+            self.unit = unit_of(encoded["labels"][:])
         if training.class_weights:
             encoded = encoded.add_column(WEIGHT, row_weights(data.train["label"][:]))
         if training.compile_layers and multiple is not None:
@@ -137,8 +137,8 @@ class PromptTrainer(Trainer):
             added = added_loss(outputs["logits"], given["labels"], weights, num_items_in_batch, shifted)
             # The gradients of the ranks are averaged, and `num_items_in_batch` counts the labels of all.
             loss = loss + added * (self.run.processes.world_size if num_items_in_batch is not None else 1)
-        if self.spread is not None:  # the share of the variance that is left
-            loss = loss / self.spread**2
+        if self.unit is not None:
+            loss = loss / self.unit**2
         loss = loss if filler is None else loss * 0.0
         return (loss, outputs) if return_outputs else loss
 
@@ -149,8 +149,8 @@ class PromptTrainer(Trainer):
             training, method = self.run_config.training, self.run_config.method.name
             rates = (training.learning_rate, training.low_rank_learning_rate, training.weight_decay)
             groups = parameter_groups(model, *rates, method, training.head_learning_rate)
-            if self.spread is not None and (layer := last_layer(model)) is not None:
-                groups = in_units_of(self.spread, layer, groups)
+            if self.unit is not None and (layer := last_layer(model)) is not None:
+                groups = in_units_of(self.unit, layer, groups)
             self.optimizer = optimizer(groups, **options)
         return self.optimizer
 
