@@ -34,7 +34,7 @@ def last_layer(model: nn.Module) -> nn.Linear | None:
 
 
 def start_below(model: nn.Module, values: Sequence[float]) -> None:
-    """Makes a new head start `MEAN` units below the mean of the train rows' numbers, and give numbers in those units."""
+    """Makes a new head start `MEAN` units below the mean of the train rows' numbers, and move in those units."""
     if (layer := last_layer(model)) is not None:
         unit = unit_of(values)
         with torch.no_grad():
