@@ -17,7 +17,7 @@ from torch import nn
 from ..model.base_model import wrapped_heads
 
 UNIT = "unit"  # of a group of parameters: by what its rate is larger than the configuration's
-# Mean and standard deviation of such ratings (STS-B's). A start at the mean learned less: docs/results/README.md.
+# Mean and standard deviation of such ratings, STS-B's. A start at their mean was no better: docs/results/README.md.
 MEAN, SPREAD = 2.7, 1.5
 
 
