@@ -47,8 +47,9 @@ def keep_freed_memory() -> bool:
     """Lets this process keep memory that tensors give back, for the next ones; tells whether it does.
 
     glibc takes blocks above 32 MiB from the kernel one by one and gives them back at once, so that every step pays for
-    clearing them anew. The process then stays as large as its largest step. Left alone: other C libraries, and an
-    environment that says something about malloc itself.
+    clearing them anew. The process then stays as large as its largest step. Nothing is gained where the heap cannot
+    grow, which is drawn for each process. Left alone: other C libraries, and an environment that says something about
+    malloc itself.
     """
     is_set = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
     if is_set or platform.libc_ver()[0] != "glibc":
