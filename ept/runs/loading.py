@@ -72,7 +72,11 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def has_new_head(model: ModelConfig, num_labels: int) -> bool:
     """Tells whether a classifier that is loaded for so many labels gets a head that nobody has trained."""
     saved = _from_pretrained(AutoConfig, model)
-    return saved.num_labels != num_labels or not any("SequenceClass" in name for name in saved.architectures or ())
+    return saved.num_labels != num_labels or not _has_head(saved)
+
+
+def _has_head(saved: Any) -> bool:
+    return any("SequenceClass" in name for name in saved.architectures or ())
 
 
 def load_base_model(
@@ -98,7 +102,7 @@ def load_base_model(
     if task_type == "SEQ_CLS":
         options["num_labels"] = num_labels
         saved = _from_pretrained(AutoConfig, model)
-        if saved.num_labels != num_labels and any("SequenceClass" in name for name in saved.architectures or ()):
+        if saved.num_labels != num_labels and _has_head(saved):
             logger.warning(
                 "the head of %s is for %d labels, the task has %d: it gets a new one",
                 *(model.name_or_path, saved.num_labels, num_labels),
