@@ -175,18 +175,19 @@ def _bars(means: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
 
 
 def _style(name: str) -> tuple[str, dict[str, Any]]:
-    """Returns a method's marker, and its colour and label: the same in every figure."""
+    """Returns a method's marker, and its colour, line and label: the same in every figure."""
     from matplotlib import colormaps
 
     place = list(METHODS).index(name)
-    colour = colormaps["tab10"](place) if place < 10 else colormaps["Dark2"](place - 10)
-    return MARKERS[place % len(MARKERS)], {"color": colour, "label": METHODS[name].title}
+    # Behind the first ten are the variants of EPT, whose colours are close to those of others.
+    colour, line = (colormaps["tab10"](place), "-") if place < 10 else (colormaps["Dark2"](place - 10), "--")
+    return MARKERS[place % len(MARKERS)], {"color": colour, "linestyle": line, "label": METHODS[name].title}
 
 
 def _series(axes: Any, name: str, points: Sequence[tuple[Any, Interval]], line: bool = True) -> None:
     heights, reach = _bars([mean for _, mean in points])
     marker, style = _style(name)
-    style.update(marker=marker, linestyle="-" if line else "", capsize=3)
+    style.update(marker=marker, linestyle=style["linestyle"] if line else "", capsize=3)
     axes.errorbar([x for x, _ in points], heights, yerr=reach, **style)
 
 
