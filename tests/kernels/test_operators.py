@@ -249,6 +249,22 @@ def test_operators_pass_opcheck_and_are_within_their_problems_tolerance(problem)
         assert (actual.double() - exact).abs().le(allowed).all()
 
 
+@pytest.mark.parametrize("problem", opcheck_problems(), ids=lambda p: p.name)
+def test_bare_operators_refuse_what_requires_gradients(problem):
+    """A kernel would give none without a word, a reference by chance right ones."""
+    operator, inputs = getattr(torch.ops.ept, problem.operator).default, problem.inputs()
+    floating = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for x in floating:
+        x.requires_grad_()
+        with pytest.raises(RuntimeError, match=rf"^ept::{problem.operator} has no gradients of its own"):
+            operator(*inputs)
+        with torch.no_grad():
+            operator(*inputs)
+        x.requires_grad_(False)
+    operator(*inputs)
+    assert floating or problem.operator == "token_at"
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_factors_cut_off_to_tf32_are_within_the_tolerance_of_16_bits_though_the_sum_cancels(dtype):
     problem = PromptedEmbedding(n=4, d=8, s=0, r=16, m=4, batch=1, padding="none", dtype=dtype, scale=1.0)

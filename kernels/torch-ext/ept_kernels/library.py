@@ -128,6 +128,13 @@ def _function_of(name: str, device_type: str) -> Callable[..., Any]:
 
 def _dispatch(name: str, reference: Callable[..., Any], tensors: int) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
+        if torch.is_grad_enabled():  # a kernel would give none, without a word
+            for x in args[:tensors]:
+                if x is not None and x.requires_grad:
+                    raise RuntimeError(
+                        f"ept::{name} has no gradients of its own, but an argument requires them: call it from an "
+                        "autograd function, as ept.functional does, or within torch.no_grad()"
+                    )
         device_type = args[0].device.type
         function = _function_of(name, device_type)
         if function is not reference:
