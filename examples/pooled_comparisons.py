@@ -1,0 +1,43 @@
+"""Tests methods over several comparisons at once, by the pairs (task, seed) of their runs at chosen rates.
+
+    python examples/pooled_comparisons.py FOLDER FOLDER --tasks glue/sst2,glue/mnli --methods ept,dept,pt
+
+A comparison with few seeds shows only large differences; several together show whether a small one keeps its sign.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+from ept.compare.tables import paired_test
+from ept.utils.tables import markdown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", help="of comparisons, each with its comparison.csv")
+    parser.add_argument("--tasks", required=True, help="comma-separated; scores of one kind, or means say nothing")
+    parser.add_argument("--methods", required=True, help="comma-separated; each is tested against those behind it")
+    arguments = parser.parse_args()
+    scores: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
+    for folder in arguments.folders:
+        with (folder / "comparison.csv").open(encoding="utf-8", newline="") as file:
+            for run in csv.DictReader(file):
+                at_rest = run["status"] == "finished" and run["chosen"] == "True" and not run["sweep"]
+                if at_rest and run["task"] in arguments.tasks.split(","):
+                    key = f"{folder.name} {run['task']}", int(run["seed"])
+                    scores[run["method"]][key] = float(run["score"])
+    rows = []
+    for one, other in itertools.combinations(arguments.methods.split(","), 2):
+        if found := paired_test(one, scores[one], other, scores[other]):
+            ps = ["" if p is None else f"{p:.3f}" for p in (found.p, found.p_of_tasks)]
+            rows.append([f"{one} − {other}", found.difference.text(), ps[0], str(found.difference.n), ps[1]])
+    print(markdown(["difference", "points", "p", "pairs", "p of the tasks"], rows))
+
+
+if __name__ == "__main__":
+    main()
