@@ -13,7 +13,7 @@ import itertools
 from collections import defaultdict
 from pathlib import Path
 
-from ept.compare.tables import paired_test
+from ept.compare.tables import TEST_COLUMNS, paired_test
 from ept.utils.tables import markdown
 
 
@@ -27,16 +27,13 @@ def main() -> None:
     for folder in arguments.folders:
         with (folder / "comparison.csv").open(encoding="utf-8", newline="") as file:
             for run in csv.DictReader(file):
-                at_rest = run["status"] == "finished" and run["chosen"] == "True" and not run["sweep"]
-                if at_rest and run["task"] in arguments.tasks.split(","):
+                is_counted = run["status"] == "finished" and run["chosen"] == "True" and not run["sweep"]
+                if is_counted and run["task"] in arguments.tasks.split(","):
                     key = f"{folder.name} {run['task']}", int(run["seed"])
                     scores[run["method"]][key] = float(run["score"])
-    rows = []
-    for one, other in itertools.combinations(arguments.methods.split(","), 2):
-        if found := paired_test(one, scores[one], other, scores[other]):
-            ps = ["" if p is None else f"{p:.3f}" for p in (found.p, found.p_of_tasks)]
-            rows.append([f"{one} − {other}", found.difference.text(), ps[0], str(found.difference.n), ps[1]])
-    print(markdown(["difference", "points", "p", "pairs", "p of the tasks"], rows))
+    pairs = itertools.combinations(arguments.methods.split(","), 2)
+    tests = (paired_test(one, scores[one], other, scores[other]) for one, other in pairs)
+    print(markdown(TEST_COLUMNS, [test.row() for test in tests if test]))
 
 
 if __name__ == "__main__":

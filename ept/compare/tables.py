@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ SIZES = {
     **{"prompt_rank": "n", "residual_dim": "width"},
 }
 """The sizes of an adapter: their names in its configuration, and in the tables."""
+
+TEST_COLUMNS = ["difference", "points", "p", "n", "p of the tasks"]
 
 Scores = Mapping[tuple[str, int], float]
 """(task, seed): score."""
@@ -80,6 +82,12 @@ class PairedTest:
     difference: Interval
     p: float | None
     p_of_tasks: float | None = None
+
+    def row(self, name: Callable[[str], str] = str) -> list[str]:
+        """Formats it as a row under `TEST_COLUMNS`, with what `name` makes of the methods."""
+        ps = ["-" if p is None else f"{p:.3f}" for p in (self.p, self.p_of_tasks)]
+        names = f"{name(self.first)} − {name(self.second)}"
+        return [names, self.difference.text(), ps[0], str(self.difference.n), ps[1]]
 
 
 def paired_test(first: str, one: Scores, second: str, other: Scores) -> PairedTest | None:
@@ -283,13 +291,9 @@ def markdown(records: Sequence[Record], settings: Sequence[Setting], command: st
     for setting in settings:
         parts += [f"## {setting.title}", setting.rows and f"Rows: {setting.rows}.", table(*scores_table(setting))]
         if setting.tests:
-            rows = []
-            for test in setting.tests:
-                names = f"{METHODS[test.first].title} − {METHODS[test.second].title}"
-                ps = ["-" if p is None else f"{p:.3f}" for p in (test.p, test.p_of_tasks)]
-                rows.append([names, test.difference.text(), ps[0], str(test.difference.n), ps[1]])
+            rows = [test.row(lambda method: METHODS[method].title) for test in setting.tests]
             parts += ["Paired t-test, two-sided, over the n pairs (task, seed), and over the means of the tasks:"]
-            parts += [table(["difference", "points", "p", "n", "p of the tasks"], rows)]
+            parts += [table(TEST_COLUMNS, rows)]
         if steps := steps_table(setting.methods):
             parts += [
                 "Steps, by the mean score on validation, on straight lines between the evaluations:",
