@@ -191,6 +191,11 @@ class EPTConfig(PromptLearningConfig):
             raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
 
     @property
+    def updates_by_token(self) -> bool:
+        """Tells whether there is an update and it depends on the token itself."""
+        return bool(self.r) and self.update == "token"
+
+    @property
     def is_prompt_learning(self) -> bool:
         """Tells PEFT that the adapter is a prompt; not before the task is known, for which PEFT would look it up."""
         return self.task_type is not None

@@ -130,7 +130,7 @@ class EPTLayer(BasePromptEncoder):
         """
         prompt = table.new_zeros(0, self.d, dtype=torch.float32) if prompt is None else prompt
         prompt, A, B = (part.to(table.device) for part in (prompt, self.part("A"), self.part("B")))
-        if self.config.update == "token" and self.config.r:
+        if self.config.updates_by_token:
             ids, table = self.updated_tokens(ids, positions, table)
         return functional.prompted_embedding(ids, positions, table, prompt, A, B, self.update_scale())
 
@@ -215,7 +215,7 @@ class EPTLayer(BasePromptEncoder):
         """
         limit = self.config.max_length
         most = positions.shape[1] if longest is None else longest
-        if not self.config.r or self.config.update == "token" or most <= limit:
+        if not self.config.r or self.config.updates_by_token or most <= limit:
             return  # nothing to wait for on an accelerator in the usual case
         remedy = f"the adapter was made for max_length={limit}: truncate to {limit} or train with a larger max_length"
         if torch.compiler.is_compiling():  # a compiled graph cannot wait for the number

@@ -31,7 +31,10 @@ def main() -> None:
                 if is_counted and run["task"] in arguments.tasks.split(","):
                     key = f"{folder.name} {run['task']}", int(run["seed"])
                     scores[run["method"]][key] = float(run["score"])
-    pairs = itertools.combinations(arguments.methods.split(","), 2)
+    methods = arguments.methods.split(",")
+    if unknown := [method for method in methods if method not in scores]:
+        parser.error(f"no run of {', '.join(unknown)} on these tasks; there are {', '.join(sorted(scores)) or 'none'}")
+    pairs = itertools.combinations(methods, 2)
     tests = (paired_test(one, scores[one], other, scores[other]) for one, other in pairs)
     print(markdown(TEST_COLUMNS, [test.row() for test in tests if test]))
 

@@ -69,7 +69,7 @@ class FoldedAdapter:
         """
         layer, config = self.layer, self.layer.config
         parts = {"prompt": layer.part("prompt")} if config.num_virtual_tokens else {}
-        if config.r and config.update == "token":
+        if config.updates_by_token:
             parts |= layer.token_update()
         elif config.r:
             parts["table"] = layer.position_table()

@@ -53,7 +53,7 @@ def embed_mixed(
         layer, rows = layers[name], [row for row, own in enumerate(names) if own == name]
         own_text = None if text_mask is None else text_mask[rows]
         positions[rows] = layer.positions(attention_mask[rows], own_text)
-        if layer.config.r and layer.config.update == "token":
+        if layer.config.updates_by_token:
             by_token.append((layer, rows))
     if by_token:
         ids, table = _updated_by_token(by_token, ids, positions, table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -128,3 +129,31 @@ def test_splits_of_the_comparison_share_no_row_and_fresh_ones_test_on_others() -
         assert len({*rows}) == len(rows), "a row stands in two splits"
     for task in {*usual} & {*fresh}:
         assert not {*usual[task]["test"]} & {*fresh[task]["test"]}
+
+
+def test_pooled_tests_are_those_that_the_results_page_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, results = ROOT / "examples" / "pooled_comparisons.py", ROOT / "docs" / "results"
+    page = (results / "README.md").read_text("utf-8")
+    found = re.search(r"python \S+pooled_comparisons.py(.+?)```\n\n.+?\n\|[-|]+\|\n(.+?)\n\n", page, re.DOTALL)
+    assert found is not None
+    arguments = shlex.split(found[1].replace("\\\n", " "))
+    monkeypatch.chdir(results)
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+    computed, told = (
+        {tuple(cell.strip().replace("−", "-") for cell in line.split("|")[2:6]) for line in lines}
+        for lines in (capsys.readouterr().out.splitlines()[2:], found[2].splitlines())
+    )
+    assert len(told) > 5
+
+    def rounded(p: str) -> str:
+        return p if float(p) < 0.01 else f"{float(p):.2f}"
+
+    assert told <= {(points.replace("-0.0 ", "0.0 "), rounded(p), n, rounded(of)) for points, p, n, of in computed}
+
+    monkeypatch.setattr(sys, "argv", [str(script), "sst2_60_steps", "--tasks=glue/sst2", "--methods=ept,no-such"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "no run of no-such on these tasks; there are dept, ept, pt" in capsys.readouterr().err
