@@ -19,7 +19,9 @@ def export(
         "(csv, jsonl, …) in the task's template.",
     ),
     as_tokens: bool = Option(
-        False, "--as-tokens", help="Write the base model with the prompt as new words, which every engine can serve."
+        False,
+        "--as-tokens",
+        help="Write the base model with the adapter in its vocabulary, which every engine can serve.",
     ),
     model: str | None = Option(
         None, help="With --texts or --as-tokens: the base model, a folder or hub name; a run names its own."
@@ -30,9 +32,9 @@ def export(
 ) -> None:
     """Fold an adapter for other engines, and embed texts with it.
 
-    The folded form is one prompt and one table. With --as-tokens an adapter without an update becomes words of the base
-    model's vocabulary: plain transformers and other engines serve it, `prompt_tokens.json` says what to write around a
-    text.
+    The folded form is one prompt and one table. With --as-tokens an adapter without an update, or with one by the
+    token, becomes part of the base model's vocabulary: plain transformers and other engines serve it,
+    `prompt_tokens.json` says what to write around a text.
     """
     if texts is None and model is not None and not as_tokens:
         raise ValueError("--model is for the embeddings of texts and --as-tokens: give one of them, or leave it out")
@@ -65,7 +67,11 @@ def export(
         if as_tokens:
             described, task_type = base_of(adapter, config, model)
             text = write_as_tokens(adapter, described, task_type, output)
-            answer(json, {"folder": str(output), **text}, f"{output}: write {text['before']!r} before a text")
+            own = "" if text["add_special_tokens"] else ", and let the tokenizer add nothing (add_special_tokens=False)"
+            around = f"write {text['before']!r} before a text" + f" and {text['after']!r} behind it" * bool(
+                text["after"]
+            )
+            answer(json, {"folder": str(output), **text}, f"{output}: {around}{own}")
             return
         embeds: list[Any] = []
         if texts is not None:

@@ -1,4 +1,7 @@
-"""A prompt as new words of a model's vocabulary, so that every engine that serves the model serves the prompt."""
+"""An adapter as a model of its own: its prompt as new words, its update by the token in the rows of the vocabulary.
+
+Every engine that serves the model then serves the adapter, and no step of it costs anything.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ from typing import Any, NamedTuple
 
 import torch
 from tokenizers import AddedToken
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..embedding import rows_of
+from ..prompt import EPTLayer
 from .base_model import input_embedding
 
-TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 _PROBES = ("a", "The text, as it is.", "1 2")
+_ROWS_AT_ONCE = 1 << 13  # of the vocabulary, for its update
+_TOLERANCE = 0.05  # of the largest logit: a prompt that is read otherwise is off by more than roundings are
 
 
 class PromptText(NamedTuple):
@@ -24,49 +30,119 @@ class PromptText(NamedTuple):
 
 
 @torch.no_grad()
-def add_prompt_tokens(model: Any, tokenizer: Any, prompt: Tensor, task_type: str) -> PromptText:
-    """Adds a token for each row of `prompt` `[s, d]` to `model` and `tokenizer`, in place.
+def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: str) -> PromptText:
+    """Adds a token for each row of a prompt to `model` and `tokenizer`, in place, and updates the rows of all others.
 
     The new tokens are never generated: they are among `suppress_tokens` of the model's generation configuration.
 
     Args:
-        prompt: in the units of the model's embeddings, of a folded adapter without an update.
+        model: on the CPU or an accelerator, with the adapter's head where it trained one.
+        layer: a folded adapter's, without an update or with one by the token.
         task_type: of the adapter.
 
     Returns:
         What turns an input text into one for which the model gives the adapter's answers.
 
     Raises:
-        ValueError: the adapter is no language model's, the tokenizer knows such tokens already or writes texts
-            differently behind them, or the embedding does more than look up and scale.
+        ValueError: another task type, an update that the vocabulary's rows cannot hold, a tokenizer that knows such
+            tokens already or writes texts differently behind them, an embedding that does more than look up and scale,
+            or answers that are not the adapter's.
     """
-    if task_type not in TASK_TYPES:
-        raise ValueError(f"the adapter is for {task_type}: prompts of {' and '.join(TASK_TYPES)} alone become tokens")
-    tokens = [f"<prompt_{number}>" for number in range(len(prompt))]
+    check_update(layer, task_type)
+    embedding: Any = input_embedding(model)
+    tokens = [f"<prompt_{number}>" for number in range(layer.config.num_virtual_tokens)]
     if known := set(tokens) & set(tokenizer.get_vocab()):
         raise ValueError(f"the tokenizer has a token {min(known)} already: export from the original model")
     alone = [tokenizer(probe)["input_ids"] for probe in _PROBES]
+    expected = [_logits(model, task_type, inputs_embeds=_embeds(layer, ids, embedding)) for ids in alone]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
     ids = tokenizer.convert_tokens_to_ids(tokens)
     text = _around(tokenizer, tokens)
-    for probe, expected in zip(_PROBES, alone):
-        found = tokenizer(text.before + probe + text.after, add_special_tokens=text.add_special_tokens)["input_ids"]
-        if found != [*ids, *expected]:
+    wholes = []
+    for probe, own in zip(_PROBES, alone):
+        whole = tokenizer(text.before + probe + text.after, add_special_tokens=text.add_special_tokens)["input_ids"]
+        if whole != [*ids, *own]:
             raise ValueError(
-                f"behind the prompt the tokenizer writes {probe!r} as {found[len(ids) :]}, alone as {expected}: "
+                f"behind the prompt the tokenizer writes {probe!r} as {whole[len(ids) :]}, alone as {own}: "
                 "with it a prompt cannot be served as tokens"
             )
-    model.resize_token_embeddings(max(max(ids) + 1, rows_of(input_embedding(model))), mean_resizing=False)
-    embedding: Any = input_embedding(model)
+        wholes.append(whole)
+    rows = rows_of(embedding)
+    if layer.config.r:
+        _untie(model, embedding)
+    model.resize_token_embeddings(max([*ids, rows - 1]) + 1, mean_resizing=False)
+    embedding = input_embedding(model)
+    if layer.config.r:
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            part = list(range(start, min(start + _ROWS_AT_ONCE, rows)))
+            _write(embedding, part, _embeds(layer, part, embedding)[0, len(tokens) :])
+    if tokens:
+        _write(embedding, ids, layer.part("prompt"))
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.suppress_tokens = [*(generation.suppress_tokens or []), *ids] or None
+    model.tie_weights()
+    for probe, whole, logits in zip(_PROBES, wholes, expected):
+        input_ids = torch.tensor([whole], device=logits.device)
+        found = _logits(model, task_type, input_ids=input_ids)[..., : logits.shape[-1]]
+        if not torch.allclose(found, logits, rtol=_TOLERANCE, atol=_TOLERANCE * float(logits.abs().max())):
+            raise ValueError(
+                f"{type(model).__name__} with such tokens does not answer to {probe!r} as the adapter does"
+            )
+    return text
+
+
+def check_update(layer: EPTLayer, task_type: str) -> None:
+    """Raises `ValueError` for an adapter that words of a vocabulary cannot hold."""
+    config = layer.config
+    if task_type not in TASK_TYPES:
+        raise ValueError(f"the adapter is for {task_type}: adapters for {', '.join(TASK_TYPES)} alone become tokens")
+    if not config.r:
+        return
+    if not config.updates_by_token:
+        raise ValueError(
+            f"the adapter updates the embeddings of the text by their position (r={config.r}), which words cannot "
+            'hold: --as-tokens is for adapters with r=0, such as prompt tuning, and with update="token"'
+        )
+    if task_type == "SEQ_2_SEQ_LM":
+        raise ValueError("the update is the encoder's alone, and the decoder reads the same vocabulary: leave r at 0")
+    if task_type == "CAUSAL_LM" and config.update_scope != "all":
+        raise ValueError(
+            "the adapter leaves generated tokens without the update, which they would get as words of the "
+            'vocabulary: train with update_scope="all"'
+        )
+
+
+def _embeds(layer: EPTLayer, ids: list[int], embedding: Any) -> Tensor:
+    return layer(torch.tensor([ids], device=embedding.weight.device), embedding=embedding)[0]
+
+
+def _logits(model: Any, task_type: str, **inputs: Tensor) -> Tensor:
+    """Gives the logits of the last column, float32; of an encoder-decoder for the first word of its answer."""
+    (given,) = inputs.values()
+    inputs["attention_mask"] = torch.ones(given.shape[:2], dtype=torch.int64, device=given.device)
+    if task_type == "SEQ_2_SEQ_LM":
+        inputs["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id]], device=given.device)
+    logits: Tensor = model(**inputs).logits
+    return (logits if task_type == "SEQ_CLS" else logits[:, -1]).float()
+
+
+def _untie(model: Any, embedding: Any) -> None:
+    """Gives a model's head weights of its own, where it shares them with the input embedding."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
+def _write(embedding: Any, ids: list[int], rows: Tensor) -> None:
+    """Makes `embedding` give `rows` `[len(ids), d]` for `ids`."""
     place = torch.tensor(ids, device=embedding.weight.device)
-    rows = prompt.to(place.device, embedding.weight.dtype)
+    rows = rows.to(place.device, embedding.weight.dtype)
     embedding.weight[place] = 1.0
     scale = embedding(place)[0, 0].float()  # Gemma and BART multiply what they look up
     embedding.weight[place] = (rows.float() / scale).to(rows.dtype)
     if not torch.allclose(embedding(place).float(), rows.float(), rtol=2**-6, atol=0.0):
-        raise ValueError(f"the input embedding of {type(model).__name__} does more than look up and scale")
-    model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), *ids]
-    return text
+        raise ValueError(f"{type(embedding).__name__} does more than look up and scale: its rows cannot be set")
 
 
 def _around(tokenizer: Any, tokens: list[str]) -> PromptText:

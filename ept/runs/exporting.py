@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ..model.adapter_files import is_same_name
+from ..model.base_model import name_labels
 from ..model.export import FoldedAdapter
-from ..model.vocabulary import add_prompt_tokens
+from ..model.vocabulary import add_prompt_tokens, check_update
 from ..tasks import local_task, read_rows, render
 from ..tasks.files import READERS, read_text
 from ..utils.files import write_atomically
 from ..utils.messages import shown
 from .config import ModelConfig, RunConfig
 from .data import task_of
-from .loading import load_base_model, load_tokenizer, task_type_of
+from .loading import load_base_model, load_tokenizer, outputs_of, task_type_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,21 +65,21 @@ def texts_of(file: Path, config: RunConfig | None, template: str | None) -> list
 
 
 def write_as_tokens(adapter: FoldedAdapter, model: ModelConfig, task_type: str, folder: Path) -> dict[str, Any]:
-    """Writes the base model and its tokenizer with the prompt as new words, and `prompt_tokens.json` about them.
+    """Writes the base model, with the adapter in its vocabulary and its head, and `prompt_tokens.json` about it.
 
-    Returns what that file holds. Raises ValueError for an adapter with an update, and as `add_prompt_tokens`.
+    Returns what that file holds. Raises ValueError as `add_prompt_tokens`, and for a head that is not the model's.
     """
-    config = adapter.layer.config
-    if config.r:
-        raise ValueError(
-            f"the adapter updates the embeddings of the text (r={config.r}), which words cannot hold: --as-tokens is "
-            "for adapters with r=0, such as prompt tuning"
-        )
+    check_update(adapter.layer, task_type)
     if model.load_in_4bit:
         raise ValueError("--as-tokens needs the whole base model: leave model.load_in_4bit out")
-    tokenizer = load_tokenizer(model)
-    base: Any = load_base_model(model, task_type, num_labels=2, pad_token_id=int(tokenizer.pad_token_id))
-    text = add_prompt_tokens(base, tokenizer, adapter.tensors()["prompt"], task_type)
+    config, tokenizer = adapter.layer.config, load_tokenizer(model)
+    num_labels = outputs_of(adapter.heads, model) if task_type == "SEQ_CLS" else 2
+    base: Any = load_base_model(model, task_type, num_labels, pad_token_id=int(tokenizer.pad_token_id))
+    if strange := base.load_state_dict(adapter.heads, strict=False).unexpected_keys:
+        raise ValueError(f"{type(base).__name__} has no {strange[0]}, which the adapter has trained")
+    if task_type == "SEQ_CLS":
+        name_labels(base, config.label_words)
+    text = add_prompt_tokens(base, tokenizer, adapter.layer.to(base.device), task_type)
     folder.mkdir(parents=True, exist_ok=True)
     base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

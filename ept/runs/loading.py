@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model.reading import infer_task_type
@@ -73,6 +75,27 @@ def has_new_head(model: ModelConfig, num_labels: int) -> bool:
     """Tells whether a classifier that is loaded for so many labels gets a head that nobody has trained."""
     saved = _from_pretrained(AutoConfig, model)
     return saved.num_labels != num_labels or not _has_head(saved)
+
+
+def outputs_of(heads: Mapping[str, Tensor], model: ModelConfig) -> int:
+    """Counts the labels that an adapter's trained `heads` are for, in a classifier of this base model.
+
+    It is the size that changes with a classifier's number of labels; without trained heads, the model's own number.
+    Raises ValueError for heads of another model.
+    """
+    saved, shapes = _from_pretrained(AutoConfig, model), []
+    if not heads:
+        return int(saved.num_labels)
+    for saved.num_labels in (2, 3):
+        with torch.device("meta"):
+            shapes.append(
+                {k: p.shape for k, p in AutoModelForSequenceClassification.from_config(saved).named_parameters()}
+            )
+    for name, shape in shapes[0].items():
+        axes = [axis for axis, (two, three) in enumerate(zip(shape, shapes[1][name])) if two != three]
+        if axes and name in heads:
+            return int(heads[name].shape[axes[0]])
+    raise ValueError(f"the adapter's head, {', '.join(heads)}, is not that of {model.name_or_path}")
 
 
 def _has_head(saved: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import TASK_OF, VOCAB, make_batch, make_model, randomise
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ept import EPTConfig, get_ept_model
@@ -19,6 +19,7 @@ from ept.cli.main import app
 from ept.model.base_model import input_embedding
 from ept.model.export import FoldedAdapter, write_folded
 from ept.model.vocabulary import add_prompt_tokens
+from ept.runs.loading import MODEL_CLASSES
 
 SIZES = {
     "whole": {"num_virtual_tokens": 5, "max_length": 12, "r": 3},
@@ -210,14 +211,25 @@ def tokenizer_with(begin=None, end=None):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-@pytest.mark.parametrize("name, begin, end", [
-    ("llama", None, None), ("llama", "<s>", None), ("gemma3", "<s>", None), ("t5", None, "</s>"),
-    ("bart", "<s>", "</s>"),
+AS_TOKENS = {
+    "prompt": {**SIZES["prompt alone"], "num_spaces": 2},
+    "token": {**SIZES["by the token"], "update_scope": "all"},
+    "token alone": {**SIZES["by the token alone"], "update_scope": "all"},
+}
+
+
+@pytest.mark.parametrize("name, begin, end, size", [
+    ("llama", None, None, "prompt"), ("llama", "<s>", None, "prompt"), ("gemma3", "<s>", None, "prompt"),
+    ("t5", None, "</s>", "prompt"), ("bart", "<s>", "</s>", "prompt"), ("bert", "<s>", "</s>", "prompt"),
+    ("llama", "<s>", None, "token"), ("gpt2", None, None, "token"), ("gemma3", "<s>", None, "token"),
+    ("opt", "</s>", None, "token alone"), ("bert", "<s>", "</s>", "token"), ("roberta", "<s>", "</s>", "token"),
+    ("llama_classifier", "<s>", None, "token"), ("bert", "<s>", "</s>", "token alone"),
 ])  # fmt: skip
-def test_plain_transformers_generate_with_the_prompt_as_tokens(name, begin, end, tmp_path):
+def test_plain_transformers_answer_as_the_adapter(name, begin, end, size, tmp_path):
+    """With tied heads (GPT-2, Gemma, OPT) as well: the head keeps its weights where the vocabulary's rows change."""
     make_model(name).save_pretrained(tmp_path / "base")
     tokenizer_with(begin, end).save_pretrained(tmp_path / "base")
-    fields = {**SIZES["prompt alone"], "num_spaces": 2, "template": "{a}", "label_words": ["w5", "w6"]}
+    fields = {**AS_TOKENS[size], "template": "{a}", "label_words": ["w5", "w6", "w7"]}
     model = adapted(name, **fields)
     model.save_pretrained(tmp_path / "adapter")
     arguments = (
@@ -231,36 +243,81 @@ def test_plain_transformers_generate_with_the_prompt_as_tokens(name, begin, end,
     )
     result = run(*arguments)
     assert result.exit_code == 0, result.output
-    kind = AutoModelForSeq2SeqLM if TASK_OF[name] == "SEQ_2_SEQ_LM" else AutoModelForCausalLM
-    plain, tokenizer = kind.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    plain = MODEL_CLASSES[TASK_OF[name]].from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     about = json.loads((tmp_path / "out" / "prompt_tokens.json").read_text("utf-8"))
-    assert (about["template"], about["label_words"]) == ("{a}", ["w5", "w6"])
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    assert (about["template"], about["label_words"]) == ("{a}", ["w5", "w6", "w7"])
+    assert ("add_special_tokens=False" in result.output) is (begin is not None)
+    assert ("'</s>' behind it" in result.output) is (begin is not None and end is not None)
+    s = fields["num_virtual_tokens"]
     for text in TEXTS:
         whole = about["before"] + text + about["after"]
         inputs = tokenizer(whole, add_special_tokens=about["add_special_tokens"], return_tensors="pt")
         own = tokenizer_with(begin, end)(text, return_tensors="pt")["input_ids"]
-        assert inputs["input_ids"].shape[1] == own.shape[1] + 4
-        found = plain.eval().generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], **options)
-        expected = model.generate(own, attention_mask=torch.ones_like(own), **options)
-        assert found[0, -8:].tolist() == expected[0, -8:].tolist()
+        assert inputs["input_ids"].shape[1] == own.shape[1] + s
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        found = outputs_of(plain, name, given)
+        expected = outputs_of(model, name, {"input_ids": own, "attention_mask": torch.ones_like(own)})
+        if TASK_OF[name] == "SEQ_CLS":
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert plain.config.id2label == {0: "w5", 1: "w6", 2: "w7"}
+        else:
+            assert found[0, -6:].tolist() == expected[0, -6:].tolist()
     assert "already holds prompt_tokens.json" in run(*arguments).output
 
 
-def test_no_tokens_of_a_classifier_or_twice(tmp_path):
-    prompt, tokenizer = torch.zeros(2, 32), tokenizer_with()
-    with pytest.raises(ValueError, match="the adapter is for SEQ_CLS"):
-        add_prompt_tokens(make_model("bert"), tokenizer, prompt, "SEQ_CLS")
-    add_prompt_tokens(make_model("llama"), tokenizer, prompt, "CAUSAL_LM")
+def folded_layer(name="llama", **fields):
+    layer = adapted(name, **fields).prompt_encoder["default"]
+    layer.fold()
+    return layer
+
+
+REFUSED = [
+    ("llama", "TOKEN_CLS", SIZES["prompt alone"], "the adapter is for TOKEN_CLS"),
+    ("llama", "CAUSAL_LM", SIZES["whole"], r"by their position (r=3), which words cannot hold"),
+    ("llama", "CAUSAL_LM", SIZES["by the token"], "the adapter leaves generated tokens without the update"),
+    ("t5", "SEQ_2_SEQ_LM", SIZES["by the token"], "the update is the encoder's alone"),
+]
+
+
+@pytest.mark.parametrize("name, task, size, message", REFUSED, ids=[message for *_, message in REFUSED])
+def test_what_words_cannot_hold(name, task, size, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        add_prompt_tokens(make_model(name), tokenizer_with(), folded_layer(name, **size), task)
+
+
+def test_not_twice_and_not_for_a_model_that_answers_otherwise():
+    layer = folded_layer(**SIZES["prompt alone"])
+    tokenizer = tokenizer_with()
+    add_prompt_tokens(make_model("llama"), tokenizer, layer, "CAUSAL_LM")
     with pytest.raises(ValueError, match="the tokenizer has a token <prompt_0> already"):
-        add_prompt_tokens(make_model("llama"), tokenizer, prompt, "CAUSAL_LM")
+        add_prompt_tokens(make_model("llama"), tokenizer, layer, "CAUSAL_LM")
+    model = make_model("llama")
+    model.model.register_forward_pre_hook(  # something that reads ids and not embeddings
+        lambda module, args, kwargs: (
+            (args, {**kwargs, "input_ids": kwargs["input_ids"].flip(1)})
+            if kwargs.get("input_ids") is not None
+            else None
+        ),
+        with_kwargs=True,
+    )
+    with pytest.raises(ValueError, match="LlamaForCausalLM with such tokens does not answer to"):
+        add_prompt_tokens(model, tokenizer_with(), layer, "CAUSAL_LM")
+
+
+def test_a_head_of_another_model_is_refused(tmp_path):
+    make_model("bert").save_pretrained(tmp_path / "base")
+    tokenizer_with("<s>", "</s>").save_pretrained(tmp_path / "base")
+    adapted("llama_classifier", **SIZES["prompt alone"]).save_pretrained(tmp_path / "adapter")
+    arguments = ("--output", tmp_path / "out", "--as-tokens", "--model", tmp_path / "base")
+    assert "the adapter's head, score.weight, is not that of" in run("export", tmp_path / "adapter", *arguments).output
 
 
 MISTAKES = [
     (["--texts", "lines.txt"], "give --model"),
     (["--model", "somewhere"], "--model is for the embeddings of texts"),
     (["--as-tokens", "--texts", "lines.txt"], "--texts and --as-tokens exclude each other"),
-    (["--as-tokens", "--model", "base"], "updates the embeddings of the text (r=3), which words cannot hold"),
+    (["--as-tokens", "--model", "base"], "updates the embeddings of the text by their position (r=3), which words"),
     (["--texts", "rows.jsonl", "--model", "base"], "rows.jsonl holds rows, and the adapter names no template"),
     (["--set", "model.dtype=bfloat16"], "is an adapter: use --model"),
     (["--texts", "empty.txt", "--model", "base"], "empty.txt is empty"),
