@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..model.base_model import trained_heads
 from ..model.reading import infer_task_type
 from .cpu import choose_attention, fastest_dtype
 from .processes import accelerator_index, is_cpu_requested, world_size
@@ -140,8 +141,7 @@ def load_base_model(
         if task_type == "SEQ_CLS":  # a classifier's heads are trained, and so must not be quantised
             config = _from_pretrained(AutoConfig, model)
             with torch.device("meta"):
-                skeleton = AutoModelForSequenceClassification.from_config(config)
-            heads = [name for name, _ in skeleton.named_children() if name != skeleton.base_model_prefix]
+                heads = trained_heads(AutoModelForSequenceClassification.from_config(config))
         compute_dtype = torch.bfloat16 if model.dtype == "auto" else options["dtype"]
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
