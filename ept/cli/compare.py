@@ -69,8 +69,12 @@ def compare(
             from ept.runs.data import resolved
             from ept.runs.loading import task_type_of
 
-            task_type = task_type_of(comparison.model) if comparison.model.name_or_path is not None else None
-            comparison.data = resolved(comparison.data, task_type)
+            models = [comparison.model] if comparison.model.name_or_path is not None else []
+            for name in comparison.compare.sweep.get("model", ()):
+                models.append(comparison.model.model_copy(update={"name_or_path": name, "gguf_file": None}))
+            types = {task_type_of(model) for model in models}
+            if len(types) < 2:  # else each run reads them off: a classifier is not asked for the label
+                comparison.data = resolved(comparison.data, next(iter(types), None))
     if dry_run:
         from ept.compare.plan import finished, plan, search_seeds
 

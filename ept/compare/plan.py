@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ..runs.method_table import METHODS
 from ..runs.processes import world_size
 from .config import SWEPT, ComparisonConfig, rates_of
 from .execute import Outcome, run_all
+
+logger = logging.getLogger(__name__)
 
 Rates = tuple[float, float]
 """Learning rates: of the prompt, and of all else."""
@@ -157,6 +160,7 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
     outcomes: dict[Path, Outcome] = {}
 
     def carry_out(runs: list[PlannedRun]) -> None:
+        check_rows(runs)
         folders = {run.folder: run for run in runs}  # two points of the comparison may be one run
         waiting = {folder: run for folder, run in folders.items() if folder not in outcomes and not finished(run)}
         for folder in folders.keys() - outcomes.keys() - waiting.keys():
@@ -175,6 +179,32 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
     rest = [run for run in rest if run.rates == best.get(run.group)]
     carry_out(rest)
     return [Record(run, outcomes[run.folder], run.rates == best.get(run.group)) for run in [*searched, *rest]]
+
+
+def check_rows(runs: Iterable[PlannedRun]) -> None:
+    """Raises `ValueError` where a run in its folder was made of other rows than its data hold now.
+
+    Data that are gone, or out of reach, leave it at the runs of one task having been made of the same rows.
+    """
+    from ..runs.data import read_splits, row_checksums  # and with it transformers, which a plan does not need
+
+    now: dict[str, dict[str, str]] = {}
+    for run in runs:
+        if not RunFolder(run.folder).splits.is_file():
+            continue
+        made_of = {split["from"]: split["sha256"] for split in read_splits(run.folder).values()}
+        data = run.config.data.model_dump_json()
+        if data not in now:
+            try:
+                now[data] = row_checksums(run.config.data)
+            except OSError as error:  # FileNotFoundError and ConnectionError among them
+                logger.warning("%s; its runs are taken as they are", error)
+                now[data] = made_of
+        if not made_of.items() <= now[data].items():
+            raise ValueError(
+                f"{run.folder} was made of other rows of {run.task} than there are now: give another output folder, "
+                "or remove the runs of the old rows"
+            )
 
 
 def finished(run: PlannedRun) -> bool:

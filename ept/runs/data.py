@@ -16,6 +16,7 @@ from ..tasks.chat import MESSAGES, chat_task, has_chats
 from ..tasks.encoding import TEXT_IDS, FittedText, fit_rows
 from ..tasks.inference import commonest_share, default_metrics, default_template, find_columns, find_labels, find_texts
 from ..tasks.sources import RawSplits, raw_splits
+from ..tasks.splits import checksum_of
 from ..tasks.template import template_columns
 from .config import DataConfig
 from .folder import SPLITS_FILE
@@ -140,6 +141,16 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
         found["metric"] = default_metrics(commonest_share([task.label_class(row.get(label)) for row in train]))
     found["metric"] = config.metric or found.get("metric")
     return config.model_copy(update={**found, "text_columns": None})
+
+
+def row_checksums(config: DataConfig) -> dict[str, str]:
+    """Computes the checksum of each given split's rows, as a run's `splits.json` has it. Raises as `load_task`."""
+    if config.task is None:
+        raw = OwnRows().of(config)
+    else:
+        task, files = get_task(config.task), {name.removesuffix("_file"): getattr(config, name) for name in FILES}
+        raw = raw_splits(config.data_dir, files, config.encoding, hub=task.hub, hub_names=task.split_names)
+    return {split: checksum_of(rows) for split, (_, rows) in raw.items()}
 
 
 def _with_free_text(config: DataConfig, own: OwnRows) -> DataConfig:

@@ -147,7 +147,7 @@ def load_task(
     if test_labels and all(str(v) in ("None", "", "-1", "-1.0") and task.label_class(v) is None for v in test_labels):
         logger.info("%s: the labels are hidden, the test split is made from the others", source)
         raw = {split: found for split, found in raw.items() if split != "test"}
-    checksums = {split: _checksum(rows) for split, (_, rows) in raw.items()}
+    checksums = {split: checksum_of(rows) for split, (_, rows) in raw.items()}
     given, left_out = {}, Counter[str]()
     for split, (source, rows) in raw.items():
         given[split], omitted = examples(task, rows, source, strict)
@@ -207,7 +207,7 @@ def _warn_left_out(source: str, omitted: Mapping[str, Sequence[int]]) -> None:
         logger.warning("%s: %d %s with %s %s left out: %s", source, len(numbers), many[0], why, many[1], numbered)
 
 
-def _checksum(rows: Sequence[Row]) -> str:
+def checksum_of(rows: Sequence[Row]) -> str:
     """Computes the checksum of rows as a file holds them."""
     digest = sha256()
     for row in rows:

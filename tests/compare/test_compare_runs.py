@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from ept.cli.main import app
@@ -93,6 +94,36 @@ def test_finished_runs_are_skipped(once, tiny, monkeypatch):
     again, lines = carry_out(tiny, folder)
     assert found(again) == found(records)
     assert lines == ["4 of 4 runs are finished already", "2 of 2 runs are finished already"]
+
+
+@pytest.fixture
+def kept_files():
+    """Gives a function that notes a file's content, which it has again in the end."""
+    contents = {}
+    yield lambda file: contents.setdefault(file, file.read_bytes())
+    for file, content in contents.items():
+        file.write_bytes(content)
+
+
+def test_runs_of_other_rows_are_not_taken(once, tiny, kept_files, monkeypatch, caplog):
+    folder, records, finished = (
+        once[0],
+        once[1],
+        ["4 of 4 runs are finished already", "2 of 2 runs are finished already"],
+    )
+    monkeypatch.setattr(training, "train", None)  # would fail if it were called
+    train, splits = next((tiny / "data").rglob("train.*")), records[1].run.folder / "splits.json"
+    message = "was made of other rows of glue/sst2 than there are now: give another output folder"
+    rows = kept_files(train)
+    train.write_bytes(rows + rows.splitlines(keepends=True)[-1])
+    with pytest.raises(ValueError, match=message):
+        carry_out(tiny, folder)
+    train.unlink()
+    assert carry_out(tiny, folder)[1] == finished
+    assert "its runs are taken as they are" in caplog.text
+    splits.write_bytes(kept_files(splits).replace(b'"sha256": "', b'"sha256": "0'))
+    with pytest.raises(ValueError, match=message):
+        carry_out(tiny, folder)
 
 
 def test_a_run_that_another_comparison_finished_meanwhile_is_taken(once, monkeypatch):
@@ -210,6 +241,21 @@ def test_command(once, tiny):
     printed = ept(*arguments(tiny, folder), "--print-config", "--data", "elsewhere", "--executor", "ray")
     assert "executor: ray" in printed.stdout
     assert "data_dir: elsewhere" in printed.stdout
+
+
+def test_models_of_two_kinds_read_own_rows_each_in_its_way(tiny, tmp_path):
+    rows = [f"{'good' if i % 2 else 'bad'} film {i},{'yes' if i % 2 else 'no'}\n" for i in range(40)]
+    (tmp_path / "own.csv").write_text("text,label\n" + "".join(rows), encoding="utf-8")
+    settings = ["compare.methods=[pt]", "compare.seeds=[0]", "training.max_steps=1", "training.eval_steps=1"]
+    settings += ["data.max_length=32", f"compare.sweep={{model: [{tiny / 'bert'}, {tiny / 'llama'}]}}"]
+    changes = [part for setting in settings for part in ("--set", setting)]
+    result = ept("compare", tmp_path / "own.csv", "--output", tmp_path / "out", *changes)
+    assert result.exit_code == 0, result.output
+    found = {}
+    for folder in (tmp_path / "out" / "runs").iterdir():
+        config = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+        found[Path(config["model"]["name_or_path"]).name] = config["data"]["template"]
+    assert found == {"bert": "{text}", "llama": "{text}\nlabel:"}
 
 
 def test_command_reports_failures_with_its_exit_code(tiny, tmp_path):
