@@ -25,6 +25,7 @@ from .adapter_lock import exclusive
 from .base_model import (
     check_heads,
     input_embedding,
+    label_names,
     name_labels,
     set_mode,
     train_in_float32,
@@ -69,6 +70,7 @@ class ModelWithAdapters(PeftModel):
     _facts: BaseModelFacts
     _layer_options: dict[str, Any]
     _prompt_caches: dict[str, PromptCache]
+    _own_labels: list[str]
 
     @property
     def active_peft_config(self) -> EPTConfig:
@@ -170,7 +172,8 @@ class ModelWithAdapters(PeftModel):
         for field, names in _PEFT_SIZES.items():
             if getattr(peft_config, field) is None and not any(name in sizes for name in names):
                 setattr(peft_config, field, 1)
-        name_labels(base, peft_config.label_words)
+        if first:
+            self._own_labels = label_names(base)
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
         super().add_adapter(adapter_name, peft_config, **kwargs)
         train_in_float32(base, adapter_name)
@@ -178,6 +181,7 @@ class ModelWithAdapters(PeftModel):
         if first:
             self.active_adapter = adapter_name
             _set_adapter(base, adapter_name)
+            self._name_labels()
         else:
             self._require_gradients(adapter_name, False)
             _set_adapter(base, self.active_adapter, inference_mode=not trainable)
@@ -196,6 +200,7 @@ class ModelWithAdapters(PeftModel):
         _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
         for name in self.prompt_encoder:
             self._require_gradients(name, name == adapter_name and not inference_mode, heads=False)
+        self._name_labels()
 
     @exclusive
     def delete_adapter(self, adapter_name: str) -> None:
@@ -218,6 +223,7 @@ class ModelWithAdapters(PeftModel):
             # PEFT's own delete_adapter hands all that remain to each head, which takes no more than one.
             wrapper.delete_adapter(adapter_name, [self.active_adapter] if self.peft_config else [])
         self._prompt_caches.pop(adapter_name, None)
+        self._name_labels()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turns gradients of the named adapters on or off."""
@@ -355,6 +361,12 @@ class ModelWithAdapters(PeftModel):
         """Returns the module that embeds texts as the base model reads them."""
         embedding, factor = input_embedding(self.base_model), self._facts.embedding_factor
         return embedding if factor == 1.0 else ScaledEmbedding(embedding, factor)
+
+    def _name_labels(self) -> None:
+        """Shows the names that the active adapter has for a classifier's labels, or else the base model's own."""
+        config = self.active_peft_config if self.peft_config else None
+        words = config.label_words if config is not None and config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
+        name_labels(self.base_model, words or self._own_labels)
 
     def _setup_prompt_encoder(self, adapter_name: str) -> None:
         """Makes the adapter's parameters; PEFT calls it in `add_adapter`."""

@@ -82,11 +82,16 @@ def _converted(x: Any, dtype: torch.dtype) -> Any:
 
 
 def name_labels(model: Any, words: Sequence[str] | None) -> None:
-    """Gives a classifier's labels these names, which pipelines show, where it has none of its own yet."""
+    """Gives a classifier's labels these names, which pipelines show, where there are as many of them."""
     config = model.config
-    unnamed = {i: f"LABEL_{i}" for i in range(len(words or ()))}
-    if words and getattr(config, "id2label", None) == unnamed:
+    if words and len(words) == len(label_names(model)):
         config.id2label, config.label2id = dict(enumerate(words)), {word: i for i, word in enumerate(words)}
+
+
+def label_names(model: Any) -> list[str]:
+    """Lists the names of a model's labels in the order of its outputs; none where it has none."""
+    names = getattr(model.config, "id2label", None) or {}
+    return [names[number] for number in sorted(names)]
 
 
 def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -136,3 +136,31 @@ def test_heads_beside_pefts_methods_are_float32():
         assert heads
         assert all(p.dtype == torch.float32 and p.requires_grad for p in heads.values())
         model(**make_batch("bert")).loss.backward()
+
+
+@pytest.mark.parametrize("own", [None, {0: "NEGATIVE", 1: "NEUTRAL", 2: "POSITIVE"}])
+def test_labels_have_the_active_adapters_names(own, tmp_path):
+    base = make_model("bert", **({} if own is None else {"id2label": own}))
+    plain = dict(base.config.id2label)
+    model = get_ept_model(base, EPTConfig(**SMALL, label_words=["a", "b", "c"]))
+    assert base.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert base.config.label2id == {"a": 0, "b": 1, "c": 2}
+    model.add_adapter("other", EPTConfig(**SMALL, label_words=["x", "y", "z"]))
+    model.add_adapter("unnamed", EPTConfig(**SMALL))
+    model.add_adapter("more", EPTConfig(**SMALL, label_words=["1", "2", "3", "4"]))
+    assert base.config.id2label[0] == "a"
+    for name, first in (("other", "x"), ("unnamed", plain[0]), ("default", "a")):
+        model.set_adapter(name)
+        assert base.config.id2label[0] == first
+    model.set_adapter("other")
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="'default' is now"):
+        model.delete_adapter("other")
+    assert base.config.id2label[0] == "a"
+    for name in ("default", "unnamed", "more"):
+        model.set_adapter(name)
+        model.delete_adapter(name)
+    assert base.config.id2label == plain
+    again = make_model("bert", **({} if own is None else {"id2label": own}))
+    EPTModel.from_pretrained(again, tmp_path / "other")
+    assert again.config.id2label == {0: "x", 1: "y", 2: "z"}
