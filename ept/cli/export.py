@@ -76,8 +76,8 @@ def export(
         embeds: list[Any] = []
         if texts is not None:
             described, task_type = base_of(adapter, config, model)
-            lines = texts_of(texts, config, adapter.layer.config.template)
             tokenizer = load_tokenizer(described)
+            lines = texts_of(texts, config, adapter.layer.config.template, tokenizer)
             base = load_base_model(described, task_type, num_labels=2, pad_token_id=int(tokenizer.pad_token_id))
             embeds = adapter.embed(encode_texts(tokenizer, lines, task_type), input_embedding(base))
         (output / EMBEDS_NAME).unlink(missing_ok=True)  # an earlier export's, of other texts

@@ -7,12 +7,15 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..model.adapter_files import is_same_name
 from ..model.base_model import name_labels
 from ..model.export import FoldedAdapter
 from ..model.vocabulary import add_prompt_tokens, check_update
 from ..tasks import local_task, read_rows, render
 from ..tasks.files import READERS, read_text
+from ..tasks.rows import with_all_columns
 from ..utils.files import write_atomically
 from ..utils.messages import shown
 from .config import ModelConfig, RunConfig
@@ -39,17 +42,20 @@ def base_of(adapter: FoldedAdapter, config: RunConfig | None, model: str | None)
     return described, adapter.layer.config.task_type or task_type_of(described)
 
 
-def texts_of(file: Path, config: RunConfig | None, template: str | None) -> list[str]:
+def texts_of(
+    file: Path, config: RunConfig | None, template: str | None, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
     """Reads the input texts of a text file, one a line, or of a file of rows through the run's task or `template`.
 
-    Raises ValueError for a file without texts, an empty text with its place, and rows without any template.
+    The tokenizer writes chats. Raises ValueError for a file without texts, an empty text with its place, and rows
+    without any template.
     """
     if file.suffix.lower() in READERS:
         if config is None and template is None:
             raise ValueError(f"{file} holds rows, and the adapter names no template: give a text file, one text a line")
-        task = task_of(config.data) if config is not None else local_task(str(template), ["0", "1"])
+        task = task_of(config.data, tokenizer) if config is not None else local_task(str(template), ["0", "1"])
         texts = []
-        for number, row in enumerate(read_rows(file), start=1):
+        for number, row in enumerate(with_all_columns(read_rows(file)), start=1):
             try:
                 texts.append(render(task, row))
             except ValueError as error:

@@ -108,6 +108,7 @@ def test_chats(tmp_path: Path, chat_model: Path) -> None:
     answers = as_json("predict", run, "--file", tmp_path / "b.jsonl")
     assert [row["prediction"] for row in answers] == ["1", "0"]
     assert as_json("predict", run, "the film was good")[0]["prediction"] == "1"
+    assert as_json("export", run, "--output", tmp_path / "out", "--texts", tmp_path / "b.jsonl")["texts"] == 2
 
 
 @pytest.mark.parametrize("chat, message", [

@@ -180,21 +180,24 @@ def test_a_run_names_its_own_model(tmp_path, base_folder):
     assert load_file(tmp_path / "out" / "prompt_embeds.safetensors")["text.000000"].shape == (9, 32)
 
 
-def test_a_file_of_rows_goes_through_the_template(tmp_path, base_folder):
+@pytest.mark.parametrize("name, rows", [
+    ("rows.csv", "a,b,c\nw5,w6,x\nw9,w4,y\n"), ("rows.jsonl", '{"c": "x", "a": "w5", "b": "w6"}\n{"a": "w9"}\n'),
+])  # fmt: skip
+def test_a_file_of_rows_goes_through_the_template(name, rows, tmp_path, base_folder):
     """That of the adapter, or of the run whose adapter it is."""
-    model = adapted(**SIZES["whole"], template="w7 {a} w8")
+    model = adapted(**SIZES["whole"], template="w7 {a} {b} w8")
     model.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "rows.csv").write_text("a,b\nw5 w6,x\nw9,y\n", encoding="utf-8")
+    (tmp_path / name).write_text(rows, encoding="utf-8")
     result = run(
         *("export", tmp_path / "adapter", "--output", tmp_path / "out"),
-        *("--texts", tmp_path / "rows.csv", "--model", base_folder),
+        *("--texts", tmp_path / name, "--model", base_folder),
     )
     assert result.exit_code == 0, result.output
     embeds = load_file(tmp_path / "out" / "prompt_embeds.safetensors")
     with torch.no_grad():
         expected = model.prompt_encoder["default"](torch.tensor([[7, 5, 6, 8]]))[0][0]
     torch.testing.assert_close(embeds["text.000000"], expected, rtol=1e-5, atol=1e-6)
-    assert json.loads((tmp_path / "out" / "folded.json").read_text("utf-8"))["template"] == "w7 {a} w8"
+    assert json.loads((tmp_path / "out" / "folded.json").read_text("utf-8"))["template"] == "w7 {a} {b} w8"
 
 
 def tokenizer_with(begin=None, end=None):
