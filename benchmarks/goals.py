@@ -74,7 +74,7 @@ def judge(goal: Goal, rows: Iterable[Row]) -> Verdict:
         providers = cases.get(case, {})
         values: list[Any] = [providers.get(name, {}).get(goal.field) for name in names]
         # A reference that stood in for a missing kernel is no result of ours.
-        stood_in = OURS in names and providers.get(OURS, {}).get("backend") != "triton"
+        stood_in = OURS in names and providers.get(OURS, {}).get("backend") not in ("triton", "library")
         proven = not goal.proof or all(providers.get(name, {}).get(goal.proof) for name in names)
         if None not in values and not stood_in and proven:
             first = values[0]["median"] if isinstance(values[0], dict) else values[0]

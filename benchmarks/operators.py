@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+import ept_kernels
 from ept_kernels import launch
 from ept_kernels.problem import as_tuple
 
@@ -167,13 +168,20 @@ def measure(case: Case, prepared: Prepared, device: str, seconds: float, ceiling
         }
         if COPY in timings:
             row["fraction_of_own_copy"] = timings[COPY].median / timing.median
-        if provider in (OURS, OURS_AGAIN):  # what really ran: a kernel of ours was launched, or not
+        if provider in (OURS, OURS_AGAIN):  # what really ran
             before = launch.launches()
             call(0)
-            row["backend"] = "triton" if launch.launches() > before else "reference"
+            row["backend"] = backend_of(case, device, launched=launch.launches() > before)
         if provider == OURS and case.kernel not in PRODUCTS:  # a profile costs more than the measurement
             row["launches"] = device_launches(call, device)
     yield from rows.values()
+
+
+def backend_of(case: Case, device: str, launched: bool) -> str:
+    """Names what ran: kernels of ours, what a product of few tokens is handed to where they run, or the reference."""
+    if launched or case.kernel not in PRODUCTS or ept_kernels.backend(device) != "triton":
+        return "triton" if launched else "reference"
+    return "library"
 
 
 def _check(provider: str, call: Call, expected: tuple[torch.Tensor, ...], prepared: Prepared) -> Row:

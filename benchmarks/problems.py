@@ -132,17 +132,23 @@ def _joint_prompt(case: Case, device: str) -> Prepared:
     ours = both(ept_kernels.joint_prompt, ept_kernels.joint_prompt_backward)
     reference = both(ept_kernels.joint_prompt_reference, ept_kernels.joint_prompt_backward_reference)
     prepared = _prepared(case, arguments, counted, ours, reference)
-    if COMPILED in case.providers:
-        # The forward is compiled, and by autograd its backward with it.
-        compiled: Any = torch.compile(ept_kernels.joint_prompt_reference, fullgraph=True, dynamic=False)
+
+    def through_autograd(forward: Callable[..., Tensor]) -> Call:
+        """Computes the forward once; `reference` would compute it again for the backward."""
 
         def call(i: int) -> tuple[Tensor, ...]:
             grad, *parameters = arguments[i]
             x = [parameter.detach().requires_grad_() for parameter in parameters]
-            out = compiled(*x, *options)
+            out = forward(*x, *options)
             return out.detach(), *torch.autograd.grad(out, x, grad, allow_unused=True, materialize_grads=True)
 
-        prepared.calls[COMPILED] = call
+        return call
+
+    plain: Any = ept_kernels.joint_prompt_reference
+    if EAGER in case.providers:
+        prepared.calls[EAGER] = through_autograd(plain)
+    if COMPILED in case.providers:  # the forward, and by autograd its backward with it
+        prepared.calls[COMPILED] = through_autograd(torch.compile(plain, fullgraph=True, dynamic=False))
     return prepared
 
 

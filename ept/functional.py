@@ -36,9 +36,12 @@ class _PromptedEmbedding(torch.autograd.Function):
         )
         grad_table = None
         if input_ids is not None:
-            tokens = grad_output[:, grad_output.shape[1] - positions.shape[1] :]
-            grad_table = tokens.new_zeros(ctx.table_shape)
-            grad_table.index_add_(0, input_ids.reshape(-1), tokens.reshape(-1, tokens.shape[-1]))
+            tokens = grad_output[:, grad_output.shape[1] - positions.shape[1] :].contiguous()
+            # An embedding's own operator: index_add_ gives other bits on each run on CUDA. It checks no ids, and what
+            # lies outside the table (whose output was NaN) goes to a row behind it.
+            rows = ctx.table_shape[0]
+            ids = torch.where((input_ids >= 0) & (input_ids < rows), input_ids, rows)
+            grad_table = torch.ops.aten.embedding_dense_backward(tokens, ids, rows + 1, -1, False)[:rows]
         return None, None, grad_table, grad_prompt.to(ctx.prompt_dtype), grad_A, grad_B, None, None
 
 

@@ -34,6 +34,8 @@ VERDICTS = [
     ("a rehearsal", pair("a", 1, 3, rehearsal=True) + pair("b", 1, 3, rehearsal=True), NOT_MEASURED, None),
     ("a CPU", pair("a", 1, 3, device_type="cpu") + pair("b", 1, 3, device_type="cpu"), NOT_MEASURED, None),
     ("the reference stood in", pair("a", 1, 3, backend="reference") + pair("b", 1, 3), NOT_MEASURED, 3.0),
+    ("handed to a library", pair("a", 1, 3, backend="library") + pair("b", 1, 1), MISSED, 1.0),
+    ("nothing says what ran", pair("a", 1, 3, backend=None) + pair("b", 1, 3), NOT_MEASURED, 3.0),
     ("ours failed", pair("a", 1, 3, status="failed") + pair("b", 1, 3), NOT_MEASURED, 3.0),
 ]
 
