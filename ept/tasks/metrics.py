@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -92,9 +94,11 @@ def compute_text_metrics(
 ) -> dict[str, float]:
     """Scores answers in free text by each named metric, `{name: mean over the rows}`, all 0..1.
 
-    ROUGE is rouge-score's, without stemming, over words of any script. Raises ValueError without that package.
+    ROUGE is rouge-score's, without stemming, over words of any script. Texts that differ in white space, or in how
+    Unicode composes a letter with its marks, are the same to `exact_match`. Raises ValueError without that package.
     """
     scores: dict[str, float] = {}
+    predictions, references = ([unicodedata.normalize("NFC", text) for text in of] for of in (predictions, references))
     if any(name.startswith("rouge") for name in names):
         try:
             from rouge_score.rouge_scorer import RougeScorer
@@ -111,10 +115,22 @@ def compute_text_metrics(
 
 
 class _Words:
-    """The words of a text of any script, in lower case; a sign of a script without spaces is a word of its own."""
+    """The words of a text of any script, in lower case, with the marks (vowel signs, accents) on their letters.
+
+    A letter of a script without spaces between words is a word of its own.
+    """
+
+    UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
+    """Thai and Lao, Burmese, Khmer, kana, Chinese signs."""
+
+    def __init__(self) -> None:
+        signs = map(chr, range(sys.maxunicode + 1))
+        marks = "".join(sign for sign in signs if unicodedata.category(sign) in ("Mn", "Mc"))  # which `\w` leaves out
+        letter = rf"\w[{marks}]*"
+        self._word = re.compile(rf"(?={self.UNSPACED}){letter}|(?:(?!{self.UNSPACED}){letter})+")
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+", text.casefold())
+        return self._word.findall(unicodedata.normalize("NFC", text.casefold()))
 
 
 def check_metrics(names: Sequence[str], num_labels: int, is_regression: bool = False, is_text: bool = False) -> None:

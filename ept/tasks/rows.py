@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -231,8 +232,8 @@ def is_number(value: Any) -> bool:
 
 
 def text_key(text: str) -> str:
-    """Gives what two texts share when they count as the same one: all but case and white space."""
-    return " ".join(text.casefold().split())
+    """Gives what two texts share when they count as the same one: all but case, blanks and how accents are composed."""
+    return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
 def dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer
 
 from ept.tasks import render
 from ept.tasks.chat import chat_task
-from ept.tasks.metrics import compute_text_metrics
+from ept.tasks.metrics import _Words, compute_text_metrics
 
 EXACT = ("--set", "data.metric=[exact_match]")
 
@@ -151,6 +152,34 @@ def test_rouge() -> None:
     found = compute_text_metrics(["rouge_l", "rouge_1", "rouge_2"], written, right)
     # F of (2 of 3, 2 of 2) and of (3 of 4, 3 of 4); of pairs (1 of 2, 1 of 1) and (2 of 3, 2 of 3)
     assert found == pytest.approx({"rouge_l": (0.8 + 0.75) / 2, "rouge_1": (0.8 + 0.75) / 2, "rouge_2": 2 / 3})
+
+
+# a script with marks on its letters, its words
+WORDS = [
+    ("यह किताब राम की है।", ["यह", "किताब", "राम", "की", "है"]),
+    ("বাংলা ভাষা", ["বাংলা", "ভাষা"]),
+    ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+    ("ไม่กิน", ["ไ", "ม่", "กิ", "น"]),  # without spaces between words
+    ("မြန်မာ", ["မြ", "န်", "မာ"]),
+    ("שָׁלוֹם", ["שָׁלוֹם"]),
+    ("Cafe\u0301 ❤\ufe0f naïve_x", ["café", "naïve_x"]),
+    ("猫・ガ", ["猫", "ガ"]),
+]
+
+
+@pytest.mark.parametrize("text, words", WORDS)
+def test_words_keep_their_marks(text: str, words: list[str]) -> None:
+    assert _Words().tokenize(text) == [unicodedata.normalize("NFC", word) for word in words]
+
+
+def test_other_words_of_the_same_consonants_score_nothing() -> None:
+    pytest.importorskip("rouge_score", reason="the optional package rouge-score is not installed")
+    found = compute_text_metrics(["rouge_l", "rouge_1"], ["यह कातिब राम का हो"], ["यह किताब राम की है"])
+    assert found == pytest.approx({"rouge_l": 2 / 5, "rouge_1": 2 / 5})
+
+
+def test_how_a_letter_is_composed_makes_no_difference() -> None:
+    assert compute_text_metrics(["exact_match"], ["cafe\u0301"], ["caf\u00e9"]) == {"exact_match": 1.0}
 
 
 def test_rouge_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,18 +226,18 @@ def test_single_file_split_by_hash(tmp_path):
 
 def test_no_text_in_two_splits(tmp_path, caplog):
     shared = {
-        "train": ("IN  validation", "in Test ", "Only in test"),
+        "train": ("IN  validation", "in Test ", "Only in test", "cafe\u0301"),
         "validation": ("in validation", "in test"),
-        "test": ("in test", "only in test"),
+        "test": ("in test", "only in test", "caf\u00e9"),
     }
     own = {"train": sst2_rows(0, 20), "validation": sst2_rows(100, 5), "test": sst2_rows(200, 5)}
     rows = {split: own[split] + [{"sentence": text, "label": 1} for text in found] for split, found in shared.items()}
     folder = write_splits(tmp_path, **rows)
     with caplog.at_level(logging.WARNING, logger="ept.tasks.splits"):
         data = load_task(SST2, data_dir=folder)
-    assert sizes(data) == [20, 6, 7]
+    assert sizes(data) == [20, 6, 8]
     assert [record.getMessage() for record in caplog.records] == [
-        "dropped 3 of 23 train rows: their text is also in validation or test",
+        "dropped 4 of 24 train rows: their text is also in validation or test",
         "dropped 1 of 7 validation rows: their text is also in test",
     ]
 
