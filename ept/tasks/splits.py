@@ -34,6 +34,7 @@ class TaskData:
     `group_columns` have `group: int` as well, the same number for rows that belong together.
 
     Attributes:
+        commonest: the commonest label, or text, of the train rows that there are, `max_train` and `k_shot` aside.
         left_out: how many rows are left out, by the reason.
         sources: which of the given splits each split was taken from, and the checksum of that one's rows.
     """
@@ -43,6 +44,7 @@ class TaskData:
     validation: Dataset
     test: Dataset
     labels: tuple[str, ...]
+    commonest: int | str
     left_out: dict[str, int] = field(default_factory=dict)
     sources: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -67,12 +69,12 @@ class TaskData:
         return {name: counts[i] / len(labels) for i, name in enumerate(names)}
 
     def majority(self) -> float:
-        """Scores the commonest train label, or text, (the lowest of equals) as every answer, by the first metric."""
+        """Scores `commonest` as every answer, by the first metric."""
+        answers: list[Any] = [self.commonest] * len(self.test)
+        metric = self.task.metrics[0]
         if self.task.is_text:
-            found = [min(multimode(self.train["target"]))] * len(self.test)
-            return next(iter(compute_text_metrics(self.task.metrics[:1], found, self.test["target"][:]).values()))
-        metric, references = self.task.metrics[0], list(self.test["label"])
-        answers = [min(multimode(self.train["label"]))] * len(references)
+            return compute_text_metrics([metric], answers, self.test["target"][:])[metric]
+        references = list(self.test["label"])
         return compute_metrics([metric], answers, references, self.task.num_labels, values=self.task.values)[metric]
 
 
@@ -159,6 +161,7 @@ def load_task(
         origins, splits = three_splits(task, given, seed)
     splits = {split: [row for row in rows if row["text"]] for split, rows in splits.items()}  # but for blank ones
     splits = _without_overlap(splits)
+    commonest = _commonest(task, given[origins["train"]], [row for split in SPLITS[1:] for row in splits[split]])
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
             kept = {id(row) for row in sample(splits[split], limit, seed)[0]}
@@ -169,6 +172,7 @@ def load_task(
         task,
         **{split: dataset(rows, targets) for split, rows in splits.items()},
         labels=targets,
+        commonest=commonest,
         left_out=dict(left_out),
         sources={split: (origin, checksums[origin]) for split, origin in origins.items()},
     )
@@ -230,6 +234,13 @@ def _drawn_before(
         numbers = set(drawn[split]["rows"])
         splits[split] = [row for row in given[origin] if row[ROW] in numbers]
     return origins, splits
+
+
+def _commonest(task: Task, rows: Sequence[Row], held_out: Sequence[Row]) -> Any:
+    """Finds the commonest answer (the lowest of equals) to the rows that are not held out and not blank."""
+    held = set(map(id, held_out))
+    answer = "target" if task.is_text else "label"
+    return min(multimode(row[answer] for row in rows if row["text"] and id(row) not in held))
 
 
 def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:

@@ -107,3 +107,22 @@ def test_splits_are_drawn_again(tmp_path: Path) -> None:
     changed[5]["text"] = "changed"
     with pytest.raises(ValueError, match="the train data have changed since these splits were drawn"):
         load(write(file, changed), drawn=drawn)
+
+
+def test_the_commonest_label_is_that_of_all_train_rows(tmp_path: Path) -> None:
+    """Few-shot rows, of which every label has as many, do not say which label is the commonest."""
+    file = write(tmp_path / "a.csv", [{**row, "label": {"a": "c", "c": "a"}.get(row["label"], "b")} for row in rows()])
+    data = load(file, k_shot=6)
+    assert Counter(data.train["target"]) == {"a": 2, "b": 2, "c": 2}
+    again = load(file, drawn=data.drawn(), max_train=1)
+    for found in (data, again):
+        assert found.commonest == 2
+        assert found.majority() == Counter(found.test["target"])["c"] / len(found.test) > 0.5
+
+
+def test_the_commonest_text_is_that_of_all_train_rows(tmp_path: Path) -> None:
+    made = [{"text": f"text {i}", "summary": "usual" if i % 3 else f"a rare one {i}"} for i in range(90)]
+    task = local_task("{text}", (), target_template="{summary}", metrics=["exact_match"])
+    data = load_task(task, train_file=write(tmp_path / "a.csv", made), k_shot=1, shot_seed=2)
+    assert data.commonest == "usual" != data.train["target"][0]
+    assert data.majority() == data.test["target"][:].count("usual") / len(data.test) > 0.5
