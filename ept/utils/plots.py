@@ -27,7 +27,8 @@ def plot(
 ) -> Iterator[list[Any]]:
     """Yields the axes of a new figure, and writes the figure to `file` as a PNG at the end of the block.
 
-    All axes get a `grid`, and the figure one legend with every label once. Long titles are wrapped.
+    All axes get a `grid`, and the figure one legend with every label once. Long titles are wrapped. Texts stand as they
+    are written: a dollar sign starts no formula.
 
     Args:
         panels: how many axes, in `columns` from left to right; in a single column they share the x axis.
@@ -56,8 +57,22 @@ def plot(
         places: dict[str, Any] = {"below": "outside lower center", "beside": "outside center right"}
         style: dict[str, Any] = {"ncols": legend_columns if legend == "below" else 1, "frameon": False}
         figure.legend(labelled.values(), labelled, loc=places[legend], fontsize="small", **style)
+    _show_as_written(figure)
     file.parent.mkdir(parents=True, exist_ok=True)
     # "tight" grows the picture where a label or the legend would be cut off. Without the software's version two
     # machines write the same bytes.
     options: dict[str, Any] = {"dpi": dpi, "bbox_inches": "tight", "metadata": {"Software": None}}
     write_atomically(file, lambda path: figure.savefig(path, format="png", **options))
+
+
+def _show_as_written(figure: Any) -> None:
+    """Turns formulas off in all texts but the numbers of logarithmic axes, which matplotlib writes as formulas."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatterMathtext
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    for axis in (axis for panel in figure.axes for axis in (panel.xaxis, panel.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+            for label in axis.get_ticklabels(which="both"):
+                label.set_parse_math(True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
 
 from ept.utils.plots import plot
@@ -58,6 +59,28 @@ def test_a_plot_shows_everything(tmp_path: Path, panels: int, columns: int, lege
     picture = matplotlib.image.imread(file)[..., :3]
     border = (picture[0], picture[-1], picture[:, 0], picture[:, -1])
     assert all((side == 1).all() for side in border), "something is cut off"
+
+
+@pytest.mark.parametrize("text", ["$bad\\frac$", "$10-$20", "a $x_1$ b", "US$", "\\$5"])
+def test_a_users_text_is_never_read_as_a_formula(tmp_path: Path, text: str) -> None:
+    with plot(tmp_path / "plot.png", text) as (axes,):
+        axes.bar([text, "b"], [1, 2], label=text)
+        axes.set_title(text)
+        axes.set_ylabel(text)
+        axes.set_yticks([1, 2], [text, text])
+        axes.text(0, 1, text)
+    figure = axes.figure
+    assert sum(found.get_text() == text for found in figure.findobj(Text)) >= 8
+    assert {found._preprocess_math(text) for found in figure.findobj(Text)} == {(text, False)}
+
+
+def test_numbers_of_a_logarithmic_axis_have_exponents(tmp_path: Path) -> None:
+    with plot(tmp_path / "plot.png") as (axes,):
+        axes.plot([1, 1e6], [1, 2])
+        axes.set_xscale("log")
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    assert len(labels) > 3
+    assert all(label.get_parse_math() for label in labels)
 
 
 def test_a_failed_plot_leaves_the_old_one(tmp_path: Path) -> None:
