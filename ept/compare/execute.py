@@ -57,9 +57,7 @@ def run_all(jobs: Sequence[dict[str, Any]], executor: str, cpus_per_run: int) ->
         yield from map(execute, jobs)
         return
     if importlib.util.find_spec("ray") is None:
-        raise ValueError(
-            "compare.executor=ray needs the package ray: pip install 'ept-tuning[ray]', or set it to local"
-        )
+        raise ValueError("compare.executor=ray needs the package ray: pip install ray, or set it to local")
     import ray
 
     started = not ray.is_initialized()

@@ -1,6 +1,6 @@
 """A run's configuration: sections of typed keys, read from YAML and `dotted.key=value`.
 
-Imports nothing heavy, so that printing or checking a configuration is instant.
+Imports nothing heavy, so that printing or checking a configuration is instant (unless it names a schedule).
 """
 
 from __future__ import annotations
@@ -266,7 +266,8 @@ class TrainingConfig(Section):
     warmup_steps: Size = 0
     """Steps in which the learning rates rise from 0."""
     lr_scheduler: str = "linear"
-    """Course of the learning rates after that: one of transformers' schedules, such as `constant` or `cosine`."""
+    """Course of the learning rates after that: one of transformers' schedules that need no settings of their own, such
+    as `cosine` or `constant_with_warmup` (`constant` and `reduce_lr_on_plateau` have no warmup); others are refused."""
     max_grad_norm: NotNegative = 1.0
     """Largest norm of the gradient; a longer one is scaled down."""
     eval_steps: Count = 100
@@ -329,6 +330,12 @@ class TrainingConfig(Section):
             )
         if self.balanced_sampling and self.group_by_length:
             raise ValueError("training.balanced_sampling and training.group_by_length exclude each other: set one")
+        if self.lr_scheduler != "linear":
+            from .schedules import schedules
+
+            if self.lr_scheduler not in schedules():
+                known = ", ".join(schedules())
+                raise ValueError(f"training.lr_scheduler: expected one of {known}, got {self.lr_scheduler!r}")
         if self.bf16 and self.fp16:
             raise ValueError("training.bf16 and training.fp16 exclude each other: set one")
         return self

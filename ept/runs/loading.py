@@ -203,6 +203,6 @@ def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
         options["revision"] = model.revision
     try:
         return cls.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # a package that an option needs is not installed
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" ...")
         raise ValueError(f"cannot load {name!r} with {cls.__name__}: {reason}") from error

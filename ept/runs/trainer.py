@@ -24,6 +24,7 @@ from .loading import default_device
 from .method_table import METHODS
 from .processes import Processes
 from .regression import in_units_of, last_layer, unit_of
+from .schedules import schedules
 
 if TYPE_CHECKING:
     from .train import PreparedRun
@@ -295,6 +296,7 @@ def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> Tra
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.eval_batch_size,
         lr_scheduler_type=training.lr_scheduler,
+        lr_scheduler_kwargs=schedules()[training.lr_scheduler],
         eval_strategy="steps",
         save_strategy="steps",
         save_steps=training.eval_steps,

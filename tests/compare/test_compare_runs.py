@@ -276,7 +276,7 @@ def test_command_refuses_before_anything_is_written(tiny, tmp_path):
 
 def test_without_ray(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs the package ray: pip install 'ept-tuning"):
+    with pytest.raises(ValueError, match="needs the package ray: pip install ray, or set"):
         carry_out(tiny, tmp_path, "compare.executor=ray")
 
 

@@ -37,6 +37,9 @@ REFUSED = {
     "training.compile_layers=true": "set training.pad_to_multiple_of too",
     "training.pad_to_multiple_of=0": "training.pad_to_multiple_of must be greater than 0, got 0",
     "training.optim=sgd": "training.optim: expected one of adamw_torch_fused, adamw_torch",
+    "training.lr_scheduler=cosine_with_min_lr": "training.lr_scheduler: expected one of linear, cosine, ",
+    "training.lr_scheduler=warmup_stable_decay": "got 'warmup_stable_decay'",
+    "training.lr_scheduler=sine": "got 'sine'",
     "training.cuda_graphs=true": "training.cuda_graphs replays compiled layers: set training.compile_layers=true",
     "data.template='{a": "cannot read the value of 'data.template' as YAML",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ from ept.runs import train as training
 from ept.runs.callbacks import Recorder
 from ept.runs.config import RunConfig, load_run_config
 from ept.runs.folder import MetricsLog, RunFolder
+from ept.runs.schedules import schedules
 from ept.runs.train import prepare, train
 from ept.runs.trainer import BalancedSampler, PromptTrainer, parameter_groups
 from ept.tasks.encoding import TEXT_IDS
@@ -189,6 +191,16 @@ def test_budget(configure: Configure) -> None:
     assert 600 < prepare(config).model.get_nb_trainable_parameters()[0] <= 800
 
 
+@pytest.mark.parametrize("name", schedules())
+def test_every_schedule_that_is_taken_trains(configure: Configure, tmp_path: Path, name: str) -> None:
+    steps = ("training.max_steps=4", "training.eval_steps=2", "training.score_before=false", "data.max_test=4")
+    config = configure("bert", f"training.lr_scheduler={name}", *steps)
+    trainer = PromptTrainer(config, prepare(config), RunFolder(tmp_path / "run"))
+    trainer.train()
+    assert getattr(trainer.lr_scheduler, "mode", "max") == "max"  # a higher score is better
+    assert trainer.state.global_step == 4
+
+
 def test_early_stop(configure: Configure) -> None:
     stop = ("training.eval_steps=5", "training.early_stopping_patience=2")
     config = configure("t5", *stop, "training.learning_rate=0", "training.low_rank_learning_rate=0")
@@ -262,6 +274,11 @@ def test_ids_that_the_model_has_no_rows_for_are_refused_before_a_device_sees_the
     (["data.max_length=128", "method.num_virtual_tokens=125"], "positions for 3 tokens behind the prompt, the longest"),
     (["method.num_virtual_tokens=128"], "num_virtual_tokens=128 leaves no room for text, Bert"),
     (["model.gguf_file=a.gguf"], "there is no a.gguf in"),
+    pytest.param(
+        ["model.attn_implementation=flash_attention_2"],
+        "with AutoModelForSequenceClassification: FlashAttention2 has been toggled on, but it cannot be used",
+        marks=pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the package is there"),
+    ),
     (["model.task_type=SEQ_2_SEQ_LM"], "with AutoModelForSeq2SeqLM: Unrecognized configuration class"),
     pytest.param(
         ["training.compile_layers=true", "training.pad_to_multiple_of=16", "training.cuda_graphs=true"],
