@@ -37,6 +37,7 @@ def evaluate(
         from ept.runs.labelling import check_names
         from ept.runs.predict import open_run
         from ept.tasks import load_split
+        from ept.tasks.metrics import metric_name
         from ept.utils.tables import table
 
         run = open_run(run_dir, overrides(set_, {"training.scoring": scoring, "data.strict": strict}))
@@ -60,6 +61,7 @@ def evaluate(
             rows, truncation_rate = getattr(run_data.data, split), run_data.truncation_rate[split]
         metrics = run.score(rows, progress="scoring")
     name = split if file is None else str(file)
-    task, shown = run.task.name, [(metric, f"{value:.4f}") for metric, value in metrics.items()]
+    task, labels = run.task.name, run.task.label_words
+    shown = [(metric_name(metric, labels), f"{value:.4f}") for metric, value in metrics.items()]
     report = {"task": task, "data": name, "rows": len(rows), "truncation_rate": truncation_rate, "metrics": metrics}
     answer(json, report, table(("metric", "value"), shown, f"{task}, {name}, {len(rows):,} rows"))

@@ -55,6 +55,7 @@ def show(
     share of texts that are too long.
     """
     from ept.tasks import get_task, load_task
+    from ept.tasks.metrics import metric_name
 
     task = get_task(name)
     if labels not in ("digits", "words"):
@@ -92,10 +93,11 @@ def show(
                 run_data = load_run_data(config, load_tokenizer(model), task_type_of(model))
                 loaded, description["truncation_rate"] = run_data.data, run_data.truncation_rate
             description.update(describe(loaded))
+    names = [metric_name(metric, task.label_words) for metric in task.metrics]
     lines = {
         "template": repr(task.template),
         "labels": _labels(task),
-        "metrics": f"{', '.join(task.metrics)} (the first decides the best checkpoint)",
+        "metrics": f"{', '.join(names)} (the first decides the best checkpoint)",
         "max length": f"{limit} tokens",
         "hub": " ".join(filter(None, task.hub or ())),
     }

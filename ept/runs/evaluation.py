@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..tasks import UNPARSABLE
-from ..tasks.metrics import CORRELATIONS
+from ..tasks.metrics import CORRELATIONS, metric_name
 
 CONSTANT_SHARE = 0.99
 """A model that gives one answer to at least this share of the rows is called constant."""
@@ -70,8 +70,9 @@ class Evaluation:
         error = _CERTAINTY * standard_error(name, majority, len(self.answers))
         if score > majority + error:
             return None
+        scored = f"{metric_name(name, self.labels)} {score:.3f}"
         return (
-            f"scores {name} {score:.3f}, which is not above that of always giving the commonest label, {majority:.3f}, "
+            f"scores {scored}, which is not above that of always giving the commonest label, {majority:.3f}, "
             f"by more than chance ({error:.3f} on {len(self.answers):,} rows)"
         )
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..tasks import TaskData
+from ..tasks.metrics import metric_name
 from ..tasks.rows import ROW
 from ..utils.files import write_atomically
 from ..utils.plots import plot
@@ -90,13 +91,17 @@ def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: 
             *np.reshape(scores, (-1, 2)).T,
             color="tab:green",
             marker="o",
-            label=f"{metric} on validation, best {best:.3f}",
+            label=f"{_named(results, metric)} on validation, best {best:.3f}",
         )
         label = f"majority class on test {results['majority']:.3f}"
         lower.axhline(results["majority"], color="tab:gray", linestyle="--", label=label)
         label = "on test, before and after" if len(test) > 1 else "on test"
         lower.scatter(*zip(*test), color="tab:red", marker="*", s=120, zorder=3, label=label)
-        lower.set_ylabel(f"{metric} (fraction)" if metric != "matthews_correlation" else "Matthews correlation (-1..1)")
+        lower.set_ylabel(
+            f"{_named(results, metric)} (fraction)"
+            if metric != "matthews_correlation"
+            else "Matthews correlation (-1..1)"
+        )
         lower.set_xlabel("optimiser step")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
         lower.margins(y=0.15)
@@ -131,14 +136,14 @@ def results_tables(results: dict[str, Any]) -> list[Table | Text]:
 
 
 def _properties(results: dict[str, Any]) -> list[tuple[str, str]]:
-    metric = results["metric"]
+    metric, shown = results["metric"], _named(results, results["metric"])
     rows = []
     if results["score_before"] is not None:
-        rows.append((f"{metric} before training", f"{results['score_before']:.4f}"))
-    rows += [(f"{metric} after training", f"{results['score']:.4f}"), ("majority class", f"{results['majority']:.4f}")]
+        rows.append((f"{shown} before training", f"{results['score_before']:.4f}"))
+    rows += [(f"{shown} after training", f"{results['score']:.4f}"), ("majority class", f"{results['majority']:.4f}")]
     for name, value in results["test_metrics"].items():
         if name != metric and (name != "unparsable" or value > 0):
-            rows.append((name, f"{value:.4f}"))
+            rows.append((_named(results, name), f"{value:.4f}"))
     if (error := results.get("calibration_error")) is not None:
         rows.append(("expected calibration error", f"{error:.4f}"))
     rows += [
@@ -155,6 +160,10 @@ def _properties(results: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("median step", f"{results['step_time_ms']:.1f} ms"))
     memory = f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB"
     return [*rows, (f"peak memory ({results['peak_memory_kind']})", memory)]
+
+
+def _named(results: dict[str, Any], metric: str) -> str:
+    return metric_name(metric, list(results.get("by_label", ())))
 
 
 def _by_label(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from ..tasks.metrics import metric_name
 from ..utils.messages import listed
 from ..utils.tables import properties
 from .data import describe
@@ -51,17 +52,18 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
     elif summary["kind"] == "classification":
         labels = [("labels", f"{len(summary['labels'])}: {listed(map(repr, summary['labels']))}")]
     balance = [("label balance", _shares(summary["label_balance"]))] if labels else []
+    names = [metric_name(metric, summary["labels"]) for metric in summary["metrics"]]
     rows = [
         ("model", f"{summary['model']} ({summary['task_type']})"),
         ("weights", f"{summary['dtype']}, {summary['attention']} attention"),
         ("text", f"{listed(summary['text_columns'])}, as {summary['template']!r}"),
         ("label", f"{summary['label_column']}, {summary['kind']}"),
         *labels,
-        ("metric", listed(summary["metrics"]) + (", the first decides" if len(summary["metrics"]) > 1 else "")),
+        ("metric", listed(names) + (", the first decides" if len(names) > 1 else "")),
         ("rows", ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())),
         *(("left out", f"{count:,} rows with {why}") for why, count in summary["left_out"].items()),
         *balance,
-        ("commonest answer", f"{summary['metric']} {summary['majority']:.4f}"),
+        ("commonest answer", f"{names[0]} {summary['majority']:.4f}"),
         (f"texts cut to {summary['max_length']} tokens", _shares(summary["truncation_rate"])),
         ("trainable parameters", f"{summary['trainable_parameters']:,}"),
         *([("folder", summary["output_dir"])] if summary["output_dir"] is not None else []),

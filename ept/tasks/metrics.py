@@ -30,9 +30,10 @@ def compute_metrics(
     """Scores `predictions` against `references`, both class indices in `0 .. num_labels-1`, by each named metric.
 
     A prediction of -1 is unparsable and always counts as wrong. `accuracy` and `exact_match` need no more than that.
-    `f1` and `matthews_correlation` take it for a wrong class, the one after the right one (with two classes: the other
-    one, as ATTEMPT's evaluation does). `f1_macro` counts it as a miss of the right class and as a hit of none. For
-    `pearson` and `spearman` it is the number -1.
+    `f1`, which is that of the second class, and `matthews_correlation` take it for a wrong class, the one after the
+    right one (with two classes: the other one, as ATTEMPT's evaluation does). `f1_macro` is the mean over the classes
+    that occur in references or predictions, as scikit-learn's, and counts it as a miss of the right class and as a hit
+    of none. For `pearson` and `spearman` it is the number -1.
 
     Args:
         values: for a regression, the number that each class stands for.
@@ -71,7 +72,7 @@ def compute_metrics(
         elif name == "f1":
             score = metrics.f1_score(references, as_wrong_class, labels=[0, 1], average="binary", zero_division=0.0)
         elif name == "f1_macro":
-            labels = list(range(num_labels))
+            labels = sorted({*references, *predictions} - {UNPARSABLE})
             score = metrics.f1_score(references, predictions, labels=labels, average="macro", zero_division=0.0)
         elif name == "matthews_correlation":
             score = metrics.matthews_corrcoef(references, as_wrong_class)
@@ -131,6 +132,11 @@ class _Words:
 
     def tokenize(self, text: str) -> list[str]:
         return self._word.findall(unicodedata.normalize("NFC", text.casefold()))
+
+
+def metric_name(metric: str, labels: Sequence[str]) -> str:
+    """Names a metric to people: `f1` with its positive label, the second."""
+    return f"f1 of {labels[1]!r}" if metric == "f1" and len(labels) == 2 else metric
 
 
 def check_metrics(names: Sequence[str], num_labels: int, is_regression: bool = False, is_text: bool = False) -> None:

@@ -137,6 +137,15 @@ def test_a_dry_run_understands(tmp_path: Path, models: dict[str, Path], kind: st
         assert shown["truncation_rate"]["train"] == 1.0
 
 
+def test_f1_is_that_of_the_second_label(no_curves: None, tmp_path: Path, models: dict[str, Path]) -> None:
+    arguments = ("train", write(tmp_path, "comma"), "--model", models["bert"], "--set", "data.metric=[f1, accuracy]")
+    arguments = (*arguments, "--set", "data.max_length=64", "--output", tmp_path / "run", "--method", "pt")
+    assert "│ f1 of 'yes', accuracy, the first decides" in succeed(*arguments, "--dry-run").output
+    others = ("--set", "data.label_words=['yes', 'no']", "--steps", 1)
+    assert "f1 of 'no' after training" in succeed(*arguments, *others).output
+    assert "f1 of 'no'" in succeed("evaluate", tmp_path / "run").output
+
+
 def test_a_file_is_read_once(
     no_curves: None, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

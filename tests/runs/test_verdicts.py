@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from ept.runs import report
 from ept.runs.evaluation import Answer, Evaluation, standard_error
 from ept.tasks import compute_metrics
 
@@ -41,6 +42,17 @@ def test_a_score_within_chance_of_the_majority_is_worthless(right, worthless):
             f"scores accuracy {right / 500:.3f}, which is not above that of always giving the commonest label, 0.600, "
             "by more than chance (0.043 on 500 rows)"
         )
+
+
+def test_f1_names_its_positive_label():
+    found = evaluation([0, 1] * 50, [1] * 70 + [0] * 30, metric="f1")
+    assert "scores f1 of 'yes' 0.583, which is not above" in found.verdict(0.8)
+    results = {"metric": "f1", "by_label": found.by_label(), "score": 0.58, "score_before": 0.1, "majority": 0.8}
+    numbers = {"test_metrics": {"f1": 0.58, "accuracy": 0.5}, "rows": {"test": 100}, "steps": 1, "best_step": 1}
+    sizes = {"trainable_parameters": 1, "stored_parameters": 1, "peak_memory_bytes": 1, "peak_memory_kind": "ram"}
+    times = {"train_seconds": 1.0, "step_time_ms": None, "truncation_rate": {"train": 0, "test": 0}}
+    shown = [name for name, _ in report._properties({**results, **numbers, **sizes, **times})]
+    assert shown[:4] == ["f1 of 'yes' before training", "f1 of 'yes' after training", "majority class", "accuracy"]
 
 
 def test_shuffled_labels_are_no_better_than_the_majority():

@@ -17,8 +17,11 @@ HAND_COMPUTED = [
     ("f1", [-1, 1], [1, 1], 2, 2 / 3),
     # class 0: precision 1/2, recall 1; class 1: 1, 1/2; class 2: 1, 1 -> F1 2/3, 2/3, 1
     ("f1_macro", [0, 0, 1, 2], [0, 1, 1, 2], 3, (2 / 3 + 2 / 3 + 1) / 3),
-    # a class that occurs nowhere counts 0 in the mean
-    ("f1_macro", [0, 1], [0, 1], 3, 2 / 3),
+    # a class that occurs nowhere has no part in the mean, one that is answered alone has
+    ("f1_macro", [0, 1], [0, 1], 3, 1.0),
+    ("f1_macro", [0, 1, 2], [0, 1, 1], 4, (1 + 2 / 3 + 0) / 3),
+    ("f1_macro", [-1, 0], [0, 0], 3, 2 / 3),
+    ("f1_macro", [-1], [2], 3, 0.0),
     # unparsable: recall of class 1 falls to 1/2, no other class loses precision
     ("f1_macro", [0, -1, 1, 2], [0, 1, 1, 2], 3, (1 + 2 / 3 + 1) / 3),
     # (TP·TN - FP·FN) / sqrt((TP+FP)(TP+FN)(TN+FP)(TN+FN)) = (2·1 - 1·1) / sqrt(3·3·2·2)
