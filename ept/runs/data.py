@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tasks import Task, TaskData, get_task, load_task, local_task
 from ..tasks.chat import MESSAGES, chat_task, has_chats
-from ..tasks.encoding import TEXT_IDS, FittedText, fit_rows
+from ..tasks.encoding import TEXT_IDS, FittedText, encode_answers, fit_rows
 from ..tasks.inference import commonest_share, default_metrics, default_template, find_columns, find_labels, find_texts
 from ..tasks.sources import RawSplits, raw_splits
 from ..tasks.splits import checksum_of
 from ..tasks.template import template_columns
+from ..utils.messages import listed
 from .config import DataConfig
 from .folder import SPLITS_FILE
 
@@ -30,10 +31,14 @@ FILES = {"train_file", "validation_file", "test_file"}
 
 @dataclass
 class RunData:
-    """The splits of a run, made by `with_texts`, and the share of shortened texts in each."""
+    """The splits of a run, made by `with_texts`, and the share of shortened texts in each.
+
+    `cut_answers` is the share of answers with more than `data.max_answer` tokens, where they are free text.
+    """
 
     data: TaskData
     truncation_rate: dict[str, float]
+    cut_answers: dict[str, float] = field(default_factory=dict)
 
 
 class OwnRows:
@@ -82,7 +87,26 @@ def load_run_data(
         split = getattr(data, name)
         fitted = fit_rows(task, list(split), tokenizer, task_type, max_length, truncate=truncate, source=name)
         splits[name], rates[name] = with_texts(split, fitted)
-    return RunData(replace(data, **splits), rates)
+    data = replace(data, **splits)
+    return RunData(data, rates, _cut_answers(data, tokenizer, task_type, config.max_answer) if task.is_text else {})
+
+
+def _cut_answers(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, task_type: str, max_answer: int
+) -> dict[str, float]:
+    """Computes the share of answers in free text that are cut in each split, and warns where there are some."""
+    shares = {}
+    for name in SPLITS:
+        answers = getattr(data, name)["target"][:]
+        encoded = encode_answers(tokenizer, answers, task_type, None, spaced=not data.task.is_chat)
+        shares[name] = sum(len(ids) > max_answer for ids in encoded) / max(len(encoded), 1)
+    if any(shares.values()):
+        logger.warning(
+            "answers of more than data.max_answer=%d tokens are cut, and the model does not learn to end them: %s; "
+            "raise it, or shorten them",
+            *(max_answer, listed(f"{name} {share:.1%}" for name, share in shares.items())),
+        )
+    return shares
 
 
 def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:

@@ -148,9 +148,10 @@ def _properties(results: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("expected calibration error", f"{error:.4f}"))
     rows += [
         ("test rows", f"{results['rows']['test']:,}"),
-        (
-            "texts cut, train / test",
-            " / ".join(f"{results['truncation_rate'][name]:.1%}" for name in ("train", "test")),
+        *(
+            (f"{what} cut, train / test", " / ".join(f"{results[key][name]:.1%}" for name in ("train", "test")))
+            for what, key in (("texts", "truncation_rate"), ("answers", "cut_answers"))
+            if key in results
         ),
         ("parameters, trained / stored", f"{results['trainable_parameters']:,} / {results['stored_parameters']:,}"),
         ("steps (best at)", f"{results['steps']} ({results['best_step']})"),

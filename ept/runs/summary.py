@@ -36,6 +36,7 @@ def run_summary(run: PreparedRun) -> dict[str, Any]:
         **describe(run.run_data.data),
         "max_length": run.max_length,
         "truncation_rate": run.run_data.truncation_rate,
+        "cut_answers": run.run_data.cut_answers,
         "method": config.method.name,
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
         "adapter": {key: value for key, value in adapter.items() if value is not None},
@@ -65,6 +66,7 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
         *balance,
         ("commonest answer", f"{names[0]} {summary['majority']:.4f}"),
         (f"texts cut to {summary['max_length']} tokens", _shares(summary["truncation_rate"])),
+        *([("answers cut (data.max_answer)", _shares(cut))] if (cut := summary["cut_answers"]) else []),
         ("trainable parameters", f"{summary['trainable_parameters']:,}"),
         *([("folder", summary["output_dir"])] if summary["output_dir"] is not None else []),
     ]

@@ -217,6 +217,7 @@ def _train(
         "test_metrics_before": before,
         "rows": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
         "truncation_rate": run.run_data.truncation_rate,
+        **({"cut_answers": run.run_data.cut_answers} if data.task.is_text else {}),
         "max_length": run.max_length,
         "versions": versions(),
         "hardware": hardware(),

@@ -76,9 +76,13 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
 
 
 def encode_answers(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task_type: str, max_tokens: int, spaced: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    task_type: str,
+    max_tokens: int | None,
+    spaced: bool = True,
 ) -> list[list[int]]:
-    """Tokenises answers in free text, each with an end token unless it is cut to `max_tokens`.
+    """Tokenises answers in free text, each with an end token unless it is cut to `max_tokens` (None: none is).
 
     `spaced`: a decoder's answer stands behind a space, as after most texts; in a chat it does not.
     """

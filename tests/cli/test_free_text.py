@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from test_commands import as_json, refused
+from test_commands import as_json, refused, succeed
 from tiny_runs import sentence
 from transformers import AutoTokenizer
 
@@ -54,6 +54,25 @@ def test_a_model_learns_to_write(tmp_path: Path, models: dict[str, Path], file: 
     assert as_json("evaluate", run)["metrics"] == pytest.approx(results["test_metrics"], rel=1e-5)
     answers = as_json("predict", run, "sentence : the film was good", "sentence : the film was bad")
     assert [row["prediction"] for row in answers] == ["1", "0"]
+
+
+def test_answers_that_are_cut_are_counted(
+    tmp_path: Path, models: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    file, run = tmp_path / "a.jsonl", tmp_path / "run"
+    rows = [{"story": f"the film {i}", "moral": "the film was good" if i % 2 else "good"} for i in range(40)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ("--target-template", "{moral}", *EXACT, "--set", "training.score_before=false", "--steps", 1)
+    arguments = ("train", file, "--model", models["llama"], *options, "--output", run)
+    shares = as_json(*arguments, "--set", "data.max_answer=4", "--dry-run")["cut_answers"]
+    assert 0.4 < shares["train"] < 0.6
+    whole = {"train": 0.0, "validation": 0.0, "test": 0.0}  # with its end, the answer has five tokens
+    assert as_json(*arguments, "--set", "data.max_answer=5", "--dry-run")["cut_answers"] == whole
+    done = succeed(*arguments, "--set", "data.max_answer=4")
+    assert "answers of more than data.max_answer=4 tokens are cut, and the model does not learn" in caplog.text
+    assert "answers cut (data.max_answer)" in done.stderr
+    report = (run / "report.md").read_text(encoding="utf-8")
+    assert f"| answers cut, train / test | {shares['train']:.1%} / {shares['test']:.1%} |" in report
 
 
 def test_template_and_refusals(models: dict[str, Path], file: Path) -> None:
