@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ class RunFolder:
         more = self.wants_more_steps(config)
         if self.results.exists() and not more:
             raise FileExistsError(
-                f"the run in {self.path} is finished: `ept evaluate {self.path}` scores it, a larger "
+                f"the run in {self.path} is finished: `ept evaluate {shlex.quote(str(self.path))}` scores it, a larger "
                 "training.max_steps trains it on, --overwrite starts it anew"
             )
         if self.config.exists():

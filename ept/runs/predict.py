@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -258,7 +259,6 @@ def trained_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig
         raise FileNotFoundError(f"{run_dir} holds no run: there is no config.yaml (`ept train --output` makes one)")
     config = load_run_config(folder.config, overrides)
     if not folder.adapter.is_dir():
-        raise FileNotFoundError(
-            f"the run in {run_dir} has no adapter yet: `ept train --output {run_dir} --resume` finishes it"
-        )
+        command = f"ept train --output {shlex.quote(str(run_dir))} --resume"
+        raise FileNotFoundError(f"the run in {run_dir} has no adapter yet: `{command}` finishes it")
     return config, folder.adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def write_report(
     elif mistakes := evaluation.confident_mistakes():
         rows = [data.test[place] for place in mistakes]
         parts += ["## Most confident mistakes", markdown(*_mistakes(evaluation, mistakes, rows)), numbers]
-    name = folder.path.name
+    name = shlex.quote(folder.path.name)
     commands = [f"ept predict {name} 'a text'", f"ept evaluate {name}", f"ept export {name} --output exported"]
     parts += ["## What next", "In the folder above this one:", "```sh\n" + "\n".join(commands) + "\n```"]
     parts.append(

@@ -59,7 +59,7 @@ def test_a_model_learns_to_write(tmp_path: Path, models: dict[str, Path], file: 
 def test_answers_that_are_cut_are_counted(
     tmp_path: Path, models: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    file, run = tmp_path / "a.jsonl", tmp_path / "run"
+    file, run = tmp_path / "a.jsonl", tmp_path / "my $run"
     rows = [{"story": f"the film {i}", "moral": "the film was good" if i % 2 else "good"} for i in range(40)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     options = ("--target-template", "{moral}", *EXACT, "--set", "training.score_before=false", "--steps", 1)
@@ -73,6 +73,12 @@ def test_answers_that_are_cut_are_counted(
     assert "answers cut (data.max_answer)" in done.stderr
     report = (run / "report.md").read_text(encoding="utf-8")
     assert f"| answers cut, train / test | {shares['train']:.1%} / {shares['test']:.1%} |" in report
+    # a name with signs of the shell
+    assert "ept predict 'my $run' 'a text'\nept evaluate 'my $run'\nept export 'my $run' --output exported" in report
+    again = refused(*arguments, "--set", "data.max_answer=4", "--resume")
+    assert f"is finished: `ept evaluate '{run}'` scores it" in again
+    shutil.rmtree(run / "adapter")
+    assert f"no adapter yet: `ept train --output '{run}' --resume` finishes it" in refused("evaluate", run)
 
 
 def test_template_and_refusals(models: dict[str, Path], file: Path) -> None:
