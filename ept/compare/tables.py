@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -17,6 +15,7 @@ from ..runs.evaluation import standard_error
 from ..runs.folder import RunFolder
 from ..runs.method_table import METHODS
 from ..utils.files import write_atomically
+from ..utils.tables import csv_text
 from ..utils.tables import markdown as table
 from .plan import Record
 from .progress import Curve, curve_of, mean_curve, steps_table
@@ -239,9 +238,7 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
         "step_time_ms",
         "train_seconds", "peak_memory_bytes", "steps", "best_step", "train_rows", "test_rows", "error", "folder",
     )  # fmt: skip
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
+    lines = []
     for record in records:
         run, found = record.run, record.outcome.results or {}
         rows = found.get("rows", {})
@@ -257,11 +254,11 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
             "error": record.outcome.error,
             "folder": run.folder.name,
         }
-        writer.writerow({**found, **vars(run), **values})
+        lines.append({**found, **vars(run), **values})
     folder.mkdir(parents=True, exist_ok=True)
     about = next(({name: found[name] for name in ("versions", "hardware")} for found in _finished(records)), {})
     contents = {
-        "comparison.csv": text.getvalue(),
+        "comparison.csv": csv_text(columns, lines),
         "comparison.md": markdown(records, settings, command),
         "comparison.json": json.dumps({"command": command, **about, **as_json(records, settings)}, indent=1) + "\n",
     }

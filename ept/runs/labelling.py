@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from ..tasks import Task, local_task, render
 from ..tasks.rows import BlankText, with_all_columns
 from ..utils.files import write_atomically
+from ..utils.tables import csv_text
 from .predict import Predictor
 
 PREDICTION = "prediction"
@@ -113,12 +112,8 @@ def write_rows(rows: Sequence[Mapping[str, Any]], file: Path, probabilities: Col
         table = pyarrow.table({column: array([row.get(column) for row in rows]) for column in columns})
         write_atomically(file, lambda path: parquet.write_table(table, path))
     elif kind in (".csv", ".tsv"):
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, delimiter="\t" if kind == ".tsv" else ",", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: f"{value:.6f}" if name in probabilities else value for name, value in row.items()})
-        write_atomically(file, text.getvalue())
+        shown = [{name: f"{v:.6f}" if name in probabilities else v for name, v in row.items()} for row in rows]
+        write_atomically(file, csv_text(columns, shown, "\t" if kind == ".tsv" else ","))
     else:
         lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
         whole = "\n".join(lines) if kind == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]"

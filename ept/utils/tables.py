@@ -1,8 +1,10 @@
-"""Tables for a terminal and for a Markdown page, from the same header and rows."""
+"""Tables for a terminal, for a Markdown page and for csv files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import csv
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from rich.table import Table
@@ -51,3 +53,17 @@ def markdown(header: Sequence[str], rows: Rows, aligned: bool = False) -> str:
     first, *others = (f" {' | '.join(line)} " for line in lines)
     rule = "|".join("-" * (w + 1) + (":" if place else "-") for place, w in enumerate(widths))
     return "\n".join(f"|{line}|" for line in (first, rule, *others))
+
+
+def csv_text(columns: Collection[str], rows: Iterable[Mapping[str, Any]], delimiter: str = ",") -> str:
+    """Returns the content of a csv file with a header; lines end with a line feed, further keys of a row are left out.
+
+    Cells with any kind of line break are in quotes: where a line ends with a line feed alone, Python before 3.13 quotes
+    no carriage return.
+    """
+    lines: list[str] = []
+    file: Any = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))
+    writer = csv.DictWriter(file, columns, delimiter=delimiter, lineterminator="\r\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return "".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from ept.utils.plots import plot
-from ept.utils.tables import markdown, properties, table
+from ept.utils.tables import csv_text, markdown, properties, table
 
 HEADER, ROWS = ("method", "s"), [("a|b", "1"), ("prompt tuning", "100")]
 
@@ -30,6 +31,16 @@ def test_markdown() -> None:
         "| a\\|b          |   1 |",
         "| prompt tuning | 100 |",
     ]
+
+
+@pytest.mark.parametrize("cell", ["a\rb", "\r", "a\r\n", "a\nb", 'a "b", c', "a\tb", "\r\n", "", " a"])
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_csv(cell: str, delimiter: str) -> None:
+    text = csv_text(("x", cell), [{"x": cell, cell: "1", "z": 2}, {"x": None, cell: cell}], delimiter)
+    assert text.endswith("\n")
+    assert not text.endswith("\r\n")
+    expected = [["x", cell], [cell, "1"], ["", cell]]
+    assert list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)) == expected
 
 
 def test_terminal() -> None:
