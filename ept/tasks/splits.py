@@ -15,7 +15,7 @@ from ..utils.messages import listed
 from .drawing import BALANCE_INTERVALS, SPLITS, few_shot, interval, sample, three_splits
 from .files import File, Row, read_rows
 from .metrics import compute_metrics, compute_text_metrics
-from .rows import ROW, dataset, examples, text_key
+from .rows import ROW, dataset, examples, text_key, with_all_columns
 from .sources import RawSplits, raw_splits
 from .task import Task
 
@@ -193,10 +193,11 @@ def load_split(
         names: what the file calls columns of the task, by their names in the task.
     """
     rows = read_rows(path, encoding)
-    for name, column in (names or {}).items():
-        if column not in rows[0]:
-            raise ValueError(f"{path}: no column '{column}'; columns found: {', '.join(map(repr, rows[0]))}")
-        rows = [{**row, name: row.get(column)} for row in rows]
+    if names:
+        rows = with_all_columns(rows)
+        if absent := [column for column in names.values() if column not in rows[0]]:
+            raise ValueError(f"{path}: no column '{absent[0]}'; columns found: {', '.join(map(repr, rows[0]))}")
+        rows = [{**row, **{name: row[column] for name, column in names.items()}} for row in rows]
     found, omitted = examples(task, rows, str(path), strict)
     _warn_left_out(str(path), omitted)
     found = [row for row in found if row["text"]]

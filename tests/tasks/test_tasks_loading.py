@@ -115,6 +115,16 @@ def test_load_split_keeps_every_row_in_order(tmp_path):
     assert texts(split) == [f"sentence: {row['sentence']}" for row in rows]
 
 
+def test_load_split_takes_columns_by_other_names_at_once(tmp_path):
+    task = local_task("{a} / {b}", ["no", "yes"])
+    path = write(tmp_path / "x.jsonl", [{"a": "first", "b": "second"}, {"a": "third", "b": "fourth", "liked": "yes"}])
+    names = {"a": "b", "b": "a", "label": "liked"}
+    split = load_split(task, path, labels="words", strict=False, names=names)
+    assert split[:]["text"] == ["fourth / third"]  # of the first row there is no label
+    with pytest.raises(ValueError, match="no column 'what'; columns found: 'a', 'b', 'liked'"):
+        load_split(task, path, names={"label": "what"})
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """Stands in for datasets.load_dataset, which gives the splits that a test puts into this dictionary."""
