@@ -8,11 +8,13 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from ..utils.messages import listed, shown
 from .files import Row
 from .rows import is_missing, is_number, text_key
+from .task import without_point
 
 LABEL_NAMES = (
     *("label", "labels", "class", "category", "sentiment", "target", "gold", "intent", "emotion", "topic"),
@@ -116,9 +118,10 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
 def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
     """Finds the labels in a column, in a fixed order: numbers rise, words are sorted.
 
-    Numbers that are not whole, or more than 20 different ones, make a regression. Raises ValueError for a column with
-    one label alone, with labels that look alike, with too many different ones, and for a file that
-    has a row in place of its header.
+    Numbers that are not whole, or more than 20 different ones, make a regression; those with zeros in front (`0101`)
+    are codes, and labels. A label's word is what stands in the file, but for `1.0`, which is 1. Raises ValueError for
+    a column with one label alone, with labels that look alike, with too many different ones, and for a file that has a
+    row in place of its header.
     """
     if shape := next((type(v).__name__ for row in rows if isinstance(v := row.get(column), (list, dict))), None):
         raise ValueError(f"{source}: column '{column}' holds a {shape}, not one label a row: write a word or a number")
@@ -130,17 +133,19 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
         raise ValueError(f"{source}: the first line holds a row, not names: put a line such as text,label above it")
     numbers = {raw: float(raw) for raw in counts if is_number(raw) and not isinstance(raw, bool)}
     finite = len(numbers) == len(counts) and all(map(math.isfinite, numbers.values()))
-    if finite and (len(set(numbers.values())) > MAX_NUMBER_LABELS or not all(map(float.is_integer, numbers.values()))):
+    words = {raw: without_point(str(raw)) if finite else str(raw) for raw in counts}
+    are_whole = all(map(float.is_integer, numbers.values()))
+    are_codes = any(re.fullmatch(r"0\d+", word) for word in words.values())
+    if finite and not (are_whole and (are_codes or len(set(words.values())) <= MAX_NUMBER_LABELS)):
         values = _grid(min(numbers.values()), max(numbers.values()))
         return Labels(None, values, ["pearson", "spearman"], [])
-    words = {raw: f"{numbers[raw]:.0f}" if finite else str(raw) for raw in counts}
     if set(map(str.casefold, words.values())) <= {"true", "false"}:
         words = {raw: word.casefold() for raw, word in words.items()}
     by_word = Counter[str]()
     for raw, word in words.items():
         by_word[word] += counts[raw]
     _check_labels(by_word, total, where)
-    order = sorted(by_word, key=float) if finite else sorted(by_word)
+    order = sorted(by_word, key=(lambda word: (Decimal(word), word)) if finite else str)
     notes = []
     if few := [f"{word!r} ({by_word[word]})" for word in order if by_word[word] < FEW]:
         notes.append(f"labels with fewer than {FEW} rows, which may be missing in a split: {listed(few)}")

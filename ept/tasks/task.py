@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,8 +121,8 @@ class Task:
     def label_class(self, value: Any) -> int | None:
         """Finds the class (0-based index) of a raw label, or None when it is none of the task's.
 
-        Data formats write one label in several ways, so `1`, `1.0`, `"1"` and `true` agree, unless the task's labels
-        tell them apart.
+        Data formats write one label in several ways, so `1`, `1.0`, `"1"`, `"1.0"` and `true` agree, unless the task's
+        labels tell them apart; `"01"` is another label.
         """
         if self.values:
             return nearest_value(value, self.values)
@@ -175,8 +176,14 @@ def _spellings(value: Any) -> list[str]:
         return [str(value), *(["false"] if value == 0 else ["true"] if value == 1 else [])]
     if isinstance(value, str):
         value = value.strip()
-        return [value, value.casefold()] if value.casefold() in ("true", "false") else [value]
-    return [str(value)] if isinstance(value, (Decimal, date)) else []  # of Parquet files
+        return list(dict.fromkeys((value, without_point(value))))
+    return _spellings(str(value)) if isinstance(value, (Decimal, date)) else []  # of Parquet files
+
+
+def without_point(text: str) -> str:
+    """Writes a label as whole numbers and booleans are: `1.0` as `1`, `True` as `true`; all others stay as they are."""
+    whole = re.fullmatch(r"([+-]?\d+)\.0*", text)
+    return whole[1] if whole else text.casefold() if text.casefold() in ("true", "false") else text
 
 
 def local_task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -59,6 +60,10 @@ LABELS = [
     ([2, 10, 10, 2], {2: "2", 10: "10"}, ACCURACY),
     ([1.0, 2.0, None, float("nan")], {1: "1", 2: "2"}, ACCURACY),
     (["1.0", "2.0", "1", "2", ""], {"1": "1", "1.0": "1", "2": "2", "2.0": "2"}, ACCURACY),
+    (["0101", "202", "0303", "202"], {"0101": "0101", "202": "202", "0303": "0303"}, ACCURACY),
+    (["01", "1", "2", "1"], {"01": "01", "1": "1", "2": "2"}, ACCURACY),
+    ([2**60 + 1, 2**60, 2**60 + 1], {2**60: str(2**60), 2**60 + 1: str(2**60 + 1)}, ["accuracy", "f1_macro"]),
+    ([f"{i:02}" for i in range(24)] * 2, {f"{i:02}": f"{i:02}" for i in range(24)}, ACCURACY),
     ([True, False, False, True], ["false", "true"], ACCURACY),
     (["TRUE", "False", "FALSE", "true"], ["false", "true"], ACCURACY),
     (["yes", "no", "no", "no"], ["no", "yes"], ["accuracy", "f1_macro"]),
@@ -77,6 +82,19 @@ def test_labels(labels: list[Any], words: Any, metrics: list[str]) -> None:
     assert [label for label, index in zip(labels, classes) if index is None] == [
         label for label in labels if label is None or label == "" or label != label
     ]
+
+
+@pytest.mark.parametrize("train, others", [
+    (["0.0", "1.0"], [0, 1, 1.0, "1", "1.0", "1.", True]),
+    (["0", "1"], [0, 1, 1.0, "1", "1.0", "1.00"]),
+    ([0, 1], ["0.0", "1", "1.0"]),
+    ([Decimal("0.00"), Decimal("1.00")], [0, "1", Decimal(1)]),
+    ([False, True], ["0.0", "1.0"]),
+])  # fmt: skip
+def test_a_number_is_one_label_however_files_write_it(train: list[Any], others: list[Any]) -> None:
+    task = local_task("{text}", find_labels([{"label": label} for label in train], "label", "a.csv").words or [])
+    assert [task.label_class(label) for label in others] == [int(float(label)) for label in others]
+    assert [task.label_class(label) for label in ("01", "1.5", "-1.0", "1e0")] == [None] * 4
 
 
 # labels, first and last value and their number
