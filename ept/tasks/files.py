@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -33,7 +33,8 @@ def read_rows(path: File, encoding: str | None = None) -> list[Row]:
     """Reads the rows of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; values of a csv file are strings.
 
     A `.json` file may be an array of rows, JSON lines, one row, or an object with the array under any one key. A `.csv`
-    file may have commas, semicolons, tabs or bars between its fields.
+    file may have commas, semicolons, tabs or bars between its fields. Quotes of a file with tabs are text, with a
+    warning, where its lines are whole rows without CSV's quoting alone.
 
     Args:
         encoding: of a text file. None: UTF-8, or UTF-16 and UTF-32 by their marks; a csv file that is neither may be
@@ -184,6 +185,9 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     spaced = delimiter in line and line.count(delimiter) == line.count(f"{delimiter} ")  # a, b, c
     options: Any = {"strict": True, "delimiter": delimiter, "skipinitialspace": spaced}
     above = 1 if told else 0
+    if delimiter == "\t" and _has_quotes_as_text(text, options):
+        _warn(f"{path}: quotes are read as text, as lines would be joined or broken by reading them as CSV's")
+        options["quoting"] = csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), **options)
     lines = filter(None, reader)  # an empty line gives no fields
     try:
@@ -199,6 +203,25 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
             yield f"line {above + reader.line_num}", dict(zip(header, fields))
     except csv.Error as error:
         raise ValueError(f"{path}, line {above + reader.line_num}: not CSV ({error}): correct the quoting") from error
+
+
+def _has_quotes_as_text(text: str, options: Mapping[str, Any]) -> bool:
+    """Tells whether quotes in a file with tabs are signs like others, as in GLUE's files.
+
+    They are where every line has the header's number of fields without quoting, and with it another number, or the
+    file another number of rows. A header with quotes comes from a writer that quotes; one column tells nothing.
+    """
+
+    def sizes(**quoting: Any) -> list[int]:
+        return [len(row) for row in csv.reader(io.StringIO(text, newline=""), **options, **quoting) if row]
+
+    plain = sizes(quoting=csv.QUOTE_NONE) if '"' in text else []
+    if len(set(plain)) != 1 or plain[0] == 1 or '"' in text.lstrip("\r\n").partition("\n")[0]:
+        return False
+    try:
+        return sizes() != plain
+    except csv.Error:
+        return True
 
 
 def _name(delimiter: str) -> str:

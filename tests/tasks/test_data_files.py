@@ -69,6 +69,44 @@ def test_a_guessed_encoding_is_told_and_another_can_be_named(tmp_path: Path, cap
         read_rows(file, "ascii")
 
 
+# lines of a file with tabs, rows; its quotes are text
+LITERAL = [
+    (['"Never.', "so, so", 'Miss it."'], ['"Never.', "so, so", 'Miss it."']),  # opened, and closed two lines below
+    (['"Never.', "so, so"], ['"Never.', "so, so"]),  # never closed
+    (['"Never" is long', '5" wide'], ['"Never" is long', '5" wide']),
+    (['"a ""b"" c"', '"Never" is long'], ['"a ""b"" c"', '"Never" is long']),
+]
+# as above; CSV's quoting
+QUOTING = [
+    (['"a ""b"" c"', 'so "so"'], ['a "b" c', 'so "so"']),
+    (['"a\tb"', '"c\r\nd"'], ["a\tb", "c\r\nd"]),
+]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+@pytest.mark.parametrize(
+    "texts, rows, literal", [*((*pair, True) for pair in LITERAL), *((*p, False) for p in QUOTING)]
+)
+def test_quotes_in_a_file_with_tabs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, texts: list[str], rows: list[str], literal: bool
+) -> None:
+    file = tmp_path / name
+    file.write_bytes("\r\n".join(["text\tlabel", *(f"{text}\tgood" for text in texts)]).encode())
+    assert read_rows(file) == [{"text": text, "label": "good"} for text in rows]
+    assert ("quotes are read as text" in caplog.text) == literal
+
+
+def test_quotes_between_two_columns_and_in_a_header(tmp_path: Path) -> None:
+    file = tmp_path / "a.tsv"
+    file.write_text('a\tb\tlabel\n"one\ttwo"\t1\n', encoding="utf-8")
+    assert read_rows(file) == [{"a": '"one', "b": 'two"', "label": "1"}]
+    file.write_text('"a"\t"label"\n"so \\"so\\""\t1\n', encoding="utf-8")  # as R writes it
+    with pytest.raises(ValueError, match="line 2: not CSV"):
+        read_rows(file)
+    file.write_text('text\n"two\nlines"\n', encoding="utf-8")
+    assert read_rows(file) == [{"text": "two\nlines"}]
+
+
 # name, content, message
 REFUSED = [
     ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "a.jsonl, line 2: the key 'a' is given twice: keep one"),
