@@ -14,7 +14,7 @@ from typing import Any
 from ..utils.messages import listed, shown
 from .files import Row
 from .rows import is_missing, is_number, text_key
-from .task import without_point
+from .task import nearest_value, without_point
 
 LABEL_NAMES = (
     *("label", "labels", "class", "category", "sentiment", "target", "gold", "intent", "emotion", "topic"),
@@ -136,9 +136,13 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
     words = {raw: without_point(str(raw)) if finite else str(raw) for raw in counts}
     are_whole = all(map(float.is_integer, numbers.values()))
     are_codes = any(re.fullmatch(r"0\d+", word) for word in words.values())
-    if finite and not (are_whole and (are_codes or len(set(words.values())) <= MAX_NUMBER_LABELS)):
+    if (
+        finite
+        and len(set(numbers.values())) > 1
+        and not (are_whole and (are_codes or len(set(words.values())) <= MAX_NUMBER_LABELS))
+    ):
         values = _grid(min(numbers.values()), max(numbers.values()))
-        return Labels(None, values, ["pearson", "spearman"], [])
+        return Labels(None, values, ["pearson", "spearman"], _coarseness(counts, values))
     if set(map(str.casefold, words.values())) <= {"true", "false"}:
         words = {raw: word.casefold() for raw, word in words.items()}
     by_word = Counter[str]()
@@ -194,6 +198,22 @@ def _grid(low: float, high: float) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 10) for number in range(first, last + 1)]
+
+
+def _coarseness(counts: Counter[Any], values: Sequence[float]) -> list[str]:
+    """Says so where one value of a regression stands for most rows, whose numbers differ."""
+    by_value: dict[int | None, list[int]] = defaultdict(list)
+    for raw, count in counts.items():
+        by_value[nearest_value(raw, values)].append(count)
+    index, most = max(by_value.items(), key=lambda item: sum(item[1]))
+    total, rows = sum(counts.values()), sum(most)
+    if index is None or rows <= total / 2 or rows - max(most) <= total / 10:  # of zeros most are the same number
+        return []
+    return [
+        f"{rows} of {total} rows, with {len(most)} different numbers, are rounded to {values[index]:g}, as few rows "
+        f"reach up or down to the others of {values[0]:g} .. {values[-1]:g}, and the scores are of rounded numbers: "
+        "put the numbers' logarithm or rank into the column, or cut the extreme ones off"
+    ]
 
 
 def commonest_share(classes: Sequence[int | None]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import unicodedata
@@ -12,11 +13,13 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from .files import Row
-from .task import Task
+from .task import Task, nearest_value
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 GROUP = "group"
 """The column of a loaded data set that says which rows belong together."""
@@ -135,14 +138,18 @@ def is_missing(value: Any) -> bool:
 
 
 def examples(
-    task: Task, rows: Sequence[Row], source: str, strict: bool = True
+    task: Task, rows: Sequence[Row], source: str, strict: bool = True, clamp: bool = False
 ) -> tuple[list[Row], dict[str, list[int]]]:
     """Makes `{text, label, fields, row, raw}` of each row, and lists the rows that are left out, by the reason.
 
     Rows without a label are left out, and with `strict` refused like all that is wrong. Rows with blank text are
     refused with `strict`; else they stay, with an empty `text`, until the splits are drawn, which are the same ones for
     every template. Raises ValueError with the source and the row (counted from 1).
+
+    Args:
+        clamp: take numbers beyond the range of a regression for its nearer end, with a warning that counts them.
     """
+    beyond: list[float] = []
     rows = with_all_columns(rows) if task.is_local else rows
     found: list[Row] = []
     left_out: dict[str, list[int]] = {BLANK: [], UNLABELLED: [], UNANSWERED: []}
@@ -160,6 +167,9 @@ def examples(
             else:
                 raw = row[task.label_column]
                 label = task.label_class(raw)
+                if label is None and clamp and task.values:
+                    label = nearest_value(raw, task.values, clamp=True)
+                    beyond += [float(raw)] if label is not None else []
             if label is None and is_missing(raw) and not strict:
                 left_out[UNLABELLED].append(number)
                 continue
@@ -189,6 +199,9 @@ def examples(
         if task.group_columns:
             example[GROUP] = text_key("\n".join(fields[column] for column in task.group_columns))
         found.append(example)
+    if beyond:
+        which = f"{len(beyond)} of {len(rows)} rows have numbers beyond {task.values[0]:g} .. {task.values[-1]:g}"
+        logger.warning("%s: %s (%g, say) and count as the nearer end", source, which, max(beyond, key=abs))
     return found, {reason: numbers for reason, numbers in left_out.items() if numbers}
 
 

@@ -152,7 +152,7 @@ def load_task(
     checksums = {split: checksum_of(rows) for split, (_, rows) in raw.items()}
     given, left_out = {}, Counter[str]()
     for split, (source, rows) in raw.items():
-        given[split], omitted = examples(task, rows, source, strict)
+        given[split], omitted = examples(task, rows, source, strict, clamp=task.is_local and split != "train")
         left_out.update({why: len(numbers) for why, numbers in omitted.items()})
         _warn_left_out(source, omitted)
     if drawn is not None:
@@ -198,7 +198,7 @@ def load_split(
         if absent := [column for column in names.values() if column not in rows[0]]:
             raise ValueError(f"{path}: no column '{absent[0]}'; columns found: {', '.join(map(repr, rows[0]))}")
         rows = [{**row, **{name: row[column] for name, column in names.items()}} for row in rows]
-    found, omitted = examples(task, rows, str(path), strict)
+    found, omitted = examples(task, rows, str(path), strict, clamp=task.is_local)
     _warn_left_out(str(path), omitted)
     found = [row for row in found if row["text"]]
     if not found:

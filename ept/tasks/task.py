@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -147,23 +148,26 @@ class Task:
         return derived | classes
 
 
-def nearest_value(number: Any, values: Sequence[float]) -> int | None:
+def nearest_value(number: Any, values: Sequence[float], clamp: bool = False) -> int | None:
     """Finds the index of the value nearest to `number` (a number, or text that is one), of two as near the even one.
 
     None for anything else and outside the range. T5's rule for STS-B, `round(5·x) / 5`, on the values 0, 0.2, .. 5: the
-    published code of ATTEMPT and DePT computes `round(x, 1)` instead. Four decimals are looked at, so that a number
-    stored in single precision (3.0999999) goes where the number itself does.
+    published code of ATTEMPT and DePT computes `round(x, 1)` instead. A ten-thousandth of a step is not looked at, so
+    that a number stored in single precision (3.0999999) goes where the number itself does.
+
+    Args:
+        clamp: give the nearer end for a finite number outside the range.
     """
     if isinstance(number, bool):
         return None
+    last, step = len(values) - 1, (values[-1] - values[0]) / (len(values) - 1)
     try:
-        number = round(float(number), 4)
+        steps = round((float(number) - values[0]) / step, 4)
     except (TypeError, ValueError, OverflowError):
         return None
-    if not values[0] <= number <= values[-1]:
-        return None
-    step = (values[-1] - values[0]) / (len(values) - 1)
-    return round(round((number - values[0]) / step, 6))
+    if clamp and math.isfinite(steps):
+        steps = min(max(steps, 0), last)
+    return round(steps) if 0 <= steps <= last else None
 
 
 def _spellings(value: Any) -> list[str]:

@@ -103,6 +103,7 @@ REGRESSIONS = [
     (["1.5", "2.25", "3"], 1.5, 3.0, 16),
     (list(range(100)), 0.0, 100.0, 21),
     ([-0.013, 0.0471], -0.015, 0.05, 14),
+    ([1e-6, 2.5e-6, 6e-6], 1e-6, 6e-6, 26),
 ]
 
 
@@ -118,9 +119,22 @@ def test_numbers_make_a_regression(labels: list[Any], first: float, last: float,
         assert abs(task.values[task.label_class(label) or 0] - float(label)) <= step / 2 + 1e-9
 
 
+@pytest.mark.parametrize("numbers, warns", [
+    ([*range(60), 10_000], True),
+    ([-x for x in (*range(60), 10_000)], True),
+    ([0] * 60 + [1, 2, 10_000.5], False),  # what is lost is little
+    (list(range(60)), False),
+])  # fmt: skip
+def test_a_regression_whose_numbers_nearly_all_round_to_one(numbers: list[float], warns: bool) -> None:
+    notes = find_labels([{"label": number} for number in numbers], "label", "a.csv").notes
+    assert bool(notes) == warns
+    assert all(note.startswith("60 of 61 rows, with 60 different numbers, are rounded to 0, as") for note in notes)
+
+
 NO_LABELS = [
     (["good"] * 5, "column 'label' holds one label alone, 'good': a task needs at least 2"),
     (["good", " good"], "holds one label alone"),
+    ([1.5, 1.5], "holds one label alone, '1.5'"),
     (["", None], "column 'label' is empty"),
     (
         ["Good", "good", "bad", "good", "Bad"],

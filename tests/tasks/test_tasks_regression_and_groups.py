@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ept.tasks import get_task, load_task, nearest_value
+from ept.tasks import get_task, load_split, load_task, local_task, nearest_value
 from ept.tasks.splits import few_shot
 
 STSB, MULTIRC, CB = get_task("glue/stsb"), get_task("super_glue/multirc"), get_task("super_glue/cb")
@@ -45,6 +45,25 @@ def test_a_bad_score_names_the_range(tmp_path):
     write(tmp_path, "train.jsonl", [{"sentence1": "a", "sentence2": "b", "label": 7.5}])
     with pytest.raises(ValueError, match=r"row 1: label 7\.5 .* allowed are numbers 0\.0 \.\. 5\.0"):
         load_task(STSB, data_dir=tmp_path)
+
+
+def test_held_out_numbers_beyond_the_train_range_count_as_its_end(tmp_path, caplog):
+    task = local_task("{text}", values=[0.0, 1.0, 2.0], metrics=["pearson"])
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate((0, -3, 2.5, 1e9, "inf"))]
+    write(tmp_path, "train.jsonl", [{**row, "text": f"train {i}", "label": i % 3} for i, row in enumerate(rows)])
+    for split in ("validation", "test"):
+        write(tmp_path, f"{split}.jsonl", [{**row, "text": f"{split} {i}"} for i, row in enumerate(rows[:4])])
+    data = load_task(task, data_dir=tmp_path, labels="words")
+    assert data.validation["label"][:] == data.test["label"][:] == [0, 0, 2, 2]
+    told = "test.jsonl: 3 of 4 rows have numbers beyond 0 .. 2 (1e+09, say) and count as the nearer end"
+    assert told in caplog.text
+    assert load_split(task, tmp_path / "test.jsonl", labels="words")["label"][:] == [0, 0, 2, 2]
+    write(tmp_path, "test.jsonl", rows)
+    with pytest.raises(ValueError, match=r"test.jsonl, row 5: label 'inf' .* allowed are numbers 0\.0 \.\. 2\.0"):
+        load_task(task, data_dir=tmp_path, labels="words")
+    write(tmp_path, "train.jsonl", rows[:4])
+    with pytest.raises(ValueError, match=r"train.jsonl, row 2: label -3"):
+        load_task(task, data_dir=tmp_path, labels="words")
 
 
 def scores(count, seed):
