@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -33,6 +33,9 @@ MANY = 0.6
 """Macro-F1 stands beside accuracy where the commonest label has more than this share of the rows."""
 A_SENTENCE = 4  # words, and more than a column's name has
 FEW = 5  # rows that a label needs to be in every split
+NEARLY_ALL = 0.9
+"""Where so many of the different values are numbers, the column is one of numbers, with mistakes in it."""
+_AS_PEOPLE_WRITE = re.compile(r"[+-]?(\d+([.,]\d+)?|\d{1,3}((,\d{3})+(\.\d+)?|(\.\d{3})+(,\d+)?)) ?%?")
 LIKE_MISSING = {"nan", "na", "n/a", "null", "none", "-"}
 
 
@@ -120,8 +123,9 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
 
     Numbers that are not whole, or more than 20 different ones, make a regression; those with zeros in front (`0101`)
     are codes, and labels. A label's word is what stands in the file, but for `1.0`, which is 1. Raises ValueError for
-    a column with one label alone, with labels that look alike, with too many different ones, and for a file that has a
-    row in place of its header.
+    a column with one label alone, with labels that look alike, with too many different ones, of numbers with a few
+    other cells among them or with decimal commas or percent signs, and for a file that has a row in place of its
+    header.
     """
     if shape := next((type(v).__name__ for row in rows if isinstance(v := row.get(column), (list, dict))), None):
         raise ValueError(f"{source}: column '{column}' holds a {shape}, not one label a row: write a word or a number")
@@ -133,14 +137,11 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
         raise ValueError(f"{source}: the first line holds a row, not names: put a line such as text,label above it")
     numbers = {raw: float(raw) for raw in counts if is_number(raw) and not isinstance(raw, bool)}
     finite = len(numbers) == len(counts) and all(map(math.isfinite, numbers.values()))
+    if not finite:
+        _check_numbers(list(counts), where)
     words = {raw: without_point(str(raw)) if finite else str(raw) for raw in counts}
-    are_whole = all(map(float.is_integer, numbers.values()))
     are_codes = any(re.fullmatch(r"0\d+", word) for word in words.values())
-    if (
-        finite
-        and len(set(numbers.values())) > 1
-        and not (are_whole and (are_codes or len(set(words.values())) <= MAX_NUMBER_LABELS))
-    ):
+    if finite and not _are_labels(numbers.values(), are_codes):
         values = _grid(min(numbers.values()), max(numbers.values()))
         return Labels(None, values, ["pearson", "spearman"], _coarseness(counts, values))
     if set(map(str.casefold, words.values())) <= {"true", "false"}:
@@ -160,6 +161,36 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
         return Labels(order, None, metrics, notes)  # the words themselves
     raws = sorted(words, key=lambda raw: (order.index(words[raw]), str(raw)))
     return Labels({raw: words[raw] for raw in raws}, None, metrics, notes)
+
+
+def _are_labels(numbers: Collection[float], are_codes: bool = False) -> bool:
+    """Tells whether numbers are few and whole, or codes, and no values of a regression."""
+    few = len(set(numbers))
+    return few == 1 or (all(map(float.is_integer, numbers)) and (are_codes or few <= MAX_NUMBER_LABELS))
+
+
+def _check_numbers(raws: Sequence[Any], where: str) -> None:
+    """Refuses what would be a regression but for a few cells, or for how its numbers are written."""
+    read = {raw: _read_number(raw) for raw in raws}
+    numbers = [number for number in read.values() if number is not None]
+    if len(numbers) < NEARLY_ALL * len(read) or _are_labels(numbers):
+        return
+    what, remedy = "numbers, but for", "correct these cells or leave them empty"
+    odd = [shown(raw) for raw, number in read.items() if number is None]
+    if not odd:
+        what, remedy = "numbers that are written as", "write them as 1234.5 is, with no comma and no %"
+        odd = [shown(raw) for raw in raws if not is_number(raw)]
+    raise ValueError(f"{where} holds {what} {listed(odd)}: {remedy}, or list all labels in data.label_words")
+
+
+def _read_number(raw: Any) -> float | None:
+    """Reads a finite number, also one that is written as 1,5, 12 %, 1.234,5 or 1,234.5; None for anything else."""
+    if isinstance(raw, str) and _AS_PEOPLE_WRITE.fullmatch(raw):
+        *whole, last = re.split("[.,]", raw.rstrip("% "))
+        raw = f"{''.join(whole)}.{last}" if whole else last
+    if isinstance(raw, bool) or not is_number(raw):
+        return None
+    return float(raw) if math.isfinite(float(raw)) else None
 
 
 def _check_labels(by_word: Counter[str], total: int, where: str) -> None:

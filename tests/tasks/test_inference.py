@@ -64,6 +64,8 @@ LABELS = [
     (["01", "1", "2", "1"], {"01": "01", "1": "1", "2": "2"}, ACCURACY),
     ([2**60 + 1, 2**60, 2**60 + 1], {2**60: str(2**60), 2**60 + 1: str(2**60 + 1)}, ["accuracy", "f1_macro"]),
     ([f"{i:02}" for i in range(24)] * 2, {f"{i:02}": f"{i:02}" for i in range(24)}, ACCURACY),
+    (["0%", "50%", "100%", "0%"], ["0%", "100%", "50%"], ACCURACY),
+    ([*"0123456789", "?"] * 2, {**{digit: digit for digit in "0123456789"}, "?": "?"}, ACCURACY),
     ([True, False, False, True], ["false", "true"], ACCURACY),
     (["TRUE", "False", "FALSE", "true"], ["false", "true"], ACCURACY),
     (["yes", "no", "no", "no"], ["no", "yes"], ["accuracy", "f1_macro"]),
@@ -135,6 +137,19 @@ NO_LABELS = [
     (["good"] * 5, "column 'label' holds one label alone, 'good': a task needs at least 2"),
     (["good", " good"], "holds one label alone"),
     ([1.5, 1.5], "holds one label alone, '1.5'"),
+    (
+        [*(i / 2 for i in range(60)), "inf", "?"],
+        r"column 'label' holds numbers, but for 'inf', '\?': correct these cells or leave them empty, or list all",
+    ),
+    ([*map(str, range(30)), "n/a"], "holds numbers, but for 'n/a'"),
+    ([*range(30), float("inf")], "holds numbers, but for inf"),
+    (
+        ["1,5", "2,0", "2.5"] * 9,
+        "holds numbers that are written as '1,5', '2,0': write them as 1234.5 is, with no comma",
+    ),
+    ([f"{i}%" for i in range(30)], "holds numbers that are written as '0%', '1%', .* and 22 more: write them"),
+    ([f"1.{i},5" for i in range(100, 130)], "holds numbers that are written as '1.100,5'"),
+    ([f"1,{i}.50 %" for i in range(100, 130)], "holds numbers that are written as '1,100.50 %'"),
     (["", None], "column 'label' is empty"),
     (
         ["Good", "good", "bad", "good", "Bad"],
