@@ -17,13 +17,14 @@ from .rows import is_missing, is_number, text_key
 from .task import nearest_value, without_point
 
 LABEL_NAMES = (
-    *("label", "labels", "class", "category", "sentiment", "target", "gold", "intent", "emotion", "topic"),
-    *("polarity", "stars", "rating", "score", "tag", "y"),
+    *("label", "labels", "class", "category", "sentiment", "stance", "verdict", "target", "gold", "intent", "emotion"),
+    *("topic", "polarity", "stars", "rating", "score", "tag", "relation", "y"),
 )
 TEXT_NAMES = ("text", "sentence", "review", "content", "headline", "comment", "message", "tweet", "document")
 TEXT_PAIRS = (
     *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2")),
     *(("text_a", "text_b"), ("question", "passage"), ("question", "context"), ("question", "sentence")),
+    *(("claim", "evidence"), ("query", "passage"), ("query", "document"), ("instruction", "input")),
 )
 MAX_LABELS = 200
 MAX_NUMBER_LABELS = 20
@@ -93,8 +94,8 @@ def _find_label(columns: Mapping[str, list[Any]], source: str, texts: Sequence[s
     if found := next((by_name[name] for name in LABEL_NAMES if name in by_name), None):
         return found
     if len(columns) == 2 and others:  # the shorter of two columns
-        return min(others, key=lambda name: _mean_length(columns[name]))
-    longest = max(others, key=lambda name: _mean_length(columns[name]), default=None)
+        return min(others, key=lambda name: _length(columns[name]))
+    longest = max(others, key=lambda name: _length(columns[name]), default=None)
     few = [name for name in others if (name != longest or texts) and _has_few_values(columns[name])]
     named = [name for name in few if set(re.split(r"[\W_]+", name.casefold())) & set(LABEL_NAMES)]
     candidates = named if len(named) == 1 else few
@@ -115,7 +116,7 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
     if not textual:
         remedy = "name it with --text-column (data.text_columns)"
         raise ValueError(f"{source}: none of {_quoted(columns) or 'no columns'} holds text: {remedy}")
-    return [max(textual, key=lambda name: _mean_length(columns[name]))]
+    return [max(textual, key=lambda name: _length(columns[name]))]
 
 
 def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
@@ -280,8 +281,8 @@ def _quoted(names: Any) -> str:
     return listed(f"'{name}'" for name in names)
 
 
-def _mean_length(values: Sequence[Any]) -> float:
-    return sum(len(str(value)) for value in values) / max(len(values), 1)
+def _length(values: Sequence[Any]) -> int:
+    return sum(len(str(value)) for value in values)  # of all cells: a column that is often empty is a short one
 
 
 def _has_few_values(values: Sequence[Any]) -> bool:

@@ -37,6 +37,7 @@ class TaskData:
         commonest: the commonest label, or text, of the train rows that there are, `max_train` and `k_shot` aside.
         left_out: how many rows are left out, by the reason.
         sources: which of the given splits each split was taken from, and the checksum of that one's rows.
+        unread: the columns of somebody's own train rows that are neither text nor answer.
     """
 
     task: Task
@@ -47,6 +48,7 @@ class TaskData:
     commonest: int | str
     left_out: dict[str, int] = field(default_factory=dict)
     sources: dict[str, tuple[str, str]] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def drawn(self) -> dict[str, Any]:
         """Describes the splits by the numbers of their rows, for `load_task` to draw them again."""
@@ -175,6 +177,7 @@ def load_task(
         commonest=commonest,
         left_out=dict(left_out),
         sources={split: (origin, checksums[origin]) for split, origin in origins.items()},
+        unread=_unread(task, raw["train"][1]),
     )
 
 
@@ -210,6 +213,12 @@ def _warn_left_out(source: str, omitted: Mapping[str, Sequence[int]]) -> None:
     for why, numbers in omitted.items():
         many, numbered = ("rows", "are") if len(numbers) > 1 else ("row", "is"), listed(map(str, numbers))
         logger.warning("%s: %d %s with %s %s left out: %s", source, len(numbers), many[0], why, many[1], numbered)
+
+
+def _unread(task: Task, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Names the columns of local rows that the task does not look at."""
+    read = {*task.source_columns, *task.target_columns}
+    return tuple(dict.fromkeys(name for row in rows for name in row if name not in read)) if task.is_local else ()
 
 
 def checksum_of(rows: Sequence[Row]) -> str:

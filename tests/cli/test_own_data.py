@@ -348,6 +348,16 @@ def test_evaluate_a_file_with_other_columns(no_curves: None, tmp_path: Path, mod
     )
 
 
+def test_columns_that_are_not_read_are_shown(tmp_path: Path, models: dict[str, Path]) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(as_csv(reviews(title=lambda i: f"title {i}", n=lambda i: i)), encoding="utf-8")
+    command = ("train", file, "--model", models["bert"], "--dry-run", "--text-column", "review")
+    assert as_json(*command, "--label-column", "liked")["unread_columns"] == ["title", "n"]
+    assert "columns not read" in succeed(*command, "--label-column", "liked").stdout
+    named = (*command, "--label-column", "liked", "--text-column", "title", "--text-column", "n")
+    assert "columns not read" not in succeed(*named).stdout
+
+
 def test_compare_on_ones_own_file(tmp_path: Path, models: dict[str, Path]) -> None:
     file = write(tmp_path, "comma")
     shown = as_json("compare", file, "--model", models["bert"], "--output", tmp_path / "c", "--steps", 3, "--dry-run")

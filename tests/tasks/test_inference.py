@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ept.tasks import local_task
-from ept.tasks.inference import default_template, find_columns, find_labels
+from ept.tasks.inference import default_template, find_columns, find_labels, find_texts
 
 LONG = ("a rather long text", "another one of that length", "and so on")
 
@@ -29,12 +29,21 @@ COLUMNS = [
     ({"text": LONG, "label": "aba", "other": "xyx"}, {"label_column": "other"}, ["text"], "other"),
     ({"text": LONG, "title": LONG, "label": "aba"}, {"text_columns": ["title", "text"]}, ["title", "text"], "label"),
     ({"text": ["", None, "fine"], "label": "aba"}, {}, ["text"], "label"),
+    ({"claim": ["a", "b", "c"], "evidence": LONG, "label": "aba"}, {}, ["claim", "evidence"], "label"),
+    ({"ID": "123", "Tweet": LONG, "Target": "aab", "Stance": "aba"}, {}, ["Tweet"], "Stance"),
+    ({"tweet": LONG, "target": "aba"}, {}, ["tweet"], "target"),
+    ({"task": LONG, "more": [None, "", "x" * 30], "label": "aba"}, {}, ["task"], "label"),  # seldom there
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("columns, given, texts, label", COLUMNS)
 def test_columns(columns: dict[str, Any], given: dict[str, Any], texts: list[str], label: str) -> None:
     assert find_columns(rows(**columns), "a.csv", **given) == (texts, label)
+
+
+def test_texts_of_instructions() -> None:
+    made = rows(instruction=["do", "write", "say"], input=["", *LONG[:2]], id="123")
+    assert find_texts(made, "a.json") == ["instruction", "input"]
 
 
 NO_COLUMNS = [
