@@ -34,7 +34,7 @@ def read_rows(path: File, encoding: str | None = None) -> list[Row]:
 
     A `.json` file may be an array of rows, JSON lines, one row, or an object with the array under any one key. A `.csv`
     file may have commas, semicolons, tabs or bars between its fields. Quotes of a file with tabs are text, with a
-    warning, where its lines are whole rows without CSV's quoting alone.
+    warning, where its lines are whole rows without CSV's quoting alone. Columns without a name and a value are dropped.
 
     Args:
         encoding: of a text file. None: UTF-8, or UTF-16 and UTF-32 by their marks; a csv file that is neither may be
@@ -192,17 +192,23 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     lines = filter(None, reader)  # an empty line gives no fields
     try:
         header = [name.strip() for name in next(lines, [])]
-        if len(set(header)) < len(header):
-            raise ValueError(f"{path}: the header {','.join(header)} names a column twice: rename one of them")
+        empty = {index for index, name in enumerate(header) if not name}  # as spreadsheets leave them at the end
+        rows = []
         for fields in lines:
             if len(fields) != len(header):
                 raise ValueError(
                     f"{path}, line {above + reader.line_num}: the header has {len(header)} columns, this line has "
                     f"{len(fields)}: correct the line, quote fields that hold {_name(delimiter)}"
                 )
-            yield f"line {above + reader.line_num}", dict(zip(header, fields))
+            empty = {index for index in empty if not fields[index].strip()}
+            rows.append((f"line {above + reader.line_num}", fields))
     except csv.Error as error:
         raise ValueError(f"{path}, line {above + reader.line_num}: not CSV ({error}): correct the quoting") from error
+    kept = [index for index in range(len(header)) if index not in empty]
+    if len({header[index] for index in kept}) < len(kept):
+        raise ValueError(f"{path}: the header {','.join(header)} names a column twice: rename one of them")
+    for place, fields in rows:
+        yield place, {header[index]: fields[index] for index in kept}
 
 
 def _has_quotes_as_text(text: str, options: Mapping[str, Any]) -> bool:

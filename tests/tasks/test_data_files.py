@@ -32,6 +32,9 @@ READ = [
     ("a.csv", 'text, label\n"so, so", good\n', [{"text": "so, so", "label": "good"}]),
     ("a.csv", 'sep=;\r\ntext;label\r\n"so, so";good\r\n', [{"text": "so, so", "label": "good"}]),
     ("a.csv", "\n\ntext,label\n\nso,good\n", [{"text": "so", "label": "good"}]),
+    ("a.csv", "text;label;;\r\nso;good;;\r\n", [{"text": "so", "label": "good"}]),
+    ("a.csv", "text,,label,\nso,,good, \n", [{"text": "so", "label": "good"}]),
+    ("a.csv", ",text,,\n0,so,,\n", [{"": "0", "text": "so"}]),  # the first is a number of rows
     ("a.csv", "text ,label\n so, good\n", [{"text": " so", "label": " good"}]),
     ("a.jsonl", '\ufeff{"a": 1}\r\n\r\n{"a": "x\u2028y\x85z"}', [{"a": 1}, {"a": "x\u2028y\x85z"}]),
     ("a.jsonl", '{"a": "\\ud83c\\udf89"}', [{"a": "🎉"}]),
@@ -129,6 +132,7 @@ REFUSED = [
     ("a.csv", "text,label\nso,a\n".encode("utf-16-le"), r"set data.encoding to its own \(it may be utf-16-le\)"),
     ("a.csv", "text,label\nso,a\n".encode("utf-16-be"), r"set data.encoding to its own \(it may be utf-16-be\)"),
     ("a.csv", "sep=,\na,b\nx,y,z\n", "line 3: the header has 2 columns, this line has 3"),
+    ("a.csv", "a,,\nx,y,z\n", "the header a,, names a column twice: rename one of them"),
     ("a.tsv", "a\tb\nx\ty\tz\n", "line 2: the header has 2 columns, this line has 3: .* quote fields that hold tabs"),
 ]
 
