@@ -84,7 +84,7 @@ class PairedTest:
 
     def row(self, name: Callable[[str], str] = str) -> list[str]:
         """Formats it as a row under `TEST_COLUMNS`, with what `name` makes of the methods."""
-        ps = ["-" if p is None else f"{p:.3f}" for p in (self.p, self.p_of_tasks)]
+        ps = ["-" if p is None else f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (self.p, self.p_of_tasks)]
         names = f"{name(self.first)} − {name(self.second)}"
         return [names, self.difference.text(), ps[0], str(self.difference.n), ps[1]]
 

@@ -34,6 +34,8 @@ def test_paired_test_of_known_values():
     assert found.p == pytest.approx(0.00320, abs=5e-6)
     assert found.p_of_tasks is None  # both tasks differ by 2
     assert paired_test("y", other, "x", one).difference.mean == -2
+    assert found.row() == ["x − y", "200.0 ± 87.8", "0.003", "5", "-"]
+    assert replace(found, p=0.0001).row()[2] == "< 0.001"
     # of the tasks' means 1, 2 and 3: t = 2 / (1 / sqrt(3)) = 3.4641, p = 0.0742 at 2
     tasks = {(name, seed): mean + aside for name, mean in zip("abc", (1, 2, 3)) for seed, aside in ((0, 1), (1, -1))}
     assert paired_test("x", tasks, "y", dict.fromkeys(tasks, 0)).p_of_tasks == pytest.approx(0.0742, abs=5e-5)
