@@ -134,27 +134,33 @@ def launches() -> int:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[list[Launch]]:
-    """Collects what is launched."""
-    _State.watched = []
-    try:
-        yield _State.watched
-    finally:
-        _State.watched = None
-
-
-@contextlib.contextmanager
-def acting_as(architecture: int | str) -> Iterator[None]:
-    """Makes launchers choose as on a GPU of compute capability `architecture`, such as 90, or as on an AMD GPU of that
-    name, whatever device their tensors lie on.
-    """
-    before, _State.architecture = _State.architecture, architecture
+def _state(name: str, value: Any) -> Iterator[Any]:
+    """Changes what launchers go by for a while; what they had chosen is forgotten."""
+    before = getattr(_State, name)
+    setattr(_State, name, value)
     _forget_choices()
     try:
-        yield
+        yield value
     finally:
-        _State.architecture = before
+        setattr(_State, name, before)
         _forget_choices()
+
+
+def watched() -> contextlib.AbstractContextManager[list[Launch]]:
+    """Collects what is launched."""
+    return _state("watched", [])
+
+
+def acting_as(architecture: int | str) -> contextlib.AbstractContextManager[Any]:
+    """Makes launchers choose as on a GPU of that compute capability, such as 90, or on an AMD GPU of that name, whatever
+    device their tensors lie on.
+    """
+    return _state("architecture", architecture)
+
+
+def configured(configs: dict[str, Config]) -> contextlib.AbstractContextManager[Any]:
+    """Makes kernels take `configs`, their defaults where these name nothing, at every size and on every device."""
+    return _state("tried", {**_State.tried, **configs})
 
 
 _device_module = functools.cache(torch.get_device_module)
@@ -191,18 +197,6 @@ def cached_choice(function: _Function) -> _Function:
     cached = functools.lru_cache(maxsize=512)(function)
     _choices.append(cached)
     return cached  # type: ignore[return-value]
-
-
-@contextlib.contextmanager
-def configured(configs: dict[str, Config]) -> Iterator[None]:
-    """Makes kernels take `configs`, their defaults where these name nothing, at every size and on every device."""
-    before, _State.tried = _State.tried, {**_State.tried, **configs}
-    _forget_choices()
-    try:
-        yield
-    finally:
-        _State.tried = before
-        _forget_choices()
 
 
 def key(kernel: str, dtype: torch.dtype) -> str:
