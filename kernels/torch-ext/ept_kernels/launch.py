@@ -1,15 +1,14 @@
 """Launching: entering the device, counting and watching launches, measured configurations.
 
 A configuration is a set of meta-parameters of one kernel (block sizes, `num_warps`, `num_stages`). Measured ones
-are data, one file a device, `configs/<device name>.json`, written by `python -m ept_kernels.dev.tune`:
+are data, one file a device, `configs/<device name>.json`, written by `dev/tune.py`:
 
     {"device": ..., "kernels": {kernel: {size: {meta-parameter: number}}}, "measurements": [...]}
 
 `size` is one or more whole numbers joined by `x` (`"4096"`, `"14336x4096"`): what the best choice depends on
 smoothly, such as the embedding width. What has to match exactly belongs to the name of the kernel
 (`"prompted_embedding/16-bit"`). The nearest size is taken, by the distance of the logarithms; where nothing was
-measured, the heuristic. Other numbers that are measured a device are kept in the same way under a name with a dot, such
-as the path of a product:
+measured, the heuristic. Other numbers that are measured a device have a name with a dot, as the path of a product:
 `config_for("matmul_4bit.path/16-bit", (tokens, rows, columns), device, {"PATH": 1})["PATH"]`.
 """
 
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 CONFIGS = Path(__file__).parent / "configs"
+TUNER = "python -m ept_kernels.dev.tune"
 
 Config = dict[str, int]
 Size = tuple[int, ...]
@@ -280,9 +280,7 @@ def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
                 found[kernel][size] = config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(
-            f"{path} is damaged ({detail}): write it again with `python -m ept_kernels.dev.tune`, or delete it"
-        ) from error
+        raise ValueError(f"{path} is damaged ({detail}): write it again with `{TUNER}`, or delete it") from error
     return found
 
 
@@ -295,18 +293,14 @@ def config_file(device: torch.device) -> Path:
 @functools.cache
 def _measured(path: Path) -> dict[str, dict[Size, Config]]:
     """Warns once a device model, however many such devices and kernels there are."""
-    if not path.is_file():
-        warnings.warn(
-            f"no measured launch configurations {path.name}: heuristic ones are used. `python -m ept_kernels.dev.tune` "
-            "measures them",
-            stacklevel=2,
-        )
-        return {}
     try:
         return load_configs(path)
+    except FileNotFoundError:
+        why = f"no measured launch configurations {path.name}: heuristic ones are used. `{TUNER}` measures them"
     except ValueError as error:
-        warnings.warn(f"heuristic launch configurations are used: {error}", stacklevel=2)
-        return {}
+        why = f"heuristic launch configurations are used: {error}"
+    warnings.warn(why, stacklevel=2)
+    return {}
 
 
 def forget_measured() -> None:

@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = [tunable for tunable in known if any(name in tunable.kernel for name in wanted)]
     if not chosen:
         raise SystemExit(f"--kernels {options.kernels}: known are {', '.join(sorted({t.kernel for t in known}))}")
-    command = " ".join(["python -m ept_kernels.dev.tune", *(arguments if arguments is not None else sys.argv[1:])])
+    command = " ".join([launch.TUNER, *(arguments if arguments is not None else sys.argv[1:])])
     for tunable in chosen:
         row = tune(tunable, device)
         write(launch.config_file(device), row, torch.get_device_module(device).get_device_name(device), command)
