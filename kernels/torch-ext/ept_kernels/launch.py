@@ -69,9 +69,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
 class Prepared:
     """A launch of `kernel` but for its tensors, which come first among its arguments and are called with.
 
-    Triton looks at every argument of every launch in Python, to find what it has compiled for such ones. That takes
-    most of a launch's time on the host, so it is done once: whoever makes one of these keeps it by `cached_choice`, for
-    the `kinds` of the tensors.
+    Triton looks at every argument in Python, most of a launch's time on the host. So that this is done once, whoever
+    makes one of these keeps it by `cached_choice`, for the `kinds` of the tensors.
     """
 
     def __init__(self, kernel: Any, grid: Size, numbers: tuple[float, ...], meta: dict[str, Any], kinds: Kinds):
@@ -152,9 +151,7 @@ def watched() -> contextlib.AbstractContextManager[list[Launch]]:
 
 
 def acting_as(architecture: int | str) -> contextlib.AbstractContextManager[Any]:
-    """Makes launchers choose as on a GPU of that compute capability, such as 90, or on an AMD GPU of that name, whatever
-    device their tensors lie on.
-    """
+    """Makes launchers choose as on a GPU of that compute capability (90) or AMD name, wherever their tensors lie."""
     return _state("architecture", architecture)
 
 
@@ -176,10 +173,7 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def config_for(kernel: str, size: int | Size, device: torch.device, default: Config) -> Config:
-    """Chooses meta-parameters of `kernel` at `size`: the nearest measured ones of this device, else `default`'s.
-
-    What the measured ones leave out is taken from `default`.
-    """
+    """Chooses meta-parameters of `kernel` at `size`: the device's nearest measured ones, filled up from `default`."""
     if (tried := _State.tried.get(kernel)) is not None:
         return {**default, **tried}
     known = {} if device.type == "cpu" else _measured(config_file(device)).get(kernel, {})
@@ -210,9 +204,7 @@ def padded(size: int) -> int:
 
 
 def architecture(device: torch.device) -> str:
-    """Names what launch choices depend on: the type of `device`, but `"gfx942"` or `"hip"` for AMD GPUs, whose type is
-    `"cuda"`, too.
-    """
+    """Names the type of `device`, but `"gfx942"` or `"hip"` for AMD GPUs, whose type is `"cuda"`, too."""
     if _State.architecture is not None:
         return "cuda" if isinstance(_State.architecture, int) else _State.architecture
     if device.type != "cuda" or not torch.version.hip:
@@ -232,9 +224,8 @@ def has_tensor_memory(device: torch.device) -> bool:
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """Chooses the `input_precision` of a product of float32 operands whose result is stored in `dtype`.
 
-    TF32 where the matrix units have it and the result is rounded to 16 bits anyway. Otherwise the operands in pieces of
-    bfloat16, which all matrix units take: three products of two pieces, or, exact to float32, six of three. The plain
-    float32 product would run on the scalar units of an NVIDIA GPU, and its operands overflow the registers.
+    TF32 where there is such and the result is rounded to 16 bits anyway; else pieces of bfloat16, three products of two
+    or, exact to float32, six of three. On an NVIDIA GPU scalar units would do the plain product, short of registers.
     """
     found = architecture(device)
     if found not in ("cuda", "gfx942", "hip"):
