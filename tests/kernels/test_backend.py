@@ -17,7 +17,7 @@ def backend_of(monkeypatch):
         monkeypatch.setattr(library, "_choice", choice)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
         monkeypatch.setenv("TRITON_INTERPRET", "1" if interpret else "0")
-        return library._backend.__wrapped__(device_type)
+        return library.backend.__wrapped__(device_type)
 
     return of
 

@@ -1,13 +1,11 @@
 """Registers the operators: schema, fake and implementation, once, in the library namespace `ept`.
 
-Plain `Library.define` / `impl` is the cheapest registration per call; `triton_op` and `custom_op` cost several
-times more. Every operator has one implementation for every device: the plain-PyTorch reference, or the launcher of the
-Triton kernels.
+By plain `Library.define` and `impl`, the cheapest a call: `triton_op` and `custom_op` cost several times more. One
+implementation serves every device, the plain-PyTorch reference or the launcher of the Triton kernels.
 
-CUDA, ROCm and XPU devices take the kernels where triton is installed, CPUs the references. `EPT_KERNELS=reference`
-makes every device take the reference; `EPT_KERNELS=triton` insists on the kernels and fails without triton.
-`TRITON_INTERPRET=1` sends CPU tensors through the kernels, which is how they are tested. The first variable is read
-when this package is imported, the second at the first call.
+CUDA, ROCm and XPU devices take the kernels where triton is installed, CPUs the references. `EPT_KERNELS`, read at the
+import, makes every device take the `reference`, or, as `triton`, fails without triton. `TRITON_INTERPRET=1`, read at
+the first call, sends CPU tensors through the kernels, to test them.
 """
 
 from __future__ import annotations
@@ -34,19 +32,15 @@ _registered: dict[str, tuple[Callable[..., Any], str | None]] = {}
 
 _with_kernels = {"cuda", "xpu"}  # types of devices
 
-_CHOICES = ("", "triton", "reference")
 _choice = os.environ.get("EPT_KERNELS", "")
-if _choice not in _CHOICES:
+if _choice not in ("", "triton", "reference"):
     raise ValueError(f"EPT_KERNELS={_choice!r} is unknown: use 'triton' or 'reference', or leave it unset")
 
 
+@functools.cache
 def backend(device: torch.device | str) -> str:
     """Says what runs the operators on `device`: `"triton"` or `"reference"`, which float64 tensors always take."""
-    return _backend(torch.device(device).type)
-
-
-@functools.cache
-def _backend(device_type: str) -> str:
+    device_type = torch.device(device).type
     takes_kernels = device_type in _with_kernels or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     if _choice == "reference" or not takes_kernels:
         return "reference"
@@ -60,7 +54,7 @@ def _backend(device_type: str) -> str:
 def take_kernels(device_type: str) -> None:
     """Sends tensors on devices of that type through the kernels from here on, as those on a GPU."""
     _with_kernels.add(device_type)
-    _backend.cache_clear()
+    backend.cache_clear()
     _function_of.cache_clear()
 
 
@@ -123,7 +117,7 @@ def autograd_inside_operators() -> Iterator[None]:
 @functools.cache
 def _function_of(name: str, device_type: str) -> Callable[..., Any]:
     """Finds what runs the operator `name`: the launcher of its kernels, or the reference."""
-    return (launcher_of(name) if _backend(device_type) == "triton" else None) or reference_of(name)
+    return (launcher_of(name) if backend(device_type) == "triton" else None) or reference_of(name)
 
 
 def _dispatch(name: str, reference: Callable[..., Any], tensors: int) -> Callable[..., Any]:
