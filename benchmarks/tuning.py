@@ -70,12 +70,11 @@ def rehearsed(tunable: Tunable, device: torch.device) -> Row:
     launcher: Any = launcher_of(tunable.problem.operator)
     inputs, refused = tunable.problem.small.inputs(device), {}
     for config in tunable.candidates:
-        complete = {**tunable.default, **config}
-        with launch.configured({**tunable.held, tunable.kernel: complete}):
+        with launch.configured(tunable.trying(config)):
             try:
                 launcher(*inputs)
             except TritonError as error:
-                refused[str(complete)] = str(error).partition("\n")[0]
+                refused[str({**tunable.default, **config})] = str(error).partition("\n")[0]
     return {"kernel": tunable.kernel, "size": tunable.key, "tried": len(tunable.candidates), "refused": refused}
 
 

@@ -1,21 +1,18 @@
 """Compiles every kernel in every shipped configuration for the supported targets, without a GPU.
 
     python -m ept_kernels.dev.aot [--targets NAME,NAME] [--only OPERATOR] [--jobs NUMBER]
-    python -m ept_kernels.dev.aot --warm FOLDER --targets NAME [--then COMMAND]
+    python -m ept_kernels.dev.aot --warm FOLDER --targets NAME [--then COMMAND]     see `warm.py`
+    python -m ept_kernels.dev.aot --unpack FOLDER.tar.xz
 
-The launchers are called as on such a GPU, with the driver of `compile_only.py`; what that refuses, such as a spill or
-too much shared memory, fails. Prints registers, shared memory and instructions of each kernel, and instructions a
-weight where 4-bit weights are decoded.
-
-`--candidates` adds every configuration that the tuner may try, which takes long. What is wrong with one of these is
-printed and is no failure: the tuner refuses such ones.
+The launchers are called as on such a GPU, with the driver of `compile_only.py`; what that refuses, such as a spill,
+fails. Prints registers, shared memory and instructions of each kernel, and instructions a decoded 4-bit weight.
+With `--candidates`, which takes long, it only prints what the tuner will refuse.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import multiprocessing
 import os
 import re
@@ -36,7 +33,7 @@ from ..problem import Problem
 from . import warm
 from .compile_only import TARGETS, Target, disassembled, driving
 from .problems import compiled_problems
-from .tunables import Tunable, tunables
+from .tunables import tunables
 
 Row = dict[str, Any]
 
@@ -68,30 +65,23 @@ def shipped_cases() -> Iterator[Case]:
                     raise ValueError(
                         f"{path} has {kernel} at {size}, which the tuner does not know: remove the entry, or tune anew"
                     )
-                yield _case(known[kernel, size], config, f" ({path.stem})")
+                yield Case(known[kernel, size].problem.small, known[kernel, size].trying(config), f" ({path.stem})")
 
 
 def candidate_cases() -> list[Case]:
     """Lists a call for every configuration that the tuner may try."""
-    kernels = [tunable for tunable in tunables() if "." not in tunable.kernel]  # with a dot: a measured number
-    return [_case(tunable, config, f" {config}") for tunable in kernels for config in tunable.candidates]
-
-
-def _case(tunable: Tunable, config: Config, note: str) -> Case:
-    configs = {**tunable.held, tunable.kernel: {**tunable.default, **config}}
-    return Case(tunable.problem.small, configs, note)
+    kernels = [tunable for tunable in tunables() if "." not in tunable.kernel]
+    return [Case(t.problem.small, t.trying(config), f" {config}") for t in kernels for config in t.candidates]
 
 
 def compile_all(chosen: Iterable[tuple[Case, str]], jobs: int, is_counted: bool = True) -> tuple[list[Row], list[str]]:
     """Compiles the kernels of every case for its target in `jobs` processes forked from this one.
 
-    Returns a row for every kernel that there is, in order, with its instructions if these are to be counted, which
-    takes a while, and what was refused.
+    Returns a row for every kernel that there is, in order, and what was refused. To count instructions takes a while.
     """
-    chosen = list(chosen)
-    arguments = [case for case, _ in chosen], [target for _, target in chosen], itertools.repeat(is_counted)
+    compile_one = functools.partial(compile_case, is_counted=is_counted)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as processes:
-        found = list(processes.map(compile_case, *arguments))
+        found = list(processes.map(compile_one, *zip(*chosen)))
     rows: dict[str, Row] = {}
     for row in (row for of_case, _ in found for row in of_case):
         rows.setdefault(row["hash"], row)
@@ -141,9 +131,7 @@ def _instructions(compiled: Any, backend: str) -> int:
 
 
 def fill(folder: Path, target: str, only: str, jobs: int) -> int:
-    """Compiles whatever may be launched on `target`, the tuner's candidates included, into a kernel cache in `folder`,
-    and returns how many kernels those are.
-    """
+    """Compiles what may be launched on `target`, also by the tuner, into a cache in `folder`; counts the kernels."""
     os.environ.update(TRITON_CACHE_DIR=str(folder.absolute()), TRITON_STORE_BINARY_ONLY="1")
     found = [*cases(), *shipped_cases(), *candidate_cases()]
     rows, refused = compile_all([(case, target) for case in found if only in case.problem.name], jobs, False)

@@ -58,6 +58,10 @@ class Tunable:
         """Names the size in the file."""
         return "x".join(map(str, self.size))
 
+    def trying(self, config: Config) -> dict[str, Config]:
+        """Returns what `launch.configured` takes to try `config`."""
+        return {**self.held, self.kernel: {**self.default, **config}}
+
 
 def grid(**values: Sequence[int]) -> list[Config]:
     """Lists every combination: `grid(BLOCK=(16, 32), num_warps=(4, 8))` are four configurations."""

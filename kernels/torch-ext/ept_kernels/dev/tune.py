@@ -63,27 +63,24 @@ def tune(tunable: Tunable, device: torch.device) -> dict[str, Any]:
     sets += [problem.inputs(device, seed) for seed in range(1, count)]
     expected = problem.expected(*sets[0])
 
-    def chosen(config: Config) -> dict[str, Config]:
-        return {**tunable.held, tunable.kernel: config}
-
     def measure(config: Config) -> float:
-        with launch.configured(chosen(config)):
+        with launch.configured(tunable.trying(config)):
             return _microseconds([functools.partial(launcher, *args) for args in sets], device)
 
-    if reason := refusal(problem, chosen(tunable.default), sets[0], expected):
+    if reason := refusal(problem, tunable.trying({}), sets[0], expected):
         raise RuntimeError(f"{tunable.kernel} at {tunable.key}: the heuristic's configuration: {reason}")
     times: list[tuple[float, Config]] = []
     refused: dict[str, str] = {}
     for config in tunable.candidates:
         config = {**tunable.default, **config}
-        if reason := refusal(problem, chosen(config), sets[0], expected):
+        if reason := refusal(problem, tunable.trying(config), sets[0], expected):
             refused[json.dumps(config)] = reason
         else:
             times.append((measure(config), config))
     best = tunable.default
     for _, config in sorted(times, key=lambda timed: timed[0]):
         others = ((variant, variant.inputs(device)) for variant in tunable.variants)
-        reasons = (refusal(variant, chosen(config), args, variant.expected(*args)) for variant, args in others)
+        reasons = (refusal(variant, tunable.trying(config), args, variant.expected(*args)) for variant, args in others)
         if reason := next(filter(None, reasons), None):
             refused[json.dumps(config)] = reason
         else:

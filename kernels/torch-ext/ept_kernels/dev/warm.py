@@ -1,15 +1,7 @@
-"""A warm kernel cache: compiled on one machine, without a GPU, for another one that has it.
+"""A warm kernel cache: filled by `aot.py` on one machine, without a GPU, for another one that has it.
 
-    python -m ept_kernels.dev.aot --warm FOLDER --target sm_90 [--then COMMAND]
-    python -m ept_kernels.dev.aot --unpack FOLDER.tar.xz
-
-The first fills FOLDER as Triton's own cache, binaries and metadata only, and packs it; the second puts what was packed
-into the cache of the machine it runs on, wherever that lies.
-
-Triton finds a kernel by a hash of its own files, Python's version among them as they are built for one; of its
-assembler's version and the compute capability; of the kernel's source, line numbers included, types and options; of the
-contents of libdevice; and of the variables that change its compiler, such as `TRITON_DISABLE_LINE_INFO`. Driver, CUDA
-runtime, PyTorch, the card's name and paths are no part of it.
+It is Triton's own cache, binaries and metadata only, and is unpacked into the cache of the machine at hand, wherever
+that lies. `docs/kernels.md` lists what Triton finds a kernel by; driver, CUDA runtime and PyTorch are no part of that.
 """
 
 from __future__ import annotations
@@ -50,10 +42,7 @@ def made_with(target: str) -> dict[str, str]:
 
 
 def pack(folder: Path, target: str) -> Path:
-    """Packs the cache in `folder`, which was filled on this machine, into a file beside it.
-
-    Whatever else than binaries and metadata lies in it is removed.
-    """
+    """Packs the cache in `folder`, filled on this machine, into a file beside it; removes all else from the folder."""
     for path in folder.glob("*/*"):
         if path.suffix not in PACKED:
             path.unlink()
