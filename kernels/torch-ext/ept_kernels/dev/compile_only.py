@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -68,11 +69,7 @@ def active() -> str | None:
 
 @contextlib.contextmanager
 def driving(target: str) -> Iterator[Driver]:
-    """Lets launchers choose and Triton compile for `target`, and launch in vain, for a while.
-
-    Raises:
-        RuntimeError: as by `activate`.
-    """
+    """Lets launchers choose and Triton compile for `target`, and launch in vain, for a while; raises as `activate`."""
     if target not in TARGETS:
         raise RuntimeError(f"target {target!r} is unknown: known are {', '.join(TARGETS)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -80,21 +77,18 @@ def driving(target: str) -> Iterator[Driver]:
     from triton.runtime import driver
 
     held = "_active" if hasattr(driver, "_active") else "active"  # of triton 3.4; reading `active` asks for a GPU since
-    before, ours = getattr(driver, held), Driver(target)
-    driver.set_active(ours)
-    try:
-        with launch.acting_as(ours.limits.architecture), _assembling_without_lines():
-            yield ours
-    finally:
-        setattr(driver, held, before)
+    ours = Driver(target)
+    in_place = mock.patch.object(driver, held, ours)
+    with in_place, launch.acting_as(ours.limits.architecture), _assembling_without_lines():
+        yield ours
 
 
 @contextlib.contextmanager
 def _assembling_without_lines() -> Iterator[None]:
     """Has ptxas leave out PTX and line numbers, two thirds of a binary, which no launch reads; the code stays the same.
 
-    Not for the stages before it, which make other code then, and not by the environment, which is a part of the keys:
-    a host with a GPU looks for binaries as if they had their lines.
+    Not for the stages before it, which make other code then, nor for the keys, by which a host with a GPU looks for
+    binaries as if they had their lines.
     """
     from triton import knobs
     from triton.backends.nvidia.compiler import CUDABackend
@@ -102,18 +96,12 @@ def _assembling_without_lines() -> Iterator[None]:
     make_cubin = CUDABackend.make_cubin
 
     def without_lines(*arguments: Any) -> bytes:
-        before = knobs.compilation.disable_line_info, knobs.propagate_env
-        knobs.propagate_env, knobs.compilation.disable_line_info = False, True
-        try:
+        with knobs.compilation.scope():
+            knobs.compilation.disable_line_info = True
             return make_cubin(*arguments)
-        finally:
-            knobs.compilation.disable_line_info, knobs.propagate_env = before
 
-    CUDABackend.make_cubin = without_lines
-    try:
+    with mock.patch.object(CUDABackend, "make_cubin", without_lines):
         yield
-    finally:
-        CUDABackend.make_cubin = make_cubin
 
 
 class Driver:
