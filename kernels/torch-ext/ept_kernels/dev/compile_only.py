@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
-
 from .. import launch, library
 
 
@@ -122,9 +120,6 @@ class Driver:
 
     def get_current_stream(self, device: Any = None) -> int:
         return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
     def get_device_properties(self, device: Any) -> dict[str, int]:
         return {"max_shared_mem": self.limits.shared}

@@ -10,24 +10,16 @@ import torch
 
 from .. import launch
 from ..four_bit import dequantize, matmul, paths
+from ..four_bit.problems import FourBit
 from ..frozen import launchers as frozen
+from ..frozen.problems import Activation, RMSNorm, Rotary
 from ..joint_prompt import launchers as joint_prompt
+from ..joint_prompt.problems import JointPrompt
 from ..launch import Config, Size, padded
 from ..problem import Problem
 from ..prompted_embedding import launchers as prompted_embedding
-from .problems import (
-    LLAMA_7B,
-    LLAMA_7B_JOINT,
-    T5_BASE,
-    T5_BASE_JOINT,
-    WEIGHTS,
-    Activation,
-    FourBit,
-    JointPrompt,
-    PromptedEmbedding,
-    RMSNorm,
-    Rotary,
-)
+from ..prompted_embedding.problems import PromptedEmbedding
+from .problems import LLAMA_7B, LLAMA_7B_JOINT, T5_BASE, T5_BASE_JOINT, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -76,8 +68,9 @@ def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list
         *_four_bit(reduced, torch.device(device)),
         *_frozen(reduced, torch.device(device)),
     ]
-    most = {"joint": 1} if reduced else {}
-    return [replace(t, candidates=t.candidates[: most.get(t.kernel[:5], 2)]) for t in found] if reduced else found
+    if reduced:
+        found = [replace(t, candidates=t.candidates[: 1 if t.kernel.startswith("joint") else 2]) for t in found]
+    return found
 
 
 # Kernels of the prompted embedding: the forward's, and those that are timed within the backward.
@@ -127,8 +120,7 @@ _VARIANTS = ({"block_size": 32}, {"nested": False}, {"nested": False, "block_siz
 
 def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
     """Lists the kernels, then the paths of a product: these are measured with the kernels that have won."""
-    # Under the interpreter, which the reduced ones are for, bfloat16 is truncated.
-    dtype = torch.float16 if reduced else torch.bfloat16
+    dtype = torch.float16 if reduced else torch.bfloat16  # which the interpreter truncates
     weights = [FourBit(*shape, dtype=dtype) for shape in ([(32, 128)] if reduced else WEIGHTS)]
     for p in {p.rows * p.columns: p for p in weights}.values():  # all that a dequantisation depends on
         p = replace(p, tokens=(), operator="dequantize_4bit")
@@ -171,8 +163,7 @@ _ELEMENTS = grid(BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
 
 def _frozen(reduced: bool, device: torch.device) -> Iterator[Tunable]:
     """Lists the frozen model's element-wise kernels, at the rows of a training step of known models."""
-    # Under the interpreter bfloat16 is truncated.
-    tokens, dtype = (3, torch.float16) if reduced else (8 * 296, torch.bfloat16)
+    tokens, dtype = (3, torch.float16) if reduced else (8 * 296, torch.bfloat16)  # as above
     norms = [RMSNorm(tokens, d, dtype=dtype) for d in ((20,) if reduced else (768, 4096))]
     turned = Rotary(1, n=tokens, dtype=dtype) if reduced else Rotary(8, 32, 32, 296, 128, 128, dtype)
     gated, relu = (

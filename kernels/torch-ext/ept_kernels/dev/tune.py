@@ -3,10 +3,9 @@
     python -m ept_kernels.dev.tune [--kernels NAME,NAME]
 
 A candidate is timed if `refusal` has nothing against it: the operator over several sets of inputs, together larger than
-the L2 cache, one after another, in a CUDA graph where there are such; the time is the median over the samples. The
-fastest that serves its variants, too, is measured again in turn with the heuristic's configuration and wins if it is
-faster by more than the noise. The file is written after each kernel, and later ones are measured with what has won: a
-path of a product with the kernels that it will have. Kernels that are no longer measured keep what the file says.
+the L2 cache, one after another, in a CUDA graph where there are such, the median over the samples. The fastest that
+serves its variants, too, is measured in turn with the heuristic's and wins by more than the noise. The file is written
+after each kernel, and later ones are measured with what has won; one no longer measured keeps what the file says.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ def tune(tunable: Tunable, device: torch.device) -> dict[str, Any]:
     """Measures every candidate of `tunable`.
 
     Returns:
-        `kernel`, `size`, `config` (the winner, complete), `median_us` and `default_us` (microseconds a call
-        of the whole operator, of the winner and of the heuristic's choice), `tried`, and `refused`: reasons by
-        configuration.
+        `kernel`, `size`, `config` (the winner, complete), `median_us` and `default_us` (microseconds a call of the
+        whole operator, by the winner and the heuristic), `tried`, and `refused`: reasons by configuration.
 
     Raises:
         RuntimeError: the heuristic's own configuration is refused.
