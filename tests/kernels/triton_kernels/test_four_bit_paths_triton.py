@@ -13,8 +13,8 @@ from four_bit_problems import watched_memory
 from ept_kernels import launch
 from ept_kernels.dev.problems import FourBit
 from ept_kernels.four_bit import paths as four_bit_paths
-from ept_kernels.four_bit.decode import Weight
 from ept_kernels.four_bit.paths import BITSANDBYTES, COUNTS, FUSED, LIBRARY, chosen_path, path_of
+from ept_kernels.four_bit.weight import Weight
 from ept_kernels.launch import configured
 
 __all__ = ["watched_memory"]

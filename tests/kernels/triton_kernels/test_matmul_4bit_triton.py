@@ -27,7 +27,8 @@ from ept_kernels import FourBitWeight, launch
 from ept_kernels.dev.problems import FourBit
 from ept_kernels.four_bit import matmul as kernels
 from ept_kernels.four_bit import paths as four_bit_paths
-from ept_kernels.four_bit.decode import Weight, levels, levels_of_tile
+from ept_kernels.four_bit.decode import levels_of_tile
+from ept_kernels.four_bit.weight import Weight, levels
 from ept_kernels.launch import configured
 
 __all__ = ["watched_memory"]

@@ -11,13 +11,9 @@ that are only written load it from a table, products gather it. `docs/kernels.md
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .weight import levels
 
 WORD = tl.constexpr(4)  # bytes that the fast paths load at once
 WEIGHTS = tl.constexpr(8)  # in a word
@@ -26,25 +22,6 @@ WEIGHTS = tl.constexpr(8)  # in a word
 def is_word_aligned(packed: Tensor, elements: int) -> bool:
     """Checks that `packed` is whole words at a whole word's address."""
     return elements % WEIGHTS.value == 0 and packed.data_ptr() % WORD.value == 0
-
-
-class Weight(NamedTuple):
-    """Arguments of `dequantize_4bit` but for the type of its result."""
-
-    packed: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor | None
-    nested_code: Tensor | None
-    nested_offset: Tensor | None
-    quant_type: str
-    block_size: int
-    nested_block_size: int
-    rows: int
-    columns: int
-
-    def pointers(self) -> tuple[Tensor | None, ...]:
-        """Returns what every kernel takes first."""
-        return (*self[:5], levels(self.quant_type, self.packed.device))
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Config, Kinds, Prepared, architecture, cached_choice, config_for, key, kinds, on_device
-from .decode import Weight, decode, is_word_aligned, load_absmax
+from .decode import decode, is_word_aligned, load_absmax
+from .weight import Weight
 
 # UNITS: words or bytes in a tile, a power of two. ITERS: tiles that a program takes, one after another; with one, all
 # loads are under way before anything is stored.

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import launch
 from ..launch import Config, Kinds, Prepared, Size
-from .decode import WEIGHTS, Weight, absmax_of_words, levels_of_tile, load_tile, split_8
+from .decode import WEIGHTS, absmax_of_words, levels_of_tile, load_tile, split_8
+from .weight import Weight
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
 _PRODUCT = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}

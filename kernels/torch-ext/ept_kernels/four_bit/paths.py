@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from ..launch import architecture, cached_choice, config_for, key
-from .decode import Weight, is_word_aligned
+from .decode import is_word_aligned
 from .dequantize import dequantize_4bit
 from .matmul import TILES, fused_product
+from .weight import Weight
 
 LIBRARY, FUSED, BITSANDBYTES = 0, 1, 2
 

@@ -83,7 +83,7 @@ class FourBit(Problem):
             return (dequantize_parts(*inputs),)
         x, *weight = inputs
         bias = weight.pop(5) if self.operator == "matmul_4bit" else None
-        W = dequantize_parts(*weight, x.dtype).double()  # type: ignore[call-arg]
+        W = dequantize_parts(*weight, x.dtype).double()
         out = x.double() @ (W.T if self.operator == "matmul_4bit" else W)
         return (out if bias is None else out + bias.double(),)
 

@@ -8,35 +8,25 @@ import torch
 from torch import Tensor
 
 from ..library import compute_dtype, register
-from .weight import LEVELS, SCHEMA, FourBitWeight
+from .weight import LEVELS, SCHEMA, FourBitWeight, Weight
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def dequantize_parts(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_code: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    block_size: int,
-    nested_block_size: int,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Computes `dequantize_4bit_reference` of the parts of a weight, which the operator takes."""
-    levels = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=packed.device)
-    nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[: rows * columns]  # [elements]
-    if nested_absmax is not None:
-        assert nested_code is not None
-        assert nested_offset is not None
-        group = torch.arange(absmax.shape[0], device=absmax.device) // nested_block_size  # [blocks]
-        absmax = nested_code[absmax.int()] * nested_absmax[group]  # rounded on its own: addcmul would not do
-        absmax = absmax + nested_offset
-    scale = absmax.repeat_interleave(block_size)[: rows * columns]  # [elements]
-    return (levels[nibbles.int()] * scale).to(dtype).view(rows, columns)
+def dequantize_parts(*arguments: Any) -> Tensor:
+    """Computes `dequantize_4bit_reference` of the parts of a weight and a type, which the operator takes."""
+    weight, dtype = Weight(*arguments[:-1]), arguments[-1]
+    packed, absmax, elements = weight.packed, weight.absmax, weight.rows * weight.columns
+    levels = torch.tensor(LEVELS[weight.quant_type], dtype=torch.float32, device=packed.device)
+    nibbles = torch.stack((packed >> 4, packed & 15), dim=1).flatten()[:elements]
+    if weight.nested_absmax is not None:
+        assert weight.nested_code is not None
+        assert weight.nested_offset is not None
+        group = torch.arange(absmax.shape[0], device=absmax.device) // weight.nested_block_size  # [blocks]
+        absmax = weight.nested_code[absmax.int()] * weight.nested_absmax[group]  # rounded on its own, not by addcmul
+        absmax = absmax + weight.nested_offset
+    scale = absmax.repeat_interleave(weight.block_size)[:elements]
+    return (levels[nibbles.int()] * scale).to(dtype).view(weight.rows, weight.columns)
 
 
 def dequantize_4bit_reference(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +183,25 @@ def levels(quant_type: str, device: torch.device) -> Tensor:
             f"{_TABLE_BYTES}: use torch's own allocator, or EPT_KERNELS=reference"
         )
     return table
+
+
+class Weight(NamedTuple):
+    """Arguments of `dequantize_4bit` but for the type of its result."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_code: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    block_size: int
+    nested_block_size: int
+    rows: int
+    columns: int
+
+    def pointers(self) -> tuple[Tensor | None, ...]:
+        """Returns what every kernel takes first."""
+        return (*self[:5], levels(self.quant_type, self.packed.device))
 
 
 def _check_tensor(
