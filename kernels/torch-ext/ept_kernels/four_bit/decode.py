@@ -1,9 +1,7 @@
-"""Decoding of 4-bit weights for all kernels over them: levels, how nibbles are looked up, scales (absmax) of blocks.
+"""Decoding of 4-bit weights, as `weight.py` describes them, for all kernels over them.
 
-A byte holds two neighbouring weights, the first in its high nibble. A nibble names one of 16 float32 levels, and a
-weight is its level times the absmax of its block, one float32 product rounded once to the wanted type. Nested absmax is
-`code[byte]·nested_absmax + offset`, product and sum rounded one after the other: launchers pass
-`enable_fp_fusion=False`, without which the two become one operation with other bits.
+Level times absmax is one float32 product, rounded once to the wanted type. Product and sum of a nested absmax are
+rounded one after the other: launchers pass `enable_fp_fusion=False`, without which they become one, with other bits.
 
 The look-up of the level decides the speed, since ten instructions a weight take as long as the memory traffic: tiles
 that are only written load it from a table, products gather it. `docs/kernels.md` counts the other ways and says why.
@@ -61,9 +59,7 @@ def decode(levels, b_unit, b_absmax, DTYPE: tl.constexpr, BYTES: tl.constexpr):
     """
     b_unit = b_unit.to(tl.uint32)
     if BYTES == 1:
-        b_0 = weight_at(levels, b_unit, b_absmax, 4, DTYPE)
-        b_1 = weight_at(levels, b_unit, b_absmax, 0, DTYPE)
-        b_weight = tl.join(b_0, b_1)
+        b_weight = tl.join(weight_at(levels, b_unit, b_absmax, 4, DTYPE), weight_at(levels, b_unit, b_absmax, 0, DTYPE))
     else:  # the lowest byte comes first, its high nibble before its low one
         b_weight = join_8(
             weight_at(levels, b_unit, b_absmax, 4, DTYPE),
@@ -134,12 +130,3 @@ def load_tile(
     m_block = m_n & (o_group * BLOCK_SIZE < last)[None, :]
     b_absmax = load_absmax(absmax, nested, o_block, m_block, NESTED_BLOCK_SIZE)  # [ROWS, GROUPS]
     return b_word, b_absmax
-
-
-@triton.jit
-def absmax_of_words(b_absmax, b_word):
-    """Repeats `[ROWS, GROUPS]` to the shape of `b_word` `[ROWS, words]`."""
-    ROWS: tl.constexpr = b_word.shape[0]
-    WORDS: tl.constexpr = b_word.shape[1]
-    GROUPS: tl.constexpr = b_absmax.shape[1]
-    return tl.reshape(tl.broadcast_to(b_absmax[:, :, None], [ROWS, GROUPS, WORDS // GROUPS]), [ROWS, WORDS])

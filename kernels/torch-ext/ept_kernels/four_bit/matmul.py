@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import launch
 from ..launch import Config, Kinds, Prepared, Size
-from .decode import WEIGHTS, absmax_of_words, levels_of_tile, load_tile, split_8
+from .decode import WEIGHTS, levels_of_tile, load_tile, split_8
 from .weight import Weight
 
 # BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
@@ -88,7 +88,9 @@ def matmul_4bit_kernel(
             packed, absmax, nested, o_n, following, rows, last, columns, BLOCK_K, BLOCK_SIZE, NESTED_BLOCK_SIZE
         )
         b_next_x = _load_x(x, o_m, following, tokens, last, stride_x_m, stride_x_k, BLOCK_K)
-        b_absmax = absmax_of_words(b_absmax, b_word)
+        GROUPS: tl.constexpr = b_absmax.shape[1]  # of words that share a scale
+        b_absmax = tl.broadcast_to(b_absmax[:, :, None], [BLOCK_N, GROUPS, BLOCK_K // WEIGHTS // GROUPS])
+        b_absmax = tl.reshape(b_absmax, [BLOCK_N, BLOCK_K // WEIGHTS])
         b_level = split_8(levels_of_tile(levels, b_word))
         b_x = split_8(tl.reshape(b_x.to(OPERAND), [BLOCK_M, BLOCK_K // WEIGHTS, 2, 2, 2]))
         for j in tl.static_range(WEIGHTS):  # columns j, j + 8, j + 16, …
