@@ -1,8 +1,7 @@
 """Triton kernel that dequantises bitsandbytes' 4-bit weights in one launch, nested absmax included, to equal bits.
 
-A program takes a run of tiles. In a tile each thread reads one word of four bytes and writes its eight weights, which
-are 16 bytes in a 16-bit type: neighbouring threads read and write neighbouring memory, in the widest accesses there
-are, and nothing is exchanged between threads. Sizes that are no whole words are read byte by byte instead.
+A program takes a run of tiles. In a tile each thread reads one word of four bytes and writes its eight weights, in a
+16-bit type by the widest access there is; nothing is exchanged. Sizes that are no whole words are read byte by byte.
 """
 
 from __future__ import annotations

@@ -3,10 +3,8 @@
 It computes `outᵀ = W·xᵀ`: the decoded weights are the left operand, which matrix units take from registers, and the
 tokens are its narrow side. Columns are taken in the order of the nibbles of a word (the first weights of all words of a
 tile, then the second ones, …), in W and in x alike, so that a thread keeps what it has decoded. Weights are rounded to
-x's type, as dequantised ones are; products are added up in float32 and rounded once.
-
-Too few tiles to fill a GPU are split along the sum; the splits' partial sums are added in a fixed order by a second
-launch. `paths.py` says when all this is taken, and what else there is.
+x's type, as dequantised ones are; products are added up in float32 and rounded once. Too few tiles to fill a GPU are
+split along the sum; a second launch adds the splits' partial sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -143,9 +141,7 @@ def fused_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 @launch.cached_choice
 def _prepared(kinds: Kinds, sizes: tuple[int, ...], strides: Size) -> tuple[Prepared, Prepared | None, int]:
-    """Prepares the product and, where it is split, the sum; takes the smallest tile that holds the tokens, or the
-    largest there is.
-    """
+    """Prepares the product, in the smallest tile that holds the tokens or the largest there is, and its splits' sum."""
     block_size, nested_block_size, rows, columns = sizes
     _, (*_, dtype, _), device, (*_, (tokens, _), _) = kinds
     # In tensor memory each of the eight products of a step has columns of its own: eight times 64 are all there are.

@@ -1,20 +1,15 @@
 """Launchers of the products with a 4-bit weight, and which way one goes: measured for each device, tokens and shape.
 
 * `FUSED`: the kernel in `matmul.py`, which decodes the weight as it multiplies. For few tokens.
-* `BITSANDBYTES`: its `gemm_4bit`, by its own choice between a fused kernel and a dequantisation. For very few tokens,
-  and where it is measured to be fastest: nothing is lost to it.
+* `BITSANDBYTES`: its `gemm_4bit`, by its own choice of kernel. For very few tokens, and where it is the fastest.
 * `LIBRARY`: one launch that dequantises into a fresh tensor, and the library's product. For many tokens, blocks that
   straddle rows, and weights at an odd address. A buffer kept for the weight would have to know of streams and CUDA
   graphs; PyTorch's allocator does, and hands the same memory out again.
 
-float32 tokens are never fused on a GPU: in pieces of bfloat16, as the matrix units would have to take them, neither
-they nor the weights fit into registers.
+float32 tokens are never fused on a GPU: in pieces of bfloat16 neither they nor the weights fit into registers. Nor is
+the input gradient: in training a product has as many rows as a batch has tokens.
 
-The input gradient has no kernel of its own: in training a product has as many rows as a batch has tokens, for which a
-dequantisation and the library's product are the fastest way.
-
-The measured choice is `{"PATH": number}` by tokens, rows and columns, under `matmul_4bit.path/16-bit` and
-`matmul_4bit.path/32-bit` in `configs/`.
+The measured choice is `{"PATH": number}` by tokens, rows and columns, under `matmul_4bit.path/…-bit` in `configs/`.
 """
 
 from __future__ import annotations
@@ -47,9 +42,7 @@ _THEIR_MAX_WEIGHTS = 2**31 - 1  # they count in 32 bits
 
 
 def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
-    """Computes `ept_kernels.matmul_4bit_reference` of a weight's tensors, the bias and the weight's sizes: in one or
-    two launches, or in one and a library's product, or by bitsandbytes.
-    """
+    """Computes `ept_kernels.matmul_4bit_reference` of a weight's tensors, the bias and its sizes, the chosen way."""
     weight, bias = Weight(*arguments[:5], *arguments[6:]), arguments[5]
     x, shape = x.detach(), (*x.shape[:-1], weight.rows)
     flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
@@ -70,9 +63,7 @@ def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
-    """Computes `ept_kernels.matmul_4bit_backward_reference` of a weight's tensors and sizes: a dequantisation and the
-    library's product.
-    """
+    """Computes `ept_kernels.matmul_4bit_backward_reference` of a weight's tensors and sizes."""
     weight, grad = Weight(*arguments), grad_output.detach()
     flat = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)  # [tokens, rows]
     out = grad.new_empty(flat.shape[0], weight.columns)
@@ -119,9 +110,7 @@ def heuristic_path(count: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def has_bitsandbytes() -> bool:
-    """Tells whether bitsandbytes is loaded and has the product. It is not loaded for this: whoever holds one of its
-    weights has done so.
-    """
+    """Tells whether bitsandbytes, which whoever holds one of its weights has loaded, is there and has the product."""
     return "bitsandbytes" in sys.modules and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 

@@ -33,16 +33,15 @@ def dequantize_4bit_reference(weight: FourBitWeight, dtype: torch.dtype) -> Tens
     """Dequantises to `[rows, columns]` in `dtype`: level times absmax in float32, rounded once.
 
     Equal to `bitsandbytes.functional.dequantize_4bit` bit for bit. float64 holds the float32 values.
+
+    Raises:
+        ValueError: `dtype` is none of float32, float16, bfloat16 and float64.
     """
     return dequantize_parts(*weight.tensors, *weight.sizes, _checked(dtype))
 
 
 def dequantize_4bit(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
-    """Computes `dequantize_4bit_reference` through the operator `ept::dequantize_4bit`.
-
-    Raises:
-        ValueError: `dtype` is none of float32, float16, bfloat16 and float64.
-    """
+    """Computes `dequantize_4bit_reference` through the operator `ept::dequantize_4bit`; raises as it does."""
     return _dequantize_4bit(*weight.tensors, *weight.sizes, _checked(dtype))
 
 
