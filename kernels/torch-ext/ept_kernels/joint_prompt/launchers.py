@@ -1,8 +1,7 @@
 """Launchers of the joint prompt and its backward: at most four launches and five, no atomics, sums in a fixed order.
 
-`products.py` has everything reduced over d, in parts, then added up; `scores.py` scores, softmax, gates and spaces of
-the rows, and in the backward sums over rows and columns; `expand.py` everything as wide as d. All sizes but d and the
-number of gates are run-time arguments: one compiled kernel serves every prompt length, input length and rank.
+All sizes but d and the number of gates are run-time arguments: one compiled kernel serves every prompt length, input
+length and rank.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Triton kernels of the joint prompt between the products and the expansion: nothing in them is as wide as d.
 
-The first does what a row of the prompt decides alone: its scores and their softmax, its gate and its spaces. Scores are
-kept with their maximum and the sum of their exponentials in place of weights, so that one pass over a row is enough. In
-the backward, the second sums the gradients `δ` of the scores before their scale: a program owns some rows of `A`, for
-`grad_A` and the gradient of their norms, or some rows of the prompt, for `sides` and `mix`.
+The first does what a row of the prompt decides alone. Scores are kept with their maximum and the sum of their
+exponentials in place of weights, so that one pass over a row is enough. In the backward, the second sums the gradients
+`δ` of the scores before their scale, over rows and over columns.
 """
 
 from __future__ import annotations
@@ -179,7 +178,7 @@ def joint_prompt_sides_kernel(
     MAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums what belongs to a tile of `A`'s rows, or of the prompt's."""
+    """Sums what belongs to a tile of `A`'s rows (`grad_A`, norms' gradient), or of the prompt's (`sides`, `mix`)."""
     i = tl.program_id(0)
     o_t, o_b = tl.arange(0, TILE), tl.arange(0, BLOCK_S)
     w = layout(workspace, s, m, r, a, columns, K)

@@ -1,7 +1,6 @@
 """Triton kernels of the prompted input's backward: three launches, no atomics, every sum in a fixed order.
 
-1. `token_at[b, p]`: which token of row b stands at position p (each position occurs at most once in a row); the
-   forward needs it too, and may hand it on;
+1. `token_at[b, p]`: which token of row b stands at position p; the forward needs it too, and may hand it on;
 2. `R = Σ_b grad[b, token_at[b, ·]]`, one tile in registers a program; prompt rows are written, position rows are
    multiplied into partial sums of `grad_A = R·Bᵀ` (over column tiles) and `grad_B = Aᵀ·R` (over position tiles);
 3. the partial sums are added up and scaled.

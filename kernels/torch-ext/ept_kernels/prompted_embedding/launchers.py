@@ -1,7 +1,4 @@
-"""Launchers of the prompted embedding's Triton kernels, and their choices.
-
-Two launches forward, three backward, of which the first is the same; packed, one.
-"""
+"""Launchers of the prompted embedding's Triton kernels, and their choices."""
 
 from __future__ import annotations
 
@@ -124,9 +121,8 @@ def prompted_embedding_backward(
     adapter_ids: Tensor | None = None,
     found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `ept_kernels.prompted_embedding_backward_reference` in three launches.
-
-    In two where `token_at` is given, in one where there is no update.
+    """Computes `ept_kernels.prompted_embedding_backward_reference` in three launches, in two with `token_at`, in one
+    without an update.
     """
     s, d = grad_output.shape[1] - positions.shape[1], grad_output.shape[2]
     *adapters, m, _ = A.shape
