@@ -54,18 +54,15 @@ class FourBit(Problem):
         def random_bytes(count: int) -> Tensor:
             return torch.randint(0, 256, (count,), generator=g, device=device, dtype=torch.uint8)
 
-        parts: dict[str, Any] = {"packed": random_bytes(self.shift + -(-elements // 2))[self.shift :]}
+        packed = random_bytes(self.shift + -(-elements // 2))[self.shift :]
+        nested: tuple[Any, ...] = ()
         if self.nested:
-            parts["absmax"] = random_bytes(blocks)
-            groups = -(-blocks // NESTED_BLOCK_SIZE)
-            parts["nested_absmax"] = torch.rand(groups, generator=g, device=device) / 2
-            parts["nested_code"] = torch.linspace(-1, 1, 256, device=device)
-            parts["nested_offset"] = torch.ones((), device=device)
-            parts["nested_block_size"] = NESTED_BLOCK_SIZE
+            absmax, groups = random_bytes(blocks), -(-blocks // NESTED_BLOCK_SIZE)
+            code, offset = torch.linspace(-1, 1, 256, device=device), torch.ones((), device=device)
+            nested = torch.rand(groups, generator=g, device=device) / 2, code, offset, NESTED_BLOCK_SIZE
         else:
-            parts["absmax"] = torch.rand(blocks, generator=g, device=device) + 0.5
-        sizes = {name: getattr(self, name) for name in ("quant_type", "block_size", "rows", "columns")}
-        return FourBitWeight(**parts, **sizes)
+            absmax = torch.rand(blocks, generator=g, device=device) + 0.5
+        return FourBitWeight(packed, absmax, self.quant_type, self.block_size, self.rows, self.columns, *nested)
 
     def random(self, width: int, device: Device = "cpu", seed: int = 0) -> Tensor:
         """Draws what the weight is multiplied with: `[*tokens, width]`."""

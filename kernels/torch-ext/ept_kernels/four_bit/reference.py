@@ -136,13 +136,11 @@ def _checked(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _fake(packed, *others):
-    rows, columns, dtype = others[-3:]
-    return packed.new_empty(rows, columns, dtype=dtype)
-
-
 _dequantize_4bit = register(
-    f"dequantize_4bit({SCHEMA.format('')}, ScalarType dtype) -> Tensor", dequantize_parts, _fake, "four_bit.dequantize"
+    f"dequantize_4bit({SCHEMA.format('')}, ScalarType dtype) -> Tensor",
+    dequantize_parts,
+    lambda packed, *others: packed.new_empty(others[-3:-1], dtype=others[-1]),
+    "four_bit.dequantize",
 )
 _matmul_4bit = register(
     f"matmul_4bit(Tensor x, {SCHEMA.format('Tensor? bias,')}) -> Tensor",
