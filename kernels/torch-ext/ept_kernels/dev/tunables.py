@@ -125,36 +125,24 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
     for p in {p.rows * p.columns: p for p in weights}.values():  # all that a dequantisation depends on
         p = replace(p, tokens=(), operator="dequantize_4bit")
         odd = replace(p, rows=p.rows - 1, columns=p.columns - 1)  # no whole words
-        yield Tunable(
-            kernel=launch.key("dequantize_4bit", dtype),
-            size=(p.rows * p.columns,),
-            default=dequantize.heuristic(device),
-            candidates=_DEQUANTIZE_GRID,
-            problem=p,
-            variants=[*(replace(p, **kind) for kind in _VARIANTS), odd],
-        )
+        kernel, default = launch.key("dequantize_4bit", dtype), dequantize.heuristic(device)
+        variants = [*(replace(p, **kind) for kind in _VARIANTS), odd]
+        yield Tunable(kernel, (p.rows * p.columns,), default, _DEQUANTIZE_GRID, p, variants)
     for p, tile in itertools.product(weights, matmul.TILES):
-        p = replace(p, tokens=(tile,))
-        yield Tunable(
-            kernel=launch.key(f"matmul_4bit/{tile}", dtype),
-            size=(p.rows, p.columns),
-            default=matmul.heuristic(f"matmul_4bit/{tile}", p.rows, p.columns),
-            candidates=_PRODUCT_GRID,
-            problem=p,
-            variants=[replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS],
-            held={launch.key("matmul_4bit.path", dtype): {"PATH": paths.FUSED}},
-        )
+        p, name = replace(p, tokens=(tile,)), f"matmul_4bit/{tile}"
+        kernel, default = launch.key(name, dtype), matmul.heuristic(name, p.rows, p.columns)
+        variants = [replace(p, dtype=torch.float16, **kind) for kind in _VARIANTS]
+        held = {launch.key("matmul_4bit.path", dtype): {"PATH": paths.FUSED}}
+        yield Tunable(kernel, (p.rows, p.columns), default, _PRODUCT_GRID, p, variants, held)
     for p, count in itertools.product(weights, paths.COUNTS[: 4 if reduced else None]):
         for of_tokens in (dtype, torch.float32) if count <= 8 and not reduced else (dtype,):
             there = {paths.LIBRARY: True, paths.FUSED: paths.has_fused(of_tokens, device)}
             there[paths.BITSANDBYTES] = paths.has_bitsandbytes()
-            yield Tunable(
-                kernel=launch.key("matmul_4bit.path", of_tokens),
-                size=(count, p.rows, p.columns),
-                default={"PATH": paths.heuristic_path(count, of_tokens, device)},
-                candidates=[{"PATH": path} for path, is_there in there.items() if is_there],
-                problem=replace(p, tokens=(count,), dtype=of_tokens),
-            )
+            kernel = launch.key("matmul_4bit.path", of_tokens)
+            default = {"PATH": paths.heuristic_path(count, of_tokens, device)}
+            candidates = [{"PATH": path} for path, is_there in there.items() if is_there]
+            problem = replace(p, tokens=(count,), dtype=of_tokens)
+            yield Tunable(kernel, (count, p.rows, p.columns), default, candidates, problem)
 
 
 _ROWS = grid(TILE=(2048, 4096, 8192), num_warps=(4, 8))
