@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import load_A, load_B
+from .forward import load
 
 
 @triton.jit(do_not_specialize=["n", "m"])
@@ -110,12 +110,12 @@ def prompted_embedding_backward_kernel(
         # Two loops, and BLOCK_R of the rank at a time: what an operand is split into has to fit into registers.
         for start in tl.range(0, r, BLOCK_R, num_stages=1):
             o_r = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_R)
-            b_B = load_B(B + i_a * r * d, o_r, o_d, r, d)  # [BLOCK_R, BLOCK_D]
+            b_B = load(B + i_a * r * d, o_r, o_d, o_r < r, d)  # [BLOCK_R, BLOCK_D]
             b_grad_A = tl.dot(b_R, tl.trans(b_B), input_precision=PRECISION)  # [BLOCK_M, BLOCK_R]
             tl.store(p_A + o_r[None, :], b_grad_A, mask=m_m[:, None] & (o_r < r)[None, :])
         for start in tl.range(0, r, BLOCK_R, num_stages=1):
             o_r = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_R)
-            b_A = load_A(A + i_a * m * r, o_m, o_r, m_m, r)  # [BLOCK_M, BLOCK_R]
+            b_A = load(A + i_a * m * r, o_m, o_r, m_m, r)  # [BLOCK_M, BLOCK_R]
             b_grad_B = tl.dot(tl.trans(b_A), b_R, input_precision=PRECISION)  # [BLOCK_R, BLOCK_D]
             tl.store(p_B + o_r[:, None] * d, b_grad_B, mask=(o_r < r)[:, None] & m_d[None, :])
 

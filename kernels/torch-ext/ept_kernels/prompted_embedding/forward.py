@@ -10,17 +10,10 @@ import triton.language as tl
 
 
 @triton.jit
-def load_B(B, o_r, o_d, r, d):
-    """Loads `B`'s rows `o_r`, columns `o_d` in float32, zero beyond rank r and width d."""
-    mask = (o_r < r)[:, None] & (o_d < d)[None, :]
-    return tl.load(B + o_r[:, None] * d + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_A(A, o_m, o_r, m_m, r):
-    """Loads `A`'s rows `o_m`, columns `o_r` in float32, zero where `m_m` is false and beyond rank r."""
-    mask = m_m[:, None] & (o_r < r)[None, :]
-    return tl.load(A + o_m[:, None] * r + o_r[None, :], mask=mask, other=0.0).to(tl.float32)
+def load(x, o_i, o_j, m_i, width):
+    """Loads rows `o_i`, columns `o_j` of contiguous `x` in float32, zero where `m_i` is false and beyond its width."""
+    mask = m_i[:, None] & (o_j < width)[None, :]
+    return tl.load(x + o_i[:, None] * width + o_j[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -124,8 +117,8 @@ def prompted_embedding_kernel(
                 STEP: tl.constexpr = RANK if RANK < 64 else 64
                 for start in tl.range(0, RANK, STEP, num_stages=1):
                     o_r = (start + tl.arange(0, STEP)).to(tl.int64)
-                    b_A = load_A(A, o_m.to(tl.int64), o_r, o_m < updated, r)  # [BLOCK_T, STEP]
-                    b_C += scale * tl.dot(b_A, load_B(B, o_r, o_d, r, d), input_precision=PRECISION)
+                    b_A = load(A, o_m.to(tl.int64), o_r, o_m < updated, r)  # [BLOCK_T, STEP]
+                    b_C += scale * tl.dot(b_A, load(B, o_r, o_d, o_r < r, d), input_precision=PRECISION)
             i_b = first.to(tl.int64)
             o_n, b_id, is_read = _look_up(input_ids, token_at, i_b, first < last, o_m, n, m, vocabulary, PACKED)
             for i in range(first, last):
