@@ -83,7 +83,7 @@ def joint_prompt_rows_kernel(
     products, inverse_rms = (w.products, w.width, 1), w.stats + INVERSE_RMS * w.at_B
     b_n = tl.load(inverse_rms + o_s)
     if FUSION:
-        to_B, A_T = (w.products + w.at_B, w.width, 1), (A, 1, r, r, m)
+        to_B, A_T, slope_scale = (w.products + w.at_B, w.width, 1), (A, 1, r, r, m), lowrank_scale * embedding_scale
         b_zero = tl.zeros([BLOCK_S, TILE], tl.float32)
         b_max = tl.full([BLOCK_S], float("-inf"), tl.float32)
         b_sum, b_dot = tl.zeros([BLOCK_S], tl.float32), tl.zeros([BLOCK_S], tl.float32)
@@ -91,17 +91,13 @@ def joint_prompt_rows_kernel(
             o_m = first + o_t
             b_S = add_product(b_zero, to_B, o_s, A_T, o_m, r, PRECISION)
             b_S *= b_n[:, None] * (lowrank_scale * tl.load(w.norms + o_m))[None, :]
-            b_e = b_zero
-            if BACKWARD:
-                b_e = lowrank_scale * embedding_scale * add_product(b_zero, to_B, o_g, A_T, o_m, r, PRECISION)
+            b_e = slope_scale * add_product(b_zero, to_B, o_g, A_T, o_m, r, PRECISION) if BACKWARD else b_zero
             sums = _take(w, b_max, b_sum, b_dot, b_S, b_e, o_s, o_m, o_m < m, score_scale, BACKWARD)
             b_max, b_sum, b_dot = sums
         for first in range(0, s, TILE):
             o_j = first + o_t
             b_S = b_n[:, None] * load(products, o_s, o_j) * tl.load(inverse_rms + o_j)[None, :]
-            b_e = b_zero
-            if BACKWARD:
-                b_e = embedding_scale * load(products, o_g, o_j)
+            b_e = embedding_scale * load(products, o_g, o_j) if BACKWARD else b_zero
             sums = _take(w, b_max, b_sum, b_dot, b_S, b_e, o_s, w.at_p + o_j, o_j < s, score_scale, BACKWARD)
             b_max, b_sum, b_dot = sums
         tl.store(w.stats + MAX * w.at_B + o_s, b_max)
