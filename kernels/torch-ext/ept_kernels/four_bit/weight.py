@@ -80,16 +80,15 @@ class FourBitWeight:
             raise _unexpected("block_size", repr(size), f"a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}")
         elements = self.rows * self.columns
         blocks = _ceil_div(elements, size)
+        is_plain = self.nested_absmax is None and self.nested_code is None and self.nested_offset is None
         device = _check_tensor("packed", self.packed, torch.uint8, _ceil_div(elements, 2))
-        parts = {name: getattr(self, name) for name in ("nested_absmax", "nested_code", "nested_offset")}
-        if all(part is None for part in parts.values()):
-            _check_tensor("absmax", self.absmax, torch.float32, blocks, device)
-            return
-        _check_positive("nested_block_size", self.nested_block_size)
-        _check_tensor("absmax", self.absmax, torch.uint8, blocks, device)
-        lengths = (_ceil_div(blocks, self.nested_block_size), 256, 1)
-        for (name, part), length in zip(parts.items(), lengths, strict=True):
-            _check_tensor(name, part, torch.float32, length, device)
+        _check_tensor("absmax", self.absmax, torch.float32 if is_plain else torch.uint8, blocks, device)
+        if not is_plain:
+            _check_positive("nested_block_size", self.nested_block_size)
+            groups = _ceil_div(blocks, self.nested_block_size)
+            _check_tensor("nested_absmax", self.nested_absmax, torch.float32, groups, device)
+            _check_tensor("nested_code", self.nested_code, torch.float32, 256, device)
+            _check_tensor("nested_offset", self.nested_offset, torch.float32, 1, device)
 
     @classmethod
     def from_bitsandbytes(cls, source: Any, *, check_code: bool = True) -> FourBitWeight:
