@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import testing
+from triton.runtime.errors import TritonError
 
 from .. import launch
 from ..launch import Config
@@ -103,8 +104,6 @@ def refusal(
     problem: Problem, configs: dict[str, Config], args: tuple[Any, ...], expected: Sequence[Tensor]
 ) -> str | None:
     """Runs `problem` once in `configs`; says why they must not win if it fails, spills, or differs from `expected`."""
-    from triton.runtime.errors import TritonError
-
     launcher: Any = launcher_of(problem.operator)
     with launch.configured(configs), launch.watched() as launches, _poisoned_memory():
         try:

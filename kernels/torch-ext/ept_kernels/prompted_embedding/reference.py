@@ -127,8 +127,7 @@ def prompted_embedding_backward_reference(
     grad_prompt = _sum_rows(grad_output[:, :s].to(dtype), adapter_ids, A)
     if r == 0 or n == 0:
         return grad_prompt.to(A.dtype), torch.zeros_like(A), torch.zeros_like(B, dtype=A.dtype)
-    # Bring every text's gradient rows to their positions by a gather (no atomics), then sum over the batch in row
-    # order.
+    # Every text's gradient rows are gathered at their positions (no atomics), then summed in row order.
     token_at = token_at_reference(positions, m) if token_at is None else token_at
     rows = grad_output[:, s:].to(dtype)
     at_position = torch.take_along_dim(rows, token_at.clamp(min=0).long()[..., None], dim=1)  # [batch, m, d]
