@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.errors import TritonError
 
 from ept_kernels import launch
-from ept_kernels.dev import compile_only, warm
+from ept_kernels.dev import aot, compile_only
 from ept_kernels.dev.problems import LLAMA_7B
 from ept_kernels.frozen import launchers as frozen
 from ept_kernels.library import launcher_of
@@ -104,14 +104,14 @@ def test_a_packed_cache_serves_another_process_in_another_place(tmp_path, monkey
     """
     cold = run_in_a_process(TRITON_CACHE_DIR=str(tmp_path / "warm"), TRITON_STORE_BINARY_ONLY="1")
     assert cold == "triton 3 ('token_at_kernel', False)"
-    archive = warm.pack(tmp_path / "warm", "sm_90")
+    archive = aot.pack(tmp_path / "warm", "sm_90")
     kept = {path.suffix: path.read_bytes() for path in (tmp_path / "warm").glob("*/*")}
     assert set(kept) == {".json", ".cubin"}
     assert b".text.token_at_kernel" in kept[".cubin"]
     assert b"debug_line" not in kept[".cubin"]
     (tmp_path / "warm").rename(tmp_path / "gone")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "elsewhere"))
-    assert warm.unpack(archive) == 1
+    assert aot.unpack(archive) == 1
     assert run_in_a_process(WITH_LINES="1") == "triton 3 ('token_at_kernel', True)"
 
 
@@ -142,13 +142,13 @@ def test_without_line_numbers_the_code_is_the_same(tmp_path, monkeypatch):
     ],
 )
 def test_a_cache_that_would_not_be_found_is_refused(change, message, tmp_path, monkeypatch):
-    made = {**warm.made_with("sm_90"), **change}
+    made = {**aot.made_with("sm_90"), **change}
     (tmp_path / "warm").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(warm, "made_with", lambda target: made)
-        archive = warm.pack(tmp_path / "warm", "sm_90")
+        patch.setattr(aot, "made_with", lambda target: made)
+        archive = aot.pack(tmp_path / "warm", "sm_90")
     with pytest.raises(ValueError, match=message):
-        warm.unpack(archive)
+        aot.unpack(archive)
 
 
 @pytest.mark.parametrize("width", [1, 768, 2048, 5120, 6144, 7168, 12000, 16384])

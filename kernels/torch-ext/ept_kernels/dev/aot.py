@@ -1,25 +1,33 @@
 """Compiles every kernel in every shipped configuration for the supported targets, without a GPU.
 
     python -m ept_kernels.dev.aot [--targets NAME,NAME] [--only OPERATOR] [--jobs NUMBER]
-    python -m ept_kernels.dev.aot --warm FOLDER --targets NAME [--then COMMAND]     see `warm.py`
+    python -m ept_kernels.dev.aot --warm FOLDER --targets NAME [--then COMMAND]
     python -m ept_kernels.dev.aot --unpack FOLDER.tar.xz
 
 The launchers are called as on such a GPU, with the driver of `compile_only.py`; what that refuses, such as a spill,
 fails. Prints registers, shared memory and instructions of each kernel, and instructions a decoded 4-bit weight.
 With `--candidates`, which takes long, it only prints what the tuner will refuse.
+
+`--warm` packs what was compiled, as Triton's own cache, for a machine with such a GPU; `--unpack` there puts it into
+that machine's, wherever it lies. `docs/kernels.md` lists what Triton finds a kernel by.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import json
 import multiprocessing
 import os
+import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -30,12 +38,15 @@ from .. import launch
 from ..launch import Config, Launch
 from ..library import launcher_of
 from ..problem import Problem
-from . import warm
 from .compile_only import TARGETS, Target, disassembled, driving
 from .problems import compiled_problems
 from .tunables import tunables
 
 Row = dict[str, Any]
+
+# Of a packed cache: its file of what it is found by, and what is kept of Triton's own cache.
+MADE_WITH = "made_with.json"
+PACKED = (".cubin", ".hsaco", ".json")
 
 
 class Case(NamedTuple):
@@ -139,6 +150,67 @@ def fill(folder: Path, target: str, only: str, jobs: int) -> int:
     return len(rows)
 
 
+def made_with(target: str) -> dict[str, str]:
+    """Names what a cache for `target` is found by on this machine, the kernels aside."""
+    from triton._C.libtriton import get_cache_invalidating_env_vars
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # before triton 3.5
+        from triton.compiler.compiler import triton_key
+
+    backend = make_backend(GPUTarget(*TARGETS[target][:3]))
+    found_by = f"{triton_key()}-{backend.hash()}-{sorted(get_cache_invalidating_env_vars().items())}"
+    return {
+        "target": target,
+        "triton": version("triton"),
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "found_by": hashlib.sha256(found_by.encode()).hexdigest(),
+    }
+
+
+def pack(folder: Path, target: str) -> Path:
+    """Packs the cache in `folder`, filled on this machine, beside it; all but binaries and metadata is removed."""
+    for path in folder.glob("*/*"):
+        if path.suffix not in PACKED:
+            path.unlink()
+    (folder / MADE_WITH).write_text(json.dumps(made_with(target)), encoding="utf-8")
+    return Path(shutil.make_archive(str(folder), "xztar", folder))
+
+
+def unpack(archive: Path) -> int:
+    """Puts the packed kernels into this machine's cache, `TRITON_CACHE_DIR` if set; returns how many there are.
+
+    Raises:
+        ValueError: the file is none of `pack`'s, or was made with what finds nothing here.
+    """
+    from triton.runtime.cache import FileCacheManager
+
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.unpack_archive(archive, folder, filter="data")
+        about = Path(folder, MADE_WITH)
+        made = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        if made.get("target") not in TARGETS:
+            raise ValueError(f"{archive} holds no kernels: make it with `python -m ept_kernels.dev.aot --warm`")
+        here = made_with(made["target"])
+        if made != here:
+            theirs, ours = (f"triton {x['triton']} for Python {x['python']}" for x in (made, here))
+            other = f"here is {ours}" if theirs != ours else "here is another build of it, or other TRITON_ variables"
+            raise ValueError(
+                f"{archive} was made with {theirs}, {other}: nothing of it would be found. Make it with the same"
+            )
+        kernels = [path for path in Path(folder).iterdir() if path.is_dir()]
+        for kernel in kernels:
+            cache = FileCacheManager(kernel.name)
+            # A group names its folder; it is written anew.
+            files = [path for path in kernel.iterdir() if not path.name.startswith("__grp__")]
+            paths = {path.name: cache.put(path.read_bytes(), path.name) for path in files}
+            cache.put_group(next(name for name in paths if name.endswith(".json")), paths)
+    return len(kernels)
+
+
 def table(rows: Iterable[Row]) -> str:
     columns = ("kernel", "target", "registers", "shared_bytes", "instructions", "per_weight")
     lines = [columns, *([str(row[c]) for c in columns] for row in rows)]
@@ -163,7 +235,7 @@ def main() -> None:
         raise SystemExit(f"--targets {unknown}: known are {', '.join(TARGETS)}")
     if arguments.unpack:
         try:
-            return print(f"{warm.unpack(arguments.unpack)} kernels are in Triton's cache now")
+            return print(f"{unpack(arguments.unpack)} kernels are in Triton's cache now")
         except (OSError, ValueError, tarfile.TarError) as error:
             raise SystemExit(str(error)) from error
     if arguments.warm:
@@ -171,7 +243,7 @@ def main() -> None:
             raise SystemExit("--warm is for one target: add --target sm_90, or another of " + ", ".join(TARGETS))
         count = fill(arguments.warm, targets[0], arguments.only, arguments.jobs)
         failed = [command for command in arguments.then if subprocess.run(shlex.split(command)).returncode]
-        archive = warm.pack(arguments.warm, targets[0])
+        archive = pack(arguments.warm, targets[0])
         print(f"{count} compiled for {targets[0]}; {archive} has {archive.stat().st_size / 1e6:.1f} MB")
         sys.exit("\n".join(f"failed, so that kernels may be missing: {command}" for command in failed) or 0)
 
