@@ -27,13 +27,7 @@ from torch.nn import functional as F
 from ..library import autograd_inside_operators, compute_dtype, register
 
 # φ by name.
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "relu": torch.relu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "linear": lambda x: x,
-}
+ACTIVATIONS = {"gelu": F.gelu, "relu": torch.relu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x}
 
 # Keeps the normalisation of an all-zero row finite, and its gradient too: C is zero at the start.
 NORM_EPS = 1e-6
