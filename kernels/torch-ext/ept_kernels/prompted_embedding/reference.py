@@ -145,11 +145,6 @@ def _sum_rows(rows: Tensor, adapter_ids: Tensor | None, A: Tensor) -> Tensor:
     return torch.tensordot(chosen.to(rows.dtype), rows, dims=1)
 
 
-def _fake(input_ids, positions, table, prompt, A, B, scale, adapter_ids=None, token_at=None):
-    s, d = prompt.shape[-2], table.shape[1]
-    return table.new_empty(input_ids.shape[0], s + input_ids.shape[1], d)
-
-
 def _backward_fake(grad_output, positions, A, B, scale, adapter_ids=None, token_at=None):
     s = grad_output.shape[1] - positions.shape[1]
     return A.new_empty(*A.shape[:-2], s, grad_output.shape[2]), torch.empty_like(A), torch.empty_like(B, dtype=A.dtype)
@@ -159,7 +154,9 @@ prompted_embedding = register(
     "prompted_embedding(Tensor input_ids, Tensor positions, Tensor table, Tensor prompt, Tensor A, Tensor B, "
     "float scale, Tensor? adapter_ids=None, Tensor? token_at=None) -> Tensor",
     prompted_embedding_reference,
-    _fake,
+    lambda input_ids, positions, table, prompt, *_: table.new_empty(
+        input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], table.shape[1]
+    ),
     launcher="prompted_embedding.launchers",
 )
 prompted_embedding_packed = register(
