@@ -246,9 +246,7 @@ def _has_bfloat16_pieces() -> bool:
 
 
 def all_registers(device: torch.device) -> Config:
-    """Returns the launch option that lets a kernel take all 255 registers of a thread: the assembler for NVIDIA GPUs
-    otherwise spills a few of a long one, to fit more programs at a time. Other compilers do not know it and need none.
-    """
+    """Lets a kernel take all 255 registers of a thread: the assembler for NVIDIA GPUs otherwise spills a few."""
     return {"maxnreg": 255} if architecture(device) == "cuda" else {}
 
 

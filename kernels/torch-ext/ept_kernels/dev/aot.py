@@ -38,7 +38,7 @@ from .. import launch
 from ..launch import Config, Launch
 from ..library import launcher_of
 from ..problem import Problem
-from .compile_only import TARGETS, Target, disassembled, driving
+from .compile_only import TARGETS, Driver, Target, disassembled, driving
 from .problems import compiled_problems
 from .tunables import tunables
 
@@ -153,7 +153,6 @@ def fill(folder: Path, target: str, only: str, jobs: int) -> int:
 def made_with(target: str) -> dict[str, str]:
     """Names what a cache for `target` is found by on this machine, the kernels aside."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
-    from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
 
     try:
@@ -161,7 +160,7 @@ def made_with(target: str) -> dict[str, str]:
     except ImportError:  # before triton 3.5
         from triton.compiler.compiler import triton_key
 
-    backend = make_backend(GPUTarget(*TARGETS[target][:3]))
+    backend = make_backend(Driver(target).get_current_target())
     found_by = f"{triton_key()}-{backend.hash()}-{sorted(get_cache_invalidating_env_vars().items())}"
     return {
         "target": target,

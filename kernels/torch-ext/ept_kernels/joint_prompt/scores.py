@@ -41,9 +41,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _take(w, b_max, b_sum, b_dot, b_S, b_e, o_s, o_j, is_column, score_scale, BACKWARD: tl.constexpr):
-    """Stores a tile of scores and slopes, and takes it into the running maximum of the scores, the sum of their
-    exponentials, and that sum weighted with the slopes.
-    """
+    """Stores a tile of scores and slopes; takes it into the scores' maximum, exponentials' sum, and sum by slopes."""
     store((w.scores, w.score_width, 1), b_S, o_s, o_j)
     if BACKWARD:
         store((w.slopes, w.score_width, 1), b_e, o_s, o_j)

@@ -29,8 +29,7 @@ def token_at_kernel(
 ):
     """Inverts the positions of one batch row for one tile of them; −1 where no token has the position.
 
-    By comparison: filling and then scattering would need stores of other threads to be visible after a barrier, which
-    not every GPU promises. Token tiles without a position of this tile are passed over.
+    By comparison: to fill and scatter, other threads' stores would have to be visible after a barrier, on every GPU.
     """
     i_program = tl.program_id(0)
     tiles = tl.cdiv(m, BLOCK_M)
