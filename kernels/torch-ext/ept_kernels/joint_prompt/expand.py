@@ -13,23 +13,6 @@ from .scores import weights
 from .tiles import INVERSE_RMS, TILE, add_product, add_products, dot, layout, load, store
 
 
-@triton.jit
-def _attend(w, A, B, p, o_s, o_d, lowrank_scale, score_scale, PRECISION: tl.constexpr):
-    """Computes `ω·[c·A·B; p]`: the forward has weights, but neither columns of p nor of B in `mix`."""
-    o_t = tl.arange(0, TILE)
-    b_out = tl.zeros([TILE, o_d.shape[0]], tl.float32)
-    for j in range(0, B[3], TILE):
-        b_A = tl.zeros([TILE, TILE], tl.float32)
-        for first in range(0, A[3], TILE):
-            b_w, _ = weights(w, score_scale, o_s, first + o_t, first + o_t < A[3])
-            b_A += dot(b_w, load(A, first + o_t, j + o_t), PRECISION)
-        b_out += dot(lowrank_scale * b_A, load(B, j + o_t, o_d), PRECISION)
-    for first in range(0, p[3], TILE):
-        b_w, _ = weights(w, score_scale, o_s, w.at_p + first + o_t, first + o_t < p[3])
-        b_out += dot(b_w, load(p, first + o_t, o_d), PRECISION)
-    return b_out
-
-
 @triton.jit(do_not_specialize=["s", "m", "r", "a", "columns", "K"])
 def joint_prompt_expand_kernel(
     prompt,  # [s, d]
@@ -77,10 +60,18 @@ def joint_prompt_expand_kernel(
     sides, sides_T, mix_T = (w.sides, w.width, 1), (w.sides, 1, w.width), (w.mix, 1, w.width)
     b_out = tl.zeros([TILE, BLOCK_D], tl.float32)
     if not BACKWARD:
-        if FUSION:
-            b_attended = _attend(
-                w, (A, r, 1, m, r), (B, d, 1, r, d), p, o_i, o_d, lowrank_scale, score_scale, PRECISION
-            )
+        if FUSION:  # ω·[c·A·B; p]: there are weights, but neither columns of p nor of B in `mix`
+            o_t = tl.arange(0, TILE)
+            b_attended = tl.zeros([TILE, BLOCK_D], tl.float32)
+            for j in range(0, r, TILE):
+                b_A = tl.zeros([TILE, TILE], tl.float32)
+                for first in range(0, m, TILE):
+                    b_w, _ = weights(w, score_scale, o_i, first + o_t, first + o_t < m)
+                    b_A += dot(b_w, load((A, r, 1, m, r), first + o_t, j + o_t), PRECISION)
+                b_attended += dot(lowrank_scale * b_A, load((B, d, 1, r, d), j + o_t, o_d), PRECISION)
+            for first in range(0, s, TILE):
+                b_w, _ = weights(w, score_scale, o_i, w.at_p + first + o_t, first + o_t < s)
+                b_attended += dot(b_w, load(p, first + o_t, o_d), PRECISION)
             b_out = embedding_scale * tl.load(beta).to(tl.float32) * b_attended
         b_out = add_product(b_out, (w.mix + w.at_U, w.width, 1), o_i, (U, d, 1, columns, d), o_d, columns, PRECISION)
         store((out, d, 1, s, d), b_out + embedding_scale * load(p, o_i, o_d), o_i, o_d)

@@ -1,7 +1,6 @@
 """Launchers of the joint prompt and its backward: at most four launches and five, no atomics, sums in a fixed order.
 
-All sizes but d and the number of gates are run-time arguments: one compiled kernel serves every prompt length, input
-length and rank.
+All sizes but d and the number of gates are run-time arguments: one compiled kernel serves all lengths and ranks.
 """
 
 from __future__ import annotations
