@@ -80,25 +80,24 @@ def dequantize_4bit(*arguments: Any) -> Tensor:
     """Computes `ept_kernels.dequantize_4bit_reference` of a weight's tensors and sizes and a type in one launch."""
     weight, dtype = Weight(*arguments[:-1]), arguments[-1]
     out = weight.packed.new_empty(weight.rows, weight.columns, dtype=dtype)
-    words = is_word_aligned(weight.packed, weight.rows * weight.columns)
-    run = _prepared(kinds(*weight[:5]), words, weight[6:], dtype)
+    unit = 4 if is_word_aligned(weight.packed, weight.rows * weight.columns) else 1
+    run = _prepared(kinds(*weight[:5]), unit, weight[6:], dtype)
     with on_device(weight.packed):
         run(*weight.pointers(), out)
     return out
 
 
 @cached_choice
-def _prepared(kinds: Kinds, words: bool, sizes: tuple[int, ...], dtype: torch.dtype) -> Prepared:
+def _prepared(kinds: Kinds, unit: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Prepared:
     block_size, nested_block_size, rows, columns = sizes
     device = kinds[2]
     config = config_for(key("dequantize_4bit", dtype), rows * columns, device, heuristic(device))
-    bytes_ = 4 if words else 1
     options = {
         **config,
         "BLOCK_SIZE": block_size,
         "NESTED_BLOCK_SIZE": nested_block_size,
-        "BYTES": bytes_,
+        "BYTES": unit,
         "enable_fp_fusion": False,
     }
-    grid = (triton.cdiv(rows * columns, config["UNITS"] * 2 * bytes_ * config["ITERS"]),)
+    grid = (triton.cdiv(rows * columns, config["UNITS"] * 2 * unit * config["ITERS"]),)
     return Prepared(dequantize_4bit_kernel, grid, (rows * columns,), options, kinds)

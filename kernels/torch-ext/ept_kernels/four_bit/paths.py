@@ -74,9 +74,8 @@ def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
 def path_of(weight: Weight, tokens: int, dtype: torch.dtype) -> int:
     """Chooses the way that a product with `tokens` of `dtype` takes: the measured one where it can be gone."""
     packed, rows, columns = weight.packed, weight.rows, weight.columns
-    if columns % weight.block_size or not is_word_aligned(packed, rows * columns) or not tokens * rows * columns:
-        return LIBRARY
-    if tokens > COUNTS[-1]:
+    is_whole = columns % weight.block_size == 0 and is_word_aligned(packed, rows * columns)
+    if not is_whole or not tokens * rows * columns or tokens > COUNTS[-1]:
         return LIBRARY
     count = COUNTS[bisect.bisect_left(COUNTS, tokens)]
     path = chosen_path(count, rows, columns, dtype, packed.device)
