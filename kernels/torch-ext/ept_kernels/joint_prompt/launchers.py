@@ -40,10 +40,7 @@ def joint_prompt(*arguments: Any) -> Tensor:
 
 
 def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Computes `ept_kernels.joint_prompt_backward_reference` in five launches, four without fusion.
-
-    Gradients of parameters that have elements but no part in the result (`A` without fusion) are filled with zeros.
-    """
+    """Computes `ept_kernels.joint_prompt_backward_reference` in five launches, four without fusion."""
     prompt, A, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
     fusion, spaces = beta.numel() > 0, D.shape[1] > 0
     if not prompt.numel() or not (fusion or spaces):

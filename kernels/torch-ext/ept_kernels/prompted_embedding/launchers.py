@@ -121,9 +121,7 @@ def prompted_embedding_backward(
     adapter_ids: Tensor | None = None,
     found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes `ept_kernels.prompted_embedding_backward_reference` in three launches, in two with `token_at`, in one
-    without an update.
-    """
+    """Computes `ept_kernels.prompted_embedding_backward_reference`: 3 launches, 2 with `token_at`, 1 without update."""
     s, d = grad_output.shape[1] - positions.shape[1], grad_output.shape[2]
     *adapters, m, _ = A.shape
     has_update = A.numel() and positions.numel()
