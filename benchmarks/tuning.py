@@ -56,8 +56,7 @@ def tuned(tunable: Tunable, device: torch.device) -> Row:
     """Measures every candidate and writes the winner to this device's file, which later processes read."""
     device = torch.device(device.type, torch.accelerator.current_device_index())
     row = tune.tune(tunable, device)
-    name = torch.get_device_module(device).get_device_name(device)
-    tune.write(launch.config_file(device), row, name, "python benchmarks/gpu_report.py")
+    tune.write(launch.config_file(device), row, device, "python benchmarks/gpu_report.py")
     gained = f"{row['median_us']} µs, {row['default_us']} µs by the heuristic"
     says = f"{row['kernel']} {row['size']}: {gained}; {len(row['refused'])} of {row['tried']} refused"
     return {**row, "file": str(launch.config_file(device).relative_to(ROOT)), "summary": says}

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import ept_kernels
 from ept import EPTConfig, EPTLayer
+from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding, opcheck_problems
+from ept_kernels.problem import Problem
 
 MAX_LENGTH = 12
 WIDTH = 64
 VOCABULARY = 50
+EMBEDDING = PromptedEmbedding(n=9)
+TRANSPOSED = [EMBEDDING, EMBEDDING.backward, JointPrompt(), JointPrompt(fusion=False).backward]
+TRANSPOSED += [problem for problem in opcheck_problems() if problem.operator.startswith(("rms", "gated", "relu"))]
 
 
 def make_layer(device: torch.device | str = "cpu", **options: Any) -> EPTLayer:
@@ -47,6 +53,13 @@ def step(layer: torch.nn.Module, ids: Tensor, mask: Tensor) -> list[Tensor]:
     weight = torch.linspace(-1, 1, output.numel(), device=output.device).view_as(output)
     (output * weight).sum().backward()
     return [output.detach(), *(p.grad for p in layer.parameters())]
+
+
+def check_transposed(problem: Problem, device: torch.device | str) -> None:
+    """What an operator's fake says holds where matrices are transposed: dense, so that copies like them are too."""
+    inputs = [x.mT.contiguous().mT if isinstance(x, Tensor) and x.dim() > 1 else x for x in problem.inputs(device)]
+    results = torch.library.opcheck(getattr(ept_kernels, problem.operator), tuple(inputs))
+    assert set(results.values()) == {"SUCCESS"}, results
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float = 0.0) -> None:

@@ -37,21 +37,25 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("one", 768, {"BLOCK": 16, "num_warps": 4}),
         ("one", 1500, {"BLOCK": 16, "num_warps": 4}),
-        ("one", 2000, {"BLOCK": 128, "num_warps": 8}),  # nearer by the ratio, not by the difference
-        ("one", 100_000, {"BLOCK": 128, "num_warps": 8}),
+        ("one", 2100, {"BLOCK": 128, "num_warps": 8}),  # nearer by the ratio, not by the difference
+        ("one", 8192, {"BLOCK": 128, "num_warps": 8}),
+        ("one", 8200, DEFAULT),  # measured at less than half of it: too far
+        ("one", 380, DEFAULT),
         ("two/16-bit", (5000, 50), {"BLOCK": 2, "num_warps": 4}),
-        ("two/16-bit", (700, 64), {"BLOCK": 3, "num_warps": 4}),
+        ("two/16-bit", (700, 24), {"BLOCK": 3, "num_warps": 4}),
         ("two/16-bit", 768, {"BLOCK": 4, "num_warps": 4}),
         ("two/32-bit", (4096, 16), DEFAULT),
         ("one", (768, 16), DEFAULT),  # measured by one number, asked for by two
-        ("product.path", (8, 4096, 14336), {**DEFAULT, "PATH": 2}),
+        ("product.path", (8, 4096, 11008), {**DEFAULT, "PATH": 2}),
+        ("product.path", (8, 4096, 4096 * 16), DEFAULT),
+        ("product.path", (9, 4096, 4096), DEFAULT),  # another number of tokens
     ],
 )
 def test_the_nearest_measured_size_is_taken(file, kernel, size, expected):
     file.write_text(json.dumps({"device": "Some GPU", "kernels": MEASURED}), encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert launch.config_for(kernel, size, GPU, DEFAULT) == expected
+        assert launch.config_for(kernel, size, GPU, DEFAULT, exact=int(kernel == "product.path")) == expected
 
 
 def test_without_a_file_the_heuristic_is_taken_and_one_warning_given(file):
@@ -111,11 +115,13 @@ def test_what_is_tried_comes_first_and_the_caches_follow(file):
 
 
 def test_every_shipped_file_is_sound_and_known_to_the_tuner():
-    from ept_kernels.dev import aot
+    from ept_kernels.dev import aot, compile_only
 
     assert list(aot.shipped_cases()) or not list(launch.CONFIGS.glob("*.json"))
     for path in launch.CONFIGS.glob("*.json"):
-        assert json.loads(path.read_text(encoding="utf-8"))["device"] not in ("", "cpu"), path
+        content = json.loads(path.read_text(encoding="utf-8"))
+        assert content["device"] not in ("", "cpu"), path
+        assert content["target"] in compile_only.TARGETS, path
 
 
 def test_shipped_configurations_are_compiled_and_unknown_ones_refused(tmp_path, monkeypatch):
@@ -126,9 +132,10 @@ def test_shipped_configurations_are_compiled_and_unknown_ones_refused(tmp_path, 
     size = "x".join(map(str, tunable.size))
     config = {**tunable.default, "num_warps": 8}
     kernels = {tunable.kernel: {size: config}, "product.path": {"8": {"PATH": 1}}}
-    (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": kernels}), encoding="utf-8")
+    (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": kernels, "target": "sm_90"}), encoding="utf-8")
     monkeypatch.setattr(launch, "CONFIGS", tmp_path)
-    (case,) = aot.shipped_cases()
+    ((case, target),) = aot.shipped_cases()
+    assert target == "sm_90"
     assert (case.configs, case.note) == ({tunable.kernel: config}, " (Some_GPU)")
     assert case.problem == tunable.problem.small
     (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": {"gone": {size: config}}}), encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_checks import make_ids, make_layer
+from layer_checks import TRANSPOSED, check_transposed, make_ids, make_layer
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -296,3 +296,8 @@ def test_the_card_lists_every_operator_with_the_arguments_of_its_schema():
             arguments = arguments - {"weight"} | of_weight
         assert arguments == {argument.name for argument in operator.default._schema.arguments}, name
     assert len(operators) == card.count("\n| `")
+
+
+@pytest.mark.parametrize("problem", TRANSPOSED, ids=lambda problem: problem.operator)
+def test_transposed_parameters_pass_opcheck(problem):
+    check_transposed(problem, "cpu")

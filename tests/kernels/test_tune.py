@@ -126,17 +126,20 @@ def test_bits_are_compared_where_nothing_is_tolerated():
 def test_the_file_is_added_to_and_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, row = tmp_path / "Some_GPU.json", tune.tune(toy(1), CPU)
     monkeypatch.setattr(launch, "config_file", lambda device: path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu = torch.device("cuda", 0)
     chosen = launch.cached_choice(lambda: launch.config_for("toy", 9, torch.device("cuda"), {"kind": 0}))
     for change, command, kind in (
         ({}, "first", 1),
         ({"kernel": "other"}, "other", 1),
         ({"config": {"kind": 7}}, "again", 7),
     ):
-        tune.write(path, {**row, **change}, "Some GPU", command)
+        tune.write(path, {**row, **change}, gpu, command)
         assert chosen() == {"kind": kind}, command
     assert launch.load_configs(path) == {"toy": {(8,): {"kind": 7}}, "other": {(8,): {"kind": 1}}}
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content["device"] == "Some GPU"
+    assert (content["device"], content["target"]) == ("Some GPU", "sm_90")
     assert [row["measured_with"]["command"] for row in content["measurements"]] == ["other", "again"]
     assert content["measurements"][0]["measured_with"]["torch"] == torch.__version__
     launch.forget_measured()
@@ -146,7 +149,7 @@ def test_a_damaged_file_is_not_written_over(tmp_path: Path):
     path = tmp_path / "Some_GPU.json"
     path.write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="damaged"):
-        tune.write(path, {}, "Some GPU", "tune")
+        tune.write(path, {}, torch.device("cuda", 0), "tune")
     assert path.read_text(encoding="utf-8") == "{"
 
 
@@ -156,6 +159,7 @@ def accelerator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Some GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(launch, "CONFIGS", tmp_path)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it takes long
     return tmp_path / "Some_GPU_1.json"

@@ -172,8 +172,12 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return _device_module(device.type).device(device)
 
 
-def config_for(kernel: str, size: int | Size, device: torch.device, default: Config) -> Config:
-    """Chooses meta-parameters of `kernel` at `size`: the device's nearest measured ones, filled up from `default`."""
+def config_for(kernel: str, size: int | Size, device: torch.device, default: Config, exact: int = 0) -> Config:
+    """Chooses meta-parameters of `kernel` at `size`: the device's nearest measured ones, filled up from `default`.
+
+    What was measured far from it, beyond a factor of two in each number, says nothing of this size; nor does what
+    differs in the first `exact` numbers.
+    """
     if (tried := _State.tried.get(kernel)) is not None:
         return {**default, **tried}
     known = {} if device.type == "cpu" else _measured(config_file(device)).get(kernel, {})
@@ -182,8 +186,11 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
     def distance(key: Size) -> float:
         return sum(math.log(a / max(b, 1)) ** 2 for a, b in zip(key, wanted, strict=True))
 
-    nearest = min((key for key in known if len(key) == len(wanted)), key=distance, default=None)
-    return default if nearest is None else {**default, **known[nearest]}
+    alike = [key for key in known if len(key) == len(wanted) and key[:exact] == wanted[:exact]]
+    nearest = min(alike, key=distance, default=None)
+    if nearest is None or distance(nearest) > len(wanted) * math.log(2) ** 2 + 1e-9:
+        return default
+    return {**default, **known[nearest]}
 
 
 def cached_choice(function: _Function) -> _Function:

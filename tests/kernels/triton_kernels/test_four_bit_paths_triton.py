@@ -66,7 +66,11 @@ def table(tmp_path, monkeypatch):
         (128, 5120, 5120, BF16, LIBRARY),  # the nearest shape
         (1, 2304, 768, BF16, FUSED),
         (128, 2304, 768, BF16, BITSANDBYTES),
-        (1, 4096, 4096, F32, LIBRARY),
+        (192, 4096, 4096, BF16, LIBRARY),  # unmeasured: not the way of another number of tokens
+        (32, 4096, 4096, BF16, FUSED),
+        (96, 256, 768, BF16, LIBRARY),  # nor of another shape
+        (7, 4096, 4096, F32, LIBRARY),
+        (1, 4096, 4096, F32, BITSANDBYTES),
     ],
 )
 def test_the_measured_path_of_tokens_shape_and_type(table, count, rows, columns, dtype, expected):
@@ -75,7 +79,7 @@ def test_the_measured_path_of_tokens_shape_and_type(table, count, rows, columns,
 
 def test_unmeasured_on_a_gpu(tmp_path, monkeypatch):
     """bitsandbytes' own product for the fewest tokens, the fused kernel for few of 16 bits."""
-    monkeypatch.setattr(four_bit_paths, "config_for", lambda kernel, size, device, default: default)
+    monkeypatch.setattr(four_bit_paths, "config_for", lambda kernel, size, device, default, exact: default)
     chosen_path.cache_clear()
     counts = (1, 4, 5, 7, 8, 64, 96)
     found = {dtype: [chosen_path(count, 64, 64, dtype, GPU) for count in counts] for dtype in (BF16, F32)}

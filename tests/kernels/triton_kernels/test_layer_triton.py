@@ -8,7 +8,16 @@ from functools import partial
 import pytest
 import torch
 from conftest import launches_of
-from layer_checks import assert_same, check_captured, check_compiled, make_ids, make_layer, step
+from layer_checks import (
+    TRANSPOSED,
+    assert_same,
+    check_captured,
+    check_compiled,
+    check_transposed,
+    make_ids,
+    make_layer,
+    step,
+)
 
 import ept_kernels
 from ept import functional
@@ -46,6 +55,11 @@ def test_operators_launch_as_often_as_promised_and_pass_opcheck(problem, launche
     assert launches_of(operator, *inputs) == launches
     results = torch.library.opcheck(operator, inputs)
     assert set(results.values()) == {"SUCCESS"}, results
+
+
+@pytest.mark.parametrize("problem", TRANSPOSED, ids=lambda problem: problem.operator)
+def test_transposed_parameters_pass_opcheck(problem, device):
+    check_transposed(problem, device)
 
 
 def test_layer_takes_six_launches_forward_and_seven_backward(device):

@@ -15,7 +15,7 @@ from ept_kernels.dev.problems import PromptedEmbedding
 from ept_kernels.library import reference_of
 from ept_kernels.problem import TF32, Problem, as_tuple, in_float64
 from ept_kernels.prompted_embedding import launchers as kernels
-from ept_kernels.prompted_embedding.reference import token_at_reference
+from ept_kernels.prompted_embedding.reference import prompted_embedding_reference, token_at_reference
 
 FLOAT32_TOLERANCE = 1e-5  # of the sum of the magnitudes that were added up
 
@@ -167,6 +167,19 @@ def test_packed_texts_longer_than_A_are_written_to_their_end(r, device, monkeypa
     behind = torch.cat([torch.arange(-problem.s, length) >= 20 for length in problem.lengths])
     right[behind.to(device) & (r > 0)] = float("nan")
     torch.testing.assert_close(kernels.prompted_embedding_packed(*inputs), right, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_diverged_adapter_does_not_reach_rows_without_one(device):
+    """−1, none, counts from the end as an index: the last adapter's B must not even be multiplied by zero."""
+    problem = PromptedEmbedding(adapters=2, batch=2, s=2, padding="none")
+    ids, positions, table, prompt, A, B, scale, _ = problem.inputs(device)
+    B[1] = float("nan")
+    adapter_ids = torch.tensor([0, -1], device=device)
+    for function in (kernels.prompted_embedding, prompted_embedding_reference):
+        for given in (positions, torch.tensor([[1], [0]], device=device) * (positions + 1) - 1):
+            out = function(ids, given, table, prompt, A, B, scale, adapter_ids)
+            assert torch.equal(out[1, 2:], table[ids[1]])
+            assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("adapter", [2, -3, 2**40, -(2**40)])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -62,21 +63,23 @@ def cases() -> list[Case]:
     return [Case(problem, {}) for problem in compiled_problems()]
 
 
-def shipped_cases() -> Iterator[Case]:
-    """Lists a call for every measured configuration that is shipped under `configs/`.
+def shipped_cases() -> Iterator[tuple[Case, str]]:
+    """Lists a call for every measured configuration that is shipped under `configs/`, with the target it is for.
 
     Raises:
         ValueError: a file is damaged, or names a kernel and a size that the tuner does not know.
     """
     known = {(tunable.kernel, tunable.size): tunable for tunable in tunables()}
     for path in sorted(launch.CONFIGS.glob("*.json")):
+        target = json.loads(path.read_text(encoding="utf-8")).get("target")
         for kernel, sizes in launch.load_configs(path).items():
             for size, config in sizes.items() if "." not in kernel else ():  # with a dot: a measured number
                 if (kernel, size) not in known:
                     raise ValueError(
                         f"{path} has {kernel} at {size}, which the tuner does not know: remove the entry, or tune anew"
                     )
-                yield Case(known[kernel, size].problem.small, known[kernel, size].trying(config), f" ({path.stem})")
+                tunable = known[kernel, size]
+                yield Case(tunable.problem.small, tunable.trying(config), f" ({path.stem})"), target
 
 
 def candidate_cases() -> list[Case]:
@@ -144,8 +147,9 @@ def _instructions(compiled: Any, backend: str) -> int:
 def fill(folder: Path, target: str, only: str, jobs: int) -> int:
     """Compiles what may be launched on `target`, also by the tuner, into a cache in `folder`; counts the kernels."""
     os.environ.update(TRITON_CACHE_DIR=str(folder.absolute()), TRITON_STORE_BINARY_ONLY="1")
-    found = [*cases(), *shipped_cases(), *candidate_cases()]
-    rows, refused = compile_all([(case, target) for case in found if only in case.problem.name], jobs, False)
+    found = [(case, target) for case in (*cases(), *candidate_cases())]
+    found += [(case, its) for case, its in shipped_cases() if its == target]
+    rows, refused = compile_all([pair for pair in found if only in pair[0].problem.name], jobs, False)
     print(*refused, sep="\n", flush=True)
     return len(rows)
 
@@ -246,11 +250,11 @@ def main() -> None:
         print(f"{count} compiled for {targets[0]}; {archive} has {archive.stat().st_size / 1e6:.1f} MB")
         sys.exit("\n".join(f"failed, so that kernels may be missing: {command}" for command in failed) or 0)
 
-    def compiled(found: Iterable[Case]) -> tuple[list[Row], list[str]]:
-        wanted = [case for case in found if arguments.only in case.problem.name]
-        return compile_all([(case, target) for target in targets for case in wanted], arguments.jobs)
+    def compiled(found: Iterable[Case], shipped: Iterable[tuple[Case, str]] = ()) -> tuple[list[Row], list[str]]:
+        pairs = [*itertools.product(found, targets), *(pair for pair in shipped if pair[1] in targets)]
+        return compile_all([pair for pair in pairs if arguments.only in pair[0].problem.name], arguments.jobs)
 
-    rows, refused = compiled([*cases(), *shipped_cases()])
+    rows, refused = compiled(cases(), shipped_cases())
     candidates, passed_over = compiled(candidate_cases() if arguments.candidates else [])
     if not rows and not refused:
         raise SystemExit(f"--only {arguments.only}: no operator's name or sizes contain this")

@@ -125,8 +125,8 @@ def refusal(
     return None
 
 
-def write(path: Path, row: dict[str, Any], device: str, command: str) -> None:
-    """Adds the winner in `row` to the file at `path`, which holds what was measured on `device` before."""
+def write(path: Path, row: dict[str, Any], device: torch.device, command: str) -> None:
+    """Adds the winner in `row` to the file at `path`, which holds what was measured on such a device before."""
     content: dict[str, Any] = {"kernels": {}, "measurements": []}
     if path.is_file():
         launch.load_configs(path)  # a damaged file is not written over
@@ -141,7 +141,10 @@ def write(path: Path, row: dict[str, Any], device: str, command: str) -> None:
         "triton": version("triton"),
         "runtime": str(torch.version.cuda or torch.version.hip or ""),
     }
-    content |= {"device": device, "measurements": [*kept, {**row, "measured_with": with_what}]}
+    target = launch.architecture(device)
+    content["target"] = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if target == "cuda" else target
+    content["device"] = torch.get_device_module(device).get_device_name(device)
+    content |= {"measurements": [*kept, {**row, "measured_with": with_what}]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -192,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = " ".join([launch.TUNER, *(arguments if arguments is not None else sys.argv[1:])])
     for tunable in chosen:
         row = tune(tunable, device)
-        write(launch.config_file(device), row, torch.get_device_module(device).get_device_name(device), command)
+        write(launch.config_file(device), row, device, command)
         print(
             f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
             f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",

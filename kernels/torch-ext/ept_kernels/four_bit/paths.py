@@ -98,7 +98,7 @@ def has_fused(dtype: torch.dtype, device: torch.device) -> bool:
 def chosen_path(count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """Chooses the measured path for `count` tokens, one of `COUNTS`, or `heuristic_path`'s."""
     default = {"PATH": heuristic_path(count, dtype, device)}
-    return config_for(key("matmul_4bit.path", dtype), (count, rows, columns), device, default)["PATH"]
+    return config_for(key("matmul_4bit.path", dtype), (count, rows, columns), device, default, exact=1)["PATH"]
 
 
 def heuristic_path(count: int, dtype: torch.dtype, device: torch.device) -> int:

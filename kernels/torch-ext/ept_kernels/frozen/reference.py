@@ -57,10 +57,10 @@ def rms_norm_reference(
     dtype = compute_dtype(x, weight)
     offset, rounds_first = FORMS[form]
     out_dtype = weight.dtype if form == "t5" else x.dtype
-    total = x if residual is None else (x + residual).to(x.dtype)
+    total = x if residual is None else (x + residual).to(x.dtype).contiguous()
     h = total.to(dtype)
     rstd = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-    out = h * rstd
+    out = h.contiguous() * rstd
     if rounds_first:
         out = out.to(out_dtype).to(dtype)
     out = out.mul_(offset + weight.to(dtype)).to(out_dtype)
@@ -85,7 +85,7 @@ def rms_norm_backward_reference(
     rows, grad = h.to(dtype), grad_output.to(dtype) * (FORMS[form][0] + weight.to(dtype))
     along = torch.linalg.vecdot(grad, rows)[..., None]  # [..., 1]
     grad = grad.mul_(rstd).addcmul_(rows, rstd.pow(3).mul_(along).div_(-h.shape[-1]))
-    return (grad if grad_h is None else grad.add_(grad_h)).to(h.dtype)
+    return (grad if grad_h is None else grad.add_(grad_h)).to(h.dtype).contiguous()
 
 
 def rotary_reference(
@@ -134,7 +134,7 @@ def gated_activation_reference(gate: Tensor, up: Tensor, activation: str) -> Ten
         activation: φ: `silu`, `gelu` (exact), `gelu_tanh` or `relu`.
     """
     dtype = compute_dtype(gate)
-    return (ACTIVATIONS[activation][0](gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+    return (ACTIVATIONS[activation][0](gate.to(dtype)) * up.to(dtype)).to(gate.dtype).contiguous()
 
 
 def gated_activation_backward_reference(
@@ -144,13 +144,14 @@ def gated_activation_backward_reference(
     dtype = compute_dtype(gate)
     function, derivative = ACTIVATIONS[activation]
     grad, x = grad_output.to(dtype), gate.to(dtype)
-    return derivative(grad * up.to(dtype), x).to(gate.dtype), (grad * function(x)).to(up.dtype)
+    gradients = derivative(grad * up.to(dtype), x).to(gate.dtype), (grad * function(x)).to(up.dtype)
+    return gradients[0].contiguous(), gradients[1].contiguous()
 
 
 def relu_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Computes `max(x, 0)`, and for the backward one bit an element: `[⌈elements / 8⌉]` uint8, the first lowest."""
     passes = F.pad(~(x <= 0).reshape(-1), (0, -x.numel() % 8)).view(-1, 8)  # NaN passes
-    return F.relu(x), (passes * _bits(x)).sum(1, dtype=torch.uint8)
+    return F.relu(x.contiguous()), (passes * _bits(x)).sum(1, dtype=torch.uint8)
 
 
 def relu_backward_reference(grad_output: Tensor, passes: Tensor) -> Tensor:

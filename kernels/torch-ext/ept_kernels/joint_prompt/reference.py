@@ -76,7 +76,7 @@ def joint_prompt_reference(
             gate = torch.softmax(p_hat @ G, dim=1)  # [s, K]
             hidden = hidden * gate.repeat_interleave(D.shape[1] // G.shape[1], dim=1)
         joint = joint + hidden @ U
-    return (embedding_scale * joint).to(prompt.dtype)
+    return (embedding_scale * joint).to(prompt.dtype).contiguous()
 
 
 def _attended(
@@ -107,7 +107,7 @@ def joint_prompt_backward_reference(grad_output: Tensor, *arguments: Any) -> tup
         dtype = compute_dtype(*parameters)
         joint = joint_prompt_reference(*(x.to(dtype) for x in parameters), *arguments[9:])
         gradients = torch.autograd.grad(joint, parameters, grad_output.to(dtype), allow_unused=True)
-    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, parameters))
+    return tuple((torch.zeros_like(x) if g is None else g).contiguous() for g, x in zip(gradients, parameters))
 
 
 def _fake(prompt, *others):

@@ -98,12 +98,13 @@ def prompted_embedding_kernel(
         i_tile = (i_program // columns) % (tiles_m + tiles_s)
         first = i_program // columns // (tiles_m + tiles_s) * rows
         last = tl.minimum(first + rows, batch)
-        updated = m  # rows of A that count
+        updated, rank = m, r  # rows of A, and of B, that count
         is_known = True
         if adapter_ids is not None:
             i_a = tl.load(adapter_ids + first).to(tl.int64)
             is_known = (i_a >= -adapters) & (i_a < adapters)
             updated = tl.where((i_a >= 0) & is_known, m, 0)
+            rank = tl.where(updated > 0, r, 0)
             i_a = tl.where(i_a >= 0, i_a, i_a + adapters)  # a negative one counts from the end, as indexing does
             i_a = tl.where(is_known, i_a, 0)
             prompt += i_a * s * d
@@ -118,7 +119,7 @@ def prompted_embedding_kernel(
                 for start in tl.range(0, RANK, STEP, num_stages=1):
                     o_r = (start + tl.arange(0, STEP)).to(tl.int64)
                     b_A = load(A, o_m.to(tl.int64), o_r, o_m < updated, r)  # [BLOCK_T, STEP]
-                    b_C += scale * tl.dot(b_A, load(B, o_r, o_d, o_r < r, d), input_precision=PRECISION)
+                    b_C += scale * tl.dot(b_A, load(B, o_r, o_d, o_r < rank, d), input_precision=PRECISION)
             i_b = first.to(tl.int64)
             o_n, b_id, is_read = _look_up(input_ids, token_at, i_b, first < last, o_m, n, m, vocabulary, PACKED)
             for i in range(first, last):

@@ -53,7 +53,7 @@ def prompted_embedding_reference(
         else:
             is_updated = is_updated & (adapter_ids >= 0)[:, None]
             rows, B = A[adapter_ids[:, None], index], B[adapter_ids]
-        tokens = tokens + scale * ((rows * is_updated[..., None]) @ B)
+        tokens = torch.where(is_updated[..., None], tokens + scale * (rows @ B), tokens)
     return torch.cat([prompt_rows, tokens], dim=1).to(table.dtype)
 
 
@@ -126,7 +126,7 @@ def prompted_embedding_backward_reference(
     m, r = A.shape[-2:]
     grad_prompt = _sum_rows(grad_output[:, :s].to(dtype), adapter_ids, A)
     if r == 0 or n == 0:
-        return grad_prompt.to(A.dtype), torch.zeros_like(A), torch.zeros_like(B, dtype=A.dtype)
+        return grad_prompt.to(A.dtype), A.new_zeros(A.shape), A.new_zeros(B.shape)
     # Every text's gradient rows are gathered at their positions (no atomics), then summed in row order.
     token_at = token_at_reference(positions, m) if token_at is None else token_at
     rows = grad_output[:, s:].to(dtype)
@@ -147,7 +147,8 @@ def _sum_rows(rows: Tensor, adapter_ids: Tensor | None, A: Tensor) -> Tensor:
 
 def _backward_fake(grad_output, positions, A, B, scale, adapter_ids=None, token_at=None):
     s = grad_output.shape[1] - positions.shape[1]
-    return A.new_empty(*A.shape[:-2], s, grad_output.shape[2]), torch.empty_like(A), torch.empty_like(B, dtype=A.dtype)
+    shapes = (*A.shape[:-2], s, grad_output.shape[2]), A.shape, B.shape
+    return tuple(A.new_empty(shape) for shape in shapes)
 
 
 prompted_embedding = register(
