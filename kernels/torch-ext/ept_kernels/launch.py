@@ -12,8 +12,6 @@ measured, the heuristic. Other numbers that are measured a device have a name wi
 `config_for("matmul_4bit.path/16-bit", (tokens, rows, columns), device, {"PATH": 1})["PATH"]`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

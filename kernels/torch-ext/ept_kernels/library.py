@@ -8,8 +8,6 @@ import, makes every device take the `reference`, or, as `triton`, fails without 
 the first call, sends CPU tensors through the kernels, to test them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

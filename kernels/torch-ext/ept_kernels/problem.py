@@ -5,8 +5,6 @@ ahead-of-time compiler, tests, opcheck and benchmarks. `problem.inputs(device, s
 launcher take them. Letters as in the method; a size of 0 switches its part off.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace

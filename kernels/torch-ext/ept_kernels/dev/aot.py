@@ -12,8 +12,6 @@ With `--candidates`, which takes long, it only prints what the tuner will refuse
 that machine's, wherever it lies. `docs/kernels.md` lists what Triton finds a kernel by.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Calls of all operators in one table, for the tuner, the ahead-of-time compiler, tests, opcheck and benchmarks."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

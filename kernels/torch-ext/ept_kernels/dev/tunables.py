@@ -1,7 +1,5 @@
 """Every kernel's configurations that the tuner may try: at which sizes, by which problem, with what else meanwhile."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -8,8 +8,6 @@ serves its variants, too, is measured in turn with the heuristic's and wins by m
 after each kernel, and later ones are measured with what has won; one no longer measured keeps what the file says.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

@@ -7,8 +7,6 @@ The look-up of the level decides the speed, since ten instructions a weight take
 that are only written load it from a table, products gather it. `docs/kernels.md` counts the other ways and says why.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -4,8 +4,6 @@ A program takes a run of tiles. In a tile each thread reads one word of four byt
 16-bit type by the widest access there is; nothing is exchanged. Sizes that are no whole words are read byte by byte.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

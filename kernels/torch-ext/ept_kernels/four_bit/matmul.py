@@ -7,8 +7,6 @@ x's type, as dequantised ones are; products are added up in float32 and rounded 
 split along the sum; a second launch adds the splits' partial sums in a fixed order.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

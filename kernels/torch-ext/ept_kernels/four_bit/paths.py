@@ -12,8 +12,6 @@ the input gradient: in training a product has as many rows as a batch has tokens
 The measured choice is `{"PATH": number}` by tokens, rows and columns, under `matmul_4bit.path/…-bit` in `configs/`.
 """
 
-from __future__ import annotations
-
 import bisect
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """Calls of the operators of a 4-bit weight."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Operators of a frozen `ept_kernels.FourBitWeight` `W`: its weights to the bits of bitsandbytes, and two products."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Triton kernels of activations, element by element: one launch each. Arguments as in `reference.py`."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -1,7 +1,5 @@
 """Launchers of the frozen model's element-wise kernels, one launch each, and their choices."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

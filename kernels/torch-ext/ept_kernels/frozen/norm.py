@@ -3,8 +3,6 @@
 A program takes whole rows, so that a row is read once. Letters and arguments as in `reference.py`.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

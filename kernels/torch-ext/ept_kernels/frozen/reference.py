@@ -9,8 +9,6 @@ the model does not hold anyway, but for one number a row of a norm and one bit a
     φ(gate) ⊙ up                         [..., width]
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

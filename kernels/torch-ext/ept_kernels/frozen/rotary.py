@@ -3,8 +3,6 @@
 A program takes one token and a block of heads of the queries or of the keys. Arguments as in `reference.py`.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

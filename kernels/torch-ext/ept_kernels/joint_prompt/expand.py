@@ -4,8 +4,6 @@ A program owns a tile of rows and of columns of one result, which is a sum of pr
 of the parameters, or of their transposes with rows of p and of the incoming gradient.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -3,8 +3,6 @@
 All sizes but d and the number of gates are run-time arguments: one compiled kernel serves all lengths and ranks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

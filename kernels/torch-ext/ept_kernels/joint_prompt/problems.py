@@ -1,7 +1,5 @@
 """Calls of the joint prompt and its backward."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -5,8 +5,6 @@ is split into parts, to fill a GPU; a second launch adds them up in order, which
 takes the norms of the rows of C.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -16,8 +16,6 @@ Parts that are switched off are tensors with an empty dimension: `beta` of no el
 `W_q` with no columns (then q and k are the normalised rows themselves), `A` of rank 0.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ exponentials in place of weights, so that one pass over a row is enough. In the 
 `δ` of the scores before their scale, over rows and over columns.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

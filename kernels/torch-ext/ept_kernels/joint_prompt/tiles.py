@@ -4,8 +4,6 @@ A matrix is a tuple: its pointer, the strides of its rows and columns, and how m
 whole tiles, so that nothing needs a mask. With rows and columns exchanged it is its transpose.
 """
 
-from __future__ import annotations
-
 from collections import namedtuple
 
 import triton

@@ -8,8 +8,6 @@
 Everything is accumulated in float32 and rounded once. Letters and arguments as in `reference.py`.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

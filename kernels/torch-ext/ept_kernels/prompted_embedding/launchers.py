@@ -1,7 +1,5 @@
 """Launchers of the prompted embedding's Triton kernels, and their choices."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ Letters as in the method: `W` the frozen embedding table, `P` the (joint) prompt
 embeddings, indexed by the token's position among the real tokens of its text. Position −1 means no update.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
