@@ -53,7 +53,7 @@ def launch_hungry(x: torch.Tensor, size: int) -> None:
 def test_kernels_are_described_once_and_a_spill_is_found(target, monkeypatch):
     monkeypatch.setattr(aot, "launcher_of", lambda operator: launch_hungry)
     chosen = [aot.Case(Hungry(size), {}, " (x)") for size in (2**7, 2**8, 2**15)]
-    rows, refused = aot.compile_all([(case, target) for case in chosen], jobs=1)
+    rows, refused = aot.compile_all(chosen, [target], "", jobs=1)
     assert [row["kernel"] for row in rows] == ["hungry size=128 (x)", "hungry size=256 (x)"]
     assert all(row["target"] == target for row in rows)
     assert 0 < rows[0]["registers"] <= rows[1]["registers"]
@@ -64,7 +64,7 @@ def test_kernels_are_described_once_and_a_spill_is_found(target, monkeypatch):
 
 @pytest.mark.parametrize("refused", [[], ["k spills"]], ids=["fine", "spill"])
 def test_the_command_fails_on_a_problem(refused, monkeypatch, capsys):
-    monkeypatch.setattr(aot, "compile_all", lambda chosen, jobs: ([ROW], refused) if list(chosen) else ([], []))
+    monkeypatch.setattr(aot, "compile_all", lambda cases, *_: ([ROW], refused) if cases else ([], []))
     monkeypatch.setattr(sys, "argv", ["aot"])
     with pytest.raises(SystemExit) as stopped:
         aot.main()

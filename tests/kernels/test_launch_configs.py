@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -134,8 +135,13 @@ def test_shipped_configurations_are_compiled_and_unknown_ones_refused(tmp_path, 
     kernels = {tunable.kernel: {size: config}, "product.path": {"8": {"PATH": 1}}}
     (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": kernels, "target": "sm_90"}), encoding="utf-8")
     monkeypatch.setattr(launch, "CONFIGS", tmp_path)
-    ((case, target),) = aot.shipped_cases()
-    assert target == "sm_90"
+    (case,) = aot.shipped_cases()
+    assert case.target == "sm_90"
+    compiled = []
+    monkeypatch.setattr(aot, "compile_case", lambda case, target, is_counted: compiled.append(target) or ([], None))
+    monkeypatch.setattr(aot, "ProcessPoolExecutor", lambda *_, **__: contextlib.nullcontext(SimpleNamespace(map=map)))
+    aot.compile_all([case, case._replace(target="")], ["sm_80", "sm_90"], "", 1)
+    assert compiled == ["sm_80", "sm_90", "sm_90"]
     assert (case.configs, case.note) == ({tunable.kernel: config}, " (Some_GPU)")
     assert case.problem == tunable.problem.small
     (tmp_path / "Some_GPU.json").write_text(json.dumps({"kernels": {"gone": {size: config}}}), encoding="utf-8")

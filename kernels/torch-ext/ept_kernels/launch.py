@@ -3,12 +3,12 @@
 A configuration is a set of meta-parameters of one kernel (block sizes, `num_warps`, `num_stages`). Measured ones
 are data, one file a device, `configs/<device name>.json`, written by `dev/tune.py`:
 
-    {"device": ..., "kernels": {kernel: {size: {meta-parameter: number}}}, "measurements": [...]}
+    {"device": ..., "target": ..., "kernels": {kernel: {size: {meta-parameter: number}}}, "measurements": [...]}
 
 `size` is one or more whole numbers joined by `x` (`"4096"`, `"14336x4096"`): what the best choice depends on
 smoothly, such as the embedding width. What has to match exactly belongs to the name of the kernel
-(`"prompted_embedding/16-bit"`). The nearest size is taken, by the distance of the logarithms; where nothing was
-measured, the heuristic. Other numbers that are measured a device have a name with a dot, as the path of a product:
+(`"prompted_embedding/16-bit"`). The nearest size is taken, by the distance of the logarithms; where none is near, the
+heuristic. Other numbers that are measured a device have a name with a dot, as the path of a product:
 `config_for("matmul_4bit.path/16-bit", (tokens, rows, columns), device, {"PATH": 1})["PATH"]`.
 """
 
@@ -173,8 +173,7 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 def config_for(kernel: str, size: int | Size, device: torch.device, default: Config, exact: int = 0) -> Config:
     """Chooses meta-parameters of `kernel` at `size`: the device's nearest measured ones, filled up from `default`.
 
-    What was measured far from it, beyond a factor of two in each number, says nothing of this size; nor does what
-    differs in the first `exact` numbers.
+    What differs by more than a factor of two a number, or in the first `exact` numbers, says nothing of this size.
     """
     if (tried := _State.tried.get(kernel)) is not None:
         return {**default, **tried}
@@ -185,10 +184,8 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
         return sum(math.log(a / max(b, 1)) ** 2 for a, b in zip(key, wanted, strict=True))
 
     alike = [key for key in known if len(key) == len(wanted) and key[:exact] == wanted[:exact]]
-    nearest = min(alike, key=distance, default=None)
-    if nearest is None or distance(nearest) > len(wanted) * math.log(2) ** 2 + 1e-9:
-        return default
-    return {**default, **known[nearest]}
+    near = [key for key in alike if distance(key) < len(wanted) * math.log(2.001) ** 2]
+    return {**default, **known[min(near, key=distance)]} if near else default
 
 
 def cached_choice(function: _Function) -> _Function:
@@ -219,11 +216,9 @@ def architecture(device: torch.device) -> str:
 
 def has_tensor_memory(device: torch.device) -> bool:
     """Tells whether products are added up in a memory of their own, of 512 columns, as on sm_100 and sm_103."""
-    if architecture(device) != "cuda":
-        return False
     if isinstance(_State.architecture, int):
         return _State.architecture // 10 == 10
-    return torch.cuda.get_device_capability(device)[0] == 10
+    return architecture(device) == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
 
 
 def precision(dtype: torch.dtype, device: torch.device) -> str:

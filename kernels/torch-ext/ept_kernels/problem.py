@@ -21,6 +21,7 @@ TOLERANCE |= {torch.int32: 0.0, torch.uint8: 0.0}
 TF32 = 2**-9  # error of a product of two factors that are cut off after ten bits, in units of its magnitude
 
 Device = torch.device | str
+Results = Sequence[Tensor]
 _P = TypeVar("_P", bound="Problem")
 
 
@@ -68,9 +69,7 @@ class Problem(ABC):
         """Bounds the error of a result in `dtype`, in units of its largest magnitude; 0: every bit is equal."""
         return TOLERANCE[dtype]
 
-    def errors_allowed(
-        self, actual: Sequence[Tensor], expected: Sequence[Tensor], inputs: tuple[Any, ...]
-    ) -> list[float]:
+    def errors_allowed(self, actual: Results, expected: Results, inputs: tuple[Any, ...]) -> list[float]:
         """Bounds the largest error of each of the `actual` results for `inputs`, of which the exact ones are known."""
         return [self.tolerance(a.dtype) * largest(e) for a, e in zip(actual, expected, strict=True)]
 
@@ -78,9 +77,7 @@ class Problem(ABC):
 class InTF32(Problem):
     """A problem whose kernel multiplies in TF32 where its results are rounded to 16 bits."""
 
-    def errors_allowed(
-        self, actual: Sequence[Tensor], expected: Sequence[Tensor], inputs: tuple[Any, ...]
-    ) -> list[float]:
+    def errors_allowed(self, actual: Results, expected: Results, inputs: tuple[Any, ...]) -> list[float]:
         """Adds what truncated factors make of the sum of magnitudes, since what was added up may cancel."""
         allowed = super().errors_allowed(actual, expected, inputs)
         if all(a.dtype.itemsize != 2 for a in actual):

@@ -15,7 +15,6 @@ that machine's, wherever it lies. `docs/kernels.md` lists what Triton finds a ke
 import argparse
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -27,7 +26,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +53,7 @@ class Case(NamedTuple):
     problem: Problem
     configs: dict[str, Config]
     note: str = ""
+    target: str = ""  # the only one it is for, if any
 
 
 def cases() -> list[Case]:
@@ -61,8 +61,8 @@ def cases() -> list[Case]:
     return [Case(problem, {}) for problem in compiled_problems()]
 
 
-def shipped_cases() -> Iterator[tuple[Case, str]]:
-    """Lists a call for every measured configuration that is shipped under `configs/`, with the target it is for.
+def shipped_cases() -> Iterator[Case]:
+    """Lists a call for every measured configuration that is shipped under `configs/`, for the target it is for.
 
     Raises:
         ValueError: a file is damaged, or names a kernel and a size that the tuner does not know.
@@ -77,7 +77,7 @@ def shipped_cases() -> Iterator[tuple[Case, str]]:
                         f"{path} has {kernel} at {size}, which the tuner does not know: remove the entry, or tune anew"
                     )
                 tunable = known[kernel, size]
-                yield Case(tunable.problem.small, tunable.trying(config), f" ({path.stem})"), target
+                yield Case(tunable.problem.small, tunable.trying(config), f" ({path.stem})", target)
 
 
 def candidate_cases() -> list[Case]:
@@ -86,11 +86,15 @@ def candidate_cases() -> list[Case]:
     return [Case(t.problem.small, t.trying(config), f" {config}") for t in kernels for config in t.candidates]
 
 
-def compile_all(chosen: Iterable[tuple[Case, str]], jobs: int, is_counted: bool = True) -> tuple[list[Row], list[str]]:
-    """Compiles the kernels of every case for its target in `jobs` processes forked from this one.
+def compile_all(
+    cases: Sequence[Case], targets: Iterable[str], only: str, jobs: int, is_counted: bool = True
+) -> tuple[list[Row], list[str]]:
+    """Compiles the kernels of cases with `only` in their names for all targets, in `jobs` processes forked from this.
 
     Returns a row for every kernel that there is, in order, and what was refused. To count instructions takes a while.
     """
+    chosen = [(case, target) for target in targets for case in cases if case.target in ("", target)]
+    chosen = [pair for pair in chosen if only in pair[0].problem.name]
     compile_one = functools.partial(compile_case, is_counted=is_counted)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as processes:
         found = list(processes.map(compile_one, *zip(*chosen)))
@@ -145,9 +149,7 @@ def _instructions(compiled: Any, backend: str) -> int:
 def fill(folder: Path, target: str, only: str, jobs: int) -> int:
     """Compiles what may be launched on `target`, also by the tuner, into a cache in `folder`; counts the kernels."""
     os.environ.update(TRITON_CACHE_DIR=str(folder.absolute()), TRITON_STORE_BINARY_ONLY="1")
-    found = [(case, target) for case in (*cases(), *candidate_cases())]
-    found += [(case, its) for case, its in shipped_cases() if its == target]
-    rows, refused = compile_all([pair for pair in found if only in pair[0].problem.name], jobs, False)
+    rows, refused = compile_all([*cases(), *shipped_cases(), *candidate_cases()], [target], only, jobs, False)
     print(*refused, sep="\n", flush=True)
     return len(rows)
 
@@ -248,12 +250,9 @@ def main() -> None:
         print(f"{count} compiled for {targets[0]}; {archive} has {archive.stat().st_size / 1e6:.1f} MB")
         sys.exit("\n".join(f"failed, so that kernels may be missing: {command}" for command in failed) or 0)
 
-    def compiled(found: Iterable[Case], shipped: Iterable[tuple[Case, str]] = ()) -> tuple[list[Row], list[str]]:
-        pairs = [*itertools.product(found, targets), *(pair for pair in shipped if pair[1] in targets)]
-        return compile_all([pair for pair in pairs if arguments.only in pair[0].problem.name], arguments.jobs)
-
-    rows, refused = compiled(cases(), shipped_cases())
-    candidates, passed_over = compiled(candidate_cases() if arguments.candidates else [])
+    wanted = targets, arguments.only, arguments.jobs
+    rows, refused = compile_all([*cases(), *shipped_cases()], *wanted)
+    candidates, passed_over = compile_all(candidate_cases() if arguments.candidates else [], *wanted)
     if not rows and not refused:
         raise SystemExit(f"--only {arguments.only}: no operator's name or sizes contain this")
     print(table([*rows, *candidates]))

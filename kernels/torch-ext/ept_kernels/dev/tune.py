@@ -29,7 +29,7 @@ from triton.runtime.errors import TritonError
 from .. import launch
 from ..launch import Config
 from ..library import launcher_of
-from ..problem import Problem, as_tuple, largest
+from ..problem import Problem, Results, as_tuple, largest
 from . import compile_only
 from .tunables import Tunable, tunables
 
@@ -98,9 +98,7 @@ def tune(tunable: Tunable, device: torch.device) -> dict[str, Any]:
     }
 
 
-def refusal(
-    problem: Problem, configs: dict[str, Config], args: tuple[Any, ...], expected: Sequence[Tensor]
-) -> str | None:
+def refusal(problem: Problem, configs: dict[str, Config], args: tuple[Any, ...], expected: Results) -> str | None:
     """Runs `problem` once in `configs`; says why they must not win if it fails, spills, or differs from `expected`."""
     launcher: Any = launcher_of(problem.operator)
     with launch.configured(configs), launch.watched() as launches, _poisoned_memory():
@@ -195,10 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
     for tunable in chosen:
         row = tune(tunable, device)
         write(launch.config_file(device), row, device, command)
+        times = f"{row['median_us']} us ({row['default_us']} us by the heuristic), {row['config']}"
         print(
-            f"{row['kernel']} {row['size']}: {row['median_us']} us ({row['default_us']} us by the heuristic), "
-            f"{row['config']}; {row['tried']} tried, {len(row['refused'])} refused",
-            flush=True,
+            f"{row['kernel']} {row['size']}: {times}; {row['tried']} tried, {len(row['refused'])} refused", flush=True
         )
         for config, reason in row["refused"].items():
             print(f"    refused {config}: {reason}", flush=True)
