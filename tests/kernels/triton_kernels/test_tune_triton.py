@@ -18,9 +18,9 @@ def test_every_candidate_is_measured_through_the_launcher(tunable, device, monke
     asked = set()
     config_for = launch.config_for
 
-    def spy(kernel, size, *rest):
+    def spy(kernel, size, *rest, **options):
         asked.add((kernel, size if isinstance(size, tuple) else (size,)))
-        return config_for(kernel, size, *rest)
+        return config_for(kernel, size, *rest, **options)
 
     for name, module in list(sys.modules.items()):
         if name.startswith("ept_kernels") and getattr(module, "config_for", None) is config_for:
