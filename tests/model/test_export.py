@@ -19,7 +19,6 @@ from ept.cli.main import app
 from ept.model.base_model import input_embedding
 from ept.model.export import FoldedAdapter, write_folded
 from ept.model.vocabulary import add_prompt_tokens
-from ept.runs.exporting import texts_of
 from ept.runs.loading import MODEL_CLASSES
 
 SIZES = {
@@ -364,8 +363,3 @@ def test_another_models_embedding_is_refused(tmp_path):
     adapted().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the adapter is for embeddings of width 32, the model has 64"):
         FoldedAdapter.read(tmp_path).embed([[5]], torch.nn.Embedding(9, 64))
-
-
-def test_rows_of_texts_may_leave_columns_out(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"a": "so"}\n{"a": "so", "b": "fine"}\n', encoding="utf-8")
-    assert texts_of(tmp_path / "rows.jsonl", None, "{a} / {b}") == ["so / ", "so / fine"]
