@@ -186,14 +186,14 @@ def check_rows(runs: Iterable[PlannedRun]) -> None:
 
     Data that are gone, or out of reach, leave it at the runs of one task having been made of the same rows.
     """
-    from ..runs.data import read_splits, row_checksums  # and with it transformers, which a plan does not need
+    from ..runs.data import FILES, read_splits, row_checksums  # and with it transformers, which a plan does not need
 
     now: dict[str, dict[str, str]] = {}
     for run in runs:
         if not RunFolder(run.folder).splits.is_file():
             continue
         made_of = {split["from"]: split["sha256"] for split in read_splits(run.folder).values()}
-        data = run.config.data.model_dump_json()
+        data = run.config.data.model_dump_json(include={"task", "hub", "data_dir", "encoding", *FILES})
         if data not in now:
             try:
                 now[data] = row_checksums(run.config.data)
