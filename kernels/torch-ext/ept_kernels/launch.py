@@ -225,7 +225,7 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     """Chooses the `input_precision` of a product of float32 operands whose result is stored in `dtype`.
 
     TF32 where there is such and the result is rounded to 16 bits anyway; else pieces of bfloat16, three products of two
-    or, exact to float32, six of three. On an NVIDIA GPU scalar units would do the plain product, short of registers.
+    or, exact to float32, six of three. NVIDIA's scalar units would do the plain product, and registers overflow.
     """
     found = architecture(device)
     if found not in ("cuda", "gfx942", "hip"):

@@ -6,7 +6,7 @@
 
 The launchers are called as on such a GPU, with the driver of `compile_only.py`; what that refuses, such as a spill,
 fails. Prints registers, shared memory and instructions of each kernel, and instructions a decoded 4-bit weight.
-With `--candidates`, which takes long, it only prints what the tuner will refuse.
+`--candidates` adds what the tuner may try, which takes long; what is refused of that is printed and is no failure.
 
 `--warm` packs what was compiled, as Triton's own cache, for a machine with such a GPU; `--unpack` there puts it into
 that machine's, wherever it lies. `docs/kernels.md` lists what Triton finds a kernel by.

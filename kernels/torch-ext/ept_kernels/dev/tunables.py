@@ -149,7 +149,7 @@ _ELEMENTS = grid(BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
 
 def _frozen(reduced: bool, device: torch.device) -> Iterator[Tunable]:
     """Lists the frozen model's element-wise kernels, at the rows of a training step of known models."""
-    tokens, dtype = (3, torch.float16) if reduced else (8 * 296, torch.bfloat16)  # as above
+    tokens, dtype = (3, torch.float16) if reduced else (8 * 296, torch.bfloat16)  # which the interpreter truncates
     norms = [RMSNorm(tokens, d, dtype=dtype) for d in ((20,) if reduced else (768, 4096))]
     turned = Rotary(1, n=tokens, dtype=dtype) if reduced else Rotary(8, 32, 32, 296, 128, 128, dtype)
     gated, relu = (
