@@ -5,7 +5,7 @@ Every engine that serves the model then serves the adapter, and no step of it co
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from tokenizers import AddedToken
@@ -69,7 +69,7 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
         wholes.append(whole)
     rows = rows_of(embedding)
     if layer.config.r:
-        _untie(model, embedding)
+        untie(model)
     model.resize_token_embeddings(max([*ids, rows - 1]) + 1, mean_resizing=False)
     embedding = input_embedding(model)
     if layer.config.r:
@@ -126,9 +126,9 @@ def _logits(model: Any, task_type: str, **inputs: Tensor) -> Tensor:
     return (logits if task_type == "SEQ_CLS" else logits[:, -1]).float()
 
 
-def _untie(model: Any, embedding: Any) -> None:
+def untie(model: Any) -> None:
     """Gives a model's head weights of its own, where it shares them with the input embedding."""
-    head = model.get_output_embeddings()
+    head, embedding = model.get_output_embeddings(), cast(Any, input_embedding(model))
     if head is not None and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False

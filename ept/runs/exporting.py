@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..model.adapter_files import is_same_name
 from ..model.base_model import name_labels
 from ..model.export import FoldedAdapter
-from ..model.vocabulary import add_prompt_tokens, check_update
+from ..model.vocabulary import add_prompt_tokens, check_update, untie
 from ..tasks import local_task, read_rows, render
 from ..tasks.files import READERS, read_text
 from ..tasks.rows import with_all_columns
@@ -81,6 +81,8 @@ def write_as_tokens(adapter: FoldedAdapter, model: ModelConfig, task_type: str, 
     config, tokenizer = adapter.layer.config, load_tokenizer(model)
     num_labels = outputs_of(adapter.heads, model) if task_type == "SEQ_CLS" else 2
     base: Any = load_base_model(model, task_type, num_labels, pad_token_id=int(tokenizer.pad_token_id))
+    if adapter.heads:
+        untie(base)  # else a trained head of a language model would become its embedding
     if strange := base.load_state_dict(adapter.heads, strict=False).unexpected_keys:
         raise ValueError(f"{type(base).__name__} has no {strange[0]}, which the adapter has trained")
     if task_type == "SEQ_CLS":

@@ -218,6 +218,7 @@ AS_TOKENS = {
     "prompt": {**SIZES["prompt alone"], "num_spaces": 2},
     "token": {**SIZES["by the token"], "update_scope": "all"},
     "token alone": {**SIZES["by the token alone"], "update_scope": "all"},
+    "head": {**SIZES["prompt alone"], "modules_to_save": ["lm_head"]},
 }
 
 
@@ -226,7 +227,7 @@ AS_TOKENS = {
     ("t5", None, "</s>", "prompt"), ("bart", "<s>", "</s>", "prompt"), ("bert", "<s>", "</s>", "prompt"),
     ("llama", "<s>", None, "token"), ("gpt2", None, None, "token"), ("gemma3", "<s>", None, "token"),
     ("opt", "</s>", None, "token alone"), ("bert", "<s>", "</s>", "token"), ("roberta", "<s>", "</s>", "token"),
-    ("llama_classifier", "<s>", None, "token"), ("bert", "<s>", "</s>", "token alone"),
+    ("gpt2", None, None, "head"), ("llama_classifier", "<s>", None, "token"), ("bert", "<s>", "</s>", "token alone"),
 ])  # fmt: skip
 def test_plain_transformers_answer_as_the_adapter(name, begin, end, size, tmp_path):
     """With tied heads (GPT-2, Gemma, OPT) as well: the head keeps its weights where the vocabulary's rows change."""
