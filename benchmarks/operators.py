@@ -179,9 +179,9 @@ def measure(case: Case, prepared: Prepared, device: str, seconds: float, ceiling
 
 def backend_of(case: Case, device: str, launched: bool) -> str:
     """Names what ran: kernels of ours, what a product of few tokens is handed to where they run, or the reference."""
-    if launched or case.kernel not in PRODUCTS or ept_kernels.backend(device) != "triton":
-        return "triton" if launched else "reference"
-    return "library"
+    if launched:
+        return "triton"
+    return "library" if case.kernel in PRODUCTS and ept_kernels.backend(device) == "triton" else "reference"
 
 
 def _check(provider: str, call: Call, expected: tuple[torch.Tensor, ...], prepared: Prepared) -> Row:

@@ -69,11 +69,12 @@ def rehearsed(tunable: Tunable, device: torch.device) -> Row:
     launcher: Any = launcher_of(tunable.problem.operator)
     inputs, refused = tunable.problem.small.inputs(device), {}
     for config in tunable.candidates:
-        with launch.configured(tunable.trying(config)):
+        configs = tunable.trying(config)
+        with launch.configured(configs):
             try:
                 launcher(*inputs)
             except TritonError as error:
-                refused[str({**tunable.default, **config})] = str(error).partition("\n")[0]
+                refused[str(configs[tunable.kernel])] = str(error).partition("\n")[0]
     return {"kernel": tunable.kernel, "size": tunable.key, "tried": len(tunable.candidates), "refused": refused}
 
 

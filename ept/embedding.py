@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ROWS_AT_ONCE = 1 << 14  # of the table, for its root mean square
+ROWS_AT_ONCE = 1 << 14  # of the table, where all of it is read
 
 
 def lookup(
@@ -102,8 +102,8 @@ def embedding_rms(embedding: nn.Module) -> float:
     """
     rows, device = rows_of(embedding), device_of(embedding)
     total, count = 0.0, 0
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        vectors = embedding(torch.arange(start, min(start + _ROWS_AT_ONCE, rows), device=device))
+    for start in range(0, rows, ROWS_AT_ONCE):
+        vectors = embedding(torch.arange(start, min(start + ROWS_AT_ONCE, rows), device=device))
         if vectors.is_meta:
             raise ValueError("the model is on the meta device: load its weights first")
         total += float(torch.linalg.vector_norm(vectors.float(), dtype=torch.float64)) ** 2

@@ -67,11 +67,12 @@ def export(
         if as_tokens:
             described, task_type = base_of(adapter, config, model)
             text = write_as_tokens(adapter, described, task_type, output)
-            own = "" if text["add_special_tokens"] else ", and let the tokenizer add nothing (add_special_tokens=False)"
-            around = f"write {text['before']!r} before a text" + f" and {text['after']!r} behind it" * bool(
-                text["after"]
-            )
-            answer(json, {"folder": str(output), **text}, f"{output}: {around}{own}")
+            around = f"write {text['before']!r} before a text"
+            if text["after"]:
+                around += f" and {text['after']!r} behind it"
+            if not text["add_special_tokens"]:
+                around += ", and let the tokenizer add nothing (add_special_tokens=False)"
+            answer(json, {"folder": str(output), **text}, f"{output}: {around}")
             return
         embeds: list[Any] = []
         if texts is not None:

@@ -1,6 +1,6 @@
 """An adapter as a model of its own: its prompt as new words, its update by the token in the rows of the vocabulary.
 
-Every engine that serves the model then serves the adapter, and no step of it costs anything.
+Every engine that serves the model then serves the adapter, and the update costs it nothing.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from ..embedding import rows_of
+from ..embedding import ROWS_AT_ONCE, rows_of
 from ..prompt import EPTLayer
 from .base_model import input_embedding
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 _PROBES = ("a", "The text, as it is.", "1 2")
-_ROWS_AT_ONCE = 1 << 13  # of the vocabulary, for its update
 _TOLERANCE = 0.05  # of the largest logit: a prompt that is read otherwise is off by more than roundings are
 
 
@@ -73,8 +72,8 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
     model.resize_token_embeddings(max([*ids, rows - 1]) + 1, mean_resizing=False)
     embedding = input_embedding(model)
     if layer.config.r:
-        for start in range(0, rows, _ROWS_AT_ONCE):
-            part = list(range(start, min(start + _ROWS_AT_ONCE, rows)))
+        for start in range(0, rows, ROWS_AT_ONCE):
+            part = list(range(start, min(start + ROWS_AT_ONCE, rows)))
             _write(embedding, part, _embeds(layer, part, embedding)[0, len(tokens) :])
     if tokens:
         _write(embedding, ids, layer.part("prompt"))

@@ -50,7 +50,7 @@ class OwnRows:
     def of(self, config: DataConfig) -> RawSplits:
         """Reads the rows when they are first asked for."""
         if self._read is None:
-            files = {name.removesuffix("_file"): getattr(config, name) for name in FILES}
+            files = _files(config)
             self._read = raw_splits(config.data_dir, files, config.encoding, hub=_hub(config), names_labels=True)
         return self._read
 
@@ -172,7 +172,7 @@ def row_checksums(config: DataConfig) -> dict[str, str]:
     if config.task is None:
         raw = OwnRows().of(config)
     else:
-        task, files = get_task(config.task), {name.removesuffix("_file"): getattr(config, name) for name in FILES}
+        task, files = get_task(config.task), _files(config)
         raw = raw_splits(config.data_dir, files, config.encoding, hub=task.hub, hub_names=task.split_names)
     return {split: checksum_of(rows) for split, (_, rows) in raw.items()}
 
@@ -233,6 +233,11 @@ def task_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
         hub=_hub(config),
         name=config.name,
     )
+
+
+def _files(config: DataConfig) -> dict[str, str | None]:
+    """Lists the given files by their split."""
+    return {name.removesuffix("_file"): getattr(config, name) for name in FILES}
 
 
 def _hub(config: DataConfig) -> tuple[str, str | None] | None:
