@@ -172,7 +172,7 @@ class EPTLayer(BasePromptEncoder):
         Returns ids and the table they are rows of, as `lookup` does. Arguments as of `embed`.
         """
         rows = table[ids].float()
-        W_in, b_in, W_out, b_out = (part.to(table.device) for part in self.token_update().values())
+        W_in, b_in, W_out, b_out = (part.to(table.device).float() for part in self.token_update().values())
         rows = rows + (torch.relu(rows @ W_in + b_in) @ W_out + b_out) * (positions >= 0)[..., None]
         return torch.arange(ids.numel(), device=table.device).view(ids.shape), rows.to(table.dtype).flatten(0, 1)
 

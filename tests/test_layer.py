@@ -298,6 +298,16 @@ def test_output_has_the_embeddings_dtype(dtype):
     assert layer.prompt.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
+def test_every_form_may_be_cast_and_learns_and_folds(config, dtype):
+    layer, ids = EPTLayer(config, make_embedding()).to(dtype), torch.tensor([[1, 2]])
+    layer(ids)[0].square().sum().backward()
+    assert all(parameter.grad.dtype == dtype for parameter in layer.parameters())
+    layer.fold()
+    assert layer(ids)[0].dtype == torch.float32
+
+
 def test_padding_beyond_max_length_is_no_error():
     layer = EPTLayer(EPTConfig(**SMALL), make_embedding())
     ids = torch.ones(1, 12, dtype=torch.long)
