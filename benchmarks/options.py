@@ -47,6 +47,7 @@ class Version:
     setting: str = ""
     only_on: str = ""
     label_only: bool = False
+    shared: bool = False  # the prompt is read once a batch, where ours is
     grouped: bool = False
     kept: bool = False  # freed memory, on a CPU
     half: bool = False  # the fastest dtype
@@ -57,7 +58,7 @@ class Version:
     graphs: bool = False
 
 
-ALL: dict[str, Any] = dict.fromkeys(("label_only", "grouped", "kept", "half", "eager", "fused"), True)
+ALL: dict[str, Any] = dict.fromkeys(("label_only", "shared", "grouped", "kept", "half", "eager", "fused"), True)
 COMPILED: dict[str, Any] = {"multiple": 64, "compiled": True}
 VERSIONS = (
     Version(STARTED, "peft-pt"),
@@ -65,6 +66,9 @@ VERSIONS = (
     Version(EQUIPPED, "peft-pt", **ALL),
     Version(NOTHING),
     Version("label-only logits", setting="training.label_only_logits=true", label_only=True),
+    Version(
+        "label-only logits, one prompt a batch", "ept", "training.shared_prompt=true", label_only=True, shared=True
+    ),
     Version("rows grouped by length", setting="training.group_by_length=true", grouped=True),
     Version("buckets of 32 tokens", setting="training.pad_to_multiple_of=32", multiple=32),
     Version("compiled layers", setting="training.compile_layers=true", **COMPILED),
@@ -109,11 +113,11 @@ def options(
         for version in VERSIONS
         if version.only_on in ("", device.type)
         and (compile_allowed or not version.compiled)
-        and (task_type == "CAUSAL_LM" or version.name != "label-only logits")
+        and (task_type == "CAUSAL_LM" or not version.name.startswith("label-only logits"))
     ]
     dtypes = {False: torch.float32, True: fastest_dtype(device)}
     bases: dict[tuple[Any, ...], Any] = {}
-    methods: dict[tuple[str, tuple[Any, ...]], Method] = {}
+    methods: dict[tuple[str, bool, tuple[Any, ...]], Method] = {}
     on_cpu = device.type == "cpu"
 
     def step(version: Version) -> Call:
@@ -129,9 +133,11 @@ def options(
                 swap_frozen(bases[kind])
             if version.compiled:
                 compile_layers(bases[kind], cuda_graphs=version.graphs)
-        if (version.method, kind) not in methods:
+        is_shared = version.shared and task_type == "CAUSAL_LM"
+        key = version.method, is_shared, kind
+        if key not in methods:
             spec = MethodSpec(version.method, TOKENS[version.method])
-            methods[version.method, kind] = make_method(spec, bases[kind], task_type, length)
+            methods[key] = make_method(spec, bases[kind], task_type, length, shared_prompt=is_shared)
         batches = make_batches(
             orders[version.grouped],
             batch=batch,
@@ -148,7 +154,7 @@ def options(
         def take(_: int) -> None:
             if on_cpu:
                 keep_freed_memory() if version.kept else as_glibc_starts()
-            take_step(methods[version.method, kind], inputs)
+            take_step(methods[key], inputs)
 
         return take
 

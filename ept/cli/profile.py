@@ -33,6 +33,11 @@ def profile(
     quantization: str | None = Option(None, help="nf4 or fp4: 4-bit weights through bitsandbytes."),
     fast_4bit: bool = Option(True, help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'."),
     fast_frozen: bool = Option(True, help="Our methods on fused norms, rotary embeddings and activations."),
+    shared_prompt: bool | None = Option(
+        None,
+        "--shared-prompt/--no-shared-prompt",
+        help="Our methods read a decoder's prompt once a batch; on a CPU so.",
+    ),
     attn_implementation: str | None = Option(None, help="eager, sdpa, ...; else as `ept train` chooses."),
     layers: int | None = Option(None, help="Keep only the first layers of a shape, so many."),
     batch: int = Option(8, help="Rows of a batch."),

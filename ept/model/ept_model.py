@@ -42,8 +42,8 @@ from .inputs import (
 from .layout import moved
 from .mixed import BASE, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
-from .prompt_cache import cached_prompt, check_cacheable
-from .reading import examine, infer_task_type, with_forward_of
+from .prompt_cache import cached_prompt, check_cacheable, check_shareable, read_prompt_once
+from .reading import can_share_prompt, examine, infer_task_type, with_forward_of
 from .smoothing import refuse_label_smoothing
 from .texts import SeparateTexts, targets, text_before_answer
 
@@ -90,7 +90,7 @@ class EPTModel(ModelWithAdapters):
     calls that are running, and new calls wait for it.
     """
 
-    _checked_labels = _warned_of_scoring = False
+    _checked_labels = _warned_of_scoring = shares_prompt = False
 
     def __init__(
         self,
@@ -198,11 +198,23 @@ class EPTModel(ModelWithAdapters):
             if labels is not None:
                 labels = targets(labels, attention_mask)
                 text_mask = text_before_answer(labels) if text_mask is None else text_mask
-        inputs = call_inputs(self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs)
+        is_shared = (
+            self.shares_prompt
+            and not follows_cache
+            and adapter_names is None
+            and self._can_share(
+                input_ids if inputs_embeds is None else inputs_embeds, attention_mask, logits_to_keep, kwargs
+            )
+        )
+        inputs = call_inputs(
+            self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs, prompt_cache=is_shared
+        )
         if labels is not None and self.active_peft_config.task_type in ("CAUSAL_LM", "TOKEN_CLS"):
             labels = moved(extend(labels, inputs.s, -100), inputs.order)
         if isinstance(logits_to_keep, Tensor):  # the text stands behind the prompt
             logits_to_keep = torch.where(logits_to_keep < 0, logits_to_keep, logits_to_keep + inputs.s)
+        if is_shared:
+            read_prompt_once(self.base_model, self._facts, inputs)
         with heads_of_rows(adapter_names):
             return self._call_base(inputs, labels, logits_to_keep, num_items_in_batch)
 
@@ -250,6 +262,32 @@ class EPTModel(ModelWithAdapters):
             divide_loss(output, inputs["labels"], num_items, shifted=causal, auxiliary=weight)
         output = shortened(output, logits_to_keep) if causal else output
         return output.to_tuple() if as_tuple else output
+
+    def _can_share(
+        self,
+        tokens: Tensor | None,
+        attention_mask: Tensor | None,
+        logits_to_keep: Tensor | int,
+        given: dict[str, Any],
+    ) -> bool:
+        """Tells whether a call on several rows of `tokens` needs nothing of the prompt but its keys and values."""
+        base, config = self.base_model, self.base_model.config
+        outputs = ("output_attentions", "output_hidden_states", "output_router_logits")
+        others = {name for name, value in given.items() if value is not None and value is not False}
+        return not (
+            not self.active_peft_config.num_virtual_tokens
+            or tokens is None
+            or len(tokens) < 2
+            or isinstance(logits_to_keep, Tensor)
+            or not 0 < logits_to_keep <= tokens.shape[1]
+            or (attention_mask is not None and not self._facts.splits_prompt)
+            or others - {"return_dict", "position_ids"}  # of which it is not known what they are for the prompt
+            or any(getattr(config, name, False) for name in outputs)
+            or (self.training and self.active_peft_config.base_dropout)  # which differs between rows
+            # Layers that checkpoint drop the cache.
+            or any(module.training and getattr(module, "gradient_checkpointing", False) for module in base.modules())
+            or torch.compiler.is_compiling()
+        )
 
     def _updates_text_alone(self, adapter_names: Sequence[str] | None) -> bool:
         """Tells whether in any row of a batch input text gets an update that answers do not get."""
@@ -377,8 +415,31 @@ class EPTModel(ModelWithAdapters):
         return embedding_new_tokens(self.base_model, embed, self._facts)
 
     def compile_layers(self, **options: Any) -> EPTModel:
-        """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model."""
+        """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model.
+
+        Each row is then read behind a prompt of its own again: a compiled layer takes no cache.
+        """
         compile_layers(self.base_model, **options)
+        self.shares_prompt = False
+        return self
+
+    def share_prompt(self) -> EPTModel:
+        """Lets a decoder read the prompt once for all rows of a batch, in training too; returns the model.
+
+        No token of a prompt sees the text behind it, so that its keys and values are the same for every row: a step of
+        b rows saves (b - 1)·s positions. Loss, logits and gradients stay the same but for rounding. It is done
+        where `logits_to_keep` is a number of the text's last positions, and nothing else is asked of the prompt's rows
+        (a cache, attentions, hidden states); all other calls are as before.
+
+        Raises:
+            ValueError: the model reads texts behind a prompt of their own otherwise; the message says why.
+        """
+        base = self.base_model
+        check_shareable(base, self._facts)
+        if not can_share_prompt(base, self._facts):
+            name = type(base).__name__
+            raise ValueError(f"{name} does not read texts behind a prompt that it read once as behind one of their own")
+        self.shares_prompt = True
         return self
 
     def clear_prompt_caches(self) -> None:

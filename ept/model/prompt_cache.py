@@ -1,8 +1,8 @@
-"""The prompt's keys and values in a decoder-only model, computed once and reused by every `generate`.
+"""The prompt's keys and values in a decoder-only model: computed once for all rows of a batch, or for every `generate`.
 
-A decoder's prompt sees nothing of the text behind it, so that its keys and values are the same for every text. They are
-kept for each adapter as long as the prompt's embeddings and the base model's weights stay what they were: training,
-loading or moving either makes them anew.
+A decoder's prompt sees nothing of the text behind it, so that its keys and values are the same for every text.
+`generate` keeps them for each adapter as long as the prompt's embeddings and the base model's weights stay what they
+were: training, loading or moving either makes them anew. A training step computes them once, with their gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .facts import BaseModelFacts
-from .inputs import cached_length
+from .inputs import BaseInputs, cache_name, cached_length
 
 
 @dataclass
@@ -39,15 +39,41 @@ class PromptCache:
             positions["position_ids"] = ones.cumsum(1) - 1
         with torch.no_grad():
             output = backbone(inputs_embeds=prompt[None], attention_mask=ones, use_cache=True, **positions)
-        cache = output.get("cache", output.get("past_key_values"))  # since transformers 5.24, and before
-        kinds = {type(layer) for layer in getattr(cache, "layers", [])}
-        if type(cache) is not DynamicCache or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-            found = ", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__
+        try:
+            return cls(prompt.clone(), weights, _keys_and_values(output))
+        except TypeError as error:
             raise ValueError(
-                f"{type(model).__name__} keeps {found}, not keys and values of every position: call generate without "
+                f"{type(model).__name__} keeps {error}, not keys and values of every position: call generate without "
                 "use_prompt_cache"
-            )
-        return cls(prompt.clone(), weights, cache)
+            ) from None
+
+
+def _keys_and_values(output: Any) -> DynamicCache:
+    """Returns the cache in a model's output; raises `TypeError`, with what it holds, where that is something else."""
+    cache = output.get("cache", output.get("past_key_values"))  # since transformers 5.24, and before
+    kinds = {type(layer) for layer in getattr(cache, "layers", [])}
+    if type(cache) is not DynamicCache or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        raise TypeError(", ".join(sorted(kind.__name__ for kind in kinds)) or type(cache).__name__)
+    return cache
+
+
+def read_prompt_once(model: Any, facts: BaseModelFacts, inputs: BaseInputs) -> None:
+    """Takes the prompt's rows out of `inputs`, and puts in what `model` keeps of them, read once for all texts.
+
+    Gradients flow as if every text had been read behind a prompt of its own. The first `inputs.s` rows must be the
+    same for all texts, with padding nowhere before them.
+    """
+    embeds, s = inputs["inputs_embeds"], inputs.s
+    alone: dict[str, Any] = {"inputs_embeds": embeds[:1, :s], "use_cache": True, "return_dict": True}
+    if "attention_mask" in inputs:
+        alone["attention_mask"] = inputs["attention_mask"][:1, :s]
+    if "position_ids" in inputs:
+        alone["position_ids"] = inputs["position_ids"][:1, :s]
+        inputs["position_ids"] = inputs["position_ids"][:, s:]
+    cache = _keys_and_values(model(**alone, logits_to_keep=1))
+    for layer in cache.layers:
+        layer.keys, layer.values = (x.expand(len(embeds), *x.shape[1:]) for x in (layer.keys, layer.values))
+    inputs.update({"inputs_embeds": embeds[:, s:], cache_name(facts): cache, "use_cache": False})
 
 
 def cached_prompt(
@@ -76,6 +102,30 @@ def cached_prompt(
     return cache
 
 
+def check_shareable(model: Any, facts: BaseModelFacts) -> None:
+    """Raises `ValueError` where a prompt that is read once for a batch is not read as one for each text."""
+    name = type(model).__name__
+    if facts.task_type != "CAUSAL_LM":
+        raise ValueError(
+            f"the prompt of {name} changes with the text behind it, and cannot be read once for a batch: that is for "
+            "decoder-only models"
+        )
+    if "logits_to_keep" not in facts.forward_arguments:
+        raise ValueError(f"{name} takes no logits_to_keep, and a prompt that is read once for a batch has no logits")
+    if kinds := _angles_by_length(model.config.get_text_config()):
+        raise ValueError(
+            f"{name} turns positions by an angle that depends on the length of the whole text ({kinds.pop()} RoPE), so "
+            "that its prompt cannot be read once for a batch"
+        )
+
+
+def _angles_by_length(config: Any) -> set[str]:
+    """Names the rotary embeddings of a configuration whose angles depend on the length of the whole text."""
+    rope = getattr(config, "rope_parameters", None) or {}  # for all layers, or for each kind of layer
+    types = {str(e["rope_type"]) for e in (rope, *rope.values()) if isinstance(e, dict) and "rope_type" in e}
+    return types & {"dynamic", "longrope"}
+
+
 def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], padded: bool) -> None:
     """Raises `ValueError` where `generate` after a cached prompt would differ from `generate` without.
 
@@ -87,9 +137,7 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
             f"the prompt of {name} stands before the encoder's input, and changes with it: use_prompt_cache is for "
             "decoder-only models"
         )
-    rope = getattr(config, "rope_parameters", None) or {}  # for all layers, or for each kind of layer
-    types = {str(e["rope_type"]) for e in (rope, *rope.values()) if isinstance(e, dict) and "rope_type" in e}
-    if kinds := types & {"dynamic", "longrope"}:
+    if kinds := _angles_by_length(config):
         raise ValueError(
             f"{name} turns positions by an angle that depends on the length of the whole text ({kinds.pop()} RoPE): "
             "call generate without use_prompt_cache"

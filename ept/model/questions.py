@@ -18,7 +18,9 @@ from transformers import logging
 from ..embedding import device_of, rows_of
 from .base_model import input_embedding
 from .facts import TASK_TYPES, TOKEN_OUTPUTS, BaseModelFacts
+from .inputs import BaseInputs
 from .layout import APART, BEHIND, BESIDE, FRONT, arrangement, moved, moved_back, numbered
+from .prompt_cache import read_prompt_once
 
 WITHOUT_LANGUAGE_MODEL = "is an encoder-decoder without a language-model head: use the class for conditional generation"
 TOLERANCE = 1e-4  # of the largest value in the answer to a row alone; rounding leaves a hundredth of it
@@ -153,6 +155,29 @@ class Subject:
             ):
                 return way
         return None
+
+    def sharing(self, facts: BaseModelFacts) -> bool:
+        """Tells whether texts are read behind a prompt that is read once for both as behind one each."""
+        self.task_type, self.factor = facts.task_type, facts.embedding_factor
+        texts = self.embeds[:, :_SHORT] * self.factor
+        plain = torch.cat([self.prompt[:_S].expand(2, -1, -1), texts], dim=1)
+        batches = [(plain, None), (plain, torch.ones(plain.shape[:2], dtype=torch.int64, device=self.device))]
+        if facts.splits_prompt:
+            batches += [self._padded(APART, _S, left)[:2] for left in (True, False)]
+        for embeds, mask in batches:
+            inputs = BaseInputs(inputs_embeds=embeds)
+            inputs.s = _S
+            if mask is not None:
+                inputs["attention_mask"] = mask
+                if facts.position_offset is not None and "position_ids" in facts.forward_arguments:
+                    inputs["position_ids"] = numbered(mask, facts.position_offset)
+            expected = self.run(**inputs)["logits"][:, _S:]
+            read_prompt_once(self.model, facts, inputs)
+            logits = self.run(**inputs)["logits"]
+            real = slice(None) if mask is None else mask[:, _S:].bool()
+            if not self._same([logits[real]], [expected[real]]):
+                return False
+        return True
 
     def _generated(self, **inputs: Tensor) -> list[Tensor]:
         """Generates a few tokens, and returns the logits of each step."""

@@ -84,6 +84,18 @@ def generation_of(model: Any, facts: BaseModelFacts) -> str | None:
     return _once("generation", model, ask)
 
 
+def can_share_prompt(model: Any, facts: BaseModelFacts) -> bool:
+    """Tells whether a causal `model` reads texts behind a prompt that it read once as behind one of their own."""
+
+    def ask(model: Any) -> bool:
+        try:
+            return bool(_asked(model, lambda subject: subject.sharing(facts)))
+        except _CannotBeAsked:
+            return False
+
+    return bool(_once("sharing", model, ask))
+
+
 def _once(question: str, model: Any, ask: Callable[[Any], Any]) -> Any:
     try:
         key = (question, type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str))

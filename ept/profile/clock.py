@@ -84,6 +84,7 @@ def take_step(method: Method, batch: dict[str, Any], mark: Callable[[str], None]
 def _marked(method: Method, base: Any, mark: Callable[[str], None]) -> Iterator[None]:
     """Sets the marks that lie inside the model, and removes them at the end."""
     owner, name = method.prompt_of
+    called = False
     make_prompt = getattr(owner, name)
 
     def marked_prompt(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +94,9 @@ def _marked(method: Method, base: Any, mark: Callable[[str], None]) -> Iterator[
         return prompt
 
     def before_base(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        mark("embedding")
+        nonlocal called
+        mark("base forward" if called else "embedding")  # called twice where the prompt is read once for all rows
+        called = True
         kwargs["inputs_embeds"].register_hook(lambda gradient: mark("base backward"))
 
     setattr(owner, name, marked_prompt)

@@ -13,7 +13,7 @@ import torch
 
 from ..model.ept_model import EPTModel
 from ..model.frozen import restore_frozen, swap_frozen
-from ..runs.adapters import adapter_config, module_of
+from ..runs.adapters import adapter_config, module_of, share_prompt
 from ..runs.method_table import METHODS
 
 # At their usual lengths PT, DePT and EPT have one parameter budget, 76,800 at d = 768 and 256 tokens.
@@ -106,6 +106,7 @@ def make_method(
     max_length: int,
     fast_4bit: bool | None = None,
     fast_frozen: bool = True,
+    shared_prompt: bool | None = False,
 ) -> Method:
     """Puts a method on `base`, which stays as it is until `Method.enter`.
 
@@ -116,6 +117,7 @@ def make_method(
             bitsandbytes'). None: the base model is not in 4 bits.
         fast_frozen: run this project's methods on fused norms, rotary embeddings and activations (PEFT's runs on the
             model's own).
+        shared_prompt: let this project's methods read a decoder's prompt once a batch, as `training.shared_prompt`.
     """
     method = _METHODS[spec.name]
     settings: Any = _Settings(method.name, spec.num_virtual_tokens)
@@ -123,6 +125,8 @@ def make_method(
     # The base model is shared: see Method.enter.
     model = module_of(method).attach(base, config, fast_4bit=False, fast_frozen=False)
     is_ours = isinstance(model, EPTModel)
+    if is_ours:
+        share_prompt(model, shared_prompt)
     prompt_of = (model.prompt_encoder["default"], "joint_prompt") if is_ours else (model, "get_prompt")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)

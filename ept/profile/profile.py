@@ -46,6 +46,7 @@ class ProfileConfig:
     fast_4bit: bool = True
     # In the same way with fused norms, rotary embeddings and activations, and the model's own.
     fast_frozen: bool = True
+    shared_prompt: bool | None = None  # a decoder's prompt is read once a batch by our methods, as in `ept train`
     attn_implementation: str | None = None  # None: that of `ept train`, which is recorded
     layers: int | None = None  # keeps only so many layers of a shape
     methods: tuple[str, ...] = PROFILE_METHODS  # `name` or `name:num_virtual_tokens`
@@ -128,7 +129,8 @@ def profile(
         device=device,
     )
     fast_4bit = None if config.quantization is None else config.fast_4bit
-    methods = [make_method(spec, base, task_type, longest, fast_4bit, config.fast_frozen) for spec in specs]
+    how = fast_4bit, config.fast_frozen, config.shared_prompt
+    methods = [make_method(spec, base, task_type, longest, *how) for spec in specs]
 
     # In turn, A B C D A B C D ..., so that a machine whose speed drifts slows all alike; speed-ups are taken within a
     # turn.
@@ -191,6 +193,7 @@ def profile(
                 "label": method.spec.label,
                 "method": method.spec.name,
                 "num_virtual_tokens": method.spec.num_virtual_tokens,
+                "shared_prompt": getattr(method.model, "shares_prompt", False),
                 "trainable_parameters": sum(parameter.numel() for parameter in method.parameters),
                 "tokens_per_second": 1e3 * text_tokens / statistics.median(t.step for t in own),
                 "peak_memory_bytes": peak,

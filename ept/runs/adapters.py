@@ -65,6 +65,22 @@ def load_trained(
     return attach_trained(base, adapter, **config.model.model_dump(include=FAST)).eval()
 
 
+def share_prompt(model: PeftModel, wanted: bool | None) -> None:
+    """Lets `model` read its prompt once a batch. None: on a CPU, where it can; True: or raise ValueError."""
+    base = model.get_base_model()
+    # A GPU may take longer for two calls of a small model than for one; 4-bit weights are unpacked at each.
+    declined = base.device.type != "cpu" or getattr(base, "is_quantized", False)
+    if wanted is False or (wanted is None and declined):
+        return
+    try:
+        if not isinstance(model, EPTModel):
+            raise ValueError("training.shared_prompt is for this project's own methods: leave it out")
+        model.share_prompt()
+    except ValueError:
+        if wanted:
+            raise
+
+
 def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length: int, seed: int) -> PeftConfig:
     """Makes the adapter's configuration, an `EPTConfig` or one of PEFT's, for the frozen model `base`.
 

@@ -292,6 +292,9 @@ class TrainingConfig(Section):
     """AdamW in one kernel for all parameters of a group, or PyTorch's default implementation."""
     label_only_logits: bool = True
     """A decoder's logits at the labels only. False: at every position."""
+    shared_prompt: bool | None = None
+    """Let a decoder read the prompt once for all rows of a batch: all but rounding stays the same, and each further row
+    saves the prompt's positions. Needs `label_only_logits`. None: on a CPU, where the model can."""
     balanced_sampling: bool = False
     """Draw train rows so that every label comes equally often, whatever its share; an epoch has as many rows."""
     class_weights: bool = False
@@ -316,6 +319,14 @@ class TrainingConfig(Section):
         if self.compile_layers and self.pad_to_multiple_of is None:
             missing = "set training.pad_to_multiple_of too, such as 64"
             raise ValueError(f"training.compile_layers compiles every length for itself: {missing}")
+        if self.shared_prompt:
+            others = {"compile_layers": "true", "gradient_checkpointing": "true", "label_only_logits": "false"}
+            for name, value in others.items():
+                if getattr(self, name) is (value == "true"):
+                    raise ValueError(
+                        f"training.shared_prompt and training.{name}={value} exclude each other: the prompt's rows "
+                        "would be needed for more than their keys and values; set one"
+                    )
         if self.cuda_graphs and not self.compile_layers:
             raise ValueError("training.cuda_graphs replays compiled layers: set training.compile_layers=true too")
         if self.cuda_graphs and self.gradient_checkpointing:

@@ -20,7 +20,7 @@ from ..tasks import GROUP, UNPARSABLE, Task, compute_metrics, nearest_value
 from ..tasks.encoding import IGNORE, TEXT_IDS, Collator, FittedText, encode_labels, encode_split, fit_rows, pad
 from ..tasks.metrics import compute_text_metrics
 from ..utils.progress import with_lines
-from .adapters import load_trained
+from .adapters import load_trained, share_prompt
 from .config import RunConfig, load_run_config
 from .data import max_length_of, task_of
 from .evaluation import Answer, Evaluation
@@ -68,6 +68,8 @@ class Predictor:
         self.answers: list[list[int]] = []  # tokens of the labels of a language model
         if self.task_type != "SEQ_CLS" and not self.task.is_text:
             self.answers = encode_labels(self.tokenizer, self.labels, self.task_type)
+        training = self.config.training
+        share_prompt(self.model, False if training.compile_layers else training.shared_prompt)
 
     def fit(
         self,

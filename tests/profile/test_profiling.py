@@ -159,8 +159,8 @@ def test_pefts_prompt_tuning_runs_on_bitsandbytes_layers(fast_4bit: bool) -> Non
     linear = base.model.layers[0].mlp.up_proj
     used: list[type] = []
     base.register_forward_pre_hook(lambda module, args: used.append(type(linear)))
-    settings = config(methods=("ept:4", "peft-pt:4"), quantization="nf4", fast_4bit=fast_4bit, steps=2)
-    record = profile(settings, base=base)
+    methods: dict[str, Any] = {"methods": ("ept:4", "peft-pt:4"), "shared_prompt": False}
+    record = profile(config(**methods, quantization="nf4", fast_4bit=fast_4bit, steps=2), base=base)
     ours = linear4bit.Linear4bit if fast_4bit else bitsandbytes.nn.Linear4bit
     assert used == [ours, bitsandbytes.nn.Linear4bit] * 3 + [ours] * 2 + [bitsandbytes.nn.Linear4bit] * 2
     assert record["model"]["fast_4bit"] is fast_4bit
@@ -171,9 +171,28 @@ def test_pefts_prompt_tuning_runs_on_the_models_own_norms(fast_frozen: bool) -> 
     base = make_model("llama")
     fused: list[bool] = []
     base.register_forward_pre_hook(lambda module, args: fused.append(is_swapped(base.model.norm)))
-    record = profile(config(methods=("ept:4", "peft-pt:4"), fast_frozen=fast_frozen, steps=2), base=base)
+    methods: dict[str, Any] = {"methods": ("ept:4", "peft-pt:4"), "shared_prompt": False}
+    record = profile(config(**methods, fast_frozen=fast_frozen, steps=2), base=base)
     assert fused == [fast_frozen, False] * 3 + [fast_frozen] * 2 + [False] * 2  # then memory and kinds of work
     assert record["model"]["fast_frozen"] is fast_frozen
+
+
+@pytest.mark.parametrize("shared", [True, False, None])
+def test_our_methods_read_a_prompt_once_a_batch(shared: bool | None) -> None:
+    base = make_model("llama")
+    read: list[tuple[int, ...]] = []
+
+    def hook(module: Any, arguments: Any, given: Any) -> None:
+        read.append(tuple(given["inputs_embeds"].shape[:2]))
+
+    base.register_forward_pre_hook(hook, with_kwargs=True)
+    record = profile(config(methods=("ept:4", "peft-pt:4"), shared_prompt=shared, steps=2), base=base)
+    assert [method["shared_prompt"] for method in record["methods"]] == [shared is not False, False]
+    ours = [(3, 16)] if shared is False else [(1, 4), (3, 12)]
+    assert read[: len(ours) + 1] == [*ours, (3, 16)]
+    assert all(0.95 <= method["phases_over_step"] <= 1.0 for method in record["methods"])
+    for method in record["methods"]:
+        assert all(time > 0 for time in method["phases_ms"].values())
 
 
 def event(name: str, parent: Any = None, kernels: dict[str, float] | None = None, **times: float) -> SimpleNamespace:

@@ -26,6 +26,7 @@ Configure = Callable[..., RunConfig]
 # What leaves the order of the rows alone, away from its default.
 OPTIONS = {
     "all-logits": ["training.label_only_logits=false"],
+    "own-prompts": ["training.shared_prompt=false"],
     "plain-adamw": ["training.optim=adamw_torch"],
     "buckets": ["training.pad_to_multiple_of=8"],
     "compiled": ["training.compile_layers=true", "training.pad_to_multiple_of=8"],
@@ -202,3 +203,18 @@ def test_a_step_waits_for_nothing(configure: Configure, tmp_path: Path) -> None:
     with Waits() as waits:
         bool(torch.ones(1).any())
     assert waits.found  # the counter counts
+
+
+def test_a_prompt_is_read_once_a_batch_where_it_can_be(configure: Configure, family: str) -> None:
+    assert prepare(configure(family)).model.shares_prompt is (family == "llama")
+    assert not prepare(configure(family, "training.shared_prompt=false")).model.shares_prompt
+    compiled = configure(family, "training.compile_layers=true", "training.pad_to_multiple_of=16")
+    assert not prepare(compiled).model.shares_prompt
+    if family == "llama":
+        assert prepare(configure(family, "training.shared_prompt=true")).model.shares_prompt
+        peft = configure(family, "training.shared_prompt=true", "method.name=prompt-tuning", "method.r=null")
+        with pytest.raises(ValueError, match=r"training\.shared_prompt is for this project's own methods"):
+            prepare(peft)
+    else:
+        with pytest.raises(ValueError, match="cannot be read once for a batch: that is for decoder-only models"):
+            prepare(configure(family, "training.shared_prompt=true"))
