@@ -214,7 +214,9 @@ class EPTModel(ModelWithAdapters):
         if isinstance(logits_to_keep, Tensor):  # the text stands behind the prompt
             logits_to_keep = torch.where(logits_to_keep < 0, logits_to_keep, logits_to_keep + inputs.s)
         if is_shared:
-            read_prompt_once(self.base_model, self._facts, inputs)
+            labels = None if labels is None else labels[:, inputs.s :]
+            few = 0 < logits_to_keep <= inputs["inputs_embeds"].shape[1] - inputs.s
+            read_prompt_once(self.base_model, self._facts, inputs, with_logits=not few)
         with heads_of_rows(adapter_names):
             return self._call_base(inputs, labels, logits_to_keep, num_items_in_batch)
 
@@ -240,7 +242,7 @@ class EPTModel(ModelWithAdapters):
     ) -> Any:
         """Calls the base model, with the loss divided by `num_items` and as many logits as asked for."""
         causal, arguments = self.active_peft_config.task_type == "CAUSAL_LM", self._facts.forward_arguments
-        asks_for_few = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
+        asks_for_few = (isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)) and inputs.prompt_logits is None
         if asks_for_few and "logits_to_keep" in arguments and inputs.order is None:
             inputs["logits_to_keep"] = contiguously(logits_to_keep, inputs.get("inputs_embeds"))
             labels = labels[:, -logits_to_keep:] if causal and labels is not None else labels
@@ -255,6 +257,8 @@ class EPTModel(ModelWithAdapters):
             inputs["return_dict"] = True
         span = [inputs.pop(name, None) for name in ("start_positions", "end_positions")]
         output = of_tokens(self.base_model(**inputs), self.base_model, self._facts, inputs.order, inputs.s)
+        if (first := inputs.prompt_logits) is not None and output.get("logits") is not None:
+            output["logits"] = torch.cat([first.expand(len(output["logits"]), -1, -1), output["logits"]], dim=1)
         if span[0] is not None and span[1] is not None:
             output = type(output)(**{"loss": span_loss(output, *span), **output})  # which stands first in a tuple
         if num_items is not None and labels is not None:
@@ -270,7 +274,7 @@ class EPTModel(ModelWithAdapters):
         logits_to_keep: Tensor | int,
         given: dict[str, Any],
     ) -> bool:
-        """Tells whether a call on several rows of `tokens` needs nothing of the prompt but its keys and values."""
+        """Tells whether a call on several rows of `tokens` needs nothing of a prompt that is not the same in each."""
         base, config = self.base_model, self.base_model.config
         outputs = ("output_attentions", "output_hidden_states", "output_router_logits")
         others = {name for name, value in given.items() if value is not None and value is not False}
@@ -279,7 +283,6 @@ class EPTModel(ModelWithAdapters):
             or tokens is None
             or len(tokens) < 2
             or isinstance(logits_to_keep, Tensor)
-            or not 0 < logits_to_keep <= tokens.shape[1]
             or (attention_mask is not None and not self._facts.splits_prompt)
             or others - {"return_dict", "position_ids"}  # of which it is not known what they are for the prompt
             or any(getattr(config, name, False) for name in outputs)
@@ -427,9 +430,10 @@ class EPTModel(ModelWithAdapters):
         """Lets a decoder read the prompt once for all rows of a batch, in training too; returns the model.
 
         No token of a prompt sees the text behind it, so that its keys and values are the same for every row: a step of
-        b rows saves (b - 1)·s positions. Loss, logits and gradients stay the same but for rounding. It is done
-        where `logits_to_keep` is a number of the text's last positions, and nothing else is asked of the prompt's rows
-        (a cache, attentions, hidden states); all other calls are as before.
+        b rows saves (b - 1)·s positions. Loss, logits and gradients stay the same but for rounding. Calls that want a
+        cache, attentions or hidden states, or give arguments whose part for the prompt is not known, are as before.
+        The most is saved with `logits_to_keep`, a number of the text's last positions: the prompt's logits are then
+        left out.
 
         Raises:
             ValueError: the model reads texts behind a prompt of their own otherwise; the message says why.

@@ -35,10 +35,15 @@ _OTHER_PREFIXES = ("decoder_", "encoder_", "cross_", "output_", "past_", "cache"
 
 
 class BaseInputs(dict[str, Any]):
-    """The base model's arguments; with the number of prompt rows, and the order of columns where texts were moved."""
+    """The base model's arguments.
+
+    With the number of prompt rows, the order of columns where texts were moved, and the logits of a prompt that was
+    read for itself, where they are wanted.
+    """
 
     s: int = 0
     order: Tensor | None = None
+    prompt_logits: Tensor | None = None
 
 
 def call_inputs(

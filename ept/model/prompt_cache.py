@@ -57,11 +57,12 @@ def _keys_and_values(output: Any) -> DynamicCache:
     return cache
 
 
-def read_prompt_once(model: Any, facts: BaseModelFacts, inputs: BaseInputs) -> None:
+def read_prompt_once(model: Any, facts: BaseModelFacts, inputs: BaseInputs, with_logits: bool = False) -> None:
     """Takes the prompt's rows out of `inputs`, and puts in what `model` keeps of them, read once for all texts.
 
     Gradients flow as if every text had been read behind a prompt of its own. The first `inputs.s` rows must be the
-    same for all texts, with padding nowhere before them.
+    same for all texts, with padding nowhere before them. Their logits `[1, s, vocabulary]` go to `prompt_logits`, if
+    asked for.
     """
     embeds, s = inputs["inputs_embeds"], inputs.s
     alone: dict[str, Any] = {"inputs_embeds": embeds[:1, :s], "use_cache": True, "return_dict": True}
@@ -70,7 +71,9 @@ def read_prompt_once(model: Any, facts: BaseModelFacts, inputs: BaseInputs) -> N
     if "position_ids" in inputs:
         alone["position_ids"] = inputs["position_ids"][:1, :s]
         inputs["position_ids"] = inputs["position_ids"][:, s:]
-    cache = _keys_and_values(model(**alone, logits_to_keep=1))
+    output = model(**alone, logits_to_keep=0 if with_logits else 1)
+    inputs.prompt_logits = output["logits"] if with_logits else None
+    cache = _keys_and_values(output)
     for layer in cache.layers:
         layer.keys, layer.values = (x.expand(len(embeds), *x.shape[1:]) for x in (layer.keys, layer.values))
     inputs.update({"inputs_embeds": embeds[:, s:], cache_name(facts): cache, "use_cache": False})

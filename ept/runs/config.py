@@ -294,7 +294,7 @@ class TrainingConfig(Section):
     """A decoder's logits at the labels only. False: at every position."""
     shared_prompt: bool | None = None
     """Let a decoder read the prompt once for all rows of a batch: all but rounding stays the same, and each further row
-    saves the prompt's positions. Needs `label_only_logits`. None: on a CPU, where the model can."""
+    saves the prompt's positions. None: on a CPU, where the model can."""
     balanced_sampling: bool = False
     """Draw train rows so that every label comes equally often, whatever its share; an epoch has as many rows."""
     class_weights: bool = False
@@ -320,12 +320,11 @@ class TrainingConfig(Section):
             missing = "set training.pad_to_multiple_of too, such as 64"
             raise ValueError(f"training.compile_layers compiles every length for itself: {missing}")
         if self.shared_prompt:
-            others = {"compile_layers": "true", "gradient_checkpointing": "true", "label_only_logits": "false"}
-            for name, value in others.items():
-                if getattr(self, name) is (value == "true"):
+            for name in ("compile_layers", "gradient_checkpointing"):
+                if getattr(self, name):
                     raise ValueError(
-                        f"training.shared_prompt and training.{name}={value} exclude each other: the prompt's rows "
-                        "would be needed for more than their keys and values; set one"
+                        f"training.shared_prompt and training.{name} exclude each other: such layers take no keys and "
+                        "values of a prompt; set one"
                     )
         if self.cuda_graphs and not self.compile_layers:
             raise ValueError("training.cuda_graphs replays compiled layers: set training.compile_layers=true too")

@@ -17,9 +17,9 @@ BATCHES = {"left": ((8, 3, 5), "left"), "right": ((8, 3, 5), "right"), "equal": 
 
 
 def step(model, batch):
-    """Takes logits, loss and gradients of one training step, of all positions of the text."""
+    """Takes logits, loss and gradients of one training step, of all positions of the text unless told otherwise."""
     model.zero_grad()
-    output = model(**batch, logits_to_keep=batch["input_ids"].shape[1])
+    output = model(**{"logits_to_keep": batch["input_ids"].shape[1], **batch})
     output["loss"].backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return output["logits"].detach(), output["loss"].detach(), gradients
@@ -68,6 +68,19 @@ def test_same_step_as_with_a_prompt_for_each_row(name, kind, masked):
         same(gradient, expected[2][parameter])
 
 
+@pytest.mark.parametrize("options", [{}, {"logits_to_keep": 10}, {"return_dict": False}], ids=str)
+def test_the_prompts_logits_stand_before_the_texts_as_ever(options):
+    """As a plain Trainer calls it; 10 are the text's 8 and two of the prompt's."""
+    model, batch = adapted().double().train(), {**make_batch("llama", (8, 8)), **options}
+    expected = model(**batch, num_items_in_batch=3)
+    model.share_prompt()
+    with positions_read(model) as read:
+        output = model(**batch, num_items_in_batch=3)
+    assert read == [(1, 5), (2, 8)]
+    assert output[1].shape == (2, options.get("logits_to_keep", 13), expected[1].shape[2])
+    torch.testing.assert_close(output[:2], expected[:2], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("fields", [{"update": "token"}, {"r": 0}, {"update_scope": "all"}, {"num_spaces": 0}], ids=str)
 def test_every_form_of_the_adapter_and_half_of_the_positions(fields):
     model, batch = adapted(**fields).double().train(), make_batch("llama", (8, 6), "left")
@@ -98,8 +111,6 @@ def test_prompt_that_fills_a_sliding_window(name, s):
 
 
 AS_BEFORE = [
-    {},
-    {"logits_to_keep": 9},
     {"logits_to_keep": torch.tensor([2, 3]), "labels": None, "text_mask": torch.ones(2, 8)},
     {"logits_to_keep": 2, "use_cache": True},
     {"logits_to_keep": 2, "output_hidden_states": True},

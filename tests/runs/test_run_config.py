@@ -56,8 +56,8 @@ def test_exclusive_keys() -> None:
     with pytest.raises(ValueError, match=r"training\.bf16 and training\.fp16 exclude each other"):
         load_run_config(None, ["training.bf16=true", "training.fp16=true"])
     compiled = ["training.compile_layers=true", "training.pad_to_multiple_of=16", "training.cuda_graphs=true"]
-    for other in ("compile_layers=true", "gradient_checkpointing=true", "label_only_logits=false"):
-        settings = ["training.shared_prompt=true", "training.pad_to_multiple_of=8", f"training.{other}"]
+    for other in ("compile_layers", "gradient_checkpointing"):
+        settings = ["training.shared_prompt=true", "training.pad_to_multiple_of=8", f"training.{other}=true"]
         with pytest.raises(ValueError, match=rf"training\.shared_prompt and training\.{other} exclude each other"):
             load_run_config(None, settings)
     with pytest.raises(ValueError, match="gradient_checkpointing exclude each other"):
