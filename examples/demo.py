@@ -54,20 +54,19 @@ def demo() -> None:
     console = Console()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
-    parser.add_argument(
-        "--method", choices=METHODS, default="ept", metavar="NAME", help="pt, dept, ... at the same stored size"
-    )
+    parser.add_argument("--method", choices=METHODS, metavar="NAME", help="pt, dept, ept, ... at the same stored size")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, written anew each time")
     parser.add_argument("--seed", type=int, default=0, help="draws the split, the initialisation and the order of rows")
     arguments = parser.parse_args()
     if arguments.steps is not None and arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    config = load_run_config(CONFIG, [f"method.name={arguments.method}"] if arguments.method else [])
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no 4-bit weights here: it may lack kernels
     started = time.perf_counter()
     model_file = source.package_file(source.MODEL_PACKAGE, source.MODEL_FILE)
 
-    console.rule(f"{METHODS[arguments.method].title}: which headlines are sarcastic?")
+    console.rule(f"{METHODS[config.method.name].title}: which headlines are sarcastic?")
     console.print("Reading the headlines ...")
     rows = source.read_headlines(source.package_file(source.DATA_PACKAGE, source.DATA_FILE))
     data = arguments.output / "data"
@@ -76,7 +75,6 @@ def demo() -> None:
         f"Data: {len(rows):,} different headlines, split by a hash of their text into "
         f"{counts['train']:,} to train on, {counts['validation']:,} to validate on, {counts['test']:,} held out."
     )
-    config = load_run_config(CONFIG, [f"method.name={arguments.method}"])
     config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
     config.data.data_dir = str(data)
     config.output_dir, config.seed = str(arguments.output), arguments.seed
