@@ -68,9 +68,10 @@ def whole_way(
     right = sum(answer == label for answer, label in zip(answers, labels, strict=True)) / len(labels)
     check("share of right answers in the file", right, "accuracy on test", trained["test_metrics"]["accuracy"])
 
-    seeds = ("--set", "compare.methods=[pt,ept]", "--set", "compare.seeds=[0,1]")
+    method = trained["method"]
+    seeds = ("--set", f"compare.methods=[pt,{method}]", "--set", "compare.seeds=[0,1]")
     ept("compare", data, "--model", model, *options, *seeds, "--steps", steps, "--output", compared)
-    (again,) = [row for row in read_rows(compared / "comparison.csv") if (row["method"], row["seed"]) == ("ept", "0")]
+    (again,) = [row for row in read_rows(compared / "comparison.csv") if (row["method"], row["seed"]) == (method, "0")]
     check("score of the compared run", float(again["score"]), "that of the run", trained["score"])
 
     ept("export", run, "--output", folder / "exported", "--texts", new)
