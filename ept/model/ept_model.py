@@ -42,7 +42,7 @@ from .inputs import (
 from .layout import moved
 from .mixed import BASE, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
-from .prompt_cache import cached_prompt, check_cacheable, check_shareable, read_prompt_once
+from .prompt_cache import cached_prompt, check_cacheable, check_shareable, is_shareable, read_prompt_once
 from .reading import can_share_prompt, examine, infer_task_type, with_forward_of
 from .smoothing import refuse_label_smoothing
 from .texts import SeparateTexts, targets, text_before_answer
@@ -198,14 +198,10 @@ class EPTModel(ModelWithAdapters):
             if labels is not None:
                 labels = targets(labels, attention_mask)
                 text_mask = text_before_answer(labels) if text_mask is None else text_mask
-        is_shared = (
-            self.shares_prompt
-            and not follows_cache
-            and adapter_names is None
-            and self._can_share(
-                input_ids if inputs_embeds is None else inputs_embeds, attention_mask, logits_to_keep, kwargs
-            )
-        )
+        is_shared = self.shares_prompt and not follows_cache and adapter_names is None
+        if is_shared:
+            tokens = input_ids if inputs_embeds is None else inputs_embeds
+            is_shared = is_shareable(self, tokens, attention_mask, logits_to_keep, kwargs)
         inputs = call_inputs(
             self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs, prompt_cache=is_shared
         )
@@ -266,31 +262,6 @@ class EPTModel(ModelWithAdapters):
             divide_loss(output, inputs["labels"], num_items, shifted=causal, auxiliary=weight)
         output = shortened(output, logits_to_keep) if causal else output
         return output.to_tuple() if as_tuple else output
-
-    def _can_share(
-        self,
-        tokens: Tensor | None,
-        attention_mask: Tensor | None,
-        logits_to_keep: Tensor | int,
-        given: dict[str, Any],
-    ) -> bool:
-        """Tells whether a call on several rows of `tokens` needs nothing of a prompt that is not the same in each."""
-        base, config = self.base_model, self.base_model.config
-        outputs = ("output_attentions", "output_hidden_states", "output_router_logits")
-        others = {name for name, value in given.items() if value is not None and value is not False}
-        return not (
-            not self.active_peft_config.num_virtual_tokens
-            or tokens is None
-            or len(tokens) < 2
-            or isinstance(logits_to_keep, Tensor)
-            or (attention_mask is not None and not self._facts.splits_prompt)
-            or others - {"return_dict", "position_ids"}  # of which it is not known what they are for the prompt
-            or any(getattr(config, name, False) for name in outputs)
-            or (self.training and self.active_peft_config.base_dropout)  # which differs between rows
-            # Layers that checkpoint drop the cache.
-            or any(module.training and getattr(module, "gradient_checkpointing", False) for module in base.modules())
-            or torch.compiler.is_compiling()
-        )
 
     def _updates_text_alone(self, adapter_names: Sequence[str] | None) -> bool:
         """Tells whether in any row of a batch input text gets an update that answers do not get."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .facts import BaseModelFacts
 from .inputs import BaseInputs, cache_name, cached_length
+
+if TYPE_CHECKING:
+    from .ept_model import EPTModel
 
 
 @dataclass
@@ -120,6 +123,35 @@ def check_shareable(model: Any, facts: BaseModelFacts) -> None:
             f"{name} turns positions by an angle that depends on the length of the whole text ({kinds.pop()} RoPE), so "
             "that its prompt cannot be read once for a batch"
         )
+
+
+def is_shareable(
+    model: EPTModel,
+    tokens: Tensor | None,
+    attention_mask: Tensor | None,
+    logits_to_keep: Tensor | int,
+    given: dict[str, Any],
+) -> bool:
+    """Tells whether a call of `model` on `tokens` needs nothing of a prompt that is not the same in every row.
+
+    `given` are its arguments for the frozen model.
+    """
+    base, config = model.base_model, model.active_peft_config
+    outputs = ("output_attentions", "output_hidden_states", "output_router_logits")
+    others = {name for name, value in given.items() if value is not None and value is not False}
+    return not (
+        torch.compiler.is_compiling()
+        or not config.num_virtual_tokens
+        or tokens is None
+        or len(tokens) < 2
+        or isinstance(logits_to_keep, Tensor)
+        or (attention_mask is not None and not model._facts.splits_prompt)
+        or others - {"return_dict", "position_ids"}  # of which it is not known what they are for the prompt
+        or any(getattr(base.config, name, False) for name in outputs)
+        or (model.training and config.base_dropout)  # which differs between rows
+        # Layers that checkpoint drop the cache.
+        or any(module.training and getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    )
 
 
 def _angles_by_length(config: Any) -> set[str]:
