@@ -36,7 +36,7 @@ def profile(
     shared_prompt: bool | None = Option(
         None,
         "--shared-prompt/--no-shared-prompt",
-        help="Our methods read a decoder's prompt once a batch; on a CPU so.",
+        help="Our methods read a decoder's prompt once a batch; default: on a CPU.",
     ),
     attn_implementation: str | None = Option(None, help="eager, sdpa, ...; else as `ept train` chooses."),
     layers: int | None = Option(None, help="Keep only the first layers of a shape, so many."),
