@@ -141,9 +141,8 @@ def is_shareable(
     others = {name for name, value in given.items() if value is not None and value is not False}
     return not (
         torch.compiler.is_compiling()
-        or not config.num_virtual_tokens
         or tokens is None
-        or len(tokens) < 2
+        or (len(tokens) - 1) * config.num_virtual_tokens < max(model._shared_from or 0, 1)
         or isinstance(logits_to_keep, Tensor)
         or (attention_mask is not None and not model._facts.splits_prompt)
         or others - {"return_dict", "position_ids"}  # of which it is not known what they are for the prompt

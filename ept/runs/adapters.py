@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..tasks import Task
     from .config import MethodConfig, RunConfig
 
+ENOUGH_SAVED = 64
+"""Positions that a step must save for a second call of the model to pay on a CPU."""
 FAST = {"fast_4bit", "dequantized_cache_bytes", "fast_frozen"}  # how the base model's own layers are to run
 
 
@@ -66,7 +68,7 @@ def load_trained(
 
 
 def share_prompt(model: PeftModel, wanted: bool | None) -> None:
-    """Lets `model` read its prompt once a batch. None: on a CPU, where it can; True: or raise ValueError."""
+    """Lets `model` read its prompt once a batch; raises ValueError where it cannot. None: on a CPU, where it pays."""
     base = model.get_base_model()
     # A GPU may take longer for two calls of a small model than for one; 4-bit weights are unpacked at each.
     declined = base.device.type != "cpu" or getattr(base, "is_quantized", False)
@@ -75,7 +77,7 @@ def share_prompt(model: PeftModel, wanted: bool | None) -> None:
     try:
         if not isinstance(model, EPTModel):
             raise ValueError("training.shared_prompt is for this project's own methods: leave it out")
-        model.share_prompt()
+        model.share_prompt(least=1 if wanted else ENOUGH_SAVED)
     except ValueError:
         if wanted:
             raise

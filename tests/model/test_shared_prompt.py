@@ -86,7 +86,7 @@ def test_every_form_of_the_adapter_and_half_of_the_positions(fields):
     model, batch = adapted(**fields).double().train(), make_batch("llama", (8, 6), "left")
     for logits_to_keep in (3, 6):  # of 8
         given = {**batch, "logits_to_keep": logits_to_keep}
-        model.shares_prompt = False
+        model._shared_from = None
         expected = model(**given)
         model.share_prompt()
         output = model(**given)
@@ -167,6 +167,14 @@ def test_checkpointed_layers_and_dropout_have_a_prompt_for_each_row():
         assert read == shape
 
 
+def test_a_call_that_saves_too_little_is_as_before():
+    model, batch = adapted().share_prompt(least=10), make_batch("llama", (8, 3, 5), "left")
+    for rows, expected in ((3, [(1, 5), (3, 8)]), (2, [(2, 13)]), (1, [(1, 13)])):
+        with positions_read(model) as read:
+            model(**{name: value[:rows] for name, value in batch.items()}, logits_to_keep=2)
+        assert read == expected
+
+
 def test_compiled_layers_end_it():
     model, batch = adapted().share_prompt(), make_batch("llama", (8, 3), "left")
     model.compile_layers(backend="eager")
@@ -211,7 +219,7 @@ def test_several_adapters_each_share_their_own():
     randomise(model, seed=3)
     for adapter in ("default", "other", "none"):
         model.set_adapter(adapter, inference_mode=True)
-        model.shares_prompt = False
+        model._shared_from = None
         expected = model(**batch, logits_to_keep=3).logits
         model.share_prompt()
         torch.testing.assert_close(model(**batch, logits_to_keep=3).logits, expected, rtol=1e-4, atol=1e-4)

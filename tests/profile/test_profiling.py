@@ -187,8 +187,8 @@ def test_our_methods_read_a_prompt_once_a_batch(shared: bool | None) -> None:
 
     base.register_forward_pre_hook(hook, with_kwargs=True)
     record = profile(config(methods=("ept:4", "peft-pt:4"), shared_prompt=shared, steps=2), base=base)
-    assert [method["shared_prompt"] for method in record["methods"]] == [shared is not False, False]
-    ours = [(3, 16)] if shared is False else [(1, 4), (3, 12)]
+    assert [method["shared_prompt"] for method in record["methods"]] == [bool(shared), False]
+    ours = [(1, 4), (3, 12)] if shared else [(3, 16)]  # 8 positions saved are too few by themselves
     assert read[: len(ours) + 1] == [*ours, (3, 16)]
     assert all(0.95 <= method["phases_over_step"] <= 1.0 for method in record["methods"])
     for method in record["methods"]:
