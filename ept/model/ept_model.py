@@ -403,6 +403,11 @@ class EPTModel(ModelWithAdapters):
         """Tells whether a decoder's prompt is read once for all rows of a batch."""
         return self._shared_from is not None
 
+    def shares_prompt_of(self, rows: int) -> bool:
+        """Tells whether a call on so many rows would read the prompt once, if it wants nothing that forbids it."""
+        saved = (rows - 1) * self.active_peft_config.num_virtual_tokens
+        return self._shared_from is not None and saved >= max(self._shared_from, 1)
+
     def share_prompt(self, least: int = 1) -> EPTModel:
         """Lets a decoder read the prompt once for all rows of a batch, in training too; returns the model.
 

@@ -142,7 +142,7 @@ def is_shareable(
     return not (
         torch.compiler.is_compiling()
         or tokens is None
-        or (len(tokens) - 1) * config.num_virtual_tokens < max(model._shared_from or 0, 1)
+        or not model.shares_prompt_of(len(tokens))
         or isinstance(logits_to_keep, Tensor)
         or (attention_mask is not None and not model._facts.splits_prompt)
         or others - {"return_dict", "position_ids"}  # of which it is not known what they are for the prompt

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..model.ept_model import EPTModel
 from ..model.reading import infer_task_type
-from ..runs.adapters import ENOUGH_SAVED
 from ..runs.cpu import choose_attention, keep_freed_memory
 from ..runs.loading import default_device, load_base_model, task_type_of
 from ..utils.environment import hardware, versions
@@ -194,8 +194,7 @@ def profile(
                 "label": method.spec.label,
                 "method": method.spec.name,
                 "num_virtual_tokens": method.spec.num_virtual_tokens,
-                "shared_prompt": getattr(method.model, "shares_prompt", False)
-                and (bool(config.shared_prompt) or (config.batch - 1) * method.spec.num_virtual_tokens >= ENOUGH_SAVED),
+                "shared_prompt": isinstance(method.model, EPTModel) and method.model.shares_prompt_of(config.batch),
                 "trainable_parameters": sum(parameter.numel() for parameter in method.parameters),
                 "tokens_per_second": 1e3 * text_tokens / statistics.median(t.step for t in own),
                 "peak_memory_bytes": peak,
