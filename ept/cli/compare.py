@@ -43,7 +43,8 @@ def compare(
         None, metavar="DIR", help="Folder with a folder for each task (glue/sst2), in place of the hub (data.data_dir)."
     ),
     output: Path | None = Option(None, metavar="DIR", help="The comparison's folder (output_dir)."),
-    executor: str | None = Option(None, help="local: one run after another; ray: side by side (compare.executor)."),
+    jobs: int | None = Option(None, "--jobs", "-j", metavar="N", help="Runs side by side (compare.jobs)."),
+    executor: str | None = Option(None, help="local: on this machine; ray: through Ray (compare.executor)."),
     print_config: bool = PRINT_CONFIG,
     dry_run: bool = Option(False, "--dry-run", help="List the runs, write nothing."),
     json: bool = JSON,
@@ -59,7 +60,7 @@ def compare(
     given |= {"model.name_or_path": model, "training.max_steps": steps}
     if data is not None:
         given["data.data_dir"] = data
-    given |= {"output_dir": output, "compare.executor": executor}
+    given |= {"output_dir": output, "compare.jobs": jobs, "compare.executor": executor}
     comparison = load_comparison(config, overrides(set_, given))
     if print_config:
         answer(json, comparison.to_dict(), comparison.to_yaml().rstrip("\n"))

@@ -46,7 +46,9 @@ class CompareConfig(Section):
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """One setting varied at a time around the rest of the configuration."""
     executor: Literal["local", "ray"] = "local"
-    """One run after another, or side by side through Ray."""
+    """On this machine, or through Ray, on a cluster too."""
+    jobs: Count = 1
+    """Runs side by side on this machine, each in a process of its own. They share its cores and GPUs."""
     cpus_per_run: Count = 1
     """With Ray on machines without a GPU; with one, every run gets a GPU of its own."""
     published: bool = False
@@ -62,6 +64,8 @@ class CompareConfig(Section):
                 raise ValueError(f"compare.{key} is empty: name at least one")
             if len(set(values)) < len(values):
                 raise ValueError(f"compare.{key} names something twice: {values}")
+        if self.jobs > 1 and self.executor == "ray":
+            raise ValueError("compare.jobs is for runs on this machine: Ray takes as many as it has GPUs or cores for")
         if (self.learning_rate_seeds or 1) > len(self.seeds):
             raise ValueError(f"compare.learning_rate_seeds must be 1 .. {len(self.seeds)}, the number of seeds")
         for key in ("learning_rates", "low_rank_learning_rates"):

@@ -1,19 +1,28 @@
-"""Carrying out runs: one after another in this process, or side by side through Ray."""
+"""Carrying out runs: one after another in this process, side by side in several, or on a cluster through Ray."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
+import itertools
 import json
+import os
+import signal
+import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..runs.config import RunConfig
 from ..runs.folder import RunFolder
+from .config import CompareConfig
 
 
 @dataclass(frozen=True)
@@ -44,18 +53,76 @@ class Outcome:
         return f"{found['metric']} {found['score']:.4f}{validation}, {found['train_seconds']:.0f} s"
 
 
-def run_all(jobs: Sequence[dict[str, Any]], executor: str, cpus_per_run: int) -> Iterator[Outcome]:
+def run_all(jobs: Sequence[dict[str, Any]], compare: CompareConfig) -> Iterator[Outcome]:
     """Yields the outcome of each run (a `RunConfig` as a dictionary), as they come in.
-
-    With Ray each run has a process of its own, and a GPU of its own where there are any. Ray joins the cluster that
-    RAY_ADDRESS names, else starts one on this machine; the output folder must be the same for all machines.
 
     Raises:
         ValueError: Ray is asked for and not installed.
     """
-    if executor == "local":
+    if compare.executor == "ray":
+        yield from _through_ray(jobs, compare.cpus_per_run)
+    elif compare.jobs > 1 and len(jobs) > 1:
+        yield from _side_by_side(jobs, compare.jobs)
+    else:
         yield from map(execute, jobs)
-        return
+
+
+def _side_by_side(jobs: Sequence[dict[str, Any]], at_once: int) -> Iterator[Outcome]:
+    """Carries out so many runs at a time in processes of their own, which share this machine's cores and GPUs.
+
+    Where a process dies joblib ends the others, too: what is not finished has failed then, and can be continued.
+    """
+    import joblib
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    dealt = itertools.cycle(gpus or [None])
+    tasks = [joblib.delayed(_execute_apart)(job, next(dealt), os.getpid()) for job in jobs]
+    waiting = [Path(job["output_dir"]) for job in jobs]
+    parallel = joblib.Parallel(min(at_once, len(jobs)), "loky", return_as="generator_unordered", batch_size=1)
+    try:
+        for outcome in parallel(tasks):
+            waiting.remove(outcome.folder)
+            yield outcome
+    except BrokenProcessPool as error:
+        for folder in waiting:
+            yield Outcome.failed(folder, error)
+
+
+def _execute_apart(job: dict[str, Any], gpu: str | None, parent: int) -> Outcome:
+    """Executes a run in a process of joblib's, on the GPU of the first run that the process gets."""
+    import torch
+
+    _settle(parent)
+    if gpu is not None and not torch.cuda.is_initialized():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    return execute(job)
+
+
+@functools.cache
+def _settle(parent: int) -> None:
+    """Silences this process, once, and ends it with its parent, of whose death joblib tells nobody.
+
+    Else the run would go on, while the same command begins it a second time. Ctrl-C comes to the parent as well.
+    """
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[Outcome]:
+    """Carries out runs in processes of Ray, with a GPU each where there are any.
+
+    Ray joins the cluster that RAY_ADDRESS names, else starts one on this machine; the output folder must be the same
+    for all machines.
+    """
     if importlib.util.find_spec("ray") is None:
         raise ValueError("compare.executor=ray needs the package ray: pip install ray, or set it to local")
     import ray

@@ -155,7 +155,7 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
     if world_size() > 1:
         raise ValueError(
             "`ept compare` is one process, and a launcher has started several: start it alone; "
-            "--executor ray carries runs out side by side"
+            "--jobs N carries runs out side by side"
         )
     outcomes: dict[Path, Outcome] = {}
 
@@ -168,7 +168,7 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
         if done := len(folders) - len(waiting):
             report(f"{done} of {len(folders)} runs are finished already")
         jobs = [run.config.to_dict() for run in waiting.values()]
-        for number, outcome in enumerate(run_all(jobs, config.compare.executor, config.compare.cpus_per_run), start=1):
+        for number, outcome in enumerate(run_all(jobs, config.compare), start=1):
             outcomes[outcome.folder] = outcome
             report(f"[{number}/{len(waiting)}] {waiting[outcome.folder].description}: {outcome.summary}")
 

@@ -2,19 +2,23 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from ept.cli.main import app
-from ept.compare.config import load_comparison
-from ept.compare.execute import execute
+from ept.compare import execute as execution
+from ept.compare.config import CompareConfig, load_comparison
+from ept.compare.execute import Outcome, execute
 from ept.compare.plan import compare
 from ept.compare.tables import summarise
 from ept.runs import train as training
@@ -272,6 +276,89 @@ def test_command_refuses_before_anything_is_written(tiny, tmp_path):
     assert result.exit_code == 2
     assert "did you mean 'ept'" in result.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_runs_side_by_side_give_the_same_table(once, tiny, tmp_path):
+    records, lines = carry_out(tiny, tmp_path, "compare.jobs=2")
+    assert len(lines) == 6
+    assert found(records) == found(once[1])
+    failing, _ = carry_out(tiny, tmp_path, "compare.jobs=2", "compare.methods=[pt]", "method.budget=1")
+    assert len(failing) == 2
+    assert all("ValueError: no pt configuration has at most 1" in r.outcome.error for r in failing)
+
+
+def side_by_side(at_once, *folders):
+    jobs = [{"output_dir": folder} for folder in folders]
+    return list(execution.run_all(jobs, CompareConfig(jobs=at_once)))
+
+
+def test_a_process_that_dies_fails_what_is_not_finished(monkeypatch):
+    monkeypatch.setattr(execution, "_execute_apart", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    outcomes = side_by_side(2, "a", "b", "c")
+    assert sorted(str(outcome.folder) for outcome in outcomes) == ["a", "b", "c"]
+    assert all(outcome.error.startswith("TerminatedWorkerError: A worker process") for outcome in outcomes)
+
+
+def test_gpus_are_dealt_out_in_turn(monkeypatch):
+    monkeypatch.setattr(execution, "_execute_apart", lambda job, gpu, _: Outcome(Path(job["output_dir"]), {"gpu": gpu}))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    dealt = {str(outcome.folder): outcome.results["gpu"] for outcome in side_by_side(3, "a", "b", "c")}
+    assert dealt == {"a": "0", "b": "1", "c": "0"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-7f")
+    dealt = {str(outcome.folder): outcome.results["gpu"] for outcome in side_by_side(3, "a", "b", "c")}
+    assert dealt == {"a": "3", "b": "GPU-7f", "c": "3"}
+
+
+def test_a_process_keeps_the_gpu_of_its_first_run(monkeypatch):
+    monkeypatch.setattr(execution, "_settle", lambda parent: None)
+    monkeypatch.setattr(execution, "execute", lambda job: os.environ["CUDA_VISIBLE_DEVICES"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert execution._execute_apart({}, "1", 0) == "1"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert execution._execute_apart({}, "0", 0) == "1"
+
+
+# Two processes that do nothing but note who they are.
+ASLEEP = """
+import os, sys, time
+from pathlib import Path
+from ept.compare import execute
+from ept.compare.config import CompareConfig
+
+def sleep(job, gpu, parent):
+    execute._settle(parent)
+    (Path(job["output_dir"]) / str(os.getpid())).touch()
+    time.sleep(300)
+
+execute._execute_apart = sleep
+list(execute.run_all([{"output_dir": sys.argv[1]}] * 2, CompareConfig(jobs=2)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks the processes up in /proc")
+def test_processes_end_with_a_comparison_that_is_killed(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ASLEEP, tmp_path], cwd=ROOT) as comparison:
+        try:
+            wait_until(lambda: len(list(tmp_path.iterdir())) == 2)
+        finally:
+            comparison.kill()
+    wait_until(lambda: not any(map(is_running, tmp_path.iterdir())))
+
+
+def is_running(named_for_it):
+    status = Path("/proc") / named_for_it.name / "status"
+    try:
+        return "State:\tZ" not in status.read_text("utf-8")
+    except OSError:
+        return False
+
+
+def wait_until(holds, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_without_ray(tiny, tmp_path, monkeypatch):
