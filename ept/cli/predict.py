@@ -58,5 +58,5 @@ def predict(
     for row in labelled:
         shares = " ".join(f"{name}={row[name]:.3f}" for name in probabilities if name in row)
         text = row.get("text", {k: v for k, v in row.items() if k not in (PREDICTION, *probabilities)})
-        lines.append("\t".join([row[PREDICTION] or "(no label)", shares, repr(text)]))
+        lines.append("\t".join(["(no label)" if row[PREDICTION] is None else str(row[PREDICTION]), shares, repr(text)]))
     answer(json, labelled, *lines)

@@ -130,7 +130,8 @@ class DataConfig(Section):
     label_words: list[str] | dict[Any, str] | None = None
     """A list of words, or a mapping {raw label: word}."""
     label_values: list[Number] | None = None
-    """Of a regression, in place of `label_words`: the evenly spaced numbers that labels are rounded to."""
+    """Of a regression, in place of `label_words`: evenly spaced numbers over its range. A language model writes the
+    nearest of them, a classifier gives any number."""
     metric: list[str] | None = None
     """Metrics, the first of which decides the best checkpoint. None: accuracy, with `f1_macro` beside it where the
     commonest label has more than 60 % of the rows; of a regression `pearson` and `spearman`; of free text `rouge_l` and

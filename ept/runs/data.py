@@ -156,7 +156,7 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
     found: dict[str, Any] = {"label_column": label}
     found["template"] = config.template or default_template(texts, label, asks)
     if not labelled:
-        labels = find_labels(train, label, source)
+        labels = find_labels(train, label, source, asks)
         found |= {"label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
         for note in labels.notes:
             logger.warning("%s: %s", source, note)

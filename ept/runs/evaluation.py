@@ -5,6 +5,7 @@ A model that gives one answer to every row can have a good accuracy; here it is 
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from ..tasks.metrics import CORRELATIONS, metric_name
 
 CONSTANT_SHARE = 0.99
 """A model that gives one answer to at least this share of the rows is called constant."""
+CONSTANT_SPREAD = 0.05
+"""So is one whose numbers have less than this share of the right ones' standard deviation."""
 _NO_LABEL = "(no label)"
 _CALIBRATION_BINS = 10
 _CERTAINTY = 1.96  # standard errors of a score: 95 %
@@ -23,11 +26,13 @@ _CERTAINTY = 1.96  # standard errors of a score: 95 %
 class Answer(NamedTuple):
     """The index of the label that a model chose for a text, -1 for none, and the probability of each label.
 
-    The probabilities are normalised over the labels. None: the answer was generated, or is a number.
+    The probabilities are normalised over the labels. None: the answer was generated, or is a number. `number` is that
+    of a classifier's head for numbers, to which `label` is the nearest.
     """
 
     label: int
     probabilities: tuple[float, ...] | None = None
+    number: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Evaluation:
     """The answers to the rows of a split, with the right ones.
 
     `metrics` has the task's metrics, the first of which counts, and the share of `unparsable` answers; `labels` the
-    words of the labels.
+    words of the labels; `right_numbers`, where the answers are numbers, the right ones.
     """
 
     metrics: dict[str, float]
@@ -43,6 +48,7 @@ class Evaluation:
     references: Sequence[int]
     labels: Sequence[str]
     is_regression: bool = False
+    right_numbers: Sequence[float] = ()
     shares: dict[str, float] = field(init=False)
     """How often each label was answered, the commonest first."""
 
@@ -56,7 +62,11 @@ class Evaluation:
 
     def constancy(self) -> str | None:
         """Says in words that the model gives one answer whatever the text; None where it does not."""
-        return one_answer(self.shares, self.references)
+        if not self.right_numbers:
+            return one_answer(self.shares, self.references)
+        found = [answer.number for answer in self.answers if answer.number is not None]
+        is_constant = statistics.pstdev(found) < CONSTANT_SPREAD * statistics.pstdev(self.right_numbers)
+        return f"answers about {statistics.fmean(found):,.6g} to all rows" if is_constant else None
 
     def verdict(self, majority: float) -> str | None:
         """Says what makes the score worthless: one answer to all, or no more than the commonest label gives.

@@ -27,6 +27,8 @@ def label_rows(
 ) -> list[dict[str, Any]]:
     """Labels rows: each as it is, with `prediction` and, where labels are ranked, `p(label)` for each of them.
 
+    The prediction is a label's word, a text, or the number that a classifier's head gives.
+
     Without the task's columns the column `text` serves: of a task with one column it goes into the template, of others
     it is the whole input text. A row without text has None as its prediction, and so has an answer that is no label.
 
@@ -68,8 +70,9 @@ def label_rows(
         if number not in blank and run.task.is_text:
             found[PREDICTION] = next(written)
         elif number not in blank:
-            label, probabilities = next(answers)
-            found[PREDICTION] = labels[label] if label >= 0 else None
+            label, probabilities, value = next(answers)
+            if label >= 0:
+                found[PREDICTION] = labels[label] if value is None else float(f"{value:.7g}")  # of single precision
             found |= zip(columns, probabilities or ())
         labelled.append({**row, **found})
     return labelled

@@ -19,6 +19,7 @@ from ..model.compilation import uncompiled
 from ..tasks import GROUP, UNPARSABLE, Task, compute_metrics, nearest_value
 from ..tasks.encoding import IGNORE, TEXT_IDS, Collator, FittedText, encode_labels, encode_split, fit_rows, pad
 from ..tasks.metrics import compute_text_metrics
+from ..tasks.rows import NUMBER
 from ..utils.progress import with_lines
 from .adapters import load_trained, share_prompt
 from .config import RunConfig, load_run_config
@@ -128,7 +129,7 @@ class Predictor:
             logits, values = self.model(**self._batch(inputs)).logits, self.task.values
             if not values:
                 return _ranked(logits)
-            return [Answer(self._nearest(x)) for x in logits[:, 0].float().clamp(values[0], values[-1]).tolist()]
+            return [Answer(self._nearest(x, clamp=True), number=x) for x in logits[:, 0].float().tolist()]
         if self.generates:
             longest = max(len(answer) for answer in self.answers)
             ids = self.model.generate(**self._batch(inputs), max_new_tokens=longest + 1, do_sample=False, num_beams=1)
@@ -194,16 +195,19 @@ class Predictor:
             return TextEvaluation({**found, "loss": self.loss(split)}, written, right)
         answers, references = self.answer(split[TEXT_IDS][:], progress), split["label"][:]
         predictions = [answer.label for answer in answers]
+        numbers = [answer.number for answer in answers if answer.number is not None]
+        right = split[NUMBER][:] if numbers else ()
         scores = compute_metrics(
             self.task.metrics,
             predictions,
             references,
             len(self.labels),
             values=self.task.values,
+            numbers=(numbers, right) if numbers else None,
             groups=split[GROUP][:] if GROUP in split.column_names else None,
         )
         metrics = {**scores, "unparsable": predictions.count(UNPARSABLE) / max(len(predictions), 1)}
-        return Evaluation(metrics, answers, references, self.task.label_words, bool(self.task.values))
+        return Evaluation(metrics, answers, references, self.task.label_words, bool(self.task.values), right)
 
     def _batch(self, inputs: Sequence[list[int]], answer: Sequence[int] = ()) -> dict[str, torch.Tensor]:
         """Pads ids and mask, and for a decoder, which may have an `answer` after each text, the mask of the text."""
@@ -229,9 +233,9 @@ class Predictor:
     def _text(self, answer: Sequence[int]) -> str:
         return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
-    def _nearest(self, answer: Any) -> int:
+    def _nearest(self, answer: Any, clamp: bool = False) -> int:
         """Finds the label of a regression nearest to a number; `UNPARSABLE` for anything else."""
-        found = nearest_value(answer, self.task.values) if self.task.values else None
+        found = nearest_value(answer, self.task.values, clamp) if self.task.values else None
         return UNPARSABLE if found is None else found
 
 

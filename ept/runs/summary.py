@@ -50,7 +50,8 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
     labels = []
     if summary["kind"] == "regression":
         first, last, count = summary["labels"][0], summary["labels"][-1], len(summary["labels"])
-        labels = [("labels", f"{first} .. {last}, rounded to the nearest of {count}")]
+        rounded = f", rounded to the nearest of {count}" if summary["task_type"] != "SEQ_CLS" else ""
+        labels = [("labels", f"{first} .. {last}{rounded}")]
     elif summary["kind"] == "classification":
         labels = [("labels", f"{len(summary['labels'])}: {listed(map(repr, summary['labels']))}")]
     balance = [("label balance", _shares(summary["label_balance"]))] if labels else []

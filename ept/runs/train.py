@@ -19,6 +19,7 @@ from ..model.ept_model import EPTModel
 from ..tasks import TaskData
 from ..tasks.drawing import SPLITS
 from ..tasks.encoding import TEXT_IDS
+from ..tasks.rows import NUMBER
 from ..utils.environment import hardware, peak_memory, versions
 from ..utils.files import write_atomically
 from .adapters import load_untrained, stored_parameters
@@ -56,7 +57,7 @@ def prepare(config: RunConfig, processes: Processes | None = None, rows: OwnRows
         check_has_classes(task)
     model = load_untrained(config, task_type, task, max_length_of(config.data, task), tokenizer)
     if task_type == "SEQ_CLS" and task.values and has_new_head(config.model, task.num_outputs):
-        start_below(model, [task.values[label] for label in run_data.data.train["label"]])
+        start_below(model, run_data.data.train[NUMBER][:])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("there is nothing to train: give the method prompt tokens (method.num_virtual_tokens)")
     if config.training.compile_layers:

@@ -61,7 +61,6 @@ class PromptTrainer(Trainer):
             run.tokenizer,
             data.labels,
             run.task_type,
-            data.task.values,
             max_answer=config.data.max_answer,
             spaced=not data.task.is_chat,
         )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .rows import FIELDS, ROW, fit_to_length, render
+from .rows import FIELDS, NUMBER, ROW, fit_to_length, render
 from .task import Task
 
 if TYPE_CHECKING:
@@ -154,22 +154,22 @@ def encode_split(
     tokenizer: PreTrainedTokenizerBase,
     labels: Sequence[str],
     task_type: str,
-    values: Sequence[float] = (),
     max_answer: int = 128,
     spaced: bool = True,
 ) -> datasets.Dataset:
     """Makes columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length` from `text_ids` and `label`.
 
-    For SEQ_CLS and a regression `labels` is the number among `values` that the class stands for. Without `labels` each
-    row's `target` is its answer, of at most `max_answer` tokens and `spaced` as in `encode_answers`.
+    For SEQ_CLS and a regression `labels` is the number itself. Without `labels` each row's `target` is its answer, of
+    at most `max_answer` tokens and `spaced` as in `encode_answers`.
     """
     from datasets import Dataset
 
     inputs = list(split[TEXT_IDS])
-    if labels:
-        answers = [] if task_type == "SEQ_CLS" else encode_labels(tokenizer, labels, task_type)
-        targets: Sequence[Any] = answers or values or range(len(labels))
-        found = [targets[label] for label in split["label"]]
+    if labels and task_type == "SEQ_CLS":
+        found = split[NUMBER if NUMBER in split.column_names else "label"][:]
+    elif labels:
+        answers = encode_labels(tokenizer, labels, task_type)
+        found = [answers[label] for label in split["label"]]
     else:
         found = encode_answers(tokenizer, split["target"][:], task_type, max_answer, spaced)
     if task_type == "CAUSAL_LM":

@@ -119,7 +119,7 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
     return [max(textual, key=lambda name: _length(columns[name]))]
 
 
-def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
+def find_labels(rows: Sequence[Row], column: str, source: str, in_words: bool = True) -> Labels:
     """Finds the labels in a column, in a fixed order: numbers rise, words are sorted.
 
     Numbers that are not whole, or more than 20 different ones, make a regression; those with zeros in front (`0101`)
@@ -127,6 +127,9 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
     a column with one label alone, with labels that look alike, with too many different ones, of numbers with a few
     other cells among them or with decimal commas or percent signs, and for a file that has a row in place of its
     header.
+
+    Args:
+        in_words: the model writes numbers, rounded; what that loses is among the notes.
     """
     if shape := next((type(v).__name__ for row in rows if isinstance(v := row.get(column), (list, dict))), None):
         raise ValueError(f"{source}: column '{column}' holds a {shape}, not one label a row: write a word or a number")
@@ -144,7 +147,7 @@ def find_labels(rows: Sequence[Row], column: str, source: str) -> Labels:
     are_codes = any(re.fullmatch(r"0\d+", word) for word in words.values())
     if finite and not _are_labels(numbers.values(), are_codes):
         values = _grid(min(numbers.values()), max(numbers.values()))
-        return Labels(None, values, ["pearson", "spearman"], _coarseness(counts, values))
+        return Labels(None, values, ["pearson", "spearman"], _coarseness(counts, values) if in_words else [])
     if set(map(str.casefold, words.values())) <= {"true", "false"}:
         words = {raw: word.casefold() for raw, word in words.items()}
     by_word = Counter[str]()
@@ -244,7 +247,8 @@ def _coarseness(counts: Counter[Any], values: Sequence[float]) -> list[str]:
     return [
         f"{rows} of {total} rows, with {len(most)} different numbers, are rounded to {values[index]:g}, as few rows "
         f"reach up or down to the others of {values[0]:g} .. {values[-1]:g}, and the scores are of rounded numbers: "
-        "put the numbers' logarithm or rank into the column, or cut the extreme ones off"
+        "put the numbers' logarithm or rank into the column, cut the extreme ones off, or take a classifier, which "
+        "rounds none"
     ]
 
 

@@ -25,6 +25,7 @@ def compute_metrics(
     num_labels: int,
     *,
     values: Sequence[float] = (),
+    numbers: tuple[Sequence[float], Sequence[float]] | None = None,
     groups: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Scores `predictions` against `references`, both class indices in `0 .. num_labels-1`, by each named metric.
@@ -37,6 +38,7 @@ def compute_metrics(
 
     Args:
         values: for a regression, the number that each class stands for.
+        numbers: for a regression, the predicted and the right numbers, where they are known better than by their class.
         groups: for `exact_match`, which rows belong together; None: every row stands alone.
 
     Returns `{name: value}`: 0..1 for accuracy, F1 and exact match (the share of groups without a mistake), -1..1 for
@@ -80,12 +82,14 @@ def compute_metrics(
             mistaken = {group for group, (found, right) in zip(groups, pairs) if found != right}
             score = (len(set(groups)) - len(mistaken)) / len(set(groups))
         else:
-            numbers = [UNPARSABLE_VALUE if found == UNPARSABLE else values[found] for found in predictions]
-            right_numbers = [values[right] for right in references]
+            found_ones, right_ones = numbers or (
+                [UNPARSABLE_VALUE if found == UNPARSABLE else values[found] for found in predictions],
+                [values[right] for right in references],
+            )
             score = 0.0  # a model that always gives the same answer has learned nothing
-            if len(set(numbers)) > 1 and len(set(right_numbers)) > 1:
+            if len(set(found_ones)) > 1 and len(set(right_ones)) > 1:
                 correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
-                score = correlate(numbers, right_numbers).statistic
+                score = correlate(found_ones, right_ones).statistic
         scores[name] = 0.0 if math.isnan(score) else float(score)
     return scores
 

@@ -27,6 +27,8 @@ FIELDS = "fields"
 """The column of a loaded data set that keeps the text columns a row's `text` was rendered from."""
 ROW = "row"
 """The column of a loaded data set with a row's number in the file it comes from, counted from 1."""
+NUMBER = "number"
+"""The column of a loaded data set with the number of a regression, as the file has it."""
 RAW = "raw"
 """The key of an example that says which rows of a file are the same one, whatever template is used."""
 
@@ -142,6 +144,8 @@ def examples(
 ) -> tuple[list[Row], dict[str, list[int]]]:
     """Makes `{text, label, fields, row, raw}` of each row, and lists the rows that are left out, by the reason.
 
+    Of a regression `label` is the class of the nearest value, and `number` the number itself.
+
     Rows without a label are left out, and with `strict` refused like all that is wrong. Rows with blank text are
     refused with `strict`; else they stay, with an empty `text`, until the splits are drawn, which are the same ones for
     every template. Raises ValueError with the source and the row (counted from 1).
@@ -194,6 +198,8 @@ def examples(
             raise ValueError(f"{source}, row {number}: {error}") from error
         text = task.template.format_map(fields) if any(map(str.strip, fields.values())) else ""
         example = {"text": text, "label": label, FIELDS: fields, ROW: number, RAW: key}
+        if task.values:
+            example[NUMBER] = float(row[task.label_column])
         if target is not None:
             example["target"] = target
         if task.group_columns:
@@ -201,7 +207,9 @@ def examples(
         found.append(example)
     if beyond:
         which = f"{len(beyond)} of {len(rows)} rows have numbers beyond {task.values[0]:g} .. {task.values[-1]:g}"
-        logger.warning("%s: %s (%g, say) and count as the nearer end", source, which, max(beyond, key=abs))
+        logger.warning(
+            "%s: %s (%g, say): to a language model they are the nearer end", source, which, max(beyond, key=abs)
+        )
     return found, {reason: numbers for reason, numbers in left_out.items() if numbers}
 
 

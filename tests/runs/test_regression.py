@@ -6,12 +6,17 @@ import statistics
 
 import pytest
 import torch
+from scipy import stats
 from tiny_runs import BAD, GOOD, OTHER
 from torch import nn
 
+from ept.runs.folder import RunFolder
+from ept.runs.labelling import label_rows
 from ept.runs.predict import open_run
 from ept.runs.regression import MEAN, SPREAD, UNIT, in_units_of, last_layer, start_below, unit_of
 from ept.runs.train import prepare, train
+from ept.runs.trainer import PromptTrainer
+from ept.tasks import read_rows
 
 UNITS = {"shares": (0.002, 0.0005), "stars": (3.0, 1.0), "prices": (240_000.0, 60_000.0), "years": (1990.0, 4.0)}
 
@@ -51,10 +56,30 @@ def test_a_run_learns_numbers_of_any_unit(configure, tmp_path, unit, dtype):
     assert mean - 2.5 * spread < logits[0] < mean < logits[1] < mean + 2.5 * spread
 
 
+def test_numbers_are_trained_scored_and_given_as_they_are(configure, tmp_path):
+    config = configure("bert", *settings(tmp_path, "prices"), "training.max_steps=20")
+    rows = {split: read_rows(tmp_path / "numbers" / f"{split}.jsonl") for split in ("train", "test")}
+    run = prepare(config)
+    trained = PromptTrainer(config, run, RunFolder(tmp_path / "unused")).train_dataset["labels"]
+    assert sorted(trained) == sorted(row["label"] for row in rows["train"])
+
+    results = train(config)
+    predictor = open_run(tmp_path / "run")
+    labelled = label_rows(predictor, [{"text": row["text"]} for row in rows["test"]], "test")
+    found, right = [row["prediction"] for row in labelled], [row["label"] for row in rows["test"]]
+    assert len(set(found)) > len(set(predictor.labels))  # finer than what a language model would write
+    ids = [fitted.ids for fitted in predictor.fit(rows["test"], "test")]
+    with torch.no_grad():
+        logits = [predictor.model(**predictor._batch([text])).logits.item() for text in ids]
+    assert found == pytest.approx(logits, rel=1e-4)
+    for name, correlate in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        assert results["test_metrics"][name] == pytest.approx(correlate(found, right).statistic, abs=1e-5)
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_new_head_starts_below_the_numbers_in_their_units(configure, tmp_path, unit):
     run = prepare(configure("bert", *settings(tmp_path, unit)))
-    values = [run.task.values[label] for label in run.run_data.data.train["label"]]
+    values = list(run.run_data.data.train["number"])
     ids = run.run_data.data.train["text_ids"][:16]
     with torch.no_grad():
         found = run.model(**run._batch(ids)).logits[:, 0].tolist()

@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 
 import pytest
 
@@ -27,6 +28,16 @@ def test_one_answer_to_all_rows_is_named():
     assert evaluation([0] * 99 + [1], [0] * 99 + [1]).is_constant  # a share as good as all
     assert not evaluation([0] * 9, [0] * 9).is_constant  # there is nothing else to answer
     assert not evaluation([0] * 98 + [1] * 2, [0, 1] * 50).is_constant
+
+
+@pytest.mark.parametrize("spread, is_constant", [(1.0, False), (0.06, False), (0.03, True), (0.0, True)])
+def test_numbers_that_hardly_differ_are_one_answer(spread, is_constant):
+    right = [240_000.0, 1e6, *[250_000.0 + 100 * i for i in range(50)]]  # all but one nearest to the same label
+    middle = statistics.fmean(right)
+    answers = [Answer(0, number=middle + spread * (number - middle)) for number in right]
+    found = Evaluation({"pearson": 0.5}, answers, [0] * len(right), LABELS, True, right)
+    assert found.constancy() == ("answers about 266,587 to all rows" if is_constant else None)
+    assert found.is_constant == is_constant
 
 
 @pytest.mark.parametrize("right, worthless", [(310, True), (318, True), (340, False)])

@@ -55,7 +55,9 @@ def test_held_out_numbers_beyond_the_train_range_count_as_its_end(tmp_path, capl
         write(tmp_path, f"{split}.jsonl", [{**row, "text": f"{split} {i}"} for i, row in enumerate(rows[:4])])
     data = load_task(task, data_dir=tmp_path, labels="words")
     assert data.validation["label"][:] == data.test["label"][:] == [0, 0, 2, 2]
-    told = "test.jsonl: 3 of 4 rows have numbers beyond 0 .. 2 (1e+09, say) and count as the nearer end"
+    told = (
+        "test.jsonl: 3 of 4 rows have numbers beyond 0 .. 2 (1e+09, say): to a language model they are the nearer end"
+    )
     assert told in caplog.text
     assert load_split(task, tmp_path / "test.jsonl", labels="words")["label"][:] == [0, 0, 2, 2]
     write(tmp_path, "test.jsonl", rows)
