@@ -268,7 +268,7 @@ class TrainingConfig(Section):
     """Steps in which the learning rates rise from 0."""
     lr_scheduler: str = "linear"
     """Course of the learning rates after that: one of transformers' schedules that need no settings of their own, such
-    as `cosine` or `constant_with_warmup` (`constant` and `reduce_lr_on_plateau` have no warmup); others are refused."""
+    as `cosine` or `constant_with_warmup` (`constant` and `reduce_lr_on_plateau` take no warmup); others are refused."""
     max_grad_norm: NotNegative = 1.0
     """Largest norm of the gradient; a longer one is scaled down."""
     eval_steps: Count = 100
@@ -347,6 +347,11 @@ class TrainingConfig(Section):
             if self.lr_scheduler not in schedules():
                 known = ", ".join(schedules())
                 raise ValueError(f"training.lr_scheduler: expected one of {known}, got {self.lr_scheduler!r}")
+            if self.warmup_steps and not schedules()[self.lr_scheduler].warms_up:
+                raise ValueError(
+                    f"training.lr_scheduler={self.lr_scheduler} passes over training.warmup_steps={self.warmup_steps}: "
+                    "set it to 0, or take another schedule, such as constant_with_warmup"
+                )
         if self.bf16 and self.fp16:
             raise ValueError("training.bf16 and training.fp16 exclude each other: set one")
         return self

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
 
 
+class Schedule(NamedTuple):
+    """A schedule that a run can have. `options`: what it is given; one that watches the score is told that higher is
+    better. `warms_up`: it begins at 0 where there is a warm-up; others pass over it."""
+
+    options: dict[str, Any]
+    warms_up: bool
+
+
 @cache
-def schedules() -> dict[str, dict[str, Any]]:
-    """Finds the schedules that a run can have, and the options that it gives each: one that watches the score is told
-    that higher is better.
+def schedules() -> dict[str, Schedule]:
+    """Finds the schedules that a run can have, by their names.
 
     Others need settings that no key gives, or, as `greedy`, have bounds of their own that do not fit rates which differ
     from group to group.
@@ -28,5 +35,5 @@ def schedules() -> dict[str, dict[str, Any]]:
             continue
         if isinstance(schedule, LRScheduler):
             watches = "metrics" in inspect.signature(schedule.step).parameters
-            found[kind.value] = {"mode": "max"} if watches else {}
+            found[kind.value] = Schedule({"mode": "max"} if watches else {}, optimizer.param_groups[0]["lr"] == 0.0)
     return found

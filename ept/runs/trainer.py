@@ -295,7 +295,7 @@ def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> Tra
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.eval_batch_size,
         lr_scheduler_type=training.lr_scheduler,
-        lr_scheduler_kwargs=schedules()[training.lr_scheduler],
+        lr_scheduler_kwargs=schedules()[training.lr_scheduler].options,
         eval_strategy="steps",
         save_strategy="steps",
         save_steps=training.eval_steps,

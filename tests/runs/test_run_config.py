@@ -66,6 +66,16 @@ def test_exclusive_keys() -> None:
         load_run_config(None, ["data.task=glue/sst2", "data.template='{text}'"])
 
 
+@pytest.mark.parametrize("name, has_warmup", [("constant", False), ("reduce_lr_on_plateau", False), ("cosine", True)])
+def test_a_warmup_that_a_schedule_would_pass_over_is_refused(name: str, has_warmup: bool) -> None:
+    settings = [f"training.lr_scheduler={name}", "training.warmup_steps=5"]
+    if has_warmup:
+        assert load_run_config(None, settings).training.warmup_steps == 5
+        return
+    with pytest.raises(ValueError, match=rf"lr_scheduler={name} passes over training\.warmup_steps=5: set it to 0"):
+        load_run_config(None, settings)
+
+
 def test_overrides_come_after_the_file_and_in_order(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("training: {max_steps: 7, learning_rate: 1e-3}\nmodel:\nseed: 3\n", encoding="utf-8")
