@@ -17,7 +17,7 @@ from ..runs.method_table import METHODS
 from ..utils.files import write_atomically
 from ..utils.tables import csv_text
 from ..utils.tables import markdown as table
-from .plan import Record
+from .plan import Group, Rates, Record
 from .progress import Curve, curve_of, mean_curve, steps_table
 
 CONFIDENCE = 0.95
@@ -296,20 +296,47 @@ def markdown(records: Sequence[Record], settings: Sequence[Setting], command: st
                 "Steps, by the mean score on validation, on straight lines between the evaluations:",
                 table(*steps),
             ]
-    rates = [
-        [setting.title, task, method.title, f"{prompt:g}", f"{others:g}" if method.has_two_rates else "-"]
-        for setting in settings
-        for summary in setting.methods
-        for method in [METHODS[summary.method]]
-        for task, (prompt, others) in summary.learning_rates.items()
+    parts += [
+        "## Learning rates, chosen on validation",
+        "`behind` is the difference from the chosen ones over the seeds that both have, `share` what is reached of "
+        "their score; the best of several are lucky.",
+        table(*rates_table(records)),
     ]
-    parts += ["## Learning rates, chosen on validation"]
-    parts += [table(["setting", "task", "method", "of the prompt", "of all else"], rates)]
     failed = [record for record in records if not record.outcome.results]
     if failed:
         lines = [f"* {r.run.description}: {r.outcome.error} (`{r.run.folder.name}`)" for r in failed]
         parts += [f"## {len(failed)} of {len(records)} runs failed", "\n".join(lines)]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def rates_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the learning rates that were tried, with their scores on validation in percent."""
+    groups: dict[Group, dict[Rates, dict[int, float]]] = {}  # by seed
+    chosen: dict[Group, Rates] = {}
+    for record in records:
+        run, found = record.run, record.outcome.results
+        if found and found["best_validation"] is not None:
+            groups.setdefault(run.group, {}).setdefault(run.rates, {})[run.seed] = found["best_validation"]
+            chosen |= {run.group: run.rates} if record.chosen else {}
+    rows = []
+    for (sweep, value, task, name), tried in groups.items():
+        best = chosen.get((sweep, value, task, name))
+        for rates, scores in tried.items():
+            pairs = [(tried[best][seed], score) for seed, score in scores.items() if best and seed in tried[best]]
+            total = math.fsum(first for first, _ in pairs)
+            behind = interval([first - score for first, score in pairs]).text() if pairs else ""
+            rows.append(
+                [
+                    "" if sweep is None else f"{sweep} = {value}",
+                    *(task, METHODS[name].title),
+                    *(f"{rates[0]:g}", f"{rates[1]:g}" if METHODS[name].has_two_rates else "-"),
+                    interval([*scores.values()]).text(),
+                    "chosen" if rates == best else behind,
+                    f"{math.fsum(score for _, score in pairs) / total:.3f}" if total > 0 else "",
+                ]
+            )
+    header = ["setting", "task", "method", "of the prompt", "of all else", "on validation", "behind", "share"]
+    return header, rows
 
 
 def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:

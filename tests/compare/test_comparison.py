@@ -9,7 +9,16 @@ import pytest
 from ept.compare.execute import Outcome
 from ept.compare.plan import PlannedRun, Record
 from ept.compare.progress import steps_table, steps_to
-from ept.compare.tables import as_json, interval, markdown, paired_test, scores_table, summarise, write_tables
+from ept.compare.tables import (
+    as_json,
+    interval,
+    markdown,
+    paired_test,
+    rates_table,
+    scores_table,
+    summarise,
+    write_tables,
+)
 from ept.runs.config import RunConfig
 
 
@@ -50,12 +59,22 @@ def test_paired_test_without_a_spread():
 
 
 def record(
-    folder, method, seed, score, task="glue/sst2", sweep=None, value=None, chosen=True, parameters=100, step=5.0
+    folder,
+    method,
+    seed,
+    score,
+    task="glue/sst2",
+    sweep=None,
+    value=None,
+    chosen=True,
+    parameters=100,
+    step=5.0,
+    rates=(0.1, 0.001),
 ):
     """A run as `compare` leaves it; `score` None: it failed."""
-    config = RunConfig(output_dir=str(folder / f"{task}-{method}-{seed}-{sweep}-{value}"))
+    config = RunConfig(output_dir=str(folder / f"{task}-{method}-{seed}-{sweep}-{value}-{rates[0]}"))
     config.model.name_or_path = "a/model"
-    run = PlannedRun(method, task, sweep, value, seed, (0.1, 0.001), config)
+    run = PlannedRun(method, task, sweep, value, seed, rates, config)
     if score is None:
         return Record(run, Outcome(run.folder, None, "RuntimeError: out | of memory"), chosen)
     (run.folder / "adapter").mkdir(parents=True)
@@ -161,7 +180,7 @@ def test_page_and_csv(records, tmp_path):
         "| EPT − prompt tuning | 16.7 ± 14.3 | 0.038 | 3 |",
         "## 2 of 11 runs failed",
         "RuntimeError: out | of memory",
-        "| r = 2 | glue/sst2 | EPT | 0.1 | 0.001 |",
+        "| r = 2 | glue/sst2 | EPT | 0.1 | 0.001 | 10.0 | chosen | 1.000 |",
     ):
         assert part in page
     table, written, machines = write_tables(tmp_path / "new", records, settings, command)
@@ -174,6 +193,26 @@ def test_page_and_csv(records, tmp_path):
     assert [line["status"] for line in lines].count("failed") == 2
     assert (lines[2]["score"], lines[2]["trainable_parameters"], lines[2]["test_rows"]) == ("0.8", "99", "1234")
     assert lines[0]["low_rank_learning_rate"] == ""  # prompt tuning has nothing else
+
+
+def test_rates(tmp_path):
+    faster, twice = {"chosen": False, "rates": (0.2, 0.001)}, {"rates": (0.05, 0.001), "chosen": False}
+    records = [
+        record(tmp_path, "pt", 0, 0.8),
+        record(tmp_path, "pt", 1, 0.6),
+        record(tmp_path, "pt", 0, 0.7, **faster),
+        record(tmp_path, "pt", 1, 0.6, **faster),
+        record(tmp_path, "pt", 0, 0.4, **twice),
+        record(tmp_path, "pt", 1, None, **twice),
+        record(tmp_path, "ept", 0, 0.0),
+    ]
+    assert [row[2:] for row in rates_table(records)[1]] == [
+        ["prompt tuning", "0.1", "-", "70.0 ± 127.1", "chosen", "1.000"],
+        ["prompt tuning", "0.2", "-", "65.0 ± 63.5", "5.0 ± 63.5", "0.929"],  # 1.3 of 1.4
+        ["prompt tuning", "0.05", "-", "40.0", "40.0", "0.500"],  # of seed 0, which both have
+        ["EPT", "0.1", "0.001", "0.0", "chosen", ""],
+    ]
+    assert rates_table(records[5:6])[1] == []
 
 
 def test_for_machines(records):
