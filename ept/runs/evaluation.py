@@ -5,6 +5,7 @@ A model that gives one answer to every row can have a good accuracy; here it is 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -62,9 +63,9 @@ class Evaluation:
 
     def constancy(self) -> str | None:
         """Says in words that the model gives one answer whatever the text; None where it does not."""
-        if not self.right_numbers:
-            return one_answer(self.shares, self.references)
         found = [answer.number for answer in self.answers if answer.number is not None]
+        if not found or not all(map(math.isfinite, found)):
+            return one_answer(self.shares, self.references)
         is_constant = statistics.pstdev(found) < CONSTANT_SPREAD * statistics.pstdev(self.right_numbers)
         return f"answers about {statistics.fmean(found):,.6g} to all rows" if is_constant else None
 

@@ -40,6 +40,17 @@ def test_numbers_that_hardly_differ_are_one_answer(spread, is_constant):
     assert found.is_constant == is_constant
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_numbers_that_are_none_are_no_label(broken):
+    right, found = [1.0, 2.0, 3.0], [Answer(-1, number=broken)] * 3
+    assert Evaluation({"pearson": 0.0}, found, [0, 1, 1], LABELS, True, right).constancy() == (
+        "answers '(no label)' to 100% of the rows"
+    )
+    for numbers in ([broken] * 3, [1.0, 2.0, broken]):
+        scores = compute_metrics(["pearson"], [-1] * 3, [0, 1, 1], 2, values=(0.0, 1.0), numbers=(numbers, right))
+        assert scores == {"pearson": 0.0}
+
+
 @pytest.mark.parametrize("right, worthless", [(310, True), (318, True), (340, False)])
 def test_a_score_within_chance_of_the_majority_is_worthless(right, worthless):
     """Two standard errors are 4.3 points, on 500 rows with 60 % of one label."""
