@@ -336,7 +336,7 @@ list(execute.run_all([{"output_dir": sys.argv[1]}] * 2, CompareConfig(jobs=2)))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks the processes up in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks the processes up in /proc: Linux runs it")
 def test_processes_end_with_a_comparison_that_is_killed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ASLEEP, tmp_path], cwd=ROOT) as comparison:
         try:
