@@ -46,6 +46,7 @@ class Version:
     method: str = "ept"
     setting: str = ""
     only_on: str = ""
+    decoder_only: bool = False
     label_only: bool = False
     shared: bool = False  # the prompt is read once a batch, where ours is
     grouped: bool = False
@@ -65,9 +66,13 @@ VERSIONS = (
     Version(PEFT_ALIKE, "peft-pt", half=True, eager=True),
     Version(EQUIPPED, "peft-pt", **ALL),
     Version(NOTHING),
-    Version("label-only logits", setting="training.label_only_logits=true", label_only=True),
+    Version("label-only logits", setting="training.label_only_logits=true", decoder_only=True, label_only=True),
     Version(
-        "label-only logits, one prompt a batch", "ept", "training.shared_prompt=true", label_only=True, shared=True
+        "label-only logits, one prompt a batch",
+        setting="training.shared_prompt=true",
+        decoder_only=True,
+        label_only=True,
+        shared=True,
     ),
     Version("rows grouped by length", setting="training.group_by_length=true", grouped=True),
     Version("buckets of 32 tokens", setting="training.pad_to_multiple_of=32", multiple=32),
@@ -113,7 +118,7 @@ def options(
         for version in VERSIONS
         if version.only_on in ("", device.type)
         and (compile_allowed or not version.compiled)
-        and (task_type == "CAUSAL_LM" or not version.name.startswith("label-only logits"))
+        and (task_type == "CAUSAL_LM" or not version.decoder_only)
     ]
     dtypes = {False: torch.float32, True: fastest_dtype(device)}
     bases: dict[tuple[Any, ...], Any] = {}

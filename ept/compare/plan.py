@@ -31,6 +31,11 @@ Group = tuple[str | None, Any, str, str]
 """Sweep, its value, task, method: the runs that differ in seed and learning rates only."""
 
 
+def in_words(sweep: str | None, value: Any) -> str:
+    """Writes a varied setting as on a command line; empty for the configuration itself."""
+    return "" if sweep is None else f"{sweep}={value}"
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """One run; `sweep` and `value` are None for the configuration itself, without any sweep."""
@@ -53,8 +58,7 @@ class PlannedRun:
 
     @property
     def setting(self) -> str:
-        """The varied setting in words; empty for the configuration itself."""
-        return "" if self.sweep is None else f"{self.sweep}={self.value}"
+        return in_words(self.sweep, self.value)
 
     @property
     def description(self) -> str:
@@ -167,6 +171,8 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
             outcomes[folder] = Outcome.of(folder)
         if done := len(folders) - len(waiting):
             report(f"{done} of {len(folders)} runs are finished already")
+        if min(config.compare.jobs, len(waiting)) > 1:
+            report(f"{len(waiting)} runs, side by side: metrics.jsonl in the folder of each tells how far it is")
         jobs = [run.config.to_dict() for run in waiting.values()]
         for number, outcome in enumerate(run_all(jobs, config.compare), start=1):
             outcomes[outcome.folder] = outcome

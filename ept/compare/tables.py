@@ -14,10 +14,11 @@ from typing import Any
 from ..runs.evaluation import standard_error
 from ..runs.folder import RunFolder
 from ..runs.method_table import METHODS
+from ..tasks.metrics import metric_name
 from ..utils.files import write_atomically
 from ..utils.tables import csv_text
 from ..utils.tables import markdown as table
-from .plan import Group, Rates, Record
+from .plan import Group, Rates, Record, in_words
 from .progress import Curve, curve_of, mean_curve, steps_table
 
 CONFIDENCE = 0.95
@@ -151,7 +152,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return "The configuration itself" if self.sweep is None else f"{self.sweep} = {self.value}"
+        return in_words(self.sweep, self.value) or "The configuration itself"
 
 
 def summarise(records: Sequence[Record]) -> list[Setting]:
@@ -171,7 +172,7 @@ def summarise(records: Sequence[Record]) -> list[Setting]:
         found_tests = (paired_test(a.method, a.scores, b.method, b.scores) for b, a in pairs)
         failed = [name for name in dict.fromkeys(record.run.method for record in group) if name not in by_method]
         rows = dict.fromkeys(
-            f"{found['task']} ({found['metric']}): "
+            f"{found['task']} ({metric_name(found['metric'], [*found.get('by_label', ())])}): "
             + ", ".join(f"{count:,} {split}" for split, count in found["rows"].items())
             for record in kept
             if (found := record.outcome.results)
@@ -327,7 +328,7 @@ def rates_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
             behind = interval([first - score for first, score in pairs]).text() if pairs else ""
             rows.append(
                 [
-                    "" if sweep is None else f"{sweep} = {value}",
+                    in_words(sweep, value),
                     *(task, METHODS[name].title),
                     *(f"{rates[0]:g}", f"{rates[1]:g}" if METHODS[name].has_two_rates else "-"),
                     interval([*scores.values()]).text(),

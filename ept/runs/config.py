@@ -134,8 +134,8 @@ class DataConfig(Section):
     nearest of them, a classifier gives any number."""
     metric: list[str] | None = None
     """Metrics, the first of which decides the best checkpoint. None: accuracy, with `f1_macro` beside it where the
-    commonest label has more than 60 % of the rows; of a regression `pearson` and `spearman`; of free text `rouge_l` and
-    `exact_match`."""
+    commonest label has more than 60 % of the rows; of a regression `pearson`, `spearman` and `r2`; of free text
+    `rouge_l` and `exact_match`."""
     labels: Literal["digits", "words"] | None = None
     """How a language model writes the labels. None: a named task's as digits, all others as words."""
     max_length: Count | None = None

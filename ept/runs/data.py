@@ -15,6 +15,7 @@ from ..tasks import Task, TaskData, get_task, load_task, local_task
 from ..tasks.chat import MESSAGES, chat_task, has_chats
 from ..tasks.encoding import TEXT_IDS, FittedText, encode_answers, fit_rows
 from ..tasks.inference import commonest_share, default_metrics, default_template, find_columns, find_labels, find_texts
+from ..tasks.metrics import OF_NUMBERS
 from ..tasks.sources import RawSplits, raw_splits
 from ..tasks.splits import checksum_of
 from ..tasks.template import template_columns
@@ -219,7 +220,7 @@ def task_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
         raise ValueError(
             "no data: give a file, as in `ept train FILE --model NAME`, or set data.task (`ept tasks` lists them)"
         )
-    usual = ("accuracy",) if config.label_values is None else ("pearson", "spearman")
+    usual = ("accuracy",) if config.label_values is None else OF_NUMBERS
     if config.target_template is not None:
         usual = TEXT_METRICS
     return local_task(

@@ -146,7 +146,12 @@ def one_answer(shares: Mapping[str, float], references: Sequence[Any]) -> str | 
 
 
 def standard_error(metric: str, score: float, rows: int) -> float:
-    """Estimates the standard error of a score on `rows`: binomial, of a correlation that of a correlation of zero."""
+    """Estimates the standard error of a score on `rows`: binomial, of a correlation that of a correlation of zero.
+
+    That of R² is by the delta method, and at most that of no correlation.
+    """
+    if metric == "r2":
+        return (2 * score**0.5 * (1 - score) if score > 0 else 1.0) * max(rows, 1) ** -0.5
     if metric in (*CORRELATIONS, "matthews_correlation"):
         return max(rows, 1) ** -0.5
     return (score * (1 - score) / max(rows, 1)) ** 0.5

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..utils.messages import listed, shown
 from .files import Row
+from .metrics import OF_NUMBERS
 from .rows import is_missing, is_number, text_key
 from .task import nearest_value, without_point
 
@@ -147,7 +148,7 @@ def find_labels(rows: Sequence[Row], column: str, source: str, in_words: bool = 
     are_codes = any(re.fullmatch(r"0\d+", word) for word in words.values())
     if finite and not _are_labels(numbers.values(), are_codes):
         values = _grid(min(numbers.values()), max(numbers.values()))
-        return Labels(None, values, ["pearson", "spearman"], _coarseness(counts, values) if in_words else [])
+        return Labels(None, values, list(OF_NUMBERS), _coarseness(counts, values) if in_words else [])
     if set(map(str.casefold, words.values())) <= {"true", "false"}:
         words = {raw: word.casefold() for raw, word in words.items()}
     by_word = Counter[str]()

@@ -9,8 +9,10 @@ import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", "exact_match", "pearson", "spearman")
+METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", "exact_match", "pearson", "spearman", "r2")
 CORRELATIONS = ("pearson", "spearman")
+OF_NUMBERS = (*CORRELATIONS, "r2")
+"""Metrics of a regression. A correlation passes over numbers that are all too large or too far apart; R² does not."""
 TEXT_METRICS = ("rouge_l", "rouge_1", "rouge_2", "exact_match")
 """Metrics of answers in free text: F-measures of ROUGE, and the share of answers that are the reference."""
 UNPARSABLE = -1
@@ -34,7 +36,7 @@ def compute_metrics(
     `f1`, which is that of the second class, and `matthews_correlation` take it for a wrong class, the one after the
     right one (with two classes: the other one, as ATTEMPT's evaluation does). `f1_macro` is the mean over the classes
     that occur in references or predictions, as scikit-learn's, and counts it as a miss of the right class and as a hit
-    of none. For `pearson` and `spearman` it is the number -1.
+    of none. For `pearson`, `spearman` and `r2` it is the number -1.
 
     Args:
         values: for a regression, the number that each class stands for.
@@ -42,7 +44,7 @@ def compute_metrics(
         groups: for `exact_match`, which rows belong together; None: every row stands alone.
 
     Returns `{name: value}`: 0..1 for accuracy, F1 and exact match (the share of groups without a mistake), -1..1 for
-    the correlations (0 where they are undefined). Raises ValueError for an unknown metric or one that does not fit the
+    the correlations, at most 1 for R² (the coefficient of determination), 0 where they are undefined. Raises ValueError for an unknown metric or one that does not fit the
     labels, unequal lengths, nothing to score, or an index outside the range.
     """
     check_metrics(names, num_labels, is_regression=bool(values))
@@ -87,7 +89,9 @@ def compute_metrics(
                 [values[right] for right in references],
             )
             score = 0.0  # a model that always gives the same answer has learned nothing
-            if len(set(found_ones)) > 1 and len(set(right_ones)) > 1:
+            if name == "r2" and len(set(right_ones)) > 1 and all(map(math.isfinite, found_ones)):
+                score = metrics.r2_score(right_ones, found_ones)
+            elif name != "r2" and len(set(found_ones)) > 1 and len(set(right_ones)) > 1:
                 correlate = stats.pearsonr if name == "pearson" else stats.spearmanr
                 score = correlate(found_ones, right_ones).statistic
         scores[name] = 0.0 if math.isnan(score) else float(score)
@@ -156,5 +160,5 @@ def check_metrics(names: Sequence[str], num_labels: int, is_regression: bool = F
             raise ValueError(f"unknown metric '{name}': did you mean '{close}'? Known: {', '.join(METRICS)}")
         if name == "f1" and num_labels != 2:
             raise ValueError(f"metric 'f1' is for 2 labels, the task has {num_labels}: use 'f1_macro'")
-        if name in CORRELATIONS and not is_regression:
+        if name in OF_NUMBERS and not is_regression:
             raise ValueError(f"metric '{name}' is for a regression, the task has {num_labels} labels: use 'accuracy'")

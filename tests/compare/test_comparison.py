@@ -117,9 +117,15 @@ def records(tmp_path):
     ]
 
 
+def test_f1_is_named_with_its_label(tmp_path):
+    found = record(tmp_path, "pt", 0, 0.6)
+    found.outcome.results.update(metric="f1", by_label={"no": {}, "yes": {}})
+    assert summarise([found])[0].rows == "glue/sst2 (f1 of 'yes'): 10 train, 5 validation, 1,234 test"
+
+
 def test_summary(records):
     base, swept = summarise(records)
-    assert (base.title, swept.title) == ("The configuration itself", "r = 2")
+    assert (base.title, swept.title) == ("The configuration itself", "r=2")
     pt, ept = base.methods
     assert (ept.parameters, ept.step_time_ms) == (99, 5.0)
     assert ept.mean.mean == pytest.approx((0.7 + 0.8) / 2)  # of seed 0 and seed 1
@@ -180,7 +186,7 @@ def test_page_and_csv(records, tmp_path):
         "| EPT − prompt tuning | 16.7 ± 14.3 | 0.038 | 3 |",
         "## 2 of 11 runs failed",
         "RuntimeError: out | of memory",
-        "| r = 2 | glue/sst2 | EPT | 0.1 | 0.001 | 10.0 | chosen | 1.000 |",
+        "| r=2 | glue/sst2 | EPT | 0.1 | 0.001 | 10.0 | chosen | 1.000 |",
     ):
         assert part in page
     table, written, machines = write_tables(tmp_path / "new", records, settings, command)

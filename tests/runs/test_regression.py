@@ -7,6 +7,7 @@ import statistics
 import pytest
 import torch
 from scipy import stats
+from sklearn.metrics import r2_score
 from tiny_runs import BAD, GOOD, OTHER
 from torch import nn
 
@@ -74,6 +75,7 @@ def test_numbers_are_trained_scored_and_given_as_they_are(configure, tmp_path):
     assert found == pytest.approx(logits, rel=1e-4)
     for name, correlate in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
         assert results["test_metrics"][name] == pytest.approx(correlate(found, right).statistic, abs=1e-5)
+    assert results["test_metrics"]["r2"] == pytest.approx(r2_score(right, found), abs=1e-4)
 
 
 @pytest.mark.parametrize("unit", UNITS)

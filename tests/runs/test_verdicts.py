@@ -47,8 +47,9 @@ def test_numbers_that_are_none_are_no_label(broken):
         "answers '(no label)' to 100% of the rows"
     )
     for numbers in ([broken] * 3, [1.0, 2.0, broken]):
-        scores = compute_metrics(["pearson"], [-1] * 3, [0, 1, 1], 2, values=(0.0, 1.0), numbers=(numbers, right))
-        assert scores == {"pearson": 0.0}
+        names = ["pearson", "r2"]
+        scores = compute_metrics(names, [-1] * 3, [0, 1, 1], 2, values=(0.0, 1.0), numbers=(numbers, right))
+        assert scores == {"pearson": 0.0, "r2": 0.0}
 
 
 @pytest.mark.parametrize("right, worthless", [(310, True), (318, True), (340, False)])
@@ -89,8 +90,10 @@ def test_shuffled_labels_are_no_better_than_the_majority():
     assert worthless == 100
 
 
-def test_matthews_correlation_has_the_error_of_no_correlation():
+def test_errors_of_correlations_and_of_r2():
     assert standard_error("matthews_correlation", 0.0, 400) == 0.05
+    assert standard_error("r2", 0.0, 400) == standard_error("r2", -3.0, 400) == 0.05
+    assert standard_error("r2", 0.25, 400) == pytest.approx(2 * 0.5 * 0.75 / 20)
     assert evaluation([0, 1] * 50, [0, 1] * 50, metric="matthews_correlation").verdict(0.0) is None
 
 

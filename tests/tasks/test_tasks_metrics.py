@@ -41,6 +41,13 @@ HAND_COMPUTED = [
     # ranks 1, 2, 3 against 1, 3, 2: 1 - 6·2 / (3·8)
     ("spearman", [1, 2, 25], [3, 20, 19], 26, 0.5),
     ("spearman", [-1, 2, 25], [3, 19, 20], 26, 1.0),
+    # 1, 3, 2 for 1, 2, 3: the squares of the errors add up to 2, those of the distances from the mean too
+    ("r2", [5, 15, 10], [5, 10, 15], 26, 0.0),
+    ("r2", [5, 10, 15], [5, 10, 15], 26, 1.0),
+    ("r2", [10, 15, 20], [5, 10, 15], 26, -0.5),  # all of them 1 too large, which a correlation passes over
+    ("r2", [10, 10, 10], [5, 10, 15], 26, 0.0),
+    ("r2", [-1, 10, 15], [5, 10, 15], 26, -1.0),
+    ("r2", [5, 10, 15], [7, 7, 7], 26, 0.0),  # undefined
 ]
 
 
