@@ -44,8 +44,9 @@ def compute_metrics(
         groups: for `exact_match`, which rows belong together; None: every row stands alone.
 
     Returns `{name: value}`: 0..1 for accuracy, F1 and exact match (the share of groups without a mistake), -1..1 for
-    the correlations, at most 1 for R² (the coefficient of determination), 0 where they are undefined. Raises ValueError for an unknown metric or one that does not fit the
-    labels, unequal lengths, nothing to score, or an index outside the range.
+    the correlations, at most 1 for R² (the coefficient of determination), 0 where they are undefined. Raises
+    ValueError for an unknown metric or one that does not fit the labels, unequal lengths, nothing to score, or an index
+    outside the range.
     """
     check_metrics(names, num_labels, is_regression=bool(values))
     groups = range(len(references)) if groups is None else groups
