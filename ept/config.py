@@ -179,6 +179,8 @@ class EPTConfig(PromptLearningConfig):
         words = self.label_words
         if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise TypeError(f"label_words must be a list of texts, got {shown(words)}")
+        if not isinstance(self.prompt_tuning_init_text, (str, type(None))):
+            raise ValueError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} is no text: give one string")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
             raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
         if self.lowrank_init == "svd" and self.alpha <= 0:

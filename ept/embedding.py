@@ -26,6 +26,7 @@ def lookup(
     Returns:
         ids `[batch, n]`, table `[rows, d]`, attention mask `[batch, n]`.
     """
+    check_mask(attention_mask)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
@@ -49,6 +50,15 @@ def lookup(
         return input_ids, embedding.weight, attention_mask
     rows = (given if input_ids is None else embedding(input_ids)).reshape(batch * n, width)
     return torch.arange(batch * n, device=rows.device).view(batch, n), rows, attention_mask.to(rows.device)
+
+
+def check_mask(attention_mask: Any) -> None:
+    """Raises `ValueError` for a mask that is no tensor, such as a mask for each kind of attention."""
+    if attention_mask is not None and not isinstance(attention_mask, Tensor):
+        raise ValueError(
+            f"attention_mask must be a tensor [batch, length], got {type(attention_mask).__name__}: masks of other "
+            "kinds cannot be extended by the prompt"
+        )
 
 
 def check_vocabulary(input_ids: Tensor, rows: int) -> None:
@@ -133,6 +143,11 @@ def device_of(embedding: Any) -> torch.device:
     if (device := getattr(hook, "execution_device", None)) is not None:
         return torch.device(device)
     return torch.device("cpu") if embedding.weight.is_meta else embedding.weight.device
+
+
+def scaled_embedding(embedding: nn.Module, factor: float) -> nn.Module:
+    """Returns a module that gives `factor` times what `embedding` does; itself for 1."""
+    return embedding if factor == 1.0 else ScaledEmbedding(embedding, factor)
 
 
 class ScaledEmbedding(nn.Module):

@@ -69,6 +69,11 @@ def _rows(
     ids = torch.randint(rows_of(embedding), (count,), generator=generator)
     if config.prompt_tuning_init == "TEXT":
         text_ids = _text_ids(config, tokenizer)
+        if max(text_ids) >= rows_of(embedding):
+            raise ValueError(
+                f"the tokenizer writes prompt_tuning_init_text with token {max(text_ids)}, the model's embedding has "
+                f"{rows_of(embedding)} rows: take the model's own tokenizer, or resize_token_embeddings"
+            )
         # What the text leaves is from the vocabulary: the same rows twice would learn the same.
         ids[: len(text_ids)] = torch.tensor(text_ids[:count])
     return embedding(ids.to(device_of(embedding))).float().cpu() / rho

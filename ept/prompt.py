@@ -270,5 +270,10 @@ class EPTLayer(BasePromptEncoder):
     @torch.no_grad()
     def _load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
-            parameter.copy_(state_dict[name])
+            given = state_dict.get(name)
+            if parameter is None or given is None or given.shape != parameter.shape:
+                found = "missing" if given is None else list(given.shape)
+                wanted = "absent" if parameter is None else list(parameter.shape)
+                raise ValueError(f"{name} is {found} in the state, of the adapter it is {wanted}: load its own weights")
+            parameter.copy_(given)
         self.set_extra_state(state_dict["embedding_scale"])

@@ -44,11 +44,10 @@ def export(
         raise FileExistsError(f"{output} is a file: give a folder")
     with quiet():
         from ept.model.adapter_files import CONFIG_NAME
-        from ept.model.base_model import input_embedding
         from ept.model.export import EMBEDS_NAME, INFO_NAME, TENSORS_NAME, FoldedAdapter, write_embeds, write_folded
-        from ept.runs.exporting import TOKENS_NAME, base_of, texts_of, write_as_tokens
+        from ept.runs.exporting import TOKENS_NAME, base_of, embed_texts, texts_of, write_as_tokens
         from ept.runs.folder import RunFolder
-        from ept.runs.loading import load_base_model, load_tokenizer
+        from ept.runs.loading import load_tokenizer
         from ept.runs.predict import trained_run
         from ept.tasks.encoding import encode_texts
 
@@ -79,8 +78,8 @@ def export(
             described, task_type = base_of(adapter, config, model)
             tokenizer = load_tokenizer(described)
             lines = texts_of(texts, config, adapter.layer.config.template, tokenizer)
-            base = load_base_model(described, task_type, num_labels=2, pad_token_id=int(tokenizer.pad_token_id))
-            embeds = adapter.embed(encode_texts(tokenizer, lines, task_type), input_embedding(base))
+            encoded = encode_texts(tokenizer, lines, task_type)
+            embeds = embed_texts(adapter, described, task_type, encoded, int(tokenizer.pad_token_id))
         (output / EMBEDS_NAME).unlink(missing_ok=True)  # an earlier export's, of other texts
         files = write_folded(adapter, output)
         if embeds:

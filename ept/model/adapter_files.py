@@ -45,7 +45,7 @@ _PEFT_FIELDS: dict[str, tuple[type, ...]] = {
     "inference_mode": (bool,),
     **dict.fromkeys(("auto_mapping", "tokenizer_kwargs"), (dict, type(None))),
 }
-_HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
+HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only")
 # By safetensors' names.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -222,7 +222,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
     """Finds the file `name` of an adapter, downloaded from the hub if `folder` is no local path."""
-    hub = {argument: hub[argument] for argument in _HUB_ARGUMENTS if hub.get(argument) is not None}
+    hub = {argument: hub[argument] for argument in HUB_ARGUMENTS if hub.get(argument) is not None}
     local = Path(folder, hub.get("subfolder") or "")
     if local.is_dir():
         if (path := local / name).is_file():

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,10 +18,18 @@ from peft.utils.other import _set_adapter
 from torch import Tensor, nn
 
 from ..config import OUTPUT_FIELDS, PEFT_TYPE, EPTConfig
-from ..embedding import ScaledEmbedding, embedding_width
+from ..embedding import embedding_width, scaled_embedding
 from ..prompt import EPTLayer
 from ..utils.messages import shown
-from .adapter_files import SCALE_NAME, check_weights, read_adapter, read_config, read_weights, write_adapter
+from .adapter_files import (
+    HUB_ARGUMENTS,
+    SCALE_NAME,
+    check_weights,
+    read_adapter,
+    read_config,
+    read_weights,
+    write_adapter,
+)
 from .adapter_lock import exclusive
 from .base_model import (
     check_heads,
@@ -175,7 +184,11 @@ class ModelWithAdapters(PeftModel):
         if first:
             self._own_labels = label_names(base)
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
-        super().add_adapter(adapter_name, peft_config, **kwargs)
+        try:
+            super().add_adapter(adapter_name, peft_config, **kwargs)
+        except Exception:
+            self._forget(adapter_name)
+            raise
         train_in_float32(base, adapter_name)
         follow_rows(base)
         if first:
@@ -211,19 +224,28 @@ class ModelWithAdapters(PeftModel):
         Raises:
             ValueError: there is no such adapter.
         """
-        self._layer(adapter_name)
-        for kept in (self.peft_config, self.prompt_encoder, self.prompt_tokens):
-            del kept[adapter_name]
+        was_active = adapter_name == self.active_adapter
+        is_trained = any(p.requires_grad for p in self._layer(adapter_name).parameters())
+        del self.peft_config[adapter_name]
         if not self.peft_config:
             self.active_adapter = []
-        elif adapter_name == self.active_adapter:
+        elif was_active:
             self.active_adapter = next(iter(self.peft_config))
             warnings.warn(f"{adapter_name!r} was active; {self.active_adapter!r} is now", stacklevel=4)
+        self._forget(adapter_name)
+        if self.peft_config and was_active:
+            self._require_gradients(self.active_adapter, is_trained)
+        self._name_labels()
+
+    def _forget(self, adapter_name: str) -> None:
+        """Removes what there is of an adapter besides its configuration."""
+        for kept in (self.prompt_encoder, self.prompt_tokens, self._prompt_caches):
+            if adapter_name in kept:
+                del kept[adapter_name]
         for wrapper in wrapped_heads(self.base_model):
             # PEFT's own delete_adapter hands all that remain to each head, which takes no more than one.
-            wrapper.delete_adapter(adapter_name, [self.active_adapter] if self.peft_config else [])
-        self._prompt_caches.pop(adapter_name, None)
-        self._name_labels()
+            if adapter_name in wrapper.modules_to_save:
+                wrapper.delete_adapter(adapter_name, [self.active_adapter] if self.peft_config else [])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turns gradients of the named adapters on or off."""
@@ -283,6 +305,11 @@ class ModelWithAdapters(PeftModel):
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
+        for name in kwargs:  # which may also be a model's, as AutoPeftModel passes them on
+            ours = ("is_trainable", "adapter_name", "config", "fast_4bit", "dequantized_cache_bytes", "fast_frozen")
+            close = get_close_matches(name, (*ours, *HUB_ARGUMENTS), n=1, cutoff=0.85)
+            if close and close[0] != name:
+                raise ValueError(f"from_pretrained has no argument {name}: did you mean {close[0]}?")
         config, state = read_adapter(model_id, model, is_trainable, config, **kwargs)
         options: dict[str, Any] = {"fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
         options["fast_frozen"] = fast_frozen
@@ -359,8 +386,7 @@ class ModelWithAdapters(PeftModel):
 
     def _embedding(self) -> nn.Module:
         """Returns the module that embeds texts as the base model reads them."""
-        embedding, factor = input_embedding(self.base_model), self._facts.embedding_factor
-        return embedding if factor == 1.0 else ScaledEmbedding(embedding, factor)
+        return scaled_embedding(input_embedding(self.base_model), self._facts.embedding_factor)
 
     def _name_labels(self) -> None:
         """Shows the names that the active adapter has for a classifier's labels, or else the base model's own."""
@@ -374,7 +400,9 @@ class ModelWithAdapters(PeftModel):
             self.prompt_encoder = nn.ModuleDict()
             self.prompt_tokens: dict[str, Tensor] = {}
         config = self.peft_config[adapter_name]
-        layer = EPTLayer(config, self._embedding(), **self._layer_options)
+        embedding: Any = input_embedding(self.base_model)  # of which another adapter may have trained a copy
+        original = scaled_embedding(getattr(embedding, "original_module", embedding), self._facts.embedding_factor)
+        layer = EPTLayer(config, original, **self._layer_options)
         config.token_dim = layer.d
         self.prompt_encoder[adapter_name] = layer
         self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)

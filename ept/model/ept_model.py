@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config import EPTConfig
-from ..embedding import lookup
+from ..embedding import check_mask, lookup
 from .adapter_lock import AdapterLock, shared
 from .adapters import ModelWithAdapters, check_adapter
 from .base_model import freeze, swap_4bit, without_checkpointing
@@ -40,7 +40,7 @@ from .inputs import (
     shortened,
 )
 from .layout import moved
-from .mixed import BASE, embed_following, heads_of_rows
+from .mixed import BASE, check_heads_are_ours, check_recomputed, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
 from .prompt_cache import cached_prompt, check_cacheable, check_shareable, is_shareable, read_prompt_once
 from .reading import can_share_prompt, examine, infer_task_type, with_forward_of
@@ -114,6 +114,7 @@ class EPTModel(ModelWithAdapters):
             remedy = "use its add_adapter" if isinstance(model, EPTModel) else "pass its merge_and_unload()"
             raise ValueError(f"the model already carries an adapter: pass the base model, or {remedy}")
         check_adapter(adapter_name, peft_config)
+        check_heads_are_ours(model)
         self.adapter_lock = AdapterLock()
         self._prompt_caches = {}
         peft_config.task_type = peft_config.task_type or infer_task_type(model)
@@ -173,8 +174,10 @@ class EPTModel(ModelWithAdapters):
         if self._adapters_disabled:
             given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs}
             given |= {"num_items_in_batch": num_items_in_batch, "logits_to_keep": logits_to_keep}
-            given = {k: v for k, v in given.items() if isinstance(v, Tensor) or v not in (None, 0)}
-            return self.base_model(input_ids, **given)
+            if not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0:
+                del given["logits_to_keep"]  # which not every model takes
+            return self.base_model(input_ids, **{k: v for k, v in given.items() if v is not None})
+        check_mask(attention_mask)
         if labels is None and num_items_in_batch is not None and not torch.compiler.is_compiling():
             refuse_label_smoothing()
         self._facts = with_forward_of(self._facts, self.base_model)
@@ -203,9 +206,12 @@ class EPTModel(ModelWithAdapters):
         if is_shared:
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             is_shared = is_shareable(self, tokens, attention_mask, logits_to_keep, kwargs)
-        inputs = call_inputs(
-            self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs, prompt_cache=is_shared
-        )
+        if adapter_names is not None and torch.is_grad_enabled():
+            check_recomputed(self.base_model)
+        with heads_of_rows(adapter_names):
+            inputs = call_inputs(
+                self, input_ids, attention_mask, inputs_embeds, text_mask, adapter_names, kwargs, prompt_cache=is_shared
+            )
         if labels is not None and self.active_peft_config.task_type in ("CAUSAL_LM", "TOKEN_CLS"):
             labels = moved(extend(labels, inputs.s, -100), inputs.order)
         if isinstance(logits_to_keep, Tensor):  # the text stands behind the prompt
@@ -321,13 +327,13 @@ class EPTModel(ModelWithAdapters):
         if not hasattr(base, "generate"):
             raise ValueError(f"{type(base).__name__} cannot generate")
         use_prompt_cache = kwargs.pop("use_prompt_cache", False)
-        if self._adapters_disabled:
-            return base.generate(input_ids, *args, **kwargs)
-        self._facts = with_forward_of(self._facts, base)
-        causal = self.active_peft_config.task_type == "CAUSAL_LM"
-        kwargs.pop("labels", None)
         ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
         names = ("attention_mask", "inputs_embeds", "text_mask", "adapter_names")
+        kwargs.pop("labels", None)
+        if self._adapters_disabled:
+            return base.generate(ids, *args, **{k: v for k, v in kwargs.items() if k not in names[2:]})
+        self._facts = with_forward_of(self._facts, base)
+        causal = self.active_peft_config.task_type == "CAUSAL_LM"
         mask, embeds, text_mask, adapter_names = (kwargs.pop(name, None) for name in names)
         if "generation_config" in self.__dict__:  # set on the wrapper by a user
             kwargs.setdefault("generation_config", self.__dict__["generation_config"])
@@ -343,11 +349,12 @@ class EPTModel(ModelWithAdapters):
                     "a prompt cache holds one adapter's prompt: leave out adapter_names or use_prompt_cache"
                 )
             padded = mask is not None and not bool(mask[:, 0].all())
-            check_cacheable(base, self._facts, options.given, padded)
+            check_cacheable(base, self._facts, options, padded)
         # A cached prompt stays first, with padding behind it.
-        inputs = call_inputs(
-            self, ids, mask, embeds, text_mask, adapter_names, options.given, True, prompt_cache=use_prompt_cache
-        )
+        with heads_of_rows(adapter_names):
+            inputs = call_inputs(
+                self, ids, mask, embeds, text_mask, adapter_names, options.given, True, prompt_cache=use_prompt_cache
+            )
         encoder_processors(inputs, options, ids)
         if causal:
             n = length_of(ids, embeds)
@@ -362,7 +369,8 @@ class EPTModel(ModelWithAdapters):
             bound_length(inputs, options, n, s, longest, self._facts, base)
             if ids is not None:
                 inputs["input_ids"] = ids
-        with without_checkpointing(base), self._updating_new_tokens(causal, adapter_names):
+        updating = self._updating_new_tokens(causal, adapter_names)
+        with without_checkpointing(base), heads_of_rows(adapter_names), updating:
             return base.generate(**inputs)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
@@ -373,6 +381,15 @@ class EPTModel(ModelWithAdapters):
         raise ValueError("continuous batching reads ids alone, without a prompt: call generate with a padded batch")
 
     continuous_batching_context_manager = init_continuous_batching = generate_batch
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses to merge: a prompt and an update of the input are no change of weights. `fold()` is what there is."""
+        raise ValueError(
+            "a prompt and an update of the input cannot be merged into weights: call fold(), or write a model with "
+            "them in its vocabulary by `ept export --as-tokens`; base_model is the model without them"
+        )
+
+    unload = merge_adapter = unmerge_adapter = add_weighted_adapter = merge_and_unload
 
     def _updating_new_tokens(self, causal: bool, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
         """Gives the tokens that a decoder's `generate` embeds itself their update, where the scope covers them."""

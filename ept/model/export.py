@@ -1,7 +1,8 @@
 """Adapters for other engines: folded into one prompt and one table, and the embeddings of given texts.
 
 An engine needs nothing of this package to use them: the model's input for a text of n tokens is the prompt `[s, d]`,
-then the embedding of token i plus row i of the table, for i = 0 … n − 1. In place of the table, an update by the token
+then the embedding of token i, scaled where the model scales it (Gemma, Pegasus), plus row i of the table, for
+i = 0 … n − 1. In place of the table, an update by the token
 is the bottleneck that makes it of the token's embedding. Tokens that are generated get neither, unless the adapter was
 trained with `update_scope="all"`.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..embedding import device_of, embedding_width
 from ..prompt import EPTLayer
 from ..utils.files import write_atomically
 from ..version import __version__
@@ -28,8 +30,11 @@ INFO_NAME = "folded.json"
 EMBEDS_NAME = "prompt_embeds.safetensors"
 FORMAT = "ept-folded"
 VERSIONS = {("position", "text"): 1, ("position", "all"): 2, ("token", "text"): 3, ("token", "all"): 3}
-_BY_POSITION = "[prompt; embedding(id_i) + table[i]], i from 0 over "
-_BY_TOKEN = "[prompt; e_i + relu(e_i @ W_in + b_in) @ W_out + b_out], e_i = embedding(id_i) in float32, for all "
+_BY_POSITION = "[prompt; embedding(id_i), scaled as the model scales it, + table[i]], i from 0 over "
+_BY_TOKEN = (
+    "[prompt; e_i + relu(e_i @ W_in + b_in) @ W_out + b_out], e_i = embedding(id_i), scaled as the model scales it, in "
+    "float32, for all "
+)
 _INPUTS = {
     ("position", "text"): f"{_BY_POSITION}the input text's real tokens",
     ("position", "all"): f"{_BY_POSITION}all real tokens, generated ones too; none beyond table",
@@ -101,7 +106,7 @@ class FoldedAdapter:
         """Makes the model's input for each text, `[s + n, d]` on the CPU in the embedding's dtype.
 
         Args:
-            encoded: token ids of each text. embedding: the base model's input embedding.
+            encoded: token ids of each text. embedding: embeds ids as the base model does, scaled where it scales them.
 
         Raises:
             ValueError: the embedding has another width, a text has no tokens or more than `max_length`, or the adapter
@@ -114,10 +119,10 @@ class FoldedAdapter:
                 "that embeds them itself leaves it out: serve it with this package, or train with "
                 'update_scope="text"'
             )
-        found = getattr(embedding, "embedding_dim", self.layer.d)
+        found = embedding_width(embedding)
         if found != self.layer.d:
             raise ValueError(f"the adapter is for embeddings of width {self.layer.d}, the model has {found}")
-        device = next(embedding.parameters()).device
+        device = device_of(embedding)
         self.layer.to(device)
         embeds = []
         for number, ids in enumerate(encoded, start=1):

@@ -241,7 +241,7 @@ def embedding_new_tokens(
         positions = torch.arange(read, read + ids.shape[1], device=ids.device).expand(len(ids), -1)
         read += ids.shape[1]
         if inputs.get("position_ids") is not None:
-            positions = inputs["position_ids"][:, -ids.shape[1] :]
+            positions = inputs["position_ids"][:, -ids.shape[1] :] - (facts.position_offset or 0)
         elif isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == read:
             positions = position_ids_of(mask)[:, -ids.shape[1] :]
         embeds = embed(ids, positions)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..embedding import lookup, position_ids_of
 from .facts import BaseModelFacts
-from .layout import APART, BESIDE, arrangement, moved, numbered
-from .mixed import embed_following, embed_mixed, prompt_mask
+from .layout import APART, BEHIND, BESIDE, arrangement, moved, numbered
+from .mixed import check_names, embed_following, embed_mixed, prompt_mask
 
 if TYPE_CHECKING:
     from .ept_model import EPTModel
@@ -32,6 +32,7 @@ _OF_TOKENS: dict[str, int | None] = {
 # Arguments that have nothing to do with the input's tokens, and the beginnings of such names.
 _OTHERS = ("labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch", "logits_to_keep")
 _OTHER_PREFIXES = ("decoder_", "encoder_", "cross_", "output_", "past_", "cache", "head_mask", "mems", "state")
+_STATES = ("cache_params", "state", "mems")  # of what was read before, other than keys and values of positions
 
 
 class BaseInputs(dict[str, Any]):
@@ -79,10 +80,17 @@ def call_inputs(
     facts, embedding, layer = model._facts, model._embedding(), model._layer()
     if facts.ids_alone and input_ids is not None:
         _check_ids(type(model.base_model).__name__, facts.ids_alone, input_ids)
+    if states := [name for name in _STATES if inputs.get(name) is not None]:
+        raise ValueError(
+            f"{states[0]} does not tell how much {type(model.base_model).__name__} has read, and what follows it gets "
+            "no prompt: pass the whole text without it, or call generate, which keeps it by itself"
+        )
     layers: Any = dict(model.prompt_encoder.items())
     encoded = inputs.get("encoder_outputs")
     rows = next((x for x in (input_ids, inputs_embeds, encoded and encoded[0]) if x is not None), ())
     names = [model.active_adapter] * len(rows) if adapter_names is None else list(adapter_names)
+    if adapter_names is not None and rows != ():
+        check_names(names, layers, len(rows))
     if encoded is not None:  # the encoder has run already, and has seen the prompt
         _mask_encoded(facts, inputs, attention_mask, prompt_mask(layers, names, encoded[0].device))
         return inputs
@@ -92,8 +100,13 @@ def call_inputs(
         in_front = prompt_mask(layers, names, mask.device)
         s, new = in_front.shape[1], ids.shape[1]
         if mask.shape[1] == cached + new - s:
+            if facts.padding in (None, BEHIND) and attention_mask is not None and not bool(mask.all()):
+                raise ValueError(
+                    f"{type(model.base_model).__name__} counts positions by index, so that tokens behind padding "
+                    "would be read at other places than without: give rows of one length, or the whole text at once"
+                )
             mask = torch.cat([in_front.to(mask.dtype), mask], dim=1)
-            mask = moved(mask, arrangement(mask, s, BESIDE))
+            mask = moved(mask, arrangement(mask, s, facts.padding or APART))
         if mask.shape[1] != cached + new:
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens; with {cached} cached positions and {new} new tokens it "

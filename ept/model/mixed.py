@@ -8,11 +8,14 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import functional
 from ..prompt import EPTLayer
+from ..utils.messages import listed
 from .base_model import wrapped_heads
 
 _names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
@@ -37,13 +40,9 @@ def embed_mixed(
         embeddings `[batch, s + n, d]` with `s` the longest prompt, attention mask `[batch, s + n]`.
 
     Raises:
-        ValueError: names are unknown or not one a row, or a text is too long for its adapter.
+        ValueError: a text is too long for its adapter.
     """
-    if len(names) != ids.shape[0]:
-        raise ValueError(f"adapter_names has {len(names)} names for a batch of {ids.shape[0]} rows: give one a row")
     used = [name for name in dict.fromkeys(names) if name != BASE]
-    if unknown := [name for name in used if name not in layers]:
-        raise ValueError(f"no adapter named {', '.join(map(repr, unknown))}: loaded are {', '.join(layers)}")
     chosen = [layers[name] for name in used]
     if not chosen:
         return table[ids], attention_mask
@@ -52,7 +51,8 @@ def embed_mixed(
     for name in used:
         layer, rows = layers[name], [row for row, own in enumerate(names) if own == name]
         own_text = None if text_mask is None else text_mask[rows]
-        positions[rows] = layer.positions(attention_mask[rows], own_text)
+        if layer.config.r:  # else a text may be longer than the others' tables
+            positions[rows] = layer.positions(attention_mask[rows], own_text)
         if layer.config.updates_by_token:
             by_token.append((layer, rows))
     if by_token:
@@ -133,29 +133,98 @@ def embed_following(
     return embeds
 
 
-def follow_rows(model: nn.Module) -> None:
-    """Makes the trained heads in `model` choose by `heads_of_rows`; once each."""
-    for wrapper in wrapped_heads(model):
-        if _choose_head not in wrapper._forward_pre_hooks.values():
-            wrapper.register_forward_pre_hook(_choose_head, with_kwargs=True)
+def check_names(names: Sequence[str], layers: Mapping[str, EPTLayer], rows: int) -> None:
+    """Raises `ValueError` where `names` are not one of a loaded adapter, or `"__base__"`, for each of `rows`."""
+    if len(names) != rows:
+        raise ValueError(f"adapter_names has {len(names)} names for a batch of {rows} rows: give one a row")
+    if unknown := [name for name in dict.fromkeys(names) if name != BASE and name not in layers]:
+        raise ValueError(f"no adapter named {', '.join(map(repr, unknown))}: loaded are {', '.join(layers)}")
 
 
 @contextmanager
 def heads_of_rows(names: Sequence[str] | None) -> Iterator[None]:
-    """Sends row i through the head of adapter `names[i]`, in this thread and as long as the context lasts.
+    """Sends row i through what adapter `names[i]` trained, in this thread and as long as the context lasts.
 
-    None: all rows go through the head of the active adapter.
+    None: all rows go through what the active adapter trained.
     """
-    if names is None:
-        yield
-        return
-    token = _names_of_rows.set(list(names))
+    token = _names_of_rows.set(None if names is None else list(names))
     try:
         yield
     finally:
         _names_of_rows.reset(token)
 
 
-def _choose_head(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    names = _names_of_rows.get()
-    return args, (kwargs if names is None else {**kwargs, "adapter_names": names})
+class HeadsOfRows(ModulesToSaveWrapper):
+    """PEFT's wrapper of a module that adapters train copies of, in mixed batches a copy for the rows of each."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the active adapter's copy, or within `heads_of_rows` that of each row; the original where none is.
+
+        Several rows to a name, beams or tokens, are one after the other.
+
+        Raises:
+            ValueError: in a mixed batch, arguments or result have no rows that could be told apart.
+        """
+        names = _names_of_rows.get()
+        if names is None or self.disable_adapters:
+            return super().forward(*args, **kwargs)
+        count = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim()), 0)
+        each, rest = divmod(count, len(names))
+        if rest or not each:
+            raise ValueError(
+                f"{type(self.original_module).__name__} is called on {count} rows for {len(names)} texts, so that a "
+                "batch of several adapters that train it cannot be told apart: give the batches one by one"
+            )
+        owners = [name for name in names for _ in range(each)]
+        results, order = [], []
+        for name in dict.fromkeys(names):
+            rows = [row for row, owner in enumerate(owners) if owner == name]
+            module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module  # noqa: SIM401
+            results.append(module(*(_taken(x, rows, count) for x in args), **_taken(kwargs, rows, count)))
+            order += rows
+        return self._put_together(results, order)
+
+    def _put_together(self, results: Sequence[Any], order: Sequence[int]) -> Any:
+        if all(isinstance(result, Tensor) for result in results):
+            place = torch.tensor(order, device=results[0].device).argsort()
+            return torch.cat([result.to(place.device) for result in results])[place]
+        if all(type(result) is tuple for result in results):
+            return tuple(self._put_together(parts, order) for parts in zip(*results))
+        raise ValueError(
+            f"{type(self.original_module).__name__} gives {type(results[0]).__name__}, which has no rows that a batch "
+            "of several adapters could be put together from: give the batches one by one"
+        )
+
+
+def _taken(value: Any, rows: Sequence[int], count: int) -> Any:
+    """Takes `rows` of a tensor of `count`, or of the values of a dictionary; all else stays."""
+    if isinstance(value, dict):
+        return {name: _taken(x, rows, count) for name, x in value.items()}
+    return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
+
+
+def follow_rows(model: nn.Module) -> None:
+    """Makes PEFT's wrappers in `model`, all of which are an EPT model's, choose by `heads_of_rows`."""
+    for wrapper in wrapped_heads(model):
+        wrapper.__class__ = HeadsOfRows
+
+
+def check_heads_are_ours(model: nn.Module) -> None:
+    """Raises `ValueError` where another adapter trains modules of `model`, with which EPT's would be mixed up."""
+    named = ((name, module) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    if found := [name for name, wrapper in named if not isinstance(wrapper, HeadsOfRows)]:
+        raise ValueError(
+            f"another adapter has trained {listed(found)} of {type(model).__name__} itself: merge it first "
+            "(merge_and_unload), or make it without modules_to_save and trainable_token_indices"
+        )
+
+
+def check_recomputed(model: nn.Module) -> None:
+    """Raises `ValueError` where a mixed batch's backward would compute trained modules again, of unknown rows."""
+    for layer in model.modules():
+        recomputed = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
+        if recomputed and any(True for _ in wrapped_heads(layer)):
+            raise ValueError(
+                f"gradient checkpointing computes {type(layer).__name__} again in the backward, when the adapters of "
+                "its rows are forgotten: turn it off for batches of several adapters that train its modules"
+            )

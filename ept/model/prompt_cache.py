@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -22,6 +23,7 @@ from .inputs import BaseInputs, cache_name, cached_length
 
 if TYPE_CHECKING:
     from .ept_model import EPTModel
+    from .generation import GenerationOptions
 
 
 @dataclass
@@ -29,11 +31,11 @@ class PromptCache:
     """Keys and values that a model computed for a prompt."""
 
     prompt: Tensor  # the embeddings it was made of, [s, d]
-    weights: tuple[tuple[int, int], ...]  # the model's at that time: where each is, and how often it was written
+    weights: tuple[Any, ...]  # the model's at that time
     cache: DynamicCache  # of one row, s positions in every layer
 
     @classmethod
-    def compute(cls, model: Any, prompt: Tensor, weights: tuple[tuple[int, int], ...]) -> PromptCache:
+    def compute(cls, model: Any, prompt: Tensor, weights: tuple[Any, ...]) -> PromptCache:
         """Runs `model` on the prompt `[s, d]` alone; raises `ValueError` where it keeps other things of a position."""
         ones = torch.ones(1, len(prompt), dtype=torch.int64, device=prompt.device)
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -93,7 +95,7 @@ def cached_prompt(
         return None
     embeds, config = inputs["inputs_embeds"], inputs.get("generation_config") or model.generation_config
     prompt, kept = embeds[0, :s], caches.get(name)
-    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    weights = _state_of(model)
     if (
         kept is None
         or kept.weights != weights
@@ -106,6 +108,20 @@ def cached_prompt(
     cache = copy.deepcopy(kept.cache)  # which `generate` extends
     cache.batch_repeat_interleave(len(embeds) * max(copies))
     return cache
+
+
+def _state_of(model: nn.Module) -> tuple[Any, ...]:
+    """Tells a model's weights from others: where each is, how often it was written, and which of LoRA's are on.
+
+    Values that are written through `.data` are not noticed.
+    """
+    weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
+    tuned = [
+        (*module.active_adapters, module.disable_adapters, *module.merged_adapters, str(getattr(module, "scaling", "")))
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
+    return (*weights, *tuned)
 
 
 def check_shareable(model: Any, facts: BaseModelFacts) -> None:
@@ -160,7 +176,7 @@ def _angles_by_length(config: Any) -> set[str]:
     return types & {"dynamic", "longrope"}
 
 
-def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], padded: bool) -> None:
+def check_cacheable(model: Any, facts: BaseModelFacts, options: GenerationOptions, padded: bool) -> None:
     """Raises `ValueError` where `generate` after a cached prompt would differ from `generate` without.
 
     `padded` tells whether padding would stand between the prompt and the text.
@@ -176,9 +192,14 @@ def check_cacheable(model: Any, facts: BaseModelFacts, inputs: dict[str, Any], p
             f"{name} turns positions by an angle that depends on the length of the whole text ({kinds.pop()} RoPE): "
             "call generate without use_prompt_cache"
         )
-    if inputs.get("use_cache") is False or getattr(inputs.get("generation_config"), "use_cache", None) is False:
+    if (kind := options["cache_implementation"]) is not None:
+        raise ValueError(
+            f"cache_implementation={kind!r} makes a cache without the prompt's: set it to None in the call's or the "
+            "model's generation_config, or call generate without use_prompt_cache"
+        )
+    if options.asked_for("use_cache") is False:
         raise ValueError("use_cache=False and use_prompt_cache=True exclude each other: leave one out")
-    if cached_length(facts, inputs):
+    if cached_length(facts, options.given):
         raise ValueError("past_key_values and use_prompt_cache=True exclude each other: leave one out")
     if padded and not facts.splits_prompt:
         raise ValueError(

@@ -11,9 +11,10 @@ import torch
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from ..embedding import ROWS_AT_ONCE, rows_of
+from ..embedding import ROWS_AT_ONCE, rows_of, scaled_embedding
 from ..prompt import EPTLayer
 from .base_model import input_embedding
+from .reading import examine
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 _PROBES = ("a", "The text, as it is.", "1 2")
@@ -48,7 +49,8 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
             or answers that are not the adapter's.
     """
     check_update(layer, task_type)
-    embedding: Any = input_embedding(model)
+    factor = examine(model, task_type).embedding_factor
+    embedding = scaled_embedding(input_embedding(model), factor)
     tokens = [f"<prompt_{number}>" for number in range(layer.config.num_virtual_tokens)]
     if known := set(tokens) & set(tokenizer.get_vocab()):
         raise ValueError(f"the tokenizer has a token {min(known)} already: export from the original model")
@@ -70,7 +72,7 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
     if layer.config.r:
         untie(model)
     model.resize_token_embeddings(max([*ids, rows - 1]) + 1, mean_resizing=False)
-    embedding = input_embedding(model)
+    embedding = scaled_embedding(input_embedding(model), factor)
     if layer.config.r:
         for start in range(0, rows, ROWS_AT_ONCE):
             part = list(range(start, min(start + ROWS_AT_ONCE, rows)))

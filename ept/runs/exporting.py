@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..embedding import scaled_embedding
 from ..model.adapter_files import is_same_name
-from ..model.base_model import name_labels
+from ..model.base_model import input_embedding, name_labels
 from ..model.export import FoldedAdapter
+from ..model.reading import examine
 from ..model.vocabulary import add_prompt_tokens, check_update, untie
 from ..tasks import local_task, read_rows, render
 from ..tasks.files import READERS, read_text
@@ -70,6 +74,26 @@ def texts_of(
     return lines
 
 
+def base_with_heads(adapter: FoldedAdapter, model: ModelConfig, task_type: str, pad_token_id: int) -> Any:
+    """Loads the base model with the modules that the adapter trained; raises ValueError where it has none such."""
+    num_labels = outputs_of(adapter.heads, model) if task_type == "SEQ_CLS" else 2
+    base: Any = load_base_model(model, task_type, num_labels, pad_token_id=pad_token_id)
+    if adapter.heads:
+        untie(base)  # else a trained head of a language model would become its embedding
+    if strange := base.load_state_dict(adapter.heads, strict=False).unexpected_keys:
+        raise ValueError(f"{type(base).__name__} has no {strange[0]}, which the adapter has trained")
+    return base
+
+
+def embed_texts(
+    adapter: FoldedAdapter, model: ModelConfig, task_type: str, encoded: Sequence[list[int]], pad_token_id: int
+) -> list[Tensor]:
+    """Makes the base model's input for each text, a list of `[s + n, d]` on the CPU; `encoded` are their ids."""
+    base = base_with_heads(adapter, model, task_type, pad_token_id)
+    factor = examine(base, task_type).embedding_factor
+    return adapter.embed(encoded, scaled_embedding(input_embedding(base), factor))
+
+
 def write_as_tokens(adapter: FoldedAdapter, model: ModelConfig, task_type: str, folder: Path) -> dict[str, Any]:
     """Writes the base model, with the adapter in its vocabulary and its head, and `prompt_tokens.json` about it.
 
@@ -79,12 +103,7 @@ def write_as_tokens(adapter: FoldedAdapter, model: ModelConfig, task_type: str, 
     if model.load_in_4bit:
         raise ValueError("--as-tokens needs the whole base model: leave model.load_in_4bit out")
     config, tokenizer = adapter.layer.config, load_tokenizer(model)
-    num_labels = outputs_of(adapter.heads, model) if task_type == "SEQ_CLS" else 2
-    base: Any = load_base_model(model, task_type, num_labels, pad_token_id=int(tokenizer.pad_token_id))
-    if adapter.heads:
-        untie(base)  # else a trained head of a language model would become its embedding
-    if strange := base.load_state_dict(adapter.heads, strict=False).unexpected_keys:
-        raise ValueError(f"{type(base).__name__} has no {strange[0]}, which the adapter has trained")
+    base = base_with_heads(adapter, model, task_type, int(tokenizer.pad_token_id))
     if task_type == "SEQ_CLS":
         name_labels(base, config.label_words)
     text = add_prompt_tokens(base, tokenizer, adapter.layer.to(base.device), task_type)

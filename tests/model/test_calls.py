@@ -1,0 +1,170 @@
+"""Calls that go on from an earlier one, calls without the adapter, and arguments that cannot be taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from tiny_models import PAD, SMALL, VOCAB, adapted, make_batch, make_model, randomise
+from transformers import BartConfig, BartForCausalLM, MambaConfig, MambaForCausalLM, RobertaConfig, RobertaForCausalLM
+
+from ept import EPTConfig, EPTModel, get_ept_model
+
+_SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": PAD}
+_HEADS = {"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.3}
+
+
+def wrapped(base, **fields):
+    model = get_ept_model(base.eval(), EPTConfig(**{**SMALL, **fields}))
+    randomise(model)
+    return model.eval()
+
+
+def roberta(**fields):
+    torch.manual_seed(0)
+    return wrapped(RobertaForCausalLM(RobertaConfig(**_SIZES, **_HEADS, is_decoder=True)), **fields)
+
+
+def bart(**fields):
+    torch.manual_seed(0)
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "max_position_embeddings": 64}
+    config = BartConfig(vocab_size=VOCAB, d_model=32, pad_token_id=PAD, init_std=0.3, **sizes)
+    return wrapped(BartForCausalLM(config), **fields)
+
+
+@torch.no_grad()
+def test_a_state_that_is_no_cache_of_positions_is_refused_and_generate_keeps_it():
+    torch.manual_seed(0)
+    model = wrapped(MambaForCausalLM(MambaConfig(**_SIZES, state_size=4)))
+    ids = make_batch("llama", (6, 6))["input_ids"]
+    read = model(ids[:, :5], use_cache=True)
+    with pytest.raises(ValueError, match="cache_params does not tell how much MambaForCausalLM has read"):
+        model(ids[:, 5:], cache_params=read.cache_params)
+    options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    found = model.generate(ids, **options)
+    whole = model(found.sequences, text_mask=torch.arange(9).expand(2, -1) < 6).logits[:, SMALL["num_virtual_tokens"] :]
+    torch.testing.assert_close(torch.stack(found.logits, 1), whole[:, 5:-1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_generated_tokens_get_their_update_where_positions_have_an_offset():
+    model, batch = roberta(update_scope="all"), make_batch("llama", (6, 3), "left")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    found = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5, dtype=torch.int64)], dim=1)
+    whole = model(found.sequences, attention_mask=mask).logits[:, SMALL["num_virtual_tokens"] :]
+    torch.testing.assert_close(torch.stack(found.logits, 1), whole[:, 5:-1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_tokens_behind_padding_and_positions_by_index_are_refused():
+    model, batch = bart(), make_batch("llama", (6, 3), "left")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    following, text = ids[:, :1], torch.arange(7).expand(2, -1) < 6
+    longer = torch.cat([mask, torch.ones_like(following)], dim=1)
+    read = model(ids, attention_mask=mask, use_cache=True)
+    with pytest.raises(ValueError, match="BartForCausalLM counts positions by index"):
+        model(following, attention_mask=longer, past_key_values=read.past_key_values)
+    read = model(ids, use_cache=True)  # rows of one length go on
+    found = model(following, attention_mask=torch.ones_like(longer), past_key_values=read.past_key_values).logits
+    whole = model(torch.cat([ids, following], dim=1), text_mask=text).logits
+    torch.testing.assert_close(found[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_cache_is_made_anew_when_lora_is_switched():
+    base = make_model("llama")
+    base.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model, ids = wrapped(base), make_batch("llama", (6, 6))["input_ids"]
+    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    seen = []
+    for switch in (lambda: None, base.disable_adapters, base.enable_adapters):
+        switch()
+        cached = model.generate(ids, use_prompt_cache=True, **options).logits[0]
+        torch.testing.assert_close(cached, model.generate(ids, **options).logits[0], rtol=1e-4, atol=1e-4)
+        seen.append(cached)
+    assert not torch.allclose(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("of_the_model", [False, True])
+def test_a_prompt_cache_and_a_cache_of_another_kind_are_refused(of_the_model):
+    model, ids = adapted("llama"), make_batch("llama", (6, 6))["input_ids"]
+    options = {} if of_the_model else {"cache_implementation": "static"}
+    if of_the_model:
+        model.base_model.generation_config.cache_implementation = "static"
+    with pytest.raises(ValueError, match="cache_implementation='static' makes a cache without the prompt's"):
+        model.generate(ids, max_new_tokens=2, use_prompt_cache=True, **options)
+
+
+@torch.no_grad()
+def test_without_the_adapter_arguments_mean_the_same():
+    model, ids = adapted("llama"), make_batch("llama", (6, 6))["input_ids"]
+    with model.disable_adapter():
+        assert isinstance(model(ids, return_dict=False), tuple)
+        assert model(ids, use_cache=False).past_key_values is None
+        expected = model.base_model.generate(ids, max_new_tokens=3, do_sample=False)
+        extra = {"text_mask": torch.ones_like(ids), "adapter_names": ["default"] * 2, "labels": ids}
+        found = model.generate(inputs=ids, max_new_tokens=3, do_sample=False, **extra)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [(["default"], "1 names for a batch of 2 rows"), (["default", "zz"], "no adapter named 'zz': loaded are default")],
+)
+@torch.no_grad()
+def test_names_of_adapters_are_checked_in_every_call(names, message):
+    model, ids = adapted("llama", update_scope="all"), make_batch("llama", (6, 6))["input_ids"]
+    read = model(ids, use_cache=True)
+    encoded = adapted("t5")
+    states = encoded.base_model.get_encoder()(inputs_embeds=torch.zeros(2, 11, 32))
+    for call in (
+        lambda: model(ids, adapter_names=names),
+        lambda: model(ids[:, :1], past_key_values=read.past_key_values, adapter_names=names),
+        lambda: encoded(encoder_outputs=states, labels=ids, adapter_names=names),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@torch.no_grad()
+def test_a_long_text_without_an_update_stands_beside_a_short_table():
+    model = adapted("llama", r=0, max_length=8)
+    model.add_adapter("b", EPTConfig(**{**SMALL, "max_length": 8}))
+    batch = make_batch("llama", (12, 4), "left")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    found = model(**inputs, adapter_names=["default", "b"]).logits
+    torch.testing.assert_close(found[0], model(inputs["input_ids"][:1]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_bad_arguments_are_named(tmp_path):
+    model, ids = adapted("llama"), make_batch("llama", (6, 6))["input_ids"]
+    with pytest.raises(ValueError, match=r"attention_mask must be a tensor .*, got dict"):
+        model(ids, attention_mask={"full_attention": None})
+    for name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
+        with pytest.raises(ValueError, match="cannot be merged into weights"):
+            getattr(model, name)()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no argument is_trainble: did you mean is_trainable"):
+        EPTModel.from_pretrained(make_model("llama"), tmp_path, is_trainble=True)
+    with pytest.raises(ValueError, match=r"prompt_tuning_init_text=\['a'\] is no text"):
+        EPTConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text=["a"])
+    config = EPTConfig(**SMALL, prompt_tuning_init="TEXT", prompt_tuning_init_text="a")
+    with pytest.raises(ValueError, match="with token 500, the model's embedding has 99 rows"):
+        get_ept_model(make_model("llama"), config, tokenizer=lambda *_, **__: {"input_ids": [7, 500]})
+
+
+@pytest.mark.parametrize("change", ["one row", "a row less", "missing"])
+def test_weights_of_another_shape_are_refused(change):
+    model = adapted("llama")
+    state = get_peft_model_state_dict(model)
+    state["prompt"] = state["prompt"][: 1 if change == "one row" else -1]
+    if change == "missing":
+        del state["prompt"]
+    before = model.prompt_encoder["default"].prompt.detach().clone()
+    with pytest.raises(
+        ValueError, match=r"prompt is (\[\d, 32\]|missing) in the state, of the adapter it is \[5, 32\]"
+    ):
+        set_peft_model_state_dict(model, state)
+    assert torch.equal(model.prompt_encoder["default"].prompt, before)
