@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..embedding import check_vocabulary, rows_of
 from ..model.base_model import input_embedding
@@ -131,8 +132,7 @@ class Predictor:
                 return _ranked(logits)
             return [Answer(self._nearest(x, clamp=True), number=x) for x in logits[:, 0].float().tolist()]
         if self.generates:
-            longest = max(len(answer) for answer in self.answers)
-            ids = self.model.generate(**self._batch(inputs), max_new_tokens=longest + 1, do_sample=False, num_beams=1)
+            ids = self._generate(inputs, max(len(answer) for answer in self.answers) + 1)
             if self.task_type == "CAUSAL_LM":  # trained without an end token: what follows the label does not count
                 new = ids[:, max(len(text) for text in inputs) :].tolist()
                 found = [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
@@ -159,11 +159,28 @@ class Predictor:
 
     def write_batch(self, inputs: Sequence[list[int]]) -> list[str]:
         """Writes answers to a few texts in one go."""
-        options = {"max_new_tokens": self.config.data.max_answer, "do_sample": False, "num_beams": 1}
-        ids = self.model.generate(**self._batch(inputs), **options)
-        if self.task_type == "CAUSAL_LM":
-            ids = ids[:, max(len(text) for text in inputs) :]
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        ids = self._generate(inputs, self.config.data.max_answer)
+        start = max(len(text) for text in inputs) if self.task_type == "CAUSAL_LM" else 1
+        return [self._text(self._before_end(row)) for row in ids[:, start:].tolist()]
+
+    def _generate(self, inputs: Sequence[list[int]], max_new_tokens: int) -> torch.Tensor:
+        """Writes greedily, as answers were trained: the model's own settings for texts of its own do not count.
+
+        Checkpoints come with least lengths, penalties and words that they must not write.
+        """
+        base: Any = self.model.get_base_model()
+        own, end = base.generation_config, self.tokenizer.eos_token_id
+        names = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+        ends = {end, *np.atleast_1d(own.eos_token_id if own.eos_token_id is not None else end).tolist()} - {None}
+        base.generation_config = GenerationConfig(
+            **{name: getattr(own, name, None) for name in names}, eos_token_id=sorted(ends) or None
+        )
+        try:
+            options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
+            ids: torch.Tensor = self.model.generate(**self._batch(inputs), **options)
+            return ids
+        finally:
+            base.generation_config = own
 
     def loss(self, split: Any) -> float:
         """Computes the loss of the right answers in free text of a split, in nats a token."""

@@ -14,7 +14,7 @@ from typing import Any
 from ..utils.messages import listed, shown
 from .files import Row
 from .metrics import OF_NUMBERS
-from .rows import is_missing, is_number, text_key
+from .rows import HIDDEN, is_missing, is_number, text_key
 from .task import nearest_value, without_point
 
 LABEL_NAMES = (
@@ -140,6 +140,13 @@ def find_labels(rows: Sequence[Row], column: str, source: str, in_words: bool = 
         raise ValueError(f"{where} is empty: there is no label to learn")
     if column in counts and any(len(name.split()) >= A_SENTENCE for name in _names(rows)):
         raise ValueError(f"{source}: the first line holds a row, not names: put a line such as text,label above it")
+    notes = []
+    if hidden := _unlabelled(counts):
+        many = sum(counts.pop(raw) for raw in hidden)
+        notes.append(
+            f"{many} rows have the label -1 beside 0 .. {len(counts) - 1}, which is taken for none; where it is one, "
+            "name all by data.label_words"
+        )
     numbers = {raw: float(raw) for raw in counts if is_number(raw) and not isinstance(raw, bool)}
     finite = len(numbers) == len(counts) and all(map(math.isfinite, numbers.values()))
     if not finite:
@@ -156,7 +163,6 @@ def find_labels(rows: Sequence[Row], column: str, source: str, in_words: bool = 
         by_word[word] += counts[raw]
     _check_labels(by_word, total, where)
     order = sorted(by_word, key=(lambda word: (Decimal(word), word)) if finite else str)
-    notes = []
     if few := [f"{word!r} ({by_word[word]})" for word in order if by_word[word] < FEW]:
         notes.append(f"labels with fewer than {FEW} rows, which may be missing in a split: {listed(few)}")
     if odd := [repr(word) for word in order if word.casefold() in LIKE_MISSING]:
@@ -166,6 +172,15 @@ def find_labels(rows: Sequence[Row], column: str, source: str, in_words: bool = 
         return Labels(order, None, metrics, notes)  # the words themselves
     raws = sorted(words, key=lambda raw: (order.index(words[raw]), str(raw)))
     return Labels({raw: words[raw] for raw in raws}, None, metrics, notes)
+
+
+def _unlabelled(counts: Collection[Any]) -> list[Any]:
+    """Finds -1 beside 0 .. n - 1, where it marks rows without a label; -1, 0 and 1 alone are three labels."""
+    hidden = [raw for raw in counts if str(raw) in HIDDEN]
+    others = [raw for raw in counts if raw not in hidden]
+    if not hidden or len(others) < 3 or not all(is_number(raw) and not isinstance(raw, bool) for raw in others):
+        return []
+    return hidden if sorted(map(float, others)) == list(range(len(others))) else []
 
 
 def _are_labels(numbers: Collection[float], are_codes: bool = False) -> bool:

@@ -32,6 +32,8 @@ NUMBER = "number"
 RAW = "raw"
 """The key of an example that says which rows of a file are the same one, whatever template is used."""
 
+HIDDEN = ("-1", "-1.0")
+"""Stands in place of a label that is not told, unless it is one."""
 BLANK, UNLABELLED, UNANSWERED = "blank text", "no label", "no answer"
 
 
@@ -174,7 +176,7 @@ def examples(
                 if label is None and clamp and task.values:
                     label = nearest_value(raw, task.values, clamp=True)
                     beyond += [float(raw)] if label is not None else []
-            if label is None and is_missing(raw) and not strict:
+            if label is None and (is_missing(raw) or is_no_label(task, raw)) and not strict:
                 left_out[UNLABELLED].append(number)
                 continue
             try:
@@ -213,6 +215,11 @@ def examples(
     return found, {reason: numbers for reason, numbers in left_out.items() if numbers}
 
 
+def is_no_label(task: Task, raw: Any) -> bool:
+    """Tells whether a cell says that there is no label: -1, where that is no label of a classification."""
+    return not task.is_text and not task.values and str(raw) in HIDDEN and task.label_class(raw) is None
+
+
 def with_all_columns(rows: Sequence[Row]) -> list[Row]:
     """Gives every row all columns of the file: what a line of JSON leaves out is missing, as null is."""
     names: Row = dict.fromkeys(name for row in rows for name in row)
@@ -229,16 +236,23 @@ def _target(task: Task, row: Mapping[str, Any]) -> str | None:
 def raw_keys(rows: Sequence[Row], target_columns: Sequence[str]) -> list[str]:
     """Gives what two rows share when they count as the same one: the text of all columns but those of the answer.
 
-    Columns that hold numbers alone, such as a row's own number, do not count where there are others.
+    A column of whole numbers of which no two are alike, a row's own number, does not count where there are others.
     """
     values: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
         for column, value in row.items():
             if column not in target_columns and not is_missing(value):
                 values[column].append(value)
-    textual = sorted(column for column, found in values.items() if not all(map(is_number, found)))
-    columns = textual or sorted(values)
+    columns = sorted(column for column, found in values.items() if not _numbers_rows(found)) or sorted(values)
     return [text_key("\n".join("" if is_missing(row.get(c)) else str(row[c]) for c in columns)) for row in rows]
+
+
+def _numbers_rows(values: Sequence[Any]) -> bool:
+    """Tells whether the values of a column are whole numbers, each of its own."""
+    if not all(map(is_number, values)):
+        return False
+    numbers = [float(value) for value in values]
+    return len(set(numbers)) == len(numbers) and all(map(float.is_integer, numbers))
 
 
 def is_number(value: Any) -> bool:

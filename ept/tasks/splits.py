@@ -15,7 +15,7 @@ from ..utils.messages import listed
 from .drawing import BALANCE_INTERVALS, SPLITS, few_shot, interval, sample, three_splits
 from .files import File, Row, read_rows
 from .metrics import compute_metrics, compute_text_metrics
-from .rows import ROW, dataset, examples, text_key, with_all_columns
+from .rows import HIDDEN, ROW, dataset, examples, is_missing, text_key, with_all_columns
 from .sources import RawSplits, raw_splits
 from .task import Task
 
@@ -146,10 +146,9 @@ def load_task(
             names_labels=task.is_local,
         )
     source, rows = raw.get("test", ("", []))
-    test_labels = [row[task.label_column] for row in rows if task.label_column in row]
-    # Hidden: all are missing, or -1 without that being one of the task's labels.
-    if test_labels and all(str(v) in ("None", "", "-1", "-1.0") and task.label_class(v) is None for v in test_labels):
-        logger.info("%s: the labels are hidden, the test split is made from the others", source)
+    if rows and _is_unlabelled(task, rows):
+        level = logging.WARNING if task.is_local else logging.INFO
+        logger.log(level, "%s: no row has a label or an answer, the test split is made from the others", source)
         raw = {split: found for split, found in raw.items() if split != "test"}
     checksums = {split: checksum_of(rows) for split, (_, rows) in raw.items()}
     given, left_out = {}, Counter[str]()
@@ -207,6 +206,17 @@ def load_split(
     if not found:
         raise ValueError(f"{path}: no row has both text and label")
     return dataset(found, task.labels(labels))
+
+
+def _is_unlabelled(task: Task, rows: Sequence[Row]) -> bool:
+    """Tells whether no row of a test split has a label or an answer: all are missing, or -1."""
+    columns = task.target_columns
+    if task.is_chat or not (task.is_local or all(column in row for row in rows for column in columns)):
+        return False
+    values = [row.get(column) for row in rows for column in columns]
+    if task.is_text:
+        return all(map(is_missing, values))
+    return all(is_missing(v) or (str(v) in HIDDEN and task.label_class(v) is None) for v in values)
 
 
 def _warn_left_out(source: str, omitted: Mapping[str, Sequence[int]]) -> None:

@@ -113,6 +113,48 @@ def test_causal_generation_reads_the_label_at_the_start(runs: dict[str, Path]) -
         assert predictions(predictor(runs["llama"], "llama", labels, "training.scoring=generate"), texts) == expected
 
 
+HABITS = {
+    "min_length": 9,
+    "no_repeat_ngram_size": 1,
+    "repetition_penalty": 30.0,
+    "suppress_tokens": [3, 4],
+    "num_beams": 4,
+}
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_checkpoints_own_ways_of_writing_do_not_count(runs: dict[str, Path], family: str) -> None:
+    labels, texts = predictor(runs[family], family, ("0", "1"), "training.scoring=generate"), TEXTS * 3
+    writer = predictor(runs[family], family, ("0", "1"), "data.max_answer=6")
+    ids = [row.ids for row in writer.fit(rows(texts), "texts")]
+    expected, written = predictions(labels, texts), writer.write(ids)
+    assert len(set(expected)) > 1
+    for found in (labels, writer):
+        found.model.get_base_model().generation_config.update(**HABITS)
+    assert (predictions(labels, texts), writer.write(ids)) == (expected, written)
+    assert labels.model.get_base_model().generation_config.min_length == 9  # as an export writes it
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("end", [2, None])
+def test_answers_in_free_text_end_where_training_ended_them(
+    runs: dict[str, Path], family: str, end: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = predictor(runs[family], family, ("0", "1"), "data.max_answer=4")
+    base, first = found.model.get_base_model(), {"t5": 1, "llama": 2}[family]
+    stop = found.tokenizer.eos_token_id
+    base.generation_config.eos_token_id = end
+    ends = []
+
+    def generate(**inputs: Any) -> torch.Tensor:
+        ends.append(base.generation_config.eos_token_id)
+        return torch.tensor([[0] * first + [4, stop, 5, 5], [0] * first + [4, 5, 5, 5]])
+
+    monkeypatch.setattr(found.model, "generate", generate)
+    assert found.write([[4] * first, [5] * first]) == ["1", "1 no no no"]
+    assert ends == [sorted({stop, end} - {None})]
+
+
 def test_classifier_takes_the_largest_logit(runs: dict[str, Path]) -> None:
     found = predictor(runs["bert"], "bert", ("0", "1"), "training.eval_batch_size=3")
     with torch.no_grad():

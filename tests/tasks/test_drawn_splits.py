@@ -56,6 +56,17 @@ def test_each_label_has_its_share_and_no_text_is_in_two_splits(tmp_path: Path) -
         assert distinct == {"a": 140 * share, "b": 40 * share, "c": 20 * share}
 
 
+def test_rows_differ_by_their_numbers_too(tmp_path: Path) -> None:
+    """But not by a row's own number, else the same text with two of them would be in two splits."""
+    made = [{"id": i, "age": 20 + i % 40, "job": "abc"[i % 3], "label": "ab"[i % 2]} for i in range(120)]
+    data = load(write(tmp_path / "a.csv", made), "age {age} job {job}")
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [96, 12, 12]
+    again = [{**row, "id": row["id"] + 120} for row in made]
+    twice = load(write(tmp_path / "b.csv", made + again), "age {age} job {job}")
+    assert [{n for n in numbers if n <= 120} for numbers in ids(twice)] == ids(data)
+    assert all({n + 120 for n in numbers if n <= 120} <= numbers for numbers in ids(twice))
+
+
 def test_a_rare_label_is_in_every_split(tmp_path: Path) -> None:
     few = [row for row in rows(400) if row["label"] != "c"] + [row for row in rows(400) if row["label"] == "c"][:5]
     data = load(write(tmp_path / "a.csv", few))

@@ -208,3 +208,19 @@ def test_template(columns: list[str], label: str, asks: bool, template: str) -> 
 def test_a_column_that_cannot_stand_in_a_template(column: str) -> None:
     with pytest.raises(ValueError, match="cannot stand in a template: rename it to a plain word"):
         default_template([column], "label", False)
+
+
+@pytest.mark.parametrize(
+    "raws, words",
+    [
+        ([0, 1, 2, -1], ["0", "1", "2"]),
+        (["0", "1", "2", "-1"], ["0", "1", "2"]),
+        ([0, 1, -1], ["-1", "0", "1"]),  # a sentiment's
+        ([1, 2, 3, -1], ["-1", "1", "2", "3"]),
+        (["a", "b", "c", "-1"], ["-1", "a", "b", "c"]),
+    ],
+)
+def test_minus_one_beside_classes_that_are_counted_from_zero_is_no_label(raws: list[Any], words: list[str]) -> None:
+    found = find_labels([{"label": raw} for raw in raws * 6], "label", "rows")
+    assert list(found.words.values() if isinstance(found.words, dict) else found.words or ()) == words
+    assert any("6 rows have the label -1 beside 0 .. 2" in note for note in found.notes) == ("-1" not in words)

@@ -283,6 +283,34 @@ def test_hidden_label_is_an_ordinary_one_where_the_task_has_it(tmp_path):
     assert set(data.test["target"]) == {"down"}
 
 
+CLASSES = local_task("{text}", {0: "no", 1: "yes"})
+ANSWERS = local_task("{text}", (), target_template="{answer}", metrics=["exact_match"])
+RANGE = local_task("{text}", values=[0.0, 1.0, 2.0], metrics=["pearson"])
+
+
+@pytest.mark.parametrize(
+    "task, labels",
+    [
+        *((task, labels) for task in (CLASSES, ANSWERS, RANGE) for labels in (None, [None] * 4, [""] * 4)),
+        *((task, labels) for task in (CLASSES, RANGE) for labels in ([-1] * 4, ["-1.0"] * 4, [-1, None, "", "-1"])),
+    ],
+)
+def test_a_test_file_without_labels_is_as_none_and_said_to_be(tmp_path, caplog, task, labels):
+    column = "answer" if task.is_text else "label"
+    rows = [{"text": f"t{i}", column: i % 2} for i in range(20)]
+    without = [{"text": f"u{i}"} | ({} if labels is None else {column: labels[i]}) for i in range(4)]
+    folder = write_splits(tmp_path, train=rows[:12], validation=rows[12:], test=without)
+    data = load_task(task, data_dir=folder, strict=False, labels="words")
+    assert (data.sources["test"][0], len(data.test)) == ("validation", 4)
+    assert "test.jsonl: no row has a label or an answer" in caplog.text
+
+
+def test_rows_marked_as_unlabelled_are_left_out(tmp_path):
+    rows = [{"text": f"t{i}", "label": [0, 1, -1, "-1"][i % 4]} for i in range(24)]
+    data = load_task(CLASSES, data_dir=write_splits(tmp_path, train=rows), strict=False, labels="words")
+    assert (sum(map(len, (data.train, data.validation, data.test))), data.left_out) == (12, {"no label": 12})
+
+
 # task, labels of train and of test, score of the commonest train label
 MAJORITIES = [
     (SST2, [1] * 4 + [0] * 6, [1, 1, 1, 0, 0], 2 / 5),
