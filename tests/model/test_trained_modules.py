@@ -8,10 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny_models import SMALL, adapted, make_batch, make_model, randomise
-from transformers import PegasusConfig, PegasusForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PegasusConfig, PegasusForConditionalGeneration, PreTrainedTokenizerFast
 
 from ept import EPTConfig, get_ept_model
 from ept.model.export import FoldedAdapter
+from ept.model.vocabulary import add_prompt_tokens
 from ept.runs.config import ModelConfig
 from ept.runs.exporting import embed_texts
 
@@ -169,3 +173,19 @@ def test_exported_embeddings_are_scaled_and_of_the_trained_table(name, heads, tm
     expected = model(torch.tensor([ids]), attention_mask=torch.ones(1, 4, dtype=torch.int64), **given).logits
     found = model.base_model(inputs_embeds=embeds[None], **given).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prompt_becomes_words_of_a_model_that_scales_what_it_looks_up():
+    base = pegasus()
+    model = get_ept_model(copy.deepcopy(base), EPTConfig(num_virtual_tokens=4, r=0, fusion=False, num_spaces=0))
+    randomise(model, scale=1.0)
+    words = {f"w{number}": number for number in range(99)}
+    plain = Tokenizer(WordLevel(words, unk_token="w3"))
+    plain.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="w3", pad_token="w0")
+    text = add_prompt_tokens(base, tokenizer, model.eval().fold().prompt_encoder["default"], "SEQ_2_SEQ_LM")
+    answers = torch.tensor([[0, 9]])
+    ids = torch.tensor([tokenizer(f"{text.before}w5 w6{text.after}", add_special_tokens=False)["input_ids"]])
+    expected = model(torch.tensor([[5, 6]]), decoder_input_ids=answers).logits
+    torch.testing.assert_close(base(ids, decoder_input_ids=answers).logits[..., :99], expected, rtol=1e-4, atol=1e-4)
