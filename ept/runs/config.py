@@ -61,6 +61,9 @@ class ModelConfig(Section):
     """Where the tokenizer is, when it is not beside the model."""
     task_type: Literal["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"] | None = None
     """None: encoder-decoders are SEQ_2_SEQ_LM, decoders with a language-model head CAUSAL_LM, all others SEQ_CLS."""
+    head_labels: list[str] | None = None
+    """The task's labels in the order of a classifier's outputs. None: the task's order, or in training that of a
+    trained head whose names (`id2label`) are these labels."""
     dtype: Literal["float32", "bfloat16", "float16", "auto", "fastest"] = "float32"
     """Type of the frozen weights; `auto`: the one they are saved in; `fastest`: bfloat16 where the machine multiplies
     it in hardware (a GPU, or a processor with avx512_bf16 or AMX), else float32."""

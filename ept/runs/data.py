@@ -220,7 +220,7 @@ def task_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
         raise ValueError(
             "no data: give a file, as in `ept train FILE --model NAME`, or set data.task (`ept tasks` lists them)"
         )
-    usual = ("accuracy",) if config.label_values is None else OF_NUMBERS
+    usual: Sequence[str] = ("accuracy",) if config.label_values is None else OF_NUMBERS
     if config.target_template is not None:
         usual = TEXT_METRICS
     return local_task(

@@ -20,6 +20,7 @@ from ..tasks import GROUP, UNPARSABLE, Task, compute_metrics, nearest_value
 from ..tasks.encoding import IGNORE, TEXT_IDS, Collator, FittedText, encode_labels, encode_split, fit_rows, pad
 from ..tasks.metrics import compute_text_metrics
 from ..tasks.rows import NUMBER
+from ..utils.messages import listed, shown
 from ..utils.progress import with_lines
 from .adapters import load_trained, share_prompt
 from .config import RunConfig, load_run_config
@@ -60,6 +61,12 @@ class Predictor:
     def __post_init__(self) -> None:
         self.labels = self.task.labels(self.config.data.label_form)
         self.max_length = max_length_of(self.config.data, self.task)
+        self.outputs: list[int] = []  # of a head, that of each label, where they stand in another order
+        order, words = self.config.model.head_labels, self.task.label_words
+        if order is not None and self.task_type == "SEQ_CLS":
+            if sorted(order) != sorted(words):
+                raise ValueError(f"model.head_labels={shown(order)}: name each of the labels {listed(words)} once")
+            self.outputs = [order.index(word) for word in words]
         scoring = self.config.training.scoring
         if self.task_type == "SEQ_CLS" and scoring is not None:
             raise ValueError(f"scoring={scoring!r} is not available for {self.task_type}: leave it out")
@@ -128,7 +135,7 @@ class Predictor:
         if self.task_type == "SEQ_CLS":
             logits, values = self.model(**self._batch(inputs)).logits, self.task.values
             if not values:
-                return _ranked(logits)
+                return _ranked(logits[:, self.outputs] if self.outputs else logits)
             return [Answer(self._nearest(x, clamp=True), number=x) for x in logits[:, 0].float().tolist()]
         if self.generates:
             longest = max(len(answer) for answer in self.answers)

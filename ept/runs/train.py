@@ -27,10 +27,10 @@ from .callbacks import locate_best
 from .class_weights import check_has_classes
 from .config import RunConfig
 from .cpu import keep_freed_memory
-from .data import OwnRows, RunData, load_run_data, max_length_of, resolved
+from .data import OwnRows, RunData, load_run_data, max_length_of, resolved, task_of
 from .failures import check_writable, with_advice, writing
 from .folder import RunFolder, is_over, save_adapter
-from .loading import default_device, has_new_head, load_tokenizer, task_type_of, weights_of
+from .loading import default_device, has_new_head, head_order, load_tokenizer, task_type_of, weights_of
 from .predict import Predictor
 from .processes import Processes, join
 from .regression import start_below
@@ -86,10 +86,18 @@ def _check_texts(run: PreparedRun, data: TaskData) -> None:
 
 
 def with_data(config: RunConfig, rows: OwnRows) -> RunConfig:
-    """Returns the configuration with what `data` leaves to infer from its rows, as `ept.runs.data.resolved` does."""
-    if not config.data.is_local:
-        return config
-    return config.model_copy(update={"data": resolved(config.data, task_type_of(config.model), rows)})
+    """Returns the configuration with what `data` leaves to infer from its rows, as `ept.runs.data.resolved` does.
+
+    And with the order of the labels in a trained head, where it is not that of the task.
+    """
+    task_type, data, model = task_type_of(config.model), config.data, config.model
+    if data.is_local:
+        data = resolved(data, task_type, rows)
+    if task_type == "SEQ_CLS" and model.head_labels is None and data.chat_column is None:
+        task = task_of(data)
+        if not task.values and not task.is_text:
+            model = model.model_copy(update={"head_labels": head_order(model, task.label_words)})
+    return config.model_copy(update={"data": data, "model": model})
 
 
 def train(

@@ -63,6 +63,7 @@ class PromptTrainer(Trainer):
             run.task_type,
             max_answer=config.data.max_answer,
             spaced=not data.task.is_chat,
+            outputs=run.outputs,
         )
         self.unit = None  # of the numbers that a head of its own is to give
         if run.task_type == "SEQ_CLS" and data.task.values:
