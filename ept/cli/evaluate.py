@@ -57,6 +57,7 @@ def evaluate(
                 data.train_file = data.validation_file = data.test_file = data.hub = None
             elif not any(key.startswith("data.") for key in set_ or []) and (run_dir / SPLITS_FILE).is_file():
                 data.splits = str(run_dir)  # the rows of the training, or an error where the data have changed
+            data.max_length = run.max_length
             run_data = load_run_data(data, run.tokenizer, run.task_type, run.config.seed)
             rows, truncation_rate = getattr(run_data.data, split), run_data.truncation_rate[split]
         metrics = run.score(rows, progress="scoring")

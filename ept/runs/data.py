@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,24 @@ def load_run_data(
     drawn = read_splits(Path(config.splits)) if config.splits is not None else None
     data = load_task(task, **given, **limits, labels=config.label_form, shot_seed=seed, drawn=drawn, raw=rows.take())
     max_length, truncate = max_length_of(config, task), config.on_too_long == "truncate"
+
+    def fit(rows: list[Any], source: str) -> list[FittedText]:
+        return fit_rows(task, rows, tokenizer, task_type, max_length, truncate=truncate, source=source)
+
+    data, rates = with_fitted_texts(data, fit)
+    cut_answers = _cut_answers(data, tokenizer, task_type, config.max_answer) if task.is_text else {}
+    return RunData(data, rates, cut_answers)
+
+
+def with_fitted_texts(
+    data: TaskData, fit: Callable[[list[Any], str], list[FittedText]]
+) -> tuple[TaskData, dict[str, float]]:
+    """Gives each split of `data` the texts that `fit` makes of its rows; returns the shares of cut ones with it."""
     splits, rates = {}, {}
     for name in SPLITS:
         split = getattr(data, name)
-        fitted = fit_rows(task, list(split), tokenizer, task_type, max_length, truncate=truncate, source=name)
-        splits[name], rates[name] = with_texts(split, fitted)
-    data = replace(data, **splits)
-    return RunData(data, rates, _cut_answers(data, tokenizer, task_type, config.max_answer) if task.is_text else {})
+        splits[name], rates[name] = with_texts(split, fit(list(split), name))
+    return replace(data, **splits), rates
 
 
 def _cut_answers(
@@ -112,7 +123,8 @@ def _cut_answers(
 
 def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
     """Gives `split` these texts and, in column `text_ids`, their tokens; returns the share of cut texts with it."""
-    split = split.remove_columns("text").add_column("text", [row.text for row in fitted])
+    split = split.remove_columns([name for name in ("text", TEXT_IDS) if name in split.column_names])
+    split = split.add_column("text", [row.text for row in fitted])
     split = split.add_column(TEXT_IDS, [row.ids for row in fitted])
     return split, sum(row.is_cut for row in fitted) / max(len(fitted), 1)
 

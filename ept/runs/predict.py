@@ -43,7 +43,8 @@ class Predictor:
     head's output, and an answer that is a number but not one of the labels, counts as the nearest label.
 
     Attributes:
-        config: gives the length limit and the form of the labels (`data`), the batch size and the way of scoring
+        max_length: the limit of a text in tokens, `data.max_length` or fewer where the model has no room for so many.
+        config: gives that limit and the form of the labels (`data`), the batch size and the way of scoring
             (`training.eval_batch_size`, `training.scoring`: "rank" or "generate" in place of the task type's own way).
         processes: share the batches among them; all return the predictions of all.
 
@@ -61,6 +62,8 @@ class Predictor:
     def __post_init__(self) -> None:
         self.labels = self.task.labels(self.config.data.label_form)
         self.max_length = max_length_of(self.config.data, self.task)
+        if self.model.text_limit is not None:
+            self.max_length = min(self.max_length, self.model.text_limit)
         self.outputs: list[int] = []  # of a head, that of each label, where they stand in another order
         order, words = self.config.model.head_labels, self.task.label_words
         if order is not None and self.task_type == "SEQ_CLS":
