@@ -90,6 +90,11 @@ EXCLUSIVE = (
     *(("chat_column", other) for other in ("template", "text_columns", "target_template", "label_words")),
 )
 """Keys of `data` of which one alone can be given."""
+OF_ROWS = (
+    *("train_file", "validation_file", "test_file", "hub", "encoding"),
+    *("splits", "max_train", "max_validation", "max_test", "k_shot"),
+)
+"""Keys of `data` that say where a run's own rows are and which of them are taken."""
 
 
 class DataConfig(Section):
