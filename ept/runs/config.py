@@ -87,6 +87,7 @@ class ModelConfig(Section):
 EXCLUSIVE = (
     *(("template", "text_columns"), ("label_words", "label_values"), ("hub", "train_file")),
     *(("target_template", "label_words"), ("target_template", "label_values")),
+    *(("kind", other) for other in ("task", "label_words", "label_values", "target_template", "chat_column")),
     *(("chat_column", other) for other in ("template", "text_columns", "target_template", "label_words")),
 )
 """Keys of `data` of which one alone can be given."""
@@ -137,6 +138,9 @@ class DataConfig(Section):
     """Most tokens of an answer in free text; longer ones are cut in training."""
     label_words: list[str] | dict[Any, str] | None = None
     """A list of words, or a mapping {raw label: word}."""
+    kind: Literal["classification", "regression"] | None = None
+    """Take the labels for classes or for numbers. None: whole numbers are classes up to 20 different ones, more and
+    all others the numbers of a regression."""
     label_values: list[Number] | None = None
     """Of a regression, in place of `label_words`: evenly spaced numbers over its range. A language model writes the
     nearest of them, a classifier gives any number."""

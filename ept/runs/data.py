@@ -169,8 +169,8 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
     found: dict[str, Any] = {"label_column": label}
     found["template"] = config.template or default_template(texts, label, asks)
     if not labelled:
-        labels = find_labels(train, label, source, asks)
-        found |= {"label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
+        labels = find_labels(train, label, source, asks, config.kind)
+        found |= {"kind": None, "label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
         for note in labels.notes:
             logger.warning("%s: %s", source, note)
     elif config.label_words is not None:

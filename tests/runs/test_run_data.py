@@ -1,4 +1,4 @@
-"""A run's data beside its model: texts longer than its positions."""
+"""A run's data beside its model: texts longer than its positions, numbers that are classes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from ept.runs.config import RunConfig
+from ept.runs.config import DataConfig, RunConfig
+from ept.runs.data import resolved
 from ept.runs.train import prepare
 
 Configure = Callable[..., RunConfig]
@@ -31,3 +33,14 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(
     assert 0 < run.run_data.truncation_rate["train"] < 0.1
     assert f"positions for {room} tokens of text, which is the limit in place of data.max_length=200" in caplog.text
     assert run.predict([row.ids for row in run.fit([long], "test")])[0] in (0, 1)
+
+
+def test_whole_numbers_are_classes_where_one_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\n" + "".join(f"film {i},{i % 30}\n" for i in range(90)))
+    found = [resolved(DataConfig(train_file=str(file), kind=kind), "SEQ_CLS") for kind in (None, "classification")]
+    assert [found[0].label_words, found[1].label_values] == [None, None]
+    assert list((found[1].label_words or {}).values()) == [str(n) for n in range(30)]
+    assert resolved(DataConfig(**found[1].model_dump()), "SEQ_CLS") == found[1]  # as the run has it
+    with pytest.raises(ValidationError, match=r"data\.kind and data\.label_words exclude each other: give one"):
+        DataConfig(train_file=str(file), kind="classification", label_words=["a", "b"])
