@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 TEXT_METRICS = ("rouge_l", "exact_match")  # of answers in free text, where none are given
+MOST = 0.5  # of the train texts: where so many have unknown tokens, there is a warning
 FILES = {"train_file", "validation_file", "test_file"}
 
 
@@ -34,12 +35,14 @@ FILES = {"train_file", "validation_file", "test_file"}
 class RunData:
     """The splits of a run, made by `with_texts`, and the share of shortened texts in each.
 
-    `cut_answers` is the share of answers with more than `data.max_answer` tokens, where they are free text.
+    `cut_answers` is the share of answers with more than `data.max_answer` tokens, where they are free text, and
+    `unread_texts` that of texts with unknown tokens.
     """
 
     data: TaskData
     truncation_rate: dict[str, float]
     cut_answers: dict[str, float] = field(default_factory=dict)
+    unread_texts: dict[str, float] = field(default_factory=dict)
 
 
 class OwnRows:
@@ -89,7 +92,7 @@ def load_run_data(
 
     data, rates = with_fitted_texts(data, fit)
     cut_answers = _cut_answers(data, tokenizer, task_type, config.max_answer) if task.is_text else {}
-    return RunData(data, rates, cut_answers)
+    return RunData(data, rates, cut_answers, _unread_texts(data, tokenizer))
 
 
 def with_fitted_texts(
@@ -101,6 +104,27 @@ def with_fitted_texts(
         split = getattr(data, name)
         splits[name], rates[name] = with_texts(split, fit(list(split), name))
     return replace(data, **splits), rates
+
+
+def _unread_texts(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Computes the share of texts in each split with a token that stands for what the tokenizer does not know.
+
+    Warns where that is most of them. No shares where the tokenizer reads all: its unknown token then has another use.
+    """
+    unknown, shares = tokenizer.unk_token_id, {}
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if unknown is None or unknown in others:
+        return {}
+    for name in SPLITS:
+        texts = getattr(data, name)[TEXT_IDS][:]
+        shares[name] = sum(unknown in ids for ids in texts) / max(len(texts), 1)
+    if shares["train"] > MOST:
+        logger.warning(
+            "the tokenizer does not know a part of %.0f%% of the train texts and reads %s in its place: take a model "
+            "that was trained on such texts",
+            *(100 * shares["train"], tokenizer.unk_token),
+        )
+    return shares
 
 
 def _cut_answers(
