@@ -32,6 +32,7 @@ def evaluate(
     if (text_column or label_column) and file is None:
         raise ValueError("--text-column and --label-column are for the columns of --file: give it too")
     with quiet():
+        from ept.runs.config import OF_ROWS
         from ept.runs.data import load_run_data, with_texts
         from ept.runs.folder import SPLITS_FILE
         from ept.runs.labelling import check_names
@@ -40,11 +41,13 @@ def evaluate(
         from ept.tasks.metrics import metric_name
         from ept.utils.tables import table
 
-        run = open_run(run_dir, overrides(set_, {"training.scoring": scoring, "data.strict": strict}))
+        given: dict[str, object] = {"training.scoring": scoring, "data.strict": strict, "data.data_dir": data_dir}
+        of_own_rows = [f"data.{key}=null" for key in OF_ROWS] if data_dir is not None else []
+        run = open_run(run_dir, [*of_own_rows, *overrides(set_, given)])
         data = run.config.data
         if file is not None:
-            given = dict(zip([run.task.label_column, *run.task.source_columns], [label_column, *(text_column or [])]))
-            names = {name: column for name, column in given.items() if column is not None}
+            columns = dict(zip([run.task.label_column, *run.task.source_columns], [label_column, *(text_column or [])]))
+            names = {name: column for name, column in columns.items() if column is not None}
             if text_column:
                 check_names(run.task, text_column)
             form: Any = data.label_form
@@ -52,11 +55,13 @@ def evaluate(
             rows = load_split(run.task, file, labels=form, **reading)
             rows, truncation_rate = with_texts(rows, run.fit(list(rows), str(file)))
         else:
-            if data_dir is not None:
-                data.data_dir = str(data_dir)
-                data.train_file = data.validation_file = data.test_file = data.hub = None
-            elif not any(key.startswith("data.") for key in set_ or []) and (run_dir / SPLITS_FILE).is_file():
+            if (
+                data_dir is None
+                and not any(key.startswith("data.") for key in set_ or [])
+                and (run_dir / SPLITS_FILE).is_file()
+            ):
                 data.splits = str(run_dir)  # the rows of the training, or an error where the data have changed
+            data.max_length = run.max_length
             run_data = load_run_data(data, run.tokenizer, run.task_type, run.config.seed)
             rows, truncation_rate = getattr(run_data.data, split), run_data.truncation_rate[split]
         metrics = run.score(rows, progress="scoring")

@@ -251,10 +251,13 @@ def extend(values: Tensor, s: int, fill: int) -> Tensor:
 def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool, auxiliary: float = 0.0) -> None:
     """Turns the mean over this batch's labels into their sum over `num_items`, in place; 0 without any label.
 
+    Of a regression's numbers -100 is one like any other.
     `auxiliary` is the weight of `output["aux_loss"]` in the loss, which routers of experts add and which stays.
     """
     loss = output["loss"]
-    counted = (labels[:, 1:] if shifted and labels.dim() > 1 else labels).ne(-100).sum().to(loss.device)
+    labels = labels[:, 1:] if shifted and labels.dim() > 1 else labels
+    is_label = torch.ones_like(labels) if labels.is_floating_point() else labels.ne(-100)
+    counted = is_label.sum().to(loss.device)
     other = auxiliary * output["aux_loss"].to(loss.device) if output.get("aux_loss") is not None else 0.0
     mean = torch.where(counted > 0, loss - other, 0.0)  # a mean over no label is NaN
     output["loss"] = mean * (counted / num_items) + other

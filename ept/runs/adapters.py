@@ -43,7 +43,8 @@ def load_untrained(
     adapter = adapter_config(settings, base, task_type, max_length, config.seed)
     if isinstance(adapter, EPTConfig):
         adapter.template = task.template
-        adapter.label_words = list(task.label_words if task_type == "SEQ_CLS" else task.labels(config.data.label_form))
+        words = task.labels(config.data.label_form)
+        adapter.label_words = list((config.model.head_labels or task.label_words) if task_type == "SEQ_CLS" else words)
     options = {"seed": config.seed, "tokenizer": tokenizer, "text": text}
     model = module_of(method).attach(base, adapter, **options, **config.model.model_dump(include=FAST))
     if settings.init_from is not None:

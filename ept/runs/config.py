@@ -61,6 +61,9 @@ class ModelConfig(Section):
     """Where the tokenizer is, when it is not beside the model."""
     task_type: Literal["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"] | None = None
     """None: encoder-decoders are SEQ_2_SEQ_LM, decoders with a language-model head CAUSAL_LM, all others SEQ_CLS."""
+    head_labels: list[str] | None = None
+    """The task's labels in the order of a classifier's outputs. None: the task's order, or in training that of a
+    trained head whose names (`id2label`) are these labels."""
     dtype: Literal["float32", "bfloat16", "float16", "auto", "fastest"] = "float32"
     """Type of the frozen weights; `auto`: the one they are saved in; `fastest`: bfloat16 where the machine multiplies
     it in hardware (a GPU, or a processor with avx512_bf16 or AMX), else float32."""
@@ -84,9 +87,15 @@ class ModelConfig(Section):
 EXCLUSIVE = (
     *(("template", "text_columns"), ("label_words", "label_values"), ("hub", "train_file")),
     *(("target_template", "label_words"), ("target_template", "label_values")),
+    *(("kind", other) for other in ("task", "label_words", "label_values", "target_template", "chat_column")),
     *(("chat_column", other) for other in ("template", "text_columns", "target_template", "label_words")),
 )
 """Keys of `data` of which one alone can be given."""
+OF_ROWS = (
+    *("train_file", "validation_file", "test_file", "hub", "encoding"),
+    *("splits", "max_train", "max_validation", "max_test", "k_shot"),
+)
+"""Keys of `data` that say where a run's own rows are and which of them are taken."""
 
 
 class DataConfig(Section):
@@ -129,6 +138,9 @@ class DataConfig(Section):
     """Most tokens of an answer in free text; longer ones are cut in training."""
     label_words: list[str] | dict[Any, str] | None = None
     """A list of words, or a mapping {raw label: word}."""
+    kind: Literal["classification", "regression"] | None = None
+    """Take the labels for classes or for numbers. None: whole numbers are classes up to 20 different ones, more and
+    all others the numbers of a regression."""
     label_values: list[Number] | None = None
     """Of a regression, in place of `label_words`: evenly spaced numbers over its range. A language model writes the
     nearest of them, a classifier gives any number."""

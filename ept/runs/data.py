@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 TEXT_METRICS = ("rouge_l", "exact_match")  # of answers in free text, where none are given
+MOST = 0.5  # of the train texts: where so many have unknown tokens, there is a warning
 FILES = {"train_file", "validation_file", "test_file"}
 
 
@@ -34,12 +35,14 @@ FILES = {"train_file", "validation_file", "test_file"}
 class RunData:
     """The splits of a run, made by `with_texts`, and the share of shortened texts in each.
 
-    `cut_answers` is the share of answers with more than `data.max_answer` tokens, where they are free text.
+    `cut_answers` is the share of answers with more than `data.max_answer` tokens, where they are free text, and
+    `unread_texts` that of texts with unknown tokens.
     """
 
     data: TaskData
     truncation_rate: dict[str, float]
     cut_answers: dict[str, float] = field(default_factory=dict)
+    unread_texts: dict[str, float] = field(default_factory=dict)
 
 
 class OwnRows:
@@ -83,13 +86,45 @@ def load_run_data(
     drawn = read_splits(Path(config.splits)) if config.splits is not None else None
     data = load_task(task, **given, **limits, labels=config.label_form, shot_seed=seed, drawn=drawn, raw=rows.take())
     max_length, truncate = max_length_of(config, task), config.on_too_long == "truncate"
+
+    def fit(rows: list[Any], source: str) -> list[FittedText]:
+        return fit_rows(task, rows, tokenizer, task_type, max_length, truncate=truncate, source=source)
+
+    data, rates = with_fitted_texts(data, fit)
+    cut_answers = _cut_answers(data, tokenizer, task_type, config.max_answer) if task.is_text else {}
+    return RunData(data, rates, cut_answers, _unread_texts(data, tokenizer))
+
+
+def with_fitted_texts(
+    data: TaskData, fit: Callable[[list[Any], str], list[FittedText]]
+) -> tuple[TaskData, dict[str, float]]:
+    """Gives each split of `data` the texts that `fit` makes of its rows; returns the shares of cut ones with it."""
     splits, rates = {}, {}
     for name in SPLITS:
         split = getattr(data, name)
-        fitted = fit_rows(task, list(split), tokenizer, task_type, max_length, truncate=truncate, source=name)
-        splits[name], rates[name] = with_texts(split, fitted)
-    data = replace(data, **splits)
-    return RunData(data, rates, _cut_answers(data, tokenizer, task_type, config.max_answer) if task.is_text else {})
+        splits[name], rates[name] = with_texts(split, fit(list(split), name))
+    return replace(data, **splits), rates
+
+
+def _unread_texts(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """Computes the share of texts in each split with a token that stands for what the tokenizer does not know.
+
+    Warns where that is most of them. No shares where the tokenizer reads all: its unknown token then has another use.
+    """
+    unknown, shares = tokenizer.unk_token_id, {}
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if unknown is None or unknown in others:
+        return {}
+    for name in SPLITS:
+        texts = getattr(data, name)[TEXT_IDS][:]
+        shares[name] = sum(unknown in ids for ids in texts) / max(len(texts), 1)
+    if shares["train"] > MOST:
+        logger.warning(
+            "the tokenizer does not know a part of %.0f%% of the train texts and reads %s in its place: take a model "
+            "that was trained on such texts",
+            *(100 * shares["train"], tokenizer.unk_token),
+        )
+    return shares
 
 
 def _cut_answers(
@@ -112,7 +147,8 @@ def _cut_answers(
 
 def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
     """Gives `split` these texts and, in column `text_ids`, their tokens; returns the share of cut texts with it."""
-    split = split.remove_columns("text").add_column("text", [row.text for row in fitted])
+    split = split.remove_columns([name for name in ("text", TEXT_IDS) if name in split.column_names])
+    split = split.add_column("text", [row.text for row in fitted])
     split = split.add_column(TEXT_IDS, [row.ids for row in fitted])
     return split, sum(row.is_cut for row in fitted) / max(len(fitted), 1)
 
@@ -157,8 +193,8 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
     found: dict[str, Any] = {"label_column": label}
     found["template"] = config.template or default_template(texts, label, asks)
     if not labelled:
-        labels = find_labels(train, label, source, asks)
-        found |= {"label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
+        labels = find_labels(train, label, source, asks, config.kind)
+        found |= {"kind": None, "label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
         for note in labels.notes:
             logger.warning("%s: %s", source, note)
     elif config.label_words is not None:
@@ -220,7 +256,7 @@ def task_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
         raise ValueError(
             "no data: give a file, as in `ept train FILE --model NAME`, or set data.task (`ept tasks` lists them)"
         )
-    usual: tuple[str, ...] = ("accuracy",) if config.label_values is None else OF_NUMBERS
+    usual: Sequence[str] = ("accuracy",) if config.label_values is None else OF_NUMBERS
     if config.target_template is not None:
         usual = TEXT_METRICS
     return local_task(

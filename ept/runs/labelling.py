@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..tasks import Task, local_task, render
 from ..tasks.rows import BlankText, with_all_columns
+from ..tasks.template import template_end
 from ..utils.files import write_atomically
 from ..utils.tables import csv_text
 from .predict import Predictor
@@ -30,7 +32,8 @@ def label_rows(
     The prediction is a label's word, a text, or the number that a classifier's head gives.
 
     Without the task's columns the column `text` serves: of a task with one column it goes into the template, of others
-    it is the whole input text. A row without text has None as its prediction, and so has an answer that is no label.
+    it is the whole input text, of which a cut leaves the end that it has in common with the template. A row without
+    text has None as its prediction, and so has an answer that is no label.
 
     Args:
         text_columns: what the rows call the task's columns, in their order, where they call them otherwise.
@@ -53,15 +56,21 @@ def label_rows(
     if missing and len(task.source_columns) == 1:
         given = [{missing[0]: row.get("text")} for row in rows]
     elif missing:
-        task = local_task("{text}", list(task.label_words), max_length=task.max_length)
-    labels, columns = task.label_words, probability_columns(task)
+        task = _whole_text()
+    labels, columns = run.task.label_words, probability_columns(run.task)
     taken = {PREDICTION, *columns} & rows[0].keys()
     if taken:
         raise ValueError(f"{source} has a column {sorted(taken)[0]!r} already: rename it")
     blank = {number for number, row in enumerate(given) if _is_blank(task, row)}
     numbers = [number for number in range(len(given)) if number not in blank]
-    kept = [given[number] for number in numbers]
-    encoded = [text.ids for text in run.fit(kept, source, task, [number + 1 for number in numbers])]
+    by_end: dict[str, list[int]] = {"": numbers}
+    if task is not run.task:
+        by_end, given = _without_ends(given, numbers, template_end(run.task.template).strip())
+    ids: dict[int, list[int]] = {}
+    for end, of_end in by_end.items():
+        fitted = run.fit([given[n] for n in of_end], source, _whole_text(end) if end else task, [n + 1 for n in of_end])
+        ids.update(zip(of_end, (text.ids for text in fitted)))
+    encoded = [ids[number] for number in numbers]
     written = iter(run.write(encoded, progress="predicting") if run.task.is_text else ())
     answers = iter(run.answer(encoded, progress="predicting") if not run.task.is_text else ())
     labelled = []
@@ -76,6 +85,26 @@ def label_rows(
             found |= zip(columns, probabilities or ())
         labelled.append({**row, **found})
     return labelled
+
+
+def _whole_text(end: str = "") -> Task:
+    """Makes a task whose template is a whole text before a literal `end`; its labels are not looked at."""
+    return local_task("{text}" + end.replace("{", "{{").replace("}", "}}"), ["0", "1"])
+
+
+def _without_ends(
+    rows: Sequence[Mapping[str, Any]], numbers: Sequence[int], end: str
+) -> tuple[dict[str, list[int]], list[Mapping[str, Any]]]:
+    """Takes `end`, with the blanks around it, off the whole texts that have it; returns the rows of each such end."""
+    by_end, bare = defaultdict(list), list(rows)
+    for number in numbers:
+        text, found = rows[number].get("text"), ""
+        if end and isinstance(text, str) and text.rstrip().endswith(end):
+            start = text.rstrip().removesuffix(end).rstrip()
+            found = text[len(start) :] if start else ""
+            bare[number] = {"text": start or text}
+        by_end[found].append(number)
+    return by_end, bare
 
 
 def check_names(task: Task, text_columns: Sequence[str]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from ..model.base_model import trained_heads
 from ..model.reading import infer_task_type
+from ..utils.messages import listed
 from .cpu import choose_attention, fastest_dtype
 from .processes import accelerator_index, is_cpu_requested, world_size
 
@@ -76,6 +78,28 @@ def has_new_head(model: ModelConfig, num_labels: int) -> bool:
     """Tells whether a classifier that is loaded for so many labels gets a head that nobody has trained."""
     saved = _from_pretrained(AutoConfig, model)
     return saved.num_labels != num_labels or not _has_head(saved)
+
+
+def head_order(model: ModelConfig, labels: Sequence[str]) -> list[str] | None:
+    """Returns the labels in the order that the names of a trained head have them in; None where it is that of `labels`.
+
+    Names that are other words get a warning, and no order.
+    """
+    if has_new_head(model, len(labels)):
+        return None
+    saved = _from_pretrained(AutoConfig, model)
+    names = [str(saved.id2label[output]).strip() for output in sorted(saved.id2label)]
+    by_name = {label.strip().casefold(): label for label in labels}
+    order = [by_name.get(name.casefold(), "") for name in names]
+    if set(order) == set(labels):
+        return order if order != list(labels) else None
+    if not all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        logger.warning(
+            "the trained head of %s gives %s, in this order, which the labels %s are taken for: set model.head_labels "
+            "where they stand in another order",
+            *(model.name_or_path, listed(map(repr, names)), listed(map(repr, labels))),
+        )
+    return None
 
 
 def outputs_of(heads: Mapping[str, Tensor], model: ModelConfig) -> int:

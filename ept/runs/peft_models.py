@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..embedding import embedding_width
 from ..model.base_model import input_embedding, set_mode, train_in_float32
 from ..model.inputs import divide_loss
+from ..model.reading import examine
 from .method_table import Method
 
 if TYPE_CHECKING:
@@ -155,6 +156,16 @@ class _LikeEPTModel(PeftModel):
         total = nn.functional.cross_entropy(scores, targets, ignore_index=-100, reduction="sum")
         output["loss"] = total / (targets.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch)
         return output
+
+    @property
+    def text_limit(self) -> int | None:
+        """The most text tokens that the base model can number behind the prompt; None: any number of them."""
+        config = self.active_peft_config
+        try:
+            limit = examine(self.get_base_model(), config.task_type).position_limit
+        except ValueError:  # a model that EPT cannot adapt
+            limit = None
+        return None if limit is None else limit - (config.num_virtual_tokens if config.is_prompt_learning else 0)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop("text_mask", None)

@@ -21,6 +21,7 @@ from ..tasks import GROUP, UNPARSABLE, Task, compute_metrics, nearest_value
 from ..tasks.encoding import IGNORE, TEXT_IDS, Collator, FittedText, encode_labels, encode_split, fit_rows, pad
 from ..tasks.metrics import compute_text_metrics
 from ..tasks.rows import NUMBER
+from ..utils.messages import listed, shown
 from ..utils.progress import with_lines
 from .adapters import load_trained, share_prompt
 from .config import RunConfig, load_run_config
@@ -43,7 +44,8 @@ class Predictor:
     head's output, and an answer that is a number but not one of the labels, counts as the nearest label.
 
     Attributes:
-        config: gives the length limit and the form of the labels (`data`), the batch size and the way of scoring
+        max_length: the limit of a text in tokens, `data.max_length` or fewer where the model has no room for so many.
+        config: gives that limit and the form of the labels (`data`), the batch size and the way of scoring
             (`training.eval_batch_size`, `training.scoring`: "rank" or "generate" in place of the task type's own way).
         processes: share the batches among them; all return the predictions of all.
 
@@ -61,6 +63,14 @@ class Predictor:
     def __post_init__(self) -> None:
         self.labels = self.task.labels(self.config.data.label_form)
         self.max_length = max_length_of(self.config.data, self.task)
+        if self.model.text_limit is not None:
+            self.max_length = min(self.max_length, self.model.text_limit)
+        self.outputs: list[int] = []  # of a head, that of each label, where they stand in another order
+        order, words = self.config.model.head_labels, self.task.label_words
+        if order is not None and self.task_type == "SEQ_CLS":
+            if sorted(order) != sorted(words):
+                raise ValueError(f"model.head_labels={shown(order)}: name each of the labels {listed(words)} once")
+            self.outputs = [order.index(word) for word in words]
         scoring = self.config.training.scoring
         if self.task_type == "SEQ_CLS" and scoring is not None:
             raise ValueError(f"scoring={scoring!r} is not available for {self.task_type}: leave it out")
@@ -129,7 +139,7 @@ class Predictor:
         if self.task_type == "SEQ_CLS":
             logits, values = self.model(**self._batch(inputs)).logits, self.task.values
             if not values:
-                return _ranked(logits)
+                return _ranked(logits[:, self.outputs] if self.outputs else logits)
             return [Answer(self._nearest(x, clamp=True), number=x) for x in logits[:, 0].float().tolist()]
         if self.generates:
             ids = self._generate(inputs, max(len(answer) for answer in self.answers) + 1)

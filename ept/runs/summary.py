@@ -37,6 +37,7 @@ def run_summary(run: PreparedRun) -> dict[str, Any]:
         **describe(run.run_data.data),
         "max_length": run.max_length,
         "truncation_rate": run.run_data.truncation_rate,
+        "unread_texts": run.run_data.unread_texts,
         "cut_answers": run.run_data.cut_answers,
         "method": config.method.name,
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
@@ -69,6 +70,11 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
         *balance,
         ("commonest answer", f"{names[0]} {summary['majority']:.4f}"),
         (f"texts cut to {summary['max_length']} tokens", _shares(summary["truncation_rate"])),
+        *(
+            [("texts with unknown tokens", _shares(unread))]
+            if any((unread := summary["unread_texts"]).values())
+            else []
+        ),
         *([("answers cut (data.max_answer)", _shares(cut))] if (cut := summary["cut_answers"]) else []),
         ("trainable parameters", f"{summary['trainable_parameters']:,}"),
         *([("folder", summary["output_dir"])] if summary["output_dir"] is not None else []),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from transformers.integrations import TensorBoardCallback
 
 from ..embedding import check_vocabulary
 from ..model.compilation import compile_layers
-from ..model.ept_model import EPTModel
 from ..tasks import TaskData
 from ..tasks.drawing import SPLITS
 from ..tasks.encoding import TEXT_IDS
@@ -27,16 +27,18 @@ from .callbacks import locate_best
 from .class_weights import check_has_classes
 from .config import RunConfig
 from .cpu import keep_freed_memory
-from .data import OwnRows, RunData, load_run_data, max_length_of, resolved
+from .data import OwnRows, RunData, load_run_data, max_length_of, resolved, task_of, with_fitted_texts
 from .failures import check_writable, with_advice, writing
 from .folder import RunFolder, is_over, save_adapter
-from .loading import default_device, has_new_head, load_tokenizer, task_type_of, weights_of
+from .loading import default_device, has_new_head, head_order, load_tokenizer, task_type_of, weights_of
 from .predict import Predictor
 from .processes import Processes, join
 from .regression import start_below
 from .report import write_report
 from .stop import StopSignals
 from .trainer import PromptTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -64,32 +66,35 @@ def prepare(config: RunConfig, processes: Processes | None = None, rows: OwnRows
         compile_layers(model.get_base_model(), cuda_graphs=config.training.cuda_graphs)
     parts: Any = {"task": task, "task_type": task_type, "tokenizer": tokenizer, "model": model}
     run = PreparedRun(config=config, run_data=run_data, processes=processes or Processes(), **parts)
+    if run.max_length < (given := max_length_of(config.data, task)):
+        message = "the model has positions for %d tokens of text, which is the limit in place of data.max_length=%d"
+        logger.warning(message, run.max_length, given)
+        run_data.data, run_data.truncation_rate = with_fitted_texts(run_data.data, run.fit)
     _check_texts(run, run_data.data)
     return run
 
 
 def _check_texts(run: PreparedRun, data: TaskData) -> None:
-    """Refuses texts that the model has no positions or no rows of its embedding for, before the first of them comes in
-    the middle of training, where an accelerator would make NaN of it.
+    """Refuses texts that the model has no rows of its embedding for, before the first of them comes in the middle of
+    training, where an accelerator would make NaN of it.
     """
-    longest = largest = 0
-    for split in SPLITS:
-        for ids in getattr(data, split)[TEXT_IDS]:
-            longest, largest = max(longest, len(ids)), max(largest, max(ids, default=0))
+    largest = max(max(ids, default=0) for split in SPLITS for ids in getattr(data, split)[TEXT_IDS])
     check_vocabulary(torch.tensor([largest], device="cpu"), run.rows_of_table())
-    limit = run.model.text_limit if isinstance(run.model, EPTModel) else None
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"the model has positions for {limit} tokens behind the prompt, the longest text has {longest}: set "
-            f"data.max_length={limit} or a shorter prompt (method.num_virtual_tokens)"
-        )
 
 
 def with_data(config: RunConfig, rows: OwnRows) -> RunConfig:
-    """Returns the configuration with what `data` leaves to infer from its rows, as `ept.runs.data.resolved` does."""
-    if not config.data.is_local:
-        return config
-    return config.model_copy(update={"data": resolved(config.data, task_type_of(config.model), rows)})
+    """Returns the configuration with what `data` leaves to infer from its rows, as `ept.runs.data.resolved` does.
+
+    And with the order of the labels in a trained head, where it is not that of the task.
+    """
+    task_type, data, model = task_type_of(config.model), config.data, config.model
+    if data.is_local:
+        data = resolved(data, task_type, rows)
+    if task_type == "SEQ_CLS" and model.head_labels is None and data.chat_column is None:
+        task = task_of(data)
+        if not task.values and not task.is_text:
+            model = model.model_copy(update={"head_labels": head_order(model, task.label_words)})
+    return config.model_copy(update={"data": data, "model": model})
 
 
 def train(

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..model.compilation import check_lengths
-from ..tasks.encoding import WEIGHT, WEIGHTS, Collator, encode_split
+from ..tasks.encoding import IGNORE, WEIGHT, WEIGHTS, Collator, encode_split
 from .callbacks import ProgressBar, Recorder, WholeCheckpoints
 from .class_weights import added_loss, row_weights
 from .config import RunConfig
@@ -63,6 +63,7 @@ class PromptTrainer(Trainer):
             run.task_type,
             max_answer=config.data.max_answer,
             spaced=not data.task.is_chat,
+            outputs=run.outputs,
         )
         self.unit = None  # of the numbers that a head of its own is to give
         if run.task_type == "SEQ_CLS" and data.task.values:
@@ -125,6 +126,14 @@ class PromptTrainer(Trainer):
             use_seedable_sampler=True,
             non_blocking=torch.cuda.is_available(),
         )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Counts a regression's rows, of whose numbers the Trainer leaves out -100."""
+        counted = [
+            {**batch, "labels": torch.zeros_like(batch["labels"])} if batch["labels"].is_floating_point() else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -245,7 +254,8 @@ def collate_share(collate: Callable[[Any], dict[str, Any]], filler: dict[str, An
     if rows:
         return collate(rows)
     batch = collate([filler])
-    return {**batch, "labels": torch.full_like(batch["labels"], -100), FILLER_LABELS: batch["labels"]}
+    no_labels = torch.full_like(batch["labels"], IGNORE, dtype=torch.long)  # as a number -100 would count
+    return {**batch, "labels": no_labels, FILLER_LABELS: batch["labels"]}
 
 
 def parameter_groups(

@@ -156,10 +156,12 @@ def encode_split(
     task_type: str,
     max_answer: int = 128,
     spaced: bool = True,
+    outputs: Sequence[int] = (),
 ) -> datasets.Dataset:
     """Makes columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length` from `text_ids` and `label`.
 
-    For SEQ_CLS and a regression `labels` is the number itself. Without `labels` each row's `target` is its answer, of
+    For SEQ_CLS and a regression `labels` is the number itself, and where `outputs` are given that of each label's
+    output. Without `labels` each row's `target` is its answer, of
     at most `max_answer` tokens and `spaced` as in `encode_answers`.
     """
     from datasets import Dataset
@@ -167,6 +169,7 @@ def encode_split(
     inputs = list(split[TEXT_IDS])
     if labels and task_type == "SEQ_CLS":
         found = split[NUMBER if NUMBER in split.column_names else "label"][:]
+        found = [outputs[label] for label in found] if outputs else found
     elif labels:
         answers = encode_labels(tokenizer, labels, task_type)
         found = [answers[label] for label in split["label"]]

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 from ..utils.messages import listed, shown
 from .files import Row
@@ -120,7 +120,13 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
     return [max(textual, key=lambda name: _length(columns[name]))]
 
 
-def find_labels(rows: Sequence[Row], column: str, source: str, in_words: bool = True) -> Labels:
+def find_labels(
+    rows: Sequence[Row],
+    column: str,
+    source: str,
+    in_words: bool = True,
+    kind: Literal["classification", "regression"] | None = None,
+) -> Labels:
     """Finds the labels in a column, in a fixed order: numbers rise, words are sorted.
 
     Numbers that are not whole, or more than 20 different ones, make a regression; those with zeros in front (`0101`)
@@ -131,31 +137,44 @@ def find_labels(rows: Sequence[Row], column: str, source: str, in_words: bool = 
 
     Args:
         in_words: the model writes numbers, rounded; what that loses is among the notes.
+        kind: take the labels for classes, or for numbers, which they must be then. None: as they look.
     """
     if shape := next((type(v).__name__ for row in rows if isinstance(v := row.get(column), (list, dict))), None):
         raise ValueError(f"{source}: column '{column}' holds a {shape}, not one label a row: write a word or a number")
     counts = Counter(_written(row.get(column)) for row in rows if not is_missing(row.get(column)))
-    total, where = sum(counts.values()), f"{source}: column '{column}'"
+    where = f"{source}: column '{column}'"
     if not counts:
         raise ValueError(f"{where} is empty: there is no label to learn")
     if column in counts and any(len(name.split()) >= A_SENTENCE for name in _names(rows)):
         raise ValueError(f"{source}: the first line holds a row, not names: put a line such as text,label above it")
     notes = []
-    if hidden := _unlabelled(counts):
+    if kind != "regression" and (hidden := _unlabelled(counts, kind)):
         many = sum(counts.pop(raw) for raw in hidden)
         notes.append(
             f"{many} rows have the label -1 beside 0 .. {len(counts) - 1}, which is taken for none; where it is one, "
             "name all by data.label_words"
         )
+    total = sum(counts.values())
     numbers = {raw: float(raw) for raw in counts if is_number(raw) and not isinstance(raw, bool)}
     finite = len(numbers) == len(counts) and all(map(math.isfinite, numbers.values()))
-    if not finite:
+    if not finite and kind == "regression":
+        others = listed(shown(raw) for raw in counts if not math.isfinite(numbers.get(raw, math.nan)))
+        raise ValueError(f"{where} holds {others}: a regression needs numbers, leave data.kind out")
+    if not finite and kind is None:
         _check_numbers(list(counts), where)
     words = {raw: without_point(str(raw)) if finite else str(raw) for raw in counts}
     are_codes = any(re.fullmatch(r"0\d+", word) for word in words.values())
-    if finite and not _are_labels(numbers.values(), are_codes):
-        values = _grid(min(numbers.values()), max(numbers.values()))
-        return Labels(None, values, list(OF_NUMBERS), _coarseness(counts, values) if in_words else [])
+    low, high = (min(numbers.values()), max(numbers.values())) if finite else (0.0, 0.0)
+    if low < high and kind != "classification" and (kind or not _are_labels(numbers.values(), are_codes)):
+        values = _grid(low, high)
+        notes += _coarseness(counts, values) if in_words else []
+        of_classes = [low + i for i in range(len(set(numbers.values())))]  # as a data set's columns of classes are
+        if kind is None and low in (0, 1) and sorted({*numbers.values()}) == of_classes and min(counts.values()) > 1:
+            notes.append(
+                f"column '{column}' holds the whole numbers {low:g} .. {high:g}, taken for the numbers of a "
+                "regression: if they are classes, set data.kind=classification"
+            )
+        return Labels(None, values, list(OF_NUMBERS), notes)
     if set(map(str.casefold, words.values())) <= {"true", "false"}:
         words = {raw: word.casefold() for raw, word in words.items()}
     by_word = Counter[str]()
@@ -174,11 +193,19 @@ def find_labels(rows: Sequence[Row], column: str, source: str, in_words: bool = 
     return Labels({raw: words[raw] for raw in raws}, None, metrics, notes)
 
 
-def _unlabelled(counts: Collection[Any]) -> list[Any]:
-    """Finds -1 beside 0 .. n - 1, where it marks rows without a label; -1, 0 and 1 alone are three labels."""
+def _unlabelled(counts: Collection[Any], kind: str | None) -> list[Any]:
+    """Finds -1 beside 0 .. n - 1, where it marks rows without a label; -1, 0 and 1 alone are three labels.
+
+    Of more numbers than are taken for labels, unless they are said to be, it is one.
+    """
     hidden = [raw for raw in counts if str(raw) in HIDDEN]
     others = [raw for raw in counts if raw not in hidden]
-    if not hidden or len(others) < 3 or not all(is_number(raw) and not isinstance(raw, bool) for raw in others):
+    most = math.inf if kind == "classification" else MAX_NUMBER_LABELS
+    if (
+        not hidden
+        or not 3 <= len(others) <= most
+        or not all(is_number(raw) and not isinstance(raw, bool) for raw in others)
+    ):
         return []
     return hidden if sorted(map(float, others)) == list(range(len(others))) else []
 

@@ -31,3 +31,11 @@ def template_columns(template: str) -> tuple[str, ...]:
     if not columns:
         raise ValueError(f"template {template!r} names no column: write at least one field such as '{{text}}'")
     return tuple(dict.fromkeys(columns))
+
+
+def template_end(template: str) -> str:
+    """Gives the literal text behind a template's last field."""
+    end = ""
+    for literal, column, *_ in Formatter().parse(template):
+        end = end + literal if column is None else ""
+    return end

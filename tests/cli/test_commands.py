@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from ept.cli.common import answer
 from ept.cli.main import app
+from ept.runs.train import train
 from ept.tasks import read_rows
 from ept.utils.tables import table
 
@@ -132,6 +133,27 @@ def test_evaluate_other_data(runs: dict[str, Path], data: Path, tmp_path: Path) 
     assert same["rows"] == 32
     ranked = as_json("evaluate", runs["t5"], "--scoring", "rank")
     assert ranked["metrics"]["unparsable"] == 0
+
+
+def test_evaluate_other_data_of_a_run_on_a_part_of_its_own(
+    no_curves: None, models: dict[str, Path], runs: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    own = [
+        "data.max_length=200",
+        f"data.splits={runs['bert']}",
+        "data.max_test=5",
+        "data.k_shot=8",
+        "data.max_train=20",
+    ]
+    train(run_config(models["bert"], data, tmp_path / "run", "training.max_steps=1", *own))
+    shutil.copytree(data, tmp_path / "other")
+    with (tmp_path / "other" / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"sentence": "film " * 300, "label": 1}) + "\n")  # the model has 128 positions
+    found = as_json("evaluate", tmp_path / "run", "--data-dir", tmp_path / "other")
+    assert (found["rows"], found["truncation_rate"]) == (33, pytest.approx(1 / 33))
+    some = ("--set", "data.max_test=7")
+    assert as_json("evaluate", tmp_path / "run", "--data-dir", tmp_path / "other", *some)["rows"] == 7
+    assert as_json("evaluate", tmp_path / "run")["rows"] == 5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

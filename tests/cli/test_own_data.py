@@ -125,7 +125,7 @@ def write(folder: Path, kind: str) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dry_run_understands(tmp_path: Path, models: dict[str, Path], kind: str) -> None:
     file = write(tmp_path, kind)
-    # The tiny BERT has positions for 128 tokens, its prompt among them, and refuses texts of 256.
+    # The tiny BERT has positions for 128 tokens, its prompt among them, and cuts texts there.
     model = models["llama" if kind == "longer than the limit" else "bert"]
     shown = as_json("train", file, "--model", model, "--dry-run")
     expected = {**USUAL, **KINDS[kind][2]}

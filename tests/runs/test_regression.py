@@ -16,8 +16,9 @@ from ept.runs.labelling import label_rows
 from ept.runs.predict import open_run
 from ept.runs.regression import MEAN, SPREAD, UNIT, in_units_of, last_layer, start_below, unit_of
 from ept.runs.train import prepare, train
-from ept.runs.trainer import PromptTrainer
+from ept.runs.trainer import PromptTrainer, collate_share
 from ept.tasks import read_rows
+from ept.tasks.encoding import Collator
 
 UNITS = {"shares": (0.002, 0.0005), "stars": (3.0, 1.0), "prices": (240_000.0, 60_000.0), "years": (1990.0, 4.0)}
 
@@ -111,3 +112,33 @@ def test_rates_of_the_last_layer_are_in_units_of_the_spread():
 
 def test_a_head_of_several_numbers_has_no_last_layer(configure):
     assert last_layer(prepare(configure("bert")).model) is None
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_minus_100_is_a_number_like_any_other(configure, tmp_path, accumulated):
+    """The labels' mark for "no label" is -100: the losses must be those of numbers that are all larger by one."""
+    found = []
+    for shift in (0, 1):
+        data, name = tmp_path / f"numbers{shift}", f"run{shift}"
+        data.mkdir()
+        for split, count in (("train", 48), ("validation", 8), ("test", 8)):
+            rows = [
+                {"text": f"the film {OTHER[i % 10]}", "label": (-100, -37, 100)[i % 3] + shift} for i in range(count)
+            ]
+            lines = [json.dumps({**row, "text": f"{row['text']} {split} {i}"}) for i, row in enumerate(rows)]
+            (data / f"{split}.jsonl").write_text("\n".join(lines))
+        own = ("data.task=null", f"data.data_dir={data}", "data.label_values=[-100, 0, 100, 200]")
+        steps = ("training.max_steps=4", "training.batch_size=1", "training.logging_steps=1")
+        run = configure("bert", *own, *steps, f"training.gradient_accumulation_steps={accumulated}", name=name)
+        train(run)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        found.append([event["loss"] for event in map(json.loads, lines) if "loss" in event])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_a_share_without_rows_has_no_number(configure, tmp_path):
+    config = configure("bert", *settings(tmp_path, "prices"))
+    trainer = PromptTrainer(config, prepare(config), RunFolder(tmp_path / "unused"))
+    rows, collate = list(trainer.train_dataset), Collator("SEQ_CLS", 0)
+    shares = [collate_share(collate, rows[0], share) for share in (rows[:3], [])]
+    assert int(trainer._get_num_items_in_batch(shares, trainer.args.device)) == 3

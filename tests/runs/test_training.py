@@ -272,7 +272,7 @@ def test_ids_that_the_model_has_no_rows_for_are_refused_before_a_device_sees_the
     (["model.name_or_path=/no/where"], "/no/where: no such model folder: check the path (model.name_or_path)"),
     ([f"model.name_or_path={TESTS}"], "holds no model, there is no config.json"),
     ([f"model.name_or_path={TESTS}/versions/adapter_0.1.0.dev0/decoder"], "holds an adapter: give its base model here"),
-    (["data.max_length=128", "method.num_virtual_tokens=125"], "positions for 3 tokens behind the prompt, the longest"),
+    (["data.max_length=128", "method.num_virtual_tokens=125"], "leaves no room for text within max_length=2"),
     (["method.num_virtual_tokens=128"], "num_virtual_tokens=128 leaves no room for text, Bert"),
     (["model.gguf_file=a.gguf"], "there is no a.gguf in"),
     pytest.param(

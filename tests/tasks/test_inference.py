@@ -142,6 +142,35 @@ def test_a_regression_whose_numbers_nearly_all_round_to_one(numbers: list[float]
     assert all(note.startswith("60 of 61 rows, with 60 different numbers, are rounded to 0, as") for note in notes)
 
 
+@pytest.mark.parametrize("numbers, warns", [
+    (2 * list(range(30)), True),
+    (2 * [str(n) for n in range(1, 40)], True),
+    (2 * [n for n in range(30) if n != 7], False),
+    (2 * list(range(5, 40)), False),
+    ([*range(30), 0], False),
+    (2 * [n / 2 for n in range(30)], False),
+])  # fmt: skip
+def test_many_whole_numbers_may_be_classes(numbers: list[Any], warns: bool) -> None:
+    rows = [{"label": number} for number in numbers]
+    found = find_labels(rows, "label", "a.csv", in_words=False)
+    assert found.values is not None
+    assert [note.endswith("if they are classes, set data.kind=classification") for note in found.notes] == [
+        True
+    ] * warns
+    if warns:
+        classes = find_labels(rows, "label", "a.csv", kind="classification")
+        assert list(dict.fromkeys((classes.words or {}).values())) == [str(n) for n in sorted(set(map(int, numbers)))]
+
+
+def test_few_whole_numbers_may_be_a_regression() -> None:
+    found = find_labels([{"label": n % 5} for n in range(40)], "label", "a.csv", kind="regression")
+    assert (found.words, found.metrics[0]) == (None, "pearson")
+    assert found.values is not None
+    assert (found.values[0], found.values[-1]) == (0, 4)
+    with pytest.raises(ValueError, match=r"holds 'good', 'inf': a regression needs numbers, leave data.kind out"):
+        find_labels([{"label": label} for label in ("1", "good", "inf")], "label", "a.csv", kind="regression")
+
+
 NO_LABELS = [
     (["good"] * 5, "column 'label' holds one label alone, 'good': a task needs at least 2"),
     (["good", " good"], "holds one label alone"),
