@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +21,10 @@ from triton.errors import TritonError
 
 from ept_kernels import launch
 from ept_kernels.dev import aot, compile_only
-from ept_kernels.dev.problems import LLAMA_7B
+from ept_kernels.dev.problems import LLAMA_7B, FourBit
 from ept_kernels.frozen import launchers as frozen
 from ept_kernels.library import launcher_of
+from ept_kernels.problem import Problem
 from ept_kernels.prompted_embedding.forward import prompted_embedding_kernel
 
 
@@ -156,3 +159,28 @@ def test_norms_of_any_width_ask_for_a_number_of_warps_that_there_is(width):
     """The interpreter takes any number, a compiler powers of two."""
     for kernel in ("rms_norm", "rms_norm_backward"):
         assert frozen.heuristic(kernel, width, torch.device("cpu"))["num_warps"] in (4, 8, 16, 32)
+
+
+def compiled(problem: Problem, target: str) -> Any:
+    """Compiles the last kernel that `problem` launches."""
+    with compile_only.driving(target), launch.watched() as launches:
+        launcher_of(problem.operator)(*problem.inputs())
+    return launches[-1].compiled
+
+
+@pytest.mark.parametrize("target", compile_only.TARGETS)
+@pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
+def test_threads_exchange_nothing_in_the_loop_over_texts(is_packed, target):
+    problem = replace(LLAMA_7B, r=30)
+    code = compiled(problem.packed.small if is_packed else problem.small, target).asm["ttgir"]
+    after_the_product = code[code.rindex("tt.dot") : code.rindex("ttg.convert_layout")]
+    assert "scf.for" not in after_the_product
+
+
+@pytest.mark.parametrize("target", compile_only.TARGETS)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_threads_exchange_nothing_in_a_dequantisation_to_16_bits(nested, target):
+    problem = FourBit(4096, 4096, (), nested=nested, dtype=torch.bfloat16, operator="dequantize_4bit")
+    kernel = compiled(problem, target)
+    assert kernel.metadata.shared == 0
+    assert "ttg.convert_layout" not in kernel.asm["ttgir"]

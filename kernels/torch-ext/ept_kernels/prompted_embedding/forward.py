@@ -118,12 +118,14 @@ def prompted_embedding_kernel(
                     o_r = (start + tl.arange(0, STEP)).to(tl.int64)
                     b_A = load(A, o_m.to(tl.int64), o_r, o_m < updated, r)  # [BLOCK_T, STEP]
                     b_C += scale * tl.dot(b_A, load(B, o_r, o_d, o_r < rank, d), input_precision=PRECISION)
+                # An identity: C leaves the product's layout for that of the table's rows once, and not in every text.
+                b_C = tl.gather(b_C, tl.broadcast_to(tl.arange(0, BLOCK_T)[:, None], [BLOCK_T, BLOCK_D]), 0)
             i_b = first.to(tl.int64)
             o_n, b_id, is_read = _look_up(input_ids, token_at, i_b, first < last, o_m, n, m, vocabulary, PACKED)
             for i in range(first, last):
                 p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
                 b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
-                p_out = out + tl.cast(i, tl.int64) * width + (s + o_n)[:, None] * d + o_d[None, :]
+                p_out = out + (tl.cast(i, tl.int64) * (s + n) + s + o_n)[:, None] * d + o_d[None, :]
                 m_out = (o_n >= 0)[:, None] & m_d
                 # The next text's look-up, two loads in a row, runs while this one's embeddings are on their way.
                 i_b = tl.cast(i + 1, tl.int64)
@@ -132,11 +134,10 @@ def prompted_embedding_kernel(
         else:
             o_s = ((i_tile - tiles_m) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
             mask = (o_s < s)[:, None] & m_d
+            b_P = tl.load(prompt + o_s[:, None] * d + o_d[None, :], mask=mask & is_known, other=float("nan"))
             for i in range(first, last):
-                i_b = tl.cast(i, tl.int64)
-                begin, _ = _tokens_of(token_at, i_b, True, n, PACKED)
-                b_P = tl.load(prompt + o_s[:, None] * d + o_d[None, :], mask=mask & is_known, other=float("nan"))
-                p_out = out + i_b * width + (begin + o_s)[:, None] * d + o_d[None, :]
+                begin, _ = _tokens_of(token_at, i, True, n, PACKED)
+                p_out = out + i * width + (begin + o_s)[:, None] * d + o_d[None, :]
                 tl.store(p_out, b_P.to(tl.float32).to(out.dtype.element_ty), mask=mask)
     else:
         i_loose = i_program - owned
