@@ -21,7 +21,7 @@ from triton.errors import TritonError
 
 from ept_kernels import launch
 from ept_kernels.dev import aot, compile_only
-from ept_kernels.dev.problems import LLAMA_7B
+from ept_kernels.dev.problems import LLAMA_7B, FourBit
 from ept_kernels.frozen import launchers as frozen
 from ept_kernels.library import launcher_of
 from ept_kernels.problem import Problem
@@ -175,3 +175,12 @@ def test_threads_exchange_nothing_in_the_loop_over_texts(is_packed, target):
     code = compiled(problem.packed.small if is_packed else problem.small, target).asm["ttgir"]
     after_the_product = code[code.rindex("tt.dot") : code.rindex("ttg.convert_layout")]
     assert "scf.for" not in after_the_product
+
+
+@pytest.mark.parametrize("target", compile_only.TARGETS)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_threads_exchange_nothing_in_a_dequantisation_to_16_bits(nested, target):
+    problem = FourBit(4096, 4096, (), nested=nested, dtype=torch.bfloat16, operator="dequantize_4bit")
+    kernel = compiled(problem, target)
+    assert kernel.metadata.shared == 0
+    assert "ttg.convert_layout" not in kernel.asm["ttgir"]

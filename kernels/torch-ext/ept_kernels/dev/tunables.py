@@ -111,7 +111,7 @@ def _joint_prompt(reduced: bool, device: torch.device) -> Iterator[Tunable]:
             yield Tunable(kernel, (p.d,), default, candidates, p.backward, variants)
 
 
-_DEQUANTIZE_GRID = grid(UNITS=(128, 256, 512), ITERS=(1, 2, 4, 8), num_warps=(4, 8))
+_DEQUANTIZE_GRID = grid(ITERS=(1, 2, 4, 8), num_warps=(2, 4, 8))  # and UNITS: a word a thread
 _PRODUCT_GRID = grid(BLOCK_N=(64, 128), BLOCK_K=(128, 256), SPLITS=(1, 2, 4, 8), num_warps=(4, 8))
 _VARIANTS = ({"block_size": 32}, {"nested": False}, {"nested": False, "block_size": 128})  # share a configuration
 
@@ -125,7 +125,9 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
         odd = replace(p, rows=p.rows - 1, columns=p.columns - 1)  # no whole words
         kernel, default = launch.key("dequantize_4bit", dtype), dequantize.heuristic(device)
         variants = [*(replace(p, **kind) for kind in _VARIANTS), odd]
-        yield Tunable(kernel, (p.rows * p.columns,), default, _DEQUANTIZE_GRID, p, variants)
+        threads = default["UNITS"] // default["num_warps"]  # of a warp
+        candidates = [{**config, "UNITS": threads * config["num_warps"]} for config in _DEQUANTIZE_GRID]
+        yield Tunable(kernel, (p.rows * p.columns,), default, candidates, p, variants)
     for p, tile in itertools.product(weights, matmul.TILES):
         p, name = replace(p, tokens=(tile,)), f"matmul_4bit/{tile}"
         kernel, default = launch.key(name, dtype), matmul.heuristic(name, p.rows, p.columns)

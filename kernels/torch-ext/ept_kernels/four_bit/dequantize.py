@@ -15,9 +15,9 @@ from ..launch import Config, Kinds, Prepared, architecture, cached_choice, confi
 from .decode import decode, is_word_aligned, load_absmax
 from .weight import Weight
 
-# UNITS: words or bytes in a tile, a power of two. ITERS: tiles that a program takes, one after another; with one, all
-# loads are under way before anything is stored.
-CONFIGS: dict[str, Config] = {"dequantize_4bit": {"UNITS": 512, "ITERS": 1, "num_warps": 4, "num_stages": 1}}
+# UNITS: words or bytes in a tile, one a thread; with more, a warp's loads have gaps, and words change hands. ITERS:
+# tiles that a program takes; all their loads are under way before anything is stored.
+CONFIGS: dict[str, Config] = {"dequantize_4bit": {"UNITS": 128, "ITERS": 4, "num_warps": 4, "num_stages": 1}}
 
 
 @triton.jit(do_not_specialize=["elements"])
@@ -51,27 +51,27 @@ def dequantize_4bit_kernel(
     p_unit += tl.arange(0, UNITS)
     p_weight = out + first + o_weight
     # Tiles differ by constants that are added last: loads and stores have room for them.
+    units, scales = (), ()  # type: tuple[Any, ...], tuple[Any, ...]
     for i in tl.static_range(ITERS):
         m_unit = o_unit < left - i * TILE
-        b_unit = tl.load(p_unit + i * UNITS, mask=m_unit, other=0)
         # Both are powers of two: a tile is a part of one block, or whole blocks.
         if TILE < BLOCK_SIZE:
             o_block = (first + i * TILE) // BLOCK_SIZE + tl.zeros([UNITS], tl.int64)
         else:
             o_block = first // BLOCK_SIZE + o_unit // BLOCK_SIZE + i * (TILE // BLOCK_SIZE)
-        b_absmax = load_absmax(absmax, nested, o_block, m_unit, NESTED_BLOCK_SIZE)
-        b_weight = decode(levels, b_unit, b_absmax, out.dtype.element_ty, BYTES)
+        units += (tl.load(p_unit + i * UNITS, mask=m_unit, other=0),)
+        scales += (load_absmax(absmax, nested, o_block, m_unit, NESTED_BLOCK_SIZE),)
+    for i in tl.static_range(ITERS):
+        b_weight = decode(levels, units[i], scales[i], out.dtype.element_ty, BYTES)
         # Of the last byte only one half may count; words are whole.
-        m_weight = o_weight < left - i * TILE if BYTES == 1 else m_unit[:, None]
+        m_weight = (o_weight if BYTES == 1 else o_unit[:, None]) < left - i * TILE
         tl.store(p_weight + i * TILE, tl.reshape(b_weight, [UNITS, 2 * BYTES]), mask=m_weight)
 
 
 def heuristic(device: torch.device) -> Config:
     """Chooses meta-parameters where nothing was measured."""
-    config = dict(CONFIGS["dequantize_4bit"])
-    if architecture(device) in ("gfx942", "hip"):
-        config["UNITS"] *= 2  # twice as many threads in a warp
-    return config
+    threads = 2 if architecture(device) in ("gfx942", "hip") else 1  # in units of a warp's on NVIDIA GPUs
+    return {**CONFIGS["dequantize_4bit"], "UNITS": threads * CONFIGS["dequantize_4bit"]["UNITS"]}
 
 
 def dequantize_4bit(*arguments: Any) -> Tensor:
@@ -90,12 +90,7 @@ def _prepared(kinds: Kinds, unit: int, sizes: tuple[int, ...], dtype: torch.dtyp
     block_size, nested_block_size, rows, columns = sizes
     device = kinds[2]
     config = config_for(key("dequantize_4bit", dtype), rows * columns, device, heuristic(device))
-    options = {
-        **config,
-        "BLOCK_SIZE": block_size,
-        "NESTED_BLOCK_SIZE": nested_block_size,
-        "BYTES": unit,
-        "enable_fp_fusion": False,
-    }
+    constants = {"BLOCK_SIZE": block_size, "NESTED_BLOCK_SIZE": nested_block_size, "BYTES": unit}
+    options = {**config, **constants, "enable_fp_fusion": False}
     grid = (triton.cdiv(rows * columns, config["UNITS"] * 2 * unit * config["ITERS"]),)
     return Prepared(dequantize_4bit_kernel, grid, (rows * columns,), options, kinds)
