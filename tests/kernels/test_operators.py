@@ -94,6 +94,17 @@ def test_joint_prompt_gradient_is_finite_where_the_update_is_zero():
     assert all(torch.isfinite(x.grad).all() for x in inputs)
 
 
+def test_joint_prompt_and_its_gradients_are_finite_where_rows_of_the_update_cancel():
+    """The squares of C's rows, `A·(B·Bᵀ)·Aᵀ`, are rounded to negative numbers here."""
+    problem = joint(s=4, d=100, m=16, r=3, dtype=torch.float32)
+    prompt, A, B, *others = problem.parameters()
+    A, B[2] = 100 * A[:, :1].abs() * torch.tensor([1, 1, -1]), B[0] + B[1]  # A·B = 0
+    inputs = [x.requires_grad_() for x in (prompt, A, B, *others)]
+    out = joint_prompt(*inputs, *problem.options())
+    out.sum().backward()
+    assert all(torch.isfinite(x).all() for x in (out, *(x.grad for x in inputs)))
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)])
 def test_joint_prompt_accumulates_in_float32(dtype, tolerance):
     inputs = joint(s=40, d=100, m=63, r=30, dtype=dtype).inputs()

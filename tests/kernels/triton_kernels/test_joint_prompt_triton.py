@@ -105,6 +105,17 @@ def test_backward_equals_the_reference(problem, device):
         assert_close(a, e, name, problem.options()[1] * inputs[0].double() if name == "prompt" else None)
 
 
+def test_results_are_finite_where_rows_of_the_update_cancel(device):
+    """The squares of C's rows, `A·(B·Bᵀ)·Aᵀ`, are rounded to negative numbers under the interpreter."""
+    problem = JointPrompt(s=4, d=100, m=16)
+    prompt, A, B, *others = problem.parameters(device)
+    A, B[2] = 100 * A[:, :1].abs() * A.new_tensor([1, 1, -1]), B[0] + B[1]  # A·B = 0
+    arguments = (prompt, A, B, *others, *problem.options())
+    results = [kernels.joint_prompt(*arguments)]
+    results += kernels.joint_prompt_backward(problem.grad_output(device), *arguments)
+    assert all(torch.isfinite(result).all() for result in results)
+
+
 SMALLEST = {
     "joint_prompt_products": {"BLOCK_K": 16, "PROGRAMS": 100},
     "joint_prompt_expand": {"BLOCK_D": 16},

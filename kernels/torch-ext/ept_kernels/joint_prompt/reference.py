@@ -86,7 +86,8 @@ def _attended(
     scores = query @ key_p.mT  # [s, s]
     if not has_update:
         return torch.softmax(score_scale * scores, dim=1) @ p
-    mean_square_C = (c * c / p.shape[1]) * ((A @ (B @ B.mT)) * A).sum(1)  # [m]
+    # Terms cancel where B's rows do, and rounding may leave less than nothing.
+    mean_square_C = (c * c / p.shape[1]) * ((A @ (B @ B.mT)) * A).sum(1).clamp_min(0)  # [m]
     scores_C = c * ((query @ key_B.mT) @ A.mT) * torch.rsqrt(mean_square_C + NORM_EPS)  # [s, m]
     weights = torch.softmax(score_scale * torch.cat([scores_C, scores], dim=1), dim=1)  # ω [s, m + s]
     return c * ((weights[:, :m] @ A) @ B) + weights[:, m:] @ p
