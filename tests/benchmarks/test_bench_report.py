@@ -309,3 +309,15 @@ def test_what_the_clock_cut_off_is_run_again(tmp_path: Path) -> None:
         benchmarks_run.run(written, [tests], {}, seconds=60)
         assert [row["status"] for row in written.results()] == [expected]
     assert not answers
+
+
+def test_every_case_with_a_goal_is_measured_again_after_the_tuner_without_a_compiler_first() -> None:
+    suites = [section.suite for section in PLAN]
+    assert suites.index("goals") < suites.index("tune") < suites.index("rest")
+    again = [work.unit for work in benchmarks_run.works_of("rest", "gpu", "cuda") if work.unit.startswith("again/")]
+    assert sorted(again) == sorted(f"again/{case.id}" for case in shapes.GOAL_CASES)
+    compiled = [
+        shapes.COMPILED in case.providers for unit in again for case in shapes.GOAL_CASES if unit.endswith(case.id)
+    ]
+    assert compiled == sorted(compiled)
+    assert len({*compiled}) == 2
