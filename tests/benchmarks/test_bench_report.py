@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import device_tests, gpu_report, performance_page, processes, record, shapes, tables
+from benchmarks import checks, device_tests, gpu_report, performance_page, processes, record, shapes, tables
 from benchmarks import run as benchmarks_run
 from benchmarks.gpu_report import PLAN
 from benchmarks.processes import Job, run_command, run_jobs
@@ -30,7 +30,7 @@ def fixed_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 
 STARTED = """
 import sys
-from benchmarks import device_tests, gpu_report, record
+from benchmarks import checks, device_tests, gpu_report, record
 record.source_fingerprint = lambda: "fixed"
 sys.argv = {arguments!r}
 gpu_report.main()
@@ -321,3 +321,12 @@ def test_every_case_with_a_goal_is_measured_again_after_the_tuner_without_a_comp
     ]
     assert compiled == sorted(compiled)
     assert len({*compiled}) == 2
+
+
+def test_only_kernels_count_in_a_cache_and_no_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    launched = iter(("launcher.so", "kernel.cubin"))
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(checks, "launcher_of", lambda _: lambda *_: (tmp_path / next(launched)).touch())
+    assert [checks.try_cache("cpu")["hit"] for _ in range(2)] == [True, False]
