@@ -84,10 +84,10 @@ PLAN = (
     Section("tests", 100, processes=8),
     Section("sanitizer", 45, processes=16, grouped=True),
     Section("ceilings", 15),
-    Section("goals", 90),
+    Section("goals", 70),
     Section("tune", 80),
     Section("steps", 90),
-    Section("rest", 40),
+    Section("rest", 60),
 )
 
 

@@ -40,12 +40,12 @@ def goal_works(table: str, device: str) -> list[Work]:
 
 
 def rest_works(table: str, device: str) -> list[Work]:
-    """Returns the goals' cases once more beside compiled peers, and all others."""
+    """Returns the goals' cases once more, in what was tuned, those with a peer to compile last; and all others."""
     cases = TABLES[table]()
-    again = [case for case in cases if _has_goal(case, table) and COMPILED in case.providers]
-    others = [case for case in cases if not _has_goal(case, table)]
-    compiled = [_work(case, table, device, "compiled") for case in again]
-    return [*compiled, *(_work(case, table, device) for case in others)] if table != "rehearsal" else []
+    again = sorted((case for case in cases if _has_goal(case, table)), key=lambda case: COMPILED in case.providers)
+    works = [_work(case, table, device, "again") for case in again]
+    works += [_work(case, table, device) for case in cases if not _has_goal(case, table)]
+    return works if table != "rehearsal" else []
 
 
 def _has_goal(case: Case, table: str) -> bool:

@@ -30,6 +30,7 @@ LONGEST = 25  # kernels that a row names
 # EPT replaces the 4-bit layers by its own, so PEFT has a 4-bit model of its own. It is measured before and after.
 GROUPS = (("peft-pt",), ("pt", "dept", "ept"), ("peft-pt",))
 SMOLLM2 = "smollm2-135m"
+LLAMA_16_BIT = "steps/llama-2-7b"
 
 
 def works_of(table: str, device: str) -> list[Work]:
@@ -48,7 +49,8 @@ def works_of(table: str, device: str) -> list[Work]:
         return [
             step(T5_STEP, profiled, shape="t5-base", **half),
             step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=GROUPS, **llama, **half),
-            step(BARE_STEP, bare, **tiny, pairs=2),
+            step(BARE_STEP, bare, **tiny, pairs=2, dtype="bfloat16"),
+            step(LLAMA_16_BIT, profiled, shape="llama-2-7b", **half),
         ]
     if table == "reduced":
         return [
@@ -77,7 +79,8 @@ def works_of(table: str, device: str) -> list[Work]:
     return [
         step(T5_STEP, profiled, **t5),
         step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=GROUPS, **llama),
-        step(BARE_STEP, bare, batch=32, length=256, pairs=20),
+        step(BARE_STEP, bare, batch=32, length=256, pairs=20, dtype="bfloat16"),
+        step(LLAMA_16_BIT, profiled, **{**llama, "quantization": None}),  # last: no goal, but it needs no bitsandbytes
         *on_request,
     ]
 
@@ -129,7 +132,7 @@ def kernels_of(trace: Path) -> Row:
     }
 
 
-def bare(*, batch: int, length: int, pairs: int, layers: int | None = None) -> Iterator[Row]:
+def bare(*, batch: int, length: int, pairs: int, layers: int | None = None, dtype: str = "float32") -> Iterator[Row]:
     """Yields EPT's step beside the bare frozen model's on as many positions, pair by pair, in SmolLM2-135M's shape.
 
     The bare step is the least that any soft prompt could cost: the frozen model run forward and backward from
@@ -137,8 +140,8 @@ def bare(*, batch: int, length: int, pairs: int, layers: int | None = None) -> I
     respect to the embeddings and nothing else. EPT's adds the joint prompt, the embedding look-up with the low-rank
     update, their backward and the optimizer.
     """
-    device, task_type = default_device(), "CAUSAL_LM"
-    base = build_shape(SMOLLM2, dtype=torch.float32, device=device, layers=layers)
+    device, task_type, number = default_device(), "CAUSAL_LM", getattr(torch, dtype)
+    base = build_shape(SMOLLM2, dtype=number, device=device, layers=layers)
     rows = random_rows(batch, task_type, base.config.vocab_size, length, varied=False, seed=0)
     how: dict[str, Any] = {"padding": "none", "width": 1, "all_logits": False, "pad_token_id": 0, "device": device}
     (inputs,) = make_batches(rows, batch=batch, count=1, task_type=task_type, **how)
@@ -146,7 +149,7 @@ def bare(*, batch: int, length: int, pairs: int, layers: int | None = None) -> I
     method.enter(base)  # the bare model's element-wise work is fused as well
 
     positions, keep = method.spec.num_virtual_tokens + length, inputs["logits_to_keep"]
-    embeds = 0.1 * torch.randn(batch, positions, base.config.hidden_size, device=device)
+    embeds = 0.1 * torch.randn(batch, positions, base.config.hidden_size, dtype=number, device=device)
     embeds.requires_grad_()
     given = {  # no mask, as nothing is masked: EPT gives the model none either
         "position_ids": torch.arange(positions, device=device).expand(batch, -1),
@@ -169,5 +172,5 @@ def bare(*, batch: int, length: int, pairs: int, layers: int | None = None) -> I
         "ratio_p80": over["p80"],
         "model": "SmolLM2-135M shape, random weights",
         "size": {"batch": batch, "length": length, "positions": positions},
-        "dtype": "float32",
+        "dtype": dtype,
     }

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import device_tests, gpu_report, performance_page, processes, record, shapes, tables
+from benchmarks import checks, device_tests, gpu_report, performance_page, processes, record, shapes, tables
 from benchmarks import run as benchmarks_run
 from benchmarks.gpu_report import PLAN
 from benchmarks.processes import Job, run_command, run_jobs
@@ -30,7 +30,7 @@ def fixed_sources(monkeypatch: pytest.MonkeyPatch) -> None:
 
 STARTED = """
 import sys
-from benchmarks import device_tests, gpu_report, record
+from benchmarks import checks, device_tests, gpu_report, record
 record.source_fingerprint = lambda: "fixed"
 sys.argv = {arguments!r}
 gpu_report.main()
@@ -309,3 +309,24 @@ def test_what_the_clock_cut_off_is_run_again(tmp_path: Path) -> None:
         benchmarks_run.run(written, [tests], {}, seconds=60)
         assert [row["status"] for row in written.results()] == [expected]
     assert not answers
+
+
+def test_every_case_with_a_goal_is_measured_again_after_the_tuner_without_a_compiler_first() -> None:
+    suites = [section.suite for section in PLAN]
+    assert suites.index("goals") < suites.index("tune") < suites.index("rest")
+    again = [work.unit for work in benchmarks_run.works_of("rest", "gpu", "cuda") if work.unit.startswith("again/")]
+    assert sorted(again) == sorted(f"again/{case.id}" for case in shapes.GOAL_CASES)
+    compiled = [
+        shapes.COMPILED in case.providers for unit in again for case in shapes.GOAL_CASES if unit.endswith(case.id)
+    ]
+    assert compiled == sorted(compiled)
+    assert len({*compiled}) == 2
+
+
+def test_only_kernels_count_in_a_cache_and_no_launchers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    launched = iter(("launcher.so", "kernel.cubin"))
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(checks, "launcher_of", lambda _: lambda *_: (tmp_path / next(launched)).touch())
+    assert [checks.try_cache("cpu")["hit"] for _ in range(2)] == [True, False]

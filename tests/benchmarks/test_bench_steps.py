@@ -103,3 +103,14 @@ def test_every_option_alone_and_all_together_stand_beside_the_peers_steps(record
     assert "`training.group_by_length=true` |" in text
     assert text.startswith("One thread, in time of the processor")
     assert not any(line.startswith("| steps/everything") for line in step_table(record.results()).splitlines())
+
+
+def test_the_steps_on_a_gpu_are_in_16_bits_and_one_of_llama_needs_no_bitsandbytes() -> None:
+    works = [work for work in steps.works_of("gpu", "cuda") if not work.on_request]
+    assert all(work.rows.keywords["dtype"] == "bfloat16" for work in works)
+    assert [work.unit for work in works if "llama" in work.unit and not work.needs] == [works[-1].unit]
+
+
+def test_the_bare_step_says_what_numbers_it_was_in() -> None:
+    (row,) = steps.bare(batch=1, length=8, pairs=2, layers=1, dtype="bfloat16")
+    assert (row["dtype"], row["size"]["positions"]) == ("bfloat16", 48)

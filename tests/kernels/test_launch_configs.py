@@ -115,6 +115,17 @@ def test_what_is_tried_comes_first_and_the_caches_follow(file):
     assert chosen("one") == before == {"BLOCK": 16, "num_warps": 4}
 
 
+def test_a_choice_for_every_length_of_a_long_text_is_kept():
+    @launch.cached_choice
+    def chosen(length: int) -> list[int]:
+        return [length]
+
+    first = chosen(0)
+    for length in range(1, 2049):
+        chosen(length)
+    assert chosen(0) is first
+
+
 def test_every_shipped_file_is_sound_and_known_to_the_tuner():
     from ept_kernels.dev import aot, compile_only
 

@@ -18,6 +18,7 @@ from triton.runtime.errors import OutOfResources
 from ept_kernels import launch
 from ept_kernels.dev import tune
 from ept_kernels.dev.tunables import Tunable, tunables
+from ept_kernels.four_bit import paths
 from ept_kernels.problem import Problem
 
 CPU = torch.device("cpu")
@@ -142,6 +143,7 @@ def test_the_file_is_added_to_and_read_at_once(tmp_path: Path, monkeypatch: pyte
     assert (content["device"], content["target"]) == ("Some GPU", "sm_90")
     assert [row["measured_with"]["command"] for row in content["measurements"]] == ["other", "again"]
     assert content["measurements"][0]["measured_with"]["torch"] == torch.__version__
+    assert "bitsandbytes" in content["measurements"][0]["measured_with"]
     launch.forget_measured()
 
 
@@ -189,6 +191,17 @@ def test_what_the_command_refuses(request, monkeypatch):
     request.getfixturevalue("accelerator")
     with pytest.raises(SystemExit, match=r"known are .*prompted_embedding/"):
         tune.main(["--kernels", "embeding"])
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_path_is_measured_where_there_is_another_and_bitsandbytes_only_where_it_is_there(is_there, monkeypatch):
+    monkeypatch.setattr(paths, "has_bitsandbytes", lambda: is_there)
+    found = [t for t in tunables() if "path" in t.kernel]
+    assert all(len(t.candidates) > 1 and t.default in t.candidates for t in found)
+    assert any({"PATH": paths.BITSANDBYTES} in t.candidates for t in found) == is_there
+    few = {t.size[0]: t.default["PATH"] for t in found if t.kernel.endswith("16-bit")}
+    assert few[1] == (paths.BITSANDBYTES if is_there else paths.FUSED)
+    assert any(t.kernel.endswith("32-bit") for t in found) == is_there  # of float32 there is no fused product
 
 
 def test_what_is_tunable_is_unique_bounded_and_on_the_launchers_own_keys():

@@ -190,7 +190,7 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
 
 def cached_choice(function: _Function) -> _Function:
     """Caches a function whose result depends on `config_for`; whatever changes that empties it."""
-    cached = functools.lru_cache(maxsize=512)(function)
+    cached = functools.lru_cache(maxsize=4096)(function)  # whole shapes: a decoder has new ones at every length
     _choices.append(cached)
     return cached  # type: ignore[return-value]
 

@@ -138,11 +138,13 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
         for of_tokens in (dtype, torch.float32) if count <= 8 and not reduced else (dtype,):
             there = {paths.LIBRARY: True, paths.FUSED: paths.has_fused(of_tokens, device)}
             there[paths.BITSANDBYTES] = paths.has_bitsandbytes()
-            kernel = launch.key("matmul_4bit.path", of_tokens)
             default = {"PATH": paths.heuristic_path(count, of_tokens, device)}
             candidates = [{"PATH": path} for path, is_there in there.items() if is_there]
-            problem = replace(p, tokens=(count,), dtype=of_tokens)
-            yield Tunable(kernel, (count, p.rows, p.columns), default, candidates, problem)
+            if default not in candidates:  # a path that cannot be gone is not measured
+                default = candidates[-1]
+            kernel, problem = launch.key("matmul_4bit.path", of_tokens), replace(p, tokens=(count,), dtype=of_tokens)
+            if len(candidates) > 1:
+                yield Tunable(kernel, (count, p.rows, p.columns), default, candidates, problem)
 
 
 _ROWS = grid(TILE=(2048, 4096, 8192), num_warps=(4, 8))

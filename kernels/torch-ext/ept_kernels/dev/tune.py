@@ -27,6 +27,7 @@ from triton import testing
 from triton.runtime.errors import TritonError
 
 from .. import launch
+from ..four_bit.paths import has_bitsandbytes
 from ..launch import Config
 from ..library import launcher_of
 from ..problem import Problem, Results, as_tuple, largest
@@ -130,13 +131,9 @@ def write(path: Path, row: dict[str, Any], device: torch.device, command: str) -
     kernel, size = row["kernel"], row["size"]
     content["kernels"].setdefault(kernel, {})[size] = row["config"]
     kept = [old for old in content["measurements"] if (old["kernel"], old["size"]) != (kernel, size)]
-    with_what = {
-        "command": command,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "runtime": str(torch.version.cuda or torch.version.hip or ""),
-    }
+    with_what: dict[str, Any] = {"command": command, "python": platform.python_version(), "torch": torch.__version__}
+    with_what |= {"triton": version("triton"), "runtime": str(torch.version.cuda or torch.version.hip or "")}
+    with_what["bitsandbytes"] = version("bitsandbytes") if has_bitsandbytes() else None  # a path only where it is there
     target = launch.architecture(device)
     content["target"] = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if target == "cuda" else target
     content["device"] = torch.get_device_module(device).get_device_name(device)

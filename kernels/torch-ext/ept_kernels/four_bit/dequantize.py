@@ -51,7 +51,7 @@ def dequantize_4bit_kernel(
     p_unit += tl.arange(0, UNITS)
     p_weight = out + first + o_weight
     # Tiles differ by constants that are added last: loads and stores have room for them.
-    units, scales = (), ()
+    units, scales = (), ()  # type: tuple[Any, ...], tuple[Any, ...]
     for i in tl.static_range(ITERS):
         m_unit = o_unit < left - i * TILE
         # Both are powers of two: a tile is a part of one block, or whole blocks.
