@@ -89,7 +89,7 @@ def call_inputs(
     encoded = inputs.get("encoder_outputs")
     rows = next((x for x in (input_ids, inputs_embeds, encoded and encoded[0]) if x is not None), ())
     names = [model.active_adapter] * len(rows) if adapter_names is None else list(adapter_names)
-    if adapter_names is not None and rows != ():
+    if adapter_names is not None and len(rows):
         check_names(names, layers, len(rows))
     if encoded is not None:  # the encoder has run already, and has seen the prompt
         _mask_encoded(facts, inputs, attention_mask, prompt_mask(layers, names, encoded[0].device))
