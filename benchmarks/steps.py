@@ -50,7 +50,6 @@ def works_of(table: str, device: str) -> list[Work]:
             step(T5_STEP, profiled, shape="t5-base", **half),
             step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=GROUPS, **llama, **half),
             step(BARE_STEP, bare, **tiny, pairs=2, dtype="bfloat16"),
-            step(LLAMA_16_BIT, profiled, shape="llama-2-7b", **half),
         ]
     if table == "reduced":
         return [
