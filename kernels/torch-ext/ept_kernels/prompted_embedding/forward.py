@@ -125,7 +125,10 @@ def prompted_embedding_kernel(
             for i in range(first, last):
                 p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
                 b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
-                p_out = out + (tl.cast(i, tl.int64) * (s + n) + s + o_n)[:, None] * d + o_d[None, :]
+                if PACKED:  # a row's number in one: the registers of an A100 do not suffice for two
+                    p_out = out + (tl.cast(i, tl.int64) * s + s + o_n)[:, None] * d + o_d[None, :]
+                else:
+                    p_out = out + tl.cast(i, tl.int64) * width + (s + o_n)[:, None] * d + o_d[None, :]
                 m_out = (o_n >= 0)[:, None] & m_d
                 # The next text's look-up, two loads in a row, runs while this one's embeddings are on their way.
                 i_b = tl.cast(i + 1, tl.int64)
