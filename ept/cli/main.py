@@ -35,6 +35,8 @@ class OneLineErrors(TyperGroup):
             if rank() == 0:  # all ranks have agreed on it, or the launcher signals them all
                 typer.echo(str(stop) or "stopped", err=True)
             raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
+        except BrokenPipeError:
+            raise  # whoever read the answer has read enough: the command line ends without a word
         except (*USER_ERRORS, *FAILURES) as error:
             if os.environ.get("EPT_DEBUG") == "1":
                 raise

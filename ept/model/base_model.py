@@ -119,12 +119,20 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
 
 
 def check_heads(model: Any, trained: Iterable[str] | None) -> None:
-    """Refuses quantised weights in the modules that are to be `trained`, and warns of those in a language model's head.
+    """Refuses to train quantised weights and what is never called; warns of a language model's quantised head.
 
     bitsandbytes is told by `llm_int8_skip_modules` which modules to leave alone, and then no longer leaves heads alone
-    by itself.
+    by itself. An encoder-decoder's `shared` holds a weight that its encoder and decoder read by modules of their own.
     """
+    holder = model.get_input_embeddings() if getattr(model.config, "is_encoder_decoder", False) else None
+    if holder is input_embedding(model):
+        holder = None
     for key, module in model.named_modules():
+        if trained and module is holder and key.endswith(tuple(trained)):
+            raise ValueError(
+                f"{key} of {type(model).__name__} is never called, and its copy would not be trained: name the "
+                "embeddings of encoder or decoder in modules_to_save (embed_tokens is both)"
+            )
         name = key.rpartition(".")[2]
         remedy = f"load the model with BitsAndBytesConfig(..., llm_int8_skip_modules=[..., {name!r}])"
         parameters: Any = module.parameters()

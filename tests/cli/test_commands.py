@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +278,13 @@ def test_a_table_in_a_pipe_breaks_no_number(
     header, row = ["method", *("abcdefgh")], ["prompt tuning", *["39,170.5"] * 8]
     answer(False, None, table(header, [row]))
     assert capsys.readouterr().out.count("39,170.5") == 8
+
+
+def test_a_pipe_whose_reader_has_left_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "ept", "tasks", "--json"], stdout=pipe, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (1, "")

@@ -189,3 +189,14 @@ def test_a_prompt_becomes_words_of_a_model_that_scales_what_it_looks_up():
     ids = torch.tensor([tokenizer(f"{text.before}w5 w6{text.after}", add_special_tokens=False)["input_ids"]])
     expected = model(torch.tensor([[5, 6]]), decoder_input_ids=answers).logits
     torch.testing.assert_close(base(ids, decoder_input_ids=answers).logits[..., :99], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_module_that_is_never_called_is_not_trained(name):
+    with pytest.raises(ValueError, match=r"shared of .* is never called, .*: name the embeddings"):
+        adapted(name, None, modules_to_save=["shared"])
+    model = adapted(name, None, modules_to_save=["embed_tokens"])
+    model(**make_batch(name, (6, 4))).loss.backward()
+    trained = {key: p for key, p in model.base_model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
