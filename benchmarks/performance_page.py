@@ -37,8 +37,8 @@ HEAD = """\
 Made by `python -m benchmarks.performance_page` from the records in `benchmarks/results/`; do not edit.
 
 * Time is the median; the 20 and 80 % quantiles stand beside it. All versions of one case take turns in one run. Every
-  version is checked against the reference before it is timed. Inputs rotate among sets larger than the last-level
-  cache.
+  version is checked against the reference before it is timed. Inputs rotate among sets that are larger, with their
+  outputs, than the last-level cache.
 * On a GPU the time is the device's, by events behind a full queue; `*` marks cases where the host could not keep it
   full. "host" is what the host alone takes for a call, while the device is busy with another.
 * "of a copy": the time of a plain copy of as many bytes, measured in turn with the case, over the time taken.
