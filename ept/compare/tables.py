@@ -294,8 +294,11 @@ def markdown(records: Sequence[Record], settings: Sequence[Setting], command: st
         parts += [f"## {setting.title}", setting.rows and f"Rows: {setting.rows}.", table(*scores_table(setting))]
         if setting.tests:
             rows = [test.row(lambda method: METHODS[method].title) for test in setting.tests]
-            parts += ["Paired t-test, two-sided, over the n pairs (task, seed), and over the means of the tasks:"]
-            parts += [table(TEST_COLUMNS, rows)]
+            parts += [
+                "Paired t-test, two-sided, over the n pairs (task, seed), and over the means of the tasks; no p is "
+                "corrected for their number:",
+                table(TEST_COLUMNS, rows),
+            ]
         if steps := steps_table(setting.methods):
             parts += [
                 "Steps, by the mean score on validation, on straight lines between the evaluations:",
