@@ -15,6 +15,7 @@ from ..runs.evaluation import standard_error
 from ..runs.folder import RunFolder
 from ..runs.method_table import METHODS
 from ..tasks.metrics import metric_name
+from ..utils.environment import CUDA_ALLOCATED
 from ..utils.files import write_atomically
 from ..utils.tables import csv_text
 from ..utils.tables import markdown as table
@@ -234,8 +235,8 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
 def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Setting], command: str) -> list[Path]:
     """Writes `comparison.csv`, `comparison.md` and `comparison.json`; returns their paths.
 
-    The first has a line for each run: scores as fractions, times in milliseconds and seconds, memory in bytes. The last
-    has what `as_json` returns, with command, versions and hardware.
+    The first has a line for each run: scores as fractions, times in milliseconds and seconds, a CUDA device's memory in
+    bytes. The last has what `as_json` returns, with command, versions and hardware.
     """
     columns = (
         "sweep", "value", "task", "method", "model", "seed", "learning_rate", "low_rank_learning_rate", "chosen",
@@ -254,6 +255,10 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
             "chosen": record.chosen,
             "status": "finished" if found else "failed",
             "validation": found.get("best_validation"),
+            # A process's own is the largest of all runs that it has carried out.
+            "peak_memory_bytes": found["peak_memory_bytes"]
+            if found.get("peak_memory_kind") == CUDA_ALLOCATED
+            else None,
             "train_rows": rows.get("train"),
             "test_rows": rows.get("test"),
             "error": record.outcome.error,

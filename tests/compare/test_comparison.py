@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ept.compare.execute import Outcome
 from ept.compare.plan import PlannedRun, Record
@@ -20,6 +21,7 @@ from ept.compare.tables import (
     write_tables,
 )
 from ept.runs.config import RunConfig
+from ept.utils.environment import peak_memory
 
 
 def test_interval_of_known_values():
@@ -222,6 +224,15 @@ def test_page_and_csv(records, tmp_path):
     assert [line["status"] for line in lines].count("failed") == 2
     assert (lines[2]["score"], lines[2]["trainable_parameters"], lines[2]["test_rows"]) == ("0.8", "99", "1234")
     assert lines[0]["low_rank_learning_rate"] == ""  # prompt tuning has nothing else
+
+
+def test_memory_of_a_process_is_not_that_of_a_run(tmp_path):
+    runs = [record(tmp_path, "pt", seed, 0.6) for seed in (0, 1)]
+    for run, kind in zip(runs, ("cuda allocated", peak_memory()[1])):
+        run.outcome.results.update(peak_memory_bytes=7, peak_memory_kind=kind)
+    table, *_ = write_tables(tmp_path, runs, summarise(runs), "")
+    lines = csv.DictReader(table.read_text("utf-8").splitlines())
+    assert [line["peak_memory_bytes"] for line in lines] == ["7", "7" if torch.cuda.is_available() else ""]
 
 
 def test_rates(tmp_path):
