@@ -37,8 +37,8 @@ HEAD = """\
 Made by `python -m benchmarks.performance_page` from the records in `benchmarks/results/`; do not edit.
 
 * Time is the median; the 20 and 80 % quantiles stand beside it. All versions of one case take turns in one run. Every
-  version is checked against the reference before it is timed. Inputs rotate among sets larger than the last-level
-  cache.
+  version is checked against the reference before it is timed. Inputs rotate among sets that are larger, with their
+  outputs, than the last-level cache.
 * On a GPU the time is the device's, by events behind a full queue; `*` marks cases where the host could not keep it
   full. "host" is what the host alone takes for a call, while the device is busy with another.
 * "of a copy": the time of a plain copy of as many bytes, measured in turn with the case, over the time taken.
@@ -128,6 +128,12 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
     steps = [row for row in rows if row["section"] == "steps"]
     bare = [row for row in steps if "ratio_to_bare" in row]
     unfinished = [row for row in rows if row["section"] == "plan" and row["left"]]
+    begun, ended = Record(folder / RECORD_NAME).units()
+    interrupted = [
+        f"{unit}: begun and not ended; the same command goes on"
+        for unit, attempts in begun.items()
+        if attempts and unit not in ended
+    ]
     sections = {
         "The report's sections": tables.plan_table(rows),
         "Checks on this device": tables.check_table(rows),
@@ -138,7 +144,9 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
         f"EPT's step with every option, against PEFT's{', on a CPU' * on_cpu}": tables.everything_text(rows),
         "Attention on a CPU": tables.attention_text(rows) + written_by(folder / ON_REQUEST),
         BARE_TITLE: tables.bare_text(bare),
-        "Not measured": "\n".join(f"* {line}" for line in [*tables.reasons(rows), *map(cut_off, unfinished)]),
+        "Not measured": "\n".join(
+            f"* {line}" for line in [*tables.reasons(rows), *map(cut_off, unfinished), *interrupted]
+        ),
     }
     parts += [f"### {name}\n\n{text.rstrip()}\n" for name, text in sections.items() if text]
 

@@ -26,7 +26,6 @@ METHOD_TITLES = {
     "dept": "DePT",
     "ept": "EPT",
     "peft-pt": "PEFT prompt tuning",
-    "peft-pt again": "PEFT, again",
 }
 BANDWIDTH_KERNELS = ("prompted_embedding", "prompted_embedding_backward", "dequantize_4bit")
 

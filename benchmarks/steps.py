@@ -27,8 +27,6 @@ from .timing import Call, Clock, ratio, time_in_turn
 
 METHODS = ("pt", "dept", "ept", "peft-pt")
 LONGEST = 25  # kernels that a row names
-# EPT replaces the 4-bit layers by its own, so PEFT has a 4-bit model of its own. It is measured before and after.
-GROUPS = (("peft-pt",), ("pt", "dept", "ept"), ("peft-pt",))
 SMOLLM2 = "smollm2-135m"
 LLAMA_16_BIT = "steps/llama-2-7b"
 
@@ -48,7 +46,7 @@ def works_of(table: str, device: str) -> list[Work]:
         llama: dict[str, Any] = {"shape": "llama-2-7b", "quantization": "nf4"}
         return [
             step(T5_STEP, profiled, shape="t5-base", **half),
-            step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=GROUPS, **llama, **half),
+            step(LLAMA_STEP, profiled, needs="bitsandbytes", **llama, **half),
             step(BARE_STEP, bare, **tiny, pairs=2, dtype="bfloat16"),
         ]
     if table == "reduced":
@@ -77,7 +75,7 @@ def works_of(table: str, device: str) -> list[Work]:
     llama = {"shape": "llama-2-7b", "dtype": "bfloat16", "quantization": "nf4", "batch": 8, "length": 256, "steps": 6}
     return [
         step(T5_STEP, profiled, **t5),
-        step(LLAMA_STEP, profiled, needs="bitsandbytes", groups=GROUPS, **llama),
+        step(LLAMA_STEP, profiled, needs="bitsandbytes", **llama),
         step(BARE_STEP, bare, batch=32, length=256, pairs=20, dtype="bfloat16"),
         step(LLAMA_16_BIT, profiled, **{**llama, "quantization": None}),  # last: no goal, but it needs no bitsandbytes
         *on_request,
@@ -92,21 +90,16 @@ def rest_works(table: str, device: str) -> list[Work]:
     return [Work(EVERYTHING, measured, needs="pydantic datasets", limit=240)]
 
 
-def profiled(*, groups: tuple[tuple[str, ...], ...] = (METHODS,), **config: Any) -> Iterator[Row]:
-    """Yields a row a method; those of a group share one base model and take their steps in turn. On a GPU one further
-    step of each is looked at with PyTorch's profiler. `config`: fields of `ProfileConfig`.
+def profiled(**config: Any) -> Iterator[Row]:
+    """Yields a row a method; all share one base model and take their steps in turn. On a GPU one further step of each
+    is looked at with PyTorch's profiler. `config`: fields of `ProfileConfig`.
     """
-    seen: set[str] = set()
-    for group in groups:
-        with tempfile.TemporaryDirectory() as folder:
-            traces = Path(folder) if torch.cuda.is_available() else None
-            record = profile(ProfileConfig(**config, methods=group), traces=traces)
-            seen_by_profiler = {path.stem.removeprefix("trace_"): kernels_of(path) for path in Path(folder).iterdir()}
-        for method in record["methods"]:
-            name = method["method"]
-            kernels = seen_by_profiler.get(method["label"].replace(":", "_"), {})
-            yield {**profile_row(method, record), "provider": f"{name} again" if name in seen else name, **kernels}
-            seen.add(name)
+    with tempfile.TemporaryDirectory() as folder:
+        traces = Path(folder) if torch.cuda.is_available() else None
+        record = profile(ProfileConfig(**config, methods=METHODS), traces=traces)
+        seen = {path.stem.removeprefix("trace_"): kernels_of(path) for path in Path(folder).iterdir()}
+    for method in record["methods"]:
+        yield {**profile_row(method, record), **seen.get(method["label"].replace(":", "_"), {})}
 
 
 def kernels_of(trace: Path) -> Row:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,16 +69,16 @@ def time_in_turn(
     """Times every call of `calls` for about `seconds`, or in exactly `rounds` rounds of one sample.
 
     Args:
-        sets: number of input sets, which the calls take one after another. Together they should be larger than the
-            last-level cache.
+        sets: number of input sets, which the calls take one after another. With as many outputs, which are kept so
+            that the next ones lie elsewhere, they should be larger than the last-level cache.
         warmup: calls of each before anything is timed.
 
     Raises what a call raises; try each once before.
     """
-    numbers = count()
+    numbers, kept = count(), deque[Any](maxlen=sets - 1)
 
     def rotated(call: Call) -> Callable[[], Any]:
-        return lambda: call(next(numbers) % sets)
+        return lambda: kept.append(call(next(numbers) % sets))
 
     rotating = {name: rotated(call) for name, call in calls.items()}
     for call in rotating.values():

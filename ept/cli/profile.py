@@ -29,7 +29,7 @@ def profile(
     sweep: str | None = Option(
         None, metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."
     ),
-    dtype: str = Option("float32", help="float32 or bfloat16."),
+    dtype: str | None = Option(None, help="float32 or bfloat16; default: model.dtype, else float32."),
     quantization: str | None = Option(None, help="nf4 or fp4: 4-bit weights through bitsandbytes."),
     fast_4bit: bool = Option(True, help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'."),
     fast_frozen: bool = Option(True, help="Our methods on fused norms, rotary embeddings and activations."),
@@ -84,7 +84,7 @@ def profile(
         from ept.profile.profile import sweep as at_lengths
         from ept.profile.report import draw_phases, draw_sweep, phases_table, shares_table, steps_table
         from ept.runs.config import ModelConfig, load_run_config
-        from ept.runs.loading import default_device
+        from ept.runs.loading import default_device, dtype_of
         from ept.utils.files import write_atomically
 
         run = load_run_config(config, overrides(set_, given))
@@ -92,8 +92,13 @@ def profile(
         names = tuple(methods.split(","))
         # Most settings are options of the same name.
         same: dict[str, Any] = {field.name: context.params.get(field.name) for field in fields(ProfileConfig)}
+        own = run.model if shape is None or config is None else ModelConfig()  # the file is for its data only
         others = {
-            "model": run.model if shape is None or config is None else ModelConfig(),  # the file is for its data only
+            "model": own,
+            "dtype": dtype or str(dtype_of(own, default_device())).removeprefix("torch."),
+            "quantization": quantization or (own.quant_type if own.load_in_4bit else None),
+            "fast_4bit": fast_4bit and own.fast_4bit,
+            "fast_frozen": fast_frozen and own.fast_frozen,
             "methods": at_lengths(sweep, names) if sweep is not None else names,
             "padding": padding or ("longest" if has_data else "none"),
         }

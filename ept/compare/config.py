@@ -62,8 +62,7 @@ class CompareConfig(Section):
             values = getattr(self, key)
             if not values and key != "tasks":
                 raise ValueError(f"compare.{key} is empty: name at least one")
-            if len(set(values)) < len(values):
-                raise ValueError(f"compare.{key} names something twice: {values}")
+            _check_once(key, values)
         if self.jobs > 1 and self.executor == "ray":
             raise ValueError("compare.jobs is for runs on this machine: Ray takes as many as it has GPUs or cores for")
         if (self.learning_rate_seeds or 1) > len(self.seeds):
@@ -75,13 +74,20 @@ class CompareConfig(Section):
                     get_method(method)  # of a known one: a part of the methods may be run with the same file
                 if not values or min(values) <= 0:
                     raise ValueError(f"compare.{key} of {method}: {values}, give numbers greater than 0")
+                _check_once(key, values)
         for name, points in self.sweep.items():
             if name not in SWEPT:
                 near = difflib.get_close_matches(name, SWEPT, n=1, cutoff=0.0)[0]
                 raise ValueError(f"unknown sweep {name!r}: did you mean {near!r}? Known: {', '.join(SWEPT)}")
             if not points:
                 raise ValueError(f"compare.sweep.{name} is empty: give at least one value")
+            _check_once(f"sweep.{name}", points)
         return self
+
+
+def _check_once(key: str, values: list[Any]) -> None:
+    if any(value in values[:place] for place, value in enumerate(values)):
+        raise ValueError(f"compare.{key} names something twice: {values}")
 
 
 class ComparisonConfig(RunConfig):

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
 
 def score_over_steps(setting: Setting, file: Path) -> None:
     """Draws each method's mean score on validation over the steps."""
-    title, _ = _title(setting)
+    title, _ = _title([setting])
     with plot(file, title, legend="beside") as (axes,):
         for method in setting.methods:
             if len(method.curve) > 1:
@@ -157,12 +158,17 @@ def score_against(sweep: str, settings: Sequence[Setting], file: Path) -> None:
 
 
 def _by_method(settings: Sequence[Setting]) -> dict[str, list[tuple[int, MethodSummary, Interval]]]:
-    """Lists for each method where it has a mean over all tasks: the setting's place, the summary, and the mean."""
+    """Lists for each method where it has a mean over all tasks: the setting's place, the summary, and the mean.
+
+    Beside intervals of seeds those of rows have no bar: they are of another kind, and the shorter ones.
+    """
     found: dict[str, list[tuple[int, MethodSummary, Interval]]] = {}
+    _, seeds = _title(settings)
     for place, setting in enumerate(settings):
         for method in setting.methods:
-            if method.mean is not None:
-                found.setdefault(method.method, []).append((place, method, method.mean))
+            if (mean := method.mean) is not None:
+                mean = replace(mean, half_width=None) if mean.of_rows and seeds > 1 else mean
+                found.setdefault(method.method, []).append((place, method, mean))
     return found
 
 
@@ -191,17 +197,19 @@ def _series(axes: Any, name: str, points: Sequence[tuple[Any, Interval]], line: 
     axes.errorbar([x for x, _ in points], heights, yerr=reach, **style)
 
 
-def _title(setting: Setting) -> tuple[str, int]:
-    """Says what a score is the mean of, and returns the number of seeds as well."""
-    seeds = max(m.mean.n for m in setting.methods if m.mean)
-    title = setting.tasks[0] if len(setting.tasks) == 1 else f"mean over {len(setting.tasks)} tasks"
-    return f"{title}, {seeds} seed{'s' if seeds > 1 else ''}", seeds
+def _title(settings: Sequence[Setting]) -> tuple[str, int]:
+    """Says what a score is the mean of, and returns the largest number of seeds as well."""
+    counts = [m.mean.n for setting in settings for m in setting.methods if m.mean]
+    least, seeds = min(counts), max(counts)
+    tasks = settings[0].tasks
+    title = tasks[0] if len(tasks) == 1 else f"mean over {len(tasks)} tasks"
+    return f"{title}, {f'{least} to ' if least < seeds else ''}{seeds} seed{'s' if seeds > 1 else ''}", seeds
 
 
 @contextmanager
 def _scores(file: Path, settings: Sequence[Setting], **options: Any) -> Iterator[list[Any]]:
     """Opens a plot whose first panel is of scores, with the names of the methods beside it."""
-    title, seeds = _title(settings[0])
+    title, seeds = _title(settings)
     title += f", bars: 95 % interval {'within 0 .. 100' if seeds > 1 else 'of the test rows'}"
     with plot(file, title, legend="beside", **options) as panels:
         yield panels

@@ -60,8 +60,11 @@ def steps_table(methods: Sequence[MethodSummary]) -> tuple[list[str], list[list[
     # A curve is not monotonic: the baseline, too, may have had its last score before the end.
     its_steps = steps_to(baseline, baseline[max(baseline)]) if baseline else None
 
-    def cell(steps: float | None) -> str:
-        return "not reached" if steps is None else f"{steps:,.0f}"
+    def cell(curve: Curve, score: float) -> str:
+        steps = steps_to(curve, score)
+        if steps is None:
+            return "not reached"
+        return f"{'≤ ' if steps == min(curve) else ''}{steps:,.0f}"  # nobody scored it before the first evaluation
 
     header = ["method", "steps", "validation at the end", f"steps to {NEARLY:.0%} of it"]
     header += [f"steps to {METHODS[BASELINE].title}'s end", "share of its steps"] if baseline else []
@@ -72,10 +75,13 @@ def steps_table(methods: Sequence[MethodSummary]) -> tuple[list[str], list[list[
             METHODS[name].title,
             f"{last:,}",
             f"{100 * curve[last]:.1f}",
-            cell(steps_to(curve, NEARLY * curve[last])),
+            cell(curve, NEARLY * curve[last]) if curve[last] > 0 else "-",  # a share of a negative score is above it
         ]
         if baseline:
             steps = steps_to(curve, baseline[max(baseline)])
-            row += [cell(steps), "-" if steps is None or not its_steps else f"{steps / its_steps:.2f}"]
+            row += [
+                cell(curve, baseline[max(baseline)]),
+                "-" if steps is None or not its_steps else f"{steps / its_steps:.2f}",
+            ]
         rows.append(row)
     return header, rows

@@ -15,6 +15,7 @@ from ..runs.evaluation import standard_error
 from ..runs.folder import RunFolder
 from ..runs.method_table import METHODS
 from ..tasks.metrics import metric_name
+from ..utils.environment import CUDA_ALLOCATED
 from ..utils.files import write_atomically
 from ..utils.tables import csv_text
 from ..utils.tables import markdown as table
@@ -121,11 +122,13 @@ class MethodSummary:
     method: str
     stored: int
     parameters: int
-    sizes: dict[str, int]
+    sizes: dict[str, list[int]]
+    """Several where the tasks' longest texts differ, as a budget has to pay for them."""
     tasks: dict[str, Interval]
     mean: Interval | None
     scores: Scores
     step_time_ms: float | None
+    """The median over the runs; None where a task has none, as is the curve."""
     learning_rates: dict[str, tuple[float, float]]
     constant: int = 0
     """How many of the runs ended with one answer to all rows."""
@@ -205,33 +208,35 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
     by_rows = {task: next((error for (t, _), error in errors.items() if t == task), None) for task in tasks}
     of_mean = math.hypot(*(errors[task, seed] for task in tasks for seed in [*means][:1])) / len(tasks)
     times = [found["step_time_ms"] for found in results.values() if found["step_time_ms"] is not None]
-    adapter = RunFolder(records[0].outcome.folder).adapter / "adapter_config.json"
-    saved, known = json.loads(adapter.read_text(encoding="utf-8")), METHODS[name].settable
+    adapters = [RunFolder(record.outcome.folder).adapter / "adapter_config.json" for record in records]
+    saved, known = [json.loads(file.read_text(encoding="utf-8")) for file in adapters], METHODS[name].settable
+    sizes = {size: [*dict.fromkeys(config[size] for config in saved if config.get(size))] for size in SIZES}
     curves: dict[str, list[Curve]] = {}
     for record in records:
         if record.outcome.results:
             curve = curve_of(record.outcome.folder, record.outcome.results["metric"])
             curves.setdefault(record.run.task, []).append(curve)
+    is_whole = len(curves) == len(tasks)  # tasks differ in length and in score: those of some say nothing of all
     return MethodSummary(
         method=name,
         stored=max(found["stored_parameters"] for found in results.values()),
         parameters=max(found["trainable_parameters"] for found in results.values()),
-        sizes={size: saved[size] for size in SIZES if saved.get(size) and (size != "space_dim" or size in known)},
+        sizes={size: found for size, found in sizes.items() if found and (size != "space_dim" or size in known)},
         tasks={task: interval(values, by_rows[task]) for task, values in by_task.items() if values},
         mean=interval([*means.values()], of_mean) if means else None,
         scores=scores,
-        step_time_ms=statistics.median(times) if times else None,
+        step_time_ms=statistics.median(times) if times and is_whole else None,
         learning_rates={record.run.task: record.run.rates for record in records},
         constant=sum(found["constant"] for found in results.values()),
-        curve=mean_curve(curves),
+        curve=mean_curve(curves) if is_whole else {},
     )
 
 
 def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Setting], command: str) -> list[Path]:
     """Writes `comparison.csv`, `comparison.md` and `comparison.json`; returns their paths.
 
-    The first has a line for each run: scores as fractions, times in milliseconds and seconds, memory in bytes. The last
-    has what `as_json` returns, with command, versions and hardware.
+    The first has a line for each run: scores as fractions, times in milliseconds and seconds, a CUDA device's memory in
+    bytes. The last has what `as_json` returns, with command, versions and hardware.
     """
     columns = (
         "sweep", "value", "task", "method", "model", "seed", "learning_rate", "low_rank_learning_rate", "chosen",
@@ -250,6 +255,10 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
             "chosen": record.chosen,
             "status": "finished" if found else "failed",
             "validation": found.get("best_validation"),
+            # A process's own is the largest of all runs that it has carried out.
+            "peak_memory_bytes": found["peak_memory_bytes"]
+            if found.get("peak_memory_kind") == CUDA_ALLOCATED
+            else None,
             "train_rows": rows.get("train"),
             "test_rows": rows.get("test"),
             "error": record.outcome.error,
@@ -290,8 +299,11 @@ def markdown(records: Sequence[Record], settings: Sequence[Setting], command: st
         parts += [f"## {setting.title}", setting.rows and f"Rows: {setting.rows}.", table(*scores_table(setting))]
         if setting.tests:
             rows = [test.row(lambda method: METHODS[method].title) for test in setting.tests]
-            parts += ["Paired t-test, two-sided, over the n pairs (task, seed), and over the means of the tasks:"]
-            parts += [table(TEST_COLUMNS, rows)]
+            parts += [
+                "Paired t-test, two-sided, over the n pairs (task, seed), and over the means of the tasks; no p is "
+                "corrected for their number:",
+                table(TEST_COLUMNS, rows),
+            ]
         if steps := steps_table(setting.methods):
             parts += [
                 "Steps, by the mean score on validation, on straight lines between the evaluations:",
@@ -354,7 +366,7 @@ def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
             METHODS[m.method].title,
             f"{m.stored:,}",
             f"{m.parameters:,}",
-            " ".join(f"{SIZES[name]}={value}" for name, value in m.sizes.items()),
+            " ".join(f"{SIZES[name]}={'/'.join(map(str, values))}" for name, values in m.sizes.items()),
             *(cell(m.tasks.get(task)) for task in setting.tasks),
             cell(m.mean),
             f"{m.constant} of {len(m.scores)}",

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import ept_kernels
+
 from ..model.ept_model import EPTModel
 from ..model.frozen import restore_frozen, swap_frozen
 from ..runs.adapters import adapter_config, module_of, share_prompt
@@ -83,9 +85,13 @@ class Method:
         """Turns the layers of the shared model into the method's, in place, before its steps."""
         swap_frozen(base) if self.fast_frozen else restore_frozen(base)
         if self.fast_4bit is not None:
-            from ..model.linear4bit import restore_linear4bit, swap_linear4bit
+            from ..model.linear4bit import Linear4bit, restore_linear4bit, swap_linear4bit
 
             swap_linear4bit(base) if self.fast_4bit else restore_linear4bit(base)
+            for layer in base.modules():
+                # A swapped layer looks at its weight once, and waits for the device: in the first step of a run.
+                if isinstance(layer, Linear4bit) and ept_kernels.backend(layer.weight.device) == "triton":
+                    layer.four_bit_weight()
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """Computes the loss of a batch of `make_batches`, with a graph behind it."""

@@ -237,8 +237,8 @@ def load(config: ProfileConfig, device: torch.device) -> Any:
     model = config.model.model_copy()
     model.dtype = config.dtype  # type: ignore[assignment]
     model.attn_implementation = config.attn_implementation or model.attn_implementation
-    if config.quantization is not None:
-        model.load_in_4bit, model.quant_type = True, config.quantization  # type: ignore[assignment]
+    model.load_in_4bit = config.quantization is not None
+    model.quant_type = config.quantization or model.quant_type  # type: ignore[assignment]
     return load_base_model(model, task_type_of(model), num_labels=2, pad_token_id=0, device=device)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..version import __version__
 
+CUDA_ALLOCATED = "cuda allocated"
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets", "safetensors")
 
 
@@ -45,12 +46,14 @@ def hardware() -> dict[str, Any]:
 
 
 def peak_memory() -> tuple[int, str]:
-    """Measures the most memory in use so far, in bytes, and names its kind: `cuda allocated` or `process resident`."""
+    """Measures the most memory in use so far, in bytes, and names its kind: `cuda allocated`, or that of the process,
+    with all that it did before.
+    """
     import torch
 
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated(), "cuda allocated"
+        return torch.cuda.max_memory_allocated(), CUDA_ALLOCATED
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kibibytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process resident"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process resident, since it began"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from triton import knobs
 
-from benchmarks import goals, shapes, steps
+from benchmarks import cold, goals, shapes, steps
 from benchmarks.goals import GOALS, MET, MISSED, NOT_MEASURED, Goal, judge
 from benchmarks.performance_page import score_rows
 from benchmarks.tables import goal_table
@@ -37,6 +39,13 @@ VERDICTS = [
     ("handed to a library", pair("a", 1, 3, backend="library") + pair("b", 1, 1), MISSED, 1.0),
     ("nothing says what ran", pair("a", 1, 3, backend=None) + pair("b", 1, 3), NOT_MEASURED, 3.0),
     ("ours failed", pair("a", 1, 3, status="failed") + pair("b", 1, 3), NOT_MEASURED, 3.0),
+    ("measured twice", pair("a", 1, 1) + pair("b", 1, 3) + pair("a", 1, 2), MET, 2.0),
+    (
+        "wrong in what was tuned",
+        pair("a", 1, 3) + pair("b", 1, 3) + [row("a", "ours", 1, status="failed")],
+        NOT_MEASURED,
+        3.0,
+    ),
 ]
 
 
@@ -102,6 +111,20 @@ def test_no_launches_counted_is_no_goal_met() -> None:
     rows = [row(case, "ours", 1.0, launches=None) for case in launches.cases]
     assert judge(launches, rows).status == NOT_MEASURED
     assert judge(launches, [{**found, "launches": 9} for found in rows]).status == MET
+
+
+def test_compiling_is_counted_whole_and_nothing_seen_of_it_meets_no_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiles(*_: Any) -> None:
+        knobs.compilation.listener(times=SimpleNamespace(total=2e6), cache_hit=False)  # microseconds
+
+    monkeypatch.setattr("ept_kernels.library.launcher_of", lambda name: compiles)
+    monkeypatch.setattr(knobs.compilation, "listener", None)
+    found = {**row(goals.COMPILING, "ours", 1.0), **cold.joint_prompt("cpu")}
+    first, other = (goal for goal in GOALS if goal.cases == (goals.COMPILING,))
+    assert judge(first, [found]) == (MISSED, 4.0, goals.COMPILING, 1)  # forward and backward
+    assert judge(other, [found]).status == MISSED
+    unseen = {**found, "compiled": 0, "compile_seconds": 0, "compiled_again": 0}
+    assert {judge(goal, [unseen]).status for goal in (first, other)} == {NOT_MEASURED}
 
 
 def test_a_step_that_the_profiler_saw_nothing_of_is_not_measured() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import run, steps
+from benchmarks import goals, run, steps
 from benchmarks.options import NOTHING, STARTED, VERSIONS
 from benchmarks.record import Record
 from benchmarks.tables import bare_text, everything_text, step_table
@@ -79,11 +80,13 @@ def test_a_trace_gives_the_longest_kernels_and_how_busy_the_device_was(tmp_path:
     assert steps.kernels_of(trace) == {}
 
 
-def test_a_method_measured_twice_is_named_so_the_second_time() -> None:
-    size = {"shape": "t5-small", "layers": 1, "batch": 1, "length": 8, "steps": 2, "warmup": 1, "padding": "longest"}
-    rows = list(steps.profiled(groups=(("peft-pt",), ("ept",), ("peft-pt",)), **size))
-    assert [row["provider"] for row in rows] == ["peft-pt", "ept", "peft-pt again"]
-    assert all(row["median"] > 0 and row["phases"] for row in rows)
+def test_pefts_steps_over_4_bit_weights_take_turns_with_ours_on_one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    (work,) = (work for work in steps.works_of("gpu", "cuda") if work.unit == goals.LLAMA_STEP)
+    asked: list[Any] = []
+    monkeypatch.setattr(steps, "profile", lambda config, traces: asked.append(config) or {"methods": []})
+    assert not list(work.rows())
+    ((methods, quantization),) = [(config.methods, config.quantization) for config in asked]
+    assert (methods, quantization) == (("pt", "dept", "ept", "peft-pt"), "nf4")
 
 
 def test_the_bare_step_has_its_text(record: Record) -> None:

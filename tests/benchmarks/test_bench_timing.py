@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,24 @@ def test_every_call_takes_the_next_input_set() -> None:
     seen: list[int] = []
     time_in_turn({"a": seen.append}, Clock("cpu"), sets=3, seconds=0.001)
     assert seen[:7] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_outputs_lie_elsewhere_until_all_sets_were_taken() -> None:
+    """In one place they would stay in the cache, as what a copy writes into rotating tensors does not."""
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def call(_: int) -> torch.Tensor:
+        alive.append(sum(output() is not None for output in made))
+        out = torch.empty(8)
+        made.append(weakref.ref(out))
+        return out
+
+    time_in_turn({"a": call}, Clock("cpu"), sets=3, rounds=4, warmup=1)
+    assert alive == [0, 1, 2, 2, 2]
+    alive.clear()
+    time_in_turn({"a": call}, Clock("cpu"), rounds=4, warmup=1)
+    assert alive == [0] * 5
 
 
 def test_versions_alternate_and_the_slower_one_is_slower() -> None:

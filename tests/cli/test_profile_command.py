@@ -62,6 +62,17 @@ def test_a_shape_on_a_files_texts(models: dict[str, Path], tmp_path: Path) -> No
     assert "no column 'review'; columns found: 'n'" in refused(*REDUCED, *other, "--text-column", "review")
 
 
+def test_the_precision_is_that_of_the_configuration(models: dict[str, Path]) -> None:
+    source = ("profile", "--model", models["llama"], "--methods", "pt:2", "--batch", 2, "--length", 8, "--steps", 2)
+    in_half = ("--set", "model.dtype=bfloat16", "--set", "model.fast_frozen=false")
+    model = as_json(*source, *in_half)["model"]
+    assert (model["dtype"], model["attention"], model["fast_frozen"]) == ("bfloat16", "eager", False)
+    assert as_json(*source, *in_half, "--dtype", "float32")["model"]["dtype"] == "float32"
+    model = as_json(*source, "--set", "model.load_in_4bit=true", "--set", "model.quant_type=fp4")["model"]
+    assert (model["quantization"], model["fast_4bit"]) == ("fp4", True)
+    assert "choose one of float32, bfloat16" in refused(*source, "--set", "model.dtype=float16")
+
+
 @pytest.mark.parametrize("arguments, message", [
     ((), "give exactly one of a shape"),
     (("--shape", "t6"), "unknown shape 't6': choose one of t5-small"),

@@ -123,6 +123,8 @@ def test_a_part_of_the_methods_runs_with_the_same_file():
     ("compare.methods=[ept, depth]", "unknown method 'depth': did you mean 'dept'"),
     ("compare.methods=[]", "compare.methods is empty"),
     ("compare.seeds=[1, 1]", "compare.seeds names something twice"),
+    ("compare.learning_rates=[0.1, 0.1]", "compare.learning_rates names something twice"),
+    ("compare.sweep={r: [2, 4, 2]}", r"compare.sweep.r names something twice: \[2, 4, 2\]"),
     ("compare.seeds=[-1]", "must not be negative"),
     ("compare.learning_rate_seeds=3", r"must be 1 \.\. 2"),
     ("compare.learning_rates={ept: []}", "compare.learning_rates of ept"),

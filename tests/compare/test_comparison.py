@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ept.compare.execute import Outcome
 from ept.compare.plan import PlannedRun, Record
@@ -20,6 +21,7 @@ from ept.compare.tables import (
     write_tables,
 )
 from ept.runs.config import RunConfig
+from ept.utils.environment import peak_memory
 
 
 def test_interval_of_known_values():
@@ -153,6 +155,29 @@ def test_steps(records):
     assert steps_table([replace(pt, curve={20: 0.5})]) is None
 
 
+def test_a_method_without_a_score_of_a_task_has_no_steps(tmp_path):
+    runs = [("pt", 0.9, "a"), ("pt", 0.5, "b"), ("ept", 0.8, "a"), ("ept", None, "b")]
+    (base,) = summarise([record(tmp_path, method, 0, score, task=task) for method, score, task in runs])
+    # The task that is left is the easier one: its mean passes prompt tuning's, which is better on both.
+    assert [row[0] for row in steps_table(base.methods)[1]] == ["prompt tuning"]
+    assert [row[-1] for row in scores_table(base)[1]] == ["5.0", "-", ""]
+
+
+def test_sizes_that_differ_by_task_are_all_shown(tmp_path):
+    runs = [record(tmp_path, "dept", seed, 0.6, task=task) for task in "ab" for seed in (0, 1)]
+    for run in runs[2:]:  # the longer texts of the task leave less of a budget for the rank
+        file = run.outcome.folder / "adapter/adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"r": 2}), "utf-8")
+    assert scores_table(summarise(runs)[0])[1][0][3] == "s=7 r=3/2"
+
+
+def test_steps_that_the_evaluations_do_not_tell(records):
+    (pt, ept), _ = (setting.methods for setting in summarise(records))
+    at_once, negative = replace(ept, curve={10: 0.9, 20: 0.9}), replace(pt, curve={10: -0.4, 20: -0.2})
+    assert steps_table([pt, at_once])[1][1][3:] == ["≤ 10", "≤ 10", "0.50"]
+    assert steps_table([negative])[1][0][3] == "-"
+
+
 def test_table(records):
     base, swept = summarise(records)
     header, rows = scores_table(base)
@@ -199,6 +224,15 @@ def test_page_and_csv(records, tmp_path):
     assert [line["status"] for line in lines].count("failed") == 2
     assert (lines[2]["score"], lines[2]["trainable_parameters"], lines[2]["test_rows"]) == ("0.8", "99", "1234")
     assert lines[0]["low_rank_learning_rate"] == ""  # prompt tuning has nothing else
+
+
+def test_memory_of_a_process_is_not_that_of_a_run(tmp_path):
+    runs = [record(tmp_path, "pt", seed, 0.6) for seed in (0, 1)]
+    for run, kind in zip(runs, ("cuda allocated", peak_memory()[1])):
+        run.outcome.results.update(peak_memory_bytes=7, peak_memory_kind=kind)
+    table, *_ = write_tables(tmp_path, runs, summarise(runs), "")
+    lines = csv.DictReader(table.read_text("utf-8").splitlines())
+    assert [line["peak_memory_bytes"] for line in lines] == ["7", "7" if torch.cuda.is_available() else ""]
 
 
 def test_rates(tmp_path):

@@ -6,6 +6,7 @@ from importlib.resources import files
 import matplotlib.image
 import pytest
 
+from ept.compare import figures
 from ept.compare.figures import draw, side_by_side
 from ept.compare.published import published_scores
 from ept.compare.tables import MethodSummary, Setting, interval, seed_means
@@ -65,6 +66,19 @@ def test_scores_over_steps_are_drawn_where_there_are_several(tmp_path):
 def test_a_seed_is_drawn_where_it_has_every_task():
     scores = {("a", 0): 0.5, ("b", 0): 0.7, ("a", 1): 0.9, ("a", 2): 0.6, ("b", 2): 0.6}
     assert seed_means(scores, "ab") == pytest.approx({0: 0.6, 2: 0.6})
+
+
+def test_one_seed_beside_several_has_no_bar_of_its_rows(tmp_path, monkeypatch):
+    titles = []
+    plot = figures.plot
+    monkeypatch.setattr(figures, "plot", lambda file, title, **how: titles.append(title) or plot(file, title, **how))
+    pictures = []
+    for mean in (interval([0.6]), interval([0.6], 0.01)):
+        single = replace(BASE.methods[0], mean=mean)
+        (file,) = draw([replace(BASE, methods=[single, *BASE.methods[1:]])], tmp_path)
+        pictures.append(file.read_bytes())
+    assert pictures[0] == pictures[1]
+    assert set(titles) == {"glue/sst2, 1 to 2 seeds, bars: 95 % interval within 0 .. 100"}
 
 
 def test_methods_at_one_budget_stand_side_by_side():

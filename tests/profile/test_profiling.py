@@ -13,6 +13,7 @@ import torch
 from tiny_models import TASK_OF, VOCAB, make_model
 from torch.autograd import DeviceType
 
+import ept_kernels
 from ept.model import linear4bit
 from ept.model.frozen import is_swapped
 from ept.profile.batches import make_batches, random_rows
@@ -23,6 +24,7 @@ from ept.profile.report import draw_phases, draw_sweep, phases_table, steps_tabl
 from ept.profile.shapes import build_shape
 from ept.profile.trace import allocated_by, shares_of
 from ept.runs.config import ModelConfig
+from ept_kernels import FourBitWeight
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "t5")
@@ -164,6 +166,32 @@ def test_pefts_prompt_tuning_runs_on_bitsandbytes_layers(fast_4bit: bool) -> Non
     ours = linear4bit.Linear4bit if fast_4bit else bitsandbytes.nn.Linear4bit
     assert used == [ours, bitsandbytes.nn.Linear4bit] * 3 + [ours] * 2 + [bitsandbytes.nn.Linear4bit] * 2
     assert record["model"]["fast_4bit"] is fast_4bit
+
+
+def test_no_step_looks_at_the_4_bit_weights_that_were_swapped_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that would wait for the device, layer by layer, as the first step of a run does and no other."""
+    monkeypatch.setattr(ept_kernels, "backend", lambda device: "triton")
+    base = build_shape("smollm2-135m", dtype=torch.float32, device=CPU, quantization="nf4", layers=1)
+    looked: list[bool] = []
+    in_step = False
+
+    def timed(*arguments: Any) -> StepTime:
+        nonlocal in_step
+        in_step = True
+        step = time_step(*arguments)
+        in_step = False
+        return step
+
+    def look(*arguments: Any, **options: Any) -> Any:
+        looked.append(in_step)
+        return of_bitsandbytes(*arguments, **options)
+
+    of_bitsandbytes = FourBitWeight.from_bitsandbytes
+    monkeypatch.setattr(FourBitWeight, "from_bitsandbytes", look)
+    monkeypatch.setattr("ept.profile.profile.time_step", timed)
+    profile(config(methods=("pt:4", "ept:4"), quantization="nf4", fast_frozen=False, steps=2), base=base)
+    assert looked
+    assert not any(looked)
 
 
 @pytest.mark.parametrize("fast_frozen", [True, False])
