@@ -162,7 +162,7 @@ def find_labels(
         raise ValueError(f"{where} holds {others}: a regression needs numbers, leave data.kind out")
     if not finite and kind is None:
         _check_numbers(list(counts), where)
-    words = {raw: without_point(str(raw)) if finite else str(raw) for raw in counts}
+    words = {raw: without_point(str(raw)) if finite or isinstance(raw, bool) else str(raw) for raw in counts}
     are_codes = any(re.fullmatch(r"0\d+", word) for word in words.values())
     low, high = (min(numbers.values()), max(numbers.values())) if finite else (0.0, 0.0)
     if low < high and kind != "classification" and (kind or not _are_labels(numbers.values(), are_codes)):

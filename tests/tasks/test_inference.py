@@ -77,6 +77,8 @@ LABELS = [
     ([*"0123456789", "?"] * 2, {**{digit: digit for digit in "0123456789"}, "?": "?"}, ACCURACY),
     ([True, False, False, True], ["false", "true"], ACCURACY),
     (["TRUE", "False", "FALSE", "true"], ["false", "true"], ACCURACY),
+    ([True, False, "Maybe"], ["Maybe", "false", "true"], ACCURACY),
+    ([True, "a", 0], {0: "0", "a": "a", True: "true"}, ACCURACY),
     (["yes", "no", "no", "no"], ["no", "yes"], ["accuracy", "f1_macro"]),
     (["1", "one", "1", "one"], {"1": "1", "one": "one"}, ACCURACY),
     (["日本", "🎉", "日本", "🎉"], ["日本", "🎉"], ACCURACY),
