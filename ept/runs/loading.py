@@ -178,7 +178,7 @@ def load_base_model(
         options["device_map"] = {"": device}
     base, loaded = _from_pretrained(MODEL_CLASSES[task_type], model, output_loading_info=True, **options)
     absent = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
-    drawn = dict.fromkeys(name.rpartition(".")[0] for name, _ in base.named_parameters() if name in absent)
+    drawn = dict.fromkeys(name.rpartition(".")[0] or name for name, _ in base.named_parameters() if name in absent)
     if model.gguf_file is not None:
         # transformers leaves the mark "quantized" on the models that it unpacks: make one without it of their weights.
         config = copy.deepcopy(base.config)
