@@ -40,6 +40,7 @@ FEW = 5  # rows that a label needs to be in every split
 NEARLY_ALL = 0.9
 """Where so many of the different values are numbers, the column is one of numbers, with mistakes in it."""
 _AS_PEOPLE_WRITE = re.compile(r"[+-]?(\d+([.,]\d+)?|\d{1,3}((,\d{3})+(\.\d+)?|(\.\d{3})+(,\d+)?)) ?%?")
+_CODE = re.compile(r"[!-~]*[\d/@_][!-~]*")  # a row's identifier, an address, a file's name: no text, however long
 FREE_TEXT = "; for answers in free text give --target-template {column}"
 LIKE_MISSING = {"nan", "na", "n/a", "null", "none", "-"}
 
@@ -123,7 +124,8 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
     if not textual:
         remedy = "name it with --text-column (data.text_columns)"
         raise ValueError(f"{source}: none of {_quoted(columns) or 'no columns'} holds text: {remedy}")
-    longest = max(textual, key=lambda name: _length(columns[name]))
+    read = [name for name in textual if not all(_CODE.fullmatch(str(value)) for value in columns[name])]
+    longest = max(read or textual, key=lambda name: _length(columns[name]))
     if shape := next((type(v).__name__ for v in columns[longest] if isinstance(v, (list, dict))), None):
         remedy = "flatten it to a string, or name the columns to read with --text-column (data.text_columns)"
         raise ValueError(f"{source}: column '{longest}', the longest, holds a {shape} and not a text: {remedy}")

@@ -35,6 +35,9 @@ COLUMNS = [
     ({"tweet": LONG, "target": "aba"}, {}, ["tweet"], "target"),
     ({"task": LONG, "more": [None, "", "x" * 30], "label": "aba"}, {}, ["task"], "label"),  # seldom there
     ({"sentence_A": LONG, "id": "123", "sentence_B": LONG, "label": "aba"}, {}, ["sentence_A", "sentence_B"], "label"),
+    ({"uid": ["e3e70682-c209-4cac"] * 3, "ask": ["pay", "book it", "go"], "intent": "aba"}, {}, ["ask"], "intent"),
+    ({"link": ["https://a.b/c-d-e-f-g/h"] * 3, "title": [*"xyz"], "topic": "aba"}, {}, ["title"], "topic"),
+    ({"file": ["b/0001.txt", "b/0002.txt", "c.txt/"], "label": "aba"}, {}, ["file"], "label"),  # the only one
     ({"headline1": LONG, "headline2": LONG, "data": "xyz", "label": "aba"}, {}, ["headline1", "headline2"], "label"),
     ({"line": LONG, "idx": [{"row": 10**9, "part": 10**9}] * 3, "label": "aba"}, {}, ["line"], "label"),
 ]  # fmt: skip
