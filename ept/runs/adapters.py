@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PreTrainedTokenizerBase
 
 from ..config import EPTConfig
 from ..model.adapter_files import SCALE_NAME, read_config, read_weights, weight_shapes
+from ..model.base_model import trained_heads
 from ..model.ept_model import EPTModel, get_ept_model
+from ..utils.messages import listed
 from .folder import RunFolder
 from .loading import load_base_model
 from .method_table import METHODS, Method, get_method
@@ -45,8 +49,12 @@ def load_untrained(
         adapter.template = task.template
         words = task.labels(config.data.label_form)
         adapter.label_words = list((config.model.head_labels or task.label_words) if task_type == "SEQ_CLS" else words)
+    if task_type == "SEQ_CLS" and base.drawn:
+        heads = trained_heads(base)  # and what else nobody has trained: a pooler within the backbone
+        adapter.modules_to_save = [*heads, *(name for name in base.drawn if name.partition(".")[0] not in heads)]
     options = {"seed": config.seed, "tokenizer": tokenizer, "text": text}
     model = module_of(method).attach(base, adapter, **options, **config.model.model_dump(include=FAST))
+    _check_drawn(model, base.drawn)
     if settings.init_from is not None:
         folder = _adapter_folder(settings.init_from)
         state = read_weights(folder, {k: v for k, v in weight_shapes(folder).items() if k != SCALE_NAME})
@@ -65,7 +73,20 @@ def load_trained(
     """Loads the base model with the adapter saved in the folder `adapter`, ready for inference."""
     base = load_base_model(config.model, task_type, num_labels, pad_token_id, max_length=max_length)
     attach_trained = module_of(METHODS[config.method.name]).attach_trained
-    return attach_trained(base, adapter, **config.model.model_dump(include=FAST)).eval()
+    model = attach_trained(base, adapter, **config.model.model_dump(include=FAST))
+    _check_drawn(model, base.drawn)
+    return model.eval()
+
+
+def _check_drawn(model: PeftModel, drawn: Sequence[str]) -> None:
+    """Refuses modules that are drawn at each load of the base model and that the adapter does not hold."""
+    base: Any = model.get_base_model()
+    held = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    if lost := [name for name in drawn if not f"{name}.".startswith(held)]:
+        raise ValueError(
+            f"{base.name_or_path} has no weights for {listed(lost)} of {type(base).__name__}, and the adapter does not "
+            "hold them: they would be other ones at each load; give a checkpoint that has them"
+        )
 
 
 def share_prompt(model: PeftModel, wanted: bool | None) -> None:

@@ -14,7 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from ..tasks import Task, TaskData, get_task, load_task, local_task
 from ..tasks.chat import MESSAGES, chat_task, has_chats
 from ..tasks.encoding import TEXT_IDS, FittedText, encode_answers, fit_rows
-from ..tasks.inference import commonest_share, default_metrics, default_template, find_columns, find_labels, find_texts
+from ..tasks.inference import (
+    commonest_share,
+    default_metrics,
+    default_template,
+    find_columns,
+    find_labels,
+    find_texts,
+    unread_notes,
+)
 from ..tasks.metrics import OF_NUMBERS
 from ..tasks.sources import RawSplits, raw_splits
 from ..tasks.splits import checksum_of
@@ -197,6 +205,10 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
         found |= {"kind": None, "label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
         for note in labels.notes:
             logger.warning("%s: %s", source, note)
+        if config.template is None and config.text_columns is None and labels.words:
+            words = [*labels.words.values()] if isinstance(labels.words, dict) else labels.words
+            for note in unread_notes(train, texts, label, words):
+                logger.warning("%s: %s", source, note)
     elif config.label_words is not None:
         task = local_task(found["template"], config.label_words, label_column=label)
         found["metric"] = default_metrics(commonest_share([task.label_class(row.get(label)) for row in train]))

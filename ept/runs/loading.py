@@ -141,6 +141,7 @@ def load_base_model(
     configuration names one.
 
     A GGUF file is unpacked into a plain float model of the same class; `load_in_4bit` quantises through bitsandbytes.
+    The attribute `drawn` lists the modules that the checkpoint has no weights for, which are other ones at each load.
     Raises ValueError where it cannot be loaded.
     """
     device = device or default_device()
@@ -175,7 +176,9 @@ def load_base_model(
             llm_int8_skip_modules=heads,
         )
         options["device_map"] = {"": device}
-    base = _from_pretrained(MODEL_CLASSES[task_type], model, **options)
+    base, loaded = _from_pretrained(MODEL_CLASSES[task_type], model, output_loading_info=True, **options)
+    absent = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
+    drawn = dict.fromkeys(name.rpartition(".")[0] or name for name, _ in base.named_parameters() if name in absent)
     if model.gguf_file is not None:
         # transformers leaves the mark "quantized" on the models that it unpacks: make one without it of their weights.
         config = copy.deepcopy(base.config)
@@ -191,6 +194,7 @@ def load_base_model(
         base.to(device)
     if model.attn_implementation is None:
         choose_attention(base, max_length)
+    base.drawn = list(drawn)
     return base.eval()
 
 

@@ -21,6 +21,7 @@ from ..embedding import embedding_width
 from ..model.base_model import input_embedding, set_mode, train_in_float32
 from ..model.inputs import divide_loss
 from ..model.reading import examine
+from ..utils.messages import listed
 from .method_table import Method
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_:
         for name, module in base.named_modules()
         if isinstance(module, nn.Linear) and name.split(".")[-1] in suffixes
     }
+    if not costs:
+        raise ValueError(
+            f"PEFT's LoRA modules of {base.config.model_type}, {listed(suffixes)}, are no linear layers of "
+            f"{type(base).__name__}: leave lora out"
+        )
     names, rank, budget = list(costs), settings.r or DEFAULT_RANK, settings.budget
     if budget is not None:
         rank = settings.r or max(1, budget // sum(costs.values()))

@@ -62,9 +62,6 @@ class Predictor:
 
     def __post_init__(self) -> None:
         self.labels = self.task.labels(self.config.data.label_form)
-        self.max_length = max_length_of(self.config.data, self.task)
-        if self.model.text_limit is not None:
-            self.max_length = min(self.max_length, self.model.text_limit)
         self.outputs: list[int] = []  # of a head, that of each label, where they stand in another order
         order, words = self.config.model.head_labels, self.task.label_words
         if order is not None and self.task_type == "SEQ_CLS":
@@ -80,6 +77,17 @@ class Predictor:
         self.answers: list[list[int]] = []  # tokens of the labels of a language model
         if self.task_type != "SEQ_CLS" and not self.task.is_text:
             self.answers = encode_labels(self.tokenizer, self.labels, self.task_type)
+        self.max_length = max_length_of(self.config.data, self.task)
+        if (limit := self.model.text_limit) is not None:
+            answer = 0  # a decoder's answer stands behind the text
+            if self.task_type == "CAUSAL_LM":
+                answer = max(map(len, self.answers), default=self.config.data.max_answer)
+            if answer >= limit:
+                raise ValueError(
+                    f"the model has positions for {limit} tokens behind the prompt, and answers may have {answer}: "
+                    + ("lower data.max_answer" if self.task.is_text else "use shorter label words")
+                )
+            self.max_length = min(self.max_length, limit - answer)
         training = self.config.training
         share_prompt(self.model, False if training.compile_layers else training.shared_prompt)
 

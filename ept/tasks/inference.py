@@ -21,6 +21,8 @@ LABEL_NAMES = (
     *("label", "labels", "class", "category", "sentiment", "stance", "verdict", "target", "gold", "intent", "emotion"),
     *("topic", "polarity", "stars", "rating", "score", "tag", "relation", "y"),
 )
+CLASS_NAMES = {"class", "category", "intent", "emotion", "topic", "tag", "relation"}
+"""Columns with such names hold no numbers of a regression, though their classes may be numbered."""
 TEXT_NAMES = ("text", "sentence", "review", "content", "headline", "comment", "message", "tweet", "document")
 TEXT_PAIRS = (
     *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2")),
@@ -38,6 +40,8 @@ FEW = 5  # rows that a label needs to be in every split
 NEARLY_ALL = 0.9
 """Where so many of the different values are numbers, the column is one of numbers, with mistakes in it."""
 _AS_PEOPLE_WRITE = re.compile(r"[+-]?(\d+([.,]\d+)?|\d{1,3}((,\d{3})+(\.\d+)?|(\.\d{3})+(,\d+)?)) ?%?")
+_CODE = re.compile(r"[!-~]*[\d/@_][!-~]*")  # a row's identifier, an address, a file's name: no text, however long
+FREE_TEXT = "; for answers in free text give --target-template {column}"
 LIKE_MISSING = {"nan", "na", "n/a", "null", "none", "-"}
 
 
@@ -67,6 +71,8 @@ def find_columns(
     """
     columns = _columns(rows)
     _check_columns(columns, [*(text_columns or []), *([label_column] if label_column is not None else [])], source)
+    if any(name in values for name, values in columns.items()) and any(len(n.split()) >= A_SENTENCE for n in columns):
+        raise ValueError(f"{source}: the first line holds a row, not names: put a line such as text,label above it")
     label = label_column or _find_label(columns, source, text_columns or ())
     texts = text_columns or _find_texts({name: found for name, found in columns.items() if name != label}, source)
     return list(texts), label
@@ -98,12 +104,13 @@ def _find_label(columns: Mapping[str, list[Any]], source: str, texts: Sequence[s
         return min(others, key=lambda name: _length(columns[name]))
     longest = max(others, key=lambda name: _length(columns[name]), default=None)
     few = [name for name in others if (name != longest or texts) and _has_few_values(columns[name])]
-    named = [name for name in few if set(re.split(r"[\W_]+", name.casefold())) & set(LABEL_NAMES)]
+    named = [name for name in few if _words(name) & {*LABEL_NAMES}]
     candidates = named if len(named) == 1 else few
     if len(candidates) == 1:
         return candidates[0]
     which = f"{_quoted(candidates)} could each be" if candidates else f"none of {_quoted(columns)} looks like"
-    raise ValueError(f"{source}: {which} the label: name its column with --label-column (data.label_column)")
+    remedy = "name its column with --label-column (data.label_column)" + ("" if candidates else FREE_TEXT)
+    raise ValueError(f"{source}: {which} the label: {remedy}")
 
 
 def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
@@ -113,11 +120,61 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
             return [by_name[_plain(name)] for name in pair]
     if found := next((by_name[name] for name in TEXT_NAMES if name in by_name), None):
         return [found]
-    textual = [name for name, values in columns.items() if values and not all(map(is_number, values))]
+    textual = [name for name, values in columns.items() if _is_text(values)]
     if not textual:
         remedy = "name it with --text-column (data.text_columns)"
         raise ValueError(f"{source}: none of {_quoted(columns) or 'no columns'} holds text: {remedy}")
-    return [max(textual, key=lambda name: _length(columns[name]))]
+    read = [name for name in textual if not all(_CODE.fullmatch(str(value)) for value in columns[name])]
+    longest = max(read or textual, key=lambda name: _length(columns[name]))
+    if shape := next((type(v).__name__ for v in columns[longest] if isinstance(v, (list, dict))), None):
+        remedy = "flatten it to a string, or name the columns to read with --text-column (data.text_columns)"
+        raise ValueError(f"{source}: column '{longest}', the longest, holds a {shape} and not a text: {remedy}")
+    return [name for name in textual if _series(name) == _series(longest)]  # with its like: headline_a, headline_b
+
+
+def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: Collection[str]) -> list[str]:
+    """Says which columns beside the found `texts` the labels seem to be about as well, where one has named none.
+
+    They may be choices, of which the label is the number or the letter; and where many rows have one text and several
+    labels, it is some of all the others.
+    """
+    columns = {name: found for name, found in _columns(rows).items() if name not in texts and name != label}
+    sizes = Counter(_series(name) for name, found in columns.items() if _is_text(found))
+
+    def is_choice(name: str) -> bool:
+        lists = any(isinstance(value, (list, dict)) and _is_text([value]) for value in columns[name])
+        return lists or name in words or (_is_text(columns[name]) and sizes[_series(name)] > 1)
+
+    remedy = "name every column to read with --text-column (of a list, make columns of its items first)"
+    notes, points = [], all(re.fullmatch("[0-9A-Za-z]", word) for word in words)
+    if len(texts) == 1 and points and (choices := list(filter(is_choice, columns))):
+        what = f"{_quoted(choices)}, which the model does not read"
+        notes.append(f"the labels {_quoted(words)} may be the numbers or letters of choices in {what}: {remedy}")
+    labels_of: dict[str, Counter[Any]] = defaultdict(Counter)
+    for row in rows:
+        if not is_missing(row.get(label)):
+            labels_of[text_key("\n".join(str(row.get(name)) for name in texts))][_written(row[label])] += 1
+    torn = sum(sum(counts.values()) for counts in labels_of.values() if len(counts) > 1)
+    if not notes and torn > len(rows) / 10 and (others := [name for name in columns if _is_text(columns[name])]):
+        what = f"{_quoted(others)}, which the model does not read, may tell them apart"
+        notes.append(f"{torn} of {len(rows)} rows have a text of several labels, and {what}: {remedy}")
+    return notes
+
+
+def _series(name: str) -> str:
+    """Gives what the names of like columns share: `choice1` and `choice2`, `sentence_A` and `sentence_B`."""
+    return re.sub(r"\d+|(?<![^\W_])[^\W_]$", "#", name)
+
+
+def _is_text(values: Sequence[Any]) -> bool:
+    return any(map(_holds_text, values))
+
+
+def _holds_text(value: Any, inside: bool = False) -> bool:
+    """Tells whether a cell is no number, and of a list or an object whether there is a text in it."""
+    if isinstance(value, (list, dict)):
+        return any(_holds_text(part, True) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) if inside else not is_number(value)
 
 
 def find_labels(
@@ -143,10 +200,10 @@ def find_labels(
         raise ValueError(f"{source}: column '{column}' holds a {shape}, not one label a row: write a word or a number")
     counts = Counter(_written(row.get(column)) for row in rows if not is_missing(row.get(column)))
     where = f"{source}: column '{column}'"
+    if found := next((raw for raw in counts if isinstance(raw, str) and re.fullmatch(r"\[.*,.*\]", raw, re.S)), None):
+        raise ValueError(f"{where} holds {shown(found)}, a list and not one label a row: write a word or a number")
     if not counts:
         raise ValueError(f"{where} is empty: there is no label to learn")
-    if column in counts and any(len(name.split()) >= A_SENTENCE for name in _names(rows)):
-        raise ValueError(f"{source}: the first line holds a row, not names: put a line such as text,label above it")
     notes = []
     if kind != "regression" and (hidden := _unlabelled(counts, kind)):
         many = sum(counts.pop(raw) for raw in hidden)
@@ -162,14 +219,16 @@ def find_labels(
         raise ValueError(f"{where} holds {others}: a regression needs numbers, leave data.kind out")
     if not finite and kind is None:
         _check_numbers(list(counts), where)
-    words = {raw: without_point(str(raw)) if finite else str(raw) for raw in counts}
+    words = {raw: without_point(str(raw)) if finite or isinstance(raw, bool) else str(raw) for raw in counts}
     are_codes = any(re.fullmatch(r"0\d+", word) for word in words.values())
     low, high = (min(numbers.values()), max(numbers.values())) if finite else (0.0, 0.0)
     if low < high and kind != "classification" and (kind or not _are_labels(numbers.values(), are_codes)):
         values = _grid(low, high)
         notes += _coarseness(counts, values) if in_words else []
         of_classes = [low + i for i in range(len(set(numbers.values())))]  # as a data set's columns of classes are
-        if kind is None and low in (0, 1) and sorted({*numbers.values()}) == of_classes and min(counts.values()) > 1:
+        are_classes = sorted({*numbers.values()}) == of_classes and min(counts.values()) > 1
+        are_named = _words(column) & CLASS_NAMES and all(map(float.is_integer, numbers.values()))
+        if kind is None and low in (0, 1) and (are_classes or are_named):
             notes.append(
                 f"column '{column}' holds the whole numbers {low:g} .. {high:g}, taken for the numbers of a "
                 "regression: if they are classes, set data.kind=classification"
@@ -184,6 +243,11 @@ def find_labels(
     order = sorted(by_word, key=(lambda word: (Decimal(word), word)) if finite else str)
     if few := [f"{word!r} ({by_word[word]})" for word in order if by_word[word] < FEW]:
         notes.append(f"labels with fewer than {FEW} rows, which may be missing in a split: {listed(few)}")
+    if several := _combinations(order):
+        notes.append(
+            f"labels that look like several at once: {listed(map(repr, several))}; each of them is learned and "
+            "scored as a label of its own"
+        )
     if odd := [repr(word) for word in order if word.casefold() in LIKE_MISSING]:
         notes.append(f"a label that reads like a missing one: {listed(odd)}")
     metrics = default_metrics(max(by_word.values()) / total)
@@ -191,6 +255,13 @@ def find_labels(
         return Labels(order, None, metrics, notes)  # the words themselves
     raws = sorted(words, key=lambda raw: (order.index(words[raw]), str(raw)))
     return Labels({raw: words[raw] for raw in raws}, None, metrics, notes)
+
+
+def _combinations(words: Sequence[str]) -> list[str]:
+    """Finds labels such as `Comedy|Drama`, whose parts occur in other labels too."""
+    parts = {word: [part.strip() for part in re.split("[,;|/+&]", word)] for word in words}
+    counts = Counter(part for of_word in parts.values() for part in set(of_word))
+    return [word for word, of_word in parts.items() if len(of_word) > 1 and all(counts[part] > 1 for part in of_word)]
 
 
 def _unlabelled(counts: Collection[Any], kind: str | None) -> list[Any]:
@@ -259,7 +330,7 @@ def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
         raise ValueError(
             f"{where} holds {len(by_word)} different values in {total} rows, too many for labels: "
             f"name the label's column with --label-column; list more than {MAX_LABELS} labels in data.label_words; "
-            "for answers in free text give --target-template {column}"
+            + FREE_TEXT.removeprefix("; ")
         )
 
 
@@ -322,6 +393,10 @@ def _names(rows: Sequence[Row]) -> list[str]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def _words(name: str) -> set[str]:
+    return {*re.split(r"[\W_]+", name.casefold())}
 
 
 def _quoted(names: Any) -> str:

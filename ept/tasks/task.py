@@ -140,11 +140,13 @@ class Task:
                 raise ValueError(f"label {raw!r} stands for two label words: write it once (1 and '1' are one label)")
             derived = {**dict.fromkeys(others, index), **derived}
         for index, word in enumerate(self.label_words if not self.label_map else ()):
-            if classes.setdefault(word.strip(), index) != index:
+            literal, *others = _spellings(word)
+            if classes.setdefault(literal, index) != index or any(classes.get(form, index) != index for form in others):
                 raise ValueError(
                     f"label word '{word}' is also the number of another label: say which raw label gets which "
                     f"word, as in label_words={{{word}: '{word}'}}"
                 )
+            derived |= dict.fromkeys(others, index)  # `True` is the word's, whatever number it has
         return derived | classes
 
 

@@ -34,6 +34,14 @@ def test_sizes_at_a_budget(name, family):
     assert BUDGET - step < count <= BUDGET
 
 
+@pytest.mark.parametrize("settings", [{}, {"budget": BUDGET}])
+def test_lora_without_linear_layers_is_refused(settings):
+    with pytest.raises(
+        ValueError, match="LoRA modules of gpt2, c_attn, are no linear layers of GPT2LMHeadModel: leave"
+    ):
+        attached("lora", "gpt2", **settings)
+
+
 def test_lora_of_rank_one_keeps_the_last_layers_when_there_is_no_more():
     base = make_model("llama")  # 2 layers, q: 32 + 32, v: 32 + 16
     config = adapter_config(MethodConfig(name="lora", budget=120), base, "CAUSAL_LM", 16, seed=0)

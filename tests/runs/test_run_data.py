@@ -10,14 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic import ValidationError
 from rich.console import Console
 from tiny_runs import OTHER
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from ept.runs.config import DataConfig, RunConfig
 from ept.runs.data import load_run_data, resolved
 from ept.runs.summary import run_summary, summary_table
-from ept.runs.train import prepare
+from ept.runs.train import prepare, train
 
 Configure = Callable[..., RunConfig]
 
@@ -38,6 +40,35 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(
     assert 0 < run.run_data.truncation_rate["train"] < 0.1
     assert f"positions for {room} tokens of text, which is the limit in place of data.max_length=200" in caplog.text
     assert run.predict([row.ids for row in run.fit([long], "test")])[0] in (0, 1)
+
+
+@pytest.mark.parametrize("settings, answer", [
+    (["data.label_words=['no', 'very yes']"], 2),
+    (["data.label_words=['no', 'very yes']", "training.scoring=generate"], 2),
+    (["data.target_template=very very {label}", "data.max_answer=9"], 9),
+])  # fmt: skip
+def test_a_decoder_keeps_positions_for_its_answers(
+    configure: Configure, models: dict[str, Path], tmp_path: Path, settings: list[str], answer: int
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1)).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(models["llama"]).save_pretrained(tmp_path / "gpt2")
+    rows = [
+        {"sentence": " ".join(words * 20), "label": n % 2} for n, words in enumerate(itertools.permutations(OTHER[:4]))
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = [
+        f"model.name_or_path={tmp_path / 'gpt2'}",
+        *("data.data_dir=null", "data.task=null", "data.template={sentence}"),
+        f"data.train_file={tmp_path / 'train.jsonl'}",
+    ]
+    config = configure("llama", *own, *settings, "data.max_length=200", "training.max_steps=1")
+    limit = 48 - (config.method.num_virtual_tokens or 0) - answer
+    assert train(config)["max_length"] == limit
+    config = configure("llama", *own, *settings, f"method.num_virtual_tokens={48 - answer}")
+    with pytest.raises(ValueError, match=f"{answer} tokens behind the prompt, and answers may have {answer}: "):
+        prepare(config)
 
 
 def test_texts_that_the_tokenizer_cannot_read_are_counted(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from typing import Any
 
 import pytest
 
 from ept.tasks import local_task
-from ept.tasks.inference import default_template, find_columns, find_labels, find_texts
+from ept.tasks.inference import default_template, find_columns, find_labels, find_texts, unread_notes
 
 LONG = ("a rather long text", "another one of that length", "and so on")
 
@@ -33,6 +34,12 @@ COLUMNS = [
     ({"ID": "123", "Tweet": LONG, "Target": "aab", "Stance": "aba"}, {}, ["Tweet"], "Stance"),
     ({"tweet": LONG, "target": "aba"}, {}, ["tweet"], "target"),
     ({"task": LONG, "more": [None, "", "x" * 30], "label": "aba"}, {}, ["task"], "label"),  # seldom there
+    ({"sentence_A": LONG, "id": "123", "sentence_B": LONG, "label": "aba"}, {}, ["sentence_A", "sentence_B"], "label"),
+    ({"uid": ["e3e70682-c209-4cac"] * 3, "ask": ["pay", "book it", "go"], "intent": "aba"}, {}, ["ask"], "intent"),
+    ({"link": ["https://a.b/c-d-e-f-g/h"] * 3, "title": [*"xyz"], "topic": "aba"}, {}, ["title"], "topic"),
+    ({"file": ["b/0001.txt", "b/0002.txt", "c.txt/"], "label": "aba"}, {}, ["file"], "label"),  # the only one
+    ({"headline1": LONG, "headline2": LONG, "data": "xyz", "label": "aba"}, {}, ["headline1", "headline2"], "label"),
+    ({"line": LONG, "idx": [{"row": 10**9, "part": 10**9}] * 3, "label": "aba"}, {}, ["line"], "label"),
 ]  # fmt: skip
 
 
@@ -48,7 +55,12 @@ def test_texts_of_instructions() -> None:
 
 NO_COLUMNS = [
     ({"text": LONG, "a": "xyx", "b": "yxx"}, {}, "a.csv: 'a', 'b' could each be the label: .* --label-column"),
-    ({"text": LONG, "other": LONG, "third": LONG}, {}, "none of 'text', 'other', 'third' looks like the label"),
+    ({"text": LONG, "other": LONG, "third": LONG}, {}, "none of 'text', 'other', 'third' looks .*--target-template"),
+    (
+        {"question": LONG, "choices": [{"text": [*LONG], "label": [*"ABC"]}] * 3, "label": "ABC"},
+        {},
+        "'choices', the longest, holds a dict and not a text: flatten it to a string, or name the columns to read",
+    ),
     ({"n": "123", "label": "aba"}, {}, "a.csv: none of 'n' holds text: name it with --text-column"),
     ({"text": LONG, "label": "aba"}, {"label_column": "lable"}, "no column 'lable'; columns found: 'text', 'label'"),
     ({"text": LONG, "label": "aba"}, {"text_columns": ["review"]}, "no column 'review'; columns found: 'text', "),
@@ -77,6 +89,8 @@ LABELS = [
     ([*"0123456789", "?"] * 2, {**{digit: digit for digit in "0123456789"}, "?": "?"}, ACCURACY),
     ([True, False, False, True], ["false", "true"], ACCURACY),
     (["TRUE", "False", "FALSE", "true"], ["false", "true"], ACCURACY),
+    ([True, False, "Maybe"], ["Maybe", "false", "true"], ACCURACY),
+    ([True, "a", 0], {0: "0", "a": "a", True: "true"}, ACCURACY),
     (["yes", "no", "no", "no"], ["no", "yes"], ["accuracy", "f1_macro"]),
     (["1", "one", "1", "one"], {"1": "1", "one": "one"}, ACCURACY),
     (["日本", "🎉", "日本", "🎉"], ["日本", "🎉"], ACCURACY),
@@ -196,6 +210,7 @@ NO_LABELS = [
         r"data.label_words=\{'Good': 'good', 'good': 'good', 'bad': 'bad', 'Bad': 'bad'\}",
     ),
     ([["good"], ["bad"]], "a.csv: column 'label' holds a list, not one label a row"),
+    (["['good']", "['bad', 'good']"], "holds \"\\['bad', 'good'\\]\", a list and not one label a row"),
     *((["café", other, "no"], "differ in case, blanks or invisible signs") for other in ("cafe\u0301", "café\u200b")),
     (["very  good", "very good"], "differ in case, blanks or invisible signs alone"),
     ([f"answer {n}" for n in range(9)], "holds 9 different values in 9 rows, too many for labels"),
@@ -211,7 +226,31 @@ def test_labels_refused(labels: list[Any], message: str) -> None:
 def test_a_file_without_a_header_is_refused() -> None:
     made = [{"the film was very good": f"film {n}", "good": ("good", "bad")[n % 2]} for n in range(6)]
     with pytest.raises(ValueError, match="the first line holds a row, not names: put a line such as text,label"):
-        find_labels(made, "good", "a.csv")
+        find_columns(made, "a.csv")
+
+
+# columns beside the label, labels, what is said about those that are not read
+UNREAD = [
+    ({"premise": LONG, "choice1": [*"abc"], "choice2": [*"bcd"]}, [0, 1, 0], "choices in 'choice1', 'choice2', which"),
+    ({"article": LONG, "options": [["a", "b"]] * 3}, [*"ABA"], "labels 'A', 'B' may be .* choices in 'options', which"),
+    ({"question": LONG, "A": [*"123"], "B": [*"234"]}, [*"ABA"], "choices in 'A', 'B', which the model does not read"),
+    (
+        {"passage": LONG[:1] * 3, "answer": [*"abc"], "n": [1, 2, 3]},
+        [0, 1, 0],
+        "3 of 3 rows have .* and 'answer', which",
+    ),
+    ({"text": LONG, "title": [*"abc"], "n1": [1, 2, 3], "n2": [1, 2, 3]}, [0, 1, 0], None),
+    ({"text": LONG, "choice1": [*"abc"], "choice2": [*"bcd"]}, ["good", "bad", "good"], None),
+    ({"premise": LONG, "hypothesis": LONG, "marks": [["a"]] * 3}, [0, 1, 0], None),
+]
+
+
+@pytest.mark.parametrize("columns, labels, said", UNREAD)
+def test_columns_that_the_label_may_be_about(columns: dict[str, Any], labels: list[Any], said: str | None) -> None:
+    made = rows(**columns, label=labels)
+    texts, label = find_columns(made, "a.csv")
+    notes = unread_notes(made, texts, label, sorted({*map(str, labels)}))
+    assert [bool(re.search(said or "", note)) for note in notes] == [True] * (said is not None)
 
 
 def test_notes() -> None:
@@ -221,6 +260,19 @@ def test_notes() -> None:
         "labels with fewer than 5 rows, which may be missing in a split: 'nan' (3)",
         "a label that reads like a missing one: 'nan'",
     ]
+
+
+def test_labels_that_look_like_several() -> None:
+    labels = ["Drama", "Drama|Comedy", "Comedy", "black and white", "yes/no"] * 5
+    notes = find_labels([{"label": label} for label in labels], "label", "a.csv").notes
+    said = "labels that look like several at once: 'Drama|Comedy'; each of them is learned and scored as a label of its"
+    assert [note[: len(said)] for note in notes] == [said]
+
+
+@pytest.mark.parametrize("column, warns", [("intent", True), ("Class Index", True), ("age", False)])
+def test_numbered_classes_of_which_some_are_missing(column: str, warns: bool) -> None:
+    notes = find_labels([{column: n} for n in range(0, 150, 5)] * 2, column, "a.csv", in_words=False).notes
+    assert [note.endswith("if they are classes, set data.kind=classification") for note in notes] == [True] * warns
 
 
 @pytest.mark.parametrize("columns, label, asks, template", [

@@ -98,6 +98,8 @@ LABELS = [
     ),
     ({"0": "no", "1.5": "yes"}, [(Decimal("1.5"), 1), (Decimal(0), 0)], [Decimal(2)]),
     ({"True": "a", True: "b"}, [("True", 0), (True, 1)], [0]),
+    (["False", "Maybe", "True"], [(True, 2), ("true", 2), (False, 0), (1, 1), ("TRUE", 2)], []),
+    (["True", "False"], [(True, 0), (False, 1), ("FALSE", 1), (1, 1)], []),
 ]
 
 
@@ -147,6 +149,7 @@ REFUSED = [
     ("{a}", {1: "a", "1": "b"}, {}, "label '1' stands for two label words"),
     ("{a}", {(1, 2): "a", 1: "b"}, {}, "raw labels are strings, integers or booleans"),
     ("{a}", ["1", "2", "3"], {}, "label word '1' is also the number of another label"),
+    ("{a}", ["1.0", "2.0"], {}, "label word '1.0' is also the number of another label"),
     ("{a}", TWO, {"metrics": ["acc"]}, "unknown metric 'acc'"),
     ("{a}", ["x", "y", "z"], {"metrics": ["f1"]}, "use 'f1_macro'"),
     ("{a}", TWO, {"max_length": 0}, "max_length=0"),
