@@ -369,7 +369,7 @@ class EPTModel(ModelWithAdapters):
             bound_length(inputs, options, n, s, longest, self._facts, base)
             if ids is not None:
                 inputs["input_ids"] = ids
-        updating = self._updating_new_tokens(causal, adapter_names)
+        updating = self._updating_new_tokens(causal, adapter_names, inputs)
         with without_checkpointing(base), heads_of_rows(adapter_names), updating:
             return base.generate(**inputs)
 
@@ -391,7 +391,9 @@ class EPTModel(ModelWithAdapters):
 
     unload = merge_adapter = unmerge_adapter = add_weighted_adapter = merge_and_unload
 
-    def _updating_new_tokens(self, causal: bool, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
+    def _updating_new_tokens(
+        self, causal: bool, adapter_names: Sequence[str] | None, inputs: BaseInputs
+    ) -> AbstractContextManager[None]:
         """Gives the tokens that a decoder's `generate` embeds itself their update, where the scope covers them."""
         names = [self.active_adapter] if adapter_names is None else list(adapter_names)
         configs = [self.peft_config[name] for name in names if name in self.peft_config]
@@ -404,7 +406,8 @@ class EPTModel(ModelWithAdapters):
             rows = [name for name in names for _ in range(len(ids) // len(names))]  # beams, or several samples
             return embed_following(layers, rows, table_ids, table, positions)
 
-        return embedding_new_tokens(self.base_model, embed, self._facts)
+        mask = inputs.get("attention_mask", inputs["inputs_embeds"].new_ones(inputs["inputs_embeds"].shape[:2]))
+        return embedding_new_tokens(self.base_model, embed, mask.bool().sum(1))
 
     def compile_layers(self, **options: Any) -> EPTModel:
         """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model.
