@@ -29,6 +29,7 @@ from .generation import (
     start_of_text,
 )
 from .inputs import (
+    OF_TOKENS,
     BaseInputs,
     cache_name,
     cached_length,
@@ -39,7 +40,7 @@ from .inputs import (
     length_of,
     shortened,
 )
-from .layout import moved
+from .layout import FRONT, arrangement, moved
 from .mixed import BASE, check_heads_are_ours, check_recomputed, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
 from .prompt_cache import cached_prompt, check_cacheable, check_shareable, is_shareable, read_prompt_once
@@ -312,7 +313,7 @@ class EPTModel(ModelWithAdapters):
 
         Decoder-only models return the input's ids followed by the new tokens, as without an adapter; lengths,
         penalties and streamers count and see the text and not the prompt. Without a mask padding is told by the
-        padding token, where the base model would.
+        padding token, where the base model would. It may stand on either side.
 
         With `use_prompt_cache=True` the model does not read the prompt again at every call: its keys and values are
         computed at the first, kept for each adapter, and made anew once adapter or model change. The tokens are the
@@ -343,6 +344,15 @@ class EPTModel(ModelWithAdapters):
             ids = start_of_text(options, base.device)
         if causal and ids is not None and mask is None:
             mask = infer_mask(ids, options)
+        given, order = ids, None
+        text = embeds if ids is None else ids
+        if causal and isinstance(mask, Tensor) and mask.shape == text.shape[:2]:  # a row goes on from its last column
+            order, shape = arrangement(mask, 0, FRONT), mask.shape
+            for name in ("position_ids", *OF_TOKENS):
+                if getattr(options.given.get(name), "shape", ())[:2] == shape:
+                    options.given[name] = moved(options.given[name], order)
+            ids, embeds, mask = (x if x is None else moved(x, order) for x in (ids, embeds, mask))
+            text_mask = moved(text_mask, order) if getattr(text_mask, "shape", ()) == shape else text_mask
         if use_prompt_cache:
             if adapter_names is not None:
                 raise ValueError(
@@ -371,7 +381,11 @@ class EPTModel(ModelWithAdapters):
                 inputs["input_ids"] = ids
         updating = self._updating_new_tokens(causal, adapter_names, inputs)
         with without_checkpointing(base), heads_of_rows(adapter_names), updating:
-            return base.generate(**inputs)
+            output = base.generate(**inputs)
+        if order is not None and given is not None:
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), 0)
+        return output
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses continuous batching, which would answer without the adapter: it reads ids alone, without a prompt.
