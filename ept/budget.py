@@ -65,7 +65,7 @@ def best_config(
         config = config_class(**{**fields, "num_virtual_tokens": s, "num_spaces": K, "space_dim": h})
         if rank not in fields:  # the largest that fits, but at least 1
             one, two = (count(_with(config, **{rank: r}), d) for r in (1, 2))
-            largest = d if rank == "prompt_rank" else budget  # more rows than d span nothing new
+            largest = d if rank == "prompt_rank" else max(budget, 1)  # more rows than d span nothing new
             setattr(config, rank, min(max((budget - one) // (two - one) + 1, 1), largest))
         return config
 

@@ -29,14 +29,16 @@ def lookup(
     check_mask(attention_mask)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
-    if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+    if input_ids is not None and (input_ids.dim() != 2 or input_ids.dtype not in (torch.int32, torch.int64)):
         raise ValueError(
-            f"input_ids must be integers of shape [batch, length], got {input_ids.dtype} {list(input_ids.shape)}"
+            f"input_ids must be int32 or int64 of shape [batch, length], got {input_ids.dtype} {list(input_ids.shape)}"
         )
     if input_ids is not None:
         check_vocabulary(input_ids, len(embedding.weight) if is_plain_lookup(embedding) else rows_of(embedding))
     if inputs_embeds is not None and (inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != width):
         raise ValueError(f"inputs_embeds must have shape [batch, length, {width}], got {list(inputs_embeds.shape)}")
+    if inputs_embeds is not None and not inputs_embeds.is_floating_point():
+        raise ValueError(f"inputs_embeds must be of a floating-point type, got {inputs_embeds.dtype}")
     given: Any = inputs_embeds if input_ids is None else input_ids
     batch, n = given.shape[:2]
     if attention_mask is None:

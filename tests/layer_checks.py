@@ -10,7 +10,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ept_kernels
 from ept import EPTConfig, EPTLayer
-from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding, opcheck_problems
+from ept_kernels.dev.problems import (
+    Activation,
+    JointPrompt,
+    PackedEmbedding,
+    PromptedEmbedding,
+    RMSNorm,
+    Rotary,
+    opcheck_problems,
+)
 from ept_kernels.problem import Problem
 
 MAX_LENGTH = 12
@@ -19,6 +27,49 @@ VOCABULARY = 50
 EMBEDDING = PromptedEmbedding(n=9)
 TRANSPOSED = [EMBEDDING, EMBEDDING.backward, JointPrompt(), JointPrompt(fusion=False).backward]
 TRANSPOSED += [problem for problem in opcheck_problems() if problem.operator.startswith(("rms", "gated", "relu"))]
+MIXED = PromptedEmbedding(n=5, d=8, s=2, m=6, r=2, adapters=2)
+PLAIN = PromptedEmbedding(n=5, d=8, s=2, m=6, r=2)
+JOINT = JointPrompt(s=3, d=12, r=2, a=4)
+
+# By the problem: the number of an argument, how much is left of it, and what is named.
+WRONG_SHAPES: list[tuple[Problem, Any, Any, str]] = [
+    (PLAIN, 1, (slice(1),), "positions"),  # which a reference would repeat for every text
+    (PLAIN, 3, (..., slice(7)), "prompt"),
+    (PLAIN, 5, (..., slice(7)), "B"),
+    (MIXED, 3, (0,), "prompt"),
+    (MIXED, 5, (slice(1),), "B"),
+    (MIXED, 7, (slice(2),), "adapter_ids"),
+    (PLAIN.backward, 1, (slice(2),), "positions"),
+    (PLAIN.backward, 3, (..., slice(7)), "B"),
+    (MIXED.backward, 5, (slice(2),), "adapter_ids"),
+    (PackedEmbedding((3, 4), d=8), 3, (..., slice(7)), "prompt"),
+    (PackedEmbedding((3, 4), d=8), 5, (slice(2),), "B"),
+    *((JOINT, i, (slice(1),), name) for i, name in enumerate(("B", None, "W_q", "W_k", "D", "U", "G"), 2) if name),
+    (JOINT, 6, (..., slice(7)), "U"),
+    (JOINT.backward, 0, (slice(2),), "grad_output"),
+    (RMSNorm(residual=True), 1, (slice(8),), "weight"),
+    (RMSNorm(residual=True), 2, (..., slice(2), slice(None)), "residual"),
+    (RMSNorm(residual=True).backward, 0, (..., slice(2), slice(None)), "grad_output"),
+    (RMSNorm(residual=True).backward, 3, (..., slice(2), slice(None)), "rstd"),
+    (RMSNorm(residual=True).backward, 4, (..., slice(2), slice(None)), "grad_h"),
+    (Rotary(), 1, (slice(1),), "k"),
+    (Rotary(), 2, (slice(None), slice(2)), "cos"),
+    (Rotary(), 3, (slice(None), slice(2)), "sin"),
+    (Rotary(), 0, (..., slice(4)), "k"),
+    (Rotary(), slice(2, 4), (..., slice(7)), "cos"),
+    (Rotary(width=8, columns=8), slice(0, 2), (..., slice(6)), "cos"),
+    (Activation(), 1, (slice(1),), "up"),
+    (Activation().backward, 1, (slice(1),), "gate"),
+    (Activation(operator="relu").backward, 1, (slice(2),), "passes"),
+]
+
+
+def made_wrong(inputs: tuple[Any, ...], index: Any, left: Any) -> list[Any]:
+    """Leaves of the inputs at `index`, a number or a slice, what `left` says."""
+    wrong = list(inputs)
+    where = index if isinstance(index, slice) else slice(index, index + 1)
+    wrong[where] = [x[left] for x in wrong[where]]
+    return wrong
 
 
 def make_layer(device: torch.device | str = "cpu", **options: Any) -> EPTLayer:

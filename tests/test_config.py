@@ -93,10 +93,11 @@ def test_spaces_cost_nothing_stored():
 
 
 def test_impossible_budget_names_the_smallest():
-    with pytest.raises(
-        ValueError, match=r"no ept configuration has at most 1000 parameters with width 768.*the smallest has \d+"
-    ):
-        EPTConfig.for_budget(768, 256, 1_000)
+    for budget in (1_000, 0):
+        refused = rf"no ept configuration has at most {budget} parameters with width 768.*the smallest has 3329;"
+        with pytest.raises(ValueError, match=refused):
+            EPTConfig.for_budget(768, 256, budget)
+    assert EPTConfig.for_budget(768, 256, 3_329).parameter_count(768) == 3_329
     with pytest.raises(ValueError, match="unknown method 'lora': use one of ept, dept, pt, ulpt"):
         EPTConfig.for_budget(768, 256, 76_800, "lora")
     with pytest.raises(ValueError, match="unknown kind of budget 'saved': use one of trained, stored"):

@@ -322,8 +322,10 @@ BAD = [
         "input has 9 tokens, the adapter was made for max_length=8: truncate to 8 or train with a larger max_length",
     ),
     ({}, "exactly one of input_ids and inputs_embeds"),
-    ({"input_ids": torch.ones(3, dtype=torch.long)}, r"input_ids must be integers of shape \[batch, length\]"),
-    ({"input_ids": torch.ones(1, 3)}, r"input_ids must be integers .* torch.float32"),
+    ({"input_ids": torch.ones(3, dtype=torch.long)}, r"input_ids must be int32 or int64 of shape \[batch, length\]"),
+    ({"input_ids": IDS.bool()}, r"input_ids must be int32 or int64 .* got torch.bool \[1, 3\]"),
+    ({"inputs_embeds": torch.ones(1, 3, 16, dtype=torch.long)}, "inputs_embeds must be of a floating-point type, got"),
+    ({"input_ids": torch.ones(1, 3)}, r"input_ids must be int32 or int64 .* torch.float32"),
     ({"inputs_embeds": torch.ones(1, 3, 15)}, r"inputs_embeds must have shape \[batch, length, 16\], got \[1, 3, 15\]"),
     (
         {"input_ids": IDS, "attention_mask": torch.ones(1, 1, 3, 3)},

@@ -63,8 +63,11 @@ def train(
     from ept.runs.config import load_run_config
     from ept.runs.processes import rank, world_size
 
-    if config is None and resume and output is not None and (output / "config.yaml").is_file():
-        config = output / "config.yaml"
+    if config is None and resume and output is not None:
+        if (output / "config.yaml").is_file():
+            config = output / "config.yaml"
+        elif data is None and model is None and not set_:
+            raise FileNotFoundError(f"{output} holds no run to resume: there is no config.yaml")
     given: dict[str, object] = {"model.name_or_path": model, "method.name": method, "training.max_steps": steps}
     given["method.init_from"] = init_from
     given |= {"output_dir": output, **data_keys(data, text_column, label_column, template, strict, target_template)}

@@ -150,6 +150,10 @@ class ModelWithAdapters(PeftModel):
             ValueError: the name is taken, or the configuration does not fit the model.
         """
         check_adapter(adapter_name, peft_config)
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"there is an adapter named {adapter_name!r} already: give another name, or delete it first"
+            )
         base, first = self.base_model, not self.peft_config
         limit, prompt = self._facts.position_limit, peft_config.num_virtual_tokens
         if limit is not None and prompt >= limit:

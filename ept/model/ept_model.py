@@ -29,6 +29,7 @@ from .generation import (
     start_of_text,
 )
 from .inputs import (
+    OF_TOKENS,
     BaseInputs,
     cache_name,
     cached_length,
@@ -39,7 +40,7 @@ from .inputs import (
     length_of,
     shortened,
 )
-from .layout import moved
+from .layout import FRONT, arrangement, moved
 from .mixed import BASE, check_heads_are_ours, check_recomputed, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
 from .prompt_cache import cached_prompt, check_cacheable, check_shareable, is_shareable, read_prompt_once
@@ -312,7 +313,7 @@ class EPTModel(ModelWithAdapters):
 
         Decoder-only models return the input's ids followed by the new tokens, as without an adapter; lengths,
         penalties and streamers count and see the text and not the prompt. Without a mask padding is told by the
-        padding token, where the base model would.
+        padding token, where the base model would. It may stand on either side.
 
         With `use_prompt_cache=True` the model does not read the prompt again at every call: its keys and values are
         computed at the first, kept for each adapter, and made anew once adapter or model change. The tokens are the
@@ -343,6 +344,15 @@ class EPTModel(ModelWithAdapters):
             ids = start_of_text(options, base.device)
         if causal and ids is not None and mask is None:
             mask = infer_mask(ids, options)
+        given, order = ids, None
+        text = embeds if ids is None else ids
+        if causal and isinstance(mask, Tensor) and mask.shape == text.shape[:2]:  # a row goes on from its last column
+            order, shape = arrangement(mask, 0, FRONT), mask.shape
+            for name in ("position_ids", *OF_TOKENS):
+                if getattr(options.given.get(name), "shape", ())[:2] == shape:
+                    options.given[name] = moved(options.given[name], order)
+            ids, embeds, mask = (x if x is None else moved(x, order) for x in (ids, embeds, mask))
+            text_mask = moved(text_mask, order) if getattr(text_mask, "shape", ()) == shape else text_mask
         if use_prompt_cache:
             if adapter_names is not None:
                 raise ValueError(
@@ -369,9 +379,13 @@ class EPTModel(ModelWithAdapters):
             bound_length(inputs, options, n, s, longest, self._facts, base)
             if ids is not None:
                 inputs["input_ids"] = ids
-        updating = self._updating_new_tokens(causal, adapter_names)
+        updating = self._updating_new_tokens(causal, adapter_names, inputs)
         with without_checkpointing(base), heads_of_rows(adapter_names), updating:
-            return base.generate(**inputs)
+            output = base.generate(**inputs)
+        if order is not None and given is not None:
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), 0)
+        return output
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses continuous batching, which would answer without the adapter: it reads ids alone, without a prompt.
@@ -391,7 +405,9 @@ class EPTModel(ModelWithAdapters):
 
     unload = merge_adapter = unmerge_adapter = add_weighted_adapter = merge_and_unload
 
-    def _updating_new_tokens(self, causal: bool, adapter_names: Sequence[str] | None) -> AbstractContextManager[None]:
+    def _updating_new_tokens(
+        self, causal: bool, adapter_names: Sequence[str] | None, inputs: BaseInputs
+    ) -> AbstractContextManager[None]:
         """Gives the tokens that a decoder's `generate` embeds itself their update, where the scope covers them."""
         names = [self.active_adapter] if adapter_names is None else list(adapter_names)
         configs = [self.peft_config[name] for name in names if name in self.peft_config]
@@ -404,7 +420,8 @@ class EPTModel(ModelWithAdapters):
             rows = [name for name in names for _ in range(len(ids) // len(names))]  # beams, or several samples
             return embed_following(layers, rows, table_ids, table, positions)
 
-        return embedding_new_tokens(self.base_model, embed, self._facts)
+        mask = inputs.get("attention_mask", inputs["inputs_embeds"].new_ones(inputs["inputs_embeds"].shape[:2]))
+        return embedding_new_tokens(self.base_model, embed, mask.bool().sum(1))
 
     def compile_layers(self, **options: Any) -> EPTModel:
         """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model.

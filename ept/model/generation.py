@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..embedding import position_ids_of
 from .facts import BaseModelFacts
 from .inputs import cache_among, cached_length
 from .layout import numbered
@@ -220,30 +219,23 @@ def encoder_processors(inputs: dict[str, Any], options: GenerationOptions, ids: 
 
 
 @contextmanager
-def embedding_new_tokens(
-    model: Any, embed: Callable[[Tensor, Tensor], Tensor], facts: BaseModelFacts
-) -> Iterator[None]:
+def embedding_new_tokens(model: Any, embed: Callable[[Tensor, Tensor], Tensor], before: Tensor) -> Iterator[None]:
     """Has tokens that `generate` hands to `model` as ids embedded by `embed`, in this thread, while the context lasts.
 
     Args:
         embed: makes embeddings `[rows, k, d]` of ids and of the real tokens before each, both `[rows, k]`.
+        before: `[batch]`, the real tokens of each row before the first new one. They are not counted from the mask of a
+            call, which has another form and other lengths for a cache of a fixed size.
     """
-    thread, read = threading.get_ident(), 0  # of a row, padding included
+    thread, read = threading.get_ident(), 0  # new tokens
 
     def replace_ids(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         nonlocal read
-        if threading.get_ident() != thread:
-            return None
-        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-        if ids is None:  # prompt and text, which are embedded already
-            read = cached_length(facts, inputs) + inputs["inputs_embeds"].shape[1]
-            return None
-        positions = torch.arange(read, read + ids.shape[1], device=ids.device).expand(len(ids), -1)
+        if threading.get_ident() != thread or (ids := inputs.get("input_ids")) is None:
+            return None  # prompt and text are embedded already
+        rows = before.to(ids.device).repeat_interleave(len(ids) // len(before))  # beams, or several samples
+        positions = rows[:, None] + torch.arange(read, read + ids.shape[1], device=ids.device)
         read += ids.shape[1]
-        if inputs.get("position_ids") is not None:
-            positions = inputs["position_ids"][:, -ids.shape[1] :] - (facts.position_offset or 0)
-        elif isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == read:
-            positions = position_ids_of(mask)[:, -ids.shape[1] :]
         embeds = embed(ids, positions)
         return args, {**{k: v for k, v in inputs.items() if k != "input_ids"}, "inputs_embeds": embeds}
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 # Arguments with one entry a token, and what the prompt's rows get; None: what the first token has.
-_OF_TOKENS: dict[str, int | None] = {
+OF_TOKENS: dict[str, int | None] = {
     "token_type_ids": 0,
     "bbox": 0,  # as special tokens have it
     "langs": None,
@@ -172,8 +172,8 @@ def _with_prompt(
         if facts.position_offset is not None and "position_ids" in facts.forward_arguments:
             inputs["position_ids"] = numbered(mask, facts.position_offset)
     for key, value in list(inputs.items()):
-        if key in _OF_TOKENS and isinstance(value, Tensor):
-            fill = _OF_TOKENS[key]
+        if key in OF_TOKENS and isinstance(value, Tensor):
+            fill = OF_TOKENS[key]
             front = value[:, :1].expand(-1, s, *value.shape[2:])
             front = front if fill is None else torch.full_like(front, fill)
             inputs[key] = moved(torch.cat([front, value], dim=1), order)

@@ -113,6 +113,9 @@ def test_train_resumes_with_the_configuration_of_the_folder(config_file: Path, t
     for name in ("results.json", "adapter/adapter_model.safetensors"):
         (run / name).unlink()
     assert as_json("train", "--output", run, "--resume")["steps"] == 6
+    elsewhere = tmp_path / "elsewhere"
+    assert f"{elsewhere} holds no run to resume" in refused("train", "--output", elsewhere, "--resume")
+    assert not elsewhere.exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

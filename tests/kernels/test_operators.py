@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_checks import TRANSPOSED, check_transposed, make_ids, make_layer
+from layer_checks import MIXED, PLAIN, TRANSPOSED, WRONG_SHAPES, check_transposed, made_wrong, make_ids, make_layer
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import ept_kernels
 from ept import functional
-from ept_kernels.dev.problems import JointPrompt, PromptedEmbedding, opcheck_problems
+from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, PromptedEmbedding, opcheck_problems
 from ept_kernels.joint_prompt.reference import ACTIVATIONS, NORM_EPS
 from ept_kernels.problem import as_tuple, in_float64, strided
 
@@ -191,6 +191,39 @@ def test_packed_batch_equals_the_padded_one():
         for t in texts
     ]
     torch.testing.assert_close(packed, torch.cat(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "problem, index, left, name", WRONG_SHAPES, ids=[f"{p.operator} {name}" for p, _, _, name in WRONG_SHAPES]
+)
+def test_a_shape_that_does_not_fit_is_refused_and_named(problem, index, left, name):
+    """A reference would repeat a row of one column, or one text's positions, for all."""
+    operator, inputs = getattr(torch.ops.ept, problem.operator), problem.inputs()
+    operator(*inputs)
+    with pytest.raises(ValueError, match=rf"^{name} has shape \[.*\], by the others it has to be"):
+        operator(*made_wrong(inputs, index, left))
+
+
+@pytest.mark.parametrize("problem", [PLAIN, MIXED], ids=["none", "two"])
+def test_adapters_and_their_ids_come_together(problem):
+    inputs = list(problem.inputs())
+    inputs[-1] = None if problem.adapters else torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^prompt has shape"):
+        torch.ops.ept.prompted_embedding(*inputs)
+
+
+@pytest.mark.parametrize("ends", [[1, 9], [0, 8], [0, 5, 3, 9], [0, 10], []])
+def test_packed_texts_cover_the_tokens(ends):
+    ids, _, *rest = PackedEmbedding((4, 5)).inputs()
+    with pytest.raises(ValueError, match="cu_seqlens has to rise from 0 to the 9 tokens, got"):
+        ept_kernels.prompted_embedding_packed(ids, torch.tensor(ends, dtype=torch.int32), *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
+def test_ids_of_another_type_are_no_mask(dtype):
+    ids, *rest = PLAIN.inputs()
+    with pytest.raises(RuntimeError, match="Long, Int; but got"):
+        ept_kernels.prompted_embedding(ids.to(dtype), *rest)
 
 
 def test_inputs_may_be_non_contiguous():

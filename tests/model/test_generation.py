@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from classes import VOCABULARY, tiny
-from tiny_models import SMALL, VOCAB, adapted, make_batch, make_model, randomise
+from tiny_models import DECODERS, SMALL, VOCAB, adapted, make_batch, make_model, randomise
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -228,6 +228,20 @@ def test_padding_without_a_mask_is_told_by_the_padding_token(side):
     told = model.generate(batch["input_ids"], **options, eos_token_id=1)
     assert torch.equal(told.logits[0], everything.logits[0])
     assert not torch.equal(everything.logits[0], expected.logits[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"adapter_names": ["other", "default"]}], ids=str)
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_text_goes_on_alike_whatever_the_side_of_its_padding(name, options):
+    model = adapted(name)
+    model.add_adapter("other", EPTConfig(num_virtual_tokens=2, max_length=12, r=1, seed=5))
+    new = {}
+    for side in ("left", "right"):
+        batch = {k: v for k, v in make_batch(name, (8, 3), side).items() if k != "labels"}
+        output = model.generate(**batch, **GREEDY, **options, return_dict_in_generate=True).sequences
+        assert torch.equal(output[:, :8], batch["input_ids"])  # as they were given
+        new[side] = output[:, 8:]
+    assert torch.equal(new["left"], new["right"])
 
 
 class Kept(BaseStreamer):

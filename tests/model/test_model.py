@@ -449,6 +449,9 @@ def test_adapters_can_be_added_set_and_deleted(name):
     assert not any(".default" in n for n in trainable())
     model.set_adapter("default")
     assert torch.equal(logits_of(model, batch), first)
+    with pytest.raises(ValueError, match="there is an adapter named 'default' already"):
+        model.add_adapter("default", EPTConfig(**SMALL))
+    assert torch.equal(logits_of(model, batch), first)  # and is as it was
     model.delete_adapter("second")
     assert list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match="no adapter named 'second': loaded are default"):

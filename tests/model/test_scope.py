@@ -29,11 +29,13 @@ def continued(inputs, sequences):
     return {"input_ids": sequences, "attention_mask": mask}
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_with_all_any_scorer_agrees_with_generation(name):
+def test_with_all_any_scorer_agrees_with_generation(name, cache):
     """Without labels and masks; the last tokens lie beyond max_length and have no update."""
     model, inputs = adapted(name, update_scope="all", max_length=10), inputs_for(name)
-    generated = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True, "cache_implementation": cache}
+    generated = model.generate(**inputs, **options)
     with torch.no_grad():
         scored = model(**continued(inputs, generated.sequences)).logits
     expected = torch.stack(generated.logits, dim=1)

@@ -112,19 +112,6 @@ def kinds(first: torch.Tensor, *others: torch.Tensor | None) -> Kinds:
     return addresses % 16 == 0, tuple(types), first.device, tuple(shapes)
 
 
-def check_shapes(**pairs: tuple[Size | None, Size | None]) -> None:
-    """Refuses tensors of other shapes than those beside them: kernels would read memory that is not theirs.
-
-    Raises:
-        ValueError: names the first that differs, its shape and the right one; None: no tensor.
-    """
-    for name, (given, expected) in pairs.items():
-        if given != expected:
-            raise ValueError(
-                f"{name} has shape {given and [*given]}, by the others it has to be {expected and [*expected]}"
-            )
-
-
 def launches() -> int:
     """Counts the kernels launched through `launch` so far in this process."""
     return _State.launches

@@ -57,7 +57,7 @@ def take_kernels(device_type: str) -> None:
 
 
 def register(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], launcher: str | None = None
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], launcher: str | None = None, shapes: str = ""
 ) -> Callable[..., Any]:
     """Registers one operator and returns its callable overload.
 
@@ -68,6 +68,7 @@ def register(
         fake: computes output shapes and dtypes without data, for `torch.compile` and meta tensors.
         launcher: `"folder.module"` of this package with a function of the operator's name that launches Triton
             kernels; it is imported at the first call, so that importing the package needs no Triton.
+        shapes: of the arguments, which `check_shapes` holds them to before the reference; a launcher does so itself.
 
     A second copy of this package in one process (an installed one and one loaded from a kernel repository) finds the
     operators registered and uses them as they are.
@@ -78,9 +79,10 @@ def register(
     if not hasattr(namespace, name):
         _library.define(schema)
         # Floating-point tensors come first in every schema, then numbers.
-        arguments = schema.partition("(")[2].split(", ")
+        arguments = schema.partition(")")[0].partition("(")[2].split(", ")
+        names = [argument.split()[1].partition("=")[0] for argument in arguments]
         tensors = len(list(itertools.takewhile(lambda argument: argument.startswith("Tensor"), arguments)))
-        _library.impl(name, _dispatch(name, reference, tensors), "CompositeExplicitAutograd")
+        _library.impl(name, _dispatch(name, reference, tensors, names, shapes), "CompositeExplicitAutograd")
         register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(namespace, name).default
 
@@ -94,6 +96,24 @@ def launcher_of(name: str) -> Callable[..., Any] | None:
     """Imports and returns the launcher of the operator `name`'s Triton kernels; None where it has no such kernels."""
     module = _registered[name][1]
     return None if module is None else getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def check_shapes(expected: str, **given: Any) -> None:
+    """Refuses tensors (or their shapes) that do not fit `expected`, `"A {of}m r, B {of}r d"`, with a `ValueError`.
+
+    A number is a size, `*rows` any number of dimensions, `{of}` one more where the tensor `of` is given, not None.
+    """
+    sizes: dict[str, Any] = {}
+    for entry in expected.format(**{name: "" if x is None else f"{name} " for name, x in given.items()}).split(", "):
+        name, *names = entry.split()
+        if (shape := getattr(given.get(name), "shape", given.get(name))) is None:
+            continue
+        if names[0][0] == "*":
+            names[:1] = sizes.setdefault(names[0], [f"{names[0]}{i}" for i in range(len(shape) - len(names) + 1)])
+        right = [int(x) if x.isdigit() else sizes.get(x, x) for x in names]
+        if len(right) != len(shape) or any(a != b for a, b in zip(right, shape) if isinstance(a, int)):
+            raise ValueError(f"{name} has shape {[*shape]}, by the others it has to be [{', '.join(map(str, right))}]")
+        sizes.update(zip(names, shape))
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -118,7 +138,7 @@ def _function_of(name: str, device_type: str) -> Callable[..., Any]:
     return (launcher_of(name) if backend(device_type) == "triton" else None) or reference_of(name)
 
 
-def _dispatch(name: str, reference: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+def _dispatch(name: str, reference: Callable[..., Any], tensors: int, names: list[str], shapes: str) -> Any:
     def call(*args: Any) -> Any:
         if torch.is_grad_enabled():  # a kernel would give none, without a word
             for x in args[:tensors]:
@@ -133,6 +153,8 @@ def _dispatch(name: str, reference: Callable[..., Any], tensors: int) -> Callabl
             for x in args[:tensors]:  # any() would make a generator at every call
                 if x is not None and x.dtype is torch.float64:
                     function = reference
+        if shapes and function is reference:
+            check_shapes(shapes, **{**dict.fromkeys(names), **dict(zip(names, args))})
         if not torch.is_autocast_enabled(device_type):
             return function(*args)
         with torch.autocast(device_type, enabled=False):

@@ -9,9 +9,18 @@ from torch import Tensor
 
 from .. import launch
 from ..launch import Config, Kinds, Prepared, Size
+from ..library import check_shapes
 from .activation import gated_activation_backward_kernel, gated_activation_kernel, relu_backward_kernel, relu_kernel
 from .norm import rms_norm_backward_kernel, rms_norm_kernel
-from .reference import FORMS, rms_norm_backward_reference, rms_norm_reference
+from .reference import (
+    ACTIVATION,
+    FORMS,
+    NORM,
+    NORM_BACKWARD,
+    ROTARY,
+    rms_norm_backward_reference,
+    rms_norm_reference,
+)
 from .rotary import rotary_kernel
 
 # Meta-parameters by kernel, used where nothing was measured. TILE: elements that a program takes at least, of whole
@@ -54,7 +63,7 @@ def rms_norm(
 @launch.cached_choice
 def _rms_norm(kinds: Kinds, eps: float, form: str) -> Prepared:
     shape, residual, weight = kinds[3]
-    launch.check_shapes(weight=(weight, shape[-1:]), residual=(residual, residual and shape))
+    check_shapes(NORM, x=shape, weight=weight, residual=residual)
     grid, sizes, options = _rows("rms_norm", shape, kinds[1][0], kinds[2])
     offset, rounds_first = FORMS[form]
     options = {"OFFSET": offset, "ROUNDS_FIRST": rounds_first, **options}
@@ -79,8 +88,7 @@ def rms_norm_backward(
 @launch.cached_choice
 def _rms_norm_backward(kinds: Kinds, form: str) -> Prepared:
     grad, shape, weight, rstd, grad_h = kinds[3]
-    launch.check_shapes(grad_output=(grad, shape), weight=(weight, shape[-1:]), rstd=(rstd, (*shape[:-1], 1)))
-    launch.check_shapes(grad_h=(grad_h, grad_h and shape))
+    check_shapes(NORM_BACKWARD, grad_output=grad, h=shape, weight=weight, rstd=rstd, grad_h=grad_h)
     grid, sizes, options = _rows("rms_norm_backward", shape, kinds[1][1], kinds[2])
     return Prepared(rms_norm_backward_kernel, grid, sizes, {"OFFSET": FORMS[form][0], **options}, kinds)
 
@@ -111,9 +119,10 @@ def rotary(
 @launch.cached_choice
 def _rotary(kinds: Kinds, strides: Size, interleaved: bool, backward: bool) -> Prepared:
     (batch, q_heads, n, width), k, cos, sin = kinds[3]
+    check_shapes(ROTARY, q=kinds[3][0], k=k, cos=cos, sin=sin)
     k_heads, shared, columns = k[1], cos[0] == 1, cos[-1]
-    angles = (1 if shared else batch, n, columns)
-    launch.check_shapes(k=(k, (batch, k_heads, n, width)), cos=(cos, angles), sin=(sin, angles))
+    angles = f"{1 if shared else batch} {n} {2 * (min(columns, width) // 2)}"
+    check_shapes(f"cos {angles}, sin {angles}", cos=cos, sin=sin)
     config = _chosen("rotary", width, kinds[1][0], kinds[2])
     blocks = triton.cdiv(q_heads, config["BLOCK_H"]) + triton.cdiv(k_heads, config["BLOCK_H"])
     options = {
@@ -170,9 +179,9 @@ def _flat(kinds: Kinds, name: str, activation: str | None) -> Prepared:
     first, *others = kinds[3]
     elements = math.prod(first)
     if name == "relu_backward":
-        launch.check_shapes(passes=(others[0], (triton.cdiv(elements, 8),)))
+        check_shapes(f"passes {triton.cdiv(elements, 8)}", passes=others[0])
     else:
-        launch.check_shapes(**{of: (other, first) for of, other in zip(("up", "gate"), reversed(others))})
+        check_shapes(ACTIVATION, grad_output=first, **dict(zip(("up", "gate"), reversed(others))))
     config = _chosen(name, 1, kinds[1][0], kinds[2])
     options = config if activation is None else {"ACTIVATION": activation, **config}
     return Prepared(FLAT[name], (triton.cdiv(elements, config["BLOCK"]),), (elements,), options, kinds)

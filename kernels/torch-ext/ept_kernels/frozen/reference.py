@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..library import compute_dtype, register
+from ..library import check_shapes, compute_dtype, register
 
 # What a family's norm adds to its weight, and whether it rounds the normalised rows before it multiplies by the weight.
 FORMS = {
@@ -35,6 +35,11 @@ ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     ),
     "relu": (F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
 }
+
+NORM = "x *rows d, weight d, residual *rows d"
+NORM_BACKWARD = "h *rows d, grad_output *rows d, weight d, rstd *rows 1, grad_h *rows d"
+ROTARY = "q batch heads n width, k batch fewer n width, cos rows n columns, sin rows n columns"
+ACTIVATION = "grad_output *shape, gate *shape, up *shape"
 
 
 def rms_norm_reference(
@@ -101,6 +106,7 @@ def rotary_reference(
         Both, rotated, in their dtype, laid out as `[batch, n, heads, width]`.
     """
     dtype, half = compute_dtype(q, cos), cos.shape[-1] // 2
+    check_shapes(f"cos rows n {2 * min(half, q.shape[-1] // 2)}", cos=cos)
     first, second = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(half), slice(half, None))
     angles = cos[:, None].to(dtype), sin[:, None].to(dtype)
     (cos_1, cos_2), (sin_1, sin_2) = ((x[..., first], x[..., second]) for x in angles)
@@ -154,6 +160,7 @@ def relu_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def relu_backward_reference(grad_output: Tensor, passes: Tensor) -> Tensor:
     """Computes the gradient of x: that of the output where x was positive, else 0."""
+    check_shapes(f"passes {-(-grad_output.numel() // 8)}", passes=passes)
     is_set = (passes[:, None] & _bits(passes)).bool().view(-1)[: grad_output.numel()]
     return torch.where(is_set.view(grad_output.shape), grad_output, 0)
 
@@ -174,6 +181,7 @@ rms_norm = register(
     rms_norm_reference,
     _rms_norm_fake,
     launcher="frozen.launchers",
+    shapes=NORM,
 )
 rms_norm_backward = register(
     "rms_norm_backward(Tensor grad_output, Tensor h, Tensor weight, Tensor rstd, Tensor? grad_h=None, "
@@ -181,6 +189,7 @@ rms_norm_backward = register(
     rms_norm_backward_reference,
     lambda grad_output, h, *_, **__: h.new_empty(h.shape),
     launcher="frozen.launchers",
+    shapes=NORM_BACKWARD,
 )
 rotary = register(
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved=False, bool backward=False) "
@@ -188,18 +197,21 @@ rotary = register(
     rotary_reference,
     lambda q, k, *_, **__: (_by_token(q, q.dtype), _by_token(k, k.dtype)),
     launcher="frozen.launchers",
+    shapes=ROTARY,
 )
 gated_activation = register(
     "gated_activation(Tensor gate, Tensor up, str activation) -> Tensor",
     gated_activation_reference,
     lambda gate, up, activation: gate.new_empty(gate.shape),
     launcher="frozen.launchers",
+    shapes=ACTIVATION,
 )
 gated_activation_backward = register(
     "gated_activation_backward(Tensor grad_output, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
     gated_activation_backward_reference,
     lambda grad_output, gate, up, activation: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
     launcher="frozen.launchers",
+    shapes=ACTIVATION,
 )
 relu = register(
     "relu(Tensor x) -> (Tensor, Tensor)",

@@ -11,8 +11,10 @@ import triton
 from torch import Tensor
 
 from .. import launch
+from ..library import check_shapes
 from .expand import joint_prompt_expand_kernel
 from .products import joint_prompt_products_kernel, joint_prompt_sum_kernel
+from .reference import SHAPES
 from .scores import joint_prompt_rows_kernel, joint_prompt_sides_kernel
 from .tiles import UNIT, layout
 
@@ -77,17 +79,10 @@ def _run(tensors: tuple[Tensor, ...], options: tuple[Any, ...], results: Sequenc
 @launch.cached_choice
 def _prepared(kinds: launch.Kinds, options: tuple[Any, ...], is_backward: bool) -> tuple[int, list[launch.Prepared]]:
     """Counts the workspace's elements and prepares the launches, that of the sides without programs if not needed."""
-    device, ((s, d), (m, r), B, (fusion,), W_q, W_k, D, U, G, grad_output) = kinds[2:]
-    a, columns, K = W_q[-1], D[-1], G[-1]
-    launch.check_shapes(
-        B=(B, (r, d)),
-        W_q=(W_q, (d, a)),
-        W_k=(W_k, (d, a)),
-        D=(D, (d, columns // max(K, 1) * max(K, 1))),
-        U=(U, (columns, d)),
-        G=(G, (d, K)),
-        grad_output=(grad_output, (s, d)),
-    )
+    check_shapes(SHAPES, **{entry.split()[0]: shape for entry, shape in zip(SHAPES.split(", "), kinds[3])})
+    device, ((s, d), (m, r), _, (fusion,), (_, a), _, (_, columns), _, (_, K), _) = kinds[2:]
+    whole = f"D {d} {columns // max(K, 1) * max(K, 1)}, beta {min(fusion, 1)}"
+    check_shapes(whole, D=(d, columns), beta=(fusion,))
     m, r = (m, r) if fusion and m and r else (0, 0)
     sizes = (s, m, r, a if fusion else 0, columns, K if columns else 0)
     w = layout.fn(0, *sizes)

@@ -27,6 +27,8 @@ from ..library import autograd_inside_operators, compute_dtype, register
 # φ by name.
 ACTIVATIONS = {"gelu": F.gelu, "relu": torch.relu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x}
 
+SHAPES = "prompt s d, A m r, B r d, beta is_fused, W_q d a, W_k d a, D d columns, U columns d, G d K, grad_output s d"
+
 # Keeps the normalisation of an all-zero row finite, and its gradient too: C is zero at the start.
 NORM_EPS = 1e-6
 
@@ -67,7 +69,7 @@ def joint_prompt_reference(
     p_hat = p * torch.rsqrt(p.square().mean(1, keepdim=True) + NORM_EPS)
     joint = p
     if beta.numel():
-        joint = joint + beta * _attended(p, p_hat, A, B, W_q, W_k, lowrank_scale, score_scale)
+        joint = joint + beta.view(1) * _attended(p, p_hat, A, B, W_q, W_k, lowrank_scale, score_scale)
     if D.shape[1]:
         hidden = ACTIVATIONS[activation](p_hat @ D)  # [s, K·h]
         if G.shape[1]:
@@ -122,11 +124,12 @@ _PARAMETERS = (
     'float lowrank_scale, float embedding_scale, float score_scale, str activation="gelu"'
 )
 joint_prompt = register(
-    f"joint_prompt({_PARAMETERS}) -> Tensor", joint_prompt_reference, _fake, "joint_prompt.launchers"
+    f"joint_prompt({_PARAMETERS}) -> Tensor", joint_prompt_reference, _fake, "joint_prompt.launchers", SHAPES
 )
 joint_prompt_backward = register(
     f"joint_prompt_backward(Tensor grad_output, {_PARAMETERS}) -> ({', '.join(['Tensor'] * 9)})",
     joint_prompt_backward_reference,
     _backward_fake,
     "joint_prompt.launchers",
+    SHAPES,
 )

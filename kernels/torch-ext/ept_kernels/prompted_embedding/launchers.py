@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .. import launch
 from ..launch import Config, Kinds, Prepared, Size
+from ..library import check_shapes
 from .backward import prompted_embedding_backward_kernel, prompted_embedding_reduce_kernel, token_at_kernel
 from .forward import prompted_embedding_kernel
+from .reference import BACKWARD, FORWARD
 
 _BACKWARD = {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_R": 16, "STAGES": 4, "num_warps": 4, "num_stages": 3}
 
@@ -38,6 +40,7 @@ def token_at(positions: Tensor, m: int) -> Tensor:
 
 @launch.cached_choice
 def _token_at(kinds: Kinds, m: int) -> Prepared:
+    check_shapes("positions batch n", positions=kinds[3][0])
     ((batch, n),) = kinds[3]
     grid = (triton.cdiv(m, TOKEN_AT["BLOCK_M"]) * batch,)
     return Prepared(token_at_kernel, grid, (n, m), TOKEN_AT, kinds)
@@ -82,23 +85,18 @@ def prompted_embedding_packed(
 def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size]:
     """Prepares the launch; says what shape its result has."""
     _, (_, _, _, dtype, *_), device, (ids, positions, found, table, prompt, A_shape, B, adapter_ids) = kinds
+    is_packed, parameters = positions is None, {"prompt": prompt, "A": A_shape, "B": B, "adapter_ids": adapter_ids}
+    check_shapes(FORWARD, input_ids=None if is_packed else ids, positions=positions, table=table, **parameters)
     (vocabulary, d), s, (*adapters, m, r) = table, prompt[-2], A_shape
-    is_packed = positions is None
     if is_packed:
         (tokens,), batch = ids, found[0] - 1
         n = triton.cdiv(tokens, max(batch, 1))  # of the average text
     else:
         batch, n = ids
         tokens = batch * n
-    launch.check_shapes(
-        positions=(positions, None if is_packed else ids),
-        prompt=(prompt, (*adapters, s, d)),
-        B=(B, (*adapters, r, d)),
-        adapter_ids=(adapter_ids, (batch,) if adapters else None),
-    )
     m, r = (m, r) if math.prod(A_shape) and tokens else (0, 0)
     if m and not is_packed:
-        launch.check_shapes(token_at=(found, (batch, m)))
+        check_shapes(f"token_at {batch} {m}", token_at=found)
     config, options = _chosen("prompted_embedding", d, r, dtype, dtype, device)
     tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
     runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if not adapters else batch
@@ -120,18 +118,17 @@ def prompted_embedding_backward(
     found: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes `ept_kernels.prompted_embedding_backward_reference`: 3 launches, 2 with `token_at`, 1 without update."""
-    s, d = grad_output.shape[1] - positions.shape[1], grad_output.shape[2]
-    *adapters, m, _ = A.shape
+    s, (*adapters, m, _) = grad_output.shape[1] - positions.shape[1], A.shape
     has_update = A.numel() and positions.numel()
     if found is None:
         found = token_at(positions, m if has_update else 0)
     A, B = A.contiguous(), B.contiguous()
     adapter_ids = None if adapter_ids is None else adapter_ids.contiguous()
-    grad_prompt = A.new_empty(*adapters, s, d)
     like = torch.empty_like if has_update else torch.zeros_like
     grad_A, grad_B = like(A), like(B, dtype=A.dtype)
     tensors = (grad_output, found, A, B, adapter_ids)
     first, last, parts_A, parts_B = _backward(launch.kinds(*tensors), grad_output.stride(), s, float(scale))
+    grad_prompt = A.new_empty(*adapters, s, B.shape[-1])
     partial_A, partial_B = (A.new_empty(size, dtype=torch.float32) for size in (parts_A, parts_B))
     with launch.on_device(grad_output):
         first(*tensors, grad_prompt, partial_A, partial_B)
@@ -143,13 +140,14 @@ def prompted_embedding_backward(
 @launch.cached_choice
 def _backward(kinds: Kinds, strides: Size, s: int, scale: float) -> tuple[Prepared, Prepared | None, int, int]:
     """Prepares both launches; counts the elements of the partial sums of `grad_A` and of `grad_B`."""
-    _, (read, _, written, *_), device, ((batch, rows, d), found, A_shape, B, adapter_ids) = kinds
-    *lead, m, r = A_shape
-    launch.check_shapes(B=(B, (*lead, r, d)), adapter_ids=(adapter_ids, (batch,) if lead else None))
+    _, (read, _, written, *_), device, (grad, found, A_shape, B, adapter_ids) = kinds
+    positions = found[0], grad[1] - s
+    check_shapes(BACKWARD, grad_output=grad, positions=positions, A=A_shape, B=B, adapter_ids=adapter_ids)
+    (batch, rows, d), (*lead, m, r) = grad, A_shape
     if not math.prod(A_shape) or not batch * (rows - s):
         r = 0
     else:
-        launch.check_shapes(token_at=(found, (batch, m)))
+        check_shapes(f"token_at {batch} {m}", token_at=found)
     adapters = math.prod(lead)
     config, options = _chosen("prompted_embedding_backward", d, r, read, written, device)
     columns = triton.cdiv(d, config["BLOCK_D"])

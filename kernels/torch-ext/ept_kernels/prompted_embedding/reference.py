@@ -6,8 +6,13 @@ embeddings, indexed by the token's position among the real tokens of its text. P
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..library import compute_dtype, register
+
+_PARAMETERS = "A {adapter_ids}m r, B {adapter_ids}r d, adapter_ids batch"
+FORWARD = "input_ids batch n, positions batch n, table rows d, prompt {adapter_ids}s d, " + _PARAMETERS
+BACKWARD = "grad_output batch all d, positions batch n, " + _PARAMETERS
 
 
 def prompted_embedding_reference(
@@ -39,12 +44,12 @@ def prompted_embedding_reference(
         `[batch, s + n, d]` in the table's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
     """
     dtype = compute_dtype(table, prompt, A)
-    tokens = table[input_ids].to(dtype)  # [batch, n, d]
+    tokens = F.embedding(input_ids, table).to(dtype)  # [batch, n, d]
     if adapter_ids is None:
         prompt_rows = prompt.to(dtype).expand(input_ids.shape[0], -1, -1)  # [batch, s, d]
     else:
         prompt_rows = prompt.to(dtype)[adapter_ids]
-    if A.shape[-1] > 0:
+    if A.numel():
         is_updated, index, A, B = positions >= 0, positions.clamp(min=0), A.to(dtype), B.to(dtype)
         if adapter_ids is None:
             rows = A[index]  # [batch, n, r]
@@ -68,6 +73,8 @@ def prompted_embedding_packed_reference(
     Returns:
         `[tokens + texts·s, d]` in the table's dtype.
     """
+    if (ends := cu_seqlens.tolist())[:1] != [0] or ends[-1] != len(input_ids) or ends != sorted(ends):
+        raise ValueError(f"cu_seqlens has to rise from 0 to the {len(input_ids)} tokens, got {ends}")
     starts = cu_seqlens.to(torch.int64)
     s, texts = prompt.shape[0], starts.numel() - 1
     index = torch.arange(input_ids.shape[0], device=input_ids.device)
@@ -120,15 +127,14 @@ def prompted_embedding_backward_reference(
     """
     dtype = compute_dtype(grad_output, A)
     n = positions.shape[1]
-    s = grad_output.shape[1] - n
+    of_prompt, of_text = grad_output.to(dtype).split([grad_output.shape[1] - n, n], dim=1)
     m, r = A.shape[-2:]
-    grad_prompt = _sum_rows(grad_output[:, :s].to(dtype), adapter_ids, A)
+    grad_prompt = _sum_rows(of_prompt, adapter_ids, A)
     if r == 0 or n == 0:
         return grad_prompt.to(A.dtype), A.new_zeros(A.shape), A.new_zeros(B.shape)
     # Every text's gradient rows are gathered at their positions (no atomics), then summed in row order.
     token_at = token_at_reference(positions, m) if token_at is None else token_at
-    rows = grad_output[:, s:].to(dtype)
-    at_position = torch.take_along_dim(rows, token_at.clamp(min=0).long()[..., None], dim=1)  # [batch, m, d]
+    at_position = torch.take_along_dim(of_text, token_at.clamp(min=0).long()[..., None], dim=1)  # [batch, m, d]
     summed = _sum_rows(at_position * (token_at >= 0)[..., None], adapter_ids, A)  # [m, d], or [adapters, m, d]
     grad_A = scale * (summed @ B.to(dtype).mT)
     grad_B = scale * (A.to(dtype).mT @ summed)
@@ -157,6 +163,7 @@ prompted_embedding = register(
         input_ids.shape[0], prompt.shape[-2] + input_ids.shape[1], table.shape[1]
     ),
     launcher="prompted_embedding.launchers",
+    shapes=FORWARD,
 )
 prompted_embedding_packed = register(
     "prompted_embedding_packed(Tensor input_ids, Tensor cu_seqlens, Tensor table, Tensor prompt, Tensor A, Tensor B, "
@@ -166,6 +173,7 @@ prompted_embedding_packed = register(
         input_ids.shape[0] + (cu_seqlens.shape[0] - 1) * prompt.shape[0], table.shape[1]
     ),
     launcher="prompted_embedding.launchers",
+    shapes="input_ids tokens, cu_seqlens ends, table rows d, prompt s d, A m r, B r d",
 )
 prompted_embedding_backward = register(
     "prompted_embedding_backward(Tensor grad_output, Tensor positions, Tensor A, Tensor B, float scale, "
@@ -173,10 +181,12 @@ prompted_embedding_backward = register(
     prompted_embedding_backward_reference,
     _backward_fake,
     launcher="prompted_embedding.launchers",
+    shapes=BACKWARD,
 )
 token_at = register(
     "token_at(Tensor positions, int m) -> Tensor",
     token_at_reference,
     lambda positions, m: positions.new_empty(positions.shape[0], m, dtype=torch.int32),
     launcher="prompted_embedding.launchers",
+    shapes="positions batch n",
 )
