@@ -62,10 +62,10 @@ def check_adapter(adapter_name: str, config: Any) -> None:
     """Raises `ValueError` for a name that no adapter can have, and for a configuration of another kind."""
     if not isinstance(config, EPTConfig):
         raise ValueError(f"an EPT model takes EPTConfig adapters, got {type(config).__name__}")
-    if not adapter_name or "." in adapter_name or adapter_name == BASE:
+    if not adapter_name or "." in adapter_name or adapter_name == BASE or hasattr(nn.ModuleDict, adapter_name):
         raise ValueError(
             f"an adapter cannot be named {adapter_name!r}: give it a name without a dot that is not {BASE!r}, which "
-            "names rows without an adapter"
+            "names rows without an adapter, nor one of a module's own (keys, type, ...)"
         )
 
 

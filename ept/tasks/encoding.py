@@ -51,7 +51,7 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
         ValueError: two labels have the same tokens, one has none, or an end token is needed and there is none.
     """
     if task_type == "SEQ_2_SEQ_LM":
-        encoded = [list(tokenizer(text_target=label)["input_ids"]) for label in labels]
+        encoded = _encode_targets(tokenizer, labels)
     else:
         # As " label" follows a text, whatever mark the tokenizer puts at the start of a string.
         before = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -75,6 +75,13 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
     return encoded
 
 
+def _encode_targets(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenises what an encoder-decoder is to write, with an end token, which not every tokenizer adds."""
+    encoded = tokenizer(text_target=list(texts))["input_ids"] if len(texts) else []
+    end = tokenizer.eos_token_id
+    return [[*ids] if end is None or end in ids else [*ids, end] for ids in encoded]
+
+
 def encode_answers(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -87,10 +94,11 @@ def encode_answers(
     `spaced`: a decoder's answer stands behind a space, as after most texts; in a chat it does not.
     """
     if task_type == "SEQ_2_SEQ_LM":
-        encoded = [list(ids) for ids in tokenizer(text_target=list(texts))["input_ids"]]
+        encoded = _encode_targets(tokenizer, texts)
     else:
         start = "a " if spaced else ""  # as " answer" follows a text
         before = tokenizer("a", add_special_tokens=False)["input_ids"] if spaced else []
+        texts = [text.removeprefix(" ") for text in texts] if spaced else texts
         encoded = [tokenizer(f"{start}{text}", add_special_tokens=False)["input_ids"][len(before) :] for text in texts]
         if tokenizer.eos_token_id is not None:
             encoded = [[*ids, tokenizer.eos_token_id] for ids in encoded]

@@ -142,6 +142,10 @@ def test_bad_arguments_are_named(tmp_path):
     model, ids = adapted("llama"), make_batch("llama", (6, 6))["input_ids"]
     with pytest.raises(ValueError, match=r"attention_mask must be a tensor .*, got dict"):
         model(ids, attention_mask={"full_attention": None})
+    added = torch.zeros(ids.shape).index_fill(1, torch.tensor([0]), torch.finfo(torch.float32).min)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="one that is added to scores: give 1 for real tokens"):
+            call(ids, attention_mask=added)
     for name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
         with pytest.raises(ValueError, match="cannot be merged into weights"):
             getattr(model, name)()

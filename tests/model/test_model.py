@@ -508,7 +508,7 @@ def test_what_cannot_work_is_refused():
             get_ept_model(llama, config)
     with pytest.raises(ValueError, match="num_virtual_tokens=64 leaves no room for text, GPT2LMHeadModel has 64 pos"):
         get_ept_model(make_model("gpt2"), EPTConfig(num_virtual_tokens=64))
-    for name in ("", "a.b", "__base__"):
+    for name in ("", "a.b", "__base__", "keys"):
         with pytest.raises(ValueError, match=f"an adapter cannot be named '{name}'"):
             get_ept_model(llama, EPTConfig(**SMALL), name)
 

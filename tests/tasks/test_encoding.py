@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
@@ -10,10 +11,11 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny_runs import VOCABULARY, save_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ept.tasks import local_task, render
-from ept.tasks.encoding import Collator, encode_labels, encode_split, encode_texts, fit_rows
+from ept.tasks.encoding import Collator, encode_answers, encode_labels, encode_split, encode_texts, fit_rows
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "end-token"])
@@ -94,6 +96,24 @@ def test_an_end_token_only_where_one_label_begins_another(tokenizer: PreTrainedT
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="one label begins another and the tokenizer has no end token"):
         encode_labels(tokenizer, ["very", "very good"], "CAUSAL_LM")
+
+
+def test_what_an_encoder_decoder_is_to_write_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    for own in ("$A", "$A </s>", "$A </s> <en>"):  # as a tokenizer adds none, as T5's, as mBART's
+        target = copy.deepcopy(tokenizer)
+        target.add_tokens("<en>")
+        end, language = target.convert_tokens_to_ids(["</s>", "<en>"])
+        special = [("</s>", end), ("<en>", language)]
+        target.backend_tokenizer.post_processor = TemplateProcessing(single=own, special_tokens=special)
+        tail = [end, language] if "<en>" in own else [end]
+        assert encode_labels(target, ["good"], "SEQ_2_SEQ_LM") == [[*ids("good"), *tail]]
+        assert encode_answers(target, ["very good"], "SEQ_2_SEQ_LM", None) == [[*ids("very good"), *tail]]
+
+
+def test_an_answer_stands_behind_one_space(tokenizer: PreTrainedTokenizerBase) -> None:
+    watched = Mock(wraps=tokenizer, eos_token_id=None)
+    assert encode_answers(watched, [" good"], "CAUSAL_LM", None) == [ids("good")]
+    assert watched.call_args.args == ("a good",)
 
 
 def test_labels_that_the_tokenizer_cannot_tell_apart(tokenizer: PreTrainedTokenizerBase) -> None:
