@@ -68,6 +68,7 @@ def prompted_embedding_packed_reference(
     Args:
         input_ids: `[tokens]`, the texts one after another.
         cu_seqlens: `[texts + 1]` int32 or int64, where each text begins in `input_ids`, and the end: `0 … tokens`.
+            A CPU checks the values; kernels trust them, as to look at them would wait for the device.
         table, prompt, A, B, scale: as for `prompted_embedding_reference`; every token is updated.
 
     Returns:
