@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..utils.messages import listed, reason
 from .drawing import SPLITS
 from .files import READERS, File, Row, read_rows
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 logger = logging.getLogger(__name__)
 
 OTHER_NAMES = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing",)}
 """What people call the files of a folder beside the splits' own names."""
+SHARDS = "train-*-of-*"
+"""Files of a data set's train split on the hub."""
 TRAIN_FILE = f"train{{{','.join(READERS)}}}"
 RawSplits = dict[str, tuple[str, list[Row]]]
 """By split: its source, for messages, and its rows."""
@@ -54,6 +60,8 @@ def raw_splits(
                 raise ValueError(f"{folder} holds {', '.join(p.name for p in found)}: keep one file for each split")
             if found:
                 given[split] = found[0]
+        if not given and (loaded := _stored(folder)) is not None:
+            return _rows_of(loaded, str(folder), hub_names, names_labels)
         if "train" not in given:
             present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise FileNotFoundError(f"{folder} has no train split: it needs {TRAIN_FILE}, it holds {present}")
@@ -65,7 +73,7 @@ def raw_splits(
         return {split: (str(path), read_rows(path, encoding)) for split, path in given.items()}
     if hub is None:
         raise ValueError("the task is not on the hub: give data_dir or train_file")
-    from datasets import ClassLabel, load_dataset
+    from datasets import load_dataset
 
     path, config = hub
     name = f"{path} ({config})" if config is not None else path
@@ -79,16 +87,38 @@ def raw_splits(
         ) from error
     except ValueError as error:  # it has several configurations, or no such one
         raise ValueError(f"cannot load {name} from the hub: {reason(error)}") from error
-    if hub_names[0] not in loaded:
-        raise FileNotFoundError(f"{name} has no split '{hub_names[0]}', only {', '.join(loaded)}")
+    return _rows_of(loaded, name, hub_names, names_labels)
+
+
+def _stored(folder: Path) -> Mapping[str, Dataset] | None:
+    """Loads what `save_to_disk` has written, or a copy of a hub's data set; None where the folder is neither."""
+    is_saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+    if not is_saved and not [*folder.glob(SHARDS), *folder.glob(f"data/{SHARDS}")]:
+        return None
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    try:
+        loaded = load_from_disk(str(folder)) if is_saved else load_dataset(str(folder))
+    except Exception as error:  # of any kind, by what is damaged
+        raise ValueError(f"{folder} holds a data set that cannot be loaded: {reason(error)}") from error
+    return {"train": loaded} if isinstance(loaded, Dataset) else loaded
+
+
+def _rows_of(loaded: Mapping[str, Dataset], name: str, hub_names: Sequence[str], names_labels: bool) -> RawSplits:
+    from datasets import ClassLabel
+
     splits: RawSplits = {}
     for split, hub_name in zip(SPLITS, hub_names):
-        if hub_name in loaded:
-            rows = loaded[hub_name].to_list()
-            for column, feature in loaded[hub_name].features.items() if names_labels else ():
-                if isinstance(feature, ClassLabel):
-                    for row in rows:
-                        hidden = row[column] is None or row[column] < 0
-                        row[column] = None if hidden else feature.int2str(row[column])
-            splits[split] = (f"{name} {hub_name}", rows)
+        found = next((own for own in (hub_name, split, *OTHER_NAMES[split]) if own in loaded), None)
+        if found is None:
+            continue
+        rows = loaded[found].to_list()
+        for column, feature in loaded[found].features.items() if names_labels else ():
+            if isinstance(feature, ClassLabel):
+                for row in rows:
+                    hidden = row[column] is None or row[column] < 0
+                    row[column] = None if hidden else feature.int2str(row[column])
+        splits[split] = (f"{name} {found}", rows)
+    if "train" not in splits:
+        raise FileNotFoundError(f"{name} has no split '{hub_names[0]}', only {', '.join(loaded)}")
     return splits

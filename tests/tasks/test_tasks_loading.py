@@ -85,6 +85,39 @@ def test_other_names_of_the_validation_file(tmp_path, name, caplog):
         load_task(SST2, data_dir=tmp_path)
 
 
+@pytest.mark.parametrize("form", ["saved", "a split saved", "a copy of the hub's", "a copy in data/"])
+def test_folders_as_datasets_and_the_hub_have_them(tmp_path, monkeypatch, form):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, names = tmp_path / "folder", datasets.ClassLabel(names=["bad", "good"])
+    parts = {"train": sst2_rows(0, 20), "valid": sst2_rows(20, 6), "test": sst2_rows(30, 4)}
+    parts = {k: datasets.Dataset.from_list(rows).cast_column("label", names) for k, rows in parts.items()}
+    if form == "saved":
+        datasets.DatasetDict(parts).save_to_disk(folder)
+    elif form == "a split saved":
+        parts["train"].save_to_disk(folder)
+    else:
+        place = folder / "data" if "data/" in form else folder
+        place.mkdir(parents=True)
+        for name, rows in parts.items():
+            for i in (0, 1):
+                rows.shard(2, i).to_parquet(place / f"{name}-{i:05}-of-00002.parquet")
+        (folder / "README.md").write_text("a data set")
+    expected = [16, 2, 2] if form == "a split saved" else [20, 6, 4]
+    assert sizes(load_task(SST2, data_dir=folder)) == expected
+    task = local_task("{sentence}", ["bad", "good"])
+    data = load_task(task, data_dir=folder, labels="words")
+    assert sizes(data) == expected
+    for row in (*data.train, *data.validation, *data.test):
+        assert row["target"] == ["bad", "good"][int(row["text"].split()[-1]) % 2]
+
+
+def test_a_saved_folder_that_is_damaged_is_named(tmp_path):
+    datasets.DatasetDict(train=datasets.Dataset.from_list(sst2_rows(0, 8))).save_to_disk(tmp_path / "x")
+    next((tmp_path / "x" / "train").glob("*.arrow")).unlink()
+    with pytest.raises(ValueError, match="x holds a data set that cannot be loaded"):
+        load_task(SST2, data_dir=tmp_path / "x")
+
+
 def test_files(tmp_path):
     files = {
         "train_file": write(tmp_path / "a.csv", sst2_rows(0, 5)),
