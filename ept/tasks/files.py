@@ -29,7 +29,7 @@ _MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", 
 ENCODINGS = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "shift_jis", "gb18030", "big5", "euc_kr")
 
 
-def read_rows(path: File, encoding: str | None = None) -> list[Row]:
+def read_rows(path: File, encoding: str | None = None, names_labels: bool = False) -> list[Row]:
     """Reads the rows of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; values of a csv file are strings.
 
     A `.json` file may be an array of rows, JSON lines, one row, or an object with the array under any one key. A `.csv`
@@ -39,6 +39,7 @@ def read_rows(path: File, encoding: str | None = None) -> list[Row]:
     Args:
         encoding: of a text file. None: UTF-8, or UTF-16 and UTF-32 by their marks; a csv file that is neither may be
             cp1252, with a warning.
+        names_labels: give the names of class labels, where a Parquet file has them, in place of their numbers.
 
     Raises FileNotFoundError when there is no such file, ValueError for an unsupported suffix or encoding, for content
     that does not parse (with its line or row) and for a file without rows.
@@ -55,7 +56,23 @@ def read_rows(path: File, encoding: str | None = None) -> list[Row]:
         rows.append(row)
     if not rows:
         raise ValueError(f"{path}: the file is empty: it needs at least 1 row")
+    if names_labels and path.suffix.lower() == ".parquet":
+        from datasets import Features
+        from pyarrow import parquet  # type: ignore[import-untyped]
+
+        name_labels(rows, Features.from_arrow_schema(parquet.read_schema(path)))
     return rows
+
+
+def name_labels(rows: Iterable[Row], features: Mapping[str, Any]) -> None:
+    """Puts names in the place of class labels' numbers, None for −1, which hides a label."""
+    from datasets import ClassLabel
+
+    for column, feature in features.items():
+        if isinstance(feature, ClassLabel):
+            for row in rows:
+                hidden = row[column] is None or row[column] < 0
+                row[column] = None if hidden else feature.int2str(row[column])
 
 
 def read_text(path: Path, encoding: str | None = None, guess: bool = False) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..utils.messages import listed, reason
 from .drawing import SPLITS
-from .files import READERS, File, Row, read_rows
+from .files import READERS, File, Row, name_labels, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,7 +41,7 @@ def raw_splits(
         files: by split. hub: the data set's path and configuration there, where neither folder nor file is given.
         hub_names: what the hub calls the splits; a folder may have these names too.
         columns: for a message, those that the rows need.
-        names_labels: give the names of a hub's class labels, in place of their numbers.
+        names_labels: as in `read_rows`; of a hub's data sets and of stored ones, too.
     """
     given = {split: Path(file) for split, file in files.items() if file is not None}
     names = ", ".join(f"{split}_file" for split in given)
@@ -70,7 +70,7 @@ def raw_splits(
     elif given and "train" not in given:
         raise ValueError(f"{names} without train_file: give train_file as well")
     if given:
-        return {split: (str(path), read_rows(path, encoding)) for split, path in given.items()}
+        return {split: (str(path), read_rows(path, encoding, names_labels)) for split, path in given.items()}
     if hub is None:
         raise ValueError("the task is not on the hub: give data_dir or train_file")
     from datasets import load_dataset
@@ -105,19 +105,14 @@ def _stored(folder: Path) -> Mapping[str, Dataset] | None:
 
 
 def _rows_of(loaded: Mapping[str, Dataset], name: str, hub_names: Sequence[str], names_labels: bool) -> RawSplits:
-    from datasets import ClassLabel
-
     splits: RawSplits = {}
     for split, hub_name in zip(SPLITS, hub_names):
         found = next((own for own in (hub_name, split, *OTHER_NAMES[split]) if own in loaded), None)
         if found is None:
             continue
         rows = loaded[found].to_list()
-        for column, feature in loaded[found].features.items() if names_labels else ():
-            if isinstance(feature, ClassLabel):
-                for row in rows:
-                    hidden = row[column] is None or row[column] < 0
-                    row[column] = None if hidden else feature.int2str(row[column])
+        if names_labels:
+            name_labels(rows, loaded[found].features)
         splits[split] = (f"{name} {found}", rows)
     if "train" not in splits:
         raise FileNotFoundError(f"{name} has no split '{hub_names[0]}', only {', '.join(loaded)}")

@@ -194,7 +194,7 @@ def load_split(
     Args:
         names: what the file calls columns of the task, by their names in the task.
     """
-    rows = read_rows(path, encoding)
+    rows = read_rows(path, encoding, names_labels=task.is_local)
     if names:
         rows = with_all_columns(rows)
         if absent := [column for column in names.values() if column not in rows[0]]:

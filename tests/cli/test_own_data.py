@@ -151,7 +151,7 @@ def test_a_file_is_read_once(
 ) -> None:
     """For what is inferred of its rows, and for the splits."""
     read = []
-    monkeypatch.setattr(sources, "read_rows", lambda path, encoding: read.append(path) or read_rows(path, encoding))
+    monkeypatch.setattr(sources, "read_rows", lambda path, *rest: read.append(path) or read_rows(path, *rest))
     file = write(tmp_path, "comma")
     arguments = ("train", file, "--model", models["bert"], "--method", "pt")
     succeed(*arguments, "--dry-run")

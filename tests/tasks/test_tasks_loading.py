@@ -111,6 +111,19 @@ def test_folders_as_datasets_and_the_hub_have_them(tmp_path, monkeypatch, form):
         assert row["target"] == ["bad", "good"][int(row["text"].split()[-1]) % 2]
 
 
+def test_a_parquet_file_gives_the_names_of_its_labels(tmp_path):
+    rows = datasets.Dataset.from_list([*sst2_rows(0, 20), {"sentence": "film number 20", "label": -1, "idx": 20}])
+    rows.cast_column("label", datasets.ClassLabel(names=["bad", "good"])).to_parquet(tmp_path / "a.parquet")
+    task = local_task("{sentence}", ["bad", "good"])
+    found = load_split(task, tmp_path / "a.parquet", labels="words", strict=False)
+    assert found["target"][:] == ["bad", "good"] * 10
+    data = load_task(task, train_file=tmp_path / "a.parquet", labels="words", strict=False)
+    assert {row["text"] + row["target"] for row in data.train} <= {
+        a + b for a, b in zip(found["text"], found["target"])
+    }
+    assert load_split(SST2, tmp_path / "a.parquet", strict=False)["label"][:] == [0, 1] * 10
+
+
 def test_a_saved_folder_that_is_damaged_is_named(tmp_path):
     datasets.DatasetDict(train=datasets.Dataset.from_list(sst2_rows(0, 8))).save_to_disk(tmp_path / "x")
     next((tmp_path / "x" / "train").glob("*.arrow")).unlink()
