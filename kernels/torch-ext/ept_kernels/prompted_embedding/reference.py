@@ -74,8 +74,10 @@ def prompted_embedding_packed_reference(
     Returns:
         `[tokens + texts·s, d]` in the table's dtype.
     """
-    if (ends := cu_seqlens.tolist())[:1] != [0] or ends[-1] != len(input_ids) or ends != sorted(ends):
-        raise ValueError(f"cu_seqlens has to rise from 0 to the {len(input_ids)} tokens, got {ends}")
+    if cu_seqlens.device.type == "cpu":
+        ends = cu_seqlens.tolist()
+        if ends[:1] != [0] or ends[-1] != len(input_ids) or ends != sorted(ends):
+            raise ValueError(f"cu_seqlens has to rise from 0 to the {len(input_ids)} tokens, got {ends}")
     starts = cu_seqlens.to(torch.int64)
     s, texts = prompt.shape[0], starts.numel() - 1
     index = torch.arange(input_ids.shape[0], device=input_ids.device)
