@@ -60,8 +60,7 @@ def steps_table(methods: Sequence[MethodSummary]) -> tuple[list[str], list[list[
     # A curve is not monotonic: the baseline, too, may have had its last score before the end.
     its_steps = steps_to(baseline, baseline[max(baseline)]) if baseline else None
 
-    def cell(curve: Curve, score: float) -> str:
-        steps = steps_to(curve, score)
+    def cell(curve: Curve, steps: float | None) -> str:
         if steps is None:
             return "not reached"
         return f"{'≤ ' if steps == min(curve) else ''}{steps:,.0f}"  # nobody scored it before the first evaluation
@@ -75,13 +74,11 @@ def steps_table(methods: Sequence[MethodSummary]) -> tuple[list[str], list[list[
             METHODS[name].title,
             f"{last:,}",
             f"{100 * curve[last]:.1f}",
-            cell(curve, NEARLY * curve[last]) if curve[last] > 0 else "-",  # a share of a negative score is above it
+            # A share of a negative score is above it.
+            cell(curve, steps_to(curve, NEARLY * curve[last])) if curve[last] > 0 else "-",
         ]
         if baseline:
             steps = steps_to(curve, baseline[max(baseline)])
-            row += [
-                cell(curve, baseline[max(baseline)]),
-                "-" if steps is None or not its_steps else f"{steps / its_steps:.2f}",
-            ]
+            row += [cell(curve, steps), "-" if steps is None or not its_steps else f"{steps / its_steps:.2f}"]
         rows.append(row)
     return header, rows
