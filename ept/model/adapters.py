@@ -32,6 +32,7 @@ from .adapter_files import (
 )
 from .adapter_lock import exclusive
 from .base_model import (
+    check_absent,
     check_heads,
     input_embedding,
     label_names,
@@ -178,6 +179,8 @@ class ModelWithAdapters(PeftModel):
                 "None in a configuration of its own"
             )
         check_heads(base, heads)
+        if task_type != "FEATURE_EXTRACTION":  # few read the pooled output, which many checkpoints have nothing for
+            check_absent(base, heads)
         # PEFT looks for sizes under some names in the model's configuration; EPT needs the first, and measures it.
         peft_config.token_dim = embedding_width(input_embedding(base))
         sizes = base.config.to_dict()

@@ -14,6 +14,8 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..utils.messages import listed
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -26,10 +28,34 @@ def input_embedding(model: Any) -> nn.Module:
 
 
 def trained_heads(model: Any) -> list[str]:
-    """Names a model's top-level modules outside its backbone: freshly initialised, to be trained and saved."""
+    """Names what of a model is freshly initialised, to be trained and saved.
+
+    Top-level modules outside its backbone, and what else its checkpoint lacks, such as a pooler within the backbone.
+    """
     if not (heads := _outside_backbone(model)):
         raise ValueError(f"found no classification head in {type(model).__name__}: name it in modules_to_save")
-    return heads
+    return [*heads, *(name for name in absent_modules(model) if name.partition(".")[0] not in heads)]
+
+
+def absent_modules(model: nn.Module) -> list[str]:
+    """Names the modules that a checkpoint had no weights for, which transformers draws anew at each load.
+
+    None of a model that was not read from a checkpoint: transformers marks the parameters that it has read, and the
+    modules that it has seen to.
+    """
+
+    def is_marked(thing: Any) -> bool:
+        return getattr(thing, "_is_hf_initialized", False)
+
+    if not any(map(is_marked, model.parameters())):
+        return []
+    copies = {module for wrapper in wrapped_heads(model) for module in wrapper.modules_to_save.modules()}
+    names = []
+    for name, module in model.named_modules():
+        own = module.parameters(recurse=False)
+        if is_marked(module) and module not in copies and not all(map(is_marked, own)):
+            names.append(name.replace(".original_module", ""))
+    return names
 
 
 def _outside_backbone(model: Any) -> list[str]:
@@ -116,6 +142,21 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
         for key, module in modules.items()
         for name, tensor in getattr(module, "original_module", module).state_dict().items()
     }
+
+
+def check_absent(model: Any, trained: Iterable[str] | None) -> None:
+    """Warns of modules that the checkpoint of `model` lacks and no adapter will hold."""
+    lost = []
+    for name in absent_modules(model):
+        parts = name.split(".")
+        if not any(".".join(parts[:end]).endswith(tuple(trained or ())) for end in range(1, len(parts) + 1)):
+            lost.append(name)
+    if lost:
+        warnings.warn(
+            f"the checkpoint of {type(model).__name__} has no weights for {listed(lost)}, which are other ones at each "
+            "load: name them in modules_to_save, or give a checkpoint that has them",
+            stacklevel=4,
+        )
 
 
 def check_heads(model: Any, trained: Iterable[str] | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import EPTConfig
 from ..model.adapter_files import SCALE_NAME, read_config, read_weights, weight_shapes
-from ..model.base_model import trained_heads
+from ..model.base_model import absent_modules, trained_heads
 from ..model.ept_model import EPTModel, get_ept_model
 from ..utils.messages import listed
 from .folder import RunFolder
@@ -49,12 +48,11 @@ def load_untrained(
         adapter.template = task.template
         words = task.labels(config.data.label_form)
         adapter.label_words = list((config.model.head_labels or task.label_words) if task_type == "SEQ_CLS" else words)
-    if task_type == "SEQ_CLS" and base.drawn:
-        heads = trained_heads(base)  # and what else nobody has trained: a pooler within the backbone
-        adapter.modules_to_save = [*heads, *(name for name in base.drawn if name.partition(".")[0] not in heads)]
+    if task_type == "SEQ_CLS" and absent_modules(base):
+        adapter.modules_to_save = trained_heads(base)
     options = {"seed": config.seed, "tokenizer": tokenizer, "text": text}
     model = module_of(method).attach(base, adapter, **options, **config.model.model_dump(include=FAST))
-    _check_drawn(model, base.drawn)
+    _check_absent(model)
     if settings.init_from is not None:
         folder = _adapter_folder(settings.init_from)
         state = read_weights(folder, {k: v for k, v in weight_shapes(folder).items() if k != SCALE_NAME})
@@ -74,15 +72,15 @@ def load_trained(
     base = load_base_model(config.model, task_type, num_labels, pad_token_id, max_length=max_length)
     attach_trained = module_of(METHODS[config.method.name]).attach_trained
     model = attach_trained(base, adapter, **config.model.model_dump(include=FAST))
-    _check_drawn(model, base.drawn)
+    _check_absent(model)
     return model.eval()
 
 
-def _check_drawn(model: PeftModel, drawn: Sequence[str]) -> None:
-    """Refuses modules that are drawn at each load of the base model and that the adapter does not hold."""
+def _check_absent(model: PeftModel) -> None:
+    """Refuses modules that are other ones at each load of the base model and that the adapter does not hold."""
     base: Any = model.get_base_model()
     held = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    if lost := [name for name in drawn if not f"{name}.".startswith(held)]:
+    if lost := [name for name in absent_modules(base) if not f"{name}.".startswith(held)]:
         raise ValueError(
             f"{base.name_or_path} has no weights for {listed(lost)} of {type(base).__name__}, and the adapter does not "
             "hold them: they would be other ones at each load; give a checkpoint that has them"

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..model.base_model import trained_heads
+from ..model.base_model import absent_modules, trained_heads
 from ..model.reading import infer_task_type
 from ..utils.messages import listed
 from .cpu import choose_attention, fastest_dtype
@@ -141,7 +141,6 @@ def load_base_model(
     configuration names one.
 
     A GGUF file is unpacked into a plain float model of the same class; `load_in_4bit` quantises through bitsandbytes.
-    The attribute `drawn` lists the modules that the checkpoint has no weights for, which are other ones at each load.
     Raises ValueError where it cannot be loaded.
     """
     device = device or default_device()
@@ -176,9 +175,7 @@ def load_base_model(
             llm_int8_skip_modules=heads,
         )
         options["device_map"] = {"": device}
-    base, loaded = _from_pretrained(MODEL_CLASSES[task_type], model, output_loading_info=True, **options)
-    absent = {*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])}
-    drawn = dict.fromkeys(name.rpartition(".")[0] or name for name, _ in base.named_parameters() if name in absent)
+    base = _from_pretrained(MODEL_CLASSES[task_type], model, **options)
     if model.gguf_file is not None:
         # transformers leaves the mark "quantized" on the models that it unpacks: make one without it of their weights.
         config = copy.deepcopy(base.config)
@@ -187,6 +184,9 @@ def load_base_model(
         plain = type(base).from_pretrained(None, config=config, state_dict=base.state_dict(), dtype=base.dtype)
         plain.generation_config = base.generation_config
         plain.name_or_path = plain.config._name_or_path = str(model.name_or_path)
+        for name in absent_modules(base):
+            for parameter in plain.get_submodule(name).parameters(recurse=False):
+                parameter._is_hf_initialized = False
         base = plain
     if task_type == "SEQ_CLS" and base.config.pad_token_id is None:
         base.config.pad_token_id = pad_token_id  # decoders pool at the last real token
@@ -194,7 +194,6 @@ def load_base_model(
         base.to(device)
     if model.attn_implementation is None:
         choose_attention(base, max_length)
-    base.drawn = list(drawn)
     return base.eval()
 
 

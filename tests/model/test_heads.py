@@ -1,10 +1,12 @@
 """What an adapter trains of the base model's own modules: in float32 on a 16-bit model, there and after saving."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from tiny_models import SMALL, make_batch, make_model, randomise
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertLMHeadModel, BertModel
 
 from ept import EPTConfig, EPTModel, get_ept_model
 
@@ -164,3 +166,40 @@ def test_labels_have_the_active_adapters_names(own, tmp_path):
     again = make_model("bert", **({} if own is None else {"id2label": own}))
     EPTModel.from_pretrained(again, tmp_path / "other")
     assert again.config.id2label == {0: "x", 1: "y", 2: "z"}
+
+
+@pytest.fixture
+def load_masked(tmp_path):
+    """Loads a model from the checkpoint of a BERT as it is trained on masked words, without a pooler."""
+    language_model = BertForMaskedLM(make_model("bert").config)
+    language_model.save_pretrained(tmp_path / "masked")
+    return lambda cls=BertForSequenceClassification: cls.from_pretrained(tmp_path / "masked")
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_trained_and_saved(load_masked, tmp_path):
+    model, batch = get_ept_model(load_masked(), EPTConfig(**SMALL)), make_batch("bert")
+    model.add_adapter("other", EPTConfig(**SMALL))
+    for name in ("default", "other"):
+        assert model.peft_config[name].modules_to_save == ["classifier", "bert.pooler.dense"]
+    randomise(model)
+    model(**batch).loss.backward()
+    assert all(p.grad is not None for name, p in heads_of(model).items() if ".default." in name)
+    assert any(name.endswith("bert.pooler.dense.modules_to_save.default.weight") for name in heads_of(model))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model.eval()(**batch).logits
+    again = EPTModel.from_pretrained(load_masked(), tmp_path / "adapter")
+    assert torch.equal(again.eval()(**batch).logits, expected)
+
+
+def test_modules_that_the_checkpoint_lacks_and_no_adapter_holds_get_a_warning(load_masked):
+    with pytest.warns(UserWarning, match=r"has no weights for bert\.pooler\.dense, which .*: name them in modules_to"):
+        get_ept_model(load_masked(), EPTConfig(**SMALL, modules_to_save=["classifier"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_ept_model(load_masked(), EPTConfig(**SMALL, modules_to_save=["classifier", "pooler"]))
+        get_ept_model(load_masked(BertModel), EPTConfig(**SMALL, task_type="FEATURE_EXTRACTION"))
+        get_ept_model(copy.deepcopy(load_masked()), EPTConfig(**SMALL))  # without transformers' marks
+    headless = load_masked(BertModel)
+    headless.save_pretrained(headless.name_or_path)
+    with pytest.warns(UserWarning, match=r"BertLMHeadModel has no weights for cls\.predictions"):
+        get_ept_model(load_masked(BertLMHeadModel), EPTConfig(**SMALL, task_type="CAUSAL_LM"))
