@@ -2,19 +2,37 @@
 
 Each function wraps one operator of `ept_kernels`. Gradients reach the prompt's parameters, and, of the frozen model's
 own work, the inputs only; the frozen table gets one only where the caller made it trainable. First-order gradients
-only: a second backward raises.
+only: a backward with `create_graph=True` raises.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import ept_kernels
 from ept_kernels.four_bit.reference import check_operands
+
+
+def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a backward that is to be differentiated, as PyTorch's `once_differentiable` does for `.backward()` alone.
+
+    `torch.autograd.grad` never meets that one's error, and a Hessian was 0.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "ept's operators have no second derivatives, which create_graph=True asks for: differentiate once"
+            )
+        return backward(ctx, *gradients)
+
+    return checked
 
 
 class _PromptedEmbedding(torch.autograd.Function):
@@ -28,7 +46,7 @@ class _PromptedEmbedding(torch.autograd.Function):
         return ept_kernels.prompted_embedding(*inputs, token_at)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         positions, A, B, adapter_ids, token_at, input_ids = ctx.saved_tensors
         grad_prompt, grad_A, grad_B = ept_kernels.prompted_embedding_backward(
@@ -53,7 +71,7 @@ class _JointPrompt(torch.autograd.Function):
         return ept_kernels.joint_prompt(*inputs)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         gradients = ept_kernels.joint_prompt_backward(grad_output, *ctx.saved_tensors, *ctx.options)
         return *gradients, *(None for _ in ctx.options)
@@ -69,7 +87,7 @@ class _Matmul4bit(torch.autograd.Function):
         return torch.ops.ept.matmul_4bit.default(x, *weight, bias, *sizes)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
@@ -96,7 +114,7 @@ class _RMSNorm(torch.autograd.Function):
         return out, h
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_output: Tensor | None, grad_h: Tensor | None) -> tuple[Any, ...]:
         grad = grad_h
         if grad_output is not None:
@@ -112,7 +130,7 @@ class _Rotary(torch.autograd.Function):
         return ept_kernels.rotary(q, k, cos, sin, interleaved)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
         return *ept_kernels.rotary(grad_q, grad_k, *ctx.saved_tensors, ctx.interleaved, True), None, None, None
 
@@ -125,7 +143,7 @@ class _GatedActivation(torch.autograd.Function):
         return ept_kernels.gated_activation(gate, up, activation)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         return *ept_kernels.gated_activation_backward(grad_output, *ctx.saved_tensors, ctx.activation), None
 
@@ -138,7 +156,7 @@ class _ReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         return ept_kernels.relu_backward(grad_output, *ctx.saved_tensors)
 
