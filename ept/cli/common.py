@@ -76,8 +76,8 @@ def data_keys(
             keys["data.train_file"] = data
         elif path.is_dir():
             keys["data.data_dir"] = data
-        elif data in TASKS:
-            keys["data.task"] = data
+        elif data.count("/") == 1 and any(task.startswith(data.partition("/")[0] + "/") for task in TASKS):
+            keys["data.task"] = data  # if no such one is known, its error names the nearest
         elif path.is_absolute() or data.startswith(".") or data.count("/") > 1:
             raise FileNotFoundError(f"{data}: no such file or folder: check the path")
         else:

@@ -251,7 +251,7 @@ def test_traceback_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(result.exception, FileNotFoundError)
 
 
-def test_tasks(data: Path) -> None:
+def test_tasks(data: Path, models: dict[str, Path]) -> None:
     listed = as_json("tasks")
     assert len(listed) == 13
     assert {"glue/sst2", "glue/rte", "glue/cola", "super_glue/boolq", "super_glue/cb"} <= set(listed)
@@ -262,6 +262,7 @@ def test_tasks(data: Path) -> None:
     text = succeed("tasks", "show", "super_glue/boolq").stdout
     assert all(part in text for part in ("{passage}", "accuracy"))
     assert "did you mean 'glue/sst2'" in refused("tasks", "show", "glue/sst")
+    assert "did you mean 'glue/sst2'" in refused("train", "glue/sst3", "--model", models["llama"], "--dry-run")
 
 
 def test_env() -> None:
