@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,7 +42,7 @@ def absent_modules(model: nn.Module) -> list[str]:
     """Names the modules that a checkpoint had no weights for, which transformers draws anew at each load.
 
     None of a model that was not read from a checkpoint: transformers marks the parameters that it has read, and the
-    modules that it has seen to.
+    modules that it has seen to. What a class lists as never stored, Marian's sines, is the same at each load.
     """
 
     def is_marked(thing: Any) -> bool:
@@ -50,10 +51,12 @@ def absent_modules(model: nn.Module) -> list[str]:
     if not any(map(is_marked, model.parameters())):
         return []
     copies = {module for wrapper in wrapped_heads(model) for module in wrapper.modules_to_save.modules()}
+    never_stored = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     names = []
     for name, module in model.named_modules():
-        own = module.parameters(recurse=False)
-        if is_marked(module) and module not in copies and not all(map(is_marked, own)):
+        own = [key for key, p in module.named_parameters(name, recurse=False) if not is_marked(p)]
+        drawn = [key for key in own if not any(re.search(pattern, key) for pattern in never_stored)]
+        if drawn and is_marked(module) and module not in copies:
             names.append(name.replace(".original_module", ""))
     return names
 

@@ -6,9 +6,17 @@ import warnings
 import pytest
 import torch
 from tiny_models import SMALL, make_batch, make_model, randomise
-from transformers import BertForMaskedLM, BertForSequenceClassification, BertLMHeadModel, BertModel
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertLMHeadModel,
+    BertModel,
+    MarianConfig,
+    MarianMTModel,
+)
 
 from ept import EPTConfig, EPTModel, get_ept_model
+from ept.model.base_model import absent_modules
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -203,3 +211,17 @@ def test_modules_that_the_checkpoint_lacks_and_no_adapter_holds_get_a_warning(lo
     headless.save_pretrained(headless.name_or_path)
     with pytest.warns(UserWarning, match=r"BertLMHeadModel has no weights for cls\.predictions"):
         get_ept_model(load_masked(BertLMHeadModel), EPTConfig(**SMALL, task_type="CAUSAL_LM"))
+
+
+def test_what_a_class_never_stores_is_not_missed(tmp_path):
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    tokens = {"vocab_size": 50, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    MarianMTModel(MarianConfig(**sizes, **heads, **tokens)).save_pretrained(tmp_path)
+    base, loaded = MarianMTModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loaded["missing_keys"]
+    assert absent_modules(base) == []
+    language_model = BertForMaskedLM(make_model("bert").config)
+    language_model.save_pretrained(tmp_path)
+    base = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert absent_modules(base) == ["bert.pooler.dense", "classifier"]
