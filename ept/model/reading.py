@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from .facts import BaseModelFacts
 from .miniature import ATTEMPTS, miniature
 from .questions import WITHOUT_LANGUAGE_MODEL, Subject
 
+_LANGUAGE_MODELS = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
 _KEPT: dict[Any, Any] = {}  # answers in this process, by the question, the model's class and its configuration
 
 
@@ -41,8 +46,9 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
 def infer_task_type(model: Any) -> str:
     """Returns the task type of a model's head, or of the configuration of a model that is not loaded yet.
 
-    A configuration without a language-model head is taken for a classifier's, since a head can be added. A model
-    whose head is for nothing that an adapter learns raises `ValueError`.
+    A configuration without a language-model head is taken for a classifier's, since a head can be added; one of a model
+    that reads images or sounds beside texts is a language model's. A model whose head is for nothing that an adapter
+    learns raises `ValueError`.
     """
     if isinstance(model, nn.Module):
         facts = facts_of(model)
@@ -52,7 +58,8 @@ def infer_task_type(model: Any) -> str:
     if getattr(model, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"
     heads = getattr(model, "architectures", None) or []
-    return "CAUSAL_LM" if any("CausalLM" in head or "LMHead" in head for head in heads) else "SEQ_CLS"
+    known = [names.get(getattr(model, "model_type", "")) for names in _LANGUAGE_MODELS]
+    return "CAUSAL_LM" if any("CausalLM" in h or "LMHead" in h or h in known for h in heads) else "SEQ_CLS"
 
 
 def with_forward_of(facts: BaseModelFacts, model: Any) -> BaseModelFacts:

@@ -14,6 +14,10 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from ..model.base_model import absent_modules, trained_heads
 from ..model.reading import infer_task_type
@@ -175,7 +179,7 @@ def load_base_model(
             llm_int8_skip_modules=heads,
         )
         options["device_map"] = {"": device}
-    base = _from_pretrained(MODEL_CLASSES[task_type], model, **options)
+    base = _from_pretrained(_class_for(model, task_type), model, **options)
     if model.gguf_file is not None:
         # transformers leaves the mark "quantized" on the models that it unpacks: make one without it of their weights.
         config = copy.deepcopy(base.config)
@@ -195,6 +199,15 @@ def load_base_model(
     if model.attn_implementation is None:
         choose_attention(base, max_length)
     return base.eval()
+
+
+def _class_for(model: ModelConfig, task_type: str) -> Any:
+    """Returns the class that loads `model`; transformers keeps language models that read images as well apart."""
+    if task_type == "CAUSAL_LM" and model.gguf_file is None:
+        kind = _from_pretrained(AutoConfig, model).model_type
+        if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return transformers.AutoModelForMultimodalLM
+    return MODEL_CLASSES[task_type]
 
 
 def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype | Literal["auto"]:
