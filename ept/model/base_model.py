@@ -35,7 +35,8 @@ def trained_heads(model: Any) -> list[str]:
     """
     if not (heads := _outside_backbone(model)):
         raise ValueError(f"found no classification head in {type(model).__name__}: name it in modules_to_save")
-    return [*heads, *(name for name in absent_modules(model) if name.partition(".")[0] not in heads)]
+    absent = [name for name in absent_modules(model) if "." in name]  # others are heads, or the model's own numbers
+    return [*heads, *(name for name in absent if name.partition(".")[0] not in heads)]
 
 
 def absent_modules(model: nn.Module) -> list[str]:
@@ -57,7 +58,7 @@ def absent_modules(model: nn.Module) -> list[str]:
         own = [key for key, p in module.named_parameters(name, recurse=False) if not is_marked(p)]
         drawn = [key for key in own if not any(re.search(pattern, key) for pattern in never_stored)]
         if drawn and is_marked(module) and module not in copies:
-            names.append(name.replace(".original_module", ""))
+            names.append(name.replace(".original_module", "") or listed(drawn))
     return names
 
 

@@ -225,3 +225,16 @@ def test_what_a_class_never_stores_is_not_missed(tmp_path):
     language_model.save_pretrained(tmp_path)
     base = BertForSequenceClassification.from_pretrained(tmp_path)
     assert absent_modules(base) == ["bert.pooler.dense", "classifier"]
+
+
+class WithNumbers(BertForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.numbers = torch.nn.Parameter(torch.zeros(3))
+        self.post_init()
+
+
+def test_numbers_of_the_model_itself_that_the_checkpoint_lacks_get_a_warning(load_masked):
+    with pytest.warns(UserWarning, match="WithNumbers has no weights for numbers, which are other ones"):
+        model = get_ept_model(load_masked(WithNumbers), EPTConfig(**SMALL))
+    assert model.peft_config["default"].modules_to_save == ["classifier", "bert.pooler.dense"]
