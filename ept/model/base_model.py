@@ -43,11 +43,16 @@ def absent_modules(model: nn.Module) -> list[str]:
     """Names the modules that a checkpoint had no weights for, which transformers draws anew at each load.
 
     None of a model that was not read from a checkpoint: transformers marks the parameters that it has read, and the
-    modules that it has seen to. What a class lists as never stored, Marian's sines, is the same at each load.
+    modules that it has seen to. What a class lists as never stored, Marian's sines, is the same at each load. Weights
+    that are quantised, or kept on disk, are others than those that were marked.
     """
 
     def is_marked(thing: Any) -> bool:
         return getattr(thing, "_is_hf_initialized", False)
+
+    def is_drawn(key: str, parameter: nn.Parameter) -> bool:
+        is_replaced = parameter.is_meta or type(parameter) is not nn.Parameter
+        return not (is_marked(parameter) or is_replaced or any(re.search(pattern, key) for pattern in never_stored))
 
     if not any(map(is_marked, model.parameters())):
         return []
@@ -55,8 +60,7 @@ def absent_modules(model: nn.Module) -> list[str]:
     never_stored = tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     names = []
     for name, module in model.named_modules():
-        own = [key for key, p in module.named_parameters(name, recurse=False) if not is_marked(p)]
-        drawn = [key for key in own if not any(re.search(pattern, key) for pattern in never_stored)]
+        drawn = [key for key, parameter in module.named_parameters(name, recurse=False) if is_drawn(key, parameter)]
         if drawn and is_marked(module) and module not in copies:
             names.append(name.replace(".original_module", "") or listed(drawn))
     return names
