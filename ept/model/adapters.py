@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config import OUTPUT_FIELDS, PEFT_TYPE, EPTConfig
 from ..embedding import embedding_width, scaled_embedding
 from ..prompt import EPTLayer
-from ..utils.messages import shown
+from ..utils.messages import listed, shown
 from .adapter_files import (
     HUB_ARGUMENTS,
     SCALE_NAME,
@@ -32,10 +32,10 @@ from .adapter_files import (
 )
 from .adapter_lock import exclusive
 from .base_model import (
-    check_absent,
     check_heads,
     input_embedding,
     label_names,
+    lost_modules,
     name_labels,
     set_mode,
     train_in_float32,
@@ -179,8 +179,13 @@ class ModelWithAdapters(PeftModel):
                 "None in a configuration of its own"
             )
         check_heads(base, heads)
-        if task_type != "FEATURE_EXTRACTION":  # few read the pooled output, which many checkpoints have nothing for
-            check_absent(base, heads)
+        # Few read the pooled output of a model without a head, which many checkpoints have nothing for.
+        if task_type != "FEATURE_EXTRACTION" and (lost := lost_modules(base, heads)):
+            warnings.warn(
+                f"the checkpoint of {type(base).__name__} has no weights for {listed(lost)}, which are other ones at "
+                "each load: name them in modules_to_save, or give a checkpoint that has them",
+                stacklevel=3,
+            )
         # PEFT looks for sizes under some names in the model's configuration; EPT needs the first, and measures it.
         peft_config.token_dim = embedding_width(input_embedding(base))
         sizes = base.config.to_dict()

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -152,19 +152,14 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
     }
 
 
-def check_absent(model: Any, trained: Iterable[str] | None) -> None:
-    """Warns of modules that the checkpoint of `model` lacks and no adapter will hold."""
-    lost = []
-    for name in absent_modules(model):
-        parts = name.split(".")
-        if not any(".".join(parts[:end]).endswith(tuple(trained or ())) for end in range(1, len(parts) + 1)):
-            lost.append(name)
-    if lost:
-        warnings.warn(
-            f"the checkpoint of {type(model).__name__} has no weights for {listed(lost)}, which are other ones at each "
-            "load: name them in modules_to_save, or give a checkpoint that has them",
-            stacklevel=4,
-        )
+def lost_modules(model: Any, trained: Iterable[str] | None) -> list[str]:
+    """Names the modules that the checkpoint of `model` lacks and that are in none of those named in `trained`."""
+    ends = tuple(trained or ())
+    return [
+        name
+        for name in absent_modules(model)
+        if not any(part.endswith(ends) for part in accumulate(name.split("."), "{}.{}".format))
+    ]
 
 
 def check_heads(model: Any, trained: Iterable[str] | None) -> None:

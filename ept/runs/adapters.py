@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel
-from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PreTrainedTokenizerBase
 
 from ..config import EPTConfig
 from ..model.adapter_files import SCALE_NAME, read_config, read_weights, weight_shapes
-from ..model.base_model import absent_modules, trained_heads
+from ..model.base_model import absent_modules, lost_modules, trained_heads
 from ..model.ept_model import EPTModel, get_ept_model
 from ..utils.messages import listed
 from .folder import RunFolder
@@ -79,8 +78,7 @@ def load_trained(
 def _check_absent(model: PeftModel) -> None:
     """Refuses modules that are other ones at each load of the base model and that the adapter does not hold."""
     base: Any = model.get_base_model()
-    held = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    if lost := [name for name in absent_modules(base) if not f"{name}.".startswith(held)]:
+    if lost := lost_modules(base, getattr(model.active_peft_config, "modules_to_save", None)):
         raise ValueError(
             f"{base.name_or_path} has no weights for {listed(lost)} of {type(base).__name__}, and the adapter does not "
             "hold them: they would be other ones at each load; give a checkpoint that has them"
