@@ -124,7 +124,7 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
     if not textual:
         remedy = "name it with --text-column (data.text_columns)"
         raise ValueError(f"{source}: none of {_quoted(columns) or 'no columns'} holds text: {remedy}")
-    read = [name for name in textual if not all(_CODE.fullmatch(str(value)) for value in columns[name])]
+    read = [name for name in textual if not _are_codes(columns[name])]
     longest = max(read or textual, key=lambda name: _length(columns[name]))
     if shape := next((type(v).__name__ for v in columns[longest] if isinstance(v, (list, dict))), None):
         remedy = "flatten it to a string, or name the columns to read with --text-column (data.text_columns)"
@@ -135,8 +135,8 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
 def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: Collection[str]) -> list[str]:
     """Says which columns beside the found `texts` the labels seem to be about as well, where one has named none.
 
-    They may be choices, of which the label is the number or the letter; and where many rows have one text and several
-    labels, it is some of all the others.
+    They may be choices, of which the label is the number or the letter, or what such choices answer; and where many
+    rows have one text and several labels, it is some of all the others.
     """
     columns = {name: found for name, found in _columns(rows).items() if name not in texts and name != label}
     sizes = Counter(_series(name) for name, found in columns.items() if _is_text(found))
@@ -150,6 +150,11 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
     if len(texts) == 1 and points and (choices := list(filter(is_choice, columns))):
         what = f"{_quoted(choices)}, which the model does not read"
         notes.append(f"the labels {_quoted(words)} may be the numbers or letters of choices in {what}: {remedy}")
+    is_pair = {*map(_plain, texts)} in [{*map(_plain, pair)} for pair in TEXT_PAIRS]
+    asked = [name for name, found in columns.items() if _is_text(found) and not _are_codes(found)]
+    if points and len(texts) == len(words) and not is_pair and asked:
+        what = f"{_quoted(texts)}, and {_quoted(asked)}, which the model does not read, what they answer"
+        notes.append(f"the labels {_quoted(words)} may be the numbers or letters of {what}: {remedy}")
     labels_of: dict[str, Counter[Any]] = defaultdict(Counter)
     for row in rows:
         if not is_missing(row.get(label)):
@@ -164,6 +169,10 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
 def _series(name: str) -> str:
     """Gives what the names of like columns share: `choice1` and `choice2`, `sentence_A` and `sentence_B`."""
     return re.sub(r"\d+|(?<![^\W_])[^\W_]$", "#", name)
+
+
+def _are_codes(values: Sequence[Any]) -> bool:
+    return all(_CODE.fullmatch(str(value)) for value in values)
 
 
 def _is_text(values: Sequence[Any]) -> bool:

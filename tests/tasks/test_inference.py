@@ -239,6 +239,13 @@ UNREAD = [
         [0, 1, 0],
         "3 of 3 rows have .* and 'answer', which",
     ),
+    (
+        {"goal": [*"abc"], "sol1": LONG, "sol2": LONG},
+        [0, 1, 0],
+        "labels '0', '1' may be .* of 'sol1', 'sol2', and 'goal', which the model does not read, what they",
+    ),
+    ({"id": ["a-1", "a-2", "a-3"], "sentence1": LONG, "sentence2": LONG, "topic": [*"abc"]}, [0, 1, 0], None),
+    ({"id": ["a-1", "a-2", "a-3"], "sol1": LONG, "sol2": LONG}, [0, 1, 0], None),
     ({"text": LONG, "title": [*"abc"], "n1": [1, 2, 3], "n2": [1, 2, 3]}, [0, 1, 0], None),
     ({"text": LONG, "choice1": [*"abc"], "choice2": [*"bcd"]}, ["good", "bad", "good"], None),
     ({"premise": LONG, "hypothesis": LONG, "marks": [["a"]] * 3}, [0, 1, 0], None),
