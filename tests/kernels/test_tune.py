@@ -27,7 +27,7 @@ SLOW = 0.004  # seconds
 
 def fake_kernel(n_spills: int) -> Any:
     """Makes a kernel as `launch` indexes it with a grid and calls it."""
-    return {(1,): lambda: SimpleNamespace(n_spills=n_spills, metadata=SimpleNamespace(name="toy"))}
+    return {(1,): lambda **meta: SimpleNamespace(n_spills=n_spills, metadata=SimpleNamespace(name="toy"))}
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,18 @@ from ept_kernels.launch import configured
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = not INTERPRETED and os.environ.get("EPT_KERNELS") == "triton" and torch.cuda.is_available()
 
+if INTERPRETED:
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    _splat = InterpreterBuilder.create_splat
+
+    def _splat_of_bool(builder: Any, shape: Any, handle: Any) -> Any:
+        """Triton 3.9 refuses masks that are no booleans, and makes integers of a compared scalar as it spreads it."""
+        made = _splat(builder, shape, handle)
+        return TensorHandle(made.data.astype(bool), made.dtype) if handle.data.dtype == bool else made
+
+    InterpreterBuilder.create_splat = _splat_of_bool
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     text = "compile what a GPU such as sm_90 would run, on CPU tensors, in place of running it; values are not compared"

@@ -123,12 +123,12 @@ class Driver:
     def get_device_properties(self, device: Any) -> dict[str, int]:
         return {"max_shared_mem": self.limits.shared}
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, Any, int, int, int]:
-        """Returns the module, the function, registers, spills and the most threads of a program, as a GPU's does."""
+    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[None, Any, int, int, int]:
+        """Returns no module, which Triton 3.9 would unload; the function, registers, spills and most threads."""
         facts, threads = facts_of(binary, self.limits.backend), 1024
         if self.limits.backend == "cuda":  # of 65,536 registers, handed out by the eight, to whole warps
             threads = min(threads, 65536 // (-(-facts["registers"] // 8) * 8) // 32 * 32)
-        return self, facts, facts["registers"], facts["spilled_bytes"] // 4, threads
+        return None, facts, facts["registers"], facts["spilled_bytes"] // 4, threads
 
     def _launch(self, name: str, x: int, y: int, z: int, stream: int, facts: dict[str, int], *rest: Any) -> None:
         from triton.runtime.errors import TritonError
