@@ -127,7 +127,7 @@ def test_an_accelerator_tells_the_time_of_the_phases_and_is_waited_for(
 
     waited: list[torch.device] = []
     method = make_method(MethodSpec.parse("ept"), base := make_model("llama"), "CAUSAL_LM", 12)
-    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    monkeypatch.setattr(torch, "get_device_module", lambda *device: SimpleNamespace(Event=Event, is_available=bool))
     monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
     time = time_step(method, base, batch_of("llama"), device := torch.device(kind, 1))
     assert waited == [device] * 2
