@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny_models import PAD, SMALL, VOCAB, adapted, make_batch, make_model, randomise
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from tiny_models import PAD, SMALL, VOCAB, adapted, add_lora, make_batch, make_model, randomise
 from transformers import BartConfig, BartForCausalLM, MambaConfig, MambaForCausalLM, RobertaConfig, RobertaForCausalLM
 
 from ept import EPTConfig, EPTModel, get_ept_model
@@ -75,7 +75,7 @@ def test_tokens_behind_padding_and_positions_by_index_are_refused():
 @torch.no_grad()
 def test_a_prompt_cache_is_made_anew_when_lora_is_switched():
     base = make_model("llama")
-    base.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    add_lora(base, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     model, ids = wrapped(base), make_batch("llama", (6, 6))["input_ids"]
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
     seen = []

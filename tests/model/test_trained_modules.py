@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
-from tiny_models import SMALL, adapted, make_batch, make_model, randomise
+from tiny_models import SMALL, adapted, add_lora, make_batch, make_model, randomise
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -109,7 +108,7 @@ def test_checkpointed_layers_with_modules_of_several_adapters_are_refused(heads,
 @pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [4, 5]}], ids=str)
 def test_a_base_whose_modules_another_adapter_trained_is_refused(options):
     base = make_model("llama")
-    base.add_adapter(LoraConfig(target_modules=["q_proj"], **options), "lora")
+    add_lora(base, "lora", target_modules=["q_proj"], **options)
     with pytest.raises(ValueError, match=r"another adapter has trained .* of LlamaForCausalLM itself: merge it first"):
         get_ept_model(base, EPTConfig(**SMALL))
 
