@@ -139,11 +139,12 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
     rows have one text and several labels, it is some of all the others.
     """
     columns = {name: found for name, found in _columns(rows).items() if name not in texts and name != label}
-    sizes = Counter(_series(name) for name, found in columns.items() if _is_text(found))
+    textual = [name for name, found in columns.items() if _is_text(found)]
+    sizes = Counter(map(_series, textual))
 
     def is_choice(name: str) -> bool:
         lists = any(isinstance(value, (list, dict)) and _is_text([value]) for value in columns[name])
-        return lists or name in words or (_is_text(columns[name]) and sizes[_series(name)] > 1)
+        return lists or name in words or (name in textual and sizes[_series(name)] > 1)
 
     remedy = "name every column to read with --text-column (of a list, make columns of its items first)"
     notes, points = [], all(re.fullmatch("[0-9A-Za-z]", word) for word in words)
@@ -151,7 +152,7 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
         what = f"{_quoted(choices)}, which the model does not read"
         notes.append(f"the labels {_quoted(words)} may be the numbers or letters of choices in {what}: {remedy}")
     is_pair = {*map(_plain, texts)} in [{*map(_plain, pair)} for pair in TEXT_PAIRS]
-    asked = [name for name, found in columns.items() if _is_text(found) and not _are_codes(found)]
+    asked = [name for name in textual if not _are_codes(columns[name])]
     if points and len(texts) == len(words) and not is_pair and asked:
         what = f"{_quoted(texts)}, and {_quoted(asked)}, which the model does not read, what they answer"
         notes.append(f"the labels {_quoted(words)} may be the numbers or letters of {what}: {remedy}")
@@ -160,8 +161,8 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
         if not is_missing(row.get(label)):
             labels_of[text_key("\n".join(str(row.get(name)) for name in texts))][_written(row[label])] += 1
     torn = sum(sum(counts.values()) for counts in labels_of.values() if len(counts) > 1)
-    if not notes and torn > len(rows) / 10 and (others := [name for name in columns if _is_text(columns[name])]):
-        what = f"{_quoted(others)}, which the model does not read, may tell them apart"
+    if not notes and torn > len(rows) / 10 and textual:
+        what = f"{_quoted(textual)}, which the model does not read, may tell them apart"
         notes.append(f"{torn} of {len(rows)} rows have a text of several labels, and {what}: {remedy}")
     return notes
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from importlib import metadata
 
 import pytest
-from packaging.version import Version
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    is_old = importlib.util.find_spec("triton") is not None and Version(metadata.version("triton")) < Version("3.5")
-    if is_old and "TRITON_HIP_LLD_PATH" not in os.environ:
-        reason = "Triton 3.4 links for AMD GPUs with ROCm's own linker"
+    try:
+        import triton
+    except ImportError:
+        return
+    if triton.__version__.startswith("3.4.") and "TRITON_HIP_LLD_PATH" not in os.environ:
+        reason = "Triton 3.4 links for AMD GPUs with ROCm's own linker: TRITON_HIP_LLD_PATH or a newer Triton runs it"
         for item in items:
-            if "gfx942" in item.nodeid:
+            if "gfx942" in item.nodeid and item.path.name in ("test_aot.py", "test_compile_only.py"):
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -196,4 +197,6 @@ def test_threads_exchange_nothing_in_a_dequantisation_to_16_bits(nested, target)
     problem = FourBit(4096, 4096, (), nested=nested, dtype=torch.bfloat16, operator="dequantize_4bit")
     kernel = compiled(problem, target)
     assert kernel.metadata.shared == 0
-    assert not re.search("shfl|permute|permlane|dpp", kernel.asm["llir"])  # a change of layout may be one of names
+    assert not re.search("shfl|permute|permlane|dpp", kernel.asm["llir"])
+    if Version(triton.__version__) < Version("3.9"):  # which has layouts that differ in their names alone
+        assert "ttg.convert_layout" not in kernel.asm["ttgir"]

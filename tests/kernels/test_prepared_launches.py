@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ept_kernels import launch
+from ept_kernels.dev import compile_only
 from ept_kernels.dev.problems import FourBit, JointPrompt, PromptedEmbedding, opcheck_problems
 from ept_kernels.library import launcher_of
 
@@ -30,7 +28,7 @@ class Gpu:
 
     def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **meta: Any) -> Any:
         self.bound += 1
-        bound, specialization, options = kernel.device_caches[0][-1](*args, **meta)
+        bound, specialization, options = kernel.device_caches["sm_90"][-1](*args, **meta)
         form = (kernel.fn.__name__, str(specialization), str(options))
         compiled = type("Compiled", (), {"__getitem__": lambda _, grid: lambda *args: self.note(form, grid, args)})()
         compiled[(*grid, 1, 1)[:3]](*bound.values())
@@ -49,14 +47,8 @@ class Gpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     gpu = Gpu()
-    active = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: None,
-    )
-    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", active)  # of triton 3.4
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **meta: gpu.run(kernel, *args, **meta))
-    with launch.acting_as(90):
+    with compile_only.driving("sm_90"):
         yield gpu
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -126,7 +127,7 @@ REFUSED = [
     ("a.json", '{"data": [1, 2]}', "holds an object with 'data', not rows"),
     ("a.json", '{"text": {"0": "a"}, "label": {"0": 1}}', "holds an object with 'text', 'label', not rows"),
     ("a.json", "7", "holds int, not rows"),
-    ("a.json", '{\n "a": 1,\n}', "a.json, line [23]: not JSON"),
+    ("a.json", '{\n "a": 1,\n}', f"a.json, line {2 if sys.version_info >= (3, 13) else 3}: not JSON"),
     ("a.json", json.dumps({str(i): {} for i in range(99)}), "an object with '0', .* '7', and 91 more, not rows"),
     ("a.csv", "text,label\nso,a\nso,b\0\n", "line 3: a byte 0x00, which is no part of a text: take it out"),
     ("a.csv", "text,label\nso,a\n".encode("utf-16-le"), r"set data.encoding to its own \(it may be utf-16-le\)"),
