@@ -135,8 +135,8 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
 def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: Collection[str]) -> list[str]:
     """Says which columns beside the found `texts` the labels seem to be about as well, where one has named none.
 
-    They may be choices, of which the label is the number or the letter, or what such choices answer; and where many
-    rows have one text and several labels, it is some of all the others.
+    They may be choices, of which the label is the number or the letter, or what such choices answer; a word or a part
+    of the text; and where many rows have one text and several labels, it is some of all the others.
     """
     columns = {name: found for name, found in _columns(rows).items() if name not in texts and name != label}
     textual = [name for name, found in columns.items() if _is_text(found)]
@@ -156,6 +156,9 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
     if points and len(texts) == len(words) and not is_pair and asked:
         what = f"{_quoted(texts)}, and {_quoted(asked)}, which the model does not read, what they answer"
         notes.append(f"the labels {_quoted(words)} may be the numbers or letters of {what}: {remedy}")
+    if not notes and (parts := [name for name in textual if _holds_parts(rows, name, texts)]):
+        what = f"{_quoted(parts)}, which the model does not read: nearly every row has there a part of its text"
+        notes.append(f"the labels may be about {what}: {remedy}")
     labels_of: dict[str, Counter[Any]] = defaultdict(Counter)
     for row in rows:
         if not is_missing(row.get(label)):
@@ -165,6 +168,17 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
         what = f"{_quoted(textual)}, which the model does not read, may tell them apart"
         notes.append(f"{torn} of {len(rows)} rows have a text of several labels, and {what}: {remedy}")
     return notes
+
+
+def _holds_parts(rows: Sequence[Row], name: str, texts: Sequence[str]) -> bool:
+    """Tells whether a column holds words of the texts beside it, such as the aspect that a sentiment is about."""
+    found = []
+    for row in rows[:1000]:
+        if not is_missing(part := row.get(name)) and isinstance(part, str):
+            key, whole = text_key(part), [text_key(str(row.get(text))) for text in texts]
+            inside = any(re.search(rf"(?<![a-z0-9]){re.escape(key)}", text) for text in whole)  # aspects: an inflection
+            found.append((key, inside and key not in whole))
+    return len({key for key, _ in found}) > 1 and sum(inside for _, inside in found) >= NEARLY_ALL * len(found)
 
 
 def _series(name: str) -> str:
