@@ -114,9 +114,14 @@ def test_no_launches_counted_is_no_goal_met() -> None:
 
 
 def test_compiling_is_counted_whole_and_nothing_seen_of_it_meets_no_goal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiles(*_: Any) -> None:
-        knobs.compilation.listener(times=SimpleNamespace(total=2e6), cache_hit=False)  # microseconds
+    now = 0.0
 
+    def compiles(*_: Any) -> None:
+        nonlocal now
+        now += 2.0
+        knobs.compilation.listener(src=SimpleNamespace(name="rows"), cache_hit=False)
+
+    monkeypatch.setattr(cold, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr("ept_kernels.library.launcher_of", lambda name: compiles)
     monkeypatch.setattr(knobs.compilation, "listener", None)
     found = {**row(goals.COMPILING, "ours", 1.0), **cold.joint_prompt("cpu")}

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +25,9 @@ from triton.errors import TritonError
 
 from ept_kernels import launch
 from ept_kernels.dev import aot, compile_only
-from ept_kernels.dev.problems import LLAMA_7B, FourBit
+from ept_kernels.dev.problems import LLAMA_7B, FourBit, JointPrompt
 from ept_kernels.frozen import launchers as frozen
+from ept_kernels.joint_prompt import launchers as joint
 from ept_kernels.library import launcher_of
 from ept_kernels.problem import Problem
 from ept_kernels.prompted_embedding.forward import prompted_embedding_kernel
@@ -83,6 +86,30 @@ def test_products_are_fused_with_sums_whatever_tritons_default(declined):
         warnings.simplefilter("error")
         compiled = launch.launch(square, (1,), torch.ones(64, dtype=torch.float16), 3, **meta)
     assert compiled.metadata.enable_fp_fusion is not declined
+
+
+@pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="Triton 3.4 compiles one kernel after the other")
+def test_kernels_that_are_launched_in_turn_are_compiled_side_by_side(tmp_path, monkeypatch):
+    """Each waits until all four have begun; a second call, and one in other sizes, compile nothing. The mode of
+    whoever calls is not in the way.
+    """
+    all_begun, compiled = threading.Barrier(4, timeout=60), []
+
+    def compile_with_the_others(source: Any, *arguments: Any, **options: Any) -> Any:
+        all_begun.wait()
+        compiled.append(source.name)
+        return compile_kernel(source, *arguments, **options)
+
+    compile_kernel = triton.compiler.compile
+    monkeypatch.setattr(triton.compiler, "compile", compile_with_the_others)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel in vars(joint).values():
+        if isinstance(kernel, triton.JITFunction):
+            kernel.device_caches.clear()
+    with ThreadPoolExecutor() as executor, triton.AsyncCompileMode(executor), compile_only.driving("sm_90"):
+        for s in (3, 3, 5):
+            launcher_of("joint_prompt")(*JointPrompt(s=s, d=12, r=2).inputs())
+    assert sorted(compiled) == [f"joint_prompt_{name}_kernel" for name in ("expand", "products", "rows", "sum")]
 
 
 SCRIPT = """

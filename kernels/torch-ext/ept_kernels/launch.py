@@ -13,12 +13,14 @@ heuristic. Other numbers that are measured a device have a name with a dot, as t
 """
 
 import contextlib
+import contextvars
 import functools
 import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,6 +79,7 @@ class Prepared:
     def __init__(self, kernel: Any, grid: Size, numbers: tuple[float, ...], meta: dict[str, Any], kinds: Kinds):
         self.kernel, self.grid, self.numbers, self.meta = kernel, grid, numbers, meta
         self.is_kept = kinds[0] and all(grid)
+        self.is_new = all(grid)  # so that Triton may have to compile it
         self.run: Callable[..., Any] | None = None
         self.rest: tuple[Any, ...] = ()
 
@@ -86,10 +89,36 @@ class Prepared:
             self.run(*tensors, *self.rest)
             return
         compiled = launch(self.kernel, self.grid, *tensors, *self.numbers, **self.meta)
+        self.is_new = False
         if self.is_kept and hasattr(type(compiled), "__getitem__"):  # nothing is compiled under the interpreter
             constants = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
             self.rest = (*self.numbers, *(self.meta[name] for name in constants))
             self.run = compiled[(*self.grid, 1, 1)[:3]]
+
+
+Call = tuple[Prepared, tuple[torch.Tensor | None, ...]]
+
+
+def in_turn(*calls: Call) -> None:
+    """Runs launches, each with its tensors; what Triton has to compile for them first it compiles side by side."""
+    new = [call for call in calls if call[0].is_new]
+    if len(new) > 1:
+        import triton
+
+        # Triton 3.4 has no such mode, and what its interpreter is to compile would run.
+        if hasattr(triton, "AsyncCompileMode") and isinstance(new[0][0].kernel, triton.JITFunction):
+            contextvars.Context().run(_compile, new)  # outside a mode that the caller may be in
+    for run, tensors in calls:
+        run(*tensors)
+
+
+def _compile(calls: list[Call]) -> None:
+    import triton
+
+    with ThreadPoolExecutor(len(calls)) as executor, triton.AsyncCompileMode(executor):
+        for run, tensors in calls:
+            meta = {"enable_fp_fusion": True, **run.meta}
+            run.kernel.run(*tensors, *run.numbers, grid=run.grid, warmup=True, **meta)
 
 
 def kinds(first: torch.Tensor, *others: torch.Tensor | None) -> Kinds:

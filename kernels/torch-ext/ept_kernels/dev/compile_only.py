@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -90,10 +91,10 @@ def _assembling_without_lines() -> Iterator[None]:
     from triton import knobs
     from triton.backends.nvidia.compiler import CUDABackend
 
-    make_cubin = CUDABackend.make_cubin
+    make_cubin, one_at_a_time = CUDABackend.make_cubin, threading.Lock()
 
     def without_lines(*arguments: Any) -> bytes:
-        with knobs.compilation.scope():
+        with one_at_a_time, knobs.compilation.scope():
             knobs.compilation.disable_line_info = True
             return make_cubin(*arguments)
 

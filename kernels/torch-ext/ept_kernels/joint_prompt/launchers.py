@@ -68,12 +68,13 @@ def _run(tensors: tuple[Tensor, ...], options: tuple[Any, ...], results: Sequenc
     products, total, rows, sides, expand = launches
     with launch.on_device(prompt):
         workspace = prompt.new_empty(elements, dtype=torch.float32)
-        products(prompt, grad_output, B, W_q, W_k, D, U, G, workspace)
-        total(A, workspace)
-        rows(A, workspace)
-        if is_backward:
-            sides(A, beta, workspace, grad_A, grad_beta)
-        expand(prompt, grad_output, A, B, beta, W_q, W_k, D, U, G, workspace, out, grad_B, *gradients)
+        launch.in_turn(
+            (products, (prompt, grad_output, B, W_q, W_k, D, U, G, workspace)),
+            (total, (A, workspace)),
+            (rows, (A, workspace)),
+            (sides, (A, beta, workspace, grad_A, grad_beta)),  # none in the forward
+            (expand, (prompt, grad_output, A, B, beta, W_q, W_k, D, U, G, workspace, out, grad_B, *gradients)),
+        )
 
 
 @launch.cached_choice
