@@ -205,8 +205,8 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
         found |= {"kind": None, "label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
         for note in labels.notes:
             logger.warning("%s: %s", source, note)
-        if config.template is None and config.text_columns is None and labels.words:
-            words = [*labels.words.values()] if isinstance(labels.words, dict) else labels.words
+        if config.template is None and config.text_columns is None:
+            words = [*labels.words.values()] if isinstance(labels.words, dict) else labels.words or []
             for note in unread_notes(train, texts, label, words):
                 logger.warning("%s: %s", source, note)
     elif config.label_words is not None:

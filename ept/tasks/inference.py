@@ -137,6 +137,9 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
 
     They may be choices, of which the label is the number or the letter, or what such choices answer; a word or a part
     of the text; and where many rows have one text and several labels, it is some of all the others.
+
+    Args:
+        words: those of a classification's labels; none of a regression.
     """
     columns = {name: found for name, found in _columns(rows).items() if name not in texts and name != label}
     textual = [name for name, found in columns.items() if _is_text(found)]
@@ -147,7 +150,7 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
         return lists or name in words or (name in textual and sizes[_series(name)] > 1)
 
     remedy = "name every column to read with --text-column (of a list, make columns of its items first)"
-    notes, points = [], all(re.fullmatch("[0-9A-Za-z]", word) for word in words)
+    notes, points = [], bool(words) and all(re.fullmatch("[0-9A-Za-z]", word) for word in words)
     if len(texts) == 1 and points and (choices := list(filter(is_choice, columns))):
         what = f"{_quoted(choices)}, which the model does not read"
         notes.append(f"the labels {_quoted(words)} may be the numbers or letters of choices in {what}: {remedy}")

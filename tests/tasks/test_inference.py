@@ -250,6 +250,8 @@ UNREAD = [
         "labels may be about 'aspect', which the model does not read: nearly every row has there a part of its text",
     ),
     ({"sentence1": ["A gap", "gaps", "no go"], "sentence2": LONG, "word": ["gap", "gap", "go"]}, [0, 1, 0], "'word'"),
+    ({"text": ["A gap", "gaps", "no go"], "word": ["gap", "gap", "go"]}, [0.5, 1.2, 3.0], "labels may be about 'word'"),
+    ({"sol1": LONG, "sol2": LONG, "goal": [*"abc"]}, [0.5, 1.2, 3.0], None),
     ({"text": ["Good food", "bad food", "ok"], "lower": ["good food", "bad food", "ok"]}, ["a", "b", "a"], None),
     ({"text": LONG, "lang": ["en", "en", "de"], "source": ["web"] * 3}, ["good", "bad", "good"], None),
     ({"id": ["a-1", "a-2", "a-3"], "sentence1": LONG, "sentence2": LONG, "topic": [*"abc"]}, [0, 1, 0], None),
@@ -264,7 +266,8 @@ UNREAD = [
 def test_columns_that_the_label_may_be_about(columns: dict[str, Any], labels: list[Any], said: str | None) -> None:
     made = rows(**columns, label=labels)
     texts, label = find_columns(made, "a.csv")
-    notes = unread_notes(made, texts, label, sorted({*map(str, labels)}))
+    words = sorted({*map(str, labels)}) if not isinstance(labels[0], float) else []
+    notes = unread_notes(made, texts, label, words)
     assert [bool(re.search(said or "", note)) for note in notes] == [True] * (said is not None)
 
 
