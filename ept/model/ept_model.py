@@ -396,14 +396,14 @@ class EPTModel(ModelWithAdapters):
 
     continuous_batching_context_manager = init_continuous_batching = generate_batch
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses to merge: a prompt and an update of the input are no change of weights. `fold()` is what there is."""
-        raise ValueError(
-            "a prompt and an update of the input cannot be merged into weights: call fold(), or write a model with "
-            "them in its vocabulary by `ept export --as-tokens`; base_model is the model without them"
-        )
-
-    unload = merge_adapter = unmerge_adapter = add_weighted_adapter = merge_and_unload
+    def __getattr__(self, name: str) -> Any:
+        """Says of PEFT's functions that merge what there is instead. EPT has none of them, as its prompt tuning."""
+        if name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
+            raise AttributeError(
+                "a prompt and an update of the input cannot be merged into weights: call fold(), or write a model with "
+                "them in its vocabulary by `ept export --as-tokens`; base_model is the model without them"
+            )
+        return super().__getattr__(name)
 
     def _updating_new_tokens(
         self, causal: bool, adapter_names: Sequence[str] | None, inputs: BaseInputs

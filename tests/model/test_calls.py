@@ -147,7 +147,8 @@ def test_bad_arguments_are_named(tmp_path):
         with pytest.raises(ValueError, match="one that is added to scores: give 1 for real tokens"):
             call(ids, attention_mask=added)
     for name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
-        with pytest.raises(ValueError, match="cannot be merged into weights"):
+        assert not hasattr(model, name)  # as of PEFT's prompt tuning
+        with pytest.raises(AttributeError, match="cannot be merged into weights"):
             getattr(model, name)()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no argument is_trainble: did you mean is_trainable"):
