@@ -91,6 +91,11 @@ EXCLUSIVE = (
     *(("chat_column", other) for other in ("template", "text_columns", "target_template", "label_words")),
 )
 """Keys of `data` of which one alone can be given."""
+OF_TASKS = (
+    *("template", "target_template", "text_columns", "label_column", "chat_column"),
+    *("label_words", "label_values", "metric"),
+)
+"""Keys of `data` for which a named task has values of its own."""
 OF_ROWS = (
     *("train_file", "validation_file", "test_file", "hub", "encoding"),
     *("splits", "max_train", "max_validation", "max_test", "k_shot"),
@@ -182,13 +187,12 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        if self.task is not None and self.template is not None:
-            raise ValueError("data.task and data.template exclude each other: a named task brings its own template")
+        for name in OF_TASKS:
+            if self.task is not None and getattr(self, name) is not None:
+                raise ValueError(f"data.task and data.{name} exclude each other: a named task brings its own")
         for first, second in EXCLUSIVE:
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise ValueError(f"data.{first} and data.{second} exclude each other: give one")
-        if self.task is not None and self.target_template is not None:
-            raise ValueError("data.task and data.target_template exclude each other: a named task has labels")
         if self.hub is not None and (self.task or self.data_dir) is not None:
             raise ValueError("data.hub excludes data.task and data.data_dir: give one")
         return self
