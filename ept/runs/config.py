@@ -202,7 +202,7 @@ class MethodConfig(Section):
     """The adapter. None means the method's own default (see `EPTConfig`)."""
 
     name: str = "ept"
-    """One of `ept.runs.method_table.METHODS`: ept, dept, pt, their ablations, or one of PEFT's own methods."""
+    """One of those in docs/comparison.md: ept, dept, pt, their ablations and peers, or one of PEFT's own methods."""
     budget: Count | None = None
     """Number of parameters to stay within; the sizes are searched for."""
     budget_kind: Literal["trained", "stored"] = "trained"
@@ -273,9 +273,9 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients make one step."""
     learning_rate: NotNegative = 0.05
-    """Of the prompt, in units of the embedding's root mean square."""
+    """Of the prompt and of the spaces' `U`, in units of the embeddings' root mean square; of PEFT's methods, of all."""
     low_rank_learning_rate: NotNegative = 1e-3
-    """Of every other parameter of the adapter (A, B, fusion, spaces)."""
+    """Of the adapter's other parameters (`A`, `B`, β); its maps (`D`, `G`, `W_q`, `W_k`) have it over √d."""
     head_learning_rate: NotNegative | None = None
     """Of a classifier's head. None: 4 over the width of what the head reads, such as 0.005 for a width of 768."""
     weight_decay: NotNegative = 0.0
