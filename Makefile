@@ -34,7 +34,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 	integrations peft-tests bitsandbytes-tests models whole-way
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 # torch first and alone: then the plain CPU build is taken where the package index offers one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -77,7 +77,7 @@ compile-only: $(VENV)/.installed ## the Triton tests on their way on an H100, co
 	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m pytest -n 2 tests/kernels/triton_kernels --compile-only sm_90 $(TEST_ARGS)
 
 warm: $(VENV)/.installed ## every kernel of tests, tuner and benchmarks for an H100, packed for the cache of a machine that has one
-	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m ept_kernels.dev.aot --warm build/ept-sm90 --target sm_90 \
+	OMP_NUM_THREADS=1 $(OFFLINE) $(VENV)/bin/python -m ept_kernels.dev.aot --warm build/ept-sm90 --targets sm_90 \
 		--then "$(VENV)/bin/python -m pytest -q tests/kernels/triton_kernels --compile-only sm_90" \
 		--then "$(VENV)/bin/python benchmarks/gpu_report.py --rehearse --fresh --minutes 30 --output build/warm.jsonl"
 

@@ -67,7 +67,8 @@ class EPTConfig(PromptLearningConfig):
 
     num_virtual_tokens: int = _option(40, "Length s of the short prompt; 0 for none.")
     max_length: int = _option(
-        256, "Longest input text m, in real tokens: the rows of A. Longer texts are refused when r > 0."
+        256,
+        "Longest input text m, in real tokens: the rows of A. Longer texts are refused where A has no row for them.",
     )
     r: int = _option(30, "Rank of the update A·B of the input embeddings; 0 for none (prompt tuning).")
     alpha: float = _option(8.0, "The update is scaled by alpha/sqrt(r), as in DePT's code.")

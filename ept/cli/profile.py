@@ -27,7 +27,9 @@ def profile(
         help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20.",
     ),
     sweep: str | None = Option(
-        None, metavar="num_virtual_tokens=10,20,...", help="Measure every method at each of these prompt lengths."
+        None,
+        metavar="num_virtual_tokens=10,20,...",
+        help="Measure every method at each of these prompt lengths, in place of its own.",
     ),
     dtype: str | None = Option(None, help="float32 or bfloat16; default: model.dtype, else float32."),
     quantization: str | None = Option(None, help="nf4 or fp4: 4-bit weights through bitsandbytes."),
@@ -50,13 +52,15 @@ def profile(
     logits: str = Option("labels", help="A decoder's logits: at the labels only, or at all positions."),
     task: str | None = Option(None, help="Take the lengths from a task's train split (see `ept tasks`)."),
     data_dir: Path | None = Option(None, help="Folder of the task's data."),
-    data: Path | None = Option(None, help="Take the lengths from the texts of a file (csv, jsonl, json, parquet)."),
+    data: Path | None = Option(
+        None, help="Take the lengths from the texts of a file (csv, tsv, jsonl, json, parquet)."
+    ),
     text_column: list[str] | None = TEXT_COLUMN,
     tokenizer: str | None = Option(None, help="With --task or --data: the tokenizer, where it is not the model's."),
     config: Path | None = Option(None, metavar="FILE.yaml", help="Take model and data from a run's configuration."),
     set_: list[str] | None = SET,
-    steps: int = Option(10, help="Measured steps of each method."),
-    warmup: int = Option(2, help="Unmeasured steps before them."),
+    steps: int = Option(10, help="Measured steps of each method, at least 2."),
+    warmup: int = Option(2, help="Unmeasured steps before them, at least 1."),
     seed: int = Option(0, help="Draws lengths, ids and rows."),
     output: Path | None = Option(
         None, metavar="DIR", help=f"Write {RECORD}, the plots and (without --sweep) Chrome traces here."

@@ -91,6 +91,11 @@ EXCLUSIVE = (
     *(("chat_column", other) for other in ("template", "text_columns", "target_template", "label_words")),
 )
 """Keys of `data` of which one alone can be given."""
+OF_TASKS = (
+    *("template", "target_template", "text_columns", "label_column", "chat_column"),
+    *("label_words", "label_values", "metric"),
+)
+"""Keys of `data` for which a named task has values of its own."""
 OF_ROWS = (
     *("train_file", "validation_file", "test_file", "hub", "encoding"),
     *("splits", "max_train", "max_validation", "max_test", "k_shot"),
@@ -182,13 +187,12 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        if self.task is not None and self.template is not None:
-            raise ValueError("data.task and data.template exclude each other: a named task brings its own template")
+        for name in OF_TASKS:
+            if self.task is not None and getattr(self, name) is not None:
+                raise ValueError(f"data.task and data.{name} exclude each other: a named task brings its own")
         for first, second in EXCLUSIVE:
             if getattr(self, first) is not None and getattr(self, second) is not None:
                 raise ValueError(f"data.{first} and data.{second} exclude each other: give one")
-        if self.task is not None and self.target_template is not None:
-            raise ValueError("data.task and data.target_template exclude each other: a named task has labels")
         if self.hub is not None and (self.task or self.data_dir) is not None:
             raise ValueError("data.hub excludes data.task and data.data_dir: give one")
         return self
@@ -198,7 +202,7 @@ class MethodConfig(Section):
     """The adapter. None means the method's own default (see `EPTConfig`)."""
 
     name: str = "ept"
-    """One of `ept.runs.method_table.METHODS`: ept, dept, pt, their ablations, or one of PEFT's own methods."""
+    """One of those in docs/comparison.md: ept, dept, pt, their ablations and peers, or one of PEFT's own methods."""
     budget: Count | None = None
     """Number of parameters to stay within; the sizes are searched for."""
     budget_kind: Literal["trained", "stored"] = "trained"
@@ -269,9 +273,9 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients make one step."""
     learning_rate: NotNegative = 0.05
-    """Of the prompt, in units of the embedding's root mean square."""
+    """Of the prompt and of the spaces' `U`, in units of the embeddings' root mean square; of PEFT's methods, of all."""
     low_rank_learning_rate: NotNegative = 1e-3
-    """Of every other parameter of the adapter (A, B, fusion, spaces)."""
+    """Of the adapter's other parameters (`A`, `B`, β); its maps (`D`, `G`, `W_q`, `W_k`) have it over √d."""
     head_learning_rate: NotNegative | None = None
     """Of a classifier's head. None: 4 over the width of what the head reads, such as 0.005 for a width of 768."""
     weight_decay: NotNegative = 0.0

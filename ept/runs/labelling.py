@@ -52,7 +52,8 @@ def label_rows(
     missing = [column for column in task.source_columns if column not in given[0]]
     if missing and "text" not in rows[0]:
         present = ", ".join(map(str, rows[0])) or "none"
-        raise ValueError(f"{source}: no column {', '.join(missing)} and no column text (found: {present})")
+        remedy = "rename one, or say with --text-column what the file calls it"
+        raise ValueError(f"{source}: no column {', '.join(missing)} and no column text (found: {present}): {remedy}")
     if missing and len(task.source_columns) == 1:
         given = [{missing[0]: row.get("text")} for row in rows]
     elif missing:

@@ -66,7 +66,10 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
         *labels,
         ("metric", listed(names) + (", the first decides" if len(names) > 1 else "")),
         ("rows", ", ".join(f"{name} {count:,}" for name, count in summary["rows"].items())),
-        *(("left out", f"{count:,} rows with {why}") for why, count in summary["left_out"].items()),
+        *(
+            ("left out", f"{count:,} {'row' if count == 1 else 'rows'} with {why}")
+            for why, count in summary["left_out"].items()
+        ),
         *balance,
         ("commonest answer", f"{names[0]} {summary['majority']:.4f}"),
         (f"texts cut to {summary['max_length']} tokens", _shares(summary["truncation_rate"])),

@@ -72,7 +72,8 @@ def _check_columns(task: Task, columns: Sequence[str], row: Mapping[str, Any]) -
             if column in task.columns:
                 remedy = f"The template {task.template!r} names it: rename the column or change the template"
             elif column == task.label_column:
-                remedy = f"Task {task.name} reads its labels there: rename the column or set label_column"
+                remedy = f"Task {task.name} reads its labels there: rename the column"
+                remedy += " or name it with --label-column (data.label_column)" if task.is_local else ""
             found = ", ".join(f"'{name}'" for name in row) or "none"
             raise ValueError(f"no column '{column}'; columns found: {found}. {remedy}")
 

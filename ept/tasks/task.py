@@ -59,7 +59,7 @@ class Task:
         if self.label_column in self.source_columns and not self.is_chat:
             raise ValueError(
                 f"template {self.template!r} shows the label column '{self.label_column}': "
-                "take it out of the template or set another label_column"
+                "take it out of the template or set another data.label_column"
             )
         if self.is_text:
             if shown_ones := set(self.target_columns) & set(self.columns):

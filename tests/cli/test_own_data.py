@@ -338,6 +338,9 @@ def test_evaluate_a_file_with_other_columns(no_curves: None, tmp_path: Path, mod
     told = refused("predict", run, "--file", other, "--text-column", "what", "--set", "data.on_too_long=error")
     assert "b.csv, row 2: the text has" in told
     assert "no column which" in refused("predict", run, "--file", other, "--text-column", "which")
+    assert "say with --text-column what the file calls it" in refused("predict", run, "--file", other)
+    told = refused("evaluate", run, "--file", other, "--text-column", "what")
+    assert "rename the column or name it with --label-column (data.label_column)" in told
     other.write_bytes("what;how\nПривет;no\nМир;yes\n".encode("cp1251"))
     options = ("--file", other, *columns)
     assert "it may be" in refused("evaluate", run, *options)

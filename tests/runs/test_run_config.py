@@ -62,8 +62,10 @@ def test_exclusive_keys() -> None:
             load_run_config(None, settings)
     with pytest.raises(ValueError, match="gradient_checkpointing exclude each other"):
         load_run_config(None, [*compiled, "training.gradient_checkpointing=true"])
-    with pytest.raises(ValueError, match=r"data\.task and data\.template exclude each other"):
-        load_run_config(None, ["data.task=glue/sst2", "data.template='{text}'"])
+    for given in ("template='{text}'", "label_column=a", "text_columns=[a]", "metric=[f1]", "label_words=[a, b]"):
+        key = given.partition("=")[0]
+        with pytest.raises(ValueError, match=rf"data\.task and data\.{key} exclude each other: a named task brings"):
+            load_run_config(None, ["data.task=glue/sst2", f"data.{given}"])
 
 
 @pytest.mark.parametrize("name, has_warmup", [("constant", False), ("reduce_lr_on_plateau", False), ("cosine", True)])

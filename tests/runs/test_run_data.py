@@ -84,8 +84,12 @@ def test_texts_that_the_tokenizer_cannot_read_are_counted(
     assert run.run_data.unread_texts == shares
     assert "does not know a part of 75% of the train texts and reads <unk> in its place" in caplog.text
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(summary_table(run_summary(run), "training"))
-    assert "train 75.0%, validation 50.0%, test 0.0%" in console.export_text()
+    summary = run_summary(run) | {"left_out": {"no label": 1, "blank text": 2}}
+    console.print(summary_table(summary, "training"))
+    shown = console.export_text()
+    assert "train 75.0%, validation 50.0%, test 0.0%" in shown
+    assert "1 row with no label" in shown
+    assert "2 rows with blank text" in shown
     run.tokenizer.unk_token = "</s>"  # as of tokenizers that know every byte
     assert load_run_data(run.config.data, run.tokenizer, "SEQ_2_SEQ_LM").unread_texts == {}
 

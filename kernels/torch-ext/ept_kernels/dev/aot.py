@@ -243,7 +243,7 @@ def main() -> None:
             raise SystemExit(str(error)) from error
     if arguments.warm:
         if len(targets) > 1:
-            raise SystemExit("--warm is for one target: add --target sm_90, or another of " + ", ".join(TARGETS))
+            raise SystemExit("--warm is for one target: add --targets sm_90, or another of " + ", ".join(TARGETS))
         count = fill(arguments.warm, targets[0], arguments.only, arguments.jobs)
         failed = [command for command in arguments.then if subprocess.run(shlex.split(command)).returncode]
         archive = pack(arguments.warm, targets[0])
