@@ -186,6 +186,8 @@ class EPTConfig(PromptLearningConfig):
             raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
         if self.lowrank_init == "svd" and self.alpha <= 0:
             raise ValueError(f"lowrank_init='svd' needs an alpha above 0, got {shown(self.alpha)}")
+        if self.lowrank_init != "uniform" and self.updates_by_token:
+            raise ValueError(f"lowrank_init='{self.lowrank_init}' is of an update by position: there is none to start")
         if self.tokenizer_kwargs is not None and (
             not isinstance(self.tokenizer_kwargs, dict) or not all(isinstance(k, str) for k in self.tokenizer_kwargs)
         ):
