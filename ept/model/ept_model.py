@@ -186,6 +186,12 @@ class EPTModel(ModelWithAdapters):
         if causal and labels is not None:
             if isinstance(logits_to_keep, Tensor):
                 raise ValueError("logits_to_keep as a tensor picks positions without regard to labels: leave one out")
+            if not self._facts.shifts_labels:
+                raise ValueError(
+                    f"{type(self.base_model).__name__} compares each label with the prediction at its own place, not "
+                    "of the token before it, and would learn to repeat the text: leave labels out, and compute a loss "
+                    "of the logits and the labels that follow them"
+                )
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             if tokens is not None and labels.shape != tokens.shape[:2]:
                 shapes = f"{list(tokens.shape[:2])}, got {list(labels.shape)}"

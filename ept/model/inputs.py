@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..embedding import lookup, position_ids_of
 from .facts import BaseModelFacts
-from .layout import APART, BEHIND, BESIDE, arrangement, moved, numbered
+from .layout import APART, BEHIND, BESIDE, arrangement, has_gaps, moved, numbered
 from .mixed import check_names, embed_following, embed_mixed, prompt_mask
 
 if TYPE_CHECKING:
@@ -107,6 +107,12 @@ def call_inputs(
                 )
             mask = torch.cat([in_front.to(mask.dtype), mask], dim=1)
             mask = moved(mask, arrangement(mask, s, facts.padding or APART))
+        if attention_mask is not None and not facts.splits_prompt and has_gaps(mask):
+            raise ValueError(
+                f"{type(model.base_model).__name__} counts positions by index or sees a window of them, so that tokens "
+                "behind padding would be read otherwise than without: pad on the left, give rows of one length, or the "
+                "whole text at once"
+            )
         if mask.shape[1] != cached + new:
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens; with {cached} cached positions and {new} new tokens it "

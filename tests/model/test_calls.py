@@ -72,6 +72,31 @@ def test_tokens_behind_padding_and_positions_by_index_are_refused():
     torch.testing.assert_close(found[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
 
 
+def test_labels_of_a_loss_that_shifts_none_are_refused():
+    model, batch = bart(), make_batch("llama", (6, 6))
+    with pytest.raises(ValueError, match="BartForCausalLM compares each label with the prediction at its own place"):
+        model(batch["input_ids"], labels=batch["labels"])
+    assert roberta()(batch["input_ids"], labels=batch["labels"]).loss > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_behind_padding_are_refused_where_a_window_would_hold_it(side):
+    model = adapted("mistral", model_changes={"sliding_window": 4})
+    inputs = {key: make_batch("mistral", (6, 3), side)[key] for key in ("input_ids", "attention_mask")}
+    following = inputs["input_ids"][:1, -1:].expand(2, -1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(following)], dim=1)
+    read = model(**inputs, use_cache=True)
+    if side == "right":
+        with pytest.raises(ValueError, match="MistralForCausalLM counts positions by index or sees a window of them"):
+            model(following, attention_mask=mask, past_key_values=read.past_key_values)
+        return
+    found = model(following, attention_mask=mask, past_key_values=read.past_key_values).logits
+    ids, text = torch.cat([inputs["input_ids"], following], dim=1), torch.arange(7).expand(2, -1) < 6
+    whole = model(ids, attention_mask=mask, text_mask=text).logits
+    torch.testing.assert_close(found[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_a_prompt_cache_is_made_anew_when_lora_is_switched():
     base = make_model("llama")
