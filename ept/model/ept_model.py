@@ -376,11 +376,10 @@ class EPTModel(ModelWithAdapters):
             n = length_of(ids, embeds)
             s = inputs["inputs_embeds"].shape[1] - n
             if use_prompt_cache:
-                made = cached_prompt(self._prompt_caches, self.active_adapter, base, inputs, s)
+                offset = self._facts.position_offset or 0
+                made = cached_prompt(self._prompt_caches, self.active_adapter, base, inputs, s, offset)
                 inputs[cache_name(self._facts)] = made
-                inputs.pop("position_ids", None)
-            else:
-                choose_positions(inputs, self._facts, base, mask)
+            choose_positions(inputs, self._facts, base, mask)
             longest = n if mask is None else int(mask.bool().sum(1).max())
             bound_length(inputs, options, n, s, longest, self._facts, base)
             if ids is not None:

@@ -58,6 +58,16 @@ def test_generated_tokens_get_their_update_where_positions_have_an_offset():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 3)])
+def test_a_prompt_cache_where_positions_have_an_offset(lengths):
+    model, batch = roberta(), make_batch("llama", lengths, "left")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    plain, cached = (model.generate(**inputs, **options, use_prompt_cache=use) for use in (False, True))
+    torch.testing.assert_close(cached.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_tokens_behind_padding_and_positions_by_index_are_refused():
     model, batch = bart(), make_batch("llama", (6, 3), "left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
