@@ -164,6 +164,22 @@ def test_names_of_adapters_are_checked_in_every_call(names, message):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_mixed_batch_goes_on_without_a_mask_as_each_row_alone(name):
+    model, ids = adapted(name), make_batch(name, (6, 6))["input_ids"]
+    model.add_adapter("b", EPTConfig(**{**SMALL, "num_virtual_tokens": 2}))
+    names = ["default", "b", "__base__"]
+    ids = torch.cat([ids, ids[:1]])
+    found = [model(ids, adapter_names=names, use_cache=True)]
+    found.append(model(ids[:, :2], adapter_names=names, past_key_values=found[0].past_key_values))
+    for row, own in enumerate(names):
+        alone = {"adapter_names": [own]}
+        read = model(ids[row : row + 1], **alone, use_cache=True)
+        expected = model(ids[row : row + 1, :2], **alone, past_key_values=read.past_key_values).logits[0, -2:]
+        torch.testing.assert_close(found[1].logits[row, -2:], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_long_text_without_an_update_stands_beside_a_short_table():
     model = adapted("llama", r=0, max_length=8)
     model.add_adapter("b", EPTConfig(**{**SMALL, "max_length": 8}))
