@@ -97,6 +97,11 @@ def train_in_float32(model: nn.Module, adapter_name: str) -> None:
             tensor.data = tensor.data.float()
 
 
+def narrowed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Gives what a 16-bit `module` is called with its own type; others get it as it is."""
+    return _convert_inputs(module, args, kwargs) if _dtype_of(module) in _HALF else (args, kwargs)
+
+
 def _convert_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     dtype = _dtype_of(module)
     return tuple(_converted(x, dtype) for x in args), {name: _converted(x, dtype) for name, x in kwargs.items()}

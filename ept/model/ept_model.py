@@ -186,6 +186,12 @@ class EPTModel(ModelWithAdapters):
         if causal and labels is not None:
             if isinstance(logits_to_keep, Tensor):
                 raise ValueError("logits_to_keep as a tensor picks positions without regard to labels: leave one out")
+            if not self._facts.shifts_labels:
+                raise ValueError(
+                    f"{type(self.base_model).__name__} compares each label with the prediction at its own place, not "
+                    "of the token before it, and would learn to repeat the text: leave labels out, and compute a loss "
+                    "of the logits and the labels that follow them"
+                )
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             if tokens is not None and labels.shape != tokens.shape[:2]:
                 shapes = f"{list(tokens.shape[:2])}, got {list(labels.shape)}"
@@ -370,11 +376,10 @@ class EPTModel(ModelWithAdapters):
             n = length_of(ids, embeds)
             s = inputs["inputs_embeds"].shape[1] - n
             if use_prompt_cache:
-                made = cached_prompt(self._prompt_caches, self.active_adapter, base, inputs, s)
+                offset = self._facts.position_offset or 0
+                made = cached_prompt(self._prompt_caches, self.active_adapter, base, inputs, s, offset)
                 inputs[cache_name(self._facts)] = made
-                inputs.pop("position_ids", None)
-            else:
-                choose_positions(inputs, self._facts, base, mask)
+            choose_positions(inputs, self._facts, base, mask)
             longest = n if mask is None else int(mask.bool().sum(1).max())
             bound_length(inputs, options, n, s, longest, self._facts, base)
             if ids is not None:

@@ -55,7 +55,13 @@ class FoldedAdapter:
     def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
         """Reads and folds the adapter that `save_pretrained` wrote to `folder`; needs no base model."""
         config, shapes = read_config(folder), weight_shapes(folder)
-        widths = {shapes[name][-1] for name in ("prompt", "B", "W_out", "shift") if shapes.get(name)}
+        of_width = ("prompt", "B", "W_out", "shift", "gain", "U")
+        widths = {shapes[name][-1] for name in of_width if shapes.get(name)}
+        if not widths and "Z" in shapes:
+            raise ValueError(
+                f"{folder} holds the weights of a random basis (prompt_rank) alone, which do not tell the width of the "
+                "embeddings: load it with its base model, call fold(), and export what save_pretrained writes then"
+            )
         if len(widths) != 1:
             raise ValueError(f"{folder} has neither prompt nor low-rank update of one width: there is nothing to fold")
         d = widths.pop()

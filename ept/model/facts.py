@@ -29,6 +29,7 @@ class BaseModelFacts:
     position_table: tuple[str, int, int] | None = None  # the parameter they are looked up in, its dimension, first row
     position_limit: int | None = None  # the most positions that the table has
     is_causal: bool = False  # no token sees those behind it
+    shifts_labels: bool = True  # the label of a place is compared with the prediction of the place before
     splits_prompt: bool = False  # padding may stand between prompt and text
     needs_mask: bool = False  # a mask of ones is not the same as none
     has_pooler: bool = False  # its module `pooler` makes the pooled output of the hidden states

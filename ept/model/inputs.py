@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..embedding import lookup, position_ids_of
 from .facts import BaseModelFacts
-from .layout import APART, BEHIND, BESIDE, arrangement, moved, numbered
+from .layout import APART, BEHIND, BESIDE, arrangement, has_gaps, moved, numbered
 from .mixed import check_names, embed_following, embed_mixed, prompt_mask
 
 if TYPE_CHECKING:
@@ -96,17 +96,24 @@ def call_inputs(
         return inputs
     if cached := cached_length(facts, inputs):
         ids, table, ones = lookup(embedding, input_ids, inputs_embeds, None, layer.d)
-        mask = extend(ones, cached, 1) if attention_mask is None else attention_mask
-        in_front = prompt_mask(layers, names, mask.device)
+        in_front = prompt_mask(layers, names, ones.device)
         s, new = in_front.shape[1], ids.shape[1]
+        mask = extend(ones, cached - s, 1) if attention_mask is None else attention_mask
         if mask.shape[1] == cached + new - s:
-            if facts.padding in (None, BEHIND) and attention_mask is not None and not bool(mask.all()):
+            mask = torch.cat([in_front.to(mask), mask], dim=1)
+            may_be_padded = attention_mask is not None or adapter_names is not None
+            if facts.padding in (None, BEHIND) and may_be_padded and not bool(mask.all()):
                 raise ValueError(
                     f"{type(model.base_model).__name__} counts positions by index, so that tokens behind padding "
                     "would be read at other places than without: give rows of one length, or the whole text at once"
                 )
-            mask = torch.cat([in_front.to(mask.dtype), mask], dim=1)
             mask = moved(mask, arrangement(mask, s, facts.padding or APART))
+        if attention_mask is not None and not facts.splits_prompt and has_gaps(mask):
+            raise ValueError(
+                f"{type(model.base_model).__name__} counts positions by index or sees a window of them, so that tokens "
+                "behind padding would be read otherwise than without: pad on the left, give rows of one length, or the "
+                "whole text at once"
+            )
         if mask.shape[1] != cached + new:
             raise ValueError(
                 f"attention_mask covers {mask.shape[1]} tokens; with {cached} cached positions and {new} new tokens it "

@@ -40,6 +40,13 @@ def arrangement(mask: Tensor, s: int, padding: str) -> Tensor | None:
     return torch.sort(is_real, dim=1, stable=True, descending=padding == BEHIND).indices
 
 
+def has_gaps(mask: Tensor) -> bool:
+    """Tells whether padding stands between real tokens of a row of `mask` `[batch, length]`."""
+    is_real = mask.bool().to(torch.int8)
+    begins = is_real.diff(dim=1, prepend=torch.zeros_like(is_real[:, :1])) == 1
+    return bool((begins.sum(1) > 1).any())
+
+
 def moved(values: Tensor, order: Tensor | None) -> Tensor:
     """Takes the columns of `values` `[batch, length, …]` in the given order."""
     if order is None:

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .. import functional
 from ..prompt import EPTLayer
 from ..utils.messages import listed
-from .base_model import wrapped_heads
+from .base_model import narrowed, wrapped_heads
 
 _names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
 BASE = "__base__"  # PEFT's name for a row that no adapter applies to
@@ -179,8 +179,13 @@ class HeadsOfRows(ModulesToSaveWrapper):
         results, order = [], []
         for name in dict.fromkeys(names):
             rows = [row for row, owner in enumerate(owners) if owner == name]
-            module = self.modules_to_save[name] if name in self.modules_to_save else self.original_module  # noqa: SIM401
-            results.append(module(*(_taken(x, rows, count) for x in args), **_taken(kwargs, rows, count)))
+            given, named = tuple(_taken(x, rows, count) for x in args), _taken(kwargs, rows, count)
+            if name in self.modules_to_save:
+                module = self.modules_to_save[name]
+            else:  # behind a head of 16 bits, trained in float32 for the rows of other adapters
+                module = self.original_module
+                given, named = narrowed(module, given, named)
+            results.append(module(*given, **named))
             order += rows
         return self._put_together(results, order)
 

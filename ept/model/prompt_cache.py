@@ -35,13 +35,16 @@ class PromptCache:
     cache: DynamicCache  # of one row, s positions in every layer
 
     @classmethod
-    def compute(cls, model: Any, prompt: Tensor, weights: tuple[Any, ...]) -> PromptCache:
-        """Runs `model` on the prompt `[s, d]` alone; raises `ValueError` where it keeps other things of a position."""
+    def compute(cls, model: Any, prompt: Tensor, weights: tuple[Any, ...], offset: int) -> PromptCache:
+        """Runs `model` on the prompt `[s, d]` alone, at positions from `offset`.
+
+        Raises `ValueError` where it keeps other things of a position than keys and values.
+        """
         ones = torch.ones(1, len(prompt), dtype=torch.int64, device=prompt.device)
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
         positions = {}
         if "position_ids" in inspect.signature(backbone.forward).parameters:
-            positions["position_ids"] = ones.cumsum(1) - 1
+            positions["position_ids"] = ones.cumsum(1) - 1 + offset
         with torch.no_grad():
             output = backbone(inputs_embeds=prompt[None], attention_mask=ones, use_cache=True, **positions)
         try:
@@ -85,11 +88,12 @@ def read_prompt_once(model: Any, facts: BaseModelFacts, inputs: BaseInputs, with
 
 
 def cached_prompt(
-    caches: dict[str, PromptCache], name: str, model: Any, inputs: dict[str, Any], s: int
+    caches: dict[str, PromptCache], name: str, model: Any, inputs: dict[str, Any], s: int, offset: int
 ) -> DynamicCache | None:
     """Returns the cache of the `s` prompt rows that `inputs` begin with, for all rows of `generate`; None if s = 0.
 
-    It is kept in `caches` for the adapter `name`, and made anew where it does not fit.
+    It is kept in `caches` for the adapter `name`, and made anew where it does not fit. `offset` is the position of the
+    model's first token.
     """
     if not s:
         return None
@@ -102,7 +106,7 @@ def cached_prompt(
         or (kept.prompt.dtype, kept.prompt.device) != (prompt.dtype, prompt.device)
         or not torch.equal(kept.prompt, prompt)
     ):
-        kept = caches[name] = PromptCache.compute(model, prompt, weights)
+        kept = caches[name] = PromptCache.compute(model, prompt, weights, offset)
     # `generate` makes several rows of each text: beams, or sequences to return.
     copies = (inputs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
     cache = copy.deepcopy(kept.cache)  # which `generate` extends

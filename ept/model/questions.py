@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,6 +119,7 @@ class Subject:
             has_pooler=self._has_pooler(),
             position_table=tables.found,
             is_causal=self._is_causal(),
+            shifts_labels=self._shifts_labels(),
             needs_mask="attention_mask" in self.arguments
             and not self._same(self._alone(0, _S, mask=False), self._alone(0, _S)),
         )
@@ -287,6 +289,22 @@ class Subject:
             return False
         whole, part = self._alone(1, 0), self.run(inputs_embeds=self.embeds[1:, :_SHORT] * self.factor)
         return self._same([x[:, :_SHORT] for x in whole], self._answers(part, 0))
+
+    def _shifts_labels(self) -> bool:
+        """Tells whether labels are those of the next token: a label of the first one then makes no difference."""
+        if self.task_type != "CAUSAL_LM":
+            return True
+        losses = []
+        for token in (0, 1):
+            labels = torch.full_like(self.ids[:1, :_SHORT], -100)
+            labels[:, 0] = token
+            try:
+                losses.append(
+                    float(self.run(inputs_embeds=self.embeds[:1, :_SHORT] * self.factor, labels=labels)["loss"])
+                )
+            except Exception:  # no labels are taken, or others
+                return True
+        return losses[0] == losses[1] or not all(map(math.isfinite, losses))  # a mean over no label is NaN
 
     def _has_pooler(self) -> bool:
         if self.task_type != "FEATURE_EXTRACTION" or "pooler_output" not in self.output:

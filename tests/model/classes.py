@@ -253,7 +253,8 @@ first row in most encoders, as in PEFT.
 
 Arguments with an entry a token (`token_type_ids`, `bbox`, `langs`, `global_attention_mask`) follow the tokens; others
 that might, images and sounds among them, are refused by name, while the text of such a model is read. A token that a
-model reads by its id alone, as ESM its mask token, is refused where a text holds it.
+model reads by its id alone, as ESM its mask token, is refused where a text holds it. Labels are those of the next
+token: a class that compares them with the prediction at their own place, as BartForCausalLM does, takes none.
 
 `make models` tries every text class that transformers exports, here {version}, at a tiny random size, and draws this
 page: {totals}.

@@ -58,6 +58,16 @@ def test_generated_tokens_get_their_update_where_positions_have_an_offset():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 3)])
+def test_a_prompt_cache_where_positions_have_an_offset(lengths):
+    model, batch = roberta(), make_batch("llama", lengths, "left")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    plain, cached = (model.generate(**inputs, **options, use_prompt_cache=use) for use in (False, True))
+    torch.testing.assert_close(cached.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_tokens_behind_padding_and_positions_by_index_are_refused():
     model, batch = bart(), make_batch("llama", (6, 3), "left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -69,6 +79,31 @@ def test_tokens_behind_padding_and_positions_by_index_are_refused():
     read = model(ids, use_cache=True)  # rows of one length go on
     found = model(following, attention_mask=torch.ones_like(longer), past_key_values=read.past_key_values).logits
     whole = model(torch.cat([ids, following], dim=1), text_mask=text).logits
+    torch.testing.assert_close(found[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_labels_of_a_loss_that_shifts_none_are_refused():
+    model, batch = bart(), make_batch("llama", (6, 6))
+    with pytest.raises(ValueError, match="BartForCausalLM compares each label with the prediction at its own place"):
+        model(batch["input_ids"], labels=batch["labels"])
+    assert roberta()(batch["input_ids"], labels=batch["labels"]).loss > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_tokens_behind_padding_are_refused_where_a_window_would_hold_it(side):
+    model = adapted("mistral", model_changes={"sliding_window": 4})
+    inputs = {key: make_batch("mistral", (6, 3), side)[key] for key in ("input_ids", "attention_mask")}
+    following = inputs["input_ids"][:1, -1:].expand(2, -1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(following)], dim=1)
+    read = model(**inputs, use_cache=True)
+    if side == "right":
+        with pytest.raises(ValueError, match="MistralForCausalLM counts positions by index or sees a window of them"):
+            model(following, attention_mask=mask, past_key_values=read.past_key_values)
+        return
+    found = model(following, attention_mask=mask, past_key_values=read.past_key_values).logits
+    ids, text = torch.cat([inputs["input_ids"], following], dim=1), torch.arange(7).expand(2, -1) < 6
+    whole = model(ids, attention_mask=mask, text_mask=text).logits
     torch.testing.assert_close(found[:, -1], whole[:, -1], rtol=1e-4, atol=1e-4)
 
 
@@ -126,6 +161,22 @@ def test_names_of_adapters_are_checked_in_every_call(names, message):
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_mixed_batch_goes_on_without_a_mask_as_each_row_alone(name):
+    model, ids = adapted(name), make_batch(name, (6, 6))["input_ids"]
+    model.add_adapter("b", EPTConfig(**{**SMALL, "num_virtual_tokens": 2}))
+    names = ["default", "b", "__base__"]
+    ids = torch.cat([ids, ids[:1]])
+    found = [model(ids, adapter_names=names, use_cache=True)]
+    found.append(model(ids[:, :2], adapter_names=names, past_key_values=found[0].past_key_values))
+    for row, own in enumerate(names):
+        alone = {"adapter_names": [own]}
+        read = model(ids[row : row + 1], **alone, use_cache=True)
+        expected = model(ids[row : row + 1, :2], **alone, past_key_values=read.past_key_values).logits[0, -2:]
+        torch.testing.assert_close(found[1].logits[row, -2:], expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -360,6 +360,16 @@ def test_folders_that_hold_nothing_to_export(tmp_path):
     assert "there is nothing to fold" in run("export", tmp_path / "nothing", "--output", tmp_path / "out").output
 
 
+def test_a_prompt_in_a_random_basis_is_exported_where_its_width_is_known(tmp_path):
+    model = adapted(num_virtual_tokens=4, r=0, prompt_rank=3)
+    model.save_pretrained(tmp_path / "spaces")
+    found = FoldedAdapter.read(tmp_path / "spaces").tensors()["prompt"]
+    torch.testing.assert_close(found, model.get_prompt_embedding_to_save("default"))
+    adapted(num_virtual_tokens=4, r=0, prompt_rank=3, fusion=False, num_spaces=0).save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match="holds the weights of a random basis"):
+        FoldedAdapter.read(tmp_path / "alone")
+
+
 def test_another_models_embedding_is_refused(tmp_path):
     adapted().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the adapter is for embeddings of width 32, the model has 64"):

@@ -11,6 +11,8 @@ from transformers import (
     BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     MarianConfig,
     MarianMTModel,
 )
@@ -131,6 +133,20 @@ def test_a_mixed_batch_takes_each_rows_head():
     assert mixed.dtype == torch.float32
     for row, logits in enumerate(alone):
         torch.testing.assert_close(mixed[row], logits[row], rtol=0.02, atol=0.05)
+
+
+@torch.no_grad()
+def test_a_mixed_batch_of_a_16_bit_model_takes_the_base_models_heads_too():
+    sizes = {"vocab_size": 99, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 48, "num_labels": 3}
+    torch.manual_seed(0)
+    base = DistilBertForSequenceClassification(DistilBertConfig(**sizes, pad_token_id=1)).to(torch.bfloat16)
+    model = get_ept_model(base, EPTConfig(**SMALL)).eval()  # two heads, one behind the other
+    randomise(model)
+    ids = make_batch("bert", (6, 6))["input_ids"]
+    found = model(ids, adapter_names=["__base__", "default"]).logits
+    for row, name in enumerate(["__base__", "default"]):
+        expected = model(ids[row : row + 1], adapter_names=[name]).logits[0].float()
+        torch.testing.assert_close(found[row], expected, rtol=0.05, atol=0.05)
 
 
 def test_heads_beside_pefts_methods_are_float32():
