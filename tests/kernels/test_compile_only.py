@@ -12,6 +12,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
 from triton.errors import TritonError
 
 from ept_kernels import launch
@@ -78,6 +80,18 @@ def test_a_launch_is_refused_as_by_the_gpu(kernel, target, options, grid, messag
     assert (x == 1).all()
 
 
+@pytest.mark.skipif(hasattr(CompiledKernel, "__del__"), reason="Triton would unload it since 3.9: an older one runs it")
+def test_a_kernel_is_loaded_once():
+    """To load it means to ask a disassembler; what launching costs the host is measured with this driver."""
+    with compile_only.driving("sm_90") as driver:
+        loaded = mock.Mock(side_effect=driver.load_binary)
+        driver.load_binary = loaded
+        square.device_caches.clear()
+        for _ in range(3):
+            square[(1,)](torch.ones(64, dtype=torch.float16), 3, **FITS)
+    assert loaded.call_count == 1
+
+
 @pytest.mark.parametrize("declined", [False, True])
 def test_products_are_fused_with_sums_whatever_tritons_default(declined):
     """Triton 3.9 warns where nothing is said."""
@@ -88,7 +102,9 @@ def test_products_are_fused_with_sums_whatever_tritons_default(declined):
     assert compiled.metadata.enable_fp_fusion is not declined
 
 
-@pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="Triton 3.4 compiles one kernel after the other")
+@pytest.mark.skipif(
+    not hasattr(triton, "AsyncCompileMode"), reason="Triton 3.4 compiles one after the other: 3.5 or newer runs it"
+)
 def test_kernels_that_are_launched_in_turn_are_compiled_side_by_side(tmp_path, monkeypatch):
     """Each waits until all four have begun; a second call, and one in other sizes, compile nothing. The mode of
     whoever calls is not in the way.

@@ -124,12 +124,19 @@ class Driver:
     def get_device_properties(self, device: Any) -> dict[str, int]:
         return {"max_shared_mem": self.limits.shared}
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[None, Any, int, int, int]:
-        """Returns no module, which Triton 3.9 would unload; the function, registers, spills and most threads."""
+    def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, Any, int, int, int]:
+        """Returns the module, the function, registers, spills and most threads.
+
+        Triton loads a kernel that has no module at every launch. It gets none only where it would unload it again, as
+        since 3.9: that may be when another driver has this one's place.
+        """
+        from triton.compiler import CompiledKernel
+
+        module = None if hasattr(CompiledKernel, "__del__") else self
         facts, threads = facts_of(binary, self.limits.backend), 1024
         if self.limits.backend == "cuda":  # of 65,536 registers, handed out by the eight, to whole warps
             threads = min(threads, 65536 // (-(-facts["registers"] // 8) * 8) // 32 * 32)
-        return None, facts, facts["registers"], facts["spilled_bytes"] // 4, threads
+        return module, facts, facts["registers"], facts["spilled_bytes"] // 4, threads
 
     def _launch(self, name: str, x: int, y: int, z: int, stream: int, facts: dict[str, int], *rest: Any) -> None:
         from triton.runtime.errors import TritonError
