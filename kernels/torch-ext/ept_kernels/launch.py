@@ -63,10 +63,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
     if not all(grid):
         return None
     _State.launches += 1
-    compiled = kernel[grid](*args, **{"enable_fp_fusion": True, **meta})
+    compiled = kernel[grid](*args, **_with_fusion(meta))
     if _State.watched is not None:
         _State.watched.append(Launch(kernel, grid, args, meta, compiled))
     return compiled
+
+
+def _with_fusion(meta: dict[str, Any]) -> dict[str, Any]:
+    return {"enable_fp_fusion": True, **meta}
 
 
 class Prepared:
@@ -99,7 +103,7 @@ class Prepared:
 Call = tuple[Prepared, tuple[torch.Tensor | None, ...]]
 
 
-def in_turn(*calls: Call) -> None:
+def in_turn(calls: list[Call]) -> None:
     """Runs launches, each with its tensors; what Triton has to compile for them first it compiles side by side."""
     new = [call for call in calls if call[0].is_new]
     if len(new) > 1:
@@ -117,8 +121,7 @@ def _compile(calls: list[Call]) -> None:
 
     with ThreadPoolExecutor(len(calls)) as executor, triton.AsyncCompileMode(executor):
         for run, tensors in calls:
-            meta = {"enable_fp_fusion": True, **run.meta}
-            run.kernel.run(*tensors, *run.numbers, grid=run.grid, warmup=True, **meta)
+            run.kernel.run(*tensors, *run.numbers, grid=run.grid, warmup=True, **_with_fusion(run.meta))
 
 
 def kinds(first: torch.Tensor, *others: torch.Tensor | None) -> Kinds:

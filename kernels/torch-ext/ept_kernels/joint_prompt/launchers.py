@@ -68,13 +68,15 @@ def _run(tensors: tuple[Tensor, ...], options: tuple[Any, ...], results: Sequenc
     products, total, rows, sides, expand = launches
     with launch.on_device(prompt):
         workspace = prompt.new_empty(elements, dtype=torch.float32)
-        launch.in_turn(
+        calls: list[launch.Call] = [
             (products, (prompt, grad_output, B, W_q, W_k, D, U, G, workspace)),
             (total, (A, workspace)),
             (rows, (A, workspace)),
-            (sides, (A, beta, workspace, grad_A, grad_beta)),  # none in the forward
             (expand, (prompt, grad_output, A, B, beta, W_q, W_k, D, U, G, workspace, out, grad_B, *gradients)),
-        )
+        ]
+        if is_backward:
+            calls.insert(3, (sides, (A, beta, workspace, grad_A, grad_beta)))
+        launch.in_turn(calls)
 
 
 @launch.cached_choice
