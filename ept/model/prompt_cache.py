@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .facts import BaseModelFacts
 from .inputs import BaseInputs, cache_name, cached_length
+from .layout import numbered
 
 if TYPE_CHECKING:
     from .ept_model import EPTModel
@@ -44,7 +45,7 @@ class PromptCache:
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
         positions = {}
         if "position_ids" in inspect.signature(backbone.forward).parameters:
-            positions["position_ids"] = ones.cumsum(1) - 1 + offset
+            positions["position_ids"] = numbered(ones, offset)
         with torch.no_grad():
             output = backbone(inputs_embeds=prompt[None], attention_mask=ones, use_cache=True, **positions)
         try:

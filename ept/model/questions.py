@@ -299,9 +299,8 @@ class Subject:
             labels = torch.full_like(self.ids[:1, :_SHORT], -100)
             labels[:, 0] = token
             try:
-                losses.append(
-                    float(self.run(inputs_embeds=self.embeds[:1, :_SHORT] * self.factor, labels=labels)["loss"])
-                )
+                output = self.run(inputs_embeds=self.embeds[:1, :_SHORT] * self.factor, labels=labels)
+                losses.append(float(output["loss"]))
             except Exception:  # no labels are taken, or others
                 return True
         return losses[0] == losses[1] or not all(map(math.isfinite, losses))  # a mean over no label is NaN
