@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -43,8 +43,9 @@ from .inputs import (
 from .layout import FRONT, arrangement, moved
 from .mixed import BASE, check_heads_are_ours, check_recomputed, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
+from .packing import Packing, packing_of, reads_masks
 from .prompt_cache import cached_prompt, check_cacheable, check_shareable, is_shareable, read_prompt_once
-from .reading import can_share_prompt, examine, infer_task_type, with_forward_of
+from .reading import can_pack_texts, can_share_prompt, examine, infer_task_type, with_forward_of
 from .smoothing import refuse_label_smoothing
 from .texts import SeparateTexts, targets, text_before_answer
 
@@ -92,7 +93,8 @@ class EPTModel(ModelWithAdapters):
     """
 
     _checked_labels = _warned_of_scoring = False
-    _shared_from: int | None = None  # positions that a call must save for its prompt to be shared; None: none is
+    _shared_from: int | None = None  # positions that a call must save for a prompt to be read alone; None: none is
+    _packs_texts = False  # with a prompt that is shared: texts may stand side by side in a row
 
     def __init__(
         self,
@@ -212,7 +214,11 @@ class EPTModel(ModelWithAdapters):
         is_shared = self.shares_prompt and not follows_cache and adapter_names is None
         if is_shared:
             tokens = input_ids if inputs_embeds is None else inputs_embeds
-            is_shared = is_shareable(self, tokens, attention_mask, logits_to_keep, kwargs)
+            is_shared = (
+                tokens is not None
+                and self.shares_prompt_of(*tokens.shape[:2])
+                and is_shareable(self, attention_mask, logits_to_keep, kwargs)
+            )
         if adapter_names is not None and torch.is_grad_enabled():
             check_recomputed(self.base_model)
         with heads_of_rows(adapter_names):
@@ -224,11 +230,19 @@ class EPTModel(ModelWithAdapters):
         if isinstance(logits_to_keep, Tensor):  # the text stands behind the prompt
             logits_to_keep = torch.where(logits_to_keep < 0, logits_to_keep, logits_to_keep + inputs.s)
         if is_shared:
-            labels = None if labels is None else labels[:, inputs.s :]
-            few = 0 < logits_to_keep <= inputs["inputs_embeds"].shape[1] - inputs.s
-            read_prompt_once(self.base_model, self._facts, inputs, with_logits=not few)
+            labels, logits_to_keep = self._share(inputs, labels, cast(int, logits_to_keep))
         with heads_of_rows(adapter_names):
             return self._call_base(inputs, labels, logits_to_keep, num_items_in_batch)
+
+    def _share(self, inputs: BaseInputs, labels: Tensor | None, logits_to_keep: int) -> tuple[Tensor | None, int]:
+        """Lets `inputs` read the prompt once; returns labels and number of logits for the call that is left."""
+        rows, n = len(inputs["inputs_embeds"]), inputs["inputs_embeds"].shape[1] - inputs.s
+        few = logits_to_keep if 0 < logits_to_keep <= n else 0
+        if (packing := self._packing_of(rows, n)) is not None:
+            packing.pack(self._facts, inputs, few)
+            return None if labels is None else packing.labels(labels, few), 0 if few else logits_to_keep
+        read_prompt_once(self.base_model, self._facts, inputs, with_logits=not few)
+        return None if labels is None else labels[:, inputs.s :], logits_to_keep
 
     def _forward_separately(
         self, texts: SeparateTexts, given: dict[str, Any], logits_to_keep: Tensor | int, num_items: Tensor | int | None
@@ -252,7 +266,8 @@ class EPTModel(ModelWithAdapters):
     ) -> Any:
         """Calls the base model, with the loss divided by `num_items` and as many logits as asked for."""
         causal, arguments = self.active_peft_config.task_type == "CAUSAL_LM", self._facts.forward_arguments
-        asks_for_few = (isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)) and inputs.prompt_logits is None
+        asks_for_few = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
+        asks_for_few = asks_for_few and inputs.prompt_logits is None and inputs.packing is None
         if asks_for_few and "logits_to_keep" in arguments and inputs.order is None:
             inputs["logits_to_keep"] = contiguously(logits_to_keep, inputs.get("inputs_embeds"))
             labels = labels[:, -logits_to_keep:] if causal and labels is not None else labels
@@ -267,6 +282,8 @@ class EPTModel(ModelWithAdapters):
             inputs["return_dict"] = True
         span = [inputs.pop(name, None) for name in ("start_positions", "end_positions")]
         output = of_tokens(self.base_model(**inputs), self.base_model, self._facts, inputs.order, inputs.s)
+        if (packing := inputs.packing) is not None and output.get("logits") is not None:
+            output["logits"] = packing.unpacked(output["logits"])
         if (first := inputs.prompt_logits) is not None and output.get("logits") is not None:
             output["logits"] = torch.cat([first.expand(len(output["logits"]), -1, -1), output["logits"]], dim=1)
         if span[0] is not None and span[1] is not None:
@@ -442,23 +459,34 @@ class EPTModel(ModelWithAdapters):
         """Tells whether a decoder's prompt is read once for all rows of a batch."""
         return self._shared_from is not None
 
-    def shares_prompt_of(self, rows: int) -> bool:
-        """Tells whether a call on so many rows would read the prompt once, if it wants nothing that forbids it."""
+    def shares_prompt_of(self, rows: int, length: int) -> bool:
+        """Tells whether a call on texts `[rows, length]` would read the prompt once for several of them, or for all, if
+        it wants nothing that forbids it.
+        """
         saved = (rows - 1) * self.active_peft_config.num_virtual_tokens
-        return self._shared_from is not None and saved >= max(self._shared_from, 1)
+        enough = self._shared_from is not None and saved >= max(self._shared_from, 1)
+        return enough or self._packing_of(rows, length) is not None
+
+    def _packing_of(self, rows: int, length: int) -> Packing | None:
+        if self._shared_from is None or not self._packs_texts or not reads_masks(self.base_model):
+            return None
+        return packing_of(rows, self.active_peft_config.num_virtual_tokens, length, self._layer().d)
 
     def share_prompt(self, least: int = 1) -> EPTModel:
         """Lets a decoder read the prompt once for all rows of a batch, in training too; returns the model.
 
         No token of a prompt sees the text behind it, so that its keys and values are the same for every row: a step of
-        b rows saves (b - 1)·s positions. Loss, logits and gradients stay the same but for rounding. Calls that want a
-        cache, attentions or hidden states, or give arguments whose part for the prompt is not known, are as before.
-        The most is saved with `logits_to_keep`, a number of the text's last positions: the prompt's logits are then
-        left out.
+        b rows saves up to (b - 1)·s positions. Loss, logits and gradients stay the same but for rounding. Calls that
+        want a cache, attentions or hidden states, or give arguments whose part for the prompt is not known, are as
+        before. The most is saved with `logits_to_keep`, a number of the text's last positions: the prompt's logits are
+        then left out.
+
+        Short texts are read side by side, several in a row behind one prompt, where the model reads masks of pairs of
+        positions. Others are read behind the prompt's keys and values, which a call of its own has computed.
 
         Args:
-            least: positions that a call must save; others are as before. A second call of the model costs something,
-                as much as 35 to 60 positions of SmolLM2-135M on a CPU.
+            least: positions that a call of its own for the prompt must save; without it each row has a prompt. On a
+                CPU it costs as much as 35 to 60 positions for each thread.
 
         Raises:
             ValueError: the model reads texts behind a prompt of their own otherwise; the message says why.
@@ -468,7 +496,7 @@ class EPTModel(ModelWithAdapters):
         if not can_share_prompt(base, self._facts):
             name = type(base).__name__
             raise ValueError(f"{name} does not read texts behind a prompt that it read once as behind one of their own")
-        self._shared_from = least
+        self._shared_from, self._packs_texts = least, can_pack_texts(base, self._facts)
         return self
 
     def clear_prompt_caches(self) -> None:

@@ -19,6 +19,7 @@ from .mixed import check_names, embed_following, embed_mixed, prompt_mask
 
 if TYPE_CHECKING:
     from .ept_model import EPTModel
+    from .packing import Packing
 
 
 # Arguments with one entry a token, and what the prompt's rows get; None: what the first token has.
@@ -38,13 +39,14 @@ _STATES = ("cache_params", "state", "mems")  # of what was read before, other th
 class BaseInputs(dict[str, Any]):
     """The base model's arguments.
 
-    With the number of prompt rows, the order of columns where texts were moved, and the logits of a prompt that was
-    read for itself, where they are wanted.
+    With the number of prompt rows, the order of columns where texts were moved, the logits of a prompt that was
+    read for itself, where they are wanted, and how texts were put into rows.
     """
 
     s: int = 0
     order: Tensor | None = None
     prompt_logits: Tensor | None = None
+    packing: Packing | None = None
 
 
 def call_inputs(

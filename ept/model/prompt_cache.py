@@ -147,13 +147,9 @@ def check_shareable(model: Any, facts: BaseModelFacts) -> None:
 
 
 def is_shareable(
-    model: EPTModel,
-    tokens: Tensor | None,
-    attention_mask: Tensor | None,
-    logits_to_keep: Tensor | int,
-    given: dict[str, Any],
+    model: EPTModel, attention_mask: Tensor | None, logits_to_keep: Tensor | int, given: dict[str, Any]
 ) -> bool:
-    """Tells whether a call of `model` on `tokens` needs nothing of a prompt that is not the same in every row.
+    """Tells whether a call of `model` needs nothing of a prompt that is not the same in every row.
 
     `given` are its arguments for the frozen model.
     """
@@ -162,8 +158,6 @@ def is_shareable(
     others = {name for name, value in given.items() if value is not None and value is not False}
     return not (
         torch.compiler.is_compiling()
-        or tokens is None
-        or not model.shares_prompt_of(len(tokens))
         or isinstance(logits_to_keep, Tensor)
         or (attention_mask is not None and not model._facts.splits_prompt)
         or others - {"return_dict", "position_ids"}  # of which it is not known what they are for the prompt

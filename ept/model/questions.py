@@ -21,6 +21,7 @@ from .base_model import input_embedding
 from .facts import TASK_TYPES, TOKEN_OUTPUTS, BaseModelFacts
 from .inputs import BaseInputs
 from .layout import APART, BEHIND, BESIDE, FRONT, arrangement, moved, moved_back, numbered
+from .packing import Packing
 from .prompt_cache import read_prompt_once
 
 WITHOUT_LANGUAGE_MODEL = "is an encoder-decoder without a language-model head: use the class for conditional generation"
@@ -179,6 +180,29 @@ class Subject:
             real = slice(None) if mask is None else mask[:, _S:].bool()
             if not self._same([logits[real]], [expected[real]]):
                 return False
+        return True
+
+    def packing(self, facts: BaseModelFacts) -> bool:
+        """Tells whether texts are read side by side in one row as in rows of their own, longer than any window."""
+        self.task_type, self.factor = facts.task_type, facts.embedding_factor
+        plain = torch.cat([self.prompt[:_S].expand(2, -1, -1), self.embeds * self.factor], dim=1)
+        batches = [(plain, torch.ones(plain.shape[:2], dtype=torch.int64, device=self.device))]
+        if facts.splits_prompt:
+            batches += [self._padded(APART, _S, left)[:2] for left in (True, False)]
+        for embeds, mask in batches:
+            inputs, real = BaseInputs(inputs_embeds=embeds, attention_mask=mask), mask.bool()
+            inputs["position_ids"] = numbered(mask, facts.position_offset or 0)
+            expected = self.run(**inputs)["logits"]
+            for rows in ([0, 1], [0, 1, 1]):  # the latter with a place that no text takes
+                for last in (_S + _LONG, 2):
+                    packing, packed = (
+                        Packing(len(rows), 2, _S, _LONG),
+                        BaseInputs({k: x[rows] for k, x in inputs.items()}),
+                    )
+                    packing.pack(facts, packed, last if last == 2 else 0)
+                    logits, counts = packing.unpacked(self.run(**packed)["logits"]), real[rows, -last:]
+                    if not self._same([logits[counts]], [expected[rows, -last:][counts]]):
+                        return False
         return True
 
     def _generated(self, **inputs: Tensor) -> list[Tensor]:

@@ -103,6 +103,20 @@ def can_share_prompt(model: Any, facts: BaseModelFacts) -> bool:
     return bool(_once("sharing", model, ask))
 
 
+def can_pack_texts(model: Any, facts: BaseModelFacts) -> bool:
+    """Tells whether a causal `model` reads texts side by side behind one prompt as behind one of their own."""
+
+    def ask(model: Any) -> bool:
+        try:
+            return bool(_asked(model, lambda subject: subject.packing(facts)))
+        except _CannotBeAsked:
+            return False
+
+    arguments = {"position_ids", "attention_mask", "logits_to_keep"}
+    can_be_told = facts.position_offset is not None and arguments <= facts.forward_arguments
+    return can_be_told and bool(_once("packing", model, ask))
+
+
 def _once(question: str, model: Any, ask: Callable[[Any], Any]) -> Any:
     try:
         key = (question, type(model), json.dumps(model.config.to_dict(), sort_keys=True, default=str))

@@ -194,7 +194,8 @@ def profile(
                 "label": method.spec.label,
                 "method": method.spec.name,
                 "num_virtual_tokens": method.spec.num_virtual_tokens,
-                "shared_prompt": isinstance(method.model, EPTModel) and method.model.shares_prompt_of(config.batch),
+                "shared_prompt": isinstance(method.model, EPTModel)
+                and method.model.shares_prompt_of(config.batch, config.length),
                 "trainable_parameters": sum(parameter.numel() for parameter in method.parameters),
                 "tokens_per_second": 1e3 * text_tokens / statistics.median(t.step for t in own),
                 "peak_memory_bytes": peak,

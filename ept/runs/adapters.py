@@ -13,6 +13,7 @@ from ..config import EPTConfig
 from ..model.adapter_files import SCALE_NAME, read_config, read_weights, weight_shapes
 from ..model.base_model import absent_modules, lost_modules, trained_heads
 from ..model.ept_model import EPTModel, get_ept_model
+from ..model.packing import second_call
 from ..utils.messages import listed
 from .folder import RunFolder
 from .loading import load_base_model
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from ..tasks import Task
     from .config import MethodConfig, RunConfig
 
-ENOUGH_SAVED = 64
-"""Positions that a step must save for a second call of the model to pay on a CPU."""
 FAST = {"fast_4bit", "dequantized_cache_bytes", "fast_frozen"}  # how the base model's own layers are to run
 
 
@@ -95,7 +94,7 @@ def share_prompt(model: PeftModel, wanted: bool | None) -> None:
     try:
         if not isinstance(model, EPTModel):
             raise ValueError("training.shared_prompt is for this project's own methods: leave it out")
-        model.share_prompt(least=1 if wanted else ENOUGH_SAVED)
+        model.share_prompt(least=1 if wanted else second_call())
     except ValueError:
         if wanted:
             raise

@@ -311,7 +311,8 @@ class TrainingConfig(Section):
     """A decoder's logits at the labels only. False: at every position."""
     shared_prompt: bool | None = None
     """Let a decoder read the prompt once for all rows of a batch: all but rounding stays the same, and each further row
-    saves the prompt's positions. None: on a CPU, where the model can and a step saves at least 64."""
+    saves the prompt's positions. None: on a CPU, where the model can and a step saves at least 64 a thread, or texts
+    are short enough to stand side by side in a row."""
     balanced_sampling: bool = False
     """Draw train rows so that every label comes equally often, whatever its share; an epoch has as many rows."""
     class_weights: bool = False

@@ -10,9 +10,12 @@ import torch
 from tiny_models import DECODERS, SMALL, adapted, make_batch, make_model, randomise
 
 from ept import EPTConfig, EPTModel
+from ept.model import ept_model, packing
+from ept.model.packing import Packing, packing_of
 
 # Windowed attention, or positions by index: padding may not stand between prompt and text.
 ONLY_ONE_LENGTH = ["mistral", "gemma3"]
+READ_BEFORE = [*ONLY_ONE_LENGTH, "bloom"]  # which read no mask of pairs of positions, or not with what it adds to one
 BATCHES = {"left": ((8, 3, 5), "left"), "right": ((8, 3, 5), "right"), "equal": ((6, 6, 6), "left")}
 
 
@@ -43,9 +46,17 @@ def positions_read(model) -> Iterator[list[tuple[int, int]]]:
     handle.remove()
 
 
+@pytest.fixture(params=["side by side", "read before"])
+def side_by_side(request, monkeypatch):
+    """Has all texts read side by side where they can be, or none; what pays is another question."""
+    packs = request.param == "side by side"
+    monkeypatch.setattr(ept_model, "packing_of", lambda texts, s, n, d: Packing(texts, texts, s, n) if packs else None)
+    return packs
+
+
 @pytest.mark.parametrize("kind, masked", [*((kind, True) for kind in BATCHES), ("equal", False)])
 @pytest.mark.parametrize("name", DECODERS)
-def test_same_step_as_with_a_prompt_for_each_row(name, kind, masked):
+def test_same_step_as_with_a_prompt_for_each_row(name, kind, masked, side_by_side):
     lengths, side = BATCHES[kind]
     model, batch = adapted(name).train(), make_batch(name, lengths, side)
     tolerance = 1e-4
@@ -57,8 +68,11 @@ def test_same_step_as_with_a_prompt_for_each_row(name, kind, masked):
     model.share_prompt()
     with positions_read(model) as read:
         logits, loss, gradients = step(model, batch)
-    n, s, is_shared = max(lengths), SMALL["num_virtual_tokens"], not masked or name not in ONLY_ONE_LENGTH
-    assert read == ([(1, s), (3, n)] if is_shared else [(3, s + n)])
+    n, s = max(lengths), SMALL["num_virtual_tokens"]
+    if side_by_side and name not in READ_BEFORE:
+        assert read == [(1, s + 3 * n)]
+    else:
+        assert read == ([(3, s + n)] if masked and name in ONLY_ONE_LENGTH else [(1, s), (3, n)])
     real = batch.get("attention_mask", torch.ones(3, n)).bool()
     torch.testing.assert_close(logits[real], expected[0][real], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(loss, expected[1], rtol=tolerance, atol=tolerance)
@@ -69,20 +83,20 @@ def test_same_step_as_with_a_prompt_for_each_row(name, kind, masked):
 
 
 @pytest.mark.parametrize("options", [{}, {"logits_to_keep": 10}, {"return_dict": False}], ids=str)
-def test_the_prompts_logits_stand_before_the_texts_as_ever(options):
+def test_the_prompts_logits_stand_before_the_texts_as_ever(options, side_by_side):
     """As a plain Trainer calls it; 10 are the text's 8 and two of the prompt's."""
     model, batch = adapted().double().train(), {**make_batch("llama", (8, 8)), **options}
     expected = model(**batch, num_items_in_batch=3)
     model.share_prompt()
     with positions_read(model) as read:
         output = model(**batch, num_items_in_batch=3)
-    assert read == [(1, 5), (2, 8)]
+    assert read == ([(1, 21)] if side_by_side else [(1, 5), (2, 8)])
     assert output[1].shape == (2, options.get("logits_to_keep", 13), expected[1].shape[2])
     torch.testing.assert_close(output[:2], expected[:2], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("fields", [{"update": "token"}, {"r": 0}, {"update_scope": "all"}, {"num_spaces": 0}], ids=str)
-def test_every_form_of_the_adapter_and_half_of_the_positions(fields):
+def test_every_form_of_the_adapter_and_half_of_the_positions(fields, side_by_side):
     model, batch = adapted(**fields).double().train(), make_batch("llama", (8, 6), "left")
     for logits_to_keep in (3, 6):  # of 8
         given = {**batch, "logits_to_keep": logits_to_keep}
@@ -148,7 +162,7 @@ def test_tokens_after_a_cache_and_generation_are_as_before():
 
 
 @pytest.mark.filterwarnings("ignore:.*needs.*in training mode")
-def test_checkpointed_layers_and_dropout_have_a_prompt_for_each_row():
+def test_checkpointed_layers_and_dropout_have_a_prompt_for_each_row(side_by_side):
     batch = make_batch("llama", (8, 3), "left")
     model = adapted().double().share_prompt().train()
     expected = step(model, batch)
@@ -161,18 +175,65 @@ def test_checkpointed_layers_and_dropout_have_a_prompt_for_each_row():
     for parameter, gradient in gradients.items():
         same(gradient, expected[2][parameter])
     model = adapted("gpt2", base_dropout=True, model_changes={"attn_pdrop": 0.5}).share_prompt()
-    for training, shape in ((True, [(2, 13)]), (False, [(1, 5), (2, 8)])):
+    for training, shape in ((True, [(2, 13)]), (False, [(1, 21)] if side_by_side else [(1, 5), (2, 8)])):
         with positions_read(model.train(training)) as read:
             model(**batch, logits_to_keep=2)
         assert read == shape
 
 
-def test_a_call_that_saves_too_little_is_as_before():
+def test_a_call_that_saves_too_little_is_as_before(monkeypatch):
+    monkeypatch.setattr(ept_model, "packing_of", lambda *sizes: None)
     model, batch = adapted().share_prompt(least=10), make_batch("llama", (8, 3, 5), "left")
     for rows, expected in ((3, [(1, 5), (3, 8)]), (2, [(2, 13)]), (1, [(1, 13)])):
         with positions_read(model) as read:
             model(**{name: value[:rows] for name, value in batch.items()}, logits_to_keep=2)
         assert read == expected
+
+
+SIZES = [
+    ((8, 12, 20, 576), 4),  # headlines in SmolLM2-135M
+    ((3, 12, 20, 576), 3),
+    ((4, 12, 20, 576), 4),
+    ((40, 12, 24, 576), None),  # a call for the prompt alone costs less than 40 texts' places in several rows
+    ((2, 400, 600, 64), None),
+    ((1, 12, 20, 576), None),
+    ((8, 0, 20, 576), None),
+]
+
+
+@pytest.mark.parametrize("sizes, per_row", SIZES, ids=str)
+def test_as_many_texts_a_row_as_pay(sizes, per_row, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    packed = packing_of(*sizes)
+    assert packed is None if per_row is None else packed is not None and packed.per_row == per_row
+    if packed is not None:
+        texts, s, n, _ = sizes
+        assert packed.rows * packed.per_row >= texts > (packed.rows - 1) * packed.per_row
+        assert s + packed.per_row * n <= 1024
+
+
+def test_texts_in_several_rows_and_a_place_that_none_takes(monkeypatch):
+    model, batch = adapted().double().train(), make_batch("llama", (8, 3, 5, 7, 4), "left")
+    expected = step(model, batch)
+    model.share_prompt()
+    monkeypatch.setattr(ept_model, "packing_of", lambda texts, s, n, d: Packing(texts, 2, s, n))
+    with positions_read(model) as read:
+        logits, loss, gradients = step(model, batch)
+    assert read == [(3, 21)]
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close((logits[real], loss), (expected[0][real], expected[1]), rtol=1e-9, atol=1e-9)
+    for parameter, gradient in gradients.items():
+        same(gradient, expected[2][parameter])
+
+
+def test_attention_that_reads_no_such_masks_has_the_prompt_read_before(monkeypatch):
+    monkeypatch.setattr(ept_model, "packing_of", lambda texts, s, n, d: Packing(texts, texts, s, n))
+    model, batch = adapted().share_prompt(), make_batch("llama", (8, 3), "left")
+    model.base_model.config._attn_implementation = "eager"
+    monkeypatch.setattr(packing, "_READS_MASKS", ("sdpa",))
+    with positions_read(model) as read:
+        model(**batch, logits_to_keep=2)
+    assert read == [(1, 5), (2, 8)]
 
 
 def test_compiled_layers_end_it():
