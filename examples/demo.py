@@ -55,6 +55,11 @@ def demo() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help=f"training steps (default: as {CONFIG.name} says)")
     parser.add_argument("--method", choices=METHODS, metavar="NAME", help="pt, dept, ept, ... at the same stored size")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="folder of smollm2.py, which loads faster; default: the package's file, unpacked twice",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, written anew each time")
     parser.add_argument("--seed", type=int, default=0, help="draws the split, the initialisation and the order of rows")
     arguments = parser.parse_args()
@@ -75,7 +80,10 @@ def demo() -> None:
         f"Data: {len(rows):,} different headlines, split by a hash of their text into "
         f"{counts['train']:,} to train on, {counts['validation']:,} to validate on, {counts['test']:,} held out."
     )
-    config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
+    if arguments.model is not None:
+        config.model.name_or_path = str(arguments.model.resolve())
+    else:
+        config.model.name_or_path, config.model.gguf_file = str(model_file.parent), model_file.name
     config.data.data_dir = str(data)
     config.output_dir, config.seed = str(arguments.output), arguments.seed
     if arguments.steps is not None:
@@ -92,7 +100,7 @@ def demo() -> None:
         f"Training: {config.training.max_steps} steps of {config.training.batch_size} headlines, "
         f"scored before and after on {config.data.max_test} held-out ones."
     )
-    console.print("Unpacking the model and tokenising, then scoring it untrained ...\n")
+    console.print("Loading the model and tokenising, then scoring it untrained ...\n")
     with quiet():
         results = train(config, overwrite=True)
     for part in results_tables(results):

@@ -43,7 +43,7 @@ from .inputs import (
 from .layout import FRONT, arrangement, moved
 from .mixed import BASE, check_heads_are_ours, check_recomputed, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
-from .packing import Packing, packing_of, reads_masks
+from .packing import Packing, packing_of, reads_masks, second_call
 from .prompt_cache import cached_prompt, check_cacheable, check_shareable, is_shareable, read_prompt_once
 from .reading import can_pack_texts, can_share_prompt, examine, infer_task_type, with_forward_of
 from .smoothing import refuse_label_smoothing
@@ -470,7 +470,7 @@ class EPTModel(ModelWithAdapters):
     def _packing_of(self, rows: int, length: int) -> Packing | None:
         if self._shared_from is None or not self._packs_texts or not reads_masks(self.base_model):
             return None
-        return packing_of(rows, self.active_peft_config.num_virtual_tokens, length, self._layer().d)
+        return packing_of(rows, self.active_peft_config.num_virtual_tokens, length, self._layer().d, second_call())
 
     def share_prompt(self, least: int = 1) -> EPTModel:
         """Lets a decoder read the prompt once for all rows of a batch, in training too; returns the model.
@@ -486,7 +486,7 @@ class EPTModel(ModelWithAdapters):
 
         Args:
             least: positions that a call of its own for the prompt must save; without it each row has a prompt. On a
-                CPU it costs as much as 35 to 60 positions for each thread.
+                CPU it costs about as much as 64 positions for each thread.
 
         Raises:
             ValueError: the model reads texts behind a prompt of their own otherwise; the message says why.

@@ -7,6 +7,7 @@ they are. What is added are products of queries with the keys of other texts, wh
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,14 +104,16 @@ class Packing:
 def second_call() -> int:
     """Places that a call of its own for the prompt costs: it reads all weights once more for a few rows.
 
-    By steps with SmolLM2-135M on a CPU 35 to 60 with one thread, 110 to 150 with two.
+    By steps with SmolLM2-135M on a CPU 35 to 60 with one thread, 55 to 156 with two.
     """
     return 64 * torch.get_num_threads()
 
 
-def packing_of(texts: int, s: int, n: int, d: int) -> Packing | None:
+@functools.lru_cache(1024)
+def packing_of(texts: int, s: int, n: int, d: int, call: int) -> Packing | None:
     """Chooses how many texts to put into a row, None where it pays to have a row for each, or a prompt read before.
 
+    `call` is what a call of its own for the prompt costs, in places.
     A place costs 24·d² operations in every layer of width d, a pair of places 4·d of which a CPU does a quarter as many
     in a second: as measured with SmolLM2-135M.
     """
@@ -118,7 +121,7 @@ def packing_of(texts: int, s: int, n: int, d: int) -> Packing | None:
     def cost(places: int, pairs: int) -> int:
         return 3 * d * places + 2 * pairs
 
-    before = cost(s + texts * n + second_call(), texts * n * (s + n))
+    before = cost(s + texts * n + call, texts * n * (s + n))
     least, best = min(before, cost(texts * (s + n), texts * (s + n) ** 2)), None
     for rows in range(1, texts):
         packing = Packing(texts, -(-texts // rows), s, n)

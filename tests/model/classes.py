@@ -173,7 +173,7 @@ def _off_with_a_shared_prompt(
     except ValueError:
         return 0.0
     worst, longest = 0.0, texts[-1]
-    for packed in (lambda texts, s, n, d: Packing(texts, 2, s, n), lambda *sizes: None):
+    for packed in (lambda texts, s, n, *others: Packing(texts, 2, s, n), lambda *sizes: None):
         with mock.patch.object(ept_model, "packing_of", packed):
             equal = _answers(model, longest.expand(3, -1))
             worst = max(worst, *(difference({k: v[i : i + 1] for k, v in equal.items()}, alone[-1]) for i in range(3)))

@@ -50,7 +50,9 @@ def positions_read(model) -> Iterator[list[tuple[int, int]]]:
 def side_by_side(request, monkeypatch):
     """Has all texts read side by side where they can be, or none; what pays is another question."""
     packs = request.param == "side by side"
-    monkeypatch.setattr(ept_model, "packing_of", lambda texts, s, n, d: Packing(texts, texts, s, n) if packs else None)
+    monkeypatch.setattr(
+        ept_model, "packing_of", lambda texts, s, n, *others: Packing(texts, texts, s, n) if packs else None
+    )
     return packs
 
 
@@ -202,9 +204,8 @@ SIZES = [
 
 
 @pytest.mark.parametrize("sizes, per_row", SIZES, ids=str)
-def test_as_many_texts_a_row_as_pay(sizes, per_row, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    packed = packing_of(*sizes)
+def test_as_many_texts_a_row_as_pay(sizes, per_row):
+    packed = packing_of(*sizes, call=64)
     assert packed is None if per_row is None else packed is not None and packed.per_row == per_row
     if packed is not None:
         texts, s, n, _ = sizes
@@ -216,7 +217,7 @@ def test_texts_in_several_rows_and_a_place_that_none_takes(monkeypatch):
     model, batch = adapted().double().train(), make_batch("llama", (8, 3, 5, 7, 4), "left")
     expected = step(model, batch)
     model.share_prompt()
-    monkeypatch.setattr(ept_model, "packing_of", lambda texts, s, n, d: Packing(texts, 2, s, n))
+    monkeypatch.setattr(ept_model, "packing_of", lambda texts, s, n, *others: Packing(texts, 2, s, n))
     with positions_read(model) as read:
         logits, loss, gradients = step(model, batch)
     assert read == [(3, 21)]
@@ -227,7 +228,7 @@ def test_texts_in_several_rows_and_a_place_that_none_takes(monkeypatch):
 
 
 def test_attention_that_reads_no_such_masks_has_the_prompt_read_before(monkeypatch):
-    monkeypatch.setattr(ept_model, "packing_of", lambda texts, s, n, d: Packing(texts, texts, s, n))
+    monkeypatch.setattr(ept_model, "packing_of", lambda texts, s, n, *others: Packing(texts, texts, s, n))
     model, batch = adapted().share_prompt(), make_batch("llama", (8, 3), "left")
     model.base_model.config._attn_implementation = "eager"
     monkeypatch.setattr(packing, "_READS_MASKS", ("sdpa",))
