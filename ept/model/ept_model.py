@@ -43,7 +43,7 @@ from .inputs import (
 from .layout import FRONT, arrangement, moved
 from .mixed import BASE, check_heads_are_ours, check_recomputed, embed_following, heads_of_rows
 from .outputs import of_tokens, span_loss
-from .packing import Packing, packing_of, reads_masks, second_call
+from .packing import LONGEST, Packing, packing_of, reads_masks, second_call
 from .prompt_cache import cached_prompt, check_cacheable, check_shareable, is_shareable, read_prompt_once
 from .reading import can_pack_texts, can_share_prompt, examine, infer_task_type, with_forward_of
 from .smoothing import refuse_label_smoothing
@@ -216,8 +216,8 @@ class EPTModel(ModelWithAdapters):
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             is_shared = (
                 tokens is not None
-                and self.shares_prompt_of(*tokens.shape[:2])
                 and is_shareable(self, attention_mask, logits_to_keep, kwargs)
+                and self.shares_prompt_of(*tokens.shape[:2])
             )
         if adapter_names is not None and torch.is_grad_enabled():
             check_recomputed(self.base_model)
@@ -470,7 +470,8 @@ class EPTModel(ModelWithAdapters):
     def _packing_of(self, rows: int, length: int) -> Packing | None:
         if self._shared_from is None or not self._packs_texts or not reads_masks(self.base_model):
             return None
-        return packing_of(rows, self.active_peft_config.num_virtual_tokens, length, self._layer().d, second_call())
+        s, limit = self.active_peft_config.num_virtual_tokens, self._facts.position_limit
+        return packing_of(rows, s, length, self._layer().d, second_call(), LONGEST if limit is None else limit)
 
     def share_prompt(self, least: int = 1) -> EPTModel:
         """Lets a decoder read the prompt once for all rows of a batch, in training too; returns the model.

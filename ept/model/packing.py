@@ -19,7 +19,7 @@ from .facts import BaseModelFacts
 from .inputs import BaseInputs
 from .layout import numbered
 
-_LONGEST = 1024  # places of a row: some models read positions otherwise from several thousand on
+LONGEST = 1024  # places of a row: some models read positions otherwise from several thousand on
 _READS_MASKS = ("eager", "sdpa")  # kinds of attention that take a mask for each pair of positions
 
 
@@ -110,10 +110,10 @@ def second_call() -> int:
 
 
 @functools.lru_cache(1024)
-def packing_of(texts: int, s: int, n: int, d: int, call: int) -> Packing | None:
+def packing_of(texts: int, s: int, n: int, d: int, call: int, longest: int = LONGEST) -> Packing | None:
     """Chooses how many texts to put into a row, None where it pays to have a row for each, or a prompt read before.
 
-    `call` is what a call of its own for the prompt costs, in places.
+    `call` is what a call of its own for the prompt costs, in places. No row has more than `longest`, or 1,024.
     A place costs 24·d² operations in every layer of width d, a pair of places 4·d of which a CPU does a quarter as many
     in a second: as measured with SmolLM2-135M.
     """
@@ -126,7 +126,11 @@ def packing_of(texts: int, s: int, n: int, d: int, call: int) -> Packing | None:
     for rows in range(1, texts):
         packing = Packing(texts, -(-texts // rows), s, n)
         length = s + packing.per_row * n
-        if packing.rows == rows and length <= _LONGEST and (c := cost(rows * length, rows * length**2)) < least:
+        if (
+            packing.rows == rows
+            and length <= min(longest, LONGEST)
+            and (c := cost(rows * length, rows * length**2)) < least
+        ):
             least, best = c, packing
     return best
 

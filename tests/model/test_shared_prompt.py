@@ -206,6 +206,7 @@ SIZES = [
 @pytest.mark.parametrize("sizes, per_row", SIZES, ids=str)
 def test_as_many_texts_a_row_as_pay(sizes, per_row):
     packed = packing_of(*sizes, call=64)
+    assert packing_of(*sizes, call=64, longest=31) is None  # as many as stand in the model's table of positions
     assert packed is None if per_row is None else packed is not None and packed.per_row == per_row
     if packed is not None:
         texts, s, n, _ = sizes
