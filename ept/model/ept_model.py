@@ -216,6 +216,7 @@ class EPTModel(ModelWithAdapters):
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             is_shared = (
                 tokens is not None
+                and tokens.shape[1] > 0
                 and is_shareable(self, attention_mask, logits_to_keep, kwargs)
                 and self.shares_prompt_of(*tokens.shape[:2])
             )

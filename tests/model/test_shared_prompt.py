@@ -238,6 +238,12 @@ def test_attention_that_reads_no_such_masks_has_the_prompt_read_before(monkeypat
     assert read == [(1, 5), (2, 8)]
 
 
+def test_rows_without_a_token_are_as_before():
+    model, ids = adapted(), torch.zeros(3, 0, dtype=torch.int64)
+    expected = model(ids).logits
+    assert torch.equal(model.share_prompt()(ids).logits, expected)
+
+
 def test_compiled_layers_end_it():
     model, batch = adapted().share_prompt(), make_batch("llama", (8, 3), "left")
     model.compile_layers(backend="eager")
