@@ -118,6 +118,20 @@ def test_a_weight_that_wants_a_gradient_is_refused():
         functional.rms_norm(torch.ones(2, 8), weight)
 
 
+def test_a_name_that_stands_for_nothing_is_refused():
+    x = torch.ones(2, 8)
+    with pytest.raises(ValueError, match="activation is 'swish', expected one of silu, gelu, gelu_tanh, relu"):
+        functional.gated_activation(x, x, "swish")
+    with pytest.raises(ValueError, match="form is 'phi', expected one of llama"):
+        functional.rms_norm(x, torch.ones(8), form="phi")
+    prompt, A, B, beta = x, torch.ones(2, 2), x, torch.ones(1)
+    maps = (torch.ones(8, 3), torch.ones(8, 3), torch.ones(8, 3), torch.ones(3, 8), torch.ones(8, 1))
+    with pytest.raises(ValueError, match="activation is 'swish', expected one of gelu"):
+        functional.joint_prompt(
+            prompt, A, B, beta, *maps, lowrank_scale=1.0, embedding_scale=1.0, score_scale=1.0, activation="swish"
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_sum_with_a_residual_of_another_dtype_is_rounded_to_that_of_the_rows(dtype):
     """The fake says so, for compiled models."""

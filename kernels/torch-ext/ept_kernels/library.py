@@ -98,6 +98,17 @@ def launcher_of(name: str) -> Callable[..., Any] | None:
     return None if module is None else getattr(importlib.import_module(f".{module}", __package__), name)
 
 
+class Choices(dict[str, Any]):
+    """What an operator's `argument` stands for by name; any other name is refused with a `ValueError`."""
+
+    def __init__(self, argument: str, **values: Any) -> None:
+        super().__init__(values)
+        self.argument = argument
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.argument} is {name!r}, expected one of {', '.join(self)}")
+
+
 def check_shapes(expected: str, **given: Any) -> None:
     """Refuses tensors (or their shapes) that do not fit `expected`, `"A {of}m r, B {of}r d"`, with a `ValueError`.
 

@@ -9,32 +9,32 @@ the model does not hold anyway, but for one number a row of a norm and one bit a
     φ(gate) ⊙ up                         [..., width]
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..library import check_shapes, compute_dtype, register
+from ..library import Choices, check_shapes, compute_dtype, register
 
 # What a family's norm adds to its weight, and whether it rounds the normalised rows before it multiplies by the weight.
-FORMS = {
-    "llama": (0.0, True),  # Llama, Mistral, Qwen
-    "t5": (0.0, True),  # as Llama, but the result has the weight's dtype
-    "olmo": (0.0, False),
-    "gemma": (1.0, False),
-}
+FORMS = Choices(
+    "form",
+    llama=(0.0, True),  # Llama, Mistral, Qwen
+    t5=(0.0, True),  # as Llama, but the result has the weight's dtype
+    olmo=(0.0, False),
+    gemma=(1.0, False),
+)
 
 # φ by name, and the gradient of φ(x) from that of its result.
-ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
-    "gelu_tanh": (
+ACTIVATIONS = Choices(
+    "activation",
+    silu=(F.silu, torch.ops.aten.silu_backward),
+    gelu=(F.gelu, torch.ops.aten.gelu_backward),
+    gelu_tanh=(
         lambda x: F.gelu(x, approximate="tanh"),
         lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
     ),
-    "relu": (F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
-}
+    relu=(F.relu, lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)),
+)
 
 NORM = "x *rows d, weight d, residual *rows d"
 NORM_BACKWARD = "h *rows d, grad_output *rows d, weight d, rstd *rows 1, grad_h *rows d"

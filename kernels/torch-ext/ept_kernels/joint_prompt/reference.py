@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..library import autograd_inside_operators, compute_dtype, register
+from ..library import Choices, autograd_inside_operators, compute_dtype, register
 
 # φ by name.
-ACTIVATIONS = {"gelu": F.gelu, "relu": torch.relu, "silu": F.silu, "tanh": torch.tanh, "linear": lambda x: x}
+ACTIVATIONS = Choices("activation", gelu=F.gelu, relu=torch.relu, silu=F.silu, tanh=torch.tanh, linear=lambda x: x)
 
 SHAPES = "prompt s d, A m r, B r d, beta is_fused, W_q d a, W_k d a, D d columns, U columns d, G d K, grad_output s d"
 
