@@ -93,28 +93,26 @@ def generation_of(model: Any, facts: BaseModelFacts) -> str | None:
 
 def can_share_prompt(model: Any, facts: BaseModelFacts) -> bool:
     """Tells whether a causal `model` reads texts behind a prompt that it read once as behind one of their own."""
-
-    def ask(model: Any) -> bool:
-        try:
-            return bool(_asked(model, lambda subject: subject.sharing(facts)))
-        except _CannotBeAsked:
-            return False
-
-    return bool(_once("sharing", model, ask))
+    return _agrees("sharing", model, lambda subject: subject.sharing(facts))
 
 
 def can_pack_texts(model: Any, facts: BaseModelFacts) -> bool:
     """Tells whether a causal `model` reads texts side by side behind one prompt as behind one of their own."""
+    arguments = {"position_ids", "attention_mask", "logits_to_keep"}
+    can_be_told = facts.position_offset is not None and arguments <= facts.forward_arguments
+    return can_be_told and _agrees("packing", model, lambda subject: subject.packing(facts))
 
-    def ask(model: Any) -> bool:
+
+def _agrees(question: str, model: Any, ask: Callable[[Subject], bool]) -> bool:
+    """Puts a yes-or-no question; a model that cannot be asked says no."""
+
+    def answer(model: Any) -> bool:
         try:
-            return bool(_asked(model, lambda subject: subject.packing(facts)))
+            return bool(_asked(model, ask))
         except _CannotBeAsked:
             return False
 
-    arguments = {"position_ids", "attention_mask", "logits_to_keep"}
-    can_be_told = facts.position_offset is not None and arguments <= facts.forward_arguments
-    return can_be_told and bool(_once("packing", model, ask))
+    return bool(_once(question, model, answer))
 
 
 def _once(question: str, model: Any, ask: Callable[[Any], Any]) -> Any:
