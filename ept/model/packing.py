@@ -65,11 +65,11 @@ class Packing:
         sees = sees & F.pad(is_real, (self.s, 0), value=True)[:, None, None, :]
         return torch.zeros(sees.shape, dtype=dtype, device=is_real.device).masked_fill(~sees, torch.finfo(dtype).min)
 
-    def _side_by_side(self, values: Tensor) -> Tensor:
-        """Takes `values` of texts `[texts, m, …]` to `[rows, per_row·m, …]`."""
+    def _side_by_side(self, values: Tensor, fill: int = 0) -> Tensor:
+        """Takes `values` of texts `[texts, m, …]` to `[rows, per_row·m, …]`, with `fill` where texts lack."""
         missing = self.rows * self.per_row - self.texts
         if missing:
-            values = torch.cat([values, values.new_zeros(missing, *values.shape[1:])])
+            values = torch.cat([values, values.new_full((missing, *values.shape[1:]), fill)])
         return values.reshape(self.rows, -1, *values.shape[2:])
 
     def labels(self, labels: Tensor, few: int) -> Tensor:
@@ -79,8 +79,7 @@ class Packing:
         """
         labels = labels[:, -(few or self.n) :].clone()
         labels[:, 0] = -100
-        missing = self.rows * self.per_row - self.texts
-        labels = F.pad(labels, (0, 0, 0, missing), value=-100).reshape(self.rows, -1)
+        labels = self._side_by_side(labels, -100)
         return labels if few else F.pad(labels, (self.s, 0), value=-100)
 
     def _last(self, m: int, device: Any) -> Tensor:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy
@@ -161,49 +162,44 @@ class Subject:
 
     def sharing(self, facts: BaseModelFacts) -> bool:
         """Tells whether texts are read behind a prompt that is read once for both as behind one each."""
-        self.task_type, self.factor = facts.task_type, facts.embedding_factor
-        texts = self.embeds[:, :_SHORT] * self.factor
-        plain = torch.cat([self.prompt[:_S].expand(2, -1, -1), texts], dim=1)
-        batches = [(plain, None), (plain, torch.ones(plain.shape[:2], dtype=torch.int64, device=self.device))]
-        if facts.splits_prompt:
-            batches += [self._padded(APART, _S, left)[:2] for left in (True, False)]
-        for embeds, mask in batches:
-            inputs = BaseInputs(inputs_embeds=embeds)
-            inputs.s = _S
-            if mask is not None:
-                inputs["attention_mask"] = mask
-                if facts.position_offset is not None and "position_ids" in facts.forward_arguments:
-                    inputs["position_ids"] = numbered(mask, facts.position_offset)
+        for inputs, real in self._behind_prompts(facts):
             expected = self.run(**inputs)["logits"][:, _S:]
             read_prompt_once(self.model, facts, inputs)
-            logits = self.run(**inputs)["logits"]
-            real = slice(None) if mask is None else mask[:, _S:].bool()
-            if not self._same([logits[real]], [expected[real]]):
+            of_texts = real[:, _S:]
+            if not self._same([self.run(**inputs)["logits"][of_texts]], [expected[of_texts]]):
                 return False
         return True
 
     def packing(self, facts: BaseModelFacts) -> bool:
         """Tells whether texts are read side by side in one row as in rows of their own, longer than any window."""
-        self.task_type, self.factor = facts.task_type, facts.embedding_factor
-        plain = torch.cat([self.prompt[:_S].expand(2, -1, -1), self.embeds * self.factor], dim=1)
-        batches = [(plain, torch.ones(plain.shape[:2], dtype=torch.int64, device=self.device))]
-        if facts.splits_prompt:
-            batches += [self._padded(APART, _S, left)[:2] for left in (True, False)]
-        for embeds, mask in batches:
-            inputs, real = BaseInputs(inputs_embeds=embeds, attention_mask=mask), mask.bool()
-            inputs["position_ids"] = numbered(mask, facts.position_offset or 0)
-            expected = self.run(**inputs)["logits"]
-            for rows in ([0, 1], [0, 1, 1]):  # the latter with a place that no text takes
-                for last in (_S + _LONG, 2):
-                    packing, packed = (
-                        Packing(len(rows), 2, _S, _LONG),
-                        BaseInputs({k: x[rows] for k, x in inputs.items()}),
-                    )
-                    packing.pack(facts, packed, last if last == 2 else 0)
-                    logits, counts = packing.unpacked(self.run(**packed)["logits"]), real[rows, -last:]
-                    if not self._same([logits[counts]], [expected[rows, -last:][counts]]):
-                        return False
+        for inputs, real in self._behind_prompts(facts):
+            expected, n = self.run(**inputs)["logits"], real.shape[1] - _S
+            for rows, few in product(([0, 1], [0, 1, 1]), (0, 2)):  # the longer one with a place that no text takes
+                packing, packed = Packing(len(rows), 2, _S, n), BaseInputs({k: x[rows] for k, x in inputs.items()})
+                packing.pack(facts, packed, few)
+                last = few or _S + n
+                logits, counts = packing.unpacked(self.run(**packed)["logits"]), real[rows, -last:]
+                if not self._same([logits[counts]], [expected[rows, -last:][counts]]):
+                    return False
         return True
+
+    def _behind_prompts(self, facts: BaseModelFacts) -> Iterator[tuple[BaseInputs, Tensor]]:
+        """Puts both texts behind a prompt each, without and with a mask and padding; tells which places are real."""
+        self.task_type, self.factor = facts.task_type, facts.embedding_factor
+        texts = self.embeds[:, :_SHORT] * self.factor
+        plain = torch.cat([self.prompt[:_S].expand(2, -1, -1), texts], dim=1)
+        ones = torch.ones(plain.shape[:2], dtype=torch.int64, device=self.device)
+        batches = [(plain, ones, False), (plain, ones, True)]
+        if facts.splits_prompt:
+            batches += [(*self._padded(APART, _S, left)[:2], True) for left in (True, False)]
+        for embeds, mask, is_masked in batches:
+            inputs = BaseInputs(inputs_embeds=embeds)
+            inputs.s = _S
+            if is_masked:
+                inputs["attention_mask"] = mask
+                if facts.position_offset is not None and "position_ids" in facts.forward_arguments:
+                    inputs["position_ids"] = numbered(mask, facts.position_offset)
+            yield inputs, mask.bool()
 
     def _generated(self, **inputs: Tensor) -> list[Tensor]:
         """Generates a few tokens, and returns the logits of each step."""
