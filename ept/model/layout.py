@@ -51,8 +51,8 @@ def moved(values: Tensor, order: Tensor | None) -> Tensor:
     """Takes the columns of `values` `[batch, length, …]` in the given order."""
     if order is None:
         return values
-    index = order.to(values.device).view(*order.shape, *[1] * (values.dim() - 2))
-    return torch.take_along_dim(values, index, dim=1)
+    row = torch.arange(len(values), device=values.device)[:, None]
+    return values[row, order.to(values.device)]  # whole vectors, quicker than entry by entry
 
 
 def moved_back(values: Tensor, order: Tensor | None) -> Tensor:

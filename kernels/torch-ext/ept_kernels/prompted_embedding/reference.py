@@ -135,9 +135,11 @@ def prompted_embedding_backward_reference(
     grad_prompt = _sum_rows(of_prompt, adapter_ids, A)
     if r == 0 or n == 0:
         return grad_prompt.to(A.dtype), A.new_zeros(A.shape), A.new_zeros(B.shape)
-    # Every text's gradient rows are gathered at their positions (no atomics), then summed in row order.
+    # Every text's gradient rows are gathered at their positions (no atomics; whole rows, which is quicker than
+    # `take_along_dim` entry by entry), then summed in row order.
     token_at = token_at_reference(positions, m) if token_at is None else token_at
-    at_position = torch.take_along_dim(of_text, token_at.clamp(min=0).long()[..., None], dim=1)  # [batch, m, d]
+    text = torch.arange(len(positions), device=positions.device)[:, None]
+    at_position = of_text[text, token_at.clamp(min=0).long()]  # [batch, m, d]
     summed = _sum_rows(at_position * (token_at >= 0)[..., None], adapter_ids, A)  # [m, d], or [adapters, m, d]
     grad_A = scale * (summed @ B.to(dtype).mT)
     grad_B = scale * (A.to(dtype).mT @ summed)
