@@ -47,7 +47,7 @@ from .packing import LONGEST, Packing, packing_of, reads_masks, second_call
 from .prompt_cache import cached_prompt, check_cacheable, check_shareable, is_shareable, read_prompt_once
 from .reading import can_pack_texts, can_share_prompt, examine, infer_task_type, with_forward_of
 from .smoothing import refuse_label_smoothing
-from .texts import SeparateTexts, targets, text_before_answer
+from .texts import SeparateTexts, predicted, targets, text_before_answer
 
 
 def get_ept_model(
@@ -159,8 +159,8 @@ class EPTModel(ModelWithAdapters):
             text_mask: CAUSAL_LM: `[batch, n]`, nonzero at input-text tokens, which get the low-rank update; by
                 default what precedes a label, or all real tokens where there are no labels. A row with labels in
                 several places, the answers of several turns, is read once for each.
-            logits_to_keep: CAUSAL_LM: compute logits (and the loss) for the last so many positions only; 0: for prompt
-                and text. A tensor: at these positions of the text, without labels.
+            logits_to_keep: CAUSAL_LM: compute logits for the last so many positions only, and the loss of what they
+                predict; 0: for prompt and text. A tensor: at these positions of the text, without labels.
             num_items_in_batch: number of labels the loss is to be divided by, over all accumulated batches
                 (`Trainer` passes it); None: the mean over this batch.
             adapter_names: one adapter a row (`"__base__"` for none) instead of the active one.
@@ -211,6 +211,7 @@ class EPTModel(ModelWithAdapters):
             if labels is not None:
                 labels = targets(labels, attention_mask)
                 text_mask = text_before_answer(labels) if text_mask is None else text_mask
+                labels = predicted(labels, cast(int, logits_to_keep))
         is_shared = self.shares_prompt and not follows_cache and adapter_names is None
         if is_shared:
             tokens = input_ids if inputs_embeds is None else inputs_embeds
@@ -252,7 +253,13 @@ class EPTModel(ModelWithAdapters):
         if given.get("output_attentions"):
             raise ValueError("rows with several texts or answers are read one by one: leave out output_attentions")
         options = {"num_items_in_batch": num_items, "return_dict": True, "use_cache": False}
-        output = self.forward(**{**texts.take_arguments(given), **options})
+        taken = texts.take_arguments(given)
+        if (labels := given["labels"]) is not None:
+            if taken["text_mask"] is None:  # of all labels, before some are taken away
+                taken["text_mask"] = text_before_answer(targets(taken["labels"], taken["attention_mask"]))
+            lost = labels != predicted(labels, cast(int, logits_to_keep))
+            taken["labels"] = taken["labels"].masked_fill(texts.take(lost), -100)
+        output = self.forward(**{**taken, **options})
         names = [self.active_adapter] if given["adapter_names"] is None else given["adapter_names"]
         s = max(self.peft_config[name].num_virtual_tokens if name != BASE else 0 for name in names)
         output = shortened(texts.put_together(output, s), logits_to_keep)

@@ -36,6 +36,14 @@ def text_before_answer(labels: Tensor) -> Tensor:
     return (labels != -100).cumsum(1) == 0
 
 
+def predicted(labels: Tensor, logits_to_keep: int) -> Tensor:
+    """Takes away the labels that the last `logits_to_keep` positions of the text do not predict; 0 leaves all."""
+    n = labels.shape[1]
+    if not 0 < logits_to_keep <= n:
+        return labels
+    return labels.masked_fill(torch.arange(n, device=labels.device) <= n - logits_to_keep, -100)
+
+
 @dataclass
 class SeparateTexts:
     """The texts of a batch, one a row and padded on the right, with the way there and back."""

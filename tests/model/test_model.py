@@ -273,6 +273,10 @@ def test_generates_the_same_while_training_with_gradient_checkpointing(name):
     assert model.base_model.is_gradient_checkpointing
 
 
+def first_taken_away(labels):
+    return labels.masked_fill((labels != -100).cumsum(1) == 1, -100)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits_are_shortened_only_where_asked_for(name, mode):
@@ -283,6 +287,9 @@ def test_logits_are_shortened_only_where_asked_for(name, mode):
     kept = model(**batch, logits_to_keep=3)
     torch.testing.assert_close(kept.loss, whole.loss)
     torch.testing.assert_close(kept.logits, whole.logits[:, -3:], rtol=1e-4, atol=1e-5)
+    few = model(**batch, logits_to_keep=2)  # of two labels a row, the last
+    last = model(**{**batch, "text_mask": batch["labels"] == -100, "labels": first_taken_away(batch["labels"])})
+    torch.testing.assert_close(few.loss, last.loss)
     labels = batch.pop("labels")
     text = {**batch, "text_mask": labels == -100}
     picked = model(**text, logits_to_keep=torch.tensor([4, -1])).logits
@@ -317,6 +324,8 @@ def test_a_model_that_computes_all_logits_has_them_shortened():
     kept = model(**batch, logits_to_keep=3)
     torch.testing.assert_close(kept.loss, whole.loss)
     assert torch.equal(kept.logits, whole.logits[:, -3:])
+    last = model(**{**batch, "text_mask": batch["labels"] == -100, "labels": first_taken_away(batch["labels"])})
+    torch.testing.assert_close(model(**batch, logits_to_keep=2).loss, last.loss)
 
 
 def test_a_replaced_forward_is_seen():

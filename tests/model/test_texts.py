@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from tiny_models import SMALL, VOCAB, adapted, make_batch, randomise
+from torch.nn.functional import cross_entropy
 
 from ept import EPTConfig
 
@@ -153,3 +154,22 @@ REFUSED = [
 def test_what_cannot_be_taken_apart_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         adapted("llama")(**{**make_batch("llama", (7,)), **changes})
+
+
+@pytest.mark.parametrize("rows", [*CONVERSATIONS.values(), [[(4, 3)], [(2, 2)]]], ids=[*CONVERSATIONS, "one answer"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_the_loss_is_of_what_the_kept_positions_predict(rows, side, is_packed):
+    """However a batch is read: what is an answer does not change with the number of logits."""
+    batch, _ = make_rows([rows] if is_packed else [[turns] for turns in rows], side)
+    if not is_packed:
+        del batch["position_ids"]
+    model, labels = adapted("llama", max_length=16), batch["labels"]
+    n = labels.shape[1]
+    model.share_prompt()
+    whole = model(**batch).logits
+    for kept in range(2, n + 1):
+        output = model(**batch, logits_to_keep=kept)
+        torch.testing.assert_close(output.logits, whole[:, -kept:], rtol=1e-5, atol=1e-5)
+        expected = cross_entropy(whole[:, -kept:-1].flatten(0, 1), labels[:, n - kept + 1 :].flatten())
+        torch.testing.assert_close(output.loss, expected, equal_nan=True)
