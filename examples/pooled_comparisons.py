@@ -3,6 +3,7 @@
     python examples/pooled_comparisons.py FOLDER FOLDER --tasks glue/sst2,glue/mnli --methods ept,dept,pt
 
 A comparison with few seeds shows only large differences; several together show whether a small one keeps its sign.
+With `--rates` it tests the learning rates of all but the prompt, over the pairs of one method.
 """
 
 from __future__ import annotations
@@ -22,20 +23,35 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="of comparisons, each with its comparison.csv")
     parser.add_argument("--tasks", required=True, help="comma-separated; scores of one kind, or means say nothing")
     parser.add_argument("--methods", required=True, help="comma-separated; each is tested against those behind it")
+    parser.add_argument("--rates", help="comma-separated; each method's run is told by its rate of all but the prompt")
     arguments = parser.parse_args()
+    rates = arguments.rates.split(",") if arguments.rates else []
     scores: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
     for folder in arguments.folders:
         with (folder / "comparison.csv").open(encoding="utf-8", newline="") as file:
             for run in csv.DictReader(file):
-                is_counted = run["status"] == "finished" and run["chosen"] == "True" and not run["sweep"]
+                is_counted = run["status"] == "finished" and not run["sweep"] and (rates or run["chosen"] == "True")
                 if is_counted and run["task"] in arguments.tasks.split(","):
-                    key = f"{folder.name} {run['task']}", int(run["seed"])
-                    scores[run["method"]][key] = float(run["score"])
+                    key = f"{folder.name} {run['task']} {run['learning_rate'] if rates else ''}", int(run["seed"])
+                    rate = f" {run['low_rank_learning_rate']}" if rates else ""
+                    scores[run["method"] + rate][key] = float(run["score"])
     methods = arguments.methods.split(",")
+    if rates:
+        methods = [f"{method} {rate}" for method in methods for rate in rates]
     if unknown := [method for method in methods if method not in scores]:
         parser.error(f"no run of {', '.join(unknown)} on these tasks; there are {', '.join(sorted(scores)) or 'none'}")
     pairs = itertools.combinations(methods, 2)
-    tests = (paired_test(one, scores[one], other, scores[other]) for one, other in pairs)
+    tests = [paired_test(one, scores[one], other, scores[other]) for one, other in pairs]
+    if len(rates) == 2:  # over all methods
+        first, second = (
+            {
+                (f"{task} {m}", seed): s
+                for m in arguments.methods.split(",")
+                for (task, seed), s in scores[f"{m} {rate}"].items()
+            }
+            for rate in rates
+        )
+        tests.append(paired_test(rates[0], first, rates[1], second))
     print(markdown(TEST_COLUMNS, [test.row() for test in tests if test]))
 
 
