@@ -22,7 +22,7 @@ DATA: Any = Argument(
     help="A file (csv, tsv, jsonl, json, parquet), a folder, a task's name, or a name on the hub.",
 )
 MODEL: Any = Option(None, metavar="NAME", help="The base model, a folder or hub name (model.name_or_path).")
-METHOD: Any = Option(None, help="ept, dept, pt, lora, ... (method.name).")
+METHOD: Any = Option(None, help="ept-token (the default), ept, dept, pt, lora, ... (method.name).")
 STEPS: Any = Option(None, help="Training steps (training.max_steps); else 3 epochs.")
 TEXT_COLUMN: Any = Option(
     None, "--text-column", metavar="NAME", help="Column of the text (data.text_columns). Repeatable; else found."

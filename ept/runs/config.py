@@ -201,8 +201,8 @@ class DataConfig(Section):
 class MethodConfig(Section):
     """The adapter. None means the method's own default (see `EPTConfig`)."""
 
-    name: str = "ept"
-    """One of those in docs/comparison.md: ept, dept, pt, their ablations and peers, or one of PEFT's own methods."""
+    name: str = "ept-token"
+    """One of those in docs/comparison.md: ept-token, ept (whose update is the paper's), dept, pt, their peers."""
     budget: Count | None = None
     """Number of parameters to stay within; the sizes are searched for."""
     budget_kind: Literal["trained", "stored"] = "trained"
@@ -274,7 +274,7 @@ class TrainingConfig(Section):
     """Batches whose gradients make one step."""
     learning_rate: NotNegative = 0.05
     """Of the prompt and of the spaces' `U`, in units of the embeddings' root mean square; of PEFT's methods, of all."""
-    low_rank_learning_rate: NotNegative = 1e-3
+    low_rank_learning_rate: NotNegative = 1e-2
     """Of the adapter's other parameters (`A`, `B`, β); its maps (`D`, `G`, `W_q`, `W_k`) have it over √d."""
     head_learning_rate: NotNegative | None = None
     """Of a classifier's head. None: 4 over the width of what the head reads, such as 0.005 for a width of 768."""
