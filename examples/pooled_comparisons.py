@@ -3,7 +3,7 @@
     python examples/pooled_comparisons.py FOLDER FOLDER --tasks glue/sst2,glue/mnli --methods ept,dept,pt
 
 A comparison with few seeds shows only large differences; several together show whether a small one keeps its sign.
-With `--rates` it tests the learning rates of all but the prompt, over the pairs of one method.
+With `--rates` it tests the learning rates of all but the prompt: of each method, and of two rates over all methods.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+", help="of comparisons, each with its comparison.csv")
     parser.add_argument("--tasks", required=True, help="comma-separated; scores of one kind, or means say nothing")
     parser.add_argument("--methods", required=True, help="comma-separated; each is tested against those behind it")
-    parser.add_argument("--rates", help="comma-separated; each method's run is told by its rate of all but the prompt")
+    parser.add_argument(
+        "--rates", help="comma-separated rates of all but the prompt: every method at each, chosen or not"
+    )
     arguments = parser.parse_args()
     rates = arguments.rates.split(",") if arguments.rates else []
     scores: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)

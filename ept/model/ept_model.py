@@ -254,7 +254,7 @@ class EPTModel(ModelWithAdapters):
             raise ValueError("rows with several texts or answers are read one by one: leave out output_attentions")
         options = {"num_items_in_batch": num_items, "return_dict": True, "use_cache": False}
         taken = texts.take_arguments(given)
-        if (labels := given["labels"]) is not None:
+        if (labels := given["labels"]) is not None and logits_to_keep:
             if taken["text_mask"] is None:  # of all labels, before some are taken away
                 taken["text_mask"] = text_before_answer(targets(taken["labels"], taken["attention_mask"]))
             lost = labels != predicted(labels, cast(int, logits_to_keep))
