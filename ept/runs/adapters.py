@@ -165,7 +165,9 @@ def _continued(start: str, fresh: EPTConfig, method: Method, settings: MethodCon
     if config.folded:
         raise ValueError(f"{folder} holds a folded adapter, which cannot be trained: start from the one before folding")
     if set(config.parameter_shapes(d)) != set(fresh.parameter_shapes(d)):
-        raise ValueError(f"{folder} holds an adapter of another method than method.name={method.name}")
+        raise ValueError(
+            f"{folder} holds an adapter of another method than method.name={method.name}: give the one it was made with"
+        )
     if config.r and config.update == "position" and fresh.max_length > config.max_length:
         raise ValueError(
             f"{folder} holds an adapter for texts of up to {config.max_length} tokens, data.max_length is "
