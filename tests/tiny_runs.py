@@ -117,12 +117,13 @@ def save_data(folder: Path, rows: int = 96) -> Path:
 
 
 def run_config(model: Path, data: Path, output: Path | None, *overrides: str) -> RunConfig:
-    """A short run on `glue/sst2`'s form."""
+    """A short run on `glue/sst2`'s form, of EPT by the position."""
     settings = [
         f"model.name_or_path={model}",
         "data.task=glue/sst2",
         f"data.data_dir={data}",
         "data.max_length=16",
+        "method.name=ept",
         "method.num_virtual_tokens=6",
         "method.r=2",
         "training.max_steps=40",

@@ -177,4 +177,4 @@ def test_a_whole_run(name: str, family: str, base_models: Path, tmp_path: Path) 
     if TASK_OF[family] != "SEQ_2_SEQ_LM":  # a random encoder-decoder generates what it likes
         assert results["test_metrics"]["unparsable"] == 0
     head = 0 if TASK_OF[family] != "SEQ_CLS" else 32 * task.num_outputs + task.num_outputs
-    assert results["trainable_parameters"] - head == 3 * 32 + 2 * (task.max_length + 32) + 1 + 4 * (2 * 2 * 32 + 32)
+    assert results["trainable_parameters"] - head == 3 * 32 + 2 * (32 + 1 + 32) + 32 + 1 + 4 * (2 * 2 * 32 + 32)
