@@ -75,11 +75,10 @@ class Packing:
     def labels(self, labels: Tensor, few: int) -> Tensor:
         """Takes labels `[texts, s + n]` to the rows' logits, of the last `few` places of every text or, if 0, all.
 
-        The first of each text is left out: before it stands another text.
+        The first of them is none, as nothing predicts it (`texts.targets`, `texts.predicted`): before it stands another
+        text.
         """
-        labels = labels[:, -(few or self.n) :].clone()
-        labels[:, 0] = -100
-        labels = self._side_by_side(labels, -100)
+        labels = self._side_by_side(labels[:, -(few or self.n) :], -100)
         return labels if few else F.pad(labels, (self.s, 0), value=-100)
 
     def _last(self, m: int, device: Any) -> Tensor:
