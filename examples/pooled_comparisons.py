@@ -35,22 +35,17 @@ def main() -> None:
                 is_counted = run["status"] == "finished" and not run["sweep"] and (rates or run["chosen"] == "True")
                 if is_counted and run["task"] in arguments.tasks.split(","):
                     key = f"{folder.name} {run['task']} {run['learning_rate'] if rates else ''}", int(run["seed"])
-                    rate = f" {run['low_rank_learning_rate']}" if rates else ""
-                    scores[run["method"] + rate][key] = float(run["score"])
+                    name = f"{run['method']} {run['low_rank_learning_rate']}" if rates else run["method"]
+                    scores[name][key] = float(run["score"])
     methods = arguments.methods.split(",")
-    if rates:
-        methods = [f"{method} {rate}" for method in methods for rate in rates]
-    if unknown := [method for method in methods if method not in scores]:
+    names = [f"{method} {rate}" for method in methods for rate in rates] if rates else methods
+    if unknown := [name for name in names if name not in scores]:
         parser.error(f"no run of {', '.join(unknown)} on these tasks; there are {', '.join(sorted(scores)) or 'none'}")
-    pairs = itertools.combinations(methods, 2)
+    pairs = itertools.combinations(names, 2)
     tests = [paired_test(one, scores[one], other, scores[other]) for one, other in pairs]
     if len(rates) == 2:  # over all methods
         first, second = (
-            {
-                (f"{task} {m}", seed): s
-                for m in arguments.methods.split(",")
-                for (task, seed), s in scores[f"{m} {rate}"].items()
-            }
+            {(f"{task} {m}", seed): s for m in methods for (task, seed), s in scores[f"{m} {rate}"].items()}
             for rate in rates
         )
         tests.append(paired_test(rates[0], first, rates[1], second))

@@ -202,7 +202,7 @@ class MethodConfig(Section):
     """The adapter. None means the method's own default (see `EPTConfig`)."""
 
     name: str = "ept-token"
-    """One of those in docs/comparison.md: ept-token, ept (whose update is the paper's), dept, pt, their peers."""
+    """One of those in docs/comparison.md: ept-token, ept (the paper's), dept, pt, peers, or one of PEFT's methods."""
     budget: Count | None = None
     """Number of parameters to stay within; the sizes are searched for."""
     budget_kind: Literal["trained", "stored"] = "trained"
