@@ -139,7 +139,7 @@ def test_pooled_tests_are_those_that_the_results_page_tells(
     commands = re.findall(
         r"python \S+pooled_comparisons.py([^`]+?)```\n\n[^`]+?\n\|[-|]+\|\n(.+?)\n\n", page, re.DOTALL
     )
-    assert len(commands) == 2
+    assert len(commands) == 3
 
     def rounded(p: str) -> str:
         return p if p == "< 0.001" or float(p) < 0.01 else f"{float(p):.2f}"
