@@ -58,6 +58,34 @@ def prompted_embedding_backward(
     return Counts(gradient * item + index + parameters, operations)
 
 
+def prompted_embedding_by_token(
+    batch: int, length: int, width: int, prompt: int, rank: int, distinct: int, item: int
+) -> Counts:
+    """Counts the forward whose update depends on the token: ids and positions, table rows and parameters read, the
+    output and the bottleneck's activations written. Operations: the two products of every token.
+    """
+    tokens = batch * length
+    rows = distinct + batch * (prompt + length)
+    moved = 2 * ID_BYTES * tokens + rows * width * item + PARAMETER_BYTES * (prompt * width + tokens * rank)
+    return Counts(moved + _bottleneck(rank, width), 4 * tokens * rank * width)
+
+
+def prompted_embedding_by_token_backward(
+    batch: int, length: int, width: int, prompt: int, rank: int, distinct: int, item: int
+) -> Counts:
+    """Counts the incoming gradient, ids and positions, table rows, `W_out` and the activations read; the gradients of
+    these and of the parameters written. Operations: the three products of every token, and one addition an element.
+    """
+    tokens, gradient = batch * length, batch * (prompt + length) * width
+    moved = (gradient + distinct * width) * item + 2 * ID_BYTES * tokens
+    of_parameters = PARAMETER_BYTES * (rank * width + prompt * width + 2 * tokens * rank) + _bottleneck(rank, width)
+    return Counts(moved + of_parameters, gradient + 6 * tokens * rank * width)
+
+
+def _bottleneck(rank: int, width: int) -> int:
+    return PARAMETER_BYTES * (2 * rank * width + rank + width)
+
+
 def joint_prompt(prompt: int, positions: int, rank: int, width: int, columns: int, spaces: int) -> Counts:
     """Counts forward and backward of the joint prompt without learned maps: `columns` = K·h over `spaces` = K spaces.
 

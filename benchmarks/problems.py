@@ -15,11 +15,25 @@ from torch import Tensor
 
 import ept_kernels
 from ept_kernels import FourBitWeight
-from ept_kernels.dev.problems import FourBit, JointPrompt, PackedEmbedding, PromptedEmbedding
+from ept_kernels.dev.problems import FourBit, JointPrompt, PackedEmbedding, PromptedEmbedding, TokenUpdate
 
 from . import counts
 from .frozen import frozen_work
-from .shapes import BITSANDBYTES, COMPILED, COPY, DENSE, EAGER, FROZEN, LIGER, MODEL, OURS, OURS_AGAIN, PEFT, Case
+from .shapes import (
+    BITSANDBYTES,
+    BY_TOKEN,
+    COMPILED,
+    COPY,
+    DENSE,
+    EAGER,
+    FROZEN,
+    LIGER,
+    MODEL,
+    OURS,
+    OURS_AGAIN,
+    PEFT,
+    Case,
+)
 from .timing import Call
 
 MAX_BYTES = 8 << 30  # of all input sets of one case together
@@ -59,6 +73,8 @@ def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared:
         return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, reason))
     if case.kernel in FROZEN:
         prepared = _frozen(case, device)
+    elif case.kernel in BY_TOKEN:
+        prepared = _by_token(case, device)
     elif "4bit" in case.kernel:
         prepared = _four_bit(case, device)
     else:
@@ -98,6 +114,17 @@ def _embedding(case: Case, device: str) -> Prepared:
     if PEFT in case.providers:
         _add_peer(prepared, PEFT, peer, arguments)
     return prepared
+
+
+def _by_token(case: Case, device: str) -> Prepared:
+    """Prepares the prompted embedding with an update that depends on the token, or its backward."""
+    dtype = getattr(torch, case.dtype)
+    batch, n, d, vocabulary, s, r = case.size.values()
+    problem = TokenUpdate(n, d, s, r, batch, "none", dtype, vocabulary=vocabulary, operator=case.kernel)
+    distinct = problem.inputs(device)[int(case.kernel.endswith("backward"))].unique().numel()
+    counted = getattr(counts, case.kernel)(batch, n, d, s, r, distinct, dtype.itemsize)
+    arguments = input_sets(lambda seed: problem.inputs(device, seed), counted, device)
+    return _prepared(case, arguments, counted)
 
 
 def _frozen(case: Case, device: str) -> Prepared:

@@ -39,6 +39,7 @@ FOUR_BIT_PROVIDERS = (OURS, OURS_AGAIN, BITSANDBYTES)
 PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
 FROZEN = ("rms_norm", "rotary", "gated_activation")
 EMBEDDINGS = ("prompted_embedding", "prompted_embedding_backward", "prompted_embedding_packed")
+BY_TOKEN = ("prompted_embedding_by_token", "prompted_embedding_by_token_backward")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Case:
 
 
 def embedding(kernel: str, model: str, batch: int, length: int, **how: Any) -> Case:
-    """Makes a case of `prompted_embedding`, its packed form or its backward.
+    """Makes a case of `prompted_embedding`, its packed form, its form with an update by the token, or a backward.
 
     Args:
         how: `prompt` (40) and `rank` (30; 0 is prompt tuning, which PEFT has), `dtype`, whether it is `compiled`.
@@ -141,6 +142,11 @@ def gpu_cases() -> list[Case]:
     for kernel in EMBEDDINGS:
         cases += [embedding(kernel, model, 32, 256, compiled=model == "T5-base") for model in KNOWN]
         cases += [embedding(kernel, "T5-base", 32, 256, dtype=dtype) for dtype in ("float32", "float16")]
+    for kernel in BY_TOKEN:
+        cases += [
+            embedding(kernel, model, 32, length, compiled=True)
+            for model, length in (("T5-base", 256), ("Llama-2-7B", 512))
+        ]
     for kernel in EMBEDDINGS[:2]:
         cases += [embedding(kernel, "Llama-2-7B", batch, 512) for batch in (1, 2, 4, 8, 16, 64)]
         cases += [embedding(kernel, model, 32, 256, prompt=100, rank=0) for model in ("T5-base", "Llama-2-7B")]
@@ -166,6 +172,7 @@ def cpu_cases() -> list[Case]:
     for kernel in EMBEDDINGS:
         cases.append(embedding(kernel, "T5-base", 8, 128, compiled=True, dtype="float32"))
         cases.append(embedding(kernel, "Llama-2-7B", 2, 128, dtype="float32"))
+    cases += [embedding(kernel, "T5-base", 8, 128, compiled=True, dtype="float32") for kernel in BY_TOKEN]
     for kernel in EMBEDDINGS[:2]:
         cases.append(embedding(kernel, "T5-base", 8, 128, prompt=100, rank=0, dtype="float32"))
         cases += [embedding(kernel, "T5-base", batch, 128, dtype="float32") for batch in (1, 4, 16)]
@@ -180,7 +187,7 @@ def cpu_cases() -> list[Case]:
 def reduced_cases() -> list[Case]:
     """Returns every kernel once or twice at sizes that take no time."""
     tiny: dict[str, Any] = {"model": "tiny", "batch": 2, "length": 8, "prompt": 3, "dtype": "float32"}
-    cases = [embedding(kernel, rank=4, **tiny) for kernel in EMBEDDINGS]
+    cases = [embedding(kernel, rank=4, **tiny) for kernel in (*EMBEDDINGS, *BY_TOKEN)]
     cases += [embedding(kernel, rank=0, **tiny) for kernel in EMBEDDINGS[:2]]
     cases += [Case(kernel, "tiny", {"rows": 16, "width": 256}, "float32", FROZEN_PROVIDERS) for kernel in FROZEN]
     cases.append(joint("tiny", prompt=3, rank=4, spaces=2, positions=8, compiled=False))

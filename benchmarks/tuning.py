@@ -41,6 +41,8 @@ def works_of(table: str, device: str) -> list[Work]:
 
 def has_goal(tunable: Tunable) -> bool:
     """Tells whether a goal speaks of the kernel at that size; two kernels have the same size in all models."""
+    if "by_token" in tunable.kernel:
+        return False
     return tunable.kernel.startswith(("rotary", "gated_activation")) or not GOAL_SIZES.isdisjoint(
         tunable.key.split("x")
     )

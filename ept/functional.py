@@ -55,12 +55,43 @@ class _PromptedEmbedding(torch.autograd.Function):
         grad_table = None
         if input_ids is not None:
             tokens = grad_output[:, grad_output.shape[1] - positions.shape[1] :].contiguous()
-            # An embedding's own operator: index_add_ gives other bits on each run on CUDA. It checks no ids, and what
-            # lies outside the table (whose output was NaN) goes to a row behind it.
-            rows = ctx.table_shape[0]
-            ids = torch.where((input_ids >= 0) & (input_ids < rows), input_ids, rows)
-            grad_table = torch.ops.aten.embedding_dense_backward(tokens, ids, rows + 1, -1, False)[:rows]
+            grad_table = _grad_of_table(tokens, input_ids, ctx.table_shape[0])
         return None, None, grad_table, grad_prompt.to(ctx.prompt_dtype), grad_A, grad_B, None, None
+
+
+def _grad_of_table(tokens: Tensor, input_ids: Tensor, rows: int) -> Tensor:
+    """Sums the gradients of tokens `[batch, n, d]` into those of a table's `rows`.
+
+    By an embedding's own operator: index_add_ gives other bits on each run on CUDA. It checks no ids, and what lies
+    outside the table (whose output was NaN) goes to a row behind it.
+    """
+    ids = torch.where((input_ids >= 0) & (input_ids < rows), input_ids, rows)
+    return torch.ops.aten.embedding_dense_backward(tokens, ids, rows + 1, -1, False)[:rows]
+
+
+class _PromptedEmbeddingByToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        input_ids, positions, table, prompt, W_in, _, W_out, _, scale = inputs
+        out, hidden = ept_kernels.prompted_embedding_by_token(*inputs)
+        ctx.save_for_backward(input_ids, positions, table, W_in if ctx.needs_input_grad[2] else None, W_out, hidden)
+        ctx.scale, ctx.prompt_dtype = scale, prompt.dtype
+        return out
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        input_ids, positions, table, W_in, W_out, hidden = ctx.saved_tensors
+        grad_prompt, *gradients, before = ept_kernels.prompted_embedding_by_token_backward(
+            grad_output, input_ids, positions, table, W_out, hidden, ctx.scale
+        )
+        grad_table = None
+        if W_in is not None:
+            tokens = grad_output[:, grad_output.shape[1] - positions.shape[1] :]
+            of_update = before @ W_in.to(before.dtype).mT / ctx.scale
+            tokens = tokens + torch.where((positions >= 0)[..., None], of_update, 0.0)
+            grad_table = _grad_of_table(tokens.to(table.dtype), input_ids, table.shape[0])
+        return None, None, grad_table, grad_prompt.to(ctx.prompt_dtype), *gradients, None
 
 
 class _JointPrompt(torch.autograd.Function):
@@ -176,6 +207,17 @@ def prompted_embedding(
     Shapes and dtypes as in `ept_kernels.prompted_embedding_reference`.
     """
     return _PromptedEmbedding.apply(input_ids, positions, table, prompt, A, B, scale, adapter_ids)
+
+
+def prompted_embedding_by_token(
+    input_ids: Tensor, positions: Tensor, table: Tensor, *parts: Tensor, scale: float
+) -> Tensor:
+    """Computes `[P; e + scale·(relu(e/scale·W_in + b_in)·W_out + b_out)]` of the rows `e = W[id]`.
+
+    Differentiable in the `parts`: prompt, W_in, b_in, W_out and b_out. Shapes and dtypes as in
+    `ept_kernels.prompted_embedding_by_token_reference`.
+    """
+    return _PromptedEmbeddingByToken.apply(input_ids, positions, table, *parts, scale)
 
 
 def joint_prompt(

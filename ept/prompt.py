@@ -19,6 +19,7 @@ from .embedding import device_of, embedding_rms, embedding_width, lookup, positi
 from .initialisation import initial_values
 
 _PARTS = ("prompt", "A", "B", "beta", "W_q", "W_k", "D", "U", "G")
+_BY_TOKEN = ("W_in", "b_in", "W_out", "b_out")
 
 
 class EPTLayer(BasePromptEncoder):
@@ -129,9 +130,10 @@ class EPTLayer(BasePromptEncoder):
             ids, table: as `ept.embedding.lookup` gives them. positions: `[batch, n]`, −1 at tokens without an update.
         """
         prompt = table.new_zeros(0, self.d, dtype=torch.float32) if prompt is None else prompt
-        prompt, A, B = (part.to(table.device) for part in (prompt, self.part("A"), self.part("B")))
         if self.config.updates_by_token:
-            ids, table = self.updated_tokens(ids, positions, table)
+            parts = (part.to(table.device) for part in (prompt, *map(self.part, _BY_TOKEN)))
+            return functional.prompted_embedding_by_token(ids, positions, table, *parts, scale=self.embedding_scale)
+        prompt, A, B = (part.to(table.device) for part in (prompt, self.part("A"), self.part("B")))
         return functional.prompted_embedding(ids, positions, table, prompt, A, B, self.update_scale())
 
     def joint_prompt(self) -> Tensor:
@@ -166,16 +168,6 @@ class EPTLayer(BasePromptEncoder):
         }
         return torch.zeros(shapes[name], device=device)
 
-    def updated_tokens(self, ids: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds ADePT's update, a function of the token alone: `W[id] + ρ·(relu(W[id]/ρ·W_in + b_in)·W_out + b_out)`.
-
-        Returns ids and the table they are rows of, as `lookup` does. Arguments as of `embed`.
-        """
-        rows = table[ids].float()
-        W_in, b_in, W_out, b_out = (part.to(table.device).float() for part in self.token_update().values())
-        rows = rows + (torch.relu(rows @ W_in + b_in) @ W_out + b_out) * (positions >= 0)[..., None]
-        return torch.arange(ids.numel(), device=table.device).view(ids.shape), rows.to(table.dtype).flatten(0, 1)
-
     def update_scale(self) -> float:
         """Returns the factor of `A·B` in the embeddings, `ρ·α/√r`."""
         return self.embedding_scale * self.config.lowrank_scale()
@@ -199,7 +191,7 @@ class EPTLayer(BasePromptEncoder):
     def token_update(self) -> dict[str, Tensor]:
         """Gives an update by the token in the units of the embeddings, `relu(e·W_in + b_in)·W_out + b_out`."""
         scale = self.embedding_scale
-        W_in, b_in, W_out, b_out = (self.part(name) for name in ("W_in", "b_in", "W_out", "b_out"))
+        W_in, b_in, W_out, b_out = map(self.part, _BY_TOKEN)
         return {"W_in": W_in / scale, "b_in": b_in, "W_out": scale * W_out, "b_out": scale * b_out}
 
     def position_table(self) -> Tensor:

@@ -17,6 +17,7 @@ from ept_kernels.dev.problems import (
     PromptedEmbedding,
     RMSNorm,
     Rotary,
+    TokenUpdate,
     opcheck_problems,
 )
 from ept_kernels.problem import Problem
@@ -25,7 +26,15 @@ MAX_LENGTH = 12
 WIDTH = 64
 VOCABULARY = 50
 EMBEDDING = PromptedEmbedding(n=9)
-TRANSPOSED = [EMBEDDING, EMBEDDING.backward, JointPrompt(), JointPrompt(fusion=False).backward]
+BY_TOKEN = TokenUpdate(n=9)
+TRANSPOSED = [
+    EMBEDDING,
+    EMBEDDING.backward,
+    BY_TOKEN,
+    BY_TOKEN.backward,
+    JointPrompt(),
+    JointPrompt(fusion=False).backward,
+]
 TRANSPOSED += [problem for problem in opcheck_problems() if problem.operator.startswith(("rms", "gated", "relu"))]
 MIXED = PromptedEmbedding(n=5, d=8, s=2, m=6, r=2, adapters=2)
 PLAIN = PromptedEmbedding(n=5, d=8, s=2, m=6, r=2)
@@ -42,6 +51,11 @@ WRONG_SHAPES: list[tuple[Problem, Any, Any, str]] = [
     (PLAIN.backward, 1, (slice(2),), "positions"),
     (PLAIN.backward, 3, (..., slice(7)), "B"),
     (MIXED.backward, 5, (slice(2),), "adapter_ids"),
+    *((BY_TOKEN, i, (slice(2),), name) for i, name in ((1, "positions"), (5, "b_in"), (6, "W_out"), (7, "b_out"))),
+    *((BY_TOKEN, i, (..., slice(7)), name) for i, name in ((2, "prompt"), (3, "prompt"))),
+    (BY_TOKEN.backward, 1, (slice(2),), "input_ids"),
+    (BY_TOKEN.backward, 2, (slice(2),), "positions"),
+    *((BY_TOKEN.backward, i, (..., slice(2)), name) for i, name in ((3, "table"), (4, "W_out"), (5, "hidden"))),
     (PackedEmbedding((3, 4), d=8), 3, (..., slice(7)), "prompt"),
     (PackedEmbedding((3, 4), d=8), 5, (slice(2),), "B"),
     *((JOINT, i, (slice(1),), name) for i, name in enumerate(("B", None, "W_q", "W_k", "D", "U", "G"), 2) if name),
@@ -120,14 +134,14 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float =
         assert worst <= allowed, f"result {index} of {len(expected)} differs by {worst}, {allowed} is allowed"
 
 
-def check_compiled(device: torch.device, backend: str, tolerance: float) -> None:
+def check_compiled(device: torch.device, backend: str, tolerance: float, **options: Any) -> None:
     """`torch.compile(fullgraph=True)` of forward and backward: right, and compiled once for every batch and length.
 
-    Both dimensions are marked as dynamic. Texts padded beyond `max_length` included: there the check of the length is
-    part of the graph.
+    Both dimensions are marked as dynamic. Texts padded beyond `max_length` included: there the check of the length, if
+    there is a longest one, is part of the graph.
     """
     torch._dynamo.reset()
-    layer = make_layer(device)
+    layer = make_layer(device, **options)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for limits, sizes in (((2, MAX_LENGTH), [(2, 9), (3, 12), (7, 2)]), ((MAX_LENGTH + 1, 99), [(4, 13), (2, 20)])):
@@ -138,7 +152,9 @@ def check_compiled(device: torch.device, backend: str, tolerance: float) -> None
                 torch._dynamo.mark_dynamic(x, 0)
                 torch._dynamo.mark_dynamic(x, 1)
             assert_same(step(compiled, ids, mask), step(layer, ids, mask), tolerance)
-        assert counter.frame_count - before == 1, f"compiled {counter.frame_count - before} times for lengths {limits}"
+        wanted = 0 if layer.config.updates_by_token and before else 1
+        found = counter.frame_count - before
+        assert found == wanted, f"compiled {found} times for lengths {limits}"
 
 
 def check_captured(device: torch.device) -> None:

@@ -86,7 +86,7 @@ def _updated_by_token(
     """
     embeds = table[ids]
     for layer, rows in layers:
-        embeds[rows] = layer.updated_tokens(ids[rows], positions[rows], table)[1].view_as(embeds[rows])
+        embeds[rows] = layer.embed(ids[rows], positions[rows], table)
         positions[rows] = -1
     return torch.arange(ids.numel(), device=table.device).view(ids.shape), embeds.flatten(0, 1)
 

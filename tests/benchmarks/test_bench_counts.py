@@ -7,7 +7,7 @@ import torch
 
 import ept_kernels
 from benchmarks import counts
-from ept_kernels.dev.problems import FourBit
+from ept_kernels.dev.problems import FourBit, TokenUpdate
 
 
 def test_prompted_embedding_of_the_goal_reads_and_writes_what_was_worked_out_by_hand() -> None:
@@ -46,6 +46,17 @@ def test_backward_counts_its_inputs_and_outputs_once() -> None:
     outputs = ept_kernels.prompted_embedding_backward(gradient, positions, A, B, 1.0)
     counted = counts.prompted_embedding_backward(batch, length, width, prompt, rank, length, item=4)
     assert counted.bytes == sum(tensor.nbytes for tensor in (gradient, positions, A, B, *outputs))
+
+
+def test_an_update_by_the_token_counts_its_inputs_and_outputs_once() -> None:
+    problem = TokenUpdate(n=8, d=32, s=3, r=4, batch=2, padding="none")
+    for p, index in ((problem, 2), (problem.backward, 3)):
+        inputs = list(p.inputs())
+        outputs = getattr(ept_kernels, p.operator)(*inputs)
+        counted = getattr(counts, p.operator)(2, 8, 32, 3, 4, distinct=16, item=4)
+        inputs[index] = inputs[index][:16]  # the rows of the table that are read
+        read = [x for x in inputs if isinstance(x, torch.Tensor)]
+        assert counted.bytes == sum(tensor.nbytes for tensor in (*read, *outputs))
 
 
 def test_joint_prompt_counts_parameters_gradients_and_both_rows() -> None:

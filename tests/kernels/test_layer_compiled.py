@@ -25,8 +25,9 @@ from ept_kernels.problem import as_tuple
 CPU = torch.device("cpu")
 
 
-def test_layer_compiles_as_one_graph_for_all_lengths():
-    check_compiled(CPU, "aot_eager", tolerance=1e-6)
+@pytest.mark.parametrize("update", ["position", "token"])
+def test_layer_compiles_as_one_graph_for_all_lengths(update):
+    check_compiled(CPU, "aot_eager", tolerance=1e-6, update=update)
 
 
 @pytest.mark.slow
@@ -70,7 +71,11 @@ def test_layer_compiles_or_is_captured_in_a_cuda_graph_on_a_gpu(backend):
 # Without a GPU: tensors without data raise wherever a value would be read, leave their device, or decide a shape.
 
 
-@pytest.mark.parametrize("options", [{}, {"prompt_rank": 2}], ids=["", "a prompt in a frozen basis"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prompt_rank": 2}, {"update": "token"}],
+    ids=["", "a prompt in a frozen basis", "an update by the token"],
+)
 def test_layer_waits_for_no_value_and_keeps_to_its_device(options, monkeypatch):
     monkeypatch.setattr(embedding, "is_plain_lookup", lambda embedding: True)  # which says no to weights without data
     layer = make_layer(**options).to("meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ept_kernels
 from ept import functional
-from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, PromptedEmbedding, opcheck_problems
+from ept_kernels.dev.problems import JointPrompt, PackedEmbedding, PromptedEmbedding, TokenUpdate, opcheck_problems
 from ept_kernels.joint_prompt.reference import ACTIVATIONS, NORM_EPS
 from ept_kernels.problem import as_tuple, in_float64, strided
 
@@ -151,6 +152,52 @@ def test_prompted_embedding_and_its_gradients_are_those_of_the_formula(problem):
     leaves = [x.requires_grad_() for x in (table, prompt, A, B)]
     arguments = (ids, positions, *leaves, scale, adapter_ids)
     assert_is_the_formula(functional.prompted_embedding(*arguments), embedding_formula(*arguments), leaves)
+
+
+def by_token_formula(ids, positions, table, prompt, W_in, b_in, W_out, b_out, scale):
+    """Token by token."""
+    rows = []
+    for text, at in zip(ids, positions, strict=True):
+        tokens = list(prompt)
+        for i, position in zip(text, at, strict=True):
+            hidden = (table[i] / scale @ W_in + b_in).clamp(min=0)
+            tokens.append(table[i] + (scale * (hidden @ W_out + b_out) if position >= 0 else 0))
+        rows.append(torch.stack(tokens) if tokens else table[:0])
+    return torch.stack(rows)
+
+
+BY_TOKEN = TokenUpdate(n=5, d=8, s=2, r=2, dtype=F64, parameters=F64)
+
+
+@pytest.mark.parametrize("change", [{}, {"padding": "left"}, {"s": 0}, {"n": 0}, {"r": 5}], ids=str)
+def test_an_update_by_the_token_and_its_gradients_are_those_of_the_formula(change):
+    ids, positions, *floating, scale = replace(BY_TOKEN, **change).inputs()
+    leaves = [x.requires_grad_() for x in floating]
+    output = functional.prompted_embedding_by_token(ids, positions, *leaves, scale=scale)
+    assert_is_the_formula(output, by_token_formula(ids, positions, *leaves, scale), leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_update_by_the_token_rounds_once_to_the_tables_dtype(dtype):
+    problem = replace(BY_TOKEN, d=100, r=30, dtype=dtype, parameters=torch.float32)
+    *tensors, scale = problem.inputs()
+    output = functional.prompted_embedding_by_token(*tensors, scale=scale)
+    exact = by_token_formula(*in_float64(problem.inputs()))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_a_token_without_an_update_keeps_its_bits_and_gives_no_gradient_whatever_the_bottleneck_holds():
+    ids, positions, table, prompt, *parts, scale = replace(BY_TOKEN, padding="left").inputs()
+    assert (positions < 0).any()
+    poisoned = [torch.full_like(part, float("nan")) for part in parts]
+    leaves = [x.requires_grad_() for x in (table, prompt)]
+    no_update = torch.full_like(positions, -1)
+    out = functional.prompted_embedding_by_token(ids, no_update, *leaves, *poisoned, scale=scale)
+    assert torch.equal(out[:, 2:], table[ids])
+    grad = torch.randn_like(out)
+    expected = torch.autograd.grad(table[ids], table, grad[:, 2:])
+    assert all(map(torch.equal, torch.autograd.grad(out, table, grad), expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

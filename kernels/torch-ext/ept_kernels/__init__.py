@@ -47,6 +47,12 @@ from .prompted_embedding.reference import (
     token_at,
     token_at_reference,
 )
+from .token_update.reference import (
+    prompted_embedding_by_token,
+    prompted_embedding_by_token_backward,
+    prompted_embedding_by_token_backward_reference,
+    prompted_embedding_by_token_reference,
+)
 
 # fmt: off
 __all__ = [
@@ -54,8 +60,10 @@ __all__ = [
     "gated_activation_backward", "gated_activation_backward_reference", "gated_activation_reference", "joint_prompt",
     "joint_prompt_backward", "joint_prompt_backward_reference", "joint_prompt_reference", "matmul_4bit",
     "matmul_4bit_backward", "matmul_4bit_backward_reference", "matmul_4bit_reference", "prompted_embedding",
-    "prompted_embedding_backward", "prompted_embedding_backward_reference", "prompted_embedding_packed",
-    "prompted_embedding_packed_reference", "prompted_embedding_reference", "relu", "relu_backward",
+    "prompted_embedding_backward", "prompted_embedding_backward_reference", "prompted_embedding_by_token",
+    "prompted_embedding_by_token_backward", "prompted_embedding_by_token_backward_reference",
+    "prompted_embedding_by_token_reference", "prompted_embedding_packed", "prompted_embedding_packed_reference",
+    "prompted_embedding_reference", "relu", "relu_backward",
     "relu_backward_reference", "relu_reference", "rms_norm", "rms_norm_backward", "rms_norm_backward_reference",
     "rms_norm_reference", "rotary", "rotary_reference", "token_at", "token_at_reference",
 ]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import launches_of
 from layer_checks import (
+    BY_TOKEN,
     TRANSPOSED,
     assert_same,
     check_captured,
@@ -47,7 +48,7 @@ EMBEDDING = PromptedEmbedding(n=9)
 
 @pytest.mark.parametrize(
     "problem, launches",
-    [(EMBEDDING, 2), (EMBEDDING.packed, 1), (EMBEDDING.backward, 3)],
+    [(EMBEDDING, 2), (EMBEDDING.packed, 1), (EMBEDDING.backward, 3), (BY_TOKEN, 1), (BY_TOKEN.backward, 3)],
     ids=lambda x: getattr(x, "operator", str(x)),
 )
 def test_operators_launch_as_often_as_promised_and_pass_opcheck(problem, launches, device):
@@ -62,19 +63,20 @@ def test_transposed_parameters_pass_opcheck(problem, device):
     check_transposed(problem, device)
 
 
-def test_layer_takes_six_launches_forward_and_seven_backward(device):
-    """The joint prompt's four and five, and the embedding's two each; the table of positions is made once."""
-    layer, batch = make_layer(device), make_ids(device)
+@pytest.mark.parametrize("update, launches", [("position", (6, 7)), ("token", (5, 8))])
+def test_number_of_launches_of_the_layer(update, launches, device):
+    """The joint prompt's four and five, and the embedding's: the table of positions is made once."""
+    layer, batch = make_layer(device, update=update), make_ids(device)
     before = launch.launches()
     output = layer(*batch)[0]
     between = launch.launches()
     output.sum().backward()
-    assert (between - before, launch.launches() - between) == (6, 7)
+    assert (between - before, launch.launches() - between) == launches
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"fusion_dim": 0}, {"num_spaces": 1}, {"num_spaces": 0}, {"fusion": False}, {"r": 0}],
+    [{}, {"fusion_dim": 0}, {"num_spaces": 1}, {"num_spaces": 0}, {"fusion": False}, {"r": 0}, {"update": "token"}],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()) or "all parts",
 )
 def test_layer_and_its_gradients_equal_float64_autograd_of_the_references(options, device, monkeypatch):
@@ -88,17 +90,21 @@ def test_layer_and_its_gradients_equal_float64_autograd_of_the_references(option
     assert launched > before
     for name in ("joint_prompt", "prompted_embedding"):
         monkeypatch.setattr(functional, name, getattr(ept_kernels, f"{name}_reference"))
+    by_token = ept_kernels.prompted_embedding_by_token_reference
+    monkeypatch.setattr(functional, "prompted_embedding_by_token", lambda *inputs, scale: by_token(*inputs, scale)[0])
     assert_same(actual, step(exact, *batch), tolerance=1e-5)
     assert launch.launches() == launched
 
 
-def test_two_runs_give_equal_bits(device):
-    runs = [step(make_layer(device), *make_ids(device)) for _ in range(2)]
+@pytest.mark.parametrize("update", ["position", "token"])
+def test_two_runs_give_equal_bits(update, device):
+    runs = [step(make_layer(device, update=update), *make_ids(device)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_layer_compiles_as_one_graph_for_all_lengths(device):
-    check_compiled(device, "aot_eager", tolerance=1e-6)
+@pytest.mark.parametrize("update", ["position", "token"])
+def test_layer_compiles_as_one_graph_for_all_lengths(update, device):
+    check_compiled(device, "aot_eager", tolerance=1e-6, update=update)
 
 
 @pytest.mark.gpu

@@ -9,10 +9,13 @@ from ..frozen.problems import Activation, RMSNorm, Rotary, frozen_problems
 from ..joint_prompt.problems import JointPrompt
 from ..problem import Problem
 from ..prompted_embedding.problems import PackedEmbedding, PromptedEmbedding
+from ..token_update.problems import TokenUpdate
 
 # Training batches without padding, joint prompts and frozen weights (rows, columns) of known models.
 T5_BASE = PromptedEmbedding(256, 768, 40, 256, 30, 32, "none", torch.bfloat16, vocabulary=32128)
 LLAMA_7B = PromptedEmbedding(512, 4096, 40, 512, 60, 32, "none", torch.bfloat16, vocabulary=32000)
+T5_BASE_BY_TOKEN = TokenUpdate(256, 768, 40, 30, 32, "none", torch.bfloat16, vocabulary=32128)
+LLAMA_7B_BY_TOKEN = TokenUpdate(512, 4096, 40, 60, 32, "none", torch.bfloat16, vocabulary=32000)
 T5_BASE_JOINT = JointPrompt(s=40, d=768, m=256, r=30)
 LLAMA_7B_JOINT = JointPrompt(s=100, d=4096, m=512, r=60, K=8, h=4)
 WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336), (768, 768), (3072, 768))
@@ -26,7 +29,7 @@ def opcheck_problems() -> list[Problem]:
     product = FourBit(5, 67, (2,), dtype=torch.float32, bias=torch.float32)
     dequantized = FourBit(5, 67, operator="dequantize_4bit")
     return [
-        *(x for problem in (embedding, mixed, joint) for x in (problem, problem.backward)),
+        *(x for p in (embedding, mixed, TokenUpdate(n=5, d=8, s=2, r=2), joint) for x in (p, p.backward)),
         PackedEmbedding((5, 0, 3), s=2, d=8, r=2, ids=torch.int32),
         replace(embedding, operator="token_at"),
         *(replace(dequantized, nested=nested) for nested in (False, True)),
@@ -49,6 +52,12 @@ def compiled_problems() -> list[Problem]:
         replace(T5_BASE, dtype=f32, adapters=2, ids=torch.int32),
         replace(LLAMA_7B, dtype=f32),
     ]
+    by_token = [
+        T5_BASE_BY_TOKEN,
+        LLAMA_7B_BY_TOKEN,
+        replace(LLAMA_7B_BY_TOKEN, r=3, dtype=f16, ids=torch.int32),
+        replace(LLAMA_7B_BY_TOKEN, dtype=f32),
+    ]
     joints = [
         *(replace(problem, a=a) for problem in (T5_BASE_JOINT, LLAMA_7B_JOINT) for a in (0, 16)),
         replace(T5_BASE_JOINT, dtype=bf16),
@@ -65,7 +74,7 @@ def compiled_problems() -> list[Problem]:
     ]
     products = [replace(problem, tokens=(tokens,)) for problem in products for tokens in (16, 32, 64)]
     return [
-        *(x for problem in [*embeddings, *joints] for x in (problem.small, problem.small.backward)),
+        *(x for problem in [*embeddings, *by_token, *joints] for x in (problem.small, problem.small.backward)),
         *products,
         *(problem.packed.small for problem in embeddings if not problem.adapters),
         *frozen_problems(),

@@ -17,7 +17,17 @@ from ..launch import Config, Size, padded
 from ..problem import Problem
 from ..prompted_embedding import launchers as prompted_embedding
 from ..prompted_embedding.problems import PromptedEmbedding
-from .problems import LLAMA_7B, LLAMA_7B_JOINT, T5_BASE, T5_BASE_JOINT, WEIGHTS
+from ..token_update import launchers as token_update
+from ..token_update.problems import TokenUpdate
+from .problems import (
+    LLAMA_7B,
+    LLAMA_7B_BY_TOKEN,
+    LLAMA_7B_JOINT,
+    T5_BASE,
+    T5_BASE_BY_TOKEN,
+    T5_BASE_JOINT,
+    WEIGHTS,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list
     """Lists all that there is to tune on `device`; `reduced`: at tiny sizes, with few candidates."""
     found = [
         *_prompted_embedding(reduced),
+        *_by_token(reduced),
         *_joint_prompt(reduced, torch.device(device)),
         *_four_bit(reduced, torch.device(device)),
         *_frozen(reduced, torch.device(device)),
@@ -92,6 +103,26 @@ def _prompted_embedding(reduced: bool) -> Iterator[Tunable]:
             candidates = [c for c in complete if prompted_embedding.bounded(c, p.d, p.r) == c]
             problem, variants = (p, [p.packed]) if kernel == p.operator else (p.backward, [])
             yield Tunable(launch.key(kernel, p.dtype), (p.d, padded(p.r)), default, candidates, problem, variants)
+
+
+_TOKENS: dict[str, Sequence[int]] = {"BLOCK_T": (16, 32, 64), "BLOCK_D": (16, 32, 64), "num_warps": (4, 8)}
+_BY_TOKEN_GRIDS = {
+    "prompted_embedding_by_token": grid(**_TOKENS),
+    "prompted_embedding_by_token_before": grid(**_TOKENS),
+    "prompted_embedding_by_token_backward": grid(**_TOKENS, PROGRAMS=(256, 1024)),
+    "prompted_embedding_by_token_reduce": grid(BLOCK_E=(64, 256, 1024), BLOCK_P=(4, 16)),
+}
+
+
+def _by_token(reduced: bool) -> Iterator[Tunable]:
+    tiny = TokenUpdate(n=5, d=40, s=2, r=3, batch=2, padding="none", dtype=torch.bfloat16, vocabulary=11)
+    for p in [tiny] if reduced else [T5_BASE_BY_TOKEN, LLAMA_7B_BY_TOKEN]:
+        for kernel, tried in _BY_TOKEN_GRIDS.items():
+            default = token_update.heuristic(kernel, p.d, p.r)
+            complete = [{**default, **candidate} for candidate in tried]
+            candidates = [c for c in complete if token_update.bounded(kernel, c, p.d, p.r) == c]
+            problem = p if kernel == p.operator else p.backward
+            yield Tunable(launch.key(kernel, p.dtype), (p.d, padded(p.r)), default, candidates, problem)
 
 
 # Kernels of the joint prompt, all timed within its backward.

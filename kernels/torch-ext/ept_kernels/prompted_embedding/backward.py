@@ -118,7 +118,7 @@ def prompted_embedding_backward_kernel(
 
 
 @triton.jit
-def _reduce(partial, grad, scale, i_a, i_tile, parts, size, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr):
+def add_up(partial, grad, scale, i_a, i_tile, parts, size, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr):
     """Computes `grad[a, e] = scale·Σ_p partial[a, p, e]` of a tile of elements, `BLOCK_P` parts at a time in order."""
     o_e = i_tile.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     m_e = o_e < size
@@ -151,6 +151,6 @@ def prompted_embedding_reduce_kernel(
     i_a = tl.program_id(1).to(tl.int64)
     tiles_A = tl.cdiv(size_A, BLOCK_E)
     if i_tile < tiles_A:
-        _reduce(partial_A, grad_A, scale, i_a, i_tile, parts_A, size_A, BLOCK_E, BLOCK_P)
+        add_up(partial_A, grad_A, scale, i_a, i_tile, parts_A, size_A, BLOCK_E, BLOCK_P)
     else:
-        _reduce(partial_B, grad_B, scale, i_a, i_tile - tiles_A, parts_B, size_B, BLOCK_E, BLOCK_P)
+        add_up(partial_B, grad_B, scale, i_a, i_tile - tiles_A, parts_B, size_B, BLOCK_E, BLOCK_P)

@@ -26,7 +26,7 @@ def _tokens_of(cu_seqlens, i_b, is_there, n, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _row_of(input_ids, o_n, m_n, vocabulary):
+def row_of(input_ids, o_n, m_n, vocabulary):
     """Loads which rows of the table the tokens `o_n` of one text are, and tells which of them are to be read."""
     b_id = tl.load(input_ids + o_n, mask=m_n, other=0).to(tl.int64)
     return b_id, m_n & (b_id >= 0) & (b_id < vocabulary)
@@ -40,7 +40,7 @@ def _look_up(input_ids, token_at, i_b, is_there, o_m, n, m, vocabulary, PACKED: 
         o_n = tl.where((o_m < m) & (o_m < end - begin), begin + o_m, -1)
     else:
         o_n = tl.load(token_at + i_b * m + o_m, mask=(o_m < m) & is_there, other=-1).to(tl.int64)
-    b_id, is_read = _row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
+    b_id, is_read = row_of(input_ids + i_b * n, o_n, o_n >= 0, vocabulary)
     return o_n, b_id, is_read
 
 
@@ -161,7 +161,7 @@ def prompted_embedding_kernel(
                 b_owner = tl.load(token_at + i_b * m + b_position, mask=(o_n < n) & is_owned, other=-1)
                 m_n = (o_n < n) & (b_owner != o_n)
             if tl.max(m_n.to(tl.int32), axis=0) > 0:
-                b_id, is_read = _row_of(input_ids + i_b * n, o_n, m_n, vocabulary)
+                b_id, is_read = row_of(input_ids + i_b * n, o_n, m_n, vocabulary)
                 # Of two tokens at one position, which no text has, the first is nobody's, as is one beyond A: NaN
                 # rather than a wrong result.
                 is_read = is_read & ((b_position < 0) | (m == 0))

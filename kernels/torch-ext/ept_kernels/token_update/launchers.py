@@ -1,0 +1,146 @@
+"""Launchers of the Triton kernels whose update depends on the token, and their choices."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import launch
+from ..launch import Config, Kinds, Prepared, Size
+from ..library import check_shapes
+from .kernels import (
+    prompted_embedding_by_token_backward_kernel,
+    prompted_embedding_by_token_before_kernel,
+    prompted_embedding_by_token_kernel,
+    prompted_embedding_by_token_reduce_kernel,
+)
+from .reference import BACKWARD, FORWARD
+
+_TILES = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
+
+# Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs are wanted, which decides how
+# many tokens one takes.
+CONFIGS: dict[str, Config] = {
+    "prompted_embedding_by_token": _TILES,
+    "prompted_embedding_by_token_before": _TILES,
+    "prompted_embedding_by_token_backward": {**_TILES, "PROGRAMS": 512},
+    "prompted_embedding_by_token_reduce": {"BLOCK_E": 256, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2},
+}
+# Elements of a tile of W_in or W_out, [rank, BLOCK_D], that the registers hold beside the others, forward and backward,
+# where products are of operands in three pieces.
+HELD, HELD_BACKWARD = 2048, 1024
+
+
+def prompted_embedding_by_token(
+    input_ids: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    prompt: Tensor,
+    W_in: Tensor,
+    b_in: Tensor,
+    W_out: Tensor,
+    b_out: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Computes `ept_kernels.prompted_embedding_by_token_reference` in one launch."""
+    parameters = (x.contiguous() for x in (prompt, W_in, b_in, W_out, b_out))
+    tensors = (input_ids.contiguous(), positions.contiguous(), table, *parameters)
+    run, shape, of_hidden = _forward(launch.kinds(*tensors), table.stride(), float(scale))
+    out, hidden = table.new_empty(*shape), table.new_empty(*of_hidden, dtype=torch.float32)
+    with launch.on_device(table):
+        run(*tensors, out, hidden)
+    return out, hidden
+
+
+@launch.cached_choice
+def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size, Size]:
+    """Prepares the launch; says what shapes its results have."""
+    _, (_, _, dtype, *_), device, shapes = kinds
+    names = ("input_ids", "positions", "table", "prompt", "W_in", "b_in", "W_out", "b_out")
+    check_shapes(FORWARD, **dict(zip(names, shapes)))
+    (batch, n), _, (vocabulary, d), (s, _), (_, r), *_ = shapes
+    options = _chosen("prompted_embedding_by_token", d, r, dtype, dtype, device)
+    tiles = triton.cdiv(n, options["BLOCK_T"]) + triton.cdiv(s, options["BLOCK_T"])
+    numbers = (scale, n, s, d, r, vocabulary, *strides)
+    run = Prepared(prompted_embedding_by_token_kernel, (batch * tiles,), numbers, options, kinds)
+    return run, (batch, s + n, d), (batch, n, r)
+
+
+def prompted_embedding_by_token_backward(
+    grad_output: Tensor,
+    input_ids: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    W_out: Tensor,
+    hidden: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Computes `ept_kernels.prompted_embedding_by_token_backward_reference` in three launches."""
+    input_ids, positions, W_out, hidden = (x.contiguous() for x in (input_ids, positions, W_out, hidden))
+    kinds = launch.kinds(grad_output, input_ids, positions, table, W_out, hidden)
+    first, second, last, parts = _backward(kinds, grad_output.stride(), table.stride(), float(scale))
+    (r, d), s = W_out.shape, grad_output.shape[1] - positions.shape[1]
+    before = hidden.new_empty(hidden.shape)
+    shapes = (d, r), (r,), (r, d), (d,)
+    grad_prompt = W_out.new_empty(s, d)
+    gradients = [W_out.new_empty(shape) for shape in shapes]
+    partial = [hidden.new_empty(parts, *shape) for shape in shapes]
+    with launch.on_device(grad_output):
+        first(grad_output, positions, W_out, hidden, before)
+        second(grad_output, input_ids, positions, table, hidden, before, grad_prompt, *partial)
+        last(*partial, *gradients)
+    grad_W_in, grad_b_in, grad_W_out, grad_b_out = gradients
+    return grad_prompt, grad_W_in, grad_b_in, grad_W_out, grad_b_out, before
+
+
+@launch.cached_choice
+def _backward(kinds: Kinds, of_grad: Size, of_table: Size, scale: float) -> tuple[Prepared, Prepared, Prepared, int]:
+    """Prepares the three launches; says how many programs share a column tile, each with sums of its own."""
+    _, (read, _, _, _, written, _), device, shapes = kinds
+    names = ("grad_output", "input_ids", "positions", "table", "W_out", "hidden")
+    check_shapes(BACKWARD, **dict(zip(names, shapes)))
+    (batch, rows, d), (_, n), _, (vocabulary, _), (r, _), _ = shapes
+    s = rows - n
+    options = _chosen("prompted_embedding_by_token_before", d, r, read, written, device)
+    grid = (batch * triton.cdiv(n, options["BLOCK_T"]),)
+    first = Prepared(prompted_embedding_by_token_before_kernel, grid, (scale, n, s, d, r, *of_grad), options, kinds)
+    options = _chosen("prompted_embedding_by_token_backward", d, r, read, written, device)
+    columns, tiles = triton.cdiv(d, options["BLOCK_D"]), batch * triton.cdiv(n, options["BLOCK_T"])
+    each = triton.cdiv(max(tiles, 1), triton.cdiv(options.pop("PROGRAMS"), columns))
+    parts = triton.cdiv(max(tiles, 1), each)
+    grid = (columns * (parts + triton.cdiv(s, options["BLOCK_T"])),)
+    numbers = (batch, n, s, d, r, vocabulary, each, parts, *of_grad, *of_table)
+    second = Prepared(prompted_embedding_by_token_backward_kernel, grid, numbers, options, kinds)
+    options = _chosen("prompted_embedding_by_token_reduce", d, r, read, written, device)
+    of_W, of_b, of_h = (triton.cdiv(size, options["BLOCK_E"]) for size in (d * r, d, r))
+    last = Prepared(
+        prompted_embedding_by_token_reduce_kernel, (2 * of_W + of_b + of_h,), (scale, parts, d, r), options, kinds
+    )
+    return first, second, last, parts
+
+
+def _chosen(
+    kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Chooses the meta-parameters of `kernel` that reads rows in `read` and writes in `written`."""
+    default = heuristic(kernel, d, r)
+    config = launch.config_for(launch.key(kernel, read), (d, launch.padded(r)), device, default)
+    options: dict[str, Any] = bounded(kernel, config, d, r)
+    if "BLOCK_D" in config:
+        options |= {"RANK": launch.padded(r), "PRECISION": launch.precision(written, device)}
+    return options
+
+
+def heuristic(kernel: str, d: int, r: int) -> Config:
+    """Chooses meta-parameters of `kernel` at width `d` and rank `r` where nothing was measured."""
+    return bounded(kernel, CONFIGS[kernel], d, r)
+
+
+def bounded(kernel: str, config: Config, d: int, r: int) -> Config:
+    """Narrows the column tile to what `d` needs and to what the registers hold of a matrix, `[rank, BLOCK_D]`."""
+    if "BLOCK_D" not in config:
+        return dict(config)
+    held = HELD if kernel == "prompted_embedding_by_token" else HELD_BACKWARD
+    widest = min(launch.padded(d), max(16, held // launch.padded(r)))
+    return {**config, "BLOCK_D": min(config["BLOCK_D"], widest)}
