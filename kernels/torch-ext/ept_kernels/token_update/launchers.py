@@ -24,7 +24,7 @@ _TILES = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
 CONFIGS: dict[str, Config] = {
     "prompted_embedding_by_token": _TILES,
     "prompted_embedding_by_token_before": _TILES,
-    "prompted_embedding_by_token_backward": {**_TILES, "PROGRAMS": 512},
+    "prompted_embedding_by_token_backward": {**_TILES, "BLOCK_T": 16, "PROGRAMS": 512},
     "prompted_embedding_by_token_reduce": {"BLOCK_E": 256, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2},
 }
 # Elements of a tile of W_in or W_out, [rank, BLOCK_D], that the registers hold beside the others, forward and backward,
@@ -111,6 +111,8 @@ def _backward(kinds: Kinds, of_grad: Size, of_table: Size, scale: float) -> tupl
     parts = triton.cdiv(max(tiles, 1), each)
     grid = (columns * (parts + triton.cdiv(s, options["BLOCK_T"])),)
     numbers = (batch, n, s, d, r, vocabulary, each, parts, *of_grad, *of_table)
+    if launch.has_tensor_memory(device):  # for which the assembler otherwise spills a few
+        options |= launch.all_registers(device)
     second = Prepared(prompted_embedding_by_token_backward_kernel, grid, numbers, options, kinds)
     options = _chosen("prompted_embedding_by_token_reduce", d, r, read, written, device)
     of_W, of_b, of_h = (triton.cdiv(size, options["BLOCK_E"]) for size in (d * r, d, r))
