@@ -118,7 +118,7 @@ def _by_token(reduced: bool) -> Iterator[Tunable]:
     tiny = TokenUpdate(n=5, d=40, s=2, r=3, batch=2, padding="none", dtype=torch.bfloat16, vocabulary=11)
     for p in [tiny] if reduced else [T5_BASE_BY_TOKEN, LLAMA_7B_BY_TOKEN]:
         for kernel, tried in _BY_TOKEN_GRIDS.items():
-            default = token_update.heuristic(kernel, p.d, p.r)
+            default = token_update.heuristic(kernel, p.d, p.r, p.dtype)
             complete = [{**default, **candidate} for candidate in tried]
             candidates = [c for c in complete if token_update.bounded(kernel, c, p.d, p.r) == c]
             problem = p if kernel == p.operator else p.backward

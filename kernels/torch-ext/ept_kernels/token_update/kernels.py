@@ -72,13 +72,23 @@ def prompted_embedding_by_token_kernel(
         b_hidden = tl.where(is_updated[:, None] & ~(b_hidden <= 0), b_hidden, 0.0)
         p_hidden = hidden + (i_b * n + o_n)[:, None] * r + o_r[None, :]
         tl.store(p_hidden, b_hidden, mask=m_n[:, None] & (o_r < r)[None, :])
+        # At most 64 of the rank at a time: what operands are split into has to fit into registers.
+        STEP: tl.constexpr = RANK if RANK < 64 else 64
+        b_steps = tl.reshape(b_hidden, [BLOCK_T, RANK // STEP, STEP])
+        o_step = tl.arange(0, RANK // STEP)[None, :, None]
         for start in range(0, d, BLOCK_D):
             o_d = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_D)
             m_d = o_d < d
             mask = is_read[:, None] & m_d[None, :]
             b_W = tl.load(p_W + o_d[None, :] * stride_table_d, mask=mask, other=float("nan")).to(tl.float32)
-            b_C = tl.dot(b_hidden, load(W_out, o_r, o_d, o_r < r, d), input_precision=PRECISION)
+            b_C = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             b_C += tl.load(b_out + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+            for step in tl.static_range(RANK // STEP):
+                b_part = b_hidden
+                if RANK > STEP:
+                    b_part = tl.sum(tl.where(o_step == step, b_steps, 0.0), axis=1)
+                o_part = (step * STEP + tl.arange(0, STEP)).to(tl.int64)
+                b_C += tl.dot(b_part, load(W_out, o_part, o_d, o_part < r, d), input_precision=PRECISION)
             b_W = tl.where(is_updated[:, None], b_W + scale * b_C, b_W)
             p_out = out + (s + o_n)[:, None] * d + o_d[None, :]
             tl.store(p_out, b_W.to(out.dtype.element_ty), mask=m_n[:, None] & m_d[None, :])
@@ -168,26 +178,30 @@ def prompted_embedding_by_token_backward_kernel(
     # Meta-parameters
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    RANK: tl.constexpr,
+    RANK: tl.constexpr,  # as many rows of W_out, and columns of W_in, a program
     PRECISION: tl.constexpr,
 ):
-    """Takes one column tile of the gradients of a run of tokens, of all texts, or of some rows of the prompt."""
+    """Takes one column tile of the gradients of a run of tokens, of all texts, or of some rows of the prompt.
+
+    What registers cannot hold of the rank is for other programs.
+    """
     i_program = tl.program_id(0)
-    columns = tl.cdiv(d, BLOCK_D)
+    columns, ranks = tl.cdiv(d, BLOCK_D), tl.cdiv(r, RANK)
     i_d = i_program % columns
-    i_part = i_program // columns
+    i_tile = i_program // columns
     o_d = i_d.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < d
-    if i_part < parts:
-        o_r = tl.arange(0, RANK).to(tl.int64)
+    if i_tile < parts * ranks:
+        i_part, i_r = i_tile % parts, i_tile // parts
+        o_r = i_r.to(tl.int64) * RANK + tl.arange(0, RANK)
         tiles_n = tl.cdiv(n, BLOCK_T)
         b_W_in = tl.zeros([RANK, BLOCK_D], tl.float32)
         b_W_out = tl.zeros([RANK, BLOCK_D], tl.float32)
         b_b_in = tl.zeros([RANK], tl.float32)
         b_b_out = tl.zeros([BLOCK_D], tl.float32)
-        for i_tile in range(i_part * tiles, tl.minimum((i_part + 1) * tiles, batch * tiles_n)):
-            i_b = tl.cast(i_tile // tiles_n, tl.int64)
-            o_n = tl.cast(i_tile % tiles_n, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        for i in range(i_part * tiles, tl.minimum((i_part + 1) * tiles, batch * tiles_n)):
+            i_b = tl.cast(i // tiles_n, tl.int64)
+            o_n = tl.cast(i % tiles_n, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
             m_n = o_n < n
             is_updated = _has_update(positions + i_b * n, o_n, m_n)
             if tl.max(is_updated.to(tl.int32), axis=0) > 0:
@@ -207,10 +221,10 @@ def prompted_embedding_by_token_backward_kernel(
         part = tl.cast(i_part, tl.int64)
         tl.store(partial_W_in + part * r * d + o_d[None, :] * r + o_r[:, None], b_W_in, mask=m_W)
         tl.store(partial_W_out + part * r * d + o_r[:, None] * d + o_d[None, :], b_W_out, mask=m_W)
-        tl.store(partial_b_out + part * d + o_d, b_b_out, mask=m_d)
+        tl.store(partial_b_out + part * d + o_d, b_b_out, mask=m_d & (i_r == 0))
         tl.store(partial_b_in + part * r + o_r, b_b_in, mask=(o_r < r) & (i_d == 0))
     else:
-        o_s = (i_part - parts).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+        o_s = (i_tile - parts * ranks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         mask = (o_s < s)[:, None] & m_d[None, :]
         p_grad = grad_output + o_s[:, None] * stride_grad_t + o_d[None, :] * stride_grad_d
         b_P = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)

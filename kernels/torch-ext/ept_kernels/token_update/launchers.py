@@ -17,19 +17,24 @@ from .kernels import (
 )
 from .reference import BACKWARD, FORWARD
 
-_TILES = {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
+_TILES = {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
 
 # Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs are wanted, which decides how
 # many tokens one takes.
 CONFIGS: dict[str, Config] = {
-    "prompted_embedding_by_token": _TILES,
+    "prompted_embedding_by_token": {**_TILES, "BLOCK_T": 32},
     "prompted_embedding_by_token_before": _TILES,
-    "prompted_embedding_by_token_backward": {**_TILES, "BLOCK_T": 16, "PROGRAMS": 512},
+    "prompted_embedding_by_token_backward": {**_TILES, "PROGRAMS": 512},
     "prompted_embedding_by_token_reduce": {"BLOCK_E": 256, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2},
 }
-# Elements of a tile of W_in or W_out, [rank, BLOCK_D], that the registers hold beside the others, forward and backward,
-# where products are of operands in three pieces.
-HELD, HELD_BACKWARD = 2048, 1024
+# Elements of a tile of W_in or W_out, [rank, BLOCK_D], that the registers hold beside the others; fewer where products
+# are of operands in three pieces.
+HELD = {
+    "prompted_embedding_by_token": 2048,
+    "prompted_embedding_by_token_before": 512,
+    "prompted_embedding_by_token_backward": 1024,
+}
+MOST = 64  # of the rank a program of the sums
 
 
 def prompted_embedding_by_token(
@@ -109,10 +114,9 @@ def _backward(kinds: Kinds, of_grad: Size, of_table: Size, scale: float) -> tupl
     columns, tiles = triton.cdiv(d, options["BLOCK_D"]), batch * triton.cdiv(n, options["BLOCK_T"])
     each = triton.cdiv(max(tiles, 1), triton.cdiv(options.pop("PROGRAMS"), columns))
     parts = triton.cdiv(max(tiles, 1), each)
-    grid = (columns * (parts + triton.cdiv(s, options["BLOCK_T"])),)
+    options["RANK"] = min(options["RANK"], MOST)
+    grid = (columns * (parts * triton.cdiv(r, options["RANK"]) + triton.cdiv(s, options["BLOCK_T"])),)
     numbers = (batch, n, s, d, r, vocabulary, each, parts, *of_grad, *of_table)
-    if launch.has_tensor_memory(device):  # for which the assembler otherwise spills a few
-        options |= launch.all_registers(device)
     second = Prepared(prompted_embedding_by_token_backward_kernel, grid, numbers, options, kinds)
     options = _chosen("prompted_embedding_by_token_reduce", d, r, read, written, device)
     of_W, of_b, of_h = (triton.cdiv(size, options["BLOCK_E"]) for size in (d * r, d, r))
@@ -126,23 +130,28 @@ def _chosen(
     kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """Chooses the meta-parameters of `kernel` that reads rows in `read` and writes in `written`."""
-    default = heuristic(kernel, d, r)
+    default = heuristic(kernel, d, r, read)
     config = launch.config_for(launch.key(kernel, read), (d, launch.padded(r)), device, default)
     options: dict[str, Any] = bounded(kernel, config, d, r)
     if "BLOCK_D" in config:
         options |= {"RANK": launch.padded(r), "PRECISION": launch.precision(written, device)}
+        options |= launch.all_registers(device)
     return options
 
 
-def heuristic(kernel: str, d: int, r: int) -> Config:
-    """Chooses meta-parameters of `kernel` at width `d` and rank `r` where nothing was measured."""
-    return bounded(kernel, CONFIGS[kernel], d, r)
+def heuristic(kernel: str, d: int, r: int, dtype: torch.dtype = torch.bfloat16) -> Config:
+    """Chooses meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` where nothing was measured."""
+    config = dict(CONFIGS[kernel])
+    if kernel == "prompted_embedding_by_token" and dtype.itemsize > 2:
+        config["BLOCK_T"] = 16  # of operands in three pieces half as many tokens
+    if kernel == "prompted_embedding_by_token" and launch.padded(r) > 128:
+        config["num_warps"] = 8  # a thread of four warps has too few registers for so many activations
+    return bounded(kernel, config, d, r)
 
 
 def bounded(kernel: str, config: Config, d: int, r: int) -> Config:
     """Narrows the column tile to what `d` needs and to what the registers hold of a matrix, `[rank, BLOCK_D]`."""
     if "BLOCK_D" not in config:
         return dict(config)
-    held = HELD if kernel == "prompted_embedding_by_token" else HELD_BACKWARD
-    widest = min(launch.padded(d), max(16, held // launch.padded(r)))
+    widest = min(launch.padded(d), max(16, HELD[kernel] // launch.padded(r)))
     return {**config, "BLOCK_D": min(config["BLOCK_D"], widest)}
