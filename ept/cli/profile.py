@@ -24,7 +24,8 @@ def profile(
     model: str | None = Option(None, help="A model to load: a folder or a hub name."),
     methods: str = Option(
         "pt,dept,ept,peft-pt",
-        help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20.",
+        help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20; there is "
+        "ept-token, too.",
     ),
     sweep: str | None = Option(
         None,

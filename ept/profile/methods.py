@@ -21,6 +21,7 @@ from ..runs.method_table import METHODS
 # At their usual lengths PT, DePT and EPT have one parameter budget, 76,800 at d = 768 and 256 tokens.
 _METHODS = {method.profiled_as: method for method in METHODS.values() if method.profiled_as is not None}
 PROFILE_METHODS = tuple(_METHODS)
+USUAL_METHODS = ("pt", "dept", "ept", "peft-pt")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..runs.loading import default_device, load_base_model, task_type_of
 from ..utils.environment import hardware, versions
 from .batches import Row, make_batches, random_rows
 from .clock import PHASES, StepTime, summary, take_step, time_step
-from .methods import PROFILE_METHODS, Method, MethodSpec, make_method
+from .methods import USUAL_METHODS, Method, MethodSpec, make_method
 from .shapes import build_shape
 from .trace import allocated_by, shares_by_kind, trace_step
 
@@ -50,7 +50,7 @@ class ProfileConfig:
     shared_prompt: bool | None = None  # a decoder's prompt is read once a batch by our methods, as in `ept train`
     attn_implementation: str | None = None  # None: that of `ept train`, which is recorded
     layers: int | None = None  # keeps only so many layers of a shape
-    methods: tuple[str, ...] = PROFILE_METHODS  # `name` or `name:num_virtual_tokens`
+    methods: tuple[str, ...] = USUAL_METHODS  # `name` or `name:num_virtual_tokens`
     batch: int = 8  # rows
     length: int = 128  # text tokens of a row at most: max_length of the adapters
     # "none": every row has `length` tokens; "longest": lengths vary and each batch is padded to its longest row;

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..utils.messages import shown
@@ -97,7 +97,10 @@ _ALL = (
     _ablation("ept-uniform-gate", "EPT, uniform gate", frozenset(), space_gate="uniform"),
     _ablation("ept-fixed-beta", "EPT, β fixed to 1", frozenset(), fusion_weight=1.0),
     _ablation("ept-cosine", "EPT, cosine start", frozenset(), lowrank_init="cosine"),
-    _ablation("ept-token", "EPT, update by the token", frozenset({"alpha", "lowrank_init"}), update="token"),
+    replace(
+        _ablation("ept-token", "EPT, update by the token", frozenset({"alpha", "lowrank_init"}), update="token"),
+        profiled_as="ept-token",
+    ),
     _ablation("ept-raw-scale", "EPT, raw scale", frozenset(), embedding_scale=1.0),
 )
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}

@@ -46,13 +46,14 @@ def batch_of(name: str, padding: str = "none", all_logits: bool = False) -> dict
 def test_a_record_is_whole(name: str, padding: str) -> None:
     base = make_model(name)
     before = {n: p.clone() for n, p in base.named_parameters()}
-    record = profile(config(padding=padding), base=base)
+    record = profile(config(padding=padding, methods=PROFILE_METHODS), base=base)
     assert json.loads(json.dumps(record)) == record
     assert [method["label"] for method in record["methods"]] == list(PROFILE_METHODS)
     counts = {method["method"]: method["trainable_parameters"] for method in record["methods"]}
     assert counts["pt"] == counts["peft-pt"] == 100 * 32
     assert counts["dept"] == 60 * 32 + 30 * (12 + 32)
     assert counts["ept"] == 40 * 32 + 30 * (12 + 32) + 1 + 2 * 32 * 8 + 32 * 4
+    assert counts["ept-token"] == 40 * 32 + 2 * 30 * 32 + 30 + 32 + 1 + 2 * 32 * 8 + 32 * 4
     for method in record["methods"]:
         step = method["step_ms"]
         assert len(step["samples"]) == 4
@@ -304,7 +305,7 @@ def test_a_sweep_takes_every_length_in_the_same_turns(tmp_path: Path) -> None:
     ({"warmup": 0}, "warmup must be at least 1, got 0"),
     ({"batch": 0}, "batch must be at least 1, got 0"),
     ({"length": 4}, "length=4 is too short: at least 5 tokens"),
-    ({"methods": ("pt", "lora")}, "unknown method 'lora': choose from pt, dept, ept, peft-pt"),
+    ({"methods": ("pt", "lora")}, "unknown method 'lora': choose from pt, dept, ept, peft-pt, ept-token"),
     ({"methods": ("pt:0",)}, "'pt:0': the prompt length after the colon must be a positive whole number"),
     ({"methods": ("pt", "pt:100")}, "name at least one, each once"),
 ])  # fmt: skip
