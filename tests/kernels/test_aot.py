@@ -134,9 +134,10 @@ def test_every_kernel_is_among_the_cases_and_every_name_occurs_once(target, aske
     assert kernels == {launched.kernel.fn.__name__ for launched in found}
     assert {"sm_80", "sm_90", "sm_100", "gfx942"} == set(aot.TARGETS)
     # Nested absmax is rounded as in a dequantisation, and the assembler may use all registers where it has to.
-    metas = {name: [x.meta for x in found if name in x.kernel.fn.__name__] for name in ("_4bit_kernel", "joint", "mat")}
+    large = ("joint", "mat", "by_token")
+    metas = {name: [x.meta for x in found if name in x.kernel.fn.__name__] for name in ("_4bit_kernel", *large)}
     assert {meta["enable_fp_fusion"] for meta in metas["_4bit_kernel"]} == {False}
-    of_long = [meta for name in ("joint", "mat") for meta in metas[name] if "BLOCK_E" not in meta]
+    of_long = [meta for name in large for meta in metas[name] if "BLOCK_E" not in meta]
     assert {meta.get("maxnreg") for meta in of_long} == {None if target == "gfx942" else 255}
     assert {x.meta.get("maxnreg") for x in found if x.meta not in of_long} == {None}
     exact = "tf32x3" if triton.__version__.startswith("3.4.") else "bf16x6"
