@@ -117,6 +117,14 @@ def test_kernels_that_are_launched_in_turn_are_compiled_side_by_side(tmp_path, m
         return compile_kernel(source, *arguments, **options)
 
     compile_kernel = triton.compiler.compile
+    parse, one_at_a_time = triton.JITFunction.parse, threading.Lock()
+
+    def parse_alone(kernel: Any) -> Any:
+        with one_at_a_time:  # as Python 3.11.7 cannot do otherwise
+            return parse(kernel)
+
+    monkeypatch.setattr(triton.JITFunction, "parse", parse_alone)
+    monkeypatch.setattr(launch, "_parses_one_at_a_time", lambda python: False)
     monkeypatch.setattr(triton.compiler, "compile", compile_with_the_others)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for kernel in vars(joint).values():
@@ -126,6 +134,33 @@ def test_kernels_that_are_launched_in_turn_are_compiled_side_by_side(tmp_path, m
         for s in (3, 3, 5):
             launcher_of("joint_prompt")(*JointPrompt(s=s, d=12, r=2).inputs())
     assert sorted(compiled) == [f"joint_prompt_{name}_kernel" for name in ("expand", "products", "rows", "sum")]
+
+
+def test_where_threads_cannot_parse_kernels_are_compiled_one_after_the_other(tmp_path, monkeypatch):
+    """Some releases of Python raise a SystemError there, now and then."""
+    compiled = []
+
+    def compile_here(source: Any, *arguments: Any, **options: Any) -> Any:
+        compiled.append((source.name, threading.current_thread() is threading.main_thread()))
+        return compile_kernel(source, *arguments, **options)
+
+    compile_kernel = triton.compiler.compile
+    monkeypatch.setattr(launch, "_parses_one_at_a_time", lambda python: True)
+    monkeypatch.setattr(triton.compiler, "compile", compile_here)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel in vars(joint).values():
+        if isinstance(kernel, triton.JITFunction):
+            kernel.device_caches.clear()
+    with compile_only.driving("sm_90"):
+        launcher_of("joint_prompt")(*JointPrompt(s=3, d=12, r=2).inputs())
+    names = ("expand", "products", "rows", "sum")
+    assert sorted(compiled) == [(f"joint_prompt_{name}_kernel", True) for name in names]
+
+
+def test_which_releases_of_python_cannot_parse_in_threads():
+    cannot = {(3, 11, 0), (3, 11, 7), (3, 12, 0), (3, 12, 1)}
+    others = {(3, 10, 14), (3, 11, 8), (3, 12, 2), (3, 13, 0), (3, 14, 0)}
+    assert {python for python in cannot | others if launch._parses_one_at_a_time(python)} == cannot
 
 
 SCRIPT = """

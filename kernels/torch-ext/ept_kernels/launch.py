@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,10 +111,16 @@ def in_turn(calls: list[Call]) -> None:
         import triton
 
         # Triton 3.4 has no such mode, and what its interpreter is to compile would run.
-        if hasattr(triton, "AsyncCompileMode") and isinstance(new[0][0].kernel, triton.JITFunction):
+        has_mode = hasattr(triton, "AsyncCompileMode") and isinstance(new[0][0].kernel, triton.JITFunction)
+        if has_mode and not _parses_one_at_a_time(sys.version_info[:3]):
             contextvars.Context().run(_compile, new)  # outside a mode that the caller may be in
     for run, tensors in calls:
         run(*tensors)
+
+
+def _parses_one_at_a_time(python: tuple[int, ...]) -> bool:
+    """Tells whether `ast.parse` in several threads may end in a SystemError (CPython issue 106905)."""
+    return (3, 11) <= python < (3, 11, 8) or (3, 12) <= python < (3, 12, 2)
 
 
 def _compile(calls: list[Call]) -> None:
