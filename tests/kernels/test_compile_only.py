@@ -102,10 +102,19 @@ def test_products_are_fused_with_sums_whatever_tritons_default(declined):
     assert compiled.metadata.enable_fp_fusion is not declined
 
 
+@pytest.fixture
+def uncompiled(tmp_path, monkeypatch):
+    """Forgets what has been compiled of the joint prompt."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    for kernel in vars(joint).values():
+        if isinstance(kernel, triton.JITFunction):
+            kernel.device_caches.clear()
+
+
 @pytest.mark.skipif(
     not hasattr(triton, "AsyncCompileMode"), reason="Triton 3.4 compiles one after the other: 3.5 or newer runs it"
 )
-def test_kernels_that_are_launched_in_turn_are_compiled_side_by_side(tmp_path, monkeypatch):
+def test_kernels_that_are_launched_in_turn_are_compiled_side_by_side(uncompiled, monkeypatch):
     """Each waits until all four have begun; a second call, and one in other sizes, compile nothing. The mode of
     whoever calls is not in the way.
     """
@@ -126,17 +135,13 @@ def test_kernels_that_are_launched_in_turn_are_compiled_side_by_side(tmp_path, m
     monkeypatch.setattr(triton.JITFunction, "parse", parse_alone)
     monkeypatch.setattr(launch, "_parses_one_at_a_time", lambda python: False)
     monkeypatch.setattr(triton.compiler, "compile", compile_with_the_others)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel in vars(joint).values():
-        if isinstance(kernel, triton.JITFunction):
-            kernel.device_caches.clear()
     with ThreadPoolExecutor() as executor, triton.AsyncCompileMode(executor), compile_only.driving("sm_90"):
         for s in (3, 3, 5):
             launcher_of("joint_prompt")(*JointPrompt(s=s, d=12, r=2).inputs())
     assert sorted(compiled) == [f"joint_prompt_{name}_kernel" for name in ("expand", "products", "rows", "sum")]
 
 
-def test_where_threads_cannot_parse_kernels_are_compiled_one_after_the_other(tmp_path, monkeypatch):
+def test_where_threads_cannot_parse_kernels_are_compiled_one_after_the_other(uncompiled, monkeypatch):
     """Some releases of Python raise a SystemError there, now and then."""
     compiled = []
 
@@ -147,10 +152,6 @@ def test_where_threads_cannot_parse_kernels_are_compiled_one_after_the_other(tmp
     compile_kernel = triton.compiler.compile
     monkeypatch.setattr(launch, "_parses_one_at_a_time", lambda python: True)
     monkeypatch.setattr(triton.compiler, "compile", compile_here)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for kernel in vars(joint).values():
-        if isinstance(kernel, triton.JITFunction):
-            kernel.device_caches.clear()
     with compile_only.driving("sm_90"):
         launcher_of("joint_prompt")(*JointPrompt(s=3, d=12, r=2).inputs())
     names = ("expand", "products", "rows", "sum")

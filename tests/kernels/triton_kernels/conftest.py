@@ -127,6 +127,22 @@ def mostly_untouched(elements: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype)
 
 
+def far_apart(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The same values with offsets beyond 2³¹ elements along `dim`, in memory that is reserved but mostly untouched.
+
+    It reaches as far below the first element: an offset that wraps round in 32 bits reads zeros there.
+    """
+    if x.dim() < -dim:
+        return x
+    half = 2**31
+    strides = list(x.contiguous().stride())
+    strides[dim] = -(-half // (x.shape[dim] - 1)) + 64
+    length = half + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) + 1
+    far = mostly_untouched(length, x.dtype).as_strided(x.shape, strides, half)
+    far.copy_(x)
+    return far
+
+
 def rounding(actual: torch.Tensor, exact: torch.Tensor) -> torch.Tensor | float:
     """Bounds the rounding to 16 bits: half a unit; for bfloat16 under the interpreter, which truncates, a whole one."""
     if actual.dtype == torch.float32:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import INTERPRETED, launches_of, mostly_untouched, rounding
+from conftest import INTERPRETED, far_apart, launches_of, rounding
 from torch import Tensor
 
 from ept_kernels import launch
@@ -290,22 +290,6 @@ def test_number_of_launches(problem, forward, backward, device):
         assert launches_of(kernels.prompted_embedding, *inputs, token_at) == forward - 1
         assert launches_of(kernels.prompted_embedding_backward, *of_backward, token_at) == backward - 1
     assert launches_of(kernels.prompted_embedding_packed, *Packed((3, 1, 7)).inputs(device)) == 1
-
-
-def far_apart(x: Tensor, dim: int) -> Tensor:
-    """The same values with offsets beyond 2³¹ elements along `dim`, in memory that is reserved but mostly untouched.
-
-    It reaches as far below the first element: an offset that wraps round in 32 bits reads zeros there.
-    """
-    if x.dim() < -dim:
-        return x
-    half = 2**31
-    strides = list(x.contiguous().stride())
-    strides[dim] = -(-half // (x.shape[dim] - 1)) + 64
-    length = half + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True)) + 1
-    far = mostly_untouched(length, x.dtype).as_strided(x.shape, strides, half)
-    far.copy_(x)
-    return far
 
 
 @pytest.mark.parametrize("dim", [-1, -2, -3], ids=["columns", "rows", "adapters"])
