@@ -34,7 +34,7 @@ HELD = {
     "prompted_embedding_by_token_before": 512,
     "prompted_embedding_by_token_backward": 1024,
 }
-MOST = 64  # of the rank a program of the sums
+MOST = 64  # of the rank at a time in a product with W_out, and in a program of the sums
 
 
 def prompted_embedding_by_token(
@@ -143,8 +143,8 @@ def heuristic(kernel: str, d: int, r: int, dtype: torch.dtype = torch.bfloat16) 
     """Chooses meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` where nothing was measured."""
     config = dict(CONFIGS[kernel])
     if kernel == "prompted_embedding_by_token" and dtype.itemsize > 2:
-        config["BLOCK_T"] = 16  # of operands in three pieces half as many tokens
-    if kernel == "prompted_embedding_by_token" and launch.padded(r) > 128:
+        config |= {"BLOCK_T": 16, "BLOCK_D": 32}  # of operands in three pieces a quarter
+    if kernel == "prompted_embedding_by_token" and launch.padded(r) > MOST:
         config["num_warps"] = 8  # a thread of four warps has too few registers for so many activations
     return bounded(kernel, config, d, r)
 
@@ -153,5 +153,5 @@ def bounded(kernel: str, config: Config, d: int, r: int) -> Config:
     """Narrows the column tile to what `d` needs and to what the registers hold of a matrix, `[rank, BLOCK_D]`."""
     if "BLOCK_D" not in config:
         return dict(config)
-    widest = min(launch.padded(d), max(16, HELD[kernel] // launch.padded(r)))
+    widest = min(launch.padded(d), max(16, HELD[kernel] // min(launch.padded(r), MOST)))
     return {**config, "BLOCK_D": min(config["BLOCK_D"], widest)}
