@@ -42,6 +42,7 @@ def prompted_embedding_by_token_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RANK: tl.constexpr,  # r padded to a power of two from 16 up
+    STEP: tl.constexpr,  # of it at a time in the second product: what operands are split into has to fit into registers
     PRECISION: tl.constexpr,
 ):
     """Writes some tokens of one text, or some rows of the prompt before it; an id outside the table gives NaN.
@@ -72,8 +73,6 @@ def prompted_embedding_by_token_kernel(
         b_hidden = tl.where(is_updated[:, None] & ~(b_hidden <= 0), b_hidden, 0.0)
         p_hidden = hidden + (i_b * n + o_n)[:, None] * r + o_r[None, :]
         tl.store(p_hidden, b_hidden, mask=m_n[:, None] & (o_r < r)[None, :])
-        # At most 64 of the rank at a time: what operands are split into has to fit into registers.
-        STEP: tl.constexpr = RANK if RANK < 64 else 64
         b_steps = tl.reshape(b_hidden, [BLOCK_T, RANK // STEP, STEP])
         o_step = tl.arange(0, RANK // STEP)[None, :, None]
         for start in range(0, d, BLOCK_D):

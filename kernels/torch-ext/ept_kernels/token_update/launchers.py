@@ -66,6 +66,7 @@ def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size,
     check_shapes(FORWARD, **dict(zip(names, shapes)))
     (batch, n), _, (vocabulary, d), (s, _), (_, r), *_ = shapes
     options = _chosen("prompted_embedding_by_token", d, r, dtype, dtype, device)
+    options["STEP"] = min(options["RANK"], MOST)
     tiles = triton.cdiv(n, options["BLOCK_T"]) + triton.cdiv(s, options["BLOCK_T"])
     numbers = (scale, n, s, d, r, vocabulary, *strides)
     run = Prepared(prompted_embedding_by_token_kernel, (batch * tiles,), numbers, options, kinds)
