@@ -122,7 +122,10 @@ class ModelWithAdapters(PeftModel):
 
     def train(self, mode: bool = True) -> Self:
         """Puts adapters and heads in training mode; the frozen model stays in `eval` mode without `base_dropout`."""
-        super().train(mode)
+        self.training = mode
+        for name, child in self.named_children():
+            if name != "base_model":
+                child.train(mode)
         config = self.active_peft_config if self.peft_config else None
         set_mode(self.base_model, mode, dropout=bool(config and config.base_dropout))
         for wrapper in wrapped_heads(self.base_model):

