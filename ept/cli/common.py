@@ -68,7 +68,7 @@ def data_keys(
     keys |= {key: text and text.replace("\\n", "\n") for key, text in written.items()}
     keys["data.strict"] = strict
     if data is not None:
-        from ept.tasks.files import READERS
+        from ept.tasks.files import OTHER_FILES, READERS
         from ept.tasks.table import TASKS
 
         path = Path(data)
@@ -78,7 +78,7 @@ def data_keys(
             keys["data.data_dir"] = data
         elif data.count("/") == 1 and any(task.startswith(data.partition("/")[0] + "/") for task in TASKS):
             keys["data.task"] = data  # if no such one is known, its error names the nearest
-        elif path.is_absolute() or data.startswith(".") or data.count("/") > 1:
+        elif path.is_absolute() or data.startswith(".") or data.count("/") > 1 or path.suffix.lower() in OTHER_FILES:
             raise FileNotFoundError(f"{data}: no such file or folder: check the path")
         else:
             keys["data.hub"] = data

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..tasks import Task, TaskData, get_task, load_task, local_task
-from ..tasks.chat import MESSAGES, chat_task, has_chats
+from ..tasks.chat import chat_task, find_chats
 from ..tasks.encoding import TEXT_IDS, FittedText, encode_answers, fit_rows
 from ..tasks.inference import (
     commonest_share,
@@ -21,7 +21,9 @@ from ..tasks.inference import (
     find_columns,
     find_labels,
     find_texts,
+    split_notes,
     unread_notes,
+    unread_texts,
 )
 from ..tasks.metrics import OF_NUMBERS
 from ..tasks.sources import RawSplits, raw_splits
@@ -192,26 +194,28 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
         return config.model_copy(update={"metric": config.metric or list(TEXT_METRICS)})
     if not config.is_local or (labelled and None not in (config.template, config.label_column, config.metric)):
         return config
-    source, train = own.of(config)["train"]
-    if not labelled and config.label_column is None and config.template is None and has_chats(train):
-        return resolved(config.model_copy(update={"chat_column": MESSAGES}), task_type)
+    raw = own.of(config)
+    source, train = raw["train"]
+    given = labelled or config.label_column is not None or config.template is not None
+    if not given and (chats := find_chats(train)) is not None:
+        return resolved(config.model_copy(update={"chat_column": chats}), task_type)
     texts = list(template_columns(config.template)) if config.template is not None else config.text_columns
     texts, label = find_columns(train, source, texts, config.label_column)
+    notes = split_notes(train) if {*raw} == {"train"} else []
     asks = task_type != "SEQ_CLS"
     found: dict[str, Any] = {"label_column": label}
     found["template"] = config.template or default_template(texts, label, asks)
     if not labelled:
         labels = find_labels(train, label, source, asks, config.kind)
         found |= {"kind": None, "label_words": labels.words, "label_values": labels.values, "metric": labels.metrics}
-        for note in labels.notes:
-            logger.warning("%s: %s", source, note)
+        notes += labels.notes
         if config.template is None and config.text_columns is None:
             words = [*labels.words.values()] if isinstance(labels.words, dict) else labels.words or []
-            for note in unread_notes(train, texts, label, words):
-                logger.warning("%s: %s", source, note)
+            notes += unread_notes(train, texts, label, words)
     elif config.label_words is not None:
         task = local_task(found["template"], config.label_words, label_column=label)
         found["metric"] = default_metrics(commonest_share([task.label_class(row.get(label)) for row in train]))
+    _warn(source, notes)
     found["metric"] = config.metric or found.get("metric")
     return config.model_copy(update={**found, "text_columns": None})
 
@@ -231,11 +235,20 @@ def _with_free_text(config: DataConfig, own: OwnRows) -> DataConfig:
     answer = template_columns(str(config.target_template))
     template = config.template
     if template is None:
-        source, rows = own.of(config)["train"]
+        raw = own.of(config)
+        source, rows = raw["train"]
         others = [{name: value for name, value in row.items() if name not in answer} for row in rows]
-        template = default_template(find_texts(others, source, config.text_columns), answer[0], asks=True)
+        texts = find_texts(others, source, config.text_columns)
+        template = default_template(texts, answer[0], asks=True)
+        notes = split_notes(others) if {*raw} == {"train"} else []
+        _warn(source, notes + (unread_texts(others, texts) if config.text_columns is None else []))
     found = {"template": template, "text_columns": None, "metric": config.metric or list(TEXT_METRICS)}
     return config.model_copy(update=found)
+
+
+def _warn(source: str, notes: Sequence[str]) -> None:
+    for note in notes:
+        logger.warning("%s: %s", source, note)
 
 
 def read_splits(path: Path) -> Any:

@@ -145,12 +145,17 @@ def write_rows(rows: Sequence[Mapping[str, Any]], file: Path, probabilities: Col
         table = pyarrow.table({column: array([row.get(column) for row in rows]) for column in columns})
         write_atomically(file, lambda path: parquet.write_table(table, path))
     elif kind in (".csv", ".tsv"):
-        shown = [{name: f"{v:.6f}" if name in probabilities else v for name, v in row.items()} for row in rows]
+        shown = [{n: f"{v:.6f}" if n in probabilities else _in_a_field(v) for n, v in row.items()} for row in rows]
         write_atomically(file, csv_text(columns, shown, "\t" if kind == ".tsv" else ","))
     else:
         lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
         whole = "\n".join(lines) if kind == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]"
         write_atomically(file, whole + "\n")
+
+
+def _in_a_field(value: Any) -> Any:
+    """Gives what stands for a cell in a line of text: of a list or an object its JSON, which can be read back."""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
 
 
 def check_output(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,22 @@ MESSAGES = "messages"
 """The usual name of a column of chats."""
 
 
-def has_chats(rows: Sequence[Row], column: str = MESSAGES) -> bool:
-    """Tells whether a column holds lists of messages."""
-    cells = [row.get(column) for row in rows[:10]]
-    return any(isinstance(cell, list) and cell and isinstance(cell[0], Mapping) for cell in cells)
+SHARE_GPT = {"human": "user", "gpt": "assistant"}
+
+
+def find_chats(rows: Sequence[Row]) -> str | None:
+    """Finds the column of chats: `messages`, or the only one that holds messages where none is called label."""
+    names = list(dict.fromkeys(name for row in rows[:10] for name in row))
+    cells = {name: [row.get(name) for row in rows[:10]] for name in names}
+
+    def holds(name: str, keys: set[str]) -> bool:
+        firsts = (cell[0] for cell in cells[name] if isinstance(cell, list) and cell)
+        return any(isinstance(first, Mapping) and keys <= {*first} for first in firsts)
+
+    if MESSAGES in cells and holds(MESSAGES, set()):
+        return MESSAGES
+    found = [name for name in names if holds(name, {"role", "content"}) or holds(name, {"from", "value"})]
+    return found[0] if len(found) == 1 and not {"label", "labels"} & {*map(str.casefold, names)} else None
 
 
 def chat_task(
@@ -57,14 +70,28 @@ def chat_task(
 
 
 def _messages(chat: Any, column: str) -> list[dict[str, str]]:
-    """Checks a chat; a text alone is a user's only message. Raises ValueError for what is none."""
+    """Checks a chat; a text alone is a user's only message. Raises ValueError for what is none.
+
+    A list in JSON, as a cell of a csv file has it, is read, and so are ShareGPT's `{"from": ..., "value": ...}`.
+    """
     if isinstance(chat, str):
-        return [{"role": "user", "content": chat}]
-    messages = chat if isinstance(chat, list) else []
+        if not chat.lstrip().startswith("[{"):
+            return [{"role": "user", "content": chat}]
+        try:
+            chat = json.loads(chat)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"column '{column}': a list of messages is not JSON ({error.msg}): correct it") from error
+    messages = [_message(message) for message in chat] if isinstance(chat, list) else []
     for message in messages:
-        parts = message if isinstance(message, Mapping) else {}
-        if not (isinstance(parts.get("role"), str) and isinstance(parts.get("content"), str)):
+        if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             raise ValueError(f"column '{column}': a message is no {{'role': ..., 'content': text}}")
     if not any(message["role"] != "assistant" for message in messages):
         raise ValueError(f"column '{column}': nobody asks the assistant in this chat")
-    return [dict(message) for message in messages]
+    return messages
+
+
+def _message(message: Any) -> dict[str, Any]:
+    parts = message if isinstance(message, Mapping) else {}
+    if {"from", "value"} <= {*parts}:
+        return {"role": SHARE_GPT.get(parts["from"], parts["from"]), "content": parts["value"]}
+    return dict(parts)

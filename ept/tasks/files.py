@@ -123,7 +123,7 @@ def _decoded(content: bytes, encoding: str) -> str | None:
 
 def _read_json(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     text = read_text(path, encoding)
-    if path.suffix.lower() == ".json" and text.strip():
+    if (path.suffix.lower() == ".json" and text.strip()) or text.lstrip().startswith("["):
         try:
             yield from _checked(text, lambda whole: _rows_of(whole, path), lambda number: f"{path}, row {number}")
             return
@@ -222,6 +222,9 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     except csv.Error as error:
         raise ValueError(f"{path}, line {above + reader.line_num}: not CSV ({error}): correct the quoting") from error
     kept = [index for index in range(len(header)) if index not in empty]
+    if nameless := next((index for index in kept if not header[index]), None):
+        place = next(place for place, fields in rows if fields[nameless].strip())
+        raise ValueError(f"{path}, {place}: column {nameless + 1} has no name in the header: give it one, or clear it")
     if len({header[index] for index in kept}) < len(kept):
         raise ValueError(f"{path}: the header {','.join(header)} names a column twice: rename one of them")
     for place, fields in rows:
@@ -307,3 +310,5 @@ READERS: dict[str, Callable[[Path, str | None], Iterator[tuple[str, Any]]]] = {
     ".parquet": _read_parquet,
 }
 """The supported suffixes; each reader gives the rows, with their places in the file for messages."""
+OTHER_FILES = {".xlsx", ".xls", ".ods", ".txt", ".gz", ".zip", ".arrow"}
+"""Suffixes of files that are not read, which make a name that of a file all the same."""

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any, Literal
 
 from ..utils.messages import listed, shown
@@ -17,17 +18,28 @@ from .metrics import OF_NUMBERS
 from .rows import HIDDEN, is_missing, is_number, text_key
 from .task import nearest_value, without_point
 
-LABEL_NAMES = (
-    *("label", "labels", "class", "category", "sentiment", "stance", "verdict", "target", "gold", "intent", "emotion"),
-    *("topic", "polarity", "stars", "rating", "score", "tag", "relation", "y"),
-)
-CLASS_NAMES = {"class", "category", "intent", "emotion", "topic", "tag", "relation"}
+LABELS = ("label", "labels")
+KINDS = ("class", "category", "sentiment", "stance", "verdict", "gold", "intent", "emotion", "topic")
+"""Names of labels, of which no two say which is the one to learn."""
+VALUES = ("target", "polarity", "stars", "rating", "score", "tag", "relation", "y")
+"""Names of labels where no column has one of the others: a `target` may be what a stance is about."""
+LABEL_NAMES = (*LABELS, *KINDS, *VALUES)
+CLASS_NAMES = {"class", "category", "intent", "emotion", "topic", "tag", "relation", "code"}
 """Columns with such names hold no numbers of a regression, though their classes may be numbered."""
+ROW_NAMES = {"id", "ids", "idx", "index", "uid", "uuid", "guid"}
 TEXT_NAMES = ("text", "sentence", "review", "content", "headline", "comment", "message", "tweet", "document")
+SOURCE_NAMES = ("prompt", "question", "problem", "instruction", "dialogue", "article", *TEXT_NAMES, "source", "input")
+"""Names of what an answer in free text is written to."""
+NEVER_READ = {"chosen", "rejected", "rationale", "solution", "explanation", "reasoning"}
+"""Names of other answers, or of what gives the answer away."""
+SPLIT_NAMES = {"split", "set", "subset", "fold", "partition"}
+PARTS = {"train", "training", "dev", "valid", "val", "validation", "test"}
 TEXT_PAIRS = (
     *(("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2")),
     *(("text_a", "text_b"), ("question", "passage"), ("question", "context"), ("question", "sentence")),
     *(("claim", "evidence"), ("query", "passage"), ("query", "document"), ("instruction", "input")),
+    *(("instruction", "context"), ("question", "answer"), ("title", "description"), ("title", "content")),
+    *(("title", "body"), ("subject", "body")),
 )
 MAX_LABELS = 200
 MAX_NUMBER_LABELS = 20
@@ -42,6 +54,7 @@ NEARLY_ALL = 0.9
 _AS_PEOPLE_WRITE = re.compile(r"[+-]?(\d+([.,]\d+)?|\d{1,3}((,\d{3})+(\.\d+)?|(\.\d{3})+(,\d+)?)) ?%?")
 _CODE = re.compile(r"[!-~]*[\d/@_][!-~]*")  # a row's identifier, an address, a file's name: no text, however long
 FREE_TEXT = "; for answers in free text give --target-template {column}"
+NO_HEADER = "the first line holds a row, not names: put a line such as text,label above it"
 LIKE_MISSING = {"nan", "na", "n/a", "null", "none", "-"}
 
 
@@ -72,20 +85,52 @@ def find_columns(
     columns = _columns(rows)
     _check_columns(columns, [*(text_columns or []), *([label_column] if label_column is not None else [])], source)
     if any(name in values for name, values in columns.items()) and any(len(n.split()) >= A_SENTENCE for n in columns):
-        raise ValueError(f"{source}: the first line holds a row, not names: put a line such as text,label above it")
+        raise ValueError(f"{source}: {NO_HEADER}")
+    if label_column is None and text_columns is None and _is_a_row(columns):
+        raise ValueError(f"{source}: {NO_HEADER}")
     label = label_column or _find_label(columns, source, text_columns or ())
     texts = text_columns or _find_texts({name: found for name, found in columns.items() if name != label}, source)
     return list(texts), label
 
 
 def find_texts(rows: Sequence[Row], source: str, text_columns: Sequence[str] | None = None) -> list[str]:
-    """Finds the text columns of rows that may have no label, where none are given; raises as `find_columns`."""
+    """Finds what to write an answer to, where no columns are given: by the usual names, else the longest text.
+
+    Raises as `find_columns`.
+    """
     columns = _columns(rows)
     _check_columns(columns, text_columns or (), source)
-    return list(text_columns or _find_texts(columns, source))
+    if text_columns:
+        return list(text_columns)
+    own = {name: values for name, values in columns.items() if not _words(name) & NEVER_READ}
+    few = {_plain(name) for name, values in own.items() if _has_few_values(values)}
+    return _find_texts(own or columns, source, [name for name in SOURCE_NAMES if name not in few])
+
+
+def unread_texts(rows: Sequence[Row], texts: Sequence[str]) -> list[str]:
+    """Says which columns beside `texts` hold other texts, no labels and no identifiers."""
+    others = {name: values for name, values in _columns(rows).items() if name not in texts}
+    unread = [n for n, v in others.items() if _is_text(v) and not _are_codes(v) and not _has_few_values(v)]
+    if not unread:
+        return []
+    remedy = "if the answer depends on them, name every column to read with --text-column"
+    return [f"of the text columns {_quoted(texts)} alone is read, not {_quoted(unread)}: {remedy}"]
+
+
+def split_notes(rows: Sequence[Row]) -> list[str]:
+    """Says which column tells of the splits, which are drawn from the rows of one file whatever it says."""
+    names = [
+        name
+        for name, values in _columns(rows).items()
+        if _plain(name) in SPLIT_NAMES and len({str(v).casefold() for v in values} & PARTS) > 1
+    ]
+    remedy = "for its own, put its rows into a folder with train, validation and test files"
+    return [f"column {_quoted(names)} is not asked which rows are held out, they are drawn: {remedy}"] if names else []
 
 
 def _check_columns(columns: Mapping[str, list[Any]], names: Sequence[str], source: str) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{source}: column '{twice}' is named twice: name each column once, as text or as label")
     for name in names:
         if name not in columns:
             raise ValueError(f"{source}: no column '{name}'; columns found: {_quoted(columns)}")
@@ -95,17 +140,37 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows if not is_missing(row.get(name))] for name in _names(rows)}
 
 
+def _is_a_row(columns: Mapping[str, list[Any]]) -> bool:
+    """Tells whether the names of columns are a first row of short texts: one is a value of its own column."""
+    if any(_words(name) & {*LABEL_NAMES, *ROW_NAMES, *TEXT_NAMES, *sum(TEXT_PAIRS, ())} for name in columns):
+        return False
+    return any([*map(str, values)].count(name) >= len(values) / 20 for name, values in columns.items() if values)
+
+
 def _find_label(columns: Mapping[str, list[Any]], source: str, texts: Sequence[str]) -> str:
     others = [name for name in columns if name not in texts]
     by_name = {_plain(name): name for name in reversed(others)}
-    if found := next((by_name[name] for name in LABEL_NAMES if name in by_name), None):
+    usable = [name for name in others if _has_few_values(columns[name])]
+    kinds = [by_name[name] for name in KINDS if name in by_name]
+    kinds = [name for name in kinds if name in usable] or kinds
+    if found := next((by_name[name] for name in LABELS if name in by_name), None):
         return found
-    if len(columns) == 2 and others:  # the shorter of two columns
-        return min(others, key=lambda name: _length(columns[name]))
+    if len(kinds) == 1:
+        return kinds[0]
+    if found := next((by_name[name] for name in VALUES if name in by_name and not kinds), None):
+        return found
+    if len(columns) == 2 and others and not kinds:  # the shorter of two columns
+        shorter = min(others, key=lambda name: _length(columns[name]))
+        if not _words(shorter) & ROW_NAMES:
+            return shorter
     longest = max(others, key=lambda name: _length(columns[name]), default=None)
-    few = [name for name in others if (name != longest or texts) and _has_few_values(columns[name])]
-    named = [name for name in few if _words(name) & {*LABEL_NAMES}]
-    candidates = named if len(named) == 1 else few
+    few = [name for name in usable if (name != longest or texts) and not _words(name) & ROW_NAMES]
+    if any(_plain(name) in ("answer", "answers") and name not in few for name in others):
+        few = []  # what the answers are about, such as the title of an article
+    named = [name for name in few if _words(name) & {*LABELS, *KINDS}]
+    if not named and not any(_is_text(columns[name]) for name in few if not _words(name) & {*VALUES}):
+        named = [name for name in few if _words(name) & {*VALUES}]
+    candidates = kinds or (named if len(named) == 1 else few)
     if len(candidates) == 1:
         return candidates[0]
     which = f"{_quoted(candidates)} could each be" if candidates else f"none of {_quoted(columns)} looks like"
@@ -113,12 +178,13 @@ def _find_label(columns: Mapping[str, list[Any]], source: str, texts: Sequence[s
     raise ValueError(f"{source}: {which} the label: {remedy}")
 
 
-def _find_texts(columns: Mapping[str, list[Any]], source: str) -> list[str]:
+def _find_texts(columns: Mapping[str, list[Any]], source: str, names: Sequence[str] = TEXT_NAMES) -> list[str]:
     by_name = {_plain(name): name for name in reversed(list(columns))}
+    most = max(map(len, columns.values()), default=0)
     for pair in TEXT_PAIRS:
         if all(name in by_name for name in map(_plain, pair)):
             return [by_name[_plain(name)] for name in pair]
-    if found := next((by_name[name] for name in TEXT_NAMES if name in by_name), None):
+    if found := next((by_name[n] for n in names if n in by_name and 2 * len(columns[by_name[n]]) > most), None):
         return [found]
     textual = [name for name, values in columns.items() if _is_text(values)]
     if not textual:
@@ -227,7 +293,9 @@ def find_labels(
         raise ValueError(f"{source}: column '{column}' holds a {shape}, not one label a row: write a word or a number")
     counts = Counter(_written(row.get(column)) for row in rows if not is_missing(row.get(column)))
     where = f"{source}: column '{column}'"
-    if found := next((raw for raw in counts if isinstance(raw, str) and re.fullmatch(r"\[.*,.*\]", raw, re.S)), None):
+    if found := next(
+        (raw for raw in counts if isinstance(raw, str) and re.fullmatch(r"\[(.*,.*|(['\"]).*\2)\]", raw, re.S)), None
+    ):
         raise ValueError(f"{where} holds {shown(found)}, a list and not one label a row: write a word or a number")
     if not counts:
         raise ValueError(f"{where} is empty: there is no label to learn")
@@ -250,12 +318,14 @@ def find_labels(
     are_codes = any(re.fullmatch(r"0\d+", word) for word in words.values())
     low, high = (min(numbers.values()), max(numbers.values())) if finite else (0.0, 0.0)
     if low < high and kind != "classification" and (kind or not _are_labels(numbers.values(), are_codes)):
-        values = _grid(low, high)
+        values = _grid(sorted({*numbers.values()}))
         notes += _coarseness(counts, values) if in_words else []
         of_classes = [low + i for i in range(len(set(numbers.values())))]  # as a data set's columns of classes are
         are_classes = sorted({*numbers.values()}) == of_classes and min(counts.values()) > 1
-        are_named = _words(column) & CLASS_NAMES and all(map(float.is_integer, numbers.values()))
-        if kind is None and low in (0, 1) and (are_classes or are_named):
+        are_whole = all(map(float.is_integer, numbers.values()))
+        are_named = _words(column) & CLASS_NAMES and (low in (0, 1) or "code" in _words(column))
+        come_often = _words(column) & {*LABEL_NAMES} and total >= 3 * len(numbers)
+        if kind is None and ((low in (0, 1) and are_classes) or (are_whole and (are_named or come_often))):
             notes.append(
                 f"column '{column}' holds the whole numbers {low:g} .. {high:g}, taken for the numbers of a "
                 "regression: if they are classes, set data.kind=classification"
@@ -276,10 +346,10 @@ def find_labels(
             "scored as a label of its own"
         )
     if odd := [repr(word) for word in order if word.casefold() in LIKE_MISSING]:
-        notes.append(f"a label that reads like a missing one: {listed(odd)}")
+        notes.append(f"a label that reads like a missing one: {listed(odd)}; where it is one, leave its cells empty")
     metrics = default_metrics(max(by_word.values()) / total)
-    if all(not is_number(word) for word in order) and all(isinstance(raw, (str, bool)) for raw in words):
-        return Labels(order, None, metrics, notes)  # the words themselves
+    if {*order} == {"false", "true"}:  # whose numbers are known
+        return Labels(order, None, metrics, notes)
     raws = sorted(words, key=lambda raw: (order.index(words[raw]), str(raw)))
     return Labels({raw: words[raw] for raw in raws}, None, metrics, notes)
 
@@ -364,11 +434,21 @@ def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
 def _as_seen(word: str) -> str:
     """Gives what labels that look alike share: case, blanks, invisible signs and ways to write an accent aside."""
     composed = unicodedata.normalize("NFC", word)
-    return text_key("".join(sign for sign in composed if unicodedata.category(sign) != "Cf"))
+    return text_key("".join(s for s in composed if unicodedata.category(s) != "Cf" and not "\ufe00" <= s <= "\ufe0f"))
 
 
-def _grid(low: float, high: float) -> list[float]:
-    """Divides a range evenly, in at most 26 round numbers, as T5 divides STS-B's 0 to 5 in steps of 0.2."""
+def _grid(numbers: Sequence[float]) -> list[float]:
+    """Divides the range of rising numbers evenly, in at most 26 values, as T5 divides STS-B's 0 to 5 in steps of 0.2.
+
+    They are the numbers' own where these fill half of an even grid, as ratings with half stars do, and else round.
+    """
+    low, high = numbers[0], numbers[-1]
+    step = min(after - before for before, after in pairwise(numbers))
+    places, count = [(number - low) / step for number in numbers], round((high - low) / step) + 1
+    if FEW <= len(numbers) <= count <= min(MAX_VALUES, 2 * len(numbers)) and all(
+        abs(p - round(p)) < 1e-4 for p in places
+    ):
+        return [round(low + number * step, 10) for number in range(count)]
     least = (high - low) / (MAX_VALUES - 1)
     power = 10.0 ** math.floor(math.log10(least))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))

@@ -196,7 +196,7 @@ def examples(
                 elif not task.label_map:
                     allowed = f"0 .. {task.num_labels - 1} or {', '.join(map(repr, task.label_words))}"
                 name = f"label {raw!r} (column '{task.label_column}')"
-                raise ValueError(f"{name} is outside the set: allowed are {allowed}")
+                raise ValueError(f"{name} is outside the set: allowed are {allowed}{_unnumbered(task, raw)}")
         except ValueError as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
         text = task.template.format_map(fields) if any(map(str.strip, fields.values())) else ""
@@ -214,6 +214,14 @@ def examples(
             "%s: %s (%g, say): to a language model they are the nearer end", source, which, max(beyond, key=abs)
         )
     return found, {reason: numbers for reason, numbers in left_out.items() if numbers}
+
+
+def _unnumbered(task: Task, raw: Any) -> str:
+    """Gives the remedy for a number among labels in words, whose order nobody has said."""
+    words = [word for word, _ in task.label_map if isinstance(word, str) and not is_number(word)]
+    if not words or len(words) < len(task.label_map) or not is_number(raw):
+        return ""
+    return "; write the word that the number stands for, or say it for all in data.label_words={0: ..., 1: ...}"
 
 
 def is_no_label(task: Task, raw: Any) -> bool:

@@ -211,6 +211,14 @@ def test_predict_writes_columns_of_numbers_and_words(runs: dict[str, Path], tmp_
     assert [row["id"] for row in read_rows(output)] == ["7", "x"]
 
 
+def test_predict_writes_lists_that_can_be_read_back(runs: dict[str, Path], tmp_path: Path) -> None:
+    file, output = tmp_path / "rows.jsonl", tmp_path / "out.csv"
+    parts = ["né", {"a": None}]
+    file.write_text(json.dumps({"parts": parts, "sentence": GOOD}) + "\n", encoding="utf-8")
+    succeed("predict", runs["bert"], "--file", file, "--output", output)
+    assert json.loads(read_rows(output)[0]["parts"]) == parts
+
+
 def test_bad_input_to_evaluate_and_predict(runs: dict[str, Path], tmp_path: Path) -> None:
     run = runs["bert"]
     empty, other = tmp_path / "empty.jsonl", tmp_path / "other.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import shutil
@@ -135,6 +136,40 @@ def test_chats(tmp_path: Path, chat_model: Path) -> None:
     assert [row["prediction"] for row in answers] == ["1", "0"]
     assert as_json("predict", run, "the film was good")[0]["prediction"] == "1"
     assert as_json("export", run, "--output", tmp_path / "out", "--texts", tmp_path / "b.jsonl")["texts"] == 2
+
+
+@pytest.mark.parametrize("written", ["conversations", "from", "json"])
+def test_chats_in_other_forms(tmp_path: Path, chat_model: Path, written: str) -> None:
+    """Under another name, as ShareGPT writes them, and as JSON in the cells of a csv file."""
+    given = chats(tmp_path / "given.jsonl")
+    made = [json.loads(line)["messages"] for line in given.read_text(encoding="utf-8").splitlines()]
+    file, options = tmp_path / "a.jsonl", [*EXACT, "--dry-run"]
+    rows: list[dict[str, Any]] = [{"id": i, "conversations": chat} for i, chat in enumerate(made)]
+    if written == "from":
+        names = {"user": "human", "assistant": "gpt"}
+        rows = [{"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in chat]} for chat in made]
+    if written == "json":
+        file, options = tmp_path / "a.csv", [*options, "--set", "data.chat_column=conversations"]
+        rows = [{"conversations": json.dumps(chat)} for chat in made]
+        with file.open("w", encoding="utf-8", newline="") as opened:
+            writer = csv.DictWriter(opened, ["conversations"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    shown = as_json("train", file, "--model", chat_model, *options)
+    assert (shown["kind"], shown["label_column"]) == ("free text", "conversations")
+    assert sorted(example["target"] for example in shown["examples"]) == ["0", "1"]
+    assert shown["examples"][0]["text"].startswith("a sentence : ")
+    given_text = {"".join(example["text"].split()) for example in shown["examples"]}
+    assert given_text <= {"".join(f"a sentence : {chat[0]['content']}".split()) for chat in made}
+
+
+def test_chats_beside_labels_are_no_answers(tmp_path: Path, chat_model: Path) -> None:
+    made = [{"conversations": [{"role": "user", "content": "film"}], "label": i % 2} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    said = refused("train", tmp_path / "a.jsonl", "--model", chat_model, "--dry-run")
+    assert "column 'conversations', the longest, holds a list and not a text" in said
 
 
 @pytest.mark.parametrize("chat, message", [

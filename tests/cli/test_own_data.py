@@ -203,7 +203,8 @@ def test_training_in_one_command(
     assert (results["task"], results["method"], results["steps"]) == ("a", "pt", 4)
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
     assert config["template"] == ("{review}" if family == "bert" else "{review}\nliked:")
-    assert config["label_words"] == (["a", "no", "yes"] if family == "bert" else ["no", "yes"])
+    words = ["a", "no", "yes"] if family == "bert" else ["no", "yes"]
+    assert config["label_words"] == dict(zip(words, words))
     assert config["metric"] == results["config"]["data"]["metric"]
     assert as_json("evaluate", run)["metrics"] == results["test_metrics"]
     (row,) = as_json("predict", run, "the film was good")
@@ -300,10 +301,29 @@ def test_a_run_is_used_from_any_folder(
 
 @pytest.mark.parametrize("name, message", [
     ("nowhere.csv", "nowhere.csv: no such file"), ("./nowhere", "./nowhere: no such file or folder"),
-    ("a/b/c", "a/b/c: no such file or folder"),
+    ("a/b/c", "a/b/c: no such file or folder"), ("b.xlsx", "b.xlsx: no such file"),
 ])  # fmt: skip
 def test_a_path_to_nothing(models: dict[str, Path], name: str, message: str) -> None:
     assert message in refused("train", name, "--model", models["bert"], "--dry-run")
+
+
+@pytest.mark.parametrize("where", ["test", "validation", "evaluate"])
+def test_numbers_are_no_labels_in_words(tmp_path: Path, models: dict[str, Path], where: str) -> None:
+    """Which number stands for which word nobody has said: the order of a data set is not the alphabet's."""
+    numbered = as_csv(reviews(20, liked=lambda i: i % 2))
+    (tmp_path / "train.csv").write_text(as_csv(TEXT), encoding="utf-8")
+    (tmp_path / f"{where}.csv").write_text(numbered, encoding="utf-8")
+    given = ("--model", models["bert"], "--method", "pt", "--output", tmp_path / "run")
+    if where == "evaluate":
+        (tmp_path / "evaluate.csv").rename(tmp_path / "own.csv")
+        succeed("train", tmp_path / "train.csv", *given, "--steps", 1)
+        said = refused("evaluate", tmp_path / "run", "--file", tmp_path / "own.csv")
+    else:
+        said = refused("train", tmp_path, *given, "--dry-run")
+    assert "row 1: label '0' (column 'liked') is outside the set: allowed are 'no', 'yes'; write the word" in said
+    if where == "test":
+        mapping = "data.label_words={'no': 'no', 'yes': 'yes', 0: 'no', 1: 'yes'}"
+        assert as_json("train", tmp_path, *given, "--set", mapping, "--dry-run")["rows"]["test"] == 20
 
 
 def test_a_hub_data_set_is_labelled_by_its_names(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from ept.tasks import local_task
-from ept.tasks.inference import default_template, find_columns, find_labels, find_texts, unread_notes
+from ept.tasks.inference import (
+    default_template,
+    find_columns,
+    find_labels,
+    find_texts,
+    split_notes,
+    unread_notes,
+    unread_texts,
+)
 
 LONG = ("a rather long text", "another one of that length", "and so on")
 
@@ -39,6 +47,14 @@ COLUMNS = [
     ({"link": ["https://a.b/c-d-e-f-g/h"] * 3, "title": [*"xyz"], "topic": "aba"}, {}, ["title"], "topic"),
     ({"file": ["b/0001.txt", "b/0002.txt", "c.txt/"], "label": "aba"}, {}, ["file"], "label"),  # the only one
     ({"headline1": LONG, "headline2": LONG, "data": "xyz", "label": "aba"}, {}, ["headline1", "headline2"], "label"),
+    ({"category": "aaa", "review": LONG, "verdict": "aba"}, {}, ["review"], "verdict"),  # one label alone is none
+    ({"category": "aba", "review": LONG, "label": "bab"}, {}, ["review"], "label"),
+    ({"Target": "aab", "text": LONG, "Stance": "aba", "score": "121"}, {}, ["text"], "Stance"),
+    ({"text": LONG, "comment": ["fine", None, None], "topic": "aba"}, {}, ["text"], "topic"),
+    ({"question": LONG, "comment": ["fine", None, None], "topic": "aba"}, {}, ["question"], "topic"),  # seldom there
+    ({"question": ["a", "b", "c"], "answer": LONG, "label": "aba"}, {}, ["question", "answer"], "label"),
+    ({"Title": [*"abc"], "Description": LONG, "class": "aba"}, {}, ["Title", "Description"], "class"),
+    ({"sentence_A": LONG, "sentence_B": LONG, "some_score": "121"}, {}, ["sentence_A", "sentence_B"], "some_score"),
     ({"line": LONG, "idx": [{"row": 10**9, "part": 10**9}] * 3, "label": "aba"}, {}, ["line"], "label"),
 ]  # fmt: skip
 
@@ -61,8 +77,23 @@ NO_COLUMNS = [
         {},
         "'choices', the longest, holds a dict and not a text: flatten it to a string, or name the columns to read",
     ),
+    ({"category": "aba", "review": LONG, "sentiment": "bab"}, {}, "'category', 'sentiment' could each be the label"),
+    (
+        {"Tweet": LONG, "Target": "aab", "Stance": "aba", "Opinion": "abb", "Sentiment": "bab"},
+        {},
+        "'Sentiment', 'Stance' could each be the label",
+    ),
+    ({"sentence_A": LONG, "sentence_B": LONG, "a_score": "121", "verdicts": "aba"}, {}, "'a_score', 'verdicts' could"),
+    ({"id": ["1000", "1001", "1002"], "text": LONG}, {}, "none of 'id', 'text' looks like the label"),
+    ({"text": LONG, "user_id": "121"}, {}, "none of 'text', 'user_id' looks like the label"),
+    (
+        {"title": "aab", "context": LONG, "question": LONG, "answers": [{"text": ["a"]}] * 3},
+        {},
+        "none of 'title', 'context', 'question', 'answers' looks like the label: .*--target-template",
+    ),
     ({"n": "123", "label": "aba"}, {}, "a.csv: none of 'n' holds text: name it with --text-column"),
     ({"text": LONG, "label": "aba"}, {"label_column": "lable"}, "no column 'lable'; columns found: 'text', 'label'"),
+    ({"text": LONG, "label": "aba"}, {"text_columns": ["text", "text"]}, "column 'text' is named twice: name each"),
     ({"text": LONG, "label": "aba"}, {"text_columns": ["review"]}, "no column 'review'; columns found: 'text', "),
 ]  # fmt: skip
 
@@ -76,7 +107,7 @@ def test_columns_that_cannot_be_told(columns: dict[str, Any], given: dict[str, A
 # labels, label words, metrics
 ACCURACY = ["accuracy"]
 LABELS = [
-    (["b", "a", " a ", "b"], ["a", "b"], ACCURACY),
+    (["b", "a", " a ", "b"], {"a": "a", "b": "b"}, ACCURACY),
     (["0", "1", "1", "0"], {"0": "0", "1": "1"}, ACCURACY),
     ([2, 10, 10, 2], {2: "2", 10: "10"}, ACCURACY),
     ([1.0, 2.0, None, float("nan")], {1: "1", 2: "2"}, ACCURACY),
@@ -85,15 +116,15 @@ LABELS = [
     (["01", "1", "2", "1"], {"01": "01", "1": "1", "2": "2"}, ACCURACY),
     ([2**60 + 1, 2**60, 2**60 + 1], {2**60: str(2**60), 2**60 + 1: str(2**60 + 1)}, ["accuracy", "f1_macro"]),
     ([f"{i:02}" for i in range(24)] * 2, {f"{i:02}": f"{i:02}" for i in range(24)}, ACCURACY),
-    (["0%", "50%", "100%", "0%"], ["0%", "100%", "50%"], ACCURACY),
+    (["0%", "50%", "100%", "0%"], {"0%": "0%", "100%": "100%", "50%": "50%"}, ACCURACY),
     ([*"0123456789", "?"] * 2, {**{digit: digit for digit in "0123456789"}, "?": "?"}, ACCURACY),
     ([True, False, False, True], ["false", "true"], ACCURACY),
     (["TRUE", "False", "FALSE", "true"], ["false", "true"], ACCURACY),
-    ([True, False, "Maybe"], ["Maybe", "false", "true"], ACCURACY),
+    ([True, False, "Maybe"], {"Maybe": "Maybe", False: "false", True: "true"}, ACCURACY),
     ([True, "a", 0], {0: "0", "a": "a", True: "true"}, ACCURACY),
-    (["yes", "no", "no", "no"], ["no", "yes"], ["accuracy", "f1_macro"]),
+    (["yes", "no", "no", "no"], {"no": "no", "yes": "yes"}, ["accuracy", "f1_macro"]),
     (["1", "one", "1", "one"], {"1": "1", "one": "one"}, ACCURACY),
-    (["日本", "🎉", "日本", "🎉"], ["日本", "🎉"], ACCURACY),
+    (["日本", "🎉", "日本", "🎉"], {"日本": "日本", "🎉": "🎉"}, ACCURACY),
 ]
 
 
@@ -129,6 +160,9 @@ REGRESSIONS = [
     (list(range(100)), 0.0, 100.0, 21),
     ([-0.013, 0.0471], -0.015, 0.05, 14),
     ([1e-6, 2.5e-6, 6e-6], 1e-6, 6e-6, 26),
+    ([n / 2 for n in range(1, 11)], 0.5, 5.0, 10),  # their own grid
+    ([0.1, 0.2, 0.3, 0.6, 0.7], 0.1, 0.7, 7),
+    ([0.5, 1.0, 1.5, 2.0, 50.0], 0.0, 50.0, 26),  # of which they would fill little
 ]
 
 
@@ -162,6 +196,9 @@ def test_a_regression_whose_numbers_nearly_all_round_to_one(numbers: list[float]
     (2 * [n for n in range(30) if n != 7], False),
     (2 * list(range(5, 40)), False),
     ([*range(30), 0], False),
+    (3 * [n for n in range(30) if n != 7], True),  # which come often, in a column of labels
+    (3 * list(range(5, 40)), True),
+    (3 * [n / 2 for n in range(30)], False),
     (2 * [n / 2 for n in range(30)], False),
 ])  # fmt: skip
 def test_many_whole_numbers_may_be_classes(numbers: list[Any], warns: bool) -> None:
@@ -210,7 +247,9 @@ NO_LABELS = [
         r"data.label_words=\{'Good': 'good', 'good': 'good', 'bad': 'bad', 'Bad': 'bad'\}",
     ),
     ([["good"], ["bad"]], "a.csv: column 'label' holds a list, not one label a row"),
-    (["['good']", "['bad', 'good']"], "holds \"\\['bad', 'good'\\]\", a list and not one label a row"),
+    (["good", "['bad', 'good']"], "holds \"\\['bad', 'good'\\]\", a list and not one label a row"),
+    (["['good']", "['bad']"], "holds \"\\['good'\\]\", a list and not one label a row"),
+    (["❤", "❤\ufe0f", "🎉"], "differ in case, blanks or invisible signs"),
     *((["café", other, "no"], "differ in case, blanks or invisible signs") for other in ("cafe\u0301", "café\u200b")),
     (["very  good", "very good"], "differ in case, blanks or invisible signs alone"),
     ([f"answer {n}" for n in range(9)], "holds 9 different values in 9 rows, too many for labels"),
@@ -227,6 +266,56 @@ def test_a_file_without_a_header_is_refused() -> None:
     made = [{"the film was very good": f"film {n}", "good": ("good", "bad")[n % 2]} for n in range(6)]
     with pytest.raises(ValueError, match="the first line holds a row, not names: put a line such as text,label"):
         find_columns(made, "a.csv")
+
+
+@pytest.mark.parametrize("names, labels, is_row", [
+    (("old storm 0", "0"), "01", True),
+    (("storm0", "female"), ("female", "male"), True),
+    (("message", "spam"), ("spam", "ham"), False),  # whose names are usual ones
+    (("ask", "spam"), ("yes", "no"), False),
+])  # fmt: skip
+def test_a_first_row_of_short_texts_is_no_header(names: tuple[str, str], labels: Any, is_row: bool) -> None:
+    text, label = names
+    made = [{text: f"storm{n}", label: labels[n % 2]} for n in range(6)]
+    if is_row:
+        with pytest.raises(ValueError, match="the first line holds a row, not names: put a line such as text,label"):
+            find_columns(made, "a.csv")
+        assert find_columns(made, "a.csv", label_column=label) == ([text], label)
+    else:
+        assert find_columns(made, "a.csv") == ([text], label)
+
+
+# columns beside the answer, which are read, what is not
+SOURCES = [
+    ({"prompt": ["a b", "b", "c"], "rejected": LONG}, ["prompt"], "'rejected'"),
+    ({"problem": ["a b", "b", "c"], "level": "aba", "type": "bba", "solution": LONG}, ["problem"], "'solution'"),
+    ({"question": [*"abc"], "options": [["a", "b"]] * 3, "rationale": LONG}, ["question"], "'options', 'rationale'"),
+    ({"instruction": [*"abc"], "context": ["", "", "long " * 9], "category": "aba"}, ["instruction", "context"], ""),
+    ({"en": [*"abc"], "fr": LONG}, ["fr"], "'en'"),
+    ({"id": "123", "source": ["web", "web", "tv"], "text": LONG}, ["text"], ""),
+    ({"source": LONG, "url": ["https://a.b/c"] * 3}, ["source"], ""),
+    ({"rationale": LONG}, ["rationale"], ""),  # where there is nothing else
+    ({"document": LONG, "id": "123"}, ["document"], ""),
+]
+
+
+@pytest.mark.parametrize("columns, texts, unread", SOURCES)
+def test_what_an_answer_is_written_to(columns: dict[str, Any], texts: list[str], unread: str) -> None:
+    made = rows(**columns)
+    assert find_texts(made, "a.csv") == texts
+    notes = unread_texts(made, texts)
+    assert [f"alone is read, not {unread}: if the answer depends" in note for note in notes] == [True] * bool(unread)
+
+
+@pytest.mark.parametrize("column, values, said", [
+    ("split", ["train", "test", "train"], True),
+    ("Fold", ["Train", "Dev", "Validation"], True),
+    ("split", ["a", "b", "a"], False),
+    ("kind", ["train", "test", "train"], False),
+])  # fmt: skip
+def test_a_column_that_says_which_rows_are_held_out(column: str, values: list[str], said: bool) -> None:
+    notes = split_notes(rows(text=LONG, **{column: values}))
+    assert [note.startswith(f"column '{column}' is not asked") for note in notes] == [True] * said
 
 
 # columns beside the label, labels, what is said about those that are not read
@@ -276,7 +365,7 @@ def test_notes() -> None:
     notes = find_labels([{"label": label} for label in labels], "label", "a.csv").notes
     assert notes == [
         "labels with fewer than 5 rows, which may be missing in a split: 'nan' (3)",
-        "a label that reads like a missing one: 'nan'",
+        "a label that reads like a missing one: 'nan'; where it is one, leave its cells empty",
     ]
 
 
@@ -287,7 +376,7 @@ def test_labels_that_look_like_several() -> None:
     assert [note[: len(said)] for note in notes] == [said]
 
 
-@pytest.mark.parametrize("column, warns", [("intent", True), ("Class Index", True), ("age", False)])
+@pytest.mark.parametrize("column, warns", [("intent", True), ("Class Index", True), ("sic code", True), ("age", False)])
 def test_numbered_classes_of_which_some_are_missing(column: str, warns: bool) -> None:
     notes = find_labels([{column: n} for n in range(0, 150, 5)] * 2, column, "a.csv", in_words=False).notes
     assert [note.endswith("if they are classes, set data.kind=classification") for note in notes] == [True] * warns
