@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def initial_values(config: EPTConfig, embedding: nn.Module, rho: float, tokenize
     """
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(config.seed)
-        values = {name: torch.zeros(shape) for name, shape in config.parameter_shapes(config.token_dim).items()}
+        shapes = config.parameter_shapes(config.token_dim)
+        values = {name: torch.zeros(shape, dtype=torch.float32) for name, shape in shapes.items()}
         if "prompt" in values:
             values["prompt"] = _rows(config, len(values["prompt"]), embedding, rho, tokenizer, generator)
         if "A" in values:
@@ -35,7 +37,7 @@ def initial_values(config: EPTConfig, embedding: nn.Module, rho: float, tokenize
         for name in ("Z", "D", "W_q", "W_k", "W_in", "W_down", "W_up"):
             if name in values:  # unit variance after the product with a normalised row; Z's rows are those of the basis
                 rows = 1 if name == "Z" else len(values[name])
-                values[name] = torch.randn(values[name].shape, generator=generator) / math.sqrt(rows)
+                values[name] = _randn(values[name].shape, generator) / math.sqrt(rows)
         if "scale" in values:
             values["scale"] += 1
         return values
@@ -48,14 +50,14 @@ def _update(
     m, r = config.max_length, config.r
     bound = 1 / math.sqrt(r)  # as DePT: kaiming uniform with a = √5
     if config.lowrank_init == "uniform":
-        return torch.rand((m, r), generator=generator) * (2 * bound) - bound, B
+        return torch.rand((m, r), generator=generator, dtype=torch.float32) * (2 * bound) - bound, B
     if config.lowrank_init == "cosine":
-        A = torch.cos(math.pi / m * (torch.arange(m)[:, None] + 0.5) * torch.arange(r))
+        A = torch.cos(math.pi / m * (torch.arange(m, dtype=torch.float32)[:, None] + 0.5) * torch.arange(r))
         rms = A.square().mean(0).sqrt().clamp(min=1e-3)  # more waves than positions: some are zero
         return A / rms * (bound / math.sqrt(3)), B
     left, sizes, right = torch.linalg.svd(_rows(config, m, embedding, rho, tokenizer, generator), full_matrices=False)
     root = (sizes[:r] * (_SVD_SHARE / config.lowrank_scale())).sqrt()
-    A, found = torch.zeros(m, r), len(root)  # there are no more than m or d
+    A, found = B.new_zeros(m, r), len(root)  # there are no more than m or d
     A[:, :found], B[:found] = left[:, :r] * root, root[:, None] * right[:r]
     return A, B
 
@@ -65,7 +67,7 @@ def _rows(
 ) -> Tensor:
     """Makes `count` rows of a prompt as `prompt_tuning_init` says."""
     if config.prompt_tuning_init == "RANDOM":
-        return torch.randn((count, int(config.token_dim)), generator=generator)
+        return _randn((count, int(config.token_dim)), generator)
     ids = torch.randint(rows_of(embedding), (count,), generator=generator)
     if config.prompt_tuning_init == "TEXT":
         text_ids = _text_ids(config, tokenizer)
@@ -77,6 +79,11 @@ def _rows(
         # What the text leaves is from the vocabulary: the same rows twice would learn the same.
         ids[: len(text_ids)] = torch.tensor(text_ids[:count])
     return embedding(ids.to(device_of(embedding))).float().cpu() / rho
+
+
+def _randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draws float32 numbers: those of another default type are others."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
 def _text_ids(config: EPTConfig, tokenizer: Any) -> list[int]:

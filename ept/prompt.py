@@ -60,7 +60,7 @@ class EPTLayer(BasePromptEncoder):
         # No buffer: it follows from the seed, and stays in float32 whatever the layer is cast to.
         self._basis = None if config.folded else reparameterization.frozen_basis(self.config, self.d)
         for name, shape in self.config.parameter_shapes(self.d).items():
-            zeros = torch.zeros(shape, device=device_of(embedding))
+            zeros = torch.zeros(shape, device=device_of(embedding), dtype=torch.float32)
             self.register_parameter(name, nn.Parameter(zeros, requires_grad=not config.folded))
         if initialise and not config.folded:
             with torch.no_grad():
@@ -157,7 +157,7 @@ class EPTLayer(BasePromptEncoder):
             return getattr(self, name)
         config, d, device = self.config, self.d, device_of(self._embedding[0])
         if name == "beta" and config.fusion and config.fusion_weight is not None:
-            return torch.full((1,), config.fusion_weight, device=device)
+            return torch.full((1,), config.fusion_weight, device=device, dtype=torch.float32)
         shapes: dict[str, tuple[int, ...]] = {
             **dict.fromkeys(("prompt", "B", "U"), (0, d)),
             **dict.fromkeys(("W_q", "W_k", "D"), (d, 0)),
@@ -166,7 +166,7 @@ class EPTLayer(BasePromptEncoder):
             # A gate of zeros weighs all spaces alike; a single space needs none.
             "G": (d, config.num_spaces if config.num_spaces > 1 else 0),
         }
-        return torch.zeros(shapes[name], device=device)
+        return torch.zeros(shapes[name], device=device, dtype=torch.float32)
 
     def update_scale(self) -> float:
         """Returns the factor of `A·B` in the embeddings, `ρ·α/√r`."""
@@ -259,8 +259,17 @@ class EPTLayer(BasePromptEncoder):
         state = {name: state_dict.get(prefix + name, value) for name, value in layer._parameters.items()}
         return {**state, "embedding_scale": layer.get_extra_state()}
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Leaves a key as it is: none has the name, and a head's may hold the same word."""
+        return key
+
     @torch.no_grad()
     def _load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        # Heads' names have dots.
+        others = [name for name in state_dict if "." not in name and name not in {*self._parameters, "embedding_scale"}]
+        if others:
+            raise ValueError(f"the state holds {', '.join(others)}, which the adapter has not: load its own weights")
         for name, parameter in self._parameters.items():
             given = state_dict.get(name)
             if parameter is None or given is None or given.shape != parameter.shape:

@@ -27,19 +27,25 @@ def frozen_basis(config: EPTConfig, d: int) -> Tensor | None:
         return None
     # Another stream of numbers than that of the parameters' start, which has the same seed.
     generator = torch.Generator().manual_seed(config.seed ^ 0x5EED)
-    return torch.randn((config.prompt_rank, d), generator=generator, device="cpu") / math.sqrt(config.prompt_rank)
+    rows = torch.randn((config.prompt_rank, d), generator=generator, device="cpu", dtype=torch.float32)
+    return rows / math.sqrt(config.prompt_rank)
 
 
 def short_prompt(part: Callable[[str], Tensor], basis: Tensor | None, present: Mapping[str, object]) -> Tensor:
     """Makes the short prompt `[s, d]` in units of ρ: `(Z·R)·scale + shift`, and `p + LayerNorm(relu(p·W_down)·W_up)`.
 
+    In the parameters' type under autocast too, as the rest of the layer.
+
     Args:
         part: gives a parameter by its name. basis: of `frozen_basis`. present: the names of the parameters there are.
     """
-    prompt = part("prompt") if basis is None else part("Z") @ basis.to(part("Z"))
-    if "scale" in present:
-        prompt = prompt * part("scale") + part("shift")
-    if "W_down" in present:
-        hidden = F.relu(prompt @ part("W_down") + part("b_down"))
-        prompt = prompt + F.layer_norm(hidden @ part("W_up"), prompt.shape[-1:], part("gain"))
+    prompt = part("prompt") if basis is None else part("Z")
+    with torch.autocast(prompt.device.type, enabled=False):
+        if basis is not None:
+            prompt = prompt @ basis.to(prompt)
+        if "scale" in present:
+            prompt = prompt * part("scale") + part("shift")
+        if "W_down" in present:
+            hidden = F.relu(prompt @ part("W_down") + part("b_down"))
+            prompt = prompt + F.layer_norm(hidden @ part("W_up"), prompt.shape[-1:], part("gain"))
     return prompt

@@ -353,3 +353,65 @@ def test_embedding_is_no_part_of_the_layer():
     layer = EPTLayer(EPTConfig(**SMALL), make_model("llama").get_input_embeddings())
     assert set(layer.state_dict()) == {"prompt", "A", "B", "beta", "D", "U", "G", "_extra_state"}
     assert copy.deepcopy(layer)(torch.tensor([[4, 5]]))[0].shape == (1, 6, 32)
+
+
+FORMS = [
+    {},
+    {"prompt_tuning_init": "RANDOM"},
+    {"lowrank_init": "cosine"},
+    {"lowrank_init": "svd"},
+    {"prompt_rank": 2, "prompt_scale_shift": True},
+    {"update": "token"},
+    {"fusion_dim": 3, "fusion_weight": 0.5},
+]
+
+
+@pytest.fixture
+def default_dtype():
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=map(str, FORMS))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parameters_follow_from_the_seed_whatever_the_default_type(default_dtype, fields, dtype):
+    embedding, config = make_embedding(), EPTConfig(**SMALL, **fields)
+    expected = EPTLayer(config, embedding)
+    default_dtype(dtype)
+    layer = EPTLayer(config, embedding)
+    assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    for (name, parameter), own in zip(layer.named_parameters(), expected.parameters()):
+        assert torch.equal(parameter, own), name
+    assert torch.equal(layer.joint_prompt(), expected.joint_prompt())
+
+
+RECIPES = [{"prompt_rank": 2, "prompt_scale_shift": True}, {"residual_dim": 3}, {"update": "token"}, {}]
+
+
+@pytest.mark.parametrize("fields", RECIPES, ids=map(str, RECIPES))
+def test_autocast_leaves_the_layer_in_float32(fields):
+    layer = EPTLayer(EPTConfig(**SMALL, **fields), make_embedding())
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    ids = torch.tensor([[5, 6, 7]])
+
+    def result(enabled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            embeds = layer(ids)[0]
+        return [embeds, *torch.autograd.grad(embeds.square().sum(), list(layer.parameters()), allow_unused=True)]
+
+    for actual, expected in zip(result(True), result(False)):
+        assert actual is expected or torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 0}, {"scale_grad_by_freq": True}])
+def test_a_trained_embedding_gets_its_own_gradient(options):
+    torch.manual_seed(0)
+    embedding = nn.Embedding(20, 8, **options)
+    layer = EPTLayer(EPTConfig(num_virtual_tokens=2, max_length=8, r=2), embedding)
+    ids = torch.tensor([[0, 5, 5, 7]])
+    weights = torch.randn(1, 4, 8)
+    (expected,) = torch.autograd.grad((embedding(ids) * weights).sum(), embedding.weight)
+    (layer(ids)[0][:, 2:] * weights).sum().backward()
+    torch.testing.assert_close(embedding.weight.grad, expected)

@@ -97,7 +97,7 @@ class ModelWithAdapters(PeftModel):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Lets the bare base model answer, with its own heads, as long as the context lasts."""
-        wrappers = list(wrapped_heads(self.base_model))
+        wrappers, active = list(wrapped_heads(self.base_model)), self.active_adapter
         required = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]
         was_disabled, self._adapters_disabled = self._adapters_disabled, True
         try:
@@ -110,6 +110,9 @@ class ModelWithAdapters(PeftModel):
                 wrapper.enable_adapters(not was_disabled)
             for parameter, requires_grad in required:  # which switching adapters on and off changes
                 parameter.requires_grad_(requires_grad)
+            if self.active_adapter != active:  # another one has been set meanwhile
+                for name, layer in self.prompt_encoder.items():
+                    self._require_gradients(name, any(p.requires_grad for p in layer.parameters()))
 
     def get_prompt(self, batch_size: int = 1, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the active adapter's joint prompt, once a row: `[batch, s, d]` float32."""
@@ -229,6 +232,7 @@ class ModelWithAdapters(PeftModel):
         for name in self.prompt_encoder:
             self._require_gradients(name, name == adapter_name and not inference_mode, heads=False)
         self._name_labels()
+        self.train(self.training)  # base_dropout may be another
 
     @exclusive
     def delete_adapter(self, adapter_name: str) -> None:

@@ -152,7 +152,8 @@ class EPTModel(ModelWithAdapters):
         Args:
             input_ids: `[batch, n]`, or `inputs_embeds` `[batch, n, d]`.
             attention_mask: `[batch, n]`, nonzero at real tokens; None: all are real, and the base model gets no mask
-                either, so that it need not wait for an accelerator to learn that nothing is masked.
+                either, so that it need not wait for an accelerator to learn that nothing is masked. A decoder's
+                classifier then takes the last token that is no padding by its id, as without an adapter.
             labels: as for the base model, without the prompt: `[batch, n]` for CAUSAL_LM (−100 where there is none),
                 `[batch, m]` for SEQ_2_SEQ_LM, `[batch]` for SEQ_CLS, `[batch, n]` for TOKEN_CLS. QUESTION_ANS takes
                 `start_positions` and `end_positions` `[batch]`, columns of the input.

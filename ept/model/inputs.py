@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..embedding import lookup, position_ids_of
 from .facts import BaseModelFacts
-from .layout import APART, BEHIND, BESIDE, arrangement, has_gaps, moved, numbered
+from .layout import APART, BEHIND, BESIDE, FRONT, arrangement, has_gaps, moved, numbered
 from .mixed import check_names, embed_following, embed_mixed, prompt_mask
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def call_inputs(
             f"{states[0]} does not tell how much {type(model.base_model).__name__} has read, and what follows it gets "
             "no prompt: pass the whole text without it, or call generate, which keeps it by itself"
         )
+    if attention_mask is None and input_ids is not None and facts.task_type == "SEQ_CLS" and facts.padding == FRONT:
+        attention_mask = _up_to_last_token(input_ids, model.base_model.config.pad_token_id)
     layers: Any = dict(model.prompt_encoder.items())
     encoded = inputs.get("encoder_outputs")
     rows = next((x for x in (input_ids, inputs_embeds, encoded and encoded[0]) if x is not None), ())
@@ -208,6 +210,15 @@ def _mask_encoded(facts: BaseModelFacts, inputs: BaseInputs, attention_mask: Ten
     inputs["attention_mask"] = moved(mask, arrangement(mask, s, facts.padding or APART))
 
 
+def _up_to_last_token(input_ids: Tensor, pad_token_id: int | None) -> Tensor | None:
+    """Makes the mask of texts that end before padding, where a classifier takes the last token's state by the ids."""
+    if pad_token_id is None:
+        return None
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (columns * input_ids.ne(pad_token_id)).amax(1, keepdim=True) if input_ids.shape[1] else 0
+    return (columns <= last).to(torch.int64)
+
+
 def _check_ids(name: str, ids_alone: Sequence[int], input_ids: Tensor) -> None:
     """Refuses tokens that a model looks for among the ids, where a prompt makes it read embeddings."""
     unlike = torch.isin(input_ids, torch.tensor(ids_alone, device=input_ids.device))
@@ -230,7 +241,9 @@ def _check_argument(name: str, value: Tensor, facts: BaseModelFacts, n: int) -> 
 
 
 def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
-    """Counts the positions in the key-value cache among `inputs`; 0 without one."""
+    """Counts the positions in the key-value cache among `inputs`; 0 without one, or where it is a decoder's."""
+    if "decoder_input_ids" in facts.forward_arguments:  # behind an encoder, which reads the text
+        return 0
     cache = cache_among(facts, inputs)
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 

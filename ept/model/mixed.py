@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -222,6 +223,28 @@ def check_heads_are_ours(model: nn.Module) -> None:
             f"another adapter has trained {listed(found)} of {type(model).__name__} itself: merge it first "
             "(merge_and_unload), or make it without modules_to_save and trainable_token_indices"
         )
+    taken = {name: m for name, m in model.named_modules() if isinstance(m, HeadsOfRows) and m.modules_to_save}
+    if trained := [name for name, wrapper in taken.items() if not _is_as_loaded(wrapper)]:
+        raise ValueError(
+            f"another EPT model has trained {listed(trained)} of this {type(model).__name__}, and both would answer "
+            "through it: use that model's add_adapter or load_adapter, or load the base model anew"
+        )
+    if taken:
+        warnings.warn(
+            f"another EPT model has {listed(taken)} of this {type(model).__name__} too, and training either trains it "
+            "for both: use that model's add_adapter, or load the base model anew",
+            stacklevel=4,
+        )
+
+
+def _is_as_loaded(wrapper: Any) -> bool:
+    """Tells whether all copies of a head are what the base model has, in whatever type."""
+    own = wrapper.original_module.state_dict()
+    return all(
+        tensor.is_meta or torch.equal(tensor.to(own[name]), own[name])
+        for copy in wrapper.modules_to_save.values()
+        for name, tensor in copy.state_dict().items()
+    )
 
 
 def check_recomputed(model: nn.Module) -> None:

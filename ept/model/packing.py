@@ -55,6 +55,7 @@ class Packing:
         inputs["attention_mask"] = self._mask(self._side_by_side(mask[:, s:].bool()), embeds.dtype)
         if few:
             inputs["logits_to_keep"] = self._last(few, embeds.device)
+        inputs["use_cache"] = False  # of rows that nobody has given
         inputs.packing = self
 
     def _mask(self, is_real: Tensor, dtype: torch.dtype) -> Tensor:

@@ -121,8 +121,8 @@ class SeparateTexts:
         """Takes the arguments of `EPTModel.forward` apart; those about packing, which is over, are left out."""
         (batch, n), taken = self.row_of.shape, {}
         for name, value in arguments.items():
-            if name in _PACKING:
-                continue
+            if name in _PACKING or (name == "shift_labels" and arguments.get("labels") is not None):
+                continue  # the labels are shifted anew, each in the row that it belongs to
             if name == "labels" and value is not None:  # each into the one row whose answer it belongs to
                 columns = torch.arange(self.source.shape[1], device=value.device)
                 value = self.take(value, -100).masked_fill(columns < self.first_label, -100)

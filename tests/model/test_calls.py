@@ -224,3 +224,40 @@ def test_weights_of_another_shape_are_refused(change):
     ):
         set_peft_model_state_dict(model, state)
     assert torch.equal(model.prompt_encoder["default"].prompt, before)
+
+
+@pytest.mark.parametrize("form", ["fewer parts", "folded"])
+def test_weights_that_the_adapter_does_not_have_are_refused(form):
+    state = get_peft_model_state_dict(adapted("llama"))
+    other = adapted("llama") if form == "folded" else adapted("llama", num_spaces=0, fusion=False)
+    if form == "folded":
+        other.fold()
+    before = other(torch.tensor([[5, 6, 7]])).logits
+    with pytest.raises(ValueError, match=r"the state holds .*D.*, which the adapter has not: load its own weights"):
+        set_peft_model_state_dict(other, state)
+    assert torch.equal(other(torch.tensor([[5, 6, 7]])).logits, before)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("names", [None, ["default"] * 3])
+def test_a_decoders_class_is_that_of_the_last_token_without_a_mask_too(side, names):
+    """As the model itself finds it by the ids, which it is not given behind a prompt."""
+    model, batch = adapted("llama_classifier"), make_batch("llama_classifier", (7, 4, 1), side)
+    ids = batch["input_ids"]
+    masked = model(ids, attention_mask=batch["attention_mask"] if side == "right" else None).logits
+    torch.testing.assert_close(model(ids, adapter_names=names).logits, masked)
+    bare = adapted("llama_classifier", seed=None, num_virtual_tokens=0, r=1)  # at its start, without an effect
+    with torch.no_grad(), bare.disable_adapter():
+        expected = bare(ids).logits
+    torch.testing.assert_close(bare(ids).logits, expected)
+
+
+def test_the_cache_of_a_decoder_behind_an_encoder_is_not_that_of_the_text():
+    model, batch = adapted("t5"), make_batch("t5")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    start = torch.full((2, 1), PAD)
+    first = model(ids, mask, decoder_input_ids=start, use_cache=True)
+    following = torch.tensor([[5], [6]])
+    whole = model(ids, mask, decoder_input_ids=torch.cat([start, following], dim=1)).logits
+    again = model(ids, mask, decoder_input_ids=following, past_key_values=first.past_key_values)
+    torch.testing.assert_close(again.logits[:, -1], whole[:, -1], atol=1e-4, rtol=1e-4)

@@ -254,3 +254,66 @@ def test_numbers_of_the_model_itself_that_the_checkpoint_lacks_get_a_warning(loa
     with pytest.warns(UserWarning, match="WithNumbers has no weights for numbers, which are other ones"):
         model = get_ept_model(load_masked(WithNumbers), EPTConfig(**SMALL))
     assert model.peft_config["default"].modules_to_save == ["classifier", "bert.pooler.dense"]
+
+
+def test_a_trained_head_of_another_model_is_not_taken_over():
+    base = make_model("bert")
+    first = get_ept_model(base, EPTConfig(**SMALL))
+    with pytest.warns(UserWarning, match="another EPT model has classifier of this BertForSequenceClassification too"):
+        get_ept_model(base, EPTConfig(**SMALL))  # untrained so far
+    randomise(first)
+    for config in (EPTConfig(**SMALL), EPTConfig(**SMALL, modules_to_save=["bert.pooler"])):
+        with pytest.raises(ValueError, match=r"another EPT model has trained classifier of this Bert.*add_adapter or"):
+            get_ept_model(base, config)
+
+
+def test_a_trained_decoders_head_is_not_answered_through(tmp_path):
+    base = make_model("llama")
+    randomise(get_ept_model(base, EPTConfig(**SMALL, modules_to_save=["lm_head"])))
+    with pytest.raises(ValueError, match="another EPT model has trained lm_head of this LlamaForCausalLM"):
+        get_ept_model(base, EPTConfig(**SMALL))
+
+
+@pytest.mark.parametrize("family, name", [
+    ("llama_classifier", "score"), ("bert", "classifier"), ("bert", "weight"), ("roberta", "dense"),
+])  # fmt: skip
+def test_an_adapter_may_have_a_heads_name(tmp_path, family, name):
+    batch = make_batch(family)
+    model = get_ept_model(make_model(family), EPTConfig(**SMALL), name).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    loaded = EPTModel.from_pretrained(make_model(family), tmp_path / name, name, is_trainable=True).eval()
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    loaded.load_adapter(tmp_path / name, name)  # as the Trainer resumes
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_an_adapter_set_while_none_answers_is_the_one_that_is_trained():
+    model = get_ept_model(make_model("bert"), EPTConfig(**SMALL), "a")
+    model.add_adapter("b", EPTConfig(**SMALL))
+
+    def trained():
+        return {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad and "classifier" in name}
+
+    assert trained() == {"a"}
+    with model.disable_adapter():
+        model.set_adapter("b")
+    assert trained() == {"b"}
+    with model.disable_adapter():
+        model.set_adapter("a", inference_mode=True)
+    assert trained() == set()
+
+
+def test_an_adapter_that_is_set_brings_its_dropout():
+    model = get_ept_model(make_model("bert"), EPTConfig(**SMALL, base_dropout=True), "a")
+    model.add_adapter("b", EPTConfig(**SMALL))
+    model.train()
+    assert model.base_model.bert.training
+    model.set_adapter("b")
+    assert not model.base_model.bert.training
+    model.set_adapter("a")
+    assert model.base_model.bert.training

@@ -173,3 +173,13 @@ def test_the_loss_is_of_what_the_kept_positions_predict(rows, side, is_packed):
         torch.testing.assert_close(output.logits, whole[:, -kept:], rtol=1e-5, atol=1e-5)
         expected = cross_entropy(whole[:, -kept:-1].flatten(0, 1), labels[:, n - kept + 1 :].flatten())
         torch.testing.assert_close(output.loss, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("kept", [0, 4])
+def test_shifted_labels_beside_several_answers_change_nothing(kept):
+    batch, _ = make_rows([[[(3, 2), (2, 2)]], [[(4, 3)]]])
+    del batch["position_ids"]
+    model = adapted("llama")
+    shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    expected = model(**batch, logits_to_keep=kept).loss
+    torch.testing.assert_close(model(**batch, shift_labels=shifted, logits_to_keep=kept).loss, expected)
