@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ept import EPTConfig, EPTModel, get_ept_model
+from ept.runs.trainer import parameter_groups
 
 
 def main(steps: int = 100) -> tuple[float, float]:
@@ -22,9 +23,7 @@ def main(steps: int = 100) -> tuple[float, float]:
     answer = torch.full((16, 1), 7)
     input_ids = torch.cat([text, answer], dim=1)
     labels = torch.cat([torch.full_like(text, -100), answer], dim=1)  # -100: input text, not to be learned
-    layer = model.prompt_encoder["default"]
-    others = [parameter for name, parameter in layer.named_parameters() if name != "prompt"]
-    optimizer = torch.optim.AdamW([{"params": [layer.prompt], "lr": 0.05}, {"params": others, "lr": 1e-3}])
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, 0.01))  # the rates of `ept train`
     losses = []
     for _ in range(steps):
         loss = model(input_ids=input_ids, labels=labels).loss
