@@ -169,7 +169,7 @@ bench: $(VENV)/.demo ## a CPU record in under 5 minutes: operators, training ste
 	$(VENV)/bin/python -m benchmarks.run steps --device cpu --output $(BENCH_OUTPUT)/report.jsonl --seconds 120
 	$(VENV)/bin/python -m benchmarks.performance_page --results $(dir $(BENCH_OUTPUT))
 
-gpu: $(if $(VENV),$(VENV)/.demo) ## the report of one GPU in nine minutes; `make gpu VENV=` takes the python on the PATH
+gpu: $(if $(VENV),$(VENV)/.demo) ## the report of one GPU, planned for nine minutes; `make gpu VENV=` takes the python on the PATH
 	$(if $(VENV),$(VENV)/bin/python,python3) benchmarks/gpu_report.py $(GPU_ARGS)
 
 rehearse: $(VENV)/.installed ## that report without a GPU: what it would run is compiled for sm_90, nothing is measured

@@ -272,8 +272,8 @@ class EPTConfig(PromptLearningConfig):
     def stored_count(self, d: int) -> int:
         """Counts the numbers that a saved adapter has to hold for embedding width `d`, without heads.
 
-        Folded, those are s·d + r·(m + d) whatever the spaces and the fusion are. An adapter that is smaller as it is
-        trained, as ULPT's is, is stored so.
+        Folded, those are s·d + r·(m + d), or by the token s·d + r·(2d + 1) + d, whatever the spaces and the fusion are.
+        An adapter that is smaller as it is trained, as ULPT's is, is stored so.
         """
         folded = copy.copy(self)
         folded.folded = True

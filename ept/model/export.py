@@ -1,10 +1,9 @@
-"""Adapters for other engines: folded into one prompt and one table, and the embeddings of given texts.
+"""Adapters for other engines: folded into one prompt and the update, and the embeddings of given texts.
 
 An engine needs nothing of this package to use them: the model's input for a text of n tokens is the prompt `[s, d]`,
 then the embedding of token i, scaled where the model scales it (Gemma, Pegasus), plus row i of the table, for
-i = 0 … n − 1. In place of the table, an update by the token
-is the bottleneck that makes it of the token's embedding. Tokens that are generated get neither, unless the adapter was
-trained with `update_scope="all"`.
+i = 0 … n − 1. In place of the table, an update by the token is the bottleneck that makes it of the token's embedding.
+Tokens that are generated get neither, unless the adapter was trained with `update_scope="all"`.
 """
 
 from __future__ import annotations
