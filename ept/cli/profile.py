@@ -23,9 +23,8 @@ def profile(
     ),
     model: str | None = Option(None, help="A model to load: a folder or a hub name."),
     methods: str = Option(
-        "pt,dept,ept,peft-pt",
-        help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20; there is "
-        "ept-token, too.",
+        "pt,dept,ept-token,ept,peft-pt",
+        help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20.",
     ),
     sweep: str | None = Option(
         None,
@@ -71,8 +70,8 @@ def profile(
 ) -> None:
     """Measure training steps of several methods side by side.
 
-    Prompt tuning, DePT, EPT and PEFT's prompt tuning take whole steps in turn: time with spread, throughput, memory,
-    and where the time of a step goes. Runs on a CPU too.
+    Prompt tuning, DePT, EPT by the token and by the position, and PEFT's prompt tuning take whole steps in turn: time
+    with spread, throughput, memory, and where the time of a step goes. Runs on a CPU too.
     """
     if output is not None and (output / RECORD).exists() and not overwrite:
         raise FileExistsError(f"{output} holds a profile: choose another --output, or replace it with --overwrite")

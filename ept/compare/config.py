@@ -30,8 +30,8 @@ Rates = list[Number] | dict[str, list[Number]] | None
 class CompareConfig(Section):
     """Every method × task × seed × learning rate, and every value of each sweep, is one run."""
 
-    methods: list[str] = Field(default_factory=lambda: ["pt", "dept", "ept"])
-    """Names as for `method.name`."""
+    methods: list[str] = Field(default_factory=lambda: ["pt", "dept", "ept-token", "ept"])
+    """Names as for `method.name`. By default EPT as `ept train` takes it, the paper's, and their peers."""
     tasks: list[str] = Field(default_factory=list)
     """Names as `ept tasks` lists them; none: the task of the section `data`."""
     seeds: list[Size] = Field(default_factory=lambda: [0, 1, 2])

@@ -18,10 +18,11 @@ from ..model.frozen import restore_frozen, swap_frozen
 from ..runs.adapters import adapter_config, module_of, share_prompt
 from ..runs.method_table import METHODS
 
-# At their usual lengths PT, DePT and EPT have one parameter budget, 76,800 at d = 768 and 256 tokens.
+# At their usual lengths PT, DePT and EPT have one parameter budget, 76,800 at d = 768 and 256 tokens; ept-token, of the
+# length and rank of EPT, has 92,959.
 _METHODS = {method.profiled_as: method for method in METHODS.values() if method.profiled_as is not None}
 PROFILE_METHODS = tuple(_METHODS)
-USUAL_METHODS = ("pt", "dept", "ept", "peft-pt")
+USUAL_METHODS = ("pt", "dept", "ept-token", "ept", "peft-pt")
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from test_commands import as_json, refused, succeed
 
+from ept.profile.methods import USUAL_METHODS
+
 REDUCED = ("profile", "--shape", "t5-small", "--layers", 1, "--batch", 2, "--length", 16, "--warmup", 1)
 
 
 def test_ept_is_faster_than_prompt_tuning_and_its_phases_add_up() -> None:
-    report = as_json(*REDUCED, "--layers", 2, "--steps", 7, "--methods", "pt,dept,ept,peft-pt")
+    report = as_json(*REDUCED, "--layers", 2, "--steps", 7, "--methods", "pt,dept,ept-token,ept,peft-pt")
     methods = {method["label"]: method for method in report["methods"]}
-    assert list(methods) == ["pt", "dept", "ept", "peft-pt"]
+    assert list(methods) == ["pt", "dept", "ept-token", "ept", "peft-pt"] == list(USUAL_METHODS)
     step = {label: method["step_ms"]["median"] for label, method in methods.items()}
     assert methods["ept"]["speedup"]["median"] > 1, step
     assert step["ept"] < step["peft-pt"], step

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ept.compare.config import load_comparison, rates_of
+from ept.compare.config import ComparisonConfig, load_comparison, rates_of
 from ept.compare.execute import Outcome
 from ept.compare.plan import best_rates, plan
+from ept.runs.config import RunConfig
 
 SETTINGS = ("model.name_or_path=some/model", "compare.tasks=[glue/sst2]", "output_dir=out", "compare.seeds=[0, 1]")
 
@@ -94,6 +95,10 @@ def test_folder_of_each_task(tmp_path):
     assert alone[0].config.data.data_dir == str(tmp_path / "glue/rte")
     with pytest.raises(ValueError, match="has no folder glue/cola: one folder a task is needed"):
         plan(comparison(data, "compare.tasks=[glue/sst2, glue/cola]"))
+
+
+def test_what_is_trained_by_default_is_compared_by_default_beside_the_papers_form():
+    assert {RunConfig().method.name, "ept", "pt", "dept"} == set(ComparisonConfig().compare.methods)
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
