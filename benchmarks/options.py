@@ -2,8 +2,8 @@
 
 PEFT's step is taken as a plain Trainer takes it: a decoder's logits at every position, rows in the order in which they
 come, padded to the longest of their batch. Once it has the dtype and attention that transformers starts with, once
-those of EPT's step, by which the goal is judged, and once every option that EPT's has, so that the prompts alone
-differ. In all of them the frozen model's dropout is off, which a plain Trainer would have to pay for.
+those of EPT's step, and once every option that EPT's has, so that the prompts alone differ: the goal is judged by that.
+In all of them the frozen model's dropout is off, which a plain Trainer would have to pay for.
 
 All take their steps in turn; on a CPU with one thread, in CPU time.
 """
@@ -27,7 +27,7 @@ from ept.runs.cpu import fastest_dtype, keep_freed_memory
 from ept.runs.loading import default_device, load_base_model
 
 from .attention import as_glibc_starts
-from .goals import EPT_EVERYTHING
+from .goals import EPT_EVERYTHING, PEFT_EVERYTHING
 from .headlines import BATCH, LENGTH, headline_rows
 from .record import Row
 from .timing import Call, Clock, ThreadClock, one_thread, ratio, time_in_turn
@@ -35,7 +35,7 @@ from .timing import Call, Clock, ThreadClock, one_thread, ratio, time_in_turn
 EPOCH = 25  # batches that are grouped by length; the one of median size is measured
 TOKENS = {"ept": 40, "peft-pt": 100}
 STARTED, PEFT_ALIKE = "PEFT, as a user starts it", "PEFT, dtype and attention of EPT's"
-EQUIPPED, NOTHING = "PEFT, every option", "EPT, no option"
+NOTHING = "EPT, no option"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ COMPILED: dict[str, Any] = {"multiple": 64, "compiled": True}
 VERSIONS = (
     Version(STARTED, "peft-pt"),
     Version(PEFT_ALIKE, "peft-pt", half=True, eager=True),
-    Version(EQUIPPED, "peft-pt", **ALL),
+    Version(PEFT_EVERYTHING, "peft-pt", **ALL),
     Version(NOTHING),
     Version("label-only logits", setting="training.label_only_logits=true", decoder_only=True, label_only=True),
     Version(

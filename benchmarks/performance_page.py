@@ -47,6 +47,8 @@ Made by `python -m benchmarks.performance_page` from the records in `benchmarks/
   that size are noise.
 * "vs" is the time of the peer over ours: above 1 ours is faster.
 * The goals on GPUs are set for an H100 and an H200. Each card is judged by itself, its name beside its figure.
+* Scores are those of the first comparison (seven tasks, EPT by the position). Later planned ones, most of them of EPT
+  by the token, are in [results](results/README.md#what-is-known).
 * A command is the one that its record was made with. Programs of an earlier form (`benchmarks/step_overhead.py` and
   others) are gone: `python -m benchmarks.run` measures the same.
 """

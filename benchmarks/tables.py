@@ -202,7 +202,7 @@ def everything_text(results: Iterable[Row]) -> str:
     text = (
         f"{'One thread, in time of the processor, all' if on_cpu else 'All'} versions in turn; median (20 to 80 %). "
         "PEFT's prompt tuning with\n100 tokens, EPT with 40; the frozen model's dropout is off in all."
-        f"{' The goal is judged by the last column.' if on_cpu else ''}\n\n"
+        f"{' The goal is of the two with every option.' if on_cpu else ''}\n\n"
     )
     return f"{text}{markdown(head, lines)}\n" if lines else ""
 

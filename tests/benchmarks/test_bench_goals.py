@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from triton import knobs
 
 from benchmarks import cold, goals, shapes, steps
 from benchmarks.goals import GOALS, MET, MISSED, NOT_MEASURED, Goal, judge
+from benchmarks.options import VERSIONS
 from benchmarks.performance_page import score_rows
 from benchmarks.tables import goal_table
 
@@ -69,6 +71,13 @@ def test_every_goal_has_one_threshold_and_speaks_of_cases_that_are_measured() ->
         assert (goal.at_least is None) != (goal.at_most is None), goal.what
         assert goal.cases, goal.what
         assert set(goal.cases) <= measured, goal.what
+
+
+def test_the_goals_of_a_step_on_a_cpu_hold_like_against_like() -> None:
+    """The two steps have the same options, so that the prompts alone differ."""
+    options = {version.name: replace(version, name="", method="", setting="") for version in VERSIONS}
+    held = [goal for goal in GOALS if goal.cases[0].startswith(goals.EVERYTHING)]
+    assert [options[goal.of] == options[goal.over] for goal in held] == [True, True]
 
 
 def test_the_goals_on_products_cover_every_m() -> None:
