@@ -20,13 +20,13 @@ from ept.profile.report import draw_phases, draw_sweep, title
 
 from . import tables
 from .goals import BARE_STEP, EPT_METHOD, SCORES
-from .plots import Plot, draw_steps, drawable
-from .record import RECORD_NAME, RESULTS, ROOT, Record, Row, is_measured, profile_row
-from .tables import markdown, seconds, spread
+from .plots import Plot, drawable
+from .record import RECORD_NAME, RESULTS, ROOT, Record, Row, is_measured
+from .tables import markdown, spread
 
 PAGE = ROOT / "docs" / "performance.md"
 PLOTS = "performance"  # folder beside the page
-OVERHEAD, VS_PEFT_NAME, SCORES_NAME = "step_overhead.json", "training_step.json", "scores.json"
+OVERHEAD, SCORES_NAME = "step_overhead.json", "scores.json"
 BARE_TITLE = "EPT's step beside the bare frozen model on as many positions"
 ON_REQUEST = "everything.jsonl"
 """Record of the units of `python -m benchmarks.run steps --only everything attention`."""
@@ -162,8 +162,7 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
             parts.append(f"### {heading}\n\n{text}")
             if plot is not None:  # its name tells it from those of other files
                 parts.append(shown(plot._replace(name=f"{file.stem}-{plot.name}".replace("_", "-"))))
-            about = record if "hardware" in record else record["cases"][0]
-            parts.append(f"Record `{file.name}`: {measured_with(about, record['command'])}")
+            parts.append(f"Record `{file.name}`: {measured_with(record, record['command'])}")
     if records:
         commands = [(f"`{file.name}`", record.get("command")) for file, record in records.items()]
         lines = [[name, f"`{command}`" if command else "–"] for name, command in commands]
@@ -195,20 +194,10 @@ def measured_with(record: Row, command: str, when: str = "") -> str:
     return f"`{command}`{when and ', '}{when}, {machine}; {versions}.\n"
 
 
-# The records that are one JSON file each: those of `ept profile`, and earlier ones of steps.
+# The records that are one JSON file each: those of `ept profile`, and an earlier one of a step.
 
 
 Section = tuple[str, Plot | None]
-
-
-def step_rows(record: Row) -> list[Row]:
-    """Makes rows of an earlier record of EPT's step against PEFT's, which `draw_steps` draws."""
-    cases = [(case, f"{case['case']}, padded to {case['data']['padding']}") for case in record["cases"]]
-    return [
-        {**profile_row(method, case), "section": "steps", "status": "ok", "case": name}
-        for case, name in cases
-        for method in case["methods"]
-    ]
 
 
 def score_rows(record: Row) -> list[Row]:
@@ -261,48 +250,6 @@ def overhead_row(record: Row) -> Row:
     }
 
 
-def _options(record: Row) -> Section:
-    """Shows an earlier record of what each option gains, switched off and on in turn."""
-    lines = []
-    for option in record["options"]:
-        times = [seconds(1e-3 * option[name]["median"]) for name in ("off_ms", "on_ms")]
-        gain = spread(option["gain"], 3, " ×")
-        lines.append([option["option"], tables.setting(option), option["shape"], *times, gain])
-    left_out = [f"\nWithout a figure: {name}: {reason}.\n" for name, reason in record["not_measured"].items()]
-    text = (
-        "One option switched off and on in turn, everything else at its default; the gain is taken pair by pair, off\n"
-        f"over on: above 1 the option is faster. Median (20 to 80 %) of {record['options'][0]['pairs']} pairs; "
-        f"{record['method']}, {record['dtype']},\n{record['batch']} rows of at most {record['length']} tokens.\n\n"
-    )
-    table = markdown(["option", "setting", "shape", "without", "with", "gain (20–80 %)"], lines)
-    return f"{text}{table}\n{''.join(left_out)}", None
-
-
-def _vs_peft(record: Row) -> Section:
-    """Shows EPT's step against PEFT's, a line a case and padding."""
-    lines, about = [], {}
-    for case in record["cases"]:
-        by_name = {method["method"]: method for method in case["methods"]}
-        ept, peft, data = by_name["ept"], by_name["peft-pt"], case["data"]
-        text_tokens = f"{data['text_tokens_a_batch']:.0f} of {data['padded_tokens_a_batch']:.0f}"
-        times = [spread(method["step_ms"], 0) for method in (ept, peft)]
-        over, memory = spread(case["ept_over_peft"], 3, " ×"), ept["peak_memory_bytes"] / peft["peak_memory_bytes"]
-        lines.append([case["case"], data["padding"], text_tokens, *times, over, f"{memory:.2f} ×"])
-        about[case["case"]] = (
-            f"* {case['case']}: {case['model']['class']}, {case['model']['dtype']}, {case['batch']} rows of at most "
-            f"{case['length']} tokens, {case['steps']} steps of each method and policy\n"
-        )
-    head = ["case", "padded to", "text tokens of a batch", "EPT, ms", "PEFT, ms", "EPT over PEFT", "memory"]
-    text = (
-        "EPT (40 tokens, rank 30) and PEFT's prompt tuning (100 tokens) take their steps in turn, on the same batches\n"
-        "with the same logits; the ratio is taken turn by turn: below 1 EPT is faster. Median (20 to 80 %). Memory:\n"
-        f"{record['cases'][0]['peak_memory_kind']}, EPT's over PEFT's.\n\n{markdown(head, lines)}\n\n"
-        + "".join(about.values())
-    )
-    caption = "Time of a training step of EPT and of PEFT's prompt tuning, and where it goes."
-    return text, Plot("vs-peft", caption, functools.partial(draw_steps, step_rows(record)))
-
-
 def _profile(record: Row) -> Section:
     """Shows a record of `ept profile`: its steps and, of one prompt length, where their time goes."""
     head = ["method", "parameters", "step, ms", "text tokens/s", "peak memory", f"as fast as {record['reference']}"]
@@ -333,10 +280,8 @@ def _profile(record: Row) -> Section:
 # Pattern of a file's name, of which the first that fits counts; title and content of its section.
 KINDS: tuple[tuple[str, str, Callable[[Row], Section]], ...] = (
     (OVERHEAD, BARE_TITLE, lambda record: (tables.bare_text([overhead_row(record)]), None)),
-    (VS_PEFT_NAME, "EPT's step against PEFT's prompt tuning", _vs_peft),
     ("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile),
     ("profile*.json", "`ept profile`: where a step's time goes", _profile),
-    ("step_options.json", "What each option of the training step gains", _options),
 )
 
 

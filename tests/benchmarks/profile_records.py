@@ -47,13 +47,6 @@ def profiled(*methods: tuple[str, int, float], **other: Any) -> dict[str, Any]:
     }
 
 
-def compared(case: str, padding: str, *methods: tuple[str, int, float]) -> dict[str, Any]:
-    """Makes one case of a record of EPT's step against PEFT's."""
-    record = profiled(*methods)
-    record["data"]["padding"] = padding
-    return {"case": case, "padding": padding, "ept_over_peft": spread(0.6), **record}
-
-
 def kernel_row(case: Case, provider: str, median: float, moved: int, **other: Any) -> dict[str, Any]:
     """Makes a row of an operator that has moved so many bytes."""
     about = {name: getattr(case, name) for name in ("kernel", "size", "dtype", "scheme")}

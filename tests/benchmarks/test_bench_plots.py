@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
-from profile_records import compared, kernel_row, profiled
+from profile_records import kernel_row, profiled
 
 from benchmarks import plots, shapes
-from benchmarks.performance_page import step_rows
+from benchmarks.record import profile_row
 from ept.profile.report import draw_phases, draw_sweep
 
 
@@ -28,7 +28,12 @@ def kernel_rows() -> list[dict[str, Any]]:
 
 FOUR = [("pt", 100, 12345.6), ("dept", 60, 9000.0), ("ept", 40, 7000.0), ("peft-pt", 100, 13e3)]
 MANY = [(name, tokens, 100.0 + tokens) for name, _, _ in FOUR for tokens in (10, 20, 40, 60, 100)]
-CASES = [compared(case, padding, *FOUR) for case in ("smollm2-headlines", "t5") for padding in ("a", "b")]
+CASES = [f"{case}, padded to {padding}" for case in ("smollm2-headlines", "t5") for padding in ("a", "b")]
+STEPS = [
+    {**profile_row(method, profiled(*FOUR)), "section": "steps", "status": "ok", "case": case}
+    for case in CASES
+    for method in profiled(*FOUR)["methods"]
+]
 
 
 @pytest.fixture
@@ -43,7 +48,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 DRAW = {
     "bandwidth": lambda path: plots.draw_bandwidth(kernel_rows(), path),
     "speedup": lambda path: plots.draw_speedup(kernel_rows(), path),
-    "steps": lambda path: plots.draw_steps(step_rows({"cases": CASES}), path),
+    "steps": lambda path: plots.draw_steps(STEPS, path),
     "phases": lambda path: draw_phases(profiled(*FOUR), path),
     "phases of many": lambda path: draw_phases(profiled(*MANY), path),
     "sweep": lambda path: draw_sweep(profiled(*MANY), path),
