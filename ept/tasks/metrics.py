@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
@@ -124,6 +125,7 @@ def compute_text_metrics(
     return {name: scores[name] for name in names}
 
 
+@functools.cache  # to tell the marks among all signs of Unicode takes a quarter of a second
 class _Words:
     """The words of a text of any script, in lower case, with the marks (vowel signs, accents) on their letters.
 
