@@ -165,10 +165,13 @@ class Predictor:
             logits = self.model(**batch, logits_to_keep=1).logits[:, -1]  # [B, vocabulary]
             return _ranked(logits[:, [answer[-1] for answer in self.answers]])
         likelihoods = []  # log p(answer | text) of each answer: [B]
+        texts: dict[str, Any] = self._batch(inputs) if self.task_type == "SEQ_2_SEQ_LM" else {}
         for answer in self.answers:
             target = torch.tensor(answer, device=self.model.device).repeat(len(inputs), 1)  # [B, k]
             if self.task_type == "SEQ_2_SEQ_LM":
-                logits = self.model(**self._batch(inputs), labels=target).logits  # [B, k, vocabulary]
+                output = self.model(**texts, labels=target)
+                logits = output.logits  # [B, k, vocabulary]
+                texts["encoder_outputs"] = (output.encoder_last_hidden_state,)  # of the text, whatever the answer
             else:
                 logits = self.model(**self._batch(inputs, answer), logits_to_keep=len(answer) + 1).logits[:, :-1]
             each = logits.float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)

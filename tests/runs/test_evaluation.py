@@ -80,7 +80,11 @@ def test_seq2seq_ranking(runs: dict[str, Path]) -> None:
                 mean = found.model(**inputs, labels=target).loss
             scores.append(-float(mean) * target.shape[1])
     expected = torch.tensor(scores).view(len(TEXTS), len(labels)).argmax(-1).tolist()
+    runs_of_encoder: list[int] = []
+    encoder = found.model.get_base_model().get_encoder()
+    encoder.register_forward_hook(lambda module, args, output: runs_of_encoder.append(len(output[0])))
     assert predictions(found) == expected
+    assert runs_of_encoder == [2, 2, 1], "once a batch, for all labels"
 
 
 def test_seq2seq_generation_counts_what_is_no_label(runs: dict[str, Path]) -> None:
