@@ -213,9 +213,9 @@ class EPTLayer(BasePromptEncoder):
         if torch.compiler.is_compiling():  # a compiled graph cannot wait for the number
             torch._assert_async(positions.max() < limit, f"input has more than {limit} tokens, {remedy}")
             return
-        longest = int(positions.max()) + 1
-        if longest > limit:
-            raise ValueError(f"input has {longest} tokens, {remedy}")
+        found = int(positions.max()) + 1
+        if found > limit:
+            raise ValueError(f"input has {found} tokens, {remedy}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> EPTLayer:
         super()._apply(fn, recurse)

@@ -35,7 +35,7 @@ MODEL_CLASSES = {
     "CAUSAL_LM": transformers.AutoModelForCausalLM,
     "SEQ_CLS": AutoModelForSequenceClassification,
 }
-OF_TOKENS = {"TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
+TASK_OF_HEAD = {"TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
 """Parts of the names of classes with heads that a run does not train, and their task types."""
 
 
@@ -55,7 +55,7 @@ def task_type_of(model: ModelConfig) -> str:
         return "CAUSAL_LM"  # llama.cpp files hold decoders
     config = _from_pretrained(AutoConfig, model)
     for name in config.architectures or ():
-        if task := next((task for part, task in OF_TOKENS.items() if part in name), None):
+        if task := next((task for part, task in TASK_OF_HEAD.items() if part in name), None):
             raise ValueError(
                 f"{model.name_or_path} is a {name}, and a run trains {', '.join(MODEL_CLASSES)}: {task} is for "
                 "get_ept_model and the Trainer; model.task_type=SEQ_CLS gives the model a new head, for whole texts"

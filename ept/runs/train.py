@@ -221,7 +221,7 @@ def _train(
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
         "test_metrics": after,
         "test_metrics_before": before,
-        "rows": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
+        "rows": {name: len(getattr(data, name)) for name in SPLITS},
         "truncation_rate": run.run_data.truncation_rate,
         **({"cut_answers": run.run_data.cut_answers} if data.task.is_text else {}),
         "max_length": run.max_length,
