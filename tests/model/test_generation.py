@@ -165,7 +165,7 @@ def test_every_option_of_generate_is_one_or_the_other():
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_option_does_without_a_prompt_what_it_does_to_the_bare_model(name, option):
     if not hasattr(GenerationConfig(), option) and option not in inspect.signature(GenerationMixin.generate).parameters:
-        pytest.skip("of a later transformers")
+        pytest.skip(f"this transformers has no option {option}")
     inputs, outputs = inputs_of(name), []
     for model in (make_model(name), without_prompt(name)):
         torch.manual_seed(0)
@@ -181,7 +181,7 @@ def test_option_does_without_a_prompt_what_it_does_to_the_bare_model(name, optio
 @pytest.mark.parametrize("option", REFUSED)
 def test_option_is_refused_before_anything_runs(option, monkeypatch):
     if not hasattr(GenerationConfig(), option) and option not in inspect.signature(GenerationMixin.generate).parameters:
-        pytest.skip("of a later transformers")
+        pytest.skip(f"this transformers has no option {option}")
     model = adapted("llama")
     monkeypatch.setattr(model.base_model, "forward", lambda *a, **k: pytest.fail("the base model was called"))
     with pytest.raises(ValueError, match=f"{option}=.*: leave it out"):
@@ -345,7 +345,7 @@ def test_as_many_new_tokens_as_there_are_positions():
 def test_what_is_generated_is_what_the_forward_scores(model_type, name, scope):
     """On decoders that keep other things than keys and values, or number positions in their own ways."""
     if not hasattr(transformers, name):
-        pytest.skip("of a later transformers")
+        pytest.skip(f"this transformers has no {name}")
     model = get_ept_model(tiny(model_type, name), EPTConfig(**SMALL, update_scope=scope)).eval()
     randomise(model)
     ids = torch.randint(4, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,6 @@ from layer_checks import (
     BY_TOKEN,
     TRANSPOSED,
     assert_same,
-    check_captured,
     check_compiled,
     check_transposed,
     make_ids,
@@ -105,10 +104,3 @@ def test_two_runs_give_equal_bits(update, device):
 @pytest.mark.parametrize("update", ["position", "token"])
 def test_layer_compiles_as_one_graph_for_all_lengths(update, device):
     check_compiled(device, "aot_eager", tolerance=1e-6, update=update)
-
-
-@pytest.mark.gpu
-def test_layer_is_captured_in_a_cuda_graph(device):
-    if device.type == "cpu":
-        pytest.skip("the interpreter has no graphs; kernels/test_layer_compiled.py says what holds without a GPU")
-    check_captured(device)
