@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 MESSAGES = "messages"
 """The usual name of a column of chats."""
-
-
 SHARE_GPT = {"human": "user", "gpt": "assistant"}
 
 

@@ -54,7 +54,6 @@ NEARLY_ALL = 0.9
 _AS_PEOPLE_WRITE = re.compile(r"[+-]?(\d+([.,]\d+)?|\d{1,3}((,\d{3})+(\.\d+)?|(\.\d{3})+(,\d+)?)) ?%?")
 _CODE = re.compile(r"[!-~]*[\d/@_][!-~]*")  # a row's identifier, an address, a file's name: no text, however long
 FREE_TEXT = "; for answers in free text give --target-template {column}"
-NO_HEADER = "the first line holds a row, not names: put a line such as text,label above it"
 LIKE_MISSING = {"nan", "na", "n/a", "null", "none", "-"}
 
 
@@ -84,10 +83,10 @@ def find_columns(
     """
     columns = _columns(rows)
     _check_columns(columns, [*(text_columns or []), *([label_column] if label_column is not None else [])], source)
-    if any(name in values for name, values in columns.items()) and any(len(n.split()) >= A_SENTENCE for n in columns):
-        raise ValueError(f"{source}: {NO_HEADER}")
-    if label_column is None and text_columns is None and _is_a_row(columns):
-        raise ValueError(f"{source}: {NO_HEADER}")
+    own_value = any(name in values for name, values in columns.items())
+    is_sentence = any(len(name.split()) >= A_SENTENCE for name in columns)
+    if (own_value and is_sentence) or (label_column is None and text_columns is None and _is_a_row(columns)):
+        raise ValueError(f"{source}: the first line holds a row, not names: put a line such as text,label above it")
     label = label_column or _find_label(columns, source, text_columns or ())
     texts = text_columns or _find_texts({name: found for name, found in columns.items() if name != label}, source)
     return list(texts), label
