@@ -128,7 +128,7 @@ def _read_json(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
             yield from _checked(text, lambda whole: _rows_of(whole, path), lambda number: f"{path}, row {number}")
             return
         except json.JSONDecodeError as error:
-            if error.msg != "Extra data" or text.lstrip().startswith("["):
+            if path.suffix.lower() == ".json" and (error.msg != "Extra data" or text.lstrip().startswith("[")):
                 raise _not_json(path, error.lineno, error) from error
     for number, line in enumerate(text.split("\n"), start=1):  # the hub's .json files are often JSON lines
         try:

@@ -139,6 +139,11 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows if not is_missing(row.get(name))] for name in _names(rows)}
 
 
+def _names_rows(name: str) -> bool:
+    """Tells whether a column is called as one that tells rows apart, such as `user_id`, and not `Class Index`."""
+    return bool(_words(name) & ROW_NAMES) and not _words(name) & {*LABEL_NAMES}
+
+
 def _is_a_row(columns: Mapping[str, list[Any]]) -> bool:
     """Tells whether the names of columns are a first row of short texts: one is a value of its own column."""
     if any(_words(name) & {*LABEL_NAMES, *ROW_NAMES, *TEXT_NAMES, *sum(TEXT_PAIRS, ())} for name in columns):
@@ -160,10 +165,10 @@ def _find_label(columns: Mapping[str, list[Any]], source: str, texts: Sequence[s
         return found
     if len(columns) == 2 and others and not kinds:  # the shorter of two columns
         shorter = min(others, key=lambda name: _length(columns[name]))
-        if not _words(shorter) & ROW_NAMES:
+        if not _names_rows(shorter):
             return shorter
     longest = max(others, key=lambda name: _length(columns[name]), default=None)
-    few = [name for name in usable if (name != longest or texts) and not _words(name) & ROW_NAMES]
+    few = [name for name in usable if (name != longest or texts) and not _names_rows(name)]
     if any(_plain(name) in ("answer", "answers") and name not in few for name in others):
         few = []  # what the answers are about, such as the title of an article
     named = [name for name in few if _words(name) & {*LABELS, *KINDS}]

@@ -47,6 +47,8 @@ COLUMNS = [
     ({"link": ["https://a.b/c-d-e-f-g/h"] * 3, "title": [*"xyz"], "topic": "aba"}, {}, ["title"], "topic"),
     ({"file": ["b/0001.txt", "b/0002.txt", "c.txt/"], "label": "aba"}, {}, ["file"], "label"),  # the only one
     ({"headline1": LONG, "headline2": LONG, "data": "xyz", "label": "aba"}, {}, ["headline1", "headline2"], "label"),
+    ({"Class Index": "121", "Title": [*"xyz"], "Description": LONG}, {}, ["Title", "Description"], "Class Index"),
+    ({"Class Index": "121", "Description": LONG}, {}, ["Description"], "Class Index"),
     ({"category": "aaa", "review": LONG, "verdict": "aba"}, {}, ["review"], "verdict"),  # one label alone is none
     ({"category": "aba", "review": LONG, "label": "bab"}, {}, ["review"], "label"),
     ({"Target": "aab", "text": LONG, "Stance": "aba", "score": "121"}, {}, ["text"], "Stance"),
