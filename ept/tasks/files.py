@@ -222,7 +222,7 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     except csv.Error as error:
         raise ValueError(f"{path}, line {above + reader.line_num}: not CSV ({error}): correct the quoting") from error
     kept = [index for index in range(len(header)) if index not in empty]
-    if nameless := next((index for index in kept if not header[index]), None):
+    if nameless := next((index for index in kept[1:] if not header[index]), None):  # the first may number the rows
         place = next(place for place, fields in rows if fields[nameless].strip())
         raise ValueError(f"{path}, {place}: column {nameless + 1} has no name in the header: give it one, or clear it")
     if len({header[index] for index in kept}) < len(kept):

@@ -135,6 +135,7 @@ REFUSED = [
     ("a.csv", "text,label\nso,a\n".encode("utf-16-le"), r"set data.encoding to its own \(it may be utf-16-le\)"),
     ("a.csv", "text,label\nso,a\n".encode("utf-16-be"), r"set data.encoding to its own \(it may be utf-16-be\)"),
     ("a.csv", "sep=,\na,b\nx,y,z\n", "line 3: the header has 2 columns, this line has 3"),
+    ("a.csv", ",a,\n0,x,y\n", "a.csv, line 2: column 3 has no name in the header: give it one, or clear it"),
     ("a.csv", "a,,\nx,y,z\n", "a.csv, line 2: column 2 has no name in the header: give it one, or clear it"),
     ("a.tsv", "a\tb\nx\ty\tz\n", "line 2: the header has 2 columns, this line has 3: .* quote fields that hold tabs"),
 ]
