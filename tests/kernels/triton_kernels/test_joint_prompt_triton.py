@@ -116,6 +116,27 @@ def test_results_are_finite_where_rows_of_the_update_cancel(device):
     assert all(torch.isfinite(result).all() for result in results)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_diverged_space_is_not_hidden_by_the_activation(activation, device, large_blocks):
+    problem = JointPrompt(activation=activation)
+    parameters, grad = problem.parameters(device), problem.grad_output(device)
+    parameters[6][:, 1] = float("nan")  # of D
+    assert kernels.joint_prompt(*parameters, *problem.options()).isnan().all()
+    exact = ept_kernels.joint_prompt_backward_reference(grad, *parameters, *problem.options())
+    actual = kernels.joint_prompt_backward(grad, *parameters, *problem.options())
+    for name, a, e in zip(NAMES, actual, exact, strict=True):
+        assert torch.equal(a.isnan(), e.isnan()), name
+
+
+def test_norms_of_the_update_that_overflow_to_nan_are_not_hidden(device, large_blocks):
+    """A row of C has the square `inf - inf`, while its scores are finite."""
+    problem = JointPrompt(r=2)
+    parameters = problem.parameters(device)
+    _, A, B, *_ = parameters
+    A[0], B[1] = A.new_tensor([1e20, -1e20]), 3 * B[0]
+    assert kernels.joint_prompt(*parameters, *problem.options()).isnan().all()
+
+
 SMALLEST = {
     "joint_prompt_products": {"BLOCK_K": 16, "PROGRAMS": 100},
     "joint_prompt_expand": {"BLOCK_D": 16},

@@ -121,7 +121,8 @@ def joint_prompt_sum_kernel(
                 b_gram = _add_parts(w, w.at_B + k, w.at_B + j, parts)
                 b_C += dot(load((A, r, 1, m, r), o_m, k + o_t), b_gram, PRECISION)
             b_square += tl.sum(b_C * load((A, r, 1, m, r), o_m, j + o_t), 1)
-        b_square = tl.maximum(b_square, 0.0)  # terms cancel where B's rows do, and rounding may leave less than nothing
+        # Terms cancel where B's rows do, and rounding may leave less than nothing; NaN stays.
+        b_square = tl.where(b_square < 0, 0.0, b_square)
         tl.store(w.norms + o_m, tl.rsqrt(lowrank_scale * lowrank_scale * b_square / d + EPS))
     elif _is_needed(w, row, column):
         b_sum = _add_parts(w, row, column, parts)

@@ -15,7 +15,8 @@ from .tiles import INVERSE_RMS, INVERSE_SUM, MAX, MEAN_SLOPE, TILE, add_product,
 def activate(x, ACTIVATION: tl.constexpr):
     """Computes φ(x) and φ'(x)."""
     if ACTIVATION == "relu":
-        b_y, b_slope = tl.maximum(x, 0.0), tl.where(x > 0, 1.0, 0.0)
+        # No maximum, which would make 0 of NaN.
+        b_y, b_slope = tl.where(x <= 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         b_y, b_slope = x * tl.sigmoid(x), tl.sigmoid(x) * (1.0 + x * tl.sigmoid(-x))
     elif ACTIVATION == "tanh":  # by a sigmoid, and near 0, where that would cancel, by its power series
