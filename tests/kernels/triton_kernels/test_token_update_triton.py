@@ -31,6 +31,7 @@ PROBLEMS = [
     TokenUpdate(s=0, dtype=torch.bfloat16),
     TokenUpdate(n=0),
     TokenUpdate(batch=0),
+    TokenUpdate(r=0),
     # layouts and types
     TokenUpdate(d=100, strided=True, padding="left"),
     TokenUpdate(d=100, strided=True, dtype=torch.float16),

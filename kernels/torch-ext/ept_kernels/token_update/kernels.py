@@ -185,7 +185,7 @@ def prompted_embedding_by_token_backward_kernel(
     What registers cannot hold of the rank is for other programs.
     """
     i_program = tl.program_id(0)
-    columns, ranks = tl.cdiv(d, BLOCK_D), tl.cdiv(r, RANK)
+    columns, ranks = tl.cdiv(d, BLOCK_D), tl.cdiv(tl.maximum(r, 1), RANK)  # b_out has sums at rank 0, too
     i_d = i_program % columns
     i_tile = i_program // columns
     o_d = i_d.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
