@@ -25,6 +25,8 @@ PROBLEMS = [
     TokenUpdate(d=4096, n=20, s=1, r=3, batch=2, padding="none", dtype=torch.bfloat16, ids=torch.int32),
     TokenUpdate(d=20, n=300, s=2, r=17, padding="shuffled", ids=torch.int32),
     TokenUpdate(r=130, n=9),
+    TokenUpdate(r=kernels.MAX_RANK, n=5, d=20, dtype=torch.bfloat16),
+    TokenUpdate(r=kernels.MAX_RANK + 1, n=5, d=20, dtype=torch.bfloat16),
     TokenUpdate(batch=40, n=3),
     TokenUpdate(batch=1, n=1, s=0, r=1, padding="none"),
     # empty parts
@@ -143,9 +145,10 @@ def test_any_launch_configuration_is_right(change, device):
 
 
 def test_number_of_launches(device):
-    for problem in (TokenUpdate(9), TokenUpdate(9, s=0)):
-        assert launches_of(kernels.prompted_embedding_by_token, *problem.inputs(device)) == 1
-        assert launches_of(kernels.prompted_embedding_by_token_backward, *problem.backward.inputs(device)) == 3
+    too_wide = TokenUpdate(2, 20, r=kernels.MAX_RANK + 1)  # the reference
+    for problem, forward, backward in ((TokenUpdate(9), 1, 3), (TokenUpdate(9, s=0), 1, 3), (too_wide, 0, 0)):
+        assert launches_of(kernels.prompted_embedding_by_token, *problem.inputs(device)) == forward
+        assert launches_of(kernels.prompted_embedding_by_token_backward, *problem.backward.inputs(device)) == backward
 
 
 def test_offsets_have_64_bits(device):

@@ -15,7 +15,12 @@ from .kernels import (
     prompted_embedding_by_token_kernel,
     prompted_embedding_by_token_reduce_kernel,
 )
-from .reference import BACKWARD, FORWARD
+from .reference import (
+    BACKWARD,
+    FORWARD,
+    prompted_embedding_by_token_backward_reference,
+    prompted_embedding_by_token_reference,
+)
 
 _TILES = {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
 
@@ -34,6 +39,7 @@ HELD = {
     "prompted_embedding_by_token_before": 512,
     "prompted_embedding_by_token_backward": 1024,
 }
+MAX_RANK = 256  # of the activations that a program holds at once; with a larger one it spills, or has too little memory
 MOST = 64  # of the rank at a time in a product with W_out, and in a program of the sums
 
 
@@ -49,6 +55,10 @@ def prompted_embedding_by_token(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Computes `ept_kernels.prompted_embedding_by_token_reference` in one launch."""
+    if W_in.shape[1] > MAX_RANK:
+        return prompted_embedding_by_token_reference(
+            input_ids, positions, table, prompt, W_in, b_in, W_out, b_out, scale
+        )
     parameters = (x.contiguous() for x in (prompt, W_in, b_in, W_out, b_out))
     tensors = (input_ids.contiguous(), positions.contiguous(), table, *parameters)
     run, shape, of_hidden = _forward(launch.kinds(*tensors), table.stride(), float(scale))
@@ -83,6 +93,10 @@ def prompted_embedding_by_token_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Computes `ept_kernels.prompted_embedding_by_token_backward_reference` in three launches."""
+    if W_out.shape[0] > MAX_RANK:
+        return prompted_embedding_by_token_backward_reference(
+            grad_output, input_ids, positions, table, W_out, hidden, scale
+        )
     input_ids, positions, W_out, hidden = (x.contiguous() for x in (input_ids, positions, W_out, hidden))
     kinds = launch.kinds(grad_output, input_ids, positions, table, W_out, hidden)
     first, second, last, parts = _backward(kinds, grad_output.stride(), table.stride(), float(scale))
