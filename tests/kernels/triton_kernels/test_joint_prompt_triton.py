@@ -239,6 +239,14 @@ def test_gradient_of_a_sum_is_read_through_its_zero_strides(device):
     assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
 
 
+def test_gradient_of_the_prompt_alone_is_contiguous_and_rounded_once(device):
+    problem = JointPrompt(K=0, fusion=False)
+    grad = problem.grad_output(device).T.contiguous().T.half()
+    grad_prompt, *_ = kernels.joint_prompt_backward(grad, *problem.parameters(device), *problem.options())
+    assert grad_prompt.is_contiguous()
+    assert_close(grad_prompt, problem.options()[1] * grad.double(), "prompt")
+
+
 @pytest.mark.parametrize("problem", [JointPrompt(a=4), JointPrompt(strided=True)], ids=lambda p: p.name)
 def test_opcheck(problem, device, monkeypatch, large_blocks):
     monkeypatch.undo()  # opcheck compares outputs of several runs, also where nothing is to be written

@@ -44,7 +44,7 @@ def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor,
     prompt, A, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
     fusion, spaces = beta.numel() > 0, D.shape[1] > 0
     if not prompt.numel() or not (fusion or spaces):
-        grad = (arguments[10] * grad_output).to(prompt.dtype)
+        grad = (arguments[10] * grad_output.float()).to(prompt.dtype).contiguous()
         return grad, *(x.new_zeros(x.shape) for x in parameters[1:])
     update = fusion and A.numel() > 0
     is_used = (True, update, update, fusion, fusion, fusion, spaces, spaces, spaces)
