@@ -47,6 +47,7 @@ ROTARIES = [
     Rotary(interleaved=True, shared=True),
     Rotary(3, 17, 17, 1),
     Rotary(n=0),
+    Rotary(columns=0),
     Rotary(strided=True, columns=8),
 ]
 ACTIVATIONS = [

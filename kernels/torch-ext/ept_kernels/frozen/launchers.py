@@ -130,7 +130,7 @@ def _rotary(kinds: Kinds, strides: Size, interleaved: bool, backward: bool) -> P
         "INTERLEAVED": interleaved,
         "BACKWARD": backward,
         "HALF": columns // 2,
-        "BLOCK_C": triton.next_power_of_2(columns // 2),
+        "BLOCK_C": triton.next_power_of_2(max(columns // 2, 1)),
         "BLOCK_REST": triton.next_power_of_2(width - columns) if width > columns else 0,
         **config,
     }
