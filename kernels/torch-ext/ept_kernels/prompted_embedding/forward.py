@@ -129,11 +129,14 @@ def prompted_embedding_kernel(
                     p_out = out + (tl.cast(i, tl.int64) * s + s + o_n)[:, None] * d + o_d[None, :]
                 else:
                     p_out = out + tl.cast(i, tl.int64) * width + (s + o_n)[:, None] * d + o_d[None, :]
+                b_sum = b_W + b_C
+                if adapter_ids is not None:  # −0.0 + 0.0 would be 0.0
+                    b_sum = tl.where(is_known & (updated == 0), b_W, b_sum)
                 m_out = (o_n >= 0)[:, None] & m_d
                 # The next text's look-up, two loads in a row, runs while this one's embeddings are on their way.
                 i_b = tl.cast(i + 1, tl.int64)
                 o_n, b_id, is_read = _look_up(input_ids, token_at, i_b, i_b < last, o_m, n, m, vocabulary, PACKED)
-                tl.store(p_out, (b_W + b_C).to(out.dtype.element_ty), mask=m_out)
+                tl.store(p_out, b_sum.to(out.dtype.element_ty), mask=m_out)
         else:
             o_s = ((i_tile - tiles_m) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
             mask = (o_s < s)[:, None] & m_d
