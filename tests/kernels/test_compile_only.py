@@ -27,7 +27,7 @@ from triton.errors import TritonError
 
 from ept_kernels import launch
 from ept_kernels.dev import aot, compile_only
-from ept_kernels.dev.problems import LLAMA_7B, FourBit, JointPrompt
+from ept_kernels.dev.problems import LLAMA_7B, LLAMA_7B_BY_TOKEN, FourBit, JointPrompt
 from ept_kernels.frozen import launchers as frozen
 from ept_kernels.joint_prompt import launchers as joint
 from ept_kernels.library import launcher_of
@@ -252,13 +252,18 @@ def test_norms_of_any_width_ask_for_a_number_of_warps_that_there_is(width):
         assert frozen.heuristic(kernel, width, torch.device("cpu"))["num_warps"] in (4, 8, 16, 32)
 
 
-def compiled(problem: Problem, target: str) -> Any:
-    """Compiles the last kernel that `problem` launches."""
+def compiled(problem: Problem, target: str, which: int = -1) -> Any:
+    """Compiles what `problem` launches, and returns one of the kernels, by default the last."""
     with compile_only.driving(target), launch.watched() as launches:
         launcher_of(problem.operator)(*problem.inputs())
     for found in launches:
         found.kernel.device_caches.clear()  # for tests that ask what is compiled
-    return launches[-1].compiled
+    return launches[which].compiled
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_next_tokens_are_loaded_while_the_sums_by_the_token_are_multiplied(target):
+    assert "ttg.async_copy_global_to_local" in compiled(LLAMA_7B_BY_TOKEN.small.backward, target, 1).asm["ttgir"]
 
 
 @pytest.mark.parametrize("target", compile_only.TARGETS)

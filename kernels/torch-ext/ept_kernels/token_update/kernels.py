@@ -203,19 +203,19 @@ def prompted_embedding_by_token_backward_kernel(
             o_n = tl.cast(i % tiles_n, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
             m_n = o_n < n
             is_updated = _has_update(positions + i_b * n, o_n, m_n)
-            if tl.max(is_updated.to(tl.int32), axis=0) > 0:
-                b_id, is_read = row_of(input_ids + i_b * n, o_n, m_n, vocabulary)
-                p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
-                b_W = tl.load(p_W, mask=(is_read & is_updated)[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-                p_grad = grad_output + i_b * stride_grad_b + (s + o_n)[:, None] * stride_grad_t
-                p_grad += o_d[None, :] * stride_grad_d
-                b_grad = tl.load(p_grad, mask=is_updated[:, None] & m_d[None, :], other=0.0).to(tl.float32)
-                b_before = load(before + i_b * n * r, o_n, o_r, m_n, r)  # [BLOCK_T, RANK]
-                b_W_in += tl.dot(tl.trans(b_before), b_W, input_precision=PRECISION)
-                b_hidden = load(hidden + i_b * n * r, o_n, o_r, m_n, r)
-                b_W_out += tl.dot(tl.trans(b_hidden), b_grad, input_precision=PRECISION)
-                b_b_in += tl.sum(b_before, axis=0)
-                b_b_out += tl.sum(b_grad, axis=0)
+            # Masked, not in a branch, which would keep the loads out of the software pipeline.
+            b_id, is_read = row_of(input_ids + i_b * n, o_n, is_updated, vocabulary)
+            p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
+            b_W = tl.load(p_W, mask=is_read[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+            p_grad = grad_output + i_b * stride_grad_b + (s + o_n)[:, None] * stride_grad_t
+            p_grad += o_d[None, :] * stride_grad_d
+            b_grad = tl.load(p_grad, mask=is_updated[:, None] & m_d[None, :], other=0.0).to(tl.float32)
+            b_before = load(before + i_b * n * r, o_n, o_r, is_updated, r)  # [BLOCK_T, RANK]
+            b_W_in += tl.dot(tl.trans(b_before), b_W, input_precision=PRECISION)
+            b_hidden = load(hidden + i_b * n * r, o_n, o_r, is_updated, r)
+            b_W_out += tl.dot(tl.trans(b_hidden), b_grad, input_precision=PRECISION)
+            b_b_in += tl.sum(b_before, axis=0)
+            b_b_out += tl.sum(b_grad, axis=0)
         m_W = (o_r < r)[:, None] & m_d[None, :]
         part = tl.cast(i_part, tl.int64)
         tl.store(partial_W_in + part * r * d + o_d[None, :] * r + o_r[:, None], b_W_in, mask=m_W)
