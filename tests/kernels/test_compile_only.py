@@ -27,7 +27,7 @@ from triton.errors import TritonError
 
 from ept_kernels import launch
 from ept_kernels.dev import aot, compile_only
-from ept_kernels.dev.problems import LLAMA_7B, LLAMA_7B_BY_TOKEN, FourBit, JointPrompt
+from ept_kernels.dev.problems import LLAMA_7B, LLAMA_7B_BY_TOKEN, T5_BASE_JOINT, FourBit, JointPrompt
 from ept_kernels.frozen import launchers as frozen
 from ept_kernels.joint_prompt import launchers as joint
 from ept_kernels.library import launcher_of
@@ -264,6 +264,23 @@ def compiled(problem: Problem, target: str, which: int = -1) -> Any:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_the_next_tokens_are_loaded_while_the_sums_by_the_token_are_multiplied(target):
     assert "ttg.async_copy_global_to_local" in compiled(LLAMA_7B_BY_TOKEN.small.backward, target, 1).asm["ttgir"]
+
+
+@pytest.mark.parametrize(
+    "problem, which",
+    [(FourBit(4096, 4096, (16,), dtype=torch.bfloat16), 1), (T5_BASE_JOINT.small, 0)],
+    ids=["splits", "joint prompt"],
+)
+def test_sums_in_parts_are_read_16_bytes_at_a_time(problem, which):
+    assert re.search(r"ld\.global\S*\.v4|cp\.async\.cg", compiled(problem, "sm_90", which).asm["ptx"])
+
+
+@pytest.mark.parametrize("operator", ["prompted_embedding_by_token", "prompted_embedding_by_token_backward"])
+def test_matrices_of_a_rank_that_16_divides_are_read_in_fewer_loads(operator):
+    odd, even = (
+        compiled(replace(LLAMA_7B_BY_TOKEN.small, r=r, operator=operator), "sm_90", 0).asm["ptx"] for r in (60, 64)
+    )
+    assert len(re.findall(r"ld\.global|cp\.async\.c", even)) < len(re.findall(r"ld\.global|cp\.async\.c", odd))
 
 
 @pytest.mark.parametrize("target", compile_only.TARGETS)

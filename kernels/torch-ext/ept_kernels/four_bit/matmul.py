@@ -100,7 +100,7 @@ def matmul_4bit_kernel(
     tl.store(p_out, tl.trans(b_out).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["splits", "elements"])
+@triton.jit(do_not_specialize=["splits"])
 def matmul_4bit_reduce_kernel(
     partial,  # [splits, tokens, width] float32, contiguous
     bias,  # [width], or None

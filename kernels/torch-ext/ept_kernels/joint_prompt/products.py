@@ -20,7 +20,7 @@ def _is_needed(w, row, column):
     return (of_p & ~to_U) | (of_g & ((column < w.at_q) | to_U)) | (~of_p & ~of_g & (to_B | to_k))
 
 
-@triton.jit(do_not_specialize=["s", "m", "r", "a", "columns", "K", "depth"])
+@triton.jit(do_not_specialize=["s", "m", "r", "a", "columns", "K"])
 def joint_prompt_products_kernel(
     prompt,  # [s, d]
     grad_output,  # [s, d], or the prompt in the forward

@@ -17,7 +17,7 @@ def _has_update(positions, o_n, m_n):
     return tl.load(positions + o_n, mask=m_n, other=-1) >= 0
 
 
-@triton.jit(do_not_specialize=["n", "s", "r", "vocabulary"])
+@triton.jit(do_not_specialize=["n", "s", "vocabulary"])
 def prompted_embedding_by_token_kernel(
     input_ids,  # [batch, n], contiguous
     positions,  # [batch, n], contiguous
@@ -100,7 +100,7 @@ def prompted_embedding_by_token_kernel(
             tl.store(p_out, b_P.to(out.dtype.element_ty), mask=(o_s < s)[:, None] & (o_d < d)[None, :])
 
 
-@triton.jit(do_not_specialize=["n", "s", "r"])
+@triton.jit(do_not_specialize=["n", "s"])
 def prompted_embedding_by_token_before_kernel(
     grad_output,  # [batch, s + n, d]
     positions,  # [batch, n], contiguous
