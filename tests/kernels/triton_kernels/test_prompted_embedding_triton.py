@@ -29,6 +29,7 @@ PROBLEMS = [
     PromptedEmbedding(d=4096, n=1, s=40, m=256, r=1, batch=1),
     PromptedEmbedding(d=64, n=256, s=0, m=300, r=64, padding="left"),
     PromptedEmbedding(d=20, n=300, s=2, m=200, r=17, padding="shuffled", ids=torch.int32),
+    PromptedEmbedding(n=20, m=200, padding="shuffled"),  # positions that no text has, and some beyond its length
     PromptedEmbedding(r=130, m=20, n=9),
     PromptedEmbedding(batch=40, n=3, m=4),
     # empty parts
@@ -291,6 +292,15 @@ def test_number_of_launches(problem, forward, backward, device):
         assert launches_of(kernels.prompted_embedding, *inputs, token_at) == forward - 1
         assert launches_of(kernels.prompted_embedding_backward, *of_backward, token_at) == backward - 1
     assert launches_of(kernels.prompted_embedding_packed, *Packed((3, 1, 7)).inputs(device)) == 1
+
+
+def test_positions_that_no_text_has_do_not_lengthen_the_runs(device):
+    """Of 13 tiles of positions two have tokens, with one of the prompt: enough for each of nine texts to be a run."""
+    problem = PromptedEmbedding(n=20, m=200, batch=9)
+    config = {launch.key(problem.operator, problem.dtype): {"BLOCK_T": 16, "PROGRAMS": 27}}
+    with launch.configured(config), launch.watched() as launched:
+        kernels.prompted_embedding(*problem.inputs(device))
+    assert launched[-1].grid == ((13 + 1) * 9 + 9 * 2,)
 
 
 @pytest.mark.parametrize("dim", [-1, -2, -3], ids=["columns", "rows", "adapters"])

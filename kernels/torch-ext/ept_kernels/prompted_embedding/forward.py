@@ -86,6 +86,7 @@ def prompted_embedding_kernel(
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
     tiles_m, tiles_s, tiles_n = tl.cdiv(m, BLOCK_T), tl.cdiv(s, BLOCK_T), tl.cdiv(n, BLOCK_T)
+    usual = n
     if PACKED:
         n = 0  # from here on, since tokens are counted through all texts
     owned = (tiles_m + tiles_s) * runs * columns
@@ -110,6 +111,16 @@ def prompted_embedding_kernel(
             B += i_a * r * d
         if i_tile < tiles_m:
             o_m = i_tile * BLOCK_T + tl.arange(0, BLOCK_T)
+            # Few texts or none have such positions: without one, nothing is read or written.
+            if i_tile * BLOCK_T >= usual:
+                b_last = tl.full([BLOCK_T], -1, tl.int64)
+                for i in range(first, last):
+                    i_b = tl.cast(i, tl.int64)
+                    o_n, _, _ = _look_up(input_ids, token_at, i_b, True, o_m, n, m, vocabulary, PACKED)
+                    b_last = tl.maximum(b_last, o_n)
+                is_empty = tl.max(b_last, axis=0) < 0
+                last, rank = tl.where(is_empty, first, last), tl.where(is_empty, 0, rank)
+                updated = tl.where(is_empty, 0, updated)
             b_C = tl.full([BLOCK_T, BLOCK_D], tl.where(is_known, 0.0, float("nan")), tl.float32)
             if RANK > 0:
                 # At most 64 of the rank at a time: what operands are split into has to fit into registers.

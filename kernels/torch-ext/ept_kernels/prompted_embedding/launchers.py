@@ -98,8 +98,10 @@ def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size]
     if m and not is_packed:
         check_shapes(f"token_at {batch} {m}", token_at=found)
     config, options = _chosen("prompted_embedding", d, r, dtype, dtype, device)
-    tiles = triton.cdiv(d, config["BLOCK_D"]) * (triton.cdiv(m, config["BLOCK_T"]) + triton.cdiv(s, config["BLOCK_T"]))
-    runs = min(batch, triton.cdiv(config["PROGRAMS"], max(tiles, 1))) if not adapters else batch
+    columns, tiles_s = triton.cdiv(d, config["BLOCK_D"]), triton.cdiv(s, config["BLOCK_T"])
+    tiles = columns * (triton.cdiv(m, config["BLOCK_T"]) + tiles_s)
+    busy = columns * (triton.cdiv(min(m, n), config["BLOCK_T"]) + tiles_s)  # without positions that a text hardly has
+    runs = min(batch, triton.cdiv(config["PROGRAMS"], max(busy, 1))) if not adapters else batch
     rows = triton.cdiv(batch, max(runs, 1))
     runs = triton.cdiv(batch, max(rows, 1))
     grid = (tiles * runs + batch * triton.cdiv(n, config["BLOCK_T"]),)
