@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from ..embedding import check_vocabulary, rows_of
 from ..model.base_model import input_embedding
@@ -171,7 +172,8 @@ class Predictor:
             if self.task_type == "SEQ_2_SEQ_LM":
                 output = self.model(**texts, labels=target)
                 logits = output.logits  # [B, k, vocabulary]
-                texts["encoder_outputs"] = (output.encoder_last_hidden_state,)  # of the text, whatever the answer
+                if isinstance(output, Seq2SeqLMOutput):  # a decoder with experts wants more of its encoder than this
+                    texts["encoder_outputs"] = BaseModelOutput(output.encoder_last_hidden_state)
             else:
                 logits = self.model(**self._batch(inputs, answer), logits_to_keep=len(answer) + 1).logits[:, :-1]
             each = logits.float().log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
