@@ -40,7 +40,8 @@ def short_prompt(part: Callable[[str], Tensor], basis: Tensor | None, present: M
         part: gives a parameter by its name. basis: of `frozen_basis`. present: the names of the parameters there are.
     """
     prompt = part("prompt") if basis is None else part("Z")
-    with torch.autocast(prompt.device.type, enabled=False):
+    kind = prompt.device.type
+    with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
         if basis is not None:
             prompt = prompt @ basis.to(prompt)
         if "scale" in present:

@@ -12,9 +12,13 @@ aten = torch.ops.aten
 # What reads a number, or a size that depends on numbers, back from the device.
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
 PACKAGES = ("ept", "ept_kernels", "transformers", "peft")
-# On a CPU it is looked whether there is anything to move, and whether every id has a row; an accelerator moves, and its
-# kernel makes such a row NaN.
-CPU_ONLY = {"ept.model.layout.arrangement", "ept.embedding.check_vocabulary"}
+# On a CPU it is looked whether there is anything to move, every id has a row, and a text ends in padding;
+# an accelerator moves, its kernel makes such a row NaN, and a classifier gets a mask.
+CPU_ONLY = {
+    "ept.model.layout.arrangement",
+    "ept.embedding.check_vocabulary",
+    "ept.model.inputs._up_to_last_token",
+}
 
 
 class Waits(TorchDispatchMode):

@@ -216,7 +216,9 @@ def _up_to_last_token(input_ids: Tensor, pad_token_id: int | None) -> Tensor | N
         return None
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (columns * input_ids.ne(pad_token_id)).amax(1, keepdim=True) if input_ids.shape[1] else 0
-    return (columns <= last).to(torch.int64)
+    is_text = columns <= last
+    can_ask = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # an accelerator is not waited for
+    return None if can_ask and bool(is_text.all()) else is_text.to(torch.int64)
 
 
 def _check_ids(name: str, ids_alone: Sequence[int], input_ids: Tensor) -> None:

@@ -384,7 +384,7 @@ def test_columns_that_are_not_read_are_shown(tmp_path: Path, models: dict[str, P
 def test_compare_on_ones_own_file(tmp_path: Path, models: dict[str, Path]) -> None:
     file = write(tmp_path, "comma")
     shown = as_json("compare", file, "--model", models["bert"], "--output", tmp_path / "c", "--steps", 3, "--dry-run")
-    assert len(shown["runs"]) == 9
+    assert len(shown["runs"]) == 12  # four methods, three seeds
     data = [run["config"]["data"] for run in shown["runs"]]
     assert {(d["template"], d["label_column"], *d["label_words"], *d["metric"]) for d in data} == {
         ("{review}", "liked", "no", "yes", "accuracy")
