@@ -241,7 +241,7 @@ def _is_as_loaded(wrapper: Any) -> bool:
     """Tells whether all copies of a head are what the base model has, in whatever type."""
     own = wrapper.original_module.state_dict()
     return all(
-        tensor.is_meta or torch.equal(tensor.to(own[name]), own[name])
+        tensor.is_meta or (name in own and torch.equal(tensor.to(own[name]), own[name]))
         for copy in wrapper.modules_to_save.values()
         for name, tensor in copy.state_dict().items()
     )
