@@ -87,7 +87,7 @@ def is_plain_lookup(embedding: nn.Module) -> bool:
     return (
         type(embedding) is nn.Embedding
         and embedding.max_norm is None
-        # Whose own gradient is another one.
+        # Those have a gradient of their own, without a row or with rows weighed.
         and not (embedding.weight.requires_grad and (embedding.padding_idx is not None or embedding.scale_grad_by_freq))
         and not embedding.weight.is_meta
         and "forward" not in embedding.__dict__

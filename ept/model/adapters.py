@@ -137,9 +137,9 @@ class ModelWithAdapters(PeftModel):
 
     @exclusive
     def fold(self, adapter_name: str | None = None) -> Self:
-        """Turns an adapter (the active one) into its inference form, one prompt and one table, in place.
+        """Turns an adapter (the active one) into its inference form, one prompt and the update's factors, in place.
 
-        Outputs stay the same up to rounding. A folded adapter can be saved and loaded, and not trained. Returns the
+        Outputs stay the same, bit for bit. A folded adapter can be saved and loaded, and not trained. Returns the
         model.
         """
         name = adapter_name or self.active_adapter

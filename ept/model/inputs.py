@@ -87,8 +87,6 @@ def call_inputs(
             f"{states[0]} does not tell how much {type(model.base_model).__name__} has read, and what follows it gets "
             "no prompt: pass the whole text without it, or call generate, which keeps it by itself"
         )
-    if attention_mask is None and input_ids is not None and facts.task_type == "SEQ_CLS" and facts.padding == FRONT:
-        attention_mask = _up_to_last_token(input_ids, model.base_model.config.pad_token_id)
     layers: Any = dict(model.prompt_encoder.items())
     encoded = inputs.get("encoder_outputs")
     rows = next((x for x in (input_ids, inputs_embeds, encoded and encoded[0]) if x is not None), ())
@@ -129,6 +127,8 @@ def call_inputs(
         if facts.position_offset is not None and "position_ids" in facts.forward_arguments:
             inputs["position_ids"] = numbered(mask, facts.position_offset)[:, -new:]
         return inputs
+    if attention_mask is None and input_ids is not None and facts.task_type == "SEQ_CLS" and facts.padding == FRONT:
+        attention_mask = _up_to_last_token(input_ids, model.base_model.config.pad_token_id)
     if adapter_names is None:
         embeds, mask, _ = layer(
             input_ids, attention_mask, inputs_embeds=inputs_embeds, text_mask=text_mask, embedding=embedding

@@ -201,7 +201,7 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
         return resolved(config.model_copy(update={"chat_column": chats}), task_type)
     texts = list(template_columns(config.template)) if config.template is not None else config.text_columns
     texts, label = find_columns(train, source, texts, config.label_column)
-    notes = split_notes(train) if {*raw} == {"train"} else []
+    notes: list[str] = []
     asks = task_type != "SEQ_CLS"
     found: dict[str, Any] = {"label_column": label}
     found["template"] = config.template or default_template(texts, label, asks)
@@ -215,7 +215,7 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
     elif config.label_words is not None:
         task = local_task(found["template"], config.label_words, label_column=label)
         found["metric"] = default_metrics(commonest_share([task.label_class(row.get(label)) for row in train]))
-    _warn(source, notes)
+    _warn(raw, notes)
     found["metric"] = config.metric or found.get("metric")
     return config.model_copy(update={**found, "text_columns": None})
 
@@ -240,14 +240,15 @@ def _with_free_text(config: DataConfig, own: OwnRows) -> DataConfig:
         others = [{name: value for name, value in row.items() if name not in answer} for row in rows]
         texts = find_texts(others, source, config.text_columns)
         template = default_template(texts, answer[0], asks=True)
-        notes = split_notes(others) if {*raw} == {"train"} else []
-        _warn(source, notes + (unread_texts(others, texts) if config.text_columns is None else []))
+        _warn(raw, unread_texts(others, texts) if config.text_columns is None else [])
     found = {"template": template, "text_columns": None, "metric": config.metric or list(TEXT_METRICS)}
     return config.model_copy(update=found)
 
 
-def _warn(source: str, notes: Sequence[str]) -> None:
-    for note in notes:
+def _warn(raw: RawSplits, notes: Sequence[str]) -> None:
+    """Says `notes` of the train rows, and that the splits are drawn from them where a column tells of others."""
+    source, train = raw["train"]
+    for note in [*(split_notes(train) if {*raw} == {"train"} else []), *notes]:
         logger.warning("%s: %s", source, note)
 
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 from ..utils.messages import listed, shown
@@ -118,11 +118,8 @@ def unread_texts(rows: Sequence[Row], texts: Sequence[str]) -> list[str]:
 
 def split_notes(rows: Sequence[Row]) -> list[str]:
     """Says which column tells of the splits, which are drawn from the rows of one file whatever it says."""
-    names = [
-        name
-        for name, values in _columns(rows).items()
-        if _plain(name) in SPLIT_NAMES and len({str(v).casefold() for v in values} & PARTS) > 1
-    ]
+    named = [name for name in _names(rows) if _plain(name) in SPLIT_NAMES]
+    names = [name for name in named if len({str(row.get(name)).casefold() for row in rows} & PARTS) > 1]
     remedy = "for its own, put its rows into a folder with train, validation and test files"
     return [f"column {_quoted(names)} is not asked which rows are held out, they are drawn: {remedy}"] if names else []
 
@@ -146,7 +143,8 @@ def _names_rows(name: str) -> bool:
 
 def _is_a_row(columns: Mapping[str, list[Any]]) -> bool:
     """Tells whether the names of columns are a first row of short texts: one is a value of its own column."""
-    if any(_words(name) & {*LABEL_NAMES, *ROW_NAMES, *TEXT_NAMES, *sum(TEXT_PAIRS, ())} for name in columns):
+    usual = {*LABEL_NAMES, *ROW_NAMES, *TEXT_NAMES, *chain(*TEXT_PAIRS)}
+    if any(_words(name) & usual for name in columns):
         return False
     return any([*map(str, values)].count(name) >= len(values) / 20 for name, values in columns.items() if values)
 

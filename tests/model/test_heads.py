@@ -267,7 +267,7 @@ def test_a_trained_head_of_another_model_is_not_taken_over():
             get_ept_model(base, config)
 
 
-def test_a_trained_decoders_head_is_not_answered_through(tmp_path):
+def test_a_trained_decoders_head_is_not_answered_through():
     base = make_model("llama")
     randomise(get_ept_model(base, EPTConfig(**SMALL, modules_to_save=["lm_head"])))
     with pytest.raises(ValueError, match="another EPT model has trained lm_head of this LlamaForCausalLM"):
