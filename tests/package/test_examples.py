@@ -149,12 +149,14 @@ def test_pooled_tests_are_those_that_the_results_page_tells(
         monkeypatch.setattr(sys, "argv", [str(script), *shlex.split(command.replace("\\\n", " "))])
         runpy.run_path(str(script), run_name="__main__")
         computed, told = (
-            {tuple(cell.strip().replace("−", "-") for cell in line.split("|")[2:6]) for line in lines}
+            {tuple(cell.strip().replace("−", "-") for cell in line.split("|")[1:6]) for line in lines}
             for lines in (capsys.readouterr().out.splitlines()[2:], rows.splitlines())
         )
         assert len(told) > 5
 
-        assert told <= {(points.replace("-0.0 ", "0.0 "), rounded(p), n, rounded(of)) for points, p, n, of in computed}
+        assert told <= {
+            (names, points.replace("-0.0 ", "0.0 "), rounded(p), n, rounded(of)) for names, points, p, n, of in computed
+        }
 
     monkeypatch.setattr(sys, "argv", [str(script), "sst2_60_steps", "--tasks=glue/sst2", "--methods=ept,no-such"])
     with pytest.raises(SystemExit):
