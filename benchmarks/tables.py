@@ -178,7 +178,7 @@ def bare_text(rows: list[Row]) -> str:
     return "".join(
         f"{row['ratio_to_bare']:.3f} times as long (20 to 80 %: {row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}, "
         f"{row['samples']} pairs):\n{row['model']}, {row['dtype']}, batch {row['size']['batch']}, "
-        f"{row['size']['length']} text tokens, {row['size']['positions']} positions; {seconds(row['median'])} per step.\n"
+        f"{row['size']['length']} text tokens, {row['size']['positions']} positions; {seconds(row['median'])} a step.\n"
         for row in rows
     )
 

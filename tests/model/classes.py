@@ -270,21 +270,23 @@ MEANINGS = {
 INTRODUCTION = """# Models
 
 Nothing is guessed from a model's name. Wrapping a model probes how it reads its input: a random copy of its class and
-configuration, with few layers and small widths, reads a few tokens as ids and as embeddings, alone and padded on either
-side, with and without rows in front. The call whose results agree is used (`ept/model/reading.py`). If none agrees, wrapping
-raises a one-sentence error. If no copy can be made, the model itself is probed.
+configuration, with few layers and small widths, reads a few tokens as ids and as embeddings, alone and padded on
+either side, with and without rows in front. The call whose results agree is used (`ept/model/reading.py`). If none
+agrees, wrapping raises a one-sentence error. If no copy can be made, the model itself is probed.
 
-The outputs decide the task: `SEQ_2_SEQ_LM`, `CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`, `FEATURE_EXTRACTION`. The
-last three return outputs for the text's own positions, without the prompt's: answer spans are searched and pooled outputs
-computed among these. `SEQ_CLS` pools what the model pools, which in most encoders is the prompt's first row, as in PEFT.
+The outputs decide the task: `SEQ_2_SEQ_LM`, `CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`,
+`FEATURE_EXTRACTION`. The last three return outputs for the text's own positions, without the prompt's: answer spans
+are searched and pooled outputs computed among these. `SEQ_CLS` pools what the model pools, which in most encoders is
+the prompt's first row, as in PEFT.
 
-Arguments with one entry per token (`token_type_ids`, `bbox`, `langs`, `global_attention_mask`) follow the tokens. Others
-that might, including images and audio, are refused by name, but the text of such a model is read. A token that a model
-recognises by its id alone, such as ESM's mask token, is refused if a text contains it. Labels are those of the next token:
-a class that compares them with the prediction at the same position, such as BartForCausalLM, accepts none.
+Arguments with one entry per token (`token_type_ids`, `bbox`, `langs`, `global_attention_mask`) follow the tokens.
+Others that might, including images and audio, are refused by name, but the text of such a model is read. A token that
+a model recognises by its id alone, such as ESM's mask token, is refused if a text contains it. Labels are those of
+the next token: a class that compares them with the prediction at the same position, such as BartForCausalLM, accepts
+none.
 
-`make models` tries every text class that transformers exports, here {version}, at a tiny random size, and writes this page:
-{totals}.
+`make models` tries every text class that transformers exports, here {version}, at a tiny random size, and writes this
+page: {totals}.
 """
 
 

@@ -17,9 +17,9 @@ HEAD = """# Configuration keys
 
 `make config-page` generates this page from the docstrings in `ept/runs/config.py` and `ept/compare/config.py`.
 
-A run is configured by a YAML file (`--config FILE.yaml`) with these sections. `--set section.key=value` overrides the file,
-and the options of a command override both. `ept train --print-config` shows all keys with their values. An unknown key is
-refused, and the error names the nearest known one.
+A run is configured by a YAML file (`--config FILE.yaml`) with these sections. `--set section.key=value` overrides the
+file, and the options of a command override both. `ept train --print-config` shows all keys with their values. An
+unknown key is refused, and the error names the nearest known one.
 """
 
 
