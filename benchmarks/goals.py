@@ -108,7 +108,7 @@ JOINT = tuple(case.id for case in shapes.GOAL_JOINT)
 DEQUANTIZE, DEQUANTIZE_LARGE = (shapes.GOAL_DEQUANTIZE.id,), (shapes.GOAL_DEQUANTIZE_LARGE.id,)
 FROZEN = tuple(case.id for case in shapes.GOAL_FROZEN)
 
-PEFT_CPU = "PEFT prompt tuning, 100 tokens, as many options"
+PEFT_CPU = "PEFT prompt tuning, 100 tokens, every option"
 # What goals of one kind share.
 OWN: Row = {"of": OURS, "over": ""}
 BANDWIDTH: Row = {**OWN, "against": "copy bandwidth", "field": "fraction_of_bandwidth", "unit": "%"}
@@ -121,11 +121,11 @@ SCORE: Row = {"cases": (SCORES,), "field": "score", "of": EPT_METHOD, "at_least"
 COMPILE: Row = {**OWN, "cases": (COMPILING,), "proof": "compiled"}
 COLD: Row = {"of": "warm cache", "over": "empty cache", "device_type": "any"}
 
-BARE_MODEL = "the bare frozen model on as many positions"
+BARE_MODEL = "the bare frozen model on the same number of positions"
 PEFT_100, PEFT_4BIT = "PEFT prompt tuning, 100 tokens", "PEFT prompt tuning + bitsandbytes"
 ELEMENTWISE = "frozen RMSNorm, rotary, gated activation, 2368×4096 bf16"
-SEVEN_TASKS = "seven tasks, EPT by the position"
-MEAN_SCORE = f"{SEVEN_TASKS}: mean score at one stored size, 3 seeds"
+SEVEN_TASKS = "seven tasks, position-dependent EPT"
+MEAN_SCORE = f"{SEVEN_TASKS}: mean score at equal stored size, 3 seeds"
 GOALS = (
     Goal("training step, T5-base shape, 32×256, bf16: EPT", PEFT_100, (T5_STEP,), at_most=0.60, **STEP),
     Goal("training step, Llama-2-7B shape, NF4, 8×256: EPT", PEFT_4BIT, (LLAMA_STEP,), at_most=0.65, **STEP),

@@ -48,7 +48,7 @@ def drawable(results: list[Row]) -> list[Plot]:
 
     bandwidth = "Bandwidth over size: the least bytes that the operator must move, over its time."
     speedup = "Products with 4-bit weights: time of bitsandbytes over ours, over the number of tokens."
-    steps = "Time of a whole training step by method, and where it goes."
+    steps = "Time of a whole training step by method and phase."
     found = [
         (has_line(bandwidth_lines(results)), "bandwidth", bandwidth, draw_bandwidth),
         (has_line(speedup_lines(results)), "speedup", speedup, draw_speedup),

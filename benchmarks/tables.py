@@ -176,7 +176,7 @@ def goal_table(results: Iterable[Row]) -> str:
 def bare_text(rows: list[Row]) -> str:
     """Says what EPT's step takes beside the bare model's."""
     return "".join(
-        f"{row['ratio_to_bare']:.3f} times its time (20 to 80 %: {row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}, "
+        f"{row['ratio_to_bare']:.3f} times as long (20 to 80 %: {row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}, "
         f"{row['samples']} pairs):\n{row['model']}, {row['dtype']}, batch {row['size']['batch']}, "
         f"{row['size']['length']} text tokens, {row['size']['positions']} positions; {seconds(row['median'])} a step.\n"
         for row in rows
@@ -200,9 +200,9 @@ def everything_text(results: Iterable[Row]) -> str:
     head += ["over PEFT's as started", "over PEFT's in the same dtype and attention"]
     on_cpu = bool(rows) and rows[0]["device_type"] == "cpu"
     text = (
-        f"{'One thread, in time of the processor, all' if on_cpu else 'All'} versions in turn; median (20 to 80 %). "
-        "PEFT's prompt tuning with\n100 tokens, EPT with 40; the frozen model's dropout is off in all."
-        f"{' The goal is of the two with every option.' if on_cpu else ''}\n\n"
+        f"{'CPU time of one thread, all' if on_cpu else 'All'} versions in turn; median (20 to 80 %). "
+        "PEFT's prompt tuning has\n100 tokens, EPT 40. The frozen model's dropout is off in all."
+        f"{' The goal compares the two with every option.' if on_cpu else ''}\n\n"
     )
     return f"{text}{markdown(head, lines)}\n" if lines else ""
 
@@ -214,5 +214,5 @@ def attention_text(results: Iterable[Row]) -> str:
         for row in results
         if "gain_of_eager" in row and row["status"] == "ok"
     ]
-    text = "Forward and backward alone; SDPA's time over that of `eager`: above 1 `eager` is faster.\n\n"
+    text = "Forward and backward only. The gain is SDPA's time over that of `eager`: above 1 `eager` is faster.\n\n"
     return f"{text}{markdown(['shape, positions, dtype', 'SDPA', 'eager', 'gain'], lines)}\n" if lines else ""

@@ -61,44 +61,44 @@ def _option(default: Any, text: str) -> Any:
 class EPTConfig(PromptLearningConfig):
     """Configuration of an EPT adapter; also of prompt tuning and DePT, which are EPT with parts switched off.
 
-    The formulas are in the method's documentation; what the paper leaves open is this project's reconstruction and a
-    field here. Raises `ValueError` or `TypeError` that names the field, its value and what is allowed.
+    `docs/method.md` has the formulas. What the paper leaves open is this project's reconstruction, and a field here.
+    Raises `ValueError` or `TypeError` that names the field, its value and what is allowed.
     """
 
     num_virtual_tokens: int = _option(40, "Length s of the short prompt; 0 for none.")
     max_length: int = _option(
         256,
-        "Longest input text m, in real tokens: the rows of A. Longer texts are refused where A has no row for them.",
+        "Longest input text m, in real tokens: the rows of A. Longer texts are refused if A has no row for them.",
     )
     r: int = _option(30, "Rank of the update A·B of the input embeddings; 0 for none (prompt tuning).")
     alpha: float = _option(8.0, "The update is scaled by alpha/sqrt(r), as in DePT's code.")
     update: str = _option(
         "position",
-        "What a token's update depends on: its 'position' (A·B, DePT and EPT) or the 'token' (a bottleneck of width r "
-        "with biases on its embedding, ADePT).",
+        "What a token's update depends on: its 'position' (A·B, DePT and EPT) or the 'token' itself (a bottleneck of "
+        "width r with biases on its embedding, ADePT).",
     )
     lowrank_init: str = _option(
         "uniform",
-        "How A·B starts: at zero, with A 'uniform' at random as DePT's, or of the 'cosine' waves over the positions, "
-        "of which the first is constant; or 'svd', at a tenth of a long prompt's best approximation of that rank.",
+        "How A·B starts: at zero, with random A ('uniform', as DePT) or with cosine waves over the positions, the "
+        "first of them constant ('cosine'); or at a tenth of a long prompt's best approximation of that rank ('svd').",
     )
     update_scope: str = _option(
         "text",
-        "Tokens that get the update: those of the input 'text', or 'all' up to max_length, generated ones too, which "
-        "an engine that embeds tokens by itself cannot do.",
+        "Tokens that get the update: those of the input 'text', or 'all' up to max_length, including generated ones, "
+        "which an engine that embeds tokens itself cannot do.",
     )
     prompt_rank: int = _option(
         0,
-        "Makes the prompt of a mixture of so many frozen random rows, of which the weights are learned (ULPT); 0: not.",
+        "Builds the prompt as a learned mixture of this many frozen random rows (ULPT); 0 for off.",
     )
-    prompt_scale_shift: bool = _option(False, "Multiplies the prompt by a learned row and adds another one (ULPT).")
+    prompt_scale_shift: bool = _option(False, "Multiplies the prompt by a learned row and adds another (ULPT).")
     residual_dim: int = _option(
         0, "Adds a network of this width, with a LayerNorm, to the prompt (residual prompt tuning); 0 for none."
     )
     num_spaces: int = _option(4, "Number K of gated spaces; 0 for none.")
     space_dim: int = _option(2, "Width h of each space's bottleneck.")
     space_activation: str = _option("gelu", f"Activation inside a space, one of {', '.join(ACTIVATIONS)}.")
-    space_gate: str = _option("learned", "How the spaces are weighed: 'learned', by a gate, or 'uniform', all alike.")
+    space_gate: str = _option("learned", "Weights of the spaces: 'learned', by a gate, or 'uniform'.")
     fusion: bool = _option(True, "Adds an attention over the low-rank update and the prompt to the prompt.")
     fusion_dim: int = _option(0, "Width a of the learned query and key maps of the fusion; 0 for no maps.")
     fusion_score_scale: float | None = _option(
@@ -115,24 +115,20 @@ class EPTConfig(PromptLearningConfig):
     )
     prompt_tuning_init_text: str | None = _option(
         None,
-        "With TEXT: the text whose token embeddings start the prompt; rows that it leaves are from the vocabulary.",
+        "With TEXT: the text whose token embeddings start the prompt; remaining rows come from the vocabulary.",
     )
     tokenizer_name_or_path: str | None = _option(None, "With TEXT: the tokenizer; None for the base model's own.")
     tokenizer_kwargs: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "With TEXT: more arguments of `AutoTokenizer.from_pretrained`; no `trust_remote_code`."},
+        metadata={"help": "With TEXT: further arguments of `AutoTokenizer.from_pretrained`; no `trust_remote_code`."},
     )
-    template: str | None = _option(
-        None, "The text template of the task it was trained for, for those who use it; nothing is computed with it."
-    )
+    template: str | None = _option(None, "Text template of the task it was trained for; not used in any computation.")
     label_words: list[str] | None = field(
-        default=None, metadata={"help": "The words of the task's labels in their order, likewise."}
+        default=None, metadata={"help": "Label words of that task, in order; a classifier's outputs get these names."}
     )
-    base_dropout: bool = _option(False, "Leaves the frozen model's dropout on while training; off is more accurate.")
+    base_dropout: bool = _option(False, "Keeps the frozen model's dropout on during training; off is more accurate.")
     seed: int = _option(0, "Seed of the initialisation, the same on every device.")
-    folded: bool = _option(
-        False, "Set by folding: the adapter is in inference form, one prompt (s x d) and the factors of the update."
-    )
+    folded: bool = _option(False, "Set by folding: inference form, one prompt (s x d) and the factors of the update.")
 
     def __post_init__(self) -> None:
         for name in ("task_type", "prompt_tuning_init"):  # an enumeration's members stand for their values
@@ -272,7 +268,8 @@ class EPTConfig(PromptLearningConfig):
     def stored_count(self, d: int) -> int:
         """Counts the numbers that a saved adapter has to hold for embedding width `d`, without heads.
 
-        Folded, those are s·d + r·(m + d), or by the token s·d + r·(2d + 1) + d, whatever the spaces and the fusion are.
+        Folded, those are s·d + r·(m + d), or s·d + r·(2d + 1) + d with the token-dependent update, whatever the
+        spaces and the fusion are.
         An adapter that is smaller as it is trained, as ULPT's is, is stored so.
         """
         folded = copy.copy(self)

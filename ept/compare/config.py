@@ -31,28 +31,28 @@ class CompareConfig(Section):
     """Every method × task × seed × learning rate, and every value of each sweep, is one run."""
 
     methods: list[str] = Field(default_factory=lambda: ["pt", "dept", "ept-token", "ept"])
-    """Names as for `method.name`. By default EPT as `ept train` takes it, the paper's, and their peers."""
+    """Names as for `method.name`. By default both forms of EPT, DePT and prompt tuning."""
     tasks: list[str] = Field(default_factory=list)
-    """Names as `ept tasks` lists them; none: the task of the section `data`."""
+    """Names from `ept tasks`. Empty: the task of the section `data`."""
     seeds: list[Size] = Field(default_factory=lambda: [0, 1, 2])
-    """Every run is made with each of them."""
+    """Seeds; every run is repeated with each."""
     learning_rates: Rates = None
-    """Of the prompt (of the whole adapter for PEFT's methods): one list, or a list a method with `default` for the
-    others. The best on validation is the one that is reported on test. None: `training.learning_rate` alone."""
+    """For the prompt (for PEFT's methods, the whole adapter): one list, or a list per method with `default` for the
+    others. The best on validation is reported on test. None: `training.learning_rate` only."""
     low_rank_learning_rates: Rates = None
-    """Of all other parameters, crossed with the former. A method without any has none."""
+    """For all other parameters, crossed with `learning_rates`. Ignored for methods without such parameters."""
     learning_rate_seeds: Count | None = None
-    """Search the rates with the first so many seeds, and run the other seeds at the best. None: with all."""
+    """Search the rates with the first N seeds only, and run the others at the best. None: search with all."""
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
-    """One setting varied at a time around the rest of the configuration."""
+    """Settings to vary, one at a time, around the rest of the configuration."""
     executor: Literal["local", "ray"] = "local"
-    """On this machine, or through Ray, on a cluster too."""
+    """Run on this machine, or through Ray, also on a cluster."""
     jobs: Count = 1
-    """Runs side by side on this machine, each in a process of its own. They share its cores and GPUs."""
+    """Number of runs side by side on this machine, each in its own process. They share its cores and GPUs."""
     cpus_per_run: Count = 1
-    """With Ray on machines without a GPU; with one, every run gets a GPU of its own."""
+    """For Ray on machines without a GPU. On machines with GPUs every run gets its own."""
     published: bool = False
-    """Draw published results, marked as such, beside ours in the figure of score against parameters."""
+    """Add published results, marked as such, to the figure of score against parameters."""
 
     @model_validator(mode="after")
     def _check(self) -> CompareConfig:

@@ -52,36 +52,36 @@ class ModelConfig(Section):
     """The frozen base model. `trust_remote_code` is never set, whatever a file says."""
 
     name_or_path: str | None = None
-    """Folder or hub name of the base model."""
+    """Folder or Hub name of the base model."""
     gguf_file: str | None = None
-    """Name of a GGUF file inside `name_or_path`; it is unpacked into a plain model."""
+    """Name of a GGUF file inside `name_or_path`, which is unpacked into a plain model."""
     revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
+    """Branch, tag or commit of the model on the Hub."""
     tokenizer_name_or_path: str | None = None
-    """Where the tokenizer is, when it is not beside the model."""
+    """Folder or Hub name of the tokenizer, if it is not with the model."""
     task_type: Literal["SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS"] | None = None
     """None: encoder-decoders are SEQ_2_SEQ_LM, decoders with a language-model head CAUSAL_LM, all others SEQ_CLS."""
     head_labels: list[str] | None = None
-    """The task's labels in the order of a classifier's outputs. None: the task's order, or in training that of a
+    """The task's labels in the order of a classifier's outputs. None: the task's order, or in training the order of a
     trained head whose names (`id2label`) are these labels."""
     dtype: Literal["float32", "bfloat16", "float16", "auto", "fastest"] = "float32"
-    """Type of the frozen weights; `auto`: the one they are saved in; `fastest`: bfloat16 where the machine multiplies
-    it in hardware (a GPU, or a processor with avx512_bf16 or AMX), else float32."""
+    """Dtype of the frozen weights. `auto`: as saved. `fastest`: bfloat16 if the hardware supports it (a GPU, or a CPU
+    with avx512_bf16 or AMX), else float32."""
     load_in_4bit: bool = False
     """Quantise the frozen weights to 4 bits, through bitsandbytes."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
-    """Numbers that 4-bit weights are rounded to."""
+    """Quantisation type of 4-bit weights."""
     double_quant: bool = True
     """Quantise the scales of 4-bit weights too."""
     fast_4bit: bool = True
-    """Run 4-bit layers through this project's operators where their kernels run. False: through bitsandbytes."""
+    """Run 4-bit layers through this project's operators where their kernels run. False: use bitsandbytes."""
     dequantized_cache_bytes: Size = 0
-    """Memory to spend on keeping dequantised weights of 4-bit layers, where they run through the operators."""
+    """Memory budget for keeping dequantised weights of 4-bit layers that run through the operators."""
     fast_frozen: bool = True
     """Run norms, rotary embeddings and activations of known families through this project's operators."""
     attn_implementation: str | None = None
-    """As in transformers: `eager`, `sdpa`, `flash_attention_2`, ... None: its own choice, but `eager` in place of
-    `sdpa` where that is the faster one: on a CPU, in bfloat16, with texts of at most 400 tokens."""
+    """As in transformers: `eager`, `sdpa`, `flash_attention_2`, ... None: transformers' choice, except for `eager`
+    instead of `sdpa` where it is faster: on a CPU, in bfloat16, with texts of at most 400 tokens."""
 
 
 EXCLUSIVE = (
@@ -104,69 +104,70 @@ OF_ROWS = (
 
 
 class DataConfig(Section):
-    """A named `task` (see `ept tasks`), or data of one's own: files, a folder or a set on the hub.
+    """A named `task` (see `ept tasks`), or your own data: files, a folder or a dataset on the Hub.
 
-    Of one's own data, what is left out is inferred from the train rows: the columns, the template, the labels and the
-    metrics. `ept train FILE --model NAME --dry-run` shows them.
+    For your own data, whatever is not given is inferred from the train rows: columns, template, labels and metrics.
+    `ept train FILE --model NAME --dry-run` shows them.
     """
 
     task: str | None = None
     """Name of a task that `ept tasks` lists."""
     data_dir: str | None = None
-    """Folder with `{train,validation,test}.{jsonl,json,csv,tsv,parquet}`; of a named task, in place of the hub."""
+    """Folder with `{train,validation,test}.{jsonl,json,csv,tsv,parquet}`; for a named task, used instead of the Hub."""
     train_file: str | None = None
-    """File to train on. Where it is alone, validation and test rows are drawn from it."""
+    """File to train on. If it is the only file, validation and test rows are drawn from it."""
     validation_file: str | None = None
-    """File that the best checkpoint is chosen with."""
+    """File used to choose the best checkpoint."""
     test_file: str | None = None
-    """File that is scored before and after training."""
+    """File scored before and after training."""
     hub: str | None = None
-    """Name of a data set on the hub, perhaps with a configuration: `dair-ai/emotion`, `nyu-mll/glue:sst2`."""
+    """Name of a dataset on the Hub, optionally with a configuration: `dair-ai/emotion`, `nyu-mll/glue:sst2`."""
     encoding: str | None = None
-    """Encoding of text files, such as `cp1252`. None: UTF-8, or what a mark or the bytes of a csv file tell."""
+    """Encoding of text files, such as `cp1252`. None: UTF-8, unless a byte order mark or the bytes of a csv file say
+    otherwise."""
     splits: str | None = None
-    """Folder of an earlier run on the same data, whose rows of each split are taken."""
+    """Folder of an earlier run on the same data, whose splits are reused."""
     strict: bool = False
-    """Refuse rows with blank text or without a label. False: leave them out and say how many."""
+    """Refuse rows with blank text or without a label. False: skip them and say how many."""
     text_columns: list[str] | None = None
-    """Columns that the template is made of, where none is given."""
+    """Columns to build the template from, if no template is given."""
     label_column: str | None = None
     """Column of the labels."""
     template: str | None = None
-    """Input text, with the names of columns in braces: `"{headline}\\nSarcastic?"`."""
+    """Input text, with column names in braces: `"{headline}\\nSarcastic?"`."""
     target_template: str | None = None
-    """For answers in free text, such as summaries: the answer, with the names of columns in braces."""
+    """For answers in free text, such as summaries: the answer, with column names in braces."""
     chat_column: str | None = None
     """Column of chats, lists of `{"role": ..., "content": ...}`: the last message is the answer, and the model's chat
-    template writes the ones before it. None: `messages`, where there is such a column and nothing else is given."""
+    template formats the ones before it. None: `messages`, if there is such a column and nothing else is given."""
     max_answer: Count = 128
-    """Most tokens of an answer in free text; longer ones are cut in training."""
+    """Maximum tokens of an answer in free text; longer ones are cut in training."""
     label_words: list[str] | dict[Any, str] | None = None
     """A list of words, or a mapping {raw label: word}."""
     kind: Literal["classification", "regression"] | None = None
-    """Take the labels for classes or for numbers. None: whole numbers are classes up to 20 different ones, more and
-    all others the numbers of a regression."""
+    """Treat the labels as classes or as numbers. None: up to 20 different whole numbers are classes; more of them, and
+    all other numbers, make a regression."""
     label_values: list[Number] | None = None
-    """Of a regression, in place of `label_words`: evenly spaced numbers over its range. A language model writes the
-    nearest of them, a classifier gives any number."""
+    """For a regression, instead of `label_words`: evenly spaced numbers over its range. A language model writes the
+    nearest of them; a classifier outputs any number."""
     metric: list[str] | None = None
-    """Metrics, the first of which decides the best checkpoint. None: accuracy, with `f1_macro` beside it where the
-    commonest label has more than 60 % of the rows; of a regression `pearson`, `spearman` and `r2`; of free text
-    `rouge_l` and `exact_match`."""
+    """Metrics, the first of which decides the best checkpoint. None: accuracy, with `f1_macro` if the commonest label
+    has more than 60 % of the rows; for a regression `pearson`, `spearman` and `r2`; for free text `rouge_l` and
+    `exact_match`."""
     labels: Literal["digits", "words"] | None = None
-    """How a language model writes the labels. None: a named task's as digits, all others as words."""
+    """How a language model writes the labels. None: as digits for a named task, else as words."""
     max_length: Count | None = None
-    """Most tokens of the input text. None: the task's own limit, 256 for one's own data."""
+    """Maximum tokens of the input text. None: the task's own limit, or 256 for your own data."""
     on_too_long: Literal["truncate", "error"] = "truncate"
-    """Shorten longer texts, each column's end first where it is the longest, or refuse them."""
+    """Shorten longer texts, always cutting the end of the longest column, or refuse them."""
     max_train: Count | None = None
-    """Draw at most so many train rows."""
+    """Maximum number of train rows to draw."""
     max_validation: Count | None = None
-    """Draw at most so many validation rows."""
+    """Maximum number of validation rows to draw."""
     max_test: Count | None = None
-    """Draw at most so many test rows."""
+    """Maximum number of test rows to draw."""
     k_shot: Count | None = None
-    """Few-shot: so many train rows in all, as many of each label, drawn with the run's seed."""
+    """Few-shot: total number of train rows, the same number per label, drawn with the run's seed."""
 
     @property
     def is_local(self) -> bool:
@@ -202,11 +203,11 @@ class MethodConfig(Section):
     """The adapter. None means the method's own default (see `EPTConfig`)."""
 
     name: str = "ept-token"
-    """One of those in docs/comparison.md: ept-token, ept (the paper's), dept, pt, peers, or one of PEFT's methods."""
+    """A name in docs/comparison.md: ept-token, ept (the paper's), dept, pt, a related method or one of PEFT's."""
     budget: Count | None = None
-    """Number of parameters to stay within; the sizes are searched for."""
+    """Maximum number of parameters; the sizes are searched."""
     budget_kind: Literal["trained", "stored"] = "trained"
-    """What the budget is of: the parameters while they are learned, or what a saved, folded adapter holds."""
+    """What the budget counts: all trained parameters, or what a saved, folded adapter holds."""
     num_virtual_tokens: Size | None = None
     """Length of the prompt."""
     r: Size | None = None
@@ -214,19 +215,19 @@ class MethodConfig(Section):
     alpha: Number | None = None
     """Scale of the update: `alpha/√r`."""
     update: Literal["position", "token"] | None = None
-    """Let a token's update depend on its position, or on the token itself (ADePT)."""
+    """Position-dependent update, or token-dependent (as in ADePT)."""
     lowrank_init: Literal["uniform", "cosine", "svd"] | None = None
     """How the update starts."""
     update_scope: Literal["text", "all"] | None = None
-    """Let input text alone get the update, or all tokens, generated ones too."""
+    """Tokens that get the update: those of the input text, or all, including generated ones."""
     prompt_rank: Size | None = None
-    """Make the prompt of so many frozen random rows (ULPT)."""
+    """Build the prompt from this many frozen random rows (ULPT)."""
     prompt_scale_shift: bool | None = None
-    """Multiply the prompt by a learned row and add another one."""
+    """Multiply the prompt by a learned row and add another (ULPT)."""
     residual_dim: Size | None = None
-    """Width of a network that is added to the prompt (residual prompt tuning)."""
+    """Width of a network added to the prompt (residual prompt tuning)."""
     num_spaces: Size | None = None
-    """Number of the gated spaces."""
+    """Number of gated spaces."""
     space_dim: Size | None = None
     """Width of each space."""
     space_activation: str | None = None
@@ -240,17 +241,17 @@ class MethodConfig(Section):
     fusion_weight: Number | None = None
     """Its weight in the prompt, fixed. None: learned."""
     space_gate: Literal["learned", "uniform"] | None = None
-    """How the spaces are weighed."""
+    """Weights of the spaces: a learned gate, or equal."""
     embedding_scale: Annotated[Number | str | None, Field(union_mode="left_to_right")] = None
     """Unit of the parameters: `auto` is the embeddings' root mean square."""
     init_from: str | None = None
-    """Folder of a run, or of an adapter, that this one starts from, with its sizes. A head starts anew."""
+    """Folder of a run or adapter to start from, with its sizes. A head starts fresh."""
     prompt_tuning_init: Literal["SAMPLE_VOCAB", "RANDOM", "TEXT"] | None = None
     """How the prompt starts."""
     prompt_tuning_init_text: str | None = None
-    """With TEXT, the text."""
+    """The text, with TEXT."""
     base_dropout: bool | None = None
-    """Dropout of the frozen model while training."""
+    """Keep the frozen model's dropout on during training."""
 
     def fields_given(self) -> dict[str, Any]:
         """Returns the `EPTConfig` fields that the run sets."""
@@ -260,77 +261,77 @@ class MethodConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The course of the training, and of the evaluations in between."""
+    """Training, and the evaluations during it."""
 
     max_steps: Count | None = None
-    """Number of optimiser steps. None: as many as `num_train_epochs` take."""
+    """Number of optimizer steps. None: as many as `num_train_epochs` take."""
     num_train_epochs: Annotated[Number, Field(gt=0)] = 3.0
     """Used when `max_steps` is None."""
     batch_size: Count = 16
-    """Rows of a step; of several processes, those of each."""
+    """Rows per step and process."""
     eval_batch_size: Count = 32
-    """Rows that are scored at a time."""
+    """Rows scored at a time."""
     gradient_accumulation_steps: Count = 1
-    """Batches whose gradients make one step."""
+    """Batches whose gradients are accumulated for one step."""
     learning_rate: NotNegative = 0.05
-    """Of the prompt and of the spaces' `U`, in units of the embeddings' root mean square; of PEFT's methods, of all."""
+    """For the prompt and the spaces' `U`, in units of the embeddings' root mean square; for PEFT's methods, for all."""
     low_rank_learning_rate: NotNegative = 1e-2
-    """Of the adapter's other parameters (`A`, `B`, β); its maps (`D`, `G`, `W_q`, `W_k`) have it over √d."""
+    """For the adapter's other parameters (`A`, `B`, β); divided by √d for its maps (`D`, `G`, `W_q`, `W_k`)."""
     head_learning_rate: NotNegative | None = None
-    """Of a classifier's head. None: 4 over the width of what the head reads, such as 0.005 for a width of 768."""
+    """For a classifier's head. None: 4 over its input width, such as 0.005 for a width of 768."""
     weight_decay: NotNegative = 0.0
-    """Decay of all trained parameters, as in AdamW."""
+    """Weight decay of all trained parameters, as in AdamW."""
     warmup_steps: Size = 0
-    """Steps in which the learning rates rise from 0."""
+    """Steps over which the learning rates rise from 0."""
     lr_scheduler: str = "linear"
-    """Course of the learning rates after that: one of transformers' schedules that need no settings of their own, such
-    as `cosine` or `constant_with_warmup` (`constant` and `reduce_lr_on_plateau` take no warmup); others are refused."""
+    """Learning-rate schedule after warmup: one of transformers' schedules that need no settings of their own, such as
+    `cosine` or `constant_with_warmup` (`constant` and `reduce_lr_on_plateau` take no warmup); others are refused."""
     max_grad_norm: NotNegative = 1.0
-    """Largest norm of the gradient; a longer one is scaled down."""
+    """Maximum gradient norm; larger gradients are scaled down."""
     eval_steps: Count = 100
-    """Evaluate and save every so many steps, and at the end."""
+    """Evaluate and save every N steps, and at the end."""
     logging_steps: Count = 10
-    """Log the loss every so many steps."""
+    """Log the loss every N steps."""
     score_before: bool = True
-    """Score the untrained adapter on the test split as well."""
+    """Also score the untrained adapter on the test split."""
     scoring: Literal["generate", "rank"] | None = None
     """How a language model's labels are scored. None: encoder-decoders generate, decoders rank the labels."""
     early_stopping_patience: Count | None = None
-    """Stop after so many evaluations without a better score. None: never."""
+    """Stop after this many evaluations without a better score. None: never."""
     save_total_limit: Count = 2
-    """Checkpoints to keep, beside the best and the newest."""
+    """Checkpoints to keep in addition to the best and the newest."""
     bf16: bool = False
     """Mixed precision with bfloat16."""
     fp16: bool = False
     """Mixed precision with float16 and a loss scale."""
     gradient_checkpointing: bool = False
-    """Compute the frozen layers once more in the backward pass, and so need less memory."""
+    """Recompute the frozen layers in the backward pass to save memory."""
     optim: Literal["adamw_torch_fused", "adamw_torch"] = "adamw_torch_fused"
     """AdamW in one kernel for all parameters of a group, or PyTorch's default implementation."""
     label_only_logits: bool = True
-    """A decoder's logits at the labels only. False: at every position."""
+    """Compute a decoder's logits at the labels only. False: at every position."""
     shared_prompt: bool | None = None
-    """Let a decoder read the prompt once for all rows of a batch: all but rounding stays the same, and each further row
-    saves the prompt's positions. None: on a CPU, where the model can and a step saves at least 64 a thread, or texts
-    are short enough to stand side by side in a row."""
+    """Read a decoder's prompt once for all rows of a batch: the same result up to rounding, and each further row saves
+    the prompt's positions. None: on a CPU, if the model supports it and a step saves at least 64 positions per thread,
+    or if texts are short enough to share a row."""
     balanced_sampling: bool = False
-    """Draw train rows so that every label comes equally often, whatever its share; an epoch has as many rows."""
+    """Draw train rows so that all labels are equally frequent; an epoch has as many rows as before."""
     class_weights: bool = False
-    """Weigh the loss of each train row by the inverse share of its label, 1 in the mean over the rows."""
+    """Weight the loss of each train row by the inverse share of its label (mean 1 over the rows)."""
     group_by_length: bool = False
-    """Batches of texts of like length: less padding, but another order of the rows."""
+    """Batch texts of similar length: less padding, but another order of the rows."""
     pad_to_multiple_of: Count | None = None
-    """Round each batch's length up to a multiple, and pad labels to the longest answer, so that a compiled step meets
+    """Round each batch's length up to a multiple, and pad labels to the longest answer, so that a compiled step sees
     few shapes. None: pad to the longest text of the batch."""
     compile_layers: bool = False
-    """Train through torch.compile of the frozen model's repeated layers, needs `pad_to_multiple_of`; evaluation stays
+    """Train with torch.compile of the frozen model's repeated layers. Needs `pad_to_multiple_of`. Evaluation stays
     uncompiled."""
     cuda_graphs: bool = False
-    """Replay each compiled layer as one CUDA graph, needs `compile_layers` and a CUDA device."""
+    """Replay each compiled layer as one CUDA graph. Needs `compile_layers` and a CUDA device."""
     tensorboard: bool = False
-    """Write events for TensorBoard into the run's folder."""
+    """Write TensorBoard events into the run's folder."""
     report_to: list[Literal["wandb", "mlflow"]] = Field(default_factory=list)
-    """Services that the Trainer reports losses and scores to; they are set up by variables of their own."""
+    """Services that the Trainer reports losses and scores to, set up by their own environment variables."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
@@ -384,7 +385,7 @@ class RunConfig(Section):
     output_dir: str | None = None
     """The run's folder."""
     seed: Annotated[Size, Field(le=MAX_SEED)] = 0
-    """Draws the initialisation, the order of the rows and the rows of few-shot runs; never the splits."""
+    """Seed of the initialisation, the order of the rows and the few-shot draw; never of the splits."""
 
     @classmethod
     def load(cls, file: Path | None, overrides: Sequence[str] = ()) -> Self:

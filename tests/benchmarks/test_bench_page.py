@@ -24,10 +24,12 @@ def test_the_committed_page_is_what_the_committed_records_give() -> None:
 
 def test_the_readme_says_what_its_record_holds() -> None:
     record = json.loads((performance_page.RESULTS / "cpu" / "profile_t5_small.json").read_text(encoding="utf-8"))
-    steps = {method["method"]: round(method["step_ms"]["median"]) for method in record["methods"]}
+    step = {method["method"]: round(method["step_ms"]["median"]) for method in record["methods"]}
+    size = {method["method"]: f"{method['trainable_parameters']:,}" for method in record["methods"]}
     text = " ".join((performance_page.PAGE.parents[1] / "README.md").read_text(encoding="utf-8").split())
-    said = f"take {steps['ept']} ms, the 100 of prompt tuning {steps['pt']} (`{record['command']}`,"
-    assert said in text
+    ept = f"EPT with 40 prompt tokens ({size['ept']} parameters) takes {step['ept']} ms"
+    pt = f"prompt tuning with 100 tokens ({size['pt']} parameters) {step['pt']} ms (`{record['command']}`,"
+    assert f"{ept}, one of {pt}" in text
 
 
 def test_every_plot_of_the_page_is_there() -> None:

@@ -104,7 +104,7 @@ def test_every_option_alone_and_all_together_stand_beside_the_peers_steps(record
     assert rows["all in float32"]["over_alike"] == rows["all in float32"]["over_started"]
     text = everything_text(record.results())
     assert "`training.group_by_length=true` |" in text
-    assert text.startswith("One thread, in time of the processor")
+    assert text.startswith("CPU time of one thread")
     assert not any(line.startswith("| steps/everything") for line in step_table(record.results()).splitlines())
 
 

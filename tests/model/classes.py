@@ -269,22 +269,23 @@ MEANINGS = {
 
 INTRODUCTION = """# Models
 
-A model is asked how it reads its input, nothing is guessed from names. When it is wrapped, a random copy of its class
-and configuration, with few layers and small widths, reads a few tokens as ids and as embeddings, alone and padded on
-either side, with and without rows in front. What agrees is how the model is called (`ept/model/reading.py`); where
-nothing does, wrapping it ends in one sentence. A model of which no copy can be made is asked itself.
+Nothing is guessed from a model's name. Wrapping a model probes how it reads its input: a random copy of its class and
+configuration, with few layers and small widths, reads a few tokens as ids and as embeddings, alone and padded on
+either side, with and without rows in front. The call whose results agree is used (`ept/model/reading.py`). If none
+agrees, wrapping raises a one-sentence error. If no copy can be made, the model itself is probed.
 
 The outputs decide the task: `SEQ_2_SEQ_LM`, `CAUSAL_LM`, `SEQ_CLS`, `TOKEN_CLS`, `QUESTION_ANS`,
-`FEATURE_EXTRACTION`. The last three give outputs for the text's own columns, without the prompt's rows; the answer's
-ends are sought among these, and a pooled output is made of them. `SEQ_CLS` pools what the model pools, the prompt's
-first row in most encoders, as in PEFT.
+`FEATURE_EXTRACTION`. The last three return outputs for the text's own positions, without the prompt's: answer spans
+are searched and pooled outputs computed among these. `SEQ_CLS` pools what the model pools, which in most encoders is
+the prompt's first row, as in PEFT.
 
-Arguments with an entry a token (`token_type_ids`, `bbox`, `langs`, `global_attention_mask`) follow the tokens; others
-that might, images and sounds among them, are refused by name, while the text of such a model is read. A token that a
-model reads by its id alone, as ESM its mask token, is refused where a text holds it. Labels are those of the next
-token: a class that compares them with the prediction at their own place, as BartForCausalLM does, takes none.
+Arguments with one entry per token (`token_type_ids`, `bbox`, `langs`, `global_attention_mask`) follow the tokens.
+Others that might, including images and audio, are refused by name, but the text of such a model is read. A token that
+a model recognises by its id alone, such as ESM's mask token, is refused if a text contains it. Labels are those of
+the next token: a class that compares them with the prediction at the same position, such as BartForCausalLM, accepts
+none.
 
-`make models` tries every text class that transformers exports, here {version}, at a tiny random size, and draws this
+`make models` tries every text class that transformers exports, here {version}, at a tiny random size, and writes this
 page: {totals}.
 """
 

@@ -1,4 +1,4 @@
-"""The page of all configuration keys, from the configuration's own docstrings: `make config-page` writes it anew."""
+"""The page of all configuration keys, from the configuration's own docstrings: `make config-page` regenerates it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ept.runs.config_text import expected
 PAGE = ROOT / "docs" / "configuration.md"
 HEAD = """# Configuration keys
 
-`make config-page` writes this page from the docstrings in `ept/runs/config.py` and `ept/compare/config.py`.
+`make config-page` generates this page from the docstrings in `ept/runs/config.py` and `ept/compare/config.py`.
 
-A run is configured by a YAML file (`--config FILE.yaml`) with these sections, by `--set section.key=value`, which comes
-after the file, and by the options of a command, which come last. `ept train --print-config` shows all keys with their
-values. An unknown key is refused with the nearest known one.
+A run is configured by a YAML file (`--config FILE.yaml`) with these sections. `--set section.key=value` overrides the
+file, and the options of a command override both. `ept train --print-config` shows all keys with their values. An
+unknown key is refused, and the error names the nearest known one.
 """
 
 

@@ -14,11 +14,12 @@ from ept import EPTConfig
 from ept.compare.config import ComparisonConfig
 
 README = Path(__file__).parents[2] / "README.md"
+METHOD = README.parent / "docs" / "method.md"
 PEFTS = {"task_type", "modules_to_save"}  # fields of every adapter that the table has as well
 
 
-def test_readme_lists_every_field_of_the_configuration_with_its_default():
-    section = README.read_text(encoding="utf-8").split("\n## `EPTConfig`\n")[1].split("\n## ")[0]
+def test_the_page_of_the_method_lists_every_field_of_the_configuration_with_its_default():
+    section = METHOD.read_text(encoding="utf-8").split("\n## `EPTConfig`\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \|", section, flags=re.MULTILINE)
     names = {*EPTConfig.__annotations__, *PEFTS}
     defaults = {field.name: field.default for field in dataclasses.fields(EPTConfig) if field.name in names}
