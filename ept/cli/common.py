@@ -96,7 +96,7 @@ def answer(json: bool, value: Any, *shown: Any) -> None:
     from rich.console import Console
 
     if json:
-        shown = (json_format.dumps(value, indent=2, ensure_ascii=False),)
+        shown = (json_format.dumps(value, indent=2, ensure_ascii=False, default=str),)  # dates of a Parquet file
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(width=FILE_WIDTH)

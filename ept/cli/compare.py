@@ -100,7 +100,8 @@ def compare(
         try:
             records = carry_out(comparison, report=lambda line: typer.echo(line, err=True))
         except KeyboardInterrupt as stop:
-            typer.echo(f"{stop}\nthe same command again continues the comparison", err=True)
+            said = (str(stop), "the same command again continues the comparison")
+            typer.echo("\n".join(filter(None, said)), err=True)
             raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
         settings = summarise(records)
         folder = Path(str(comparison.output_dir))

@@ -46,11 +46,13 @@ def export(
         from ept.model.adapter_files import CONFIG_NAME
         from ept.model.export import EMBEDS_NAME, INFO_NAME, TENSORS_NAME, FoldedAdapter, write_embeds, write_folded
         from ept.runs.exporting import TOKENS_NAME, base_of, embed_texts, texts_of, write_as_tokens
+        from ept.runs.failures import check_writable
         from ept.runs.folder import RunFolder
         from ept.runs.loading import load_tokenizer
         from ept.runs.predict import trained_run
         from ept.tasks.encoding import encode_texts
 
+        check_writable(RunFolder(output))
         names = (TOKENS_NAME, "config.json") if as_tokens else (TENSORS_NAME, INFO_NAME, EMBEDS_NAME)
         there = [name for name in names if (output / name).exists()]
         if there and not overwrite:

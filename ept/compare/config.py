@@ -81,6 +81,8 @@ class CompareConfig(Section):
                 raise ValueError(f"unknown sweep {name!r}: did you mean {near!r}? Known: {', '.join(SWEPT)}")
             if not points:
                 raise ValueError(f"compare.sweep.{name} is empty: give at least one value")
+            if None in points:
+                raise ValueError(f"compare.sweep.{name} holds null: give a value in its place, or leave it out")
             _check_once(f"sweep.{name}", points)
         return self
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runs.method_table import METHODS
-from ..utils.plots import plot
+from ..utils.plots import name_ticks, plot
 from .published import published_scores
 from .tables import Interval, MethodSummary, Setting, seed_means
 
@@ -126,7 +126,7 @@ def methods_by_model(settings: Sequence[Setting], file: Path) -> None:
             heights, reach = _bars([mean for _, _, mean in found])
             _, style = _style(name)
             axes.bar([group + aside for group, _, _ in found], heights, width, yerr=reach, capsize=3, **style)
-        axes.set_xticks(range(len(settings)), [Path(str(setting.value)).name for setting in settings])
+        name_ticks(axes.xaxis, [Path(str(setting.value)).name for setting in settings])
         axes.set_xlabel("base model")
 
 

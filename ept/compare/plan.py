@@ -155,13 +155,17 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
 
     Raises:
         ValueError: a launcher has started more than one process.
+        OSError: the output folder can be neither written nor made.
     """
     if world_size() > 1:
         raise ValueError(
             "`ept compare` is one process, and a launcher has started several: start it alone; "
             "--jobs N carries runs out side by side"
         )
-    outcomes: dict[Path, Outcome] = {}
+    from ..runs.failures import check_writable  # and with it torch, which a plan does not need
+
+    searched, outcomes = plan(config), dict[Path, Outcome]()
+    check_writable(RunFolder(Path(str(config.output_dir))))
 
     def carry_out(runs: list[PlannedRun]) -> None:
         check_rows(runs)
@@ -178,7 +182,6 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
             outcomes[outcome.folder] = outcome
             report(f"[{number}/{len(waiting)}] {waiting[outcome.folder].description}: {outcome.summary}")
 
-    searched = plan(config)
     carry_out(searched)
     best = best_rates(searched, outcomes)
     rest = plan(config, [seed for seed in config.compare.seeds if seed not in search_seeds(config)])

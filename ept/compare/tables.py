@@ -281,18 +281,26 @@ def _finished(records: Sequence[Record]) -> list[dict[str, Any]]:
     return [record.outcome.results for record in records if record.outcome.results]
 
 
+def _each_once(records: Sequence[Record], name: str) -> list[dict[str, Any]]:
+    """Lists the versions or the machines of the runs: several where a comparison was continued with others."""
+    found = [results[name] for results in _finished(records)]
+    return [one for place, one in enumerate(found) if one not in found[:place]]
+
+
 def markdown(records: Sequence[Record], settings: Sequence[Setting], command: str) -> str:
     """Writes the whole comparison as one page."""
     about = "No run has finished."
-    if found := _finished(records):
-        versions = ", ".join(f"{name} {version}" for name, version in found[-1]["versions"].items() if version)
-        machine = ", ".join(f"{name} {value}" for name, value in found[-1]["hardware"].items() if value)
+    if _finished(records):
+        versions, machines = (
+            "; ".join(", ".join(f"{name} {value}" for name, value in one.items() if value) for one in each)
+            for each in (_each_once(records, "versions"), _each_once(records, "hardware"))
+        )
         seeds = ", ".join(map(str, dict.fromkeys(record.run.seed for record in records)))
         about = (
             f"Scores are the task's first metric on the test split in percent, mean ± half of the 95 % interval (t) "
             f"over the seeds {seeds}, all that finished; of a single run (rows) that of its test rows. `one answer` "
             f"counts the runs that gave one answer to all rows. Learning rates are chosen on the validation split. The "
-            f"step time is a median and includes no evaluation. Versions: {versions}. Machine: {machine}."
+            f"step time is a median and includes no evaluation. Versions: {versions}. Machine: {machines}."
         )
     parts = ["# Comparison", f"```sh\n{command}\n```", about]
     for setting in settings:

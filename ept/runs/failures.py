@@ -39,7 +39,7 @@ def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        checkpoint = folder.last_checkpoint()
+        checkpoint = None if folder.holds_other else folder.last_checkpoint()
         left = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
         going_on = "; --resume continues from there" if checkpoint else ""
         if isinstance(error, FloatingPointError):  # which would come again

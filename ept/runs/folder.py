@@ -54,6 +54,7 @@ class RunFolder:
         self.confusion = path / "confusion.png"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.holds_other = False  # True while the run in it, if there is one, is not the one that is being started
 
     def holds_run(self) -> bool:
         return any(path.exists() for path in (self.config, self.metrics, self.adapter, self.results, self.checkpoints))

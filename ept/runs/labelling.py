@@ -13,6 +13,8 @@ from ..tasks.rows import BlankText, with_all_columns
 from ..tasks.template import template_end
 from ..utils.files import write_atomically
 from ..utils.tables import csv_text
+from .failures import check_writable
+from .folder import RunFolder
 from .predict import Predictor
 
 PREDICTION = "prediction"
@@ -162,5 +164,8 @@ def check_output(file: Path) -> None:
     """Refuses a file that cannot be written as, before any work is done."""
     if file.suffix.lower() not in WRITERS:
         raise ValueError(f"{file}: unsupported suffix {file.suffix!r}: use one of {', '.join(WRITERS)}")
-    if not file.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{file}: there is no folder {file.absolute().parent}: make it first")
+    if not (folder := file.absolute().parent).is_dir():
+        raise FileNotFoundError(f"{file}: there is no folder {folder}: make it first")
+    if file.is_dir():
+        raise FileExistsError(f"{file} is a folder: give another file")
+    check_writable(RunFolder(folder))

@@ -13,10 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..tasks import TaskData
-from ..tasks.metrics import metric_name
+from ..tasks.metrics import CORRELATIONS, metric_name
 from ..tasks.rows import ROW
 from ..utils.files import write_atomically
-from ..utils.plots import plot
+from ..utils.plots import name_ticks, plot
 from ..utils.tables import markdown, properties, table
 from .evaluation import Evaluation
 from .folder import RunFolder
@@ -24,6 +24,7 @@ from .method_table import METHODS
 from .text_answers import TextEvaluation
 
 MAX_MATRIX = 30  # labels of a confusion matrix that can still be read
+_RANGES = {**dict.fromkeys((*CORRELATIONS, "matthews_correlation"), "-1..1"), "r2": "at most 1"}  # of the others 0..1
 
 
 def write_report(
@@ -94,15 +95,11 @@ def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: 
             marker="o",
             label=f"{_named(results, metric)} on validation, best {best:.3f}",
         )
-        label = f"majority class on test {results['majority']:.3f}"
+        label = f"commonest answer on test {results['majority']:.3f}"
         lower.axhline(results["majority"], color="tab:gray", linestyle="--", label=label)
         label = "on test, before and after" if len(test) > 1 else "on test"
         lower.scatter(*zip(*test), color="tab:red", marker="*", s=120, zorder=3, label=label)
-        lower.set_ylabel(
-            f"{_named(results, metric)} (fraction)"
-            if metric != "matthews_correlation"
-            else "Matthews correlation (-1..1)"
-        )
+        lower.set_ylabel(f"{_named(results, metric)} ({_RANGES.get(metric, 'fraction')})")
         lower.set_xlabel("optimiser step")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))
         lower.margins(y=0.15)
@@ -117,8 +114,8 @@ def confusion_matrix(results: dict[str, Any], evaluation: Evaluation, file: Path
     title = f"{METHODS[results['method']].title} on {results['task']}: answers on test"
     with plot(file, title, width=size + 1, height=size, grid=False) as (axes,):
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        axes.set_xticks(range(len(columns)), columns, rotation=30 if max(map(len, columns)) > 8 else 0)
-        axes.set_yticks(range(len(rows)), rows)
+        name_ticks(axes.xaxis, columns)
+        name_ticks(axes.yaxis, rows)
         axes.set_xlabel("answer")
         axes.set_ylabel("label")
         for row, column in np.ndindex(shares.shape):
@@ -141,7 +138,7 @@ def _properties(results: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     if results["score_before"] is not None:
         rows.append((f"{shown} before training", f"{results['score_before']:.4f}"))
-    rows += [(f"{shown} after training", f"{results['score']:.4f}"), ("majority class", f"{results['majority']:.4f}")]
+    rows += [(f"{shown} after training", f"{results['score']:.4f}"), ("commonest answer", f"{results['majority']:.4f}")]
     for name, value in results["test_metrics"].items():
         if name != metric and (name != "unparsable" or value > 0):
             rows.append((_named(results, name), f"{value:.4f}"))

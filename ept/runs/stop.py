@@ -99,7 +99,7 @@ class StopSignals(TrainerCallback):
         self.received = number
 
     def _message(self, number: int) -> str:
-        if not self.folder.holds_run():
+        if self.folder.holds_other or not self.folder.holds_run():
             return f"stopped by {NAMES[number]}: nothing has been written"
         return (
             f"stopped by {NAMES[number]}: {self.resume_command()} continues from the last checkpoint, or from the start"

@@ -135,6 +135,7 @@ def train(
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"{key} needs the package {package}: pip install {package}, or leave it out")
     folder, processes, rows = RunFolder(Path(config.output_dir)), join(), OwnRows()
+    folder.holds_other = not resume
     with StopSignals(folder, processes) as signals, with_advice(config, folder):
         processes.from_rank_zero(lambda: check_writable(folder))
         config = processes.from_rank_zero(lambda: with_data(config, rows))
@@ -164,6 +165,7 @@ def _train(
     if processes.is_rank_zero:
         on_ready(run)
     more = resume and processes.from_rank_zero(lambda: folder.wants_more_steps(config))
+    folder.holds_other = False
     checkpoint = processes.from_rank_zero(lambda: folder.begin(config, resume))
     if processes.is_rank_zero:
         write_atomically(folder.splits, json.dumps(drawn) + "\n")

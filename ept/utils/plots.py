@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .files import write_atomically
 
+logger = logging.getLogger(__name__)
 
-@contextmanager
+LINE, LINES = 24, 3  # of a name beside an axis: the signs of a line, and its most lines
+
+
+@contextlib.contextmanager
 def plot(
     file: Path,
     title: str = "",
@@ -58,11 +64,44 @@ def plot(
         style: dict[str, Any] = {"ncols": legend_columns if legend == "below" else 1, "frameon": False}
         figure.legend(labelled.values(), labelled, loc=places[legend], fontsize="small", **style)
     _show_as_written(figure)
+    _take_fonts(figure)
     file.parent.mkdir(parents=True, exist_ok=True)
     # "tight" grows the picture where a label or the legend would be cut off. Without the software's version two
     # machines write the same bytes.
     options: dict[str, Any] = {"dpi": dpi, "bbox_inches": "tight", "metadata": {"Software": None}}
-    write_atomically(file, lambda path: figure.savefig(path, format="png", **options))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # `_take_fonts` has said so
+        write_atomically(file, lambda path: figure.savefig(path, format="png", **options))
+
+
+def name_ticks(axis: Any, names: Sequence[str]) -> None:
+    """Puts names at 0, 1, … of an axis: long ones in several lines, the longest cut, and aslant below an x axis."""
+    wrapped = [textwrap.wrap(name, LINE, max_lines=LINES, placeholder=" …") for name in names]
+    axis.set_ticks(range(len(names)), ["\n".join(lines) for lines in wrapped])
+    if axis.axis_name == "x" and max((len(line) for lines in wrapped for line in lines), default=0) > 8:
+        for label in axis.get_ticklabels():
+            label.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
+
+
+def _take_fonts(figure: Any) -> None:
+    """Lets signs that the usual font has not, such as Chinese ones, be taken from other installed fonts."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+    from matplotlib.text import Text
+
+    texts = figure.findobj(Text)
+    signs = {ord(sign) for text in texts for sign in text.get_text() if not sign.isspace()}
+    missing = signs - get_font(findfont(FontProperties())).get_charmap().keys()
+    families = []
+    for font in fontManager.ttflist if missing else ():
+        with contextlib.suppress(OSError, RuntimeError):  # a file that is gone, or no font that can be drawn with
+            found = missing & get_font(font.fname).get_charmap().keys()
+            if found and "Last Resort" not in font.name:  # which has a box for every sign
+                missing -= found
+                families.append(font.name)
+    for text in texts if families else ():
+        text.set_fontfamily(["sans-serif", *families])
+    if missing:
+        logger.warning("no installed font has %s, which the figures show as boxes: install one", chr(min(missing)))
 
 
 def _show_as_written(figure: Any) -> None:

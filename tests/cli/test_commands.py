@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -241,6 +242,31 @@ def test_bad_input_to_evaluate_and_predict(runs: dict[str, Path], tmp_path: Path
     assert "has a column 'prediction' already" in refused("predict", run, "--file", taken)
     long = " ".join([GOOD] * 5)
     assert "text, row 1: the text has" in refused("predict", run, long, "--set", "data.on_too_long=error")
+
+
+@pytest.mark.parametrize("arguments", [
+    ("train", "glue/sst2", "--model", "m"),
+    ("compare", "glue/sst2", "--model", "m"),
+    ("predict", "run", GOOD),
+    ("export", "run"),
+    ("profile", "--shape", "t5-small"),
+], ids=lambda arguments: arguments[0])  # fmt: skip
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests may run as root, whom permissions do not stop."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, *how: Path(path) != tmp_path and access(path, *how))
+    result = ept(*arguments, "--output", tmp_path / "out.csv")
+    assert f"{tmp_path} is not writable: give this user the right to write there" in result.stderr
+    assert result.exit_code == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_json_of_what_json_has_no_form_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """A Parquet file's dates, say, in the rows that `predict` gives back."""
+    answer(True, [{"day": datetime.date(2026, 1, 2)}])
+    assert json.loads(capsys.readouterr().out) == [{"day": "2026-01-02"}]
 
 
 def test_a_damaged_adapter_or_none_cannot_be_evaluated(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def test_a_part_of_the_methods_runs_with_the_same_file():
     ("compare.sweep={1: [2]}", "compare.sweep: expected a mapping to lists of values"),
     ("compare.sweep={k_shots: [1]}", "unknown sweep 'k_shots': did you mean 'k_shot'"),
     ("compare.sweep={r: []}", "compare.sweep.r is empty"),
+    ("compare.sweep={k_shot: [16, null]}", "compare.sweep.k_shot holds null: give a value"),
     ("compare.executor=slurm", "compare.executor: expected one of local, ray"),
     ("compare.cpus_per_run=0", "must be greater than 0, got 0"),
     ("compare.seed=[1]", "unknown key compare.seed: did you mean compare.seeds"),

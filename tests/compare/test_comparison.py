@@ -226,6 +226,12 @@ def test_page_and_csv(records, tmp_path):
     assert lines[0]["low_rank_learning_rate"] == ""  # prompt tuning has nothing else
 
 
+def test_a_comparison_that_was_continued_elsewhere_names_all_versions_and_machines(records):
+    records[1].outcome.results.update(versions={"torch": "10.0"}, hardware={"cores": 64})
+    page = markdown(records, summarise(records), "")
+    assert "Versions: torch 9.9; torch 10.0. Machine: cores 2; cores 64." in page
+
+
 def test_memory_of_a_process_is_not_that_of_a_run(tmp_path):
     runs = [record(tmp_path, "pt", seed, 0.6) for seed in (0, 1)]
     for run, kind in zip(runs, ("cuda allocated", peak_memory()[1])):

@@ -75,7 +75,7 @@ def test_f1_names_its_positive_label():
     sizes = {"trainable_parameters": 1, "stored_parameters": 1, "peak_memory_bytes": 1, "peak_memory_kind": "ram"}
     times = {"train_seconds": 1.0, "step_time_ms": None, "truncation_rate": {"train": 0, "test": 0}}
     shown = [name for name, _ in report._properties({**results, **numbers, **sizes, **times})]
-    assert shown[:4] == ["f1 of 'yes' before training", "f1 of 'yes' after training", "majority class", "accuracy"]
+    assert shown[:4] == ["f1 of 'yes' before training", "f1 of 'yes' after training", "commonest answer", "accuracy"]
 
 
 def test_shuffled_labels_are_no_better_than_the_majority():

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from pathlib import Path
 
 import matplotlib.image
 import pytest
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.text import Text
 from rich.console import Console
 
-from ept.utils.plots import plot
+from ept.utils.plots import name_ticks, plot
 from ept.utils.tables import csv_text, markdown, properties, table
 
 HEADER, ROWS = ("method", "s"), [("a|b", "1"), ("prompt tuning", "100")]
@@ -83,6 +85,41 @@ def test_a_users_text_is_never_read_as_a_formula(tmp_path: Path, text: str) -> N
     figure = axes.figure
     assert sum(found.get_text() == text for found in figure.findobj(Text)) >= 8
     assert {found._preprocess_math(text) for found in figure.findobj(Text)} == {(text, False)}
+
+
+LONG = "The customer is {} with the delivery, the price and the colour of the product"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("names", [
+    ["no", "yes"], [LONG.format("unhappy"), LONG.format("happy")], [f"number_{i}_of_the_labels" for i in range(30)],
+], ids=["short", "phrases", "many"])  # fmt: skip
+def test_names_leave_room_for_the_plot(tmp_path: Path, names: list[str]) -> None:
+    size = 1.5 + 0.6 * len(names)
+    with plot(tmp_path / "plot.png", width=size + 2, height=size + 1, grid=False) as (axes,):
+        axes.imshow([[0] * len(names)] * len(names))
+        name_ticks(axes.xaxis, names)
+        name_ticks(axes.yaxis, names)
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(upper.y0 >= lower.y1 for upper, lower in itertools.pairwise(boxes))
+    assert axes.get_window_extent().width > 0.3 * axes.figure.bbox.width
+
+
+@pytest.mark.filterwarnings("error")
+def test_signs_come_from_another_font_or_are_said_to_be_in_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual, other = (get_font(findfont(FontProperties(name))).get_charmap() for name in (None, "STIXGeneral"))
+    sign = chr(min(other.keys() - usual.keys()))
+    with plot(tmp_path / "plot.png", sign) as (axes,):
+        pass
+    assert len(axes.figure._suptitle.get_fontfamily()) == 2
+    assert not caplog.messages
+    monkeypatch.setattr(fontManager, "ttflist", [])
+    with plot(tmp_path / "plot.png", sign):
+        pass
+    (message,) = caplog.messages
+    assert message == f"no installed font has {sign}, which the figures show as boxes: install one"
 
 
 def test_numbers_of_a_logarithmic_axis_have_exponents(tmp_path: Path) -> None:

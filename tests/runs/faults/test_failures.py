@@ -231,6 +231,14 @@ def test_errors_of_libraries_come_with_advice(
     assert found.value.__cause__ is not None
 
 
+def test_a_checkpoint_of_a_run_that_is_to_be_replaced_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunFolder, "last_checkpoint", lambda folder: SAVING)
+    folder = RunFolder(RUN)
+    folder.holds_other = True
+    with pytest.raises(MemoryError, match=r"There is no checkpoint yet$"), with_advice(RunConfig(), folder):
+        raise MemoryError
+
+
 def test_an_error_of_the_device_while_a_checkpoint_is_saved_is_not_the_disks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RunFolder, "unfinished_checkpoint", lambda folder: SAVING)
     error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

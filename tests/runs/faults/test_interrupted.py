@@ -8,7 +8,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from transformers import TrainerControl, TrainerState
 from typer.testing import CliRunner
 
 from ept.cli.main import app
+from ept.runs.config import RunConfig
 from ept.runs.folder import RunFolder
 from ept.runs.processes import Processes
 from ept.runs.stop import Interrupted, StopSignals
+from ept.runs.train import train
 
+Configure = Callable[..., RunConfig]
 STOPPED = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("Ctrl-C", 130)}
 
 
@@ -205,6 +208,16 @@ def test_away_from_the_steps_a_signal_stops_at_once(folder: RunFolder) -> None:
     resume = f"`ept train --resume --output {folder.path}` continues from the last checkpoint, or from the start"
     with pytest.raises(Interrupted, match=re.escape(f"stopped by Ctrl-C: {resume}")):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_that_is_not_replaced_yet_is_not_offered(configure: Configure) -> None:
+    """It is another one, which to continue is not what was asked for."""
+    config = configure("bert")
+    folder = RunFolder(Path(str(config.output_dir)))
+    folder.path.mkdir()
+    folder.config.touch()
+    with pytest.raises(Interrupted, match="stopped by Ctrl-C: nothing has been written"):
+        train(config, overwrite=True, on_ready=lambda run: signal.raise_signal(signal.SIGINT))
 
 
 def test_a_signal_after_the_last_step_is_not_lost(signals: StopSignals) -> None:
