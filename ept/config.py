@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
@@ -262,7 +263,8 @@ class EPTConfig(PromptLearningConfig):
         Raises:
             ValueError: no such configuration fits; the message names the smallest budget that would do.
         """
-        d = model_or_d if isinstance(model_or_d, int) else embedding_width(model_or_d.get_input_embeddings())
+        is_model = hasattr(model_or_d, "get_input_embeddings")
+        d = embedding_width(model_or_d.get_input_embeddings()) if is_model else operator.index(model_or_d)
         return best_config(cls, d, max_length, budget, method, kind, fields)
 
     def parameter_count(self, d: int) -> int:
