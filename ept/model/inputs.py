@@ -284,6 +284,7 @@ def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: b
     counted = is_label.sum().to(loss.device)
     other = auxiliary * output["aux_loss"].to(loss.device) if output.get("aux_loss") is not None else 0.0
     mean = torch.where(counted > 0, loss - other, 0.0)  # a mean over no label is NaN
+    num_items = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)  # nor is 0/0 a share
     output["loss"] = mean * (counted / num_items) + other
 
 
