@@ -403,7 +403,8 @@ class EPTModel(ModelWithAdapters):
             s = inputs["inputs_embeds"].shape[1] - n
             if use_prompt_cache:
                 offset = self._facts.position_offset or 0
-                made = cached_prompt(self._prompt_caches, self.active_adapter, base, inputs, s, offset)
+                caches, embeds = self._prompt_caches, inputs["inputs_embeds"]
+                made = cached_prompt(caches, self.active_adapter, base, embeds, s, offset, options)
                 inputs[cache_name(self._facts)] = made
             choose_positions(inputs, self._facts, base, mask)
             longest = n if mask is None else int(mask.bool().sum(1).max())
