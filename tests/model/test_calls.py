@@ -220,10 +220,22 @@ def test_weights_of_another_shape_are_refused(change):
         del state["prompt"]
     before = model.prompt_encoder["default"].prompt.detach().clone()
     with pytest.raises(
-        ValueError, match=r"prompt is (\[\d, 32\]|missing) in the state, of the adapter it is \[5, 32\]"
+        ValueError, match=r"prompt is (\[\d, 32\]|missing) in the state and \[5, 32\] in the adapter: load its own"
     ):
         set_peft_model_state_dict(model, state)
     assert torch.equal(model.prompt_encoder["default"].prompt, before)
+
+
+@pytest.mark.parametrize("name", ["B", "embedding_scale"])
+def test_a_state_that_lacks_one_weight_changes_none(name):
+    model = adapted("llama")
+    before = get_peft_model_state_dict(model)
+    before = {key: value.detach().clone() for key, value in before.items()}
+    state = {key: value + 1 for key, value in before.items() if key != name}
+    with pytest.raises(ValueError, match=f"{name} is missing in the state"):
+        set_peft_model_state_dict(model, state)
+    for key, value in get_peft_model_state_dict(model).items():
+        assert torch.equal(value, before[key]), key
 
 
 @pytest.mark.parametrize("form", ["fewer parts", "folded"])
@@ -233,7 +245,9 @@ def test_weights_that_the_adapter_does_not_have_are_refused(form):
     if form == "folded":
         other.fold()
     before = other(torch.tensor([[5, 6, 7]])).logits
-    with pytest.raises(ValueError, match=r"the state holds .*D.*, which the adapter has not: load its own weights"):
+    with pytest.raises(
+        ValueError, match=r"the state holds .*D.*, which the adapter does not have: load its own weights"
+    ):
         set_peft_model_state_dict(other, state)
     assert torch.equal(other(torch.tensor([[5, 6, 7]])).logits, before)
 
