@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,16 +133,22 @@ class Predictor:
             steps = with_lines(batches, progress or "scoring", console)
         elif self.processes.is_rank_zero and progress is not None:
             steps = track(batches, progress, console=console, transient=True)
+        with self._evaluating():
+            for batch in steps:
+                own.update(zip(batch, function([encoded[index] for index in batch])))
+        found = {index: answer for part in self.processes.gather(own) for index, answer in part.items()}
+        return [found[index] for index in range(len(encoded))]
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Leaves dropout, gradients and compiled layers out as long as the context lasts."""
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), uncompiled():  # evaluation has shapes of its own, each of which would be compiled
-                for batch in steps:
-                    own.update(zip(batch, function([encoded[index] for index in batch])))
+                yield
         finally:
             self.model.train(was_training)
-        found = {index: answer for part in self.processes.gather(own) for index, answer in part.items()}
-        return [found[index] for index in range(len(encoded))]
 
     def predict_batch(self, inputs: Sequence[list[int]]) -> list[Answer]:
         """Answers a few texts in one go."""
@@ -214,7 +221,7 @@ class Predictor:
         collate = Collator(self.task_type, int(self.tokenizer.pad_token_id))
         starts = self.processes.share(range(0, len(encoded), size))
         own, tokens = 0.0, 0
-        with torch.no_grad(), uncompiled():
+        with self._evaluating():
             for start in starts:
                 batch = collate(encoded.select(range(start, min(start + size, len(encoded)))).to_list())
                 count = int((batch["labels"] != IGNORE).sum())
