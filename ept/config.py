@@ -33,9 +33,11 @@ PEFT_TYPE = _Type.EPT
 # Beyond these no adapter can be meant; they keep what is computed from a stranger's configuration finite.
 MAX_SIZE, MAX_SEED = 2**31 - 1, 2**63 - 1
 
+TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
 # The fields' values, for `__post_init__`.
 _CHOICES = {
-    "task_type": ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+    "task_type": TASK_TYPES,
     "space_activation": tuple(ACTIVATIONS),
     "space_gate": ("learned", "uniform"),
     "update": ("position", "token"),

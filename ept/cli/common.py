@@ -104,11 +104,6 @@ def answer(json: bool, value: Any, *shown: Any) -> None:
         typer.echo(part) if isinstance(part, str) else console.print(part)
 
 
-def shares(values: Mapping[str, float]) -> str:
-    """Writes fractions as percentages, each after its name."""
-    return ", ".join(f"{name} {share:.1%}" for name, share in values.items())
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps standard output for the answer: what libraries print goes to standard error, their chatter nowhere."""
