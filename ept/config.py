@@ -92,7 +92,7 @@ class EPTConfig(PromptLearningConfig):
     )
     prompt_rank: int = _option(
         0,
-        "Makes the prompt of a mixture of so many frozen random rows, of which the weights are learned (ULPT); 0: not.",
+        "Makes the prompt of mixtures of this many frozen random rows, whose weights are learned (ULPT); 0 for none.",
     )
     prompt_scale_shift: bool = _option(False, "Multiplies the prompt by a learned row and adds another one (ULPT).")
     residual_dim: int = _option(
@@ -129,7 +129,7 @@ class EPTConfig(PromptLearningConfig):
         None, "The text template of the task it was trained for, for those who use it; nothing is computed with it."
     )
     label_words: list[str] | None = field(
-        default=None, metadata={"help": "The words of the task's labels in their order, likewise."}
+        default=None, metadata={"help": "The words of the task's labels in their order, for those who use them."}
     )
     base_dropout: bool = _option(False, "Leaves the frozen model's dropout on while training; off is more accurate.")
     seed: int = _option(0, "Seed of the initialisation, the same on every device.")
@@ -184,13 +184,16 @@ class EPTConfig(PromptLearningConfig):
         if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise TypeError(f"label_words must be a list of texts, got {shown(words)}")
         if not isinstance(self.prompt_tuning_init_text, (str, type(None))):
-            raise ValueError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} is no text: give one string")
+            raise ValueError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} is not text: give one string")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
             raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
         if self.lowrank_init == "svd" and self.alpha <= 0:
             raise ValueError(f"lowrank_init='svd' needs an alpha above 0, got {shown(self.alpha)}")
         if self.lowrank_init != "uniform" and self.updates_by_token:
-            raise ValueError(f"lowrank_init='{self.lowrank_init}' is of an update by position: there is none to start")
+            raise ValueError(
+                f"lowrank_init='{self.lowrank_init}' is a start for an update by position, not by token: leave it "
+                "out, or set update='position'"
+            )
         if self.tokenizer_kwargs is not None and (
             not isinstance(self.tokenizer_kwargs, dict) or not all(isinstance(k, str) for k in self.tokenizer_kwargs)
         ):
@@ -259,7 +262,7 @@ class EPTConfig(PromptLearningConfig):
             budget: number of parameters; heads in `modules_to_save` are not counted.
             method: `"ept"`, `"dept"`, `"pt"`, `"ulpt"`, `"adept"` or `"residual"`.
             kind: what the budget is of: `"trained"` counts the parameters while they are learned, `"stored"` what a
-                saved adapter has to hold (see `stored_count`), of which the spaces are no part.
+                saved adapter has to hold (see `stored_count`), which leaves out the spaces.
             fields: other fields of the configuration, kept as they are.
 
         Raises:
@@ -322,7 +325,6 @@ class EPTConfig(PromptLearningConfig):
         return self.fusion_score_scale if self.fusion_score_scale is not None else 1 / math.sqrt(self.fusion_dim or d)
 
 
-# What tells, beside the parameters, how an adapter answers: two that differ here cannot take each other's place.
 _START = (
     "lowrank_init",
     "prompt_tuning_init",
@@ -331,11 +333,12 @@ _START = (
     "tokenizer_kwargs",
     "seed",
 )
-# The scale that is used is saved with the parameters.
+# These do not change how a trained adapter answers; the scale that is used is saved with its parameters.
 _OTHER = (*_START, "template", "label_words", "base_dropout", "embedding_scale")
+# These do: two adapters that differ in one of them cannot take each other's place.
 OUTPUT_FIELDS = [f.name for f in fields(EPTConfig) if f.name in EPTConfig.__annotations__ and f.name not in _OTHER]
 
-# So that `PeftConfig.from_pretrained` knows saved adapters; PEFT's enumeration of types is closed, its mapping not.
+# `PeftConfig.from_pretrained` is to know saved adapters; PEFT's enumeration of types is closed, its mapping not.
 if (known := PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)) is not None and known.__module__ != __name__:
     warnings.warn(f"replacing another registration of the adapter type {PEFT_TYPE}: {known}", stacklevel=2)
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = EPTConfig

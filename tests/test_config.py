@@ -132,7 +132,10 @@ def test_impossible_budget_names_the_smallest():
         ({"prompt_tuning_init": "ZERO"}, "prompt_tuning_init must be one of SAMPLE_VOCAB"),
         ({"prompt_tuning_init": "TEXT"}, "needs prompt_tuning_init_text"),
         ({"task_type": "MULTIPLE_CHOICE"}, "task_type must be one of SEQ_2_SEQ_LM"),
-        ({"update": "token", "lowrank_init": "svd"}, "lowrank_init='svd' is of an update by position"),
+        (
+            {"update": "token", "lowrank_init": "svd"},
+            "lowrank_init='svd' is a start for an update by position, not by token",
+        ),
     ],
     ids=str,
 )

@@ -42,7 +42,7 @@ class CompareConfig(Section):
     low_rank_learning_rates: Rates = None
     """Of all other parameters, crossed with the former. A method without any has none."""
     learning_rate_seeds: Count | None = None
-    """Search the rates with the first so many seeds, and run the other seeds at the best. None: with all."""
+    """Search the rates with the first seeds, this many, and run the other seeds at the best. None: search with all."""
     sweep: dict[str, list[Any]] = Field(default_factory=dict)
     """One setting varied at a time around the rest of the configuration."""
     executor: Literal["local", "ray"] = "local"

@@ -289,7 +289,7 @@ def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: b
 
 
 def contiguously(logits_to_keep: Tensor | int, inputs_embeds: Tensor | None) -> Tensor | int:
-    """Makes the last so many positions an index on a CPU, where transformers would take a slice of the hidden states.
+    """Turns a number of last positions into their index on a CPU, where transformers would slice the hidden states.
 
     The slice is not contiguous, and for the product with a frozen head torch then copies the head once for every row
     of the batch, in both directions (`should_fold` in its matmul).

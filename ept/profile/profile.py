@@ -51,7 +51,7 @@ class ProfileConfig:
     fast_frozen: bool = True
     shared_prompt: bool | None = None  # a decoder's prompt is read once a batch by our methods, as in `ept train`
     attn_implementation: str | None = None  # None: that of `ept train`, which is recorded
-    layers: int | None = None  # keeps only so many layers of a shape
+    layers: int | None = None  # how many of a shape's layers to keep, the first ones; None: all
     methods: tuple[str, ...] = USUAL_METHODS  # `name` or `name:num_virtual_tokens`
     batch: int = 8  # rows
     length: int = 128  # text tokens of a row at most: max_length of the adapters

@@ -147,7 +147,7 @@ class DataConfig(Section):
     """Take the labels for classes or for numbers. None: whole numbers are classes up to 20 different ones, more and
     all others the numbers of a regression."""
     label_values: list[Number] | None = None
-    """Of a regression, in place of `label_words`: evenly spaced numbers over its range. A language model writes the
+    """For a regression, in place of `label_words`: evenly spaced numbers over its range. A language model writes the
     nearest of them, a classifier gives any number."""
     metric: list[str] | None = None
     """Metrics, the first of which decides the best checkpoint. None: accuracy, with `f1_macro` beside it where the
@@ -160,13 +160,13 @@ class DataConfig(Section):
     on_too_long: Literal["truncate", "error"] = "truncate"
     """Shorten longer texts, each column's end first where it is the longest, or refuse them."""
     max_train: Count | None = None
-    """Draw at most so many train rows."""
+    """Draw at most this many train rows."""
     max_validation: Count | None = None
-    """Draw at most so many validation rows."""
+    """Draw at most this many validation rows."""
     max_test: Count | None = None
-    """Draw at most so many test rows."""
+    """Draw at most this many test rows."""
     k_shot: Count | None = None
-    """Few-shot: so many train rows in all, as many of each label, drawn with the run's seed."""
+    """Few-shot: this many train rows in all, the same number of each label, drawn with the run's seed."""
 
     @property
     def is_local(self) -> bool:
@@ -206,7 +206,7 @@ class MethodConfig(Section):
     budget: Count | None = None
     """Number of parameters to stay within; the sizes are searched for."""
     budget_kind: Literal["trained", "stored"] = "trained"
-    """What the budget is of: the parameters while they are learned, or what a saved, folded adapter holds."""
+    """Parameters that the budget limits: those that are trained, or those that a saved, folded adapter holds."""
     num_virtual_tokens: Size | None = None
     """Length of the prompt."""
     r: Size | None = None
@@ -220,7 +220,7 @@ class MethodConfig(Section):
     update_scope: Literal["text", "all"] | None = None
     """Let input text alone get the update, or all tokens, generated ones too."""
     prompt_rank: Size | None = None
-    """Make the prompt of so many frozen random rows (ULPT)."""
+    """Make the prompt of mixtures of this many frozen random rows (ULPT)."""
     prompt_scale_shift: bool | None = None
     """Multiply the prompt by a learned row and add another one."""
     residual_dim: Size | None = None
@@ -273,11 +273,12 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: Count = 1
     """Batches whose gradients make one step."""
     learning_rate: NotNegative = 0.05
-    """Of the prompt and of the spaces' `U`, in units of the embeddings' root mean square; of PEFT's methods, of all."""
+    """Rate of the prompt and of the spaces' `U`, in units of the embeddings' root mean square; for PEFT's methods, of
+    all."""
     low_rank_learning_rate: NotNegative = 1e-2
-    """Of the adapter's other parameters (`A`, `B`, β); its maps (`D`, `G`, `W_q`, `W_k`) have it over √d."""
+    """Rate of the adapter's other parameters (`A`, `B`, β); its maps (`D`, `G`, `W_q`, `W_k`) have it over √d."""
     head_learning_rate: NotNegative | None = None
-    """Of a classifier's head. None: 4 over the width of what the head reads, such as 0.005 for a width of 768."""
+    """Rate of a classifier's head. None: 4 over the width of what the head reads, such as 0.005 for a width of 768."""
     weight_decay: NotNegative = 0.0
     """Decay of all trained parameters, as in AdamW."""
     warmup_steps: Size = 0
@@ -288,15 +289,15 @@ class TrainingConfig(Section):
     max_grad_norm: NotNegative = 1.0
     """Largest norm of the gradient; a longer one is scaled down."""
     eval_steps: Count = 100
-    """Evaluate and save every so many steps, and at the end."""
+    """Steps from one evaluation and checkpoint to the next; the last step has both as well."""
     logging_steps: Count = 10
-    """Log the loss every so many steps."""
+    """Steps from one log of the loss to the next."""
     score_before: bool = True
     """Score the untrained adapter on the test split as well."""
     scoring: Literal["generate", "rank"] | None = None
     """How a language model's labels are scored. None: encoder-decoders generate, decoders rank the labels."""
     early_stopping_patience: Count | None = None
-    """Stop after so many evaluations without a better score. None: never."""
+    """Stop after this many evaluations without a better score. None: never."""
     save_total_limit: Count = 2
     """Checkpoints to keep, beside the best and the newest."""
     bf16: bool = False
@@ -304,7 +305,7 @@ class TrainingConfig(Section):
     fp16: bool = False
     """Mixed precision with float16 and a loss scale."""
     gradient_checkpointing: bool = False
-    """Compute the frozen layers once more in the backward pass, and so need less memory."""
+    """Save memory by computing the frozen layers once more in the backward pass."""
     optim: Literal["adamw_torch_fused", "adamw_torch"] = "adamw_torch_fused"
     """AdamW in one kernel for all parameters of a group, or PyTorch's default implementation."""
     label_only_logits: bool = True
@@ -366,7 +367,7 @@ class TrainingConfig(Section):
                 raise ValueError(f"training.lr_scheduler: expected one of {known}, got {self.lr_scheduler!r}")
             if self.warmup_steps and not schedules()[self.lr_scheduler].warms_up:
                 raise ValueError(
-                    f"training.lr_scheduler={self.lr_scheduler} passes over training.warmup_steps={self.warmup_steps}: "
+                    f"training.lr_scheduler={self.lr_scheduler} ignores training.warmup_steps={self.warmup_steps}: "
                     "set it to 0, or take another schedule, such as constant_with_warmup"
                 )
         if self.bf16 and self.fp16:

@@ -37,7 +37,7 @@ from .folder import SPLITS_FILE
 logger = logging.getLogger(__name__)
 
 USUAL_TEXT_METRICS = ("rouge_l", "exact_match")  # of answers in free text, where none are given
-MOST = 0.5  # of the train texts: where so many have unknown tokens, there is a warning
+MOST = 0.5  # share of the train texts above which unknown tokens get a warning
 FILES = {"train_file", "validation_file", "test_file"}
 
 

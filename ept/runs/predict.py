@@ -42,8 +42,9 @@ class Predictor:
     """A model with the tokenizer, labels and limit of its task, ready to predict and to score.
 
     SEQ_CLS takes the head's largest logit. CAUSAL_LM ranks the labels by log-likelihood, summed over their tokens,
-    without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the answer's tokens. Of a regression, a
-    head's output, and an answer that is a number but not one of the labels, counts as the nearest label.
+    without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the answer's tokens. In a regression
+    a head's output, and an encoder-decoder's answer that is a number but not one of the labels, count as the nearest
+    label.
 
     Attributes:
         max_length: the limit of a text in tokens, `data.max_length` or fewer where the model has no room for so many.

@@ -195,7 +195,7 @@ def test_bad_arguments_are_named(tmp_path):
         model(ids, attention_mask={"full_attention": None})
     added = torch.zeros(ids.shape).index_fill(1, torch.tensor([0]), torch.finfo(torch.float32).min)
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match="one that is added to scores: give 1 for real tokens"):
+        with pytest.raises(ValueError, match="negative numbers, as masks that are added to scores do: give 1"):
             call(ids, attention_mask=added)
     for name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
         assert not hasattr(model, name)  # as of PEFT's prompt tuning
@@ -204,7 +204,7 @@ def test_bad_arguments_are_named(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no argument is_trainble: did you mean is_trainable"):
         EPTModel.from_pretrained(make_model("llama"), tmp_path, is_trainble=True)
-    with pytest.raises(ValueError, match=r"prompt_tuning_init_text=\['a'\] is no text"):
+    with pytest.raises(ValueError, match=r"prompt_tuning_init_text=\['a'\] is not text"):
         EPTConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text=["a"])
     config = EPTConfig(**SMALL, prompt_tuning_init="TEXT", prompt_tuning_init_text="a")
     with pytest.raises(ValueError, match="with token 500, the model's embedding has 99 rows"):

@@ -74,7 +74,7 @@ def test_a_warmup_that_a_schedule_would_pass_over_is_refused(name: str, has_warm
     if has_warmup:
         assert load_run_config(None, settings).training.warmup_steps == 5
         return
-    with pytest.raises(ValueError, match=rf"lr_scheduler={name} passes over training\.warmup_steps=5: set it to 0"):
+    with pytest.raises(ValueError, match=rf"lr_scheduler={name} ignores training\.warmup_steps=5: set it to 0"):
         load_run_config(None, settings)
 
 
