@@ -94,8 +94,10 @@ def data_keys(
 
 def encoding_of(set_: list[str] | None) -> str | None:
     """Returns the encoding that `--set data.encoding` names for a file that is not the run's own; else None."""
-    named = [item.partition("=")[2].strip() for item in set_ or [] if item.startswith("data.encoding=")]
-    return named[-1] if named else None
+    from ept.runs.config import RunConfig
+
+    named = [item for item in set_ or [] if item.partition("=")[0].strip() == "data.encoding"]
+    return RunConfig.load(None, named).data.encoding
 
 
 def answer(json: bool, value: Any, *shown: Any) -> None:
