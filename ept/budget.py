@@ -56,8 +56,6 @@ def best_config(
         widths = [fields["space_dim"]]
     else:
         widths = [1, 2, 3, 4, 6, 8, 12, 16] if spaces != [0] and kind == "trained" else [config_class.space_dim]
-    if method == "residual" and kind == "stored":  # its network costs nothing
-        fields.setdefault("residual_dim", RESIDUAL_DIM)
     # The size that takes what the others leave.
     rank = {"ulpt": "prompt_rank", "residual": "residual_dim"}.get(method, "r")
 
@@ -66,7 +64,10 @@ def best_config(
         if rank not in fields:  # the largest that fits, but at least 1
             one, two = (count(_with(config, **{rank: r}), d) for r in (1, 2))
             largest = d if rank == "prompt_rank" else max(budget, 1)  # more rows than d span nothing new
-            setattr(config, rank, min(max((budget - one) // (two - one) + 1, 1), largest))
+            if two > one:
+                setattr(config, rank, min(max((budget - one) // (two - one) + 1, 1), largest))
+            else:  # it costs nothing: folded into a prompt, or there is none
+                setattr(config, rank, RESIDUAL_DIM if rank == "residual_dim" else largest)
         return config
 
     candidates = itertools.starmap(of_sizes, itertools.product(lengths, spaces, widths))

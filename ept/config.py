@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
@@ -32,9 +33,11 @@ PEFT_TYPE = _Type.EPT
 # Beyond these no adapter can be meant; they keep what is computed from a stranger's configuration finite.
 MAX_SIZE, MAX_SEED = 2**31 - 1, 2**63 - 1
 
+TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
 # The fields' values, for `__post_init__`.
 _CHOICES = {
-    "task_type": ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+    "task_type": TASK_TYPES,
     "space_activation": tuple(ACTIVATIONS),
     "space_gate": ("learned", "uniform"),
     "update": ("position", "token"),
@@ -177,13 +180,16 @@ class EPTConfig(PromptLearningConfig):
         if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
             raise TypeError(f"label_words must be a list of texts, got {shown(words)}")
         if not isinstance(self.prompt_tuning_init_text, (str, type(None))):
-            raise ValueError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} is no text: give one string")
+            raise ValueError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} is not text: give one string")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
             raise ValueError("prompt_tuning_init='TEXT' needs prompt_tuning_init_text, a text to start the prompt from")
         if self.lowrank_init == "svd" and self.alpha <= 0:
             raise ValueError(f"lowrank_init='svd' needs an alpha above 0, got {shown(self.alpha)}")
         if self.lowrank_init != "uniform" and self.updates_by_token:
-            raise ValueError(f"lowrank_init='{self.lowrank_init}' is of an update by position: there is none to start")
+            raise ValueError(
+                f"lowrank_init='{self.lowrank_init}' is a start for an update by position, not by token: leave it "
+                "out, or set update='position'"
+            )
         if self.tokenizer_kwargs is not None and (
             not isinstance(self.tokenizer_kwargs, dict) or not all(isinstance(k, str) for k in self.tokenizer_kwargs)
         ):
@@ -252,13 +258,14 @@ class EPTConfig(PromptLearningConfig):
             budget: number of parameters; heads in `modules_to_save` are not counted.
             method: `"ept"`, `"dept"`, `"pt"`, `"ulpt"`, `"adept"` or `"residual"`.
             kind: what the budget is of: `"trained"` counts the parameters while they are learned, `"stored"` what a
-                saved adapter has to hold (see `stored_count`), of which the spaces are no part.
+                saved adapter has to hold (see `stored_count`), which leaves out the spaces.
             fields: other fields of the configuration, kept as they are.
 
         Raises:
             ValueError: no such configuration fits; the message names the smallest budget that would do.
         """
-        d = model_or_d if isinstance(model_or_d, int) else embedding_width(model_or_d.get_input_embeddings())
+        is_model = hasattr(model_or_d, "get_input_embeddings")
+        d = embedding_width(model_or_d.get_input_embeddings()) if is_model else operator.index(model_or_d)
         return best_config(cls, d, max_length, budget, method, kind, fields)
 
     def parameter_count(self, d: int) -> int:
@@ -315,7 +322,6 @@ class EPTConfig(PromptLearningConfig):
         return self.fusion_score_scale if self.fusion_score_scale is not None else 1 / math.sqrt(self.fusion_dim or d)
 
 
-# What tells, beside the parameters, how an adapter answers: two that differ here cannot take each other's place.
 _START = (
     "lowrank_init",
     "prompt_tuning_init",
@@ -324,11 +330,12 @@ _START = (
     "tokenizer_kwargs",
     "seed",
 )
-# The scale that is used is saved with the parameters.
+# These do not change how a trained adapter answers; the scale that is used is saved with its parameters.
 _OTHER = (*_START, "template", "label_words", "base_dropout", "embedding_scale")
+# These do: two adapters that differ in one of them cannot take each other's place.
 OUTPUT_FIELDS = [f.name for f in fields(EPTConfig) if f.name in EPTConfig.__annotations__ and f.name not in _OTHER]
 
-# So that `PeftConfig.from_pretrained` knows saved adapters; PEFT's enumeration of types is closed, its mapping not.
+# `PeftConfig.from_pretrained` is to know saved adapters; PEFT's enumeration of types is closed, its mapping not.
 if (known := PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)) is not None and known.__module__ != __name__:
     warnings.warn(f"replacing another registration of the adapter type {PEFT_TYPE}: {known}", stacklevel=2)
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = EPTConfig

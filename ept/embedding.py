@@ -55,7 +55,7 @@ def lookup(
 
 
 def check_mask(attention_mask: Any) -> None:
-    """Raises `ValueError` for a mask that is no tensor, such as a mask for each kind of attention, or that is added."""
+    """Raises `ValueError` for a mask that is not a tensor, such as a dictionary of them, or that is added to scores."""
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise ValueError(
             f"attention_mask must be a tensor [batch, length], got {type(attention_mask).__name__}: masks of other "
@@ -64,7 +64,10 @@ def check_mask(attention_mask: Any) -> None:
     if attention_mask is None or not attention_mask.is_floating_point() or torch.compiler.is_compiling():
         return
     if bool((attention_mask < 0).any()):
-        raise ValueError("attention_mask is one that is added to scores: give 1 for real tokens and 0 for padding")
+        raise ValueError(
+            "attention_mask holds negative numbers, as masks that are added to scores do: give 1 for real tokens and 0 "
+            "for padding"
+        )
 
 
 def check_vocabulary(input_ids: Tensor, rows: int) -> None:

@@ -19,7 +19,7 @@ _SVD_SHARE = 0.1  # of a long prompt in A·B at the start: the whole of it would
 def initial_values(config: EPTConfig, embedding: nn.Module, rho: float, tokenizer: Any) -> dict[str, Tensor]:
     """Draws the parameters on the CPU, in units of `rho`: the same on every device.
 
-    The prompt comes first, and is the same for prompt tuning, DePT and EPT. What starts at zero (U, G, β, B of most
+    The prompt comes first, and is the same for prompt tuning, DePT and EPT. All that starts at zero (U, G, β, B of most
     starts, shift, gain, biases) makes every part start without an effect, so that EPT starts as prompt tuning.
 
     Args:
@@ -76,7 +76,7 @@ def _rows(
                 f"the tokenizer writes prompt_tuning_init_text with token {max(text_ids)}, the model's embedding has "
                 f"{rows_of(embedding)} rows: take the model's own tokenizer, or resize_token_embeddings"
             )
-        # What the text leaves is from the vocabulary: the same rows twice would learn the same.
+        # Rows that the text leaves are from the vocabulary: the same rows twice would learn the same.
         ids[: len(text_ids)] = torch.tensor(text_ids[:count])
     return embedding(ids.to(device_of(embedding))).float().cpu() / rho
 
@@ -98,5 +98,7 @@ def _text_ids(config: EPTConfig, tokenizer: Any) -> list[int]:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     text_ids = list(tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"])
     if not text_ids:
-        raise ValueError(f"prompt_tuning_init_text {config.prompt_tuning_init_text!r} has no tokens")
+        raise ValueError(
+            f"prompt_tuning_init_text {config.prompt_tuning_init_text!r} has no tokens: give a text with words"
+        )
     return text_ids

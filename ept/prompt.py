@@ -97,7 +97,11 @@ class EPTLayer(BasePromptEncoder):
             ValueError: a text has more than `max_length` tokens, or shapes do not fit.
         """
         ids, table, attention_mask = lookup(
-            embedding or self._embedding[0], input_ids, inputs_embeds, attention_mask, width=self.d
+            self._embedding[0] if embedding is None else embedding,
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            width=self.d,
         )
         batch, s = ids.shape[0], self.config.num_virtual_tokens
         embeds = self.embed(ids, self.positions(attention_mask, text_mask), table, self.joint_prompt())
@@ -266,15 +270,20 @@ class EPTLayer(BasePromptEncoder):
 
     @torch.no_grad()
     def _load_adapter_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        wanted: dict[str, Tensor] = {**dict(self.named_parameters()), "embedding_scale": self.get_extra_state()}
         # Heads' names have dots.
-        others = [name for name in state_dict if "." not in name and name not in {*self._parameters, "embedding_scale"}]
+        others = [name for name in state_dict if "." not in name and name not in wanted]
         if others:
-            raise ValueError(f"the state holds {', '.join(others)}, which the adapter has not: load its own weights")
-        for name, parameter in self._parameters.items():
+            raise ValueError(
+                f"the state holds {', '.join(others)}, which the adapter does not have: load its own weights"
+            )
+        for name, own in wanted.items():  # all of them before any is written
             given = state_dict.get(name)
-            if parameter is None or given is None or given.shape != parameter.shape:
+            if given is None or given.shape != own.shape:
                 found = "missing" if given is None else list(given.shape)
-                wanted = "absent" if parameter is None else list(parameter.shape)
-                raise ValueError(f"{name} is {found} in the state, of the adapter it is {wanted}: load its own weights")
-            parameter.copy_(given)
+                raise ValueError(
+                    f"{name} is {found} in the state and {list(own.shape)} in the adapter: load its own weights"
+                )
+        for name, parameter in self.named_parameters():
+            parameter.copy_(state_dict[name])
         self.set_extra_state(state_dict["embedding_scale"])

@@ -92,6 +92,20 @@ def test_spaces_cost_nothing_stored():
     assert ept.num_spaces
 
 
+@pytest.mark.parametrize("kind", ["trained", "stored"])
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+@pytest.mark.parametrize("method", ["ept", "dept", "pt", "ulpt", "adept", "residual"])
+def test_a_size_that_costs_nothing_does_not_end_the_search(method, tokens, kind):
+    config = EPTConfig.for_budget(64, 32, 3_000, method, kind, num_virtual_tokens=tokens)
+    count = config.parameter_count if kind == "trained" else config.stored_count
+    assert config.num_virtual_tokens == tokens
+    assert count(64) <= 3_000
+
+
+def test_budget_takes_the_width_as_any_kind_of_integer():
+    assert EPTConfig.for_budget(numpy.int64(64), 32, 3_000) == EPTConfig.for_budget(64, 32, 3_000)
+
+
 def test_impossible_budget_names_the_smallest():
     for budget in (1_000, 0):
         refused = rf"no ept configuration has at most {budget} parameters with width 768.*the smallest has 3329;"
@@ -118,7 +132,10 @@ def test_impossible_budget_names_the_smallest():
         ({"prompt_tuning_init": "ZERO"}, "prompt_tuning_init must be one of SAMPLE_VOCAB"),
         ({"prompt_tuning_init": "TEXT"}, "needs prompt_tuning_init_text"),
         ({"task_type": "MULTIPLE_CHOICE"}, "task_type must be one of SEQ_2_SEQ_LM"),
-        ({"update": "token", "lowrank_init": "svd"}, "lowrank_init='svd' is of an update by position"),
+        (
+            {"update": "token", "lowrank_init": "svd"},
+            "lowrank_init='svd' is a start for an update by position, not by token",
+        ),
     ],
     ids=str,
 )

@@ -23,19 +23,26 @@ DATA: Any = Argument(
 )
 MODEL: Any = Option(None, metavar="NAME", help="The base model, a folder or hub name (model.name_or_path).")
 METHOD: Any = Option(None, help="ept-token (the default), ept, dept, pt, lora, ... (method.name).")
-STEPS: Any = Option(None, help="Training steps (training.max_steps); else 3 epochs.")
+STEPS: Any = Option(None, help="Training steps (training.max_steps). Default: 3 epochs.")
 TEXT_COLUMN: Any = Option(
-    None, "--text-column", metavar="NAME", help="Column of the text (data.text_columns). Repeatable; else found."
+    None,
+    "--text-column",
+    metavar="NAME",
+    help="Column of the text (data.text_columns). Repeatable. Default: found in the data.",
 )
-LABEL_COLUMN: Any = Option(None, metavar="NAME", help="Column of the label (data.label_column); else found.")
+LABEL_COLUMN: Any = Option(
+    None, metavar="NAME", help="Column of the label (data.label_column). Default: found in the data."
+)
 TEMPLATE: Any = Option(
-    None, metavar="TEXT", help="Input text with columns in braces, \\n for a line break (data.template); else made."
+    None,
+    metavar="TEXT",
+    help="Input text with columns in braces, \\n for a line break (data.template). Default: made of the text columns.",
 )
 TARGET_TEMPLATE: Any = Option(
     None, metavar="TEXT", help="For answers in free text: the answer, with columns in braces (data.target_template)."
 )
 STRICT: Any = Option(
-    False, "--strict", help="Refuse rows with blank text or no label, which are else left out (data.strict)."
+    False, "--strict", help="Refuse rows with blank text or no label, which are left out by default (data.strict)."
 )
 JSON: Any = Option(False, "--json", help="Print JSON on standard output, everything else on standard error.")
 PRINT_CONFIG: Any = Option(False, "--print-config", help="Print the whole configuration as YAML and exit.")
@@ -87,8 +94,10 @@ def data_keys(
 
 def encoding_of(set_: list[str] | None) -> str | None:
     """Returns the encoding that `--set data.encoding` names for a file that is not the run's own; else None."""
-    named = [item.partition("=")[2].strip() for item in set_ or [] if item.startswith("data.encoding=")]
-    return named[-1] if named else None
+    from ept.runs.config import RunConfig
+
+    named = [item for item in set_ or [] if item.partition("=")[0].strip() == "data.encoding"]
+    return RunConfig.load(None, named).data.encoding
 
 
 def answer(json: bool, value: Any, *shown: Any) -> None:
@@ -102,11 +111,6 @@ def answer(json: bool, value: Any, *shown: Any) -> None:
         console = Console(width=FILE_WIDTH)
     for part in shown:
         typer.echo(part) if isinstance(part, str) else console.print(part)
-
-
-def shares(values: Mapping[str, float]) -> str:
-    """Writes fractions as percentages, each after its name."""
-    return ", ".join(f"{name} {share:.1%}" for name, share in values.items())
 
 
 @contextlib.contextmanager

@@ -40,8 +40,8 @@ def profile(
         "--shared-prompt/--no-shared-prompt",
         help="Our methods read a decoder's prompt once a batch; default: on a CPU.",
     ),
-    attn_implementation: str | None = Option(None, help="eager, sdpa, ...; else as `ept train` chooses."),
-    layers: int | None = Option(None, help="Keep only the first layers of a shape, so many."),
+    attn_implementation: str | None = Option(None, help="eager, sdpa, ... Default: as `ept train` chooses."),
+    layers: int | None = Option(None, help="How many of a shape's layers to keep, the first ones. Default: all."),
     batch: int = Option(8, help="Rows of a batch."),
     length: int = Option(128, help="Text tokens of a row, at most."),
     padding: str | None = Option(

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 from typer import Argument, Option
 
-from .common import JSON, answer, quiet, shares
+from ept.utils.messages import shares
+
+from .common import JSON, answer, quiet
 
 if TYPE_CHECKING:
     from ept.tasks import Task

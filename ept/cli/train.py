@@ -42,7 +42,7 @@ def train(
     method: str | None = METHOD,
     steps: int | None = STEPS,
     output: Path | None = Option(
-        None, metavar="DIR", help="The run's folder (output_dir); else runs/ with the data's name and the date."
+        None, metavar="DIR", help="The run's folder (output_dir). Default: runs/ with the data's name and the date."
     ),
     strict: bool = STRICT,
     config: Path | None = Option(None, metavar="FILE.yaml", help="The run's configuration."),

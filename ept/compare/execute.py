@@ -68,7 +68,7 @@ def run_all(jobs: Sequence[dict[str, Any]], compare: CompareConfig) -> Iterator[
 
 
 def _side_by_side(jobs: Sequence[dict[str, Any]], at_once: int) -> Iterator[Outcome]:
-    """Carries out so many runs at a time in processes of their own, which share this machine's cores and GPUs.
+    """Carries out `at_once` runs at a time in processes of their own, which share this machine's cores and GPUs.
 
     Where a process dies joblib ends the others, too: what is not finished has failed then, and can be continued.
     """

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runs.folder import RunFolder
+from ..runs.folder import MetricsLog, RunFolder
 from ..runs.method_table import METHODS
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ Curve = Mapping[int, float]
 
 def curve_of(folder: Path, metric: str) -> Curve:
     """Reads a finished run's scores on validation out of its metrics."""
-    rows = map(json.loads, RunFolder(folder).metrics.read_text(encoding="utf-8").splitlines())
-    return {row["step"]: row[f"eval_{metric}"] for row in rows if f"eval_{metric}" in row}
+    events = MetricsLog(RunFolder(folder).metrics).read()
+    return {event["step"]: event[f"eval_{metric}"] for event in events if f"eval_{metric}" in event}
 
 
 def mean_curve(by_task: Mapping[str, Sequence[Curve]]) -> Curve:

@@ -39,7 +39,8 @@ Scores = Mapping[tuple[str, int], float]
 class Interval:
     """Mean of `n` values and half the width of its 95 % interval by Student's t.
 
-    Of a single value, a score on so many rows, the interval is that of the rows (`of_rows`); None where none is known.
+    For a single value the interval is that of the rows it was scored on (`of_rows`); None where their number is
+    unknown.
     """
 
     mean: float

@@ -213,6 +213,7 @@ class ModelWithAdapters(PeftModel):
             self.active_adapter = adapter_name
             _set_adapter(base, adapter_name)
             self._name_labels()
+            self.train(self.training)
         else:
             self._require_gradients(adapter_name, False)
             _set_adapter(base, self.active_adapter, inference_mode=not trainable)
@@ -255,6 +256,7 @@ class ModelWithAdapters(PeftModel):
         if self.peft_config and was_active:
             self._require_gradients(self.active_adapter, is_trained)
         self._name_labels()
+        self.train(self.training)  # base_dropout may be another
 
     def _forget(self, adapter_name: str) -> None:
         """Removes what there is of an adapter besides its configuration."""

@@ -43,8 +43,8 @@ def absent_modules(model: nn.Module) -> list[str]:
     """Names the modules that a checkpoint had no weights for, which transformers draws anew at each load.
 
     None of a model that was not read from a checkpoint: transformers marks the parameters that it has read, and the
-    modules that it has seen to. What a class lists as never stored, Marian's sines, is the same at each load. Weights
-    that are quantised, or kept on disk, are others than those that were marked.
+    modules that it has seen to. Weights that a class lists as never stored, such as Marian's sines, are the same at
+    each load. Weights that are quantised, or kept on disk, are others than those that were marked.
     """
 
     def is_marked(thing: Any) -> bool:

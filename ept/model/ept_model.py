@@ -160,7 +160,7 @@ class EPTModel(ModelWithAdapters):
             text_mask: CAUSAL_LM: `[batch, n]`, nonzero at input-text tokens, which get the low-rank update; by
                 default what precedes a label, or all real tokens where there are no labels. A row with labels in
                 several places, the answers of several turns, is read once for each.
-            logits_to_keep: CAUSAL_LM: compute logits for the last so many positions only, and the loss of what they
+            logits_to_keep: CAUSAL_LM: number of the last positions to compute logits for, and the loss of what they
                 predict; 0: for prompt and text. A tensor: at these positions of the text, without labels.
             num_items_in_batch: number of labels the loss is to be divided by, over all accumulated batches
                 (`Trainer` passes it); None: the mean over this batch.
@@ -403,7 +403,8 @@ class EPTModel(ModelWithAdapters):
             s = inputs["inputs_embeds"].shape[1] - n
             if use_prompt_cache:
                 offset = self._facts.position_offset or 0
-                made = cached_prompt(self._prompt_caches, self.active_adapter, base, inputs, s, offset)
+                caches, embeds = self._prompt_caches, inputs["inputs_embeds"]
+                made = cached_prompt(caches, self.active_adapter, base, embeds, s, offset, options)
                 inputs[cache_name(self._facts)] = made
             choose_positions(inputs, self._facts, base, mask)
             longest = n if mask is None else int(mask.bool().sum(1).max())

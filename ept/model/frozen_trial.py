@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-# Of the largest entry; both sides round in another order.
+# Fractions of the largest entry: the two sides round in different orders.
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6}
 _WIDTH, _INNER = 8, 12
 

@@ -284,11 +284,12 @@ def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: b
     counted = is_label.sum().to(loss.device)
     other = auxiliary * output["aux_loss"].to(loss.device) if output.get("aux_loss") is not None else 0.0
     mean = torch.where(counted > 0, loss - other, 0.0)  # a mean over no label is NaN
+    num_items = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)  # nor is 0/0 a share
     output["loss"] = mean * (counted / num_items) + other
 
 
 def contiguously(logits_to_keep: Tensor | int, inputs_embeds: Tensor | None) -> Tensor | int:
-    """Makes the last so many positions an index on a CPU, where transformers would take a slice of the hidden states.
+    """Turns a number of last positions into their index on a CPU, where transformers would slice the hidden states.
 
     The slice is not contiguous, and for the product with a frozen head torch then copies the head once for every row
     of the batch, in both directions (`should_fold` in its matmul).

@@ -22,7 +22,7 @@ class Known(NamedTuple):
     """A function of transformers that can be computed in another way."""
 
     kind: str
-    """What computes it: a key of `frozen.py`."""
+    """The fused form that computes it, a key of `frozen.py`."""
     constant: Any
     """The argument that makes the operator compute this one; None: it needs none.
 
@@ -80,4 +80,4 @@ def _read_table() -> dict[str, Known]:
 
 
 KNOWN = _read_table()
-"""What the functions compute, by their digests."""
+"""The known functions, by their digests."""

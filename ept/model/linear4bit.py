@@ -81,8 +81,8 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
     def four_bit_weight(self) -> FourBitWeight:
         """Returns the weight as the operators take it, checked again only where its memory or quant state has changed.
 
-        Nothing is kept of a weight that is offloaded after every call. What was kept of one whose memory sharding has
-        freed has no address any more.
+        Nothing is kept of a weight that is offloaded after every call. A kept one whose memory sharding
+        has freed has no address any more.
         """
         if torch.compiler.is_compiling():
             return FourBitWeight.from_bitsandbytes(self, check_code=False)

@@ -25,8 +25,8 @@ ATTEMPTS: tuple[tuple[str | None, bool], ...] = (
     ("divided", False),
     (None, False),
 )
-# Names of sizes in configurations. What decides how a model reads (kinds of layers and positions, special tokens,
-# pooling) is in none of them; a window stays one, and becomes small enough to be met by a few tokens.
+# Names of sizes in configurations. None of them decides how a model reads, as kinds of layers and positions, special
+# tokens and pooling do; a window stays one, and becomes small enough to be met by a few tokens.
 _NAMES = {
     kind: re.compile("|".join(names))
     for kind, names in {

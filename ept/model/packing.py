@@ -2,7 +2,7 @@
 
 A row reads the prompt, then one text after the other; a mask lets a token see the prompt and its own text alone, and
 positions start behind the prompt anew with every text. So a prompt is read once for several texts, in the same call as
-they are. What is added are products of queries with the keys of other texts, which the mask then drops.
+they are. The cost is products of queries with the keys of other texts, which the mask then drops.
 """
 
 from __future__ import annotations

@@ -89,16 +89,21 @@ def read_prompt_once(model: Any, facts: BaseModelFacts, inputs: BaseInputs, with
 
 
 def cached_prompt(
-    caches: dict[str, PromptCache], name: str, model: Any, inputs: dict[str, Any], s: int, offset: int
+    caches: dict[str, PromptCache],
+    name: str,
+    model: Any,
+    embeds: Tensor,
+    s: int,
+    offset: int,
+    options: GenerationOptions,
 ) -> DynamicCache | None:
-    """Returns the cache of the `s` prompt rows that `inputs` begin with, for all rows of `generate`; None if s = 0.
+    """Returns the cache of the `s` prompt rows that `embeds` begin with, for all rows of `generate`; None if s = 0.
 
     It is kept in `caches` for the adapter `name`, and made anew where it does not fit. `offset` is the position of the
-    model's first token.
+    model's first token, `options` are those of the call.
     """
     if not s:
         return None
-    embeds, config = inputs["inputs_embeds"], inputs.get("generation_config") or model.generation_config
     prompt, kept = embeds[0, :s], caches.get(name)
     weights = _state_of(model)
     if (
@@ -109,7 +114,7 @@ def cached_prompt(
     ):
         kept = caches[name] = PromptCache.compute(model, prompt, weights, offset)
     # `generate` makes several rows of each text: beams, or sequences to return.
-    copies = (inputs.get(key) or getattr(config, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
+    copies = (options[name] or 1 for name in ("num_beams", "num_return_sequences"))
     cache = copy.deepcopy(kept.cache)  # which `generate` extends
     cache.batch_repeat_interleave(len(embeds) * max(copies))
     return cache

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import logging
 
+from ..config import TASK_TYPES
 from ..embedding import device_of, rows_of
 from .base_model import input_embedding
-from .facts import TASK_TYPES, TOKEN_OUTPUTS, BaseModelFacts
+from .facts import TOKEN_OUTPUTS, BaseModelFacts
 from .inputs import BaseInputs
 from .layout import APART, BEHIND, BESIDE, FRONT, arrangement, moved, moved_back, numbered
 from .packing import Packing

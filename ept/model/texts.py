@@ -60,7 +60,7 @@ class SeparateTexts:
         """Finds several texts in a row or, where `split_answers`, several answers; None: there are none.
 
         Args:
-            arguments: of `EPTModel.forward`. Of `input_ids` and `inputs_embeds` one is there; position ids are counted
+            arguments: of `EPTModel.forward`, with either `input_ids` or `inputs_embeds`; position ids are counted
                 from 0 in each text; a text mask settles which tokens are text, and no answers are looked for.
 
         Raises:

@@ -95,8 +95,7 @@ def data_rows(run: RunConfig, file: Path | None, task_type: str, length: int, se
     if file is None:
         from ..runs.data import load_run_data
 
-        run.data.max_length = length
-        data = load_run_data(run.data, tokenizer, task_type).data
+        data = load_run_data(run.data.model_copy(update={"max_length": length}), tokenizer, task_type).data
         chosen = data.train.shuffle(seed=seed).select(range(min(count, len(data.train))))
         return list(encode_split(chosen, tokenizer, data.labels, task_type))
     read = read_rows(file, run.data.encoding)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..embedding import rows_of
+from ..model.base_model import input_embedding
 from ..model.ept_model import EPTModel
 from ..model.reading import infer_task_type
 from ..runs.cpu import choose_attention, keep_freed_memory
@@ -49,7 +51,7 @@ class ProfileConfig:
     fast_frozen: bool = True
     shared_prompt: bool | None = None  # a decoder's prompt is read once a batch by our methods, as in `ept train`
     attn_implementation: str | None = None  # None: that of `ept train`, which is recorded
-    layers: int | None = None  # keeps only so many layers of a shape
+    layers: int | None = None  # how many of a shape's layers to keep, the first ones; None: all
     methods: tuple[str, ...] = USUAL_METHODS  # `name` or `name:num_virtual_tokens`
     batch: int = 8  # rows
     length: int = 128  # text tokens of a row at most: max_length of the adapters
@@ -104,15 +106,13 @@ def profile(
     if base is None:
         base = load(config, device)
     task_type = task_type_of_base(base)
-    turns = config.warmup + config.steps
+    turns, vocabulary = config.warmup + config.steps, rows_of(input_embedding(base))
     if rows is None:
         varied = config.padding != "none"
         count = config.batch * (turns if varied else 1)
-        rows = random_rows(count, task_type, base.config.vocab_size, config.length, varied, config.seed)
-    elif max(max(row["input_ids"]) for row in rows) >= base.config.vocab_size:
-        raise ValueError(
-            f"the data has token ids beyond the model's vocabulary of {base.config.vocab_size}: use its own tokenizer"
-        )
+        rows = random_rows(count, task_type, vocabulary, config.length, varied, config.seed)
+    elif max(max(row["input_ids"]) for row in rows) >= vocabulary:
+        raise ValueError(f"the data has token ids beyond the model's vocabulary of {vocabulary}: use its own tokenizer")
     longest = max(config.length, *(len(row["input_ids"]) for row in rows))
     if config.attn_implementation is None and (config.model is None or config.model.attn_implementation is None):
         choose_attention(base, longest)  # as `ept train` does
@@ -123,7 +123,7 @@ def profile(
         batch=config.batch,
         count=turns,
         task_type=task_type,
-        pad_token_id=base.config.pad_token_id or 0,
+        pad_token_id=getattr(base.config, "pad_token_id", None) or 0,
         padding=config.padding,
         width=longest,
         all_logits=config.logits == "all",

@@ -53,7 +53,7 @@ def build_shape(
         quantization: `"nf4"` or `"fp4"`: linear layers as bitsandbytes' 4-bit layers with nested absmax, as
             transformers loads them (not the output head, nor what the model keeps in higher precision).
         attn_implementation: None: transformers' own choice.
-        layers: only the first so many layers of the model (of encoder and decoder each).
+        layers: how many to keep, the first ones, of encoder and decoder each; None: all.
 
     Raises:
         ValueError: there is no such shape, it has fewer layers, or its weights do not fit into the device's free

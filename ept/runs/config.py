@@ -367,7 +367,7 @@ class TrainingConfig(Section):
                 raise ValueError(f"training.lr_scheduler: expected one of {known}, got {self.lr_scheduler!r}")
             if self.warmup_steps and not schedules()[self.lr_scheduler].warms_up:
                 raise ValueError(
-                    f"training.lr_scheduler={self.lr_scheduler} passes over training.warmup_steps={self.warmup_steps}: "
+                    f"training.lr_scheduler={self.lr_scheduler} ignores training.warmup_steps={self.warmup_steps}: "
                     "set it to 0, or take another schedule, such as constant_with_warmup"
                 )
         if self.bf16 and self.fp16:

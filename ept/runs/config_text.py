@@ -67,7 +67,7 @@ def override_value(cls: type[BaseModel], key: str, text: str) -> Any:
     if not is_text or text.strip() in ("", "null", "~") or text.lstrip().startswith(("'", '"')):
         return parse_yaml(text, f"the value of {shown_name(key)!r}")
     text.encode()  # as in a file, half a surrogate pair is refused
-    return text.replace("\\n", "\n") if key == "data.template" else text.strip()
+    return text.replace("\\n", "\n") if key in ("data.template", "data.target_template") else text.strip()
 
 
 def message_of(cls: type[BaseModel], values: dict[str, Any], error: Any) -> str:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..tasks import Task, TaskData, get_task, load_task, local_task
 from ..tasks.chat import chat_task, find_chats
+from ..tasks.drawing import SPLITS
 from ..tasks.encoding import TEXT_IDS, FittedText, encode_answers, fit_rows
 from ..tasks.inference import (
     commonest_share,
@@ -29,15 +30,14 @@ from ..tasks.metrics import OF_NUMBERS
 from ..tasks.sources import RawSplits, raw_splits
 from ..tasks.splits import checksum_of
 from ..tasks.template import template_columns
-from ..utils.messages import listed
+from ..utils.messages import shares
 from .config import DataConfig
 from .folder import SPLITS_FILE
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
-TEXT_METRICS = ("rouge_l", "exact_match")  # of answers in free text, where none are given
-MOST = 0.5  # of the train texts: where so many have unknown tokens, there is a warning
+USUAL_TEXT_METRICS = ("rouge_l", "exact_match")  # of answers in free text, where none are given
+MOST = 0.5  # share of the train texts above which unknown tokens get a warning
 FILES = {"train_file", "validation_file", "test_file"}
 
 
@@ -121,38 +121,38 @@ def _unread_texts(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[st
 
     Warns where that is most of them. No shares where the tokenizer reads all: its unknown token then has another use.
     """
-    unknown, shares = tokenizer.unk_token_id, {}
+    unknown, unread = tokenizer.unk_token_id, {}
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if unknown is None or unknown in others:
         return {}
     for name in SPLITS:
         texts = getattr(data, name)[TEXT_IDS][:]
-        shares[name] = sum(unknown in ids for ids in texts) / max(len(texts), 1)
-    if shares["train"] > MOST:
+        unread[name] = sum(unknown in ids for ids in texts) / max(len(texts), 1)
+    if unread["train"] > MOST:
         logger.warning(
             "the tokenizer does not know a part of %.0f%% of the train texts and reads %s in its place: take a model "
             "that was trained on such texts",
-            *(100 * shares["train"], tokenizer.unk_token),
+            *(100 * unread["train"], tokenizer.unk_token),
         )
-    return shares
+    return unread
 
 
 def _cut_answers(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, task_type: str, max_answer: int
 ) -> dict[str, float]:
     """Computes the share of answers in free text that are cut in each split, and warns where there are some."""
-    shares = {}
+    cut = {}
     for name in SPLITS:
         answers = getattr(data, name)["target"][:]
         encoded = encode_answers(tokenizer, answers, task_type, None, spaced=not data.task.is_chat)
-        shares[name] = sum(len(ids) > max_answer for ids in encoded) / max(len(encoded), 1)
-    if any(shares.values()):
+        cut[name] = sum(len(ids) > max_answer for ids in encoded) / max(len(encoded), 1)
+    if any(cut.values()):
         logger.warning(
             "answers of more than data.max_answer=%d tokens are cut, and the model does not learn to end them: %s; "
             "raise it, or shorten them",
-            *(max_answer, listed(f"{name} {share:.1%}" for name, share in shares.items())),
+            *(max_answer, shares(cut)),
         )
-    return shares
+    return cut
 
 
 def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
@@ -191,7 +191,7 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
     if config.target_template is not None:
         return _with_free_text(config, own)
     if config.chat_column is not None:
-        return config.model_copy(update={"metric": config.metric or list(TEXT_METRICS)})
+        return config.model_copy(update={"metric": config.metric or list(USUAL_TEXT_METRICS)})
     if not config.is_local or (labelled and None not in (config.template, config.label_column, config.metric)):
         return config
     raw = own.of(config)
@@ -241,7 +241,7 @@ def _with_free_text(config: DataConfig, own: OwnRows) -> DataConfig:
         texts = find_texts(others, source, config.text_columns)
         template = default_template(texts, answer[0], asks=True)
         _warn(raw, unread_texts(others, texts) if config.text_columns is None else [])
-    found = {"template": template, "text_columns": None, "metric": config.metric or list(TEXT_METRICS)}
+    found = {"template": template, "text_columns": None, "metric": config.metric or list(USUAL_TEXT_METRICS)}
     return config.model_copy(update=found)
 
 
@@ -274,7 +274,7 @@ def task_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
     if config.task is not None:
         return get_task(config.task)
     if config.chat_column is not None and tokenizer is not None:
-        limits: Any = {"metrics": config.metric or TEXT_METRICS, "max_length": config.max_length or 256}
+        limits: Any = {"metrics": config.metric or USUAL_TEXT_METRICS, "max_length": config.max_length or 256}
         return chat_task(config.chat_column, tokenizer, name=config.name, hub=_hub(config), **limits)
     if config.template is None or all(
         given is None for given in (config.label_words, config.label_values, config.target_template)
@@ -284,7 +284,7 @@ def task_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
         )
     usual: Sequence[str] = ("accuracy",) if config.label_values is None else OF_NUMBERS
     if config.target_template is not None:
-        usual = TEXT_METRICS
+        usual = USUAL_TEXT_METRICS
     return local_task(
         config.template,
         config.label_words or (),

@@ -37,7 +37,7 @@ def base_of(adapter: FoldedAdapter, config: RunConfig | None, model: str | None)
     Never the base model that an adapter names: it may come from anywhere. Raises ValueError where there is no other.
     """
     described = config.model if config is not None else ModelConfig(dtype="auto")
-    described.name_or_path = model or described.name_or_path
+    described = described.model_copy(update={"name_or_path": model or described.name_or_path})
     if described.name_or_path is None:
         raise ValueError("the base model is needed for that: give --model")
     theirs = adapter.layer.config.base_model_name_or_path

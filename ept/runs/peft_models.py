@@ -1,7 +1,7 @@
 """PEFT's own methods under the same trainer: prompt tuning, p-tuning, multitask prompt tuning and LoRA at a budget.
 
 The models take what `EPTModel` takes, and are treated alike: a frozen model without dropout, logits where labels are,
-a loss divided over all accumulated batches. What PEFT does with masks and positions is left as it is.
+a loss divided over all accumulated batches. PEFT's own handling of masks and positions is left as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ENCODER_FILE = "prompt_encoder.safetensors"
 DEFAULT_RANK = 8
 PROMPT_SHARE = 0.4
-"""Of a p-tuning budget; the rest goes to its encoder."""
+"""The prompt's share of a p-tuning budget; the rest goes to its encoder."""
 
 
 def attach(
@@ -112,7 +112,7 @@ def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_:
     }
     if not costs:
         raise ValueError(
-            f"PEFT's LoRA modules of {base.config.model_type}, {listed(suffixes)}, are no linear layers of "
+            f"PEFT's LoRA modules of {base.config.model_type}, {listed(suffixes)}, are not linear layers of "
             f"{type(base).__name__}: leave lora out"
         )
     names, rank, budget = list(costs), settings.r or DEFAULT_RANK, settings.budget

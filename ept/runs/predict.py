@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,8 +42,9 @@ class Predictor:
     """A model with the tokenizer, labels and limit of its task, ready to predict and to score.
 
     SEQ_CLS takes the head's largest logit. CAUSAL_LM ranks the labels by log-likelihood, summed over their tokens,
-    without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the answer's tokens. Of a regression, a
-    head's output, and an answer that is a number but not one of the labels, counts as the nearest label.
+    without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the answer's tokens. In a regression
+    a head's output, and an encoder-decoder's answer that is a number but not one of the labels, count as the nearest
+    label.
 
     Attributes:
         max_length: the limit of a text in tokens, `data.max_length` or fewer where the model has no room for so many.
@@ -132,16 +134,22 @@ class Predictor:
             steps = with_lines(batches, progress or "scoring", console)
         elif self.processes.is_rank_zero and progress is not None:
             steps = track(batches, progress, console=console, transient=True)
+        with self._evaluating():
+            for batch in steps:
+                own.update(zip(batch, function([encoded[index] for index in batch])))
+        found = {index: answer for part in self.processes.gather(own) for index, answer in part.items()}
+        return [found[index] for index in range(len(encoded))]
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Leaves dropout, gradients and compiled layers out as long as the context lasts."""
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), uncompiled():  # evaluation has shapes of its own, each of which would be compiled
-                for batch in steps:
-                    own.update(zip(batch, function([encoded[index] for index in batch])))
+                yield
         finally:
             self.model.train(was_training)
-        found = {index: answer for part in self.processes.gather(own) for index, answer in part.items()}
-        return [found[index] for index in range(len(encoded))]
 
     def predict_batch(self, inputs: Sequence[list[int]]) -> list[Answer]:
         """Answers a few texts in one go."""
@@ -214,7 +222,7 @@ class Predictor:
         collate = Collator(self.task_type, int(self.tokenizer.pad_token_id))
         starts = self.processes.share(range(0, len(encoded), size))
         own, tokens = 0.0, 0
-        with torch.no_grad(), uncompiled():
+        with self._evaluating():
             for start in starts:
                 batch = collate(encoded.select(range(start, min(start + size, len(encoded)))).to_list())
                 count = int((batch["labels"] != IGNORE).sum())

@@ -13,7 +13,7 @@ from transformers import SchedulerType, get_scheduler
 
 class Schedule(NamedTuple):
     """A schedule that a run can have. `options`: what it is given; one that watches the score is told that higher is
-    better. `warms_up`: it begins at 0 where there is a warm-up; others pass over it."""
+    better. `warms_up`: it begins at 0 where there is a warm-up; others ignore it."""
 
     options: dict[str, Any]
     warms_up: bool

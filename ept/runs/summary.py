@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from ..tasks.metrics import metric_name
-from ..utils.messages import listed
+from ..utils.messages import listed, shares
 from ..utils.tables import properties
 from .data import describe
 from .loading import weights_of
@@ -55,7 +54,7 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
         labels = [("labels", f"{first} .. {last}{rounded}")]
     elif summary["kind"] == "classification":
         labels = [("labels", f"{len(summary['labels'])}: {listed(map(repr, summary['labels']))}")]
-    balance = [("label balance", _shares(summary["label_balance"]))] if labels else []
+    balance = [("label balance", shares(summary["label_balance"]))] if labels else []
     names = [metric_name(metric, summary["labels"]) for metric in summary["metrics"]]
     rows = [
         ("model", f"{summary['model']} ({summary['task_type']})"),
@@ -72,18 +71,10 @@ def summary_table(summary: dict[str, Any], title: str) -> Table:
         ),
         *balance,
         ("commonest answer", f"{names[0]} {summary['majority']:.4f}"),
-        (f"texts cut to {summary['max_length']} tokens", _shares(summary["truncation_rate"])),
-        *(
-            [("texts with unknown tokens", _shares(unread))]
-            if any((unread := summary["unread_texts"]).values())
-            else []
-        ),
-        *([("answers cut (data.max_answer)", _shares(cut))] if (cut := summary["cut_answers"]) else []),
+        (f"texts cut to {summary['max_length']} tokens", shares(summary["truncation_rate"])),
+        *([("texts with unknown tokens", shares(unread))] if any((unread := summary["unread_texts"]).values()) else []),
+        *([("answers cut (data.max_answer)", shares(cut))] if (cut := summary["cut_answers"]) else []),
         ("trainable parameters", f"{summary['trainable_parameters']:,}"),
         *([("folder", summary["output_dir"])] if summary["output_dir"] is not None else []),
     ]
     return properties(rows, f"{title}: {summary['method']} on {summary['task']}")
-
-
-def _shares(values: Mapping[str, float]) -> str:
-    return listed(f"{name} {share:.1%}" for name, share in values.items())

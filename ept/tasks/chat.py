@@ -82,7 +82,7 @@ def _messages(chat: Any, column: str) -> list[dict[str, str]]:
     messages = [_message(message) for message in chat] if isinstance(chat, list) else []
     for message in messages:
         if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
-            raise ValueError(f"column '{column}': a message is no {{'role': ..., 'content': text}}")
+            raise ValueError(f"column '{column}': a message is not {{'role': ..., 'content': text}}: correct it")
     if not any(message["role"] != "assistant" for message in messages):
         raise ValueError(f"column '{column}': nobody asks the assistant in this chat")
     return messages
@@ -91,5 +91,5 @@ def _messages(chat: Any, column: str) -> list[dict[str, str]]:
 def _message(message: Any) -> dict[str, Any]:
     parts = message if isinstance(message, Mapping) else {}
     if {"from", "value"} <= {*parts}:
-        return {"role": SHARE_GPT.get(parts["from"], parts["from"]), "content": parts["value"]}
+        return {"role": SHARE_GPT.get(str(parts["from"]), parts["from"]), "content": parts["value"]}
     return dict(parts)

@@ -43,14 +43,14 @@ TEXT_PAIRS = (
 )
 MAX_LABELS = 200
 MAX_NUMBER_LABELS = 20
-"""Whole numbers are labels up to so many different ones; more, and all others, are the values of a regression."""
+"""Whole numbers are labels up to this many different ones; more, and all others, are the values of a regression."""
 MAX_VALUES = 26  # of a regression, as many as STS-B's
 MANY = 0.6
 """Macro-F1 stands beside accuracy where the commonest label has more than this share of the rows."""
 A_SENTENCE = 4  # words, and more than a column's name has
 FEW = 5  # rows that a label needs to be in every split
 NEARLY_ALL = 0.9
-"""Where so many of the different values are numbers, the column is one of numbers, with mistakes in it."""
+"""Where this share of the different values are numbers, the column is one of numbers, with mistakes in it."""
 _AS_PEOPLE_WRITE = re.compile(r"[+-]?(\d+([.,]\d+)?|\d{1,3}((,\d{3})+(\.\d+)?|(\.\d{3})+(,\d+)?)) ?%?")
 _CODE = re.compile(r"[!-~]*[\d/@_][!-~]*")  # a row's identifier, an address, a file's name: no text, however long
 FREE_TEXT = "; for answers in free text give --target-template {column}"

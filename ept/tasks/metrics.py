@@ -13,7 +13,7 @@ from difflib import get_close_matches
 METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", "exact_match", "pearson", "spearman", "r2")
 CORRELATIONS = ("pearson", "spearman")
 OF_NUMBERS = (*CORRELATIONS, "r2")
-"""Metrics of a regression. A correlation passes over numbers that are all too large or too far apart; R² does not."""
+"""Metrics of a regression. A correlation does not notice numbers that are all too large or too far apart; R² does."""
 TEXT_METRICS = ("rouge_l", "rouge_1", "rouge_2", "exact_match")
 """Metrics of answers in free text: F-measures of ROUGE, and the share of answers that are the reference."""
 UNPARSABLE = -1

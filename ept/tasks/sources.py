@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OTHER_NAMES = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing",)}
-"""What people call the files of a folder beside the splits' own names."""
+"""Other usual names of the splits' files, beside their own."""
 SHARDS = "train-*-of-*"
 """Files of a data set's train split on the hub."""
 TRAIN_FILE = f"train{{{','.join(READERS)}}}"
@@ -66,7 +66,7 @@ def raw_splits(
             present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise FileNotFoundError(f"{folder} has no train split: it needs {TRAIN_FILE}, it holds {present}")
         if unread := [path.name for path in there if path not in given.values()]:
-            logger.warning("%s: %s is no train, validation or test file and is not read", folder, listed(unread))
+            logger.warning("%s: %s is not a train, validation or test file and is not read", folder, listed(unread))
     elif given and "train" not in given:
         raise ValueError(f"{names} without train_file: give train_file as well")
     if given:

@@ -116,7 +116,7 @@ def load_task(
     whose text is also in test; a warning says how many. Then `max_*` draws that many rows at random. Rows that belong
     together (answers to one question of MultiRC) are never split, where the papers' code splits them.
 
-    Last, `k_shot` draws the train rows of a few-shot run with `shot_seed`: so many in all, the same number of each
+    Last, `k_shot` draws the train rows of a few-shot run with `shot_seed`: this many in all, the same number of each
     label (`k_shot // labels`, as DePT's code does), or of either half of a regression's range.
 
     Args:

@@ -5,12 +5,13 @@ Text and labels are written as ATTEMPT and DePT write them, without the task's n
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from .rows import as_text
+from .rows import as_text, is_number
 from .task import Task
 
 _HUB = {"glue": "nyu-mll/glue", "super_glue": "aps/super_glue"}
@@ -42,10 +43,13 @@ def mark_spans(row: Mapping[str, Any]) -> dict[str, str]:
     `spanN_index` counts words between white space. Where the span is not at its index (in a few rows of the set without
     corrections), its nearest occurrence is marked; raises ValueError when there is none.
     """
-    text = row["text"]
+    text = as_text("text", row["text"])
     inserts: list[tuple[int, str]] = []
     for number, mark in ((1, "*"), (2, "#")):
-        span, index = row[f"span{number}_text"], int(row[f"span{number}_index"])
+        span, place = as_text(f"span{number}_text", row[f"span{number}_text"]), row[f"span{number}_index"]
+        if not is_number(place) or not math.isfinite(float(place)):
+            raise ValueError(f"column 'span{number}_index' holds {place!r}: give the number of words before the span")
+        index = int(float(place))
         pattern = re.compile(r"\s+".join(map(re.escape, span.split())) + r"(?!\w)", re.IGNORECASE)
         starts = [word.start() for word in re.finditer(r"\S+", text)]
         hits = [(abs(i - index), hit.span()) for i, start in enumerate(starts) if (hit := pattern.match(text, start))]

@@ -216,7 +216,12 @@ def local_task(
         return Task(name, template, (), tuple(metrics), target_template=target_template, **shared)
     if values:
         steps = [high - low for low, high in pairwise(values)]
-        if len(values) < 2 or min(steps) <= 0 or max(steps) - min(steps) > 1e-6 * (values[-1] - values[0]):
+        if (
+            len(values) < 2
+            or not all(map(math.isfinite, values))
+            or min(steps) <= 0
+            or max(steps) - min(steps) > 1e-6 * (values[-1] - values[0])
+        ):
             raise ValueError(f"label_values={shown(list(values))}: give at least 2 numbers, evenly spaced and rising")
         words = tuple(f"{value:.10g}" for value in values)
         return Task(name, template, words, tuple(metrics), values=tuple(values), **shared)

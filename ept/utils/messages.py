@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MAX_TEXT = 120
@@ -45,3 +45,8 @@ def listed(items: Iterable[str], separator: str = ", ") -> str:
     items = list(items)
     rest = len(items) - MAX_ITEMS
     return separator.join(items[:MAX_ITEMS]) + (f"{separator}and {rest} more" if rest > 0 else "")
+
+
+def shares(values: Mapping[str, float]) -> str:
+    """Writes fractions as percentages, each after its name; the first few of many."""
+    return listed(f"{name} {share:.1%}" for name, share in values.items())

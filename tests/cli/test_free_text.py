@@ -173,7 +173,8 @@ def test_chats_beside_labels_are_no_answers(tmp_path: Path, chat_model: Path) ->
 
 
 @pytest.mark.parametrize("chat, message", [
-    ([{"role": "user", "content": 3}], "row 3: column 'messages': a message is no"),
+    ([{"role": "user", "content": 3}], "row 3: column 'messages': a message is not"),
+    ([{"from": ["human"], "value": "a"}], "row 3: column 'messages': a message is not"),
     ([{"role": "assistant", "content": "a"}], "row 3: column 'messages': nobody asks the assistant"),
     ([{"role": "user", "content": "film " * 300}, {"role": "assistant", "content": "no"}], "raise data.max_length"),
 ])  # fmt: skip

@@ -17,6 +17,7 @@ import yaml
 from test_commands import as_json, ept, refused, succeed
 from tiny_runs import sentence
 
+from ept.cli.common import encoding_of
 from ept.tasks import read_rows, sources
 
 Rows = list[dict[str, Any]]
@@ -390,3 +391,18 @@ def test_compare_on_ones_own_file(tmp_path: Path, models: dict[str, Path]) -> No
         ("{review}", "liked", "no", "yes", "accuracy")
     }
     assert shown["runs"][0]["run"].startswith("pt a ")
+
+
+@pytest.mark.parametrize(
+    "given, encoding",
+    [
+        (None, None),
+        (["data.strict=true"], None),
+        (["data.encoding=cp1250", "data.encoding=cp1252"], "cp1252"),
+        ([" data.encoding = cp1252"], "cp1252"),
+        (["data.encoding='cp1252'"], "cp1252"),
+        (["data.encoding=cp1252", "data.encoding=null"], None),
+    ],
+)
+def test_the_encoding_of_another_file_is_read_as_any_other_setting(given, encoding):
+    assert encoding_of(given) == encoding

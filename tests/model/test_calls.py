@@ -195,7 +195,7 @@ def test_bad_arguments_are_named(tmp_path):
         model(ids, attention_mask={"full_attention": None})
     added = torch.zeros(ids.shape).index_fill(1, torch.tensor([0]), torch.finfo(torch.float32).min)
     for call in (model, model.generate):
-        with pytest.raises(ValueError, match="one that is added to scores: give 1 for real tokens"):
+        with pytest.raises(ValueError, match="negative numbers, as masks that are added to scores do: give 1"):
             call(ids, attention_mask=added)
     for name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
         assert not hasattr(model, name)  # as of PEFT's prompt tuning
@@ -204,7 +204,7 @@ def test_bad_arguments_are_named(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no argument is_trainble: did you mean is_trainable"):
         EPTModel.from_pretrained(make_model("llama"), tmp_path, is_trainble=True)
-    with pytest.raises(ValueError, match=r"prompt_tuning_init_text=\['a'\] is no text"):
+    with pytest.raises(ValueError, match=r"prompt_tuning_init_text=\['a'\] is not text"):
         EPTConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text=["a"])
     config = EPTConfig(**SMALL, prompt_tuning_init="TEXT", prompt_tuning_init_text="a")
     with pytest.raises(ValueError, match="with token 500, the model's embedding has 99 rows"):
@@ -220,10 +220,22 @@ def test_weights_of_another_shape_are_refused(change):
         del state["prompt"]
     before = model.prompt_encoder["default"].prompt.detach().clone()
     with pytest.raises(
-        ValueError, match=r"prompt is (\[\d, 32\]|missing) in the state, of the adapter it is \[5, 32\]"
+        ValueError, match=r"prompt is (\[\d, 32\]|missing) in the state and \[5, 32\] in the adapter: load its own"
     ):
         set_peft_model_state_dict(model, state)
     assert torch.equal(model.prompt_encoder["default"].prompt, before)
+
+
+@pytest.mark.parametrize("name", ["B", "embedding_scale"])
+def test_a_state_that_lacks_one_weight_changes_none(name):
+    model = adapted("llama")
+    before = get_peft_model_state_dict(model)
+    before = {key: value.detach().clone() for key, value in before.items()}
+    state = {key: value + 1 for key, value in before.items() if key != name}
+    with pytest.raises(ValueError, match=f"{name} is missing in the state"):
+        set_peft_model_state_dict(model, state)
+    for key, value in get_peft_model_state_dict(model).items():
+        assert torch.equal(value, before[key]), key
 
 
 @pytest.mark.parametrize("form", ["fewer parts", "folded"])
@@ -233,7 +245,9 @@ def test_weights_that_the_adapter_does_not_have_are_refused(form):
     if form == "folded":
         other.fold()
     before = other(torch.tensor([[5, 6, 7]])).logits
-    with pytest.raises(ValueError, match=r"the state holds .*D.*, which the adapter has not: load its own weights"):
+    with pytest.raises(
+        ValueError, match=r"the state holds .*D.*, which the adapter does not have: load its own weights"
+    ):
         set_peft_model_state_dict(other, state)
     assert torch.equal(other(torch.tensor([[5, 6, 7]])).logits, before)
 

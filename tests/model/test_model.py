@@ -352,11 +352,12 @@ def test_return_dict_false_gives_the_same_in_a_tuple(name):
         assert torch.equal(plain[1], whole.logits)
 
 
+@pytest.mark.parametrize("items", [torch.tensor(3), torch.tensor(0), 0], ids=repr)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
-def test_no_label_at_all_is_a_loss_of_zero_with_gradients_of_zero(name):
+def test_no_label_at_all_is_a_loss_of_zero_with_gradients_of_zero(name, items):
     model, batch = adapted(name).train(), make_batch(name)
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    loss = model(**batch, num_items_in_batch=torch.tensor(3)).loss
+    loss = model(**batch, num_items_in_batch=items).loss
     assert loss.item() == 0.0
     loss.backward()
     assert all(p.grad is None or not p.grad.any() for p in model.prompt_encoder.parameters())
@@ -467,6 +468,18 @@ def test_adapters_can_be_added_set_and_deleted(name):
         model.set_adapter("second")
     with pytest.raises(ValueError, match=r"one adapter is active at a time, got \['default', 'second'\]"):
         model.set_adapter(["default", "second"])
+
+
+def test_the_frozen_model_has_the_dropout_of_the_adapter_that_is_left():
+    model = adapted("t5", base_dropout=True)
+    model.add_adapter("second", EPTConfig(num_virtual_tokens=2, max_length=12, r=1))
+    assert model.train().base_model.training
+    with pytest.warns(UserWarning, match="'second' is now"):
+        model.delete_adapter("default")
+    assert not model.base_model.training
+    model.delete_adapter("second")
+    model.add_adapter("third", EPTConfig(**SMALL, base_dropout=True))
+    assert model.base_model.training
 
 
 @pytest.mark.parametrize("name", ONE_A_TASK)

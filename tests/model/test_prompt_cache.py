@@ -70,6 +70,15 @@ def test_sampling_and_beams(options):
     assert torch.equal(*results)
 
 
+def test_beams_of_the_models_own_configuration_beside_a_given_one():
+    """`generate` takes from the model's configuration what the given one leaves open."""
+    model, inputs = adapted(), inputs_for("llama")
+    model.base_model.generation_config.num_beams = 3
+    options = {"generation_config": GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=1)}
+    plain, cached = (model.generate(**inputs, **options, use_prompt_cache=use) for use in (False, True))
+    assert torch.equal(plain, cached)
+
+
 def test_max_length_still_counts_the_text_and_not_the_prompt():
     model, inputs = adapted(), inputs_for("llama", (6,))
     options = {"max_length": 9, "do_sample": False, "eos_token_id": None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -11,11 +12,14 @@ import pytest
 import torch
 from tiny_runs import FAMILIES, OTHER
 
+from ept.runs import predict
 from ept.runs.adapters import load_trained
-from ept.runs.config import load_run_config
+from ept.runs.config import ModelConfig, RunConfig, load_run_config
 from ept.runs.data import with_texts
+from ept.runs.exporting import base_of
 from ept.runs.loading import load_tokenizer
 from ept.runs.predict import Predictor
+from ept.runs.processes import Processes
 from ept.tasks import local_task
 
 TEXTS = ["review : the film was good", "bad", " ".join(OTHER), "review : dreadful", "so long and very lovely"]
@@ -180,3 +184,27 @@ def test_the_model_keeps_its_mode(runs: dict[str, Path]) -> None:
         found.model.train(training)
         predictions(found, TEXTS[:1])
         assert found.model.training is training
+
+
+def test_the_loss_of_texts_is_taken_without_dropout(monkeypatch):
+    class Model(torch.nn.Module):
+        device, modes = torch.device("cpu"), []
+
+        def forward(self, **batch: torch.Tensor) -> SimpleNamespace:
+            self.modes.append((self.training, torch.is_grad_enabled()))
+            return SimpleNamespace(loss=torch.tensor(0.5))
+
+    encoded = datasets.Dataset.from_dict({"input_ids": [[5, 6], [5]], "labels": [[7], [7]], "length": [2, 1]})
+    monkeypatch.setattr(predict, "encode_split", lambda *_, **__: encoded)
+    found, model = object.__new__(Predictor), Model().train()
+    parts = {"config": RunConfig(), "task": SimpleNamespace(is_chat=False), "task_type": "SEQ_2_SEQ_LM"}
+    vars(found).update(parts, tokenizer=SimpleNamespace(pad_token_id=0), model=model, processes=Processes())
+    assert found.loss(None) == 0.5
+    assert (model.modes, model.training) == ([(False, False)], True)
+
+
+def test_another_base_model_for_an_export_leaves_the_configuration_as_it_is():
+    config = RunConfig(model=ModelConfig(name_or_path="one"))
+    its_own = SimpleNamespace(base_model_name_or_path="other", task_type="CAUSAL_LM")
+    described, _ = base_of(SimpleNamespace(layer=SimpleNamespace(config=its_own)), config, "other")
+    assert (described.name_or_path, config.model.name_or_path) == ("other", "one")

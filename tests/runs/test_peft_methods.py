@@ -37,7 +37,7 @@ def test_sizes_at_a_budget(name, family):
 @pytest.mark.parametrize("settings", [{}, {"budget": BUDGET}])
 def test_lora_without_linear_layers_is_refused(settings):
     with pytest.raises(
-        ValueError, match="LoRA modules of gpt2, c_attn, are no linear layers of GPT2LMHeadModel: leave"
+        ValueError, match="LoRA modules of gpt2, c_attn, are not linear layers of GPT2LMHeadModel: leave"
     ):
         attached("lora", "gpt2", **settings)
 

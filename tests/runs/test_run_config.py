@@ -74,7 +74,7 @@ def test_a_warmup_that_a_schedule_would_pass_over_is_refused(name: str, has_warm
     if has_warmup:
         assert load_run_config(None, settings).training.warmup_steps == 5
         return
-    with pytest.raises(ValueError, match=rf"lr_scheduler={name} passes over training\.warmup_steps=5: set it to 0"):
+    with pytest.raises(ValueError, match=rf"lr_scheduler={name} ignores training\.warmup_steps=5: set it to 0"):
         load_run_config(None, settings)
 
 
@@ -115,3 +115,9 @@ def test_every_field_of_the_adapter_can_be_set() -> None:
     adapter = {field.name for field in dataclasses.fields(EPTConfig)} - elsewhere - inherited
     method = set(MethodConfig.model_fields) - {"name", "budget", "budget_kind", "init_from"}
     assert method == adapter
+
+
+@pytest.mark.parametrize("key", ["template", "target_template"])
+def test_a_line_break_in_a_template_of_the_command_line(key):
+    config = load_run_config(None, [f"data.{key}={{a}}\\nb"])
+    assert getattr(config.data, key) == "{a}\nb"

@@ -79,7 +79,7 @@ def test_other_names_of_the_validation_file(tmp_path, name, caplog):
     data = load_task(SST2, data_dir=tmp_path)
     given = {f"sentence: {row['sentence']}" for row in sst2_rows(20, 4)}
     assert set(texts(data.validation) + texts(data.test)) == given  # two halves of a small one
-    assert "extra.jsonl is no train, validation or test file and is not read" in caplog.text
+    assert "extra.jsonl is not a train, validation or test file and is not read" in caplog.text
     write_splits(tmp_path, ".json", **{name: sst2_rows(20, 4)})
     with pytest.raises(ValueError, match=rf"holds {name}.jsonl, {name}.json: keep one file for each split"):
         load_task(SST2, data_dir=tmp_path)

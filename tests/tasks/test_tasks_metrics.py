@@ -44,7 +44,7 @@ HAND_COMPUTED = [
     # 1, 3, 2 for 1, 2, 3: the squares of the errors add up to 2, those of the distances from the mean too
     ("r2", [5, 15, 10], [5, 10, 15], 26, 0.0),
     ("r2", [5, 10, 15], [5, 10, 15], 26, 1.0),
-    ("r2", [10, 15, 20], [5, 10, 15], 26, -0.5),  # all of them 1 too large, which a correlation passes over
+    ("r2", [10, 15, 20], [5, 10, 15], 26, -0.5),  # all of them 1 too large, which a correlation does not notice
     ("r2", [10, 10, 10], [5, 10, 15], 26, 0.0),
     ("r2", [-1, 10, 15], [5, 10, 15], 26, -1.0),
     ("r2", [5, 10, 15], [7, 7, 7], 26, 0.0),  # undefined

@@ -69,6 +69,29 @@ def test_wsc_span_that_is_not_there():
         render(get_task("super_glue/wsc"), row)
 
 
+@pytest.mark.parametrize(
+    "column, value, message",
+    [
+        ("text", None, "span 'Ann' does not occur in the text ''"),
+        ("text", ["Ann"], "column 'text' holds a list, not text"),
+        ("span1_text", None, "span '' does not occur"),
+        ("span1_index", None, "column 'span1_index' holds None: give the number of words"),
+        ("span2_index", "one", "column 'span2_index' holds 'one': give the number of words"),
+    ],
+)
+def test_a_wsc_row_with_a_damaged_cell_is_refused_by_its_column(column, value, message):
+    row = {"text": "Ann won.", "span1_index": "0", "span1_text": "Ann", "span2_index": 1, "span2_text": "won"}
+    assert render(get_task("super_glue/wsc"), row) == "text: * Ann * # won #."
+    with pytest.raises(ValueError, match=message):
+        render(get_task("super_glue/wsc"), {**row, column: value})
+
+
+@pytest.mark.parametrize("values", [[0, float("nan"), 1], [0, float("inf")], [0, 1, 3], [1, 0], [1]], ids=str)
+def test_values_that_are_no_even_grid_of_numbers_are_refused(values):
+    with pytest.raises(ValueError, match="give at least 2 numbers, evenly spaced and rising"):
+        local_task("{text}", values=values)
+
+
 NEAREST = {
     **{"glue/sst-2": "glue/sst2", "sst2": "glue/sst2", "RTE": "glue/rte"},
     **{"superglue-boolq": "super_glue/boolq", "super_glue/wsc.fixed": "super_glue/wsc"},
