@@ -89,6 +89,9 @@ def _prepared(kinds: launch.Kinds, options: tuple[Any, ...], is_backward: bool) 
     m, r = (m, r) if fusion and m and r else (0, 0)
     sizes = (s, m, r, a if fusion else 0, columns, K if columns else 0)
     w = layout.fn(0, *sizes)
+    if max(w.mix, w.slopes - w.scores, w.partial - w.normed) >= 2**31:  # the kernels' `layout` counts in 32 bits
+        said = f"a joint prompt of {s} prompt rows, {m} positions and rank {r} has matrices of 2**31 numbers or more"
+        raise ValueError(f"{said}, too many for the kernels: take a shorter prompt, or EPT_KERNELS=reference")
     scales, activation = tuple(map(float, options[:3])), options[3] if len(options) > 3 else "gelu"
     configs = [launch.config_for(name, (d,), device, heuristic(name, device)) for name in CONFIGS]
 
