@@ -71,7 +71,7 @@ def judge(goal: Goal, rows: Iterable[Row]) -> Verdict:
     names = [goal.of or goal.against, *([goal.over] if goal.over else [])]
     found: dict[str, float] = {}
     for case in goal.cases:
-        # Of a case that was measured twice the last time counts, also where it failed then.
+        # A case that was measured twice counts as it was the last time, also where it failed then.
         providers = {name: row for name, row in cases.get(case, {}).items() if row["status"] == "ok"}
         values: list[Any] = [providers.get(name, {}).get(goal.field) for name in names]
         # A reference that stood in for a missing kernel is no result of ours.
@@ -109,7 +109,7 @@ DEQUANTIZE, DEQUANTIZE_LARGE = (shapes.GOAL_DEQUANTIZE.id,), (shapes.GOAL_DEQUAN
 FROZEN = tuple(case.id for case in shapes.GOAL_FROZEN)
 
 PEFT_CPU = "PEFT prompt tuning, 100 tokens, as many options"
-# What goals of one kind share.
+# Fields that goals of one kind share.
 OWN: Row = {"of": OURS, "over": ""}
 BANDWIDTH: Row = {**OWN, "against": "copy bandwidth", "field": "fraction_of_bandwidth", "unit": "%"}
 EQUAL: Row = {**OWN, "at_least": 1, "unit": "yes"}
