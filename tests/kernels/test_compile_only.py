@@ -29,6 +29,7 @@ from ept_kernels import launch
 from ept_kernels.dev import aot, compile_only
 from ept_kernels.dev.problems import LLAMA_7B, LLAMA_7B_BY_TOKEN, T5_BASE_JOINT, FourBit, JointPrompt
 from ept_kernels.frozen import launchers as frozen
+from ept_kernels.frozen.problems import Rotary
 from ept_kernels.joint_prompt import launchers as joint
 from ept_kernels.library import launcher_of
 from ept_kernels.problem import Problem
@@ -273,6 +274,13 @@ def test_the_next_tokens_are_loaded_while_the_sums_by_the_token_are_multiplied(t
 )
 def test_sums_in_parts_are_read_16_bytes_at_a_time(problem, which):
     assert re.search(r"ld\.global\S*\.v4|cp\.async\.cg", compiled(problem, "sm_90", which).asm["ptx"])
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_rotated_pairs_are_read_and_written_more_than_one_number_at_a_time(interleaved):
+    code = compiled(Rotary(2, 16, 16, 16, 256, 64, torch.bfloat16, interleaved=interleaved), "sm_90").asm["ptx"]
+    assert re.findall(r"(?:ld|st)\.global", code)
+    assert not re.findall(r"(?:ld|st)\.global\S*\.b16", code)
 
 
 @pytest.mark.parametrize("operator", ["prompted_embedding_by_token", "prompted_embedding_by_token_backward"])
