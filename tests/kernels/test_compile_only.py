@@ -276,6 +276,17 @@ def test_sums_in_parts_are_read_16_bytes_at_a_time(problem, which):
     assert re.search(r"ld\.global\S*\.v4|cp\.async\.cg", compiled(problem, "sm_90", which).asm["ptx"])
 
 
+@pytest.mark.parametrize("K, launches", [(joint.MAX_GATES, [4, 5]), (joint.MAX_GATES + 1, [0, 0])])
+def test_more_gates_than_registers_hold_take_the_reference(K, launches):
+    """The driver refuses a kernel that spills."""
+    problem, counts = replace(T5_BASE_JOINT, K=K, h=1), []
+    for one in (problem, problem.backward):
+        with compile_only.driving("sm_90"), launch.watched() as launched:
+            launcher_of(one.operator)(*one.inputs())
+        counts.append(len(launched))
+    assert counts == launches
+
+
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 def test_rotated_pairs_are_read_and_written_more_than_one_number_at_a_time(interleaved):
     code = compiled(Rotary(2, 16, 16, 16, 256, 64, torch.bfloat16, interleaved=interleaved), "sm_90").asm["ptx"]

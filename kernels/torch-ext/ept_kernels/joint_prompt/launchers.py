@@ -14,7 +14,7 @@ from .. import launch
 from ..library import check_shapes
 from .expand import joint_prompt_expand_kernel
 from .products import joint_prompt_products_kernel, joint_prompt_sum_kernel
-from .reference import SHAPES
+from .reference import SHAPES, joint_prompt_backward_reference, joint_prompt_reference
 from .scores import joint_prompt_rows_kernel, joint_prompt_sides_kernel
 from .tiles import UNIT, layout
 
@@ -27,10 +27,13 @@ CONFIGS: dict[str, launch.Config] = {
     "joint_prompt_sides": {"BLOCK_S": 16, "num_warps": 8, "num_stages": 1},
     "joint_prompt_expand": {"BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
 }
+MAX_GATES = 128  # that a program holds at once; with more it spills, or has too little memory
 
 
 def joint_prompt(*arguments: Any) -> Tensor:
     """Computes `ept_kernels.joint_prompt_reference` in four launches, in none without fusion and spaces."""
+    if arguments[8].shape[-1] > MAX_GATES:
+        return joint_prompt_reference(*arguments)
     prompt, _, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
     if not prompt.numel() or not (beta.numel() or D.shape[1]):
         return arguments[10] * prompt
@@ -41,6 +44,8 @@ def joint_prompt(*arguments: Any) -> Tensor:
 
 def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Computes `ept_kernels.joint_prompt_backward_reference` in five launches, four without fusion."""
+    if arguments[8].shape[-1] > MAX_GATES:
+        return joint_prompt_backward_reference(grad_output, *arguments)
     prompt, A, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
     fusion, spaces = beta.numel() > 0, D.shape[1] > 0
     if not prompt.numel() or not (fusion or spaces):
