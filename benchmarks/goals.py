@@ -71,7 +71,7 @@ def judge(goal: Goal, rows: Iterable[Row]) -> Verdict:
     names = [goal.of or goal.against, *([goal.over] if goal.over else [])]
     found: dict[str, float] = {}
     for case in goal.cases:
-        # Of a case that was measured twice the last time counts, also where it failed then.
+        # A case that was measured twice counts as it was the last time, also where it failed then.
         providers = {name: row for name, row in cases.get(case, {}).items() if row["status"] == "ok"}
         values: list[Any] = [providers.get(name, {}).get(goal.field) for name in names]
         # A reference that stood in for a missing kernel is no result of ours.

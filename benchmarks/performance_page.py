@@ -209,7 +209,7 @@ def score_rows(record: Row) -> list[Row]:
     for method in setting["methods"]:
         name, curve = method["method"], curves[method["method"]]
         ps = [
-            # Of a difference the wrong way round, however sure, nothing follows for the goal.
+            # A difference the wrong way round, however sure, says nothing for the goal.
             test["p"] if (test["difference"]["mean"] > 0) == (test["first"] == name) else 1.0
             for test in setting["tests"]
             if {test["first"], test["second"]} == {name, "dept"}
@@ -220,7 +220,7 @@ def score_rows(record: Row) -> list[Row]:
                 **{"section": SCORES, "case": SCORES, "provider": name, "status": "ok", "reason": "", **_about(record)},
                 "score": method["mean"] and method["mean"]["mean"],
                 "p_value": ps[0] if ps else None,
-                # What never gets there needs more steps than any number.
+                # A curve that never gets there needs more steps than any number.
                 "steps_to_score": math.inf if goal and reached is None else reached,
             }
         )

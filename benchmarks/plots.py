@@ -58,8 +58,8 @@ def drawable(results: list[Row]) -> list[Plot]:
 
 
 def bandwidth_lines(results: list[Row]) -> Lines:
-    """Returns memory-bound kernels: kernel → version → bytes moved → row. Of each kernel only what has the first case's
-    dtype, scheme and rank, so that a line joins sizes of one problem.
+    """Returns memory-bound kernels: kernel → version → bytes moved → row. A kernel's later cases count where
+    dtype, scheme and rank are those of its first, so that a line joins sizes of one problem.
     """
     found: Lines = {}
     kind: dict[str, tuple[Any, ...]] = {}

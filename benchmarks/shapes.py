@@ -108,7 +108,7 @@ def products(model: str, rows: int, columns: int, tokens: tuple[int, ...], dtype
     ]
 
 
-# What the goals are about.
+# Cases that the goals speak of.
 ALL_M = tuple(2**power for power in range(14))  # 1 … 8192
 FEW_M = (1, 32, 256, 2048)
 GOAL_FORWARD, GOAL_BACKWARD = (embedding(kernel, "Llama-2-7B", 32, 512, compiled=True) for kernel in EMBEDDINGS[:2])

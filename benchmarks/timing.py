@@ -53,7 +53,7 @@ class Timing:
 
 
 def ratio(over: Timing, under: Timing) -> dict[str, float]:
-    """Summarise `over`'s time divided by `under`'s, taken round by round."""
+    """Summarises `over`'s time divided by `under`'s, taken round by round."""
     return summary([a / b for a, b in zip(over.samples, under.samples, strict=True)])
 
 

@@ -24,7 +24,7 @@ from ept_kernels.library import launcher_of
 from .record import ROOT, Row, Work
 
 GOAL_SIZES = {"4096", str(4096 * 4096), str(14336 * 4096)}  # widths, and weights' elements, of cases with a goal
-# What a training step spends most on, and what few candidates settle, before what many do.
+# Kernels that take most of a training step, and those settled by few candidates, come first.
 ORDER = ("rms_norm", "gated_activation", "rotary", "prompted_embedding", "dequantize_4bit", "joint_prompt")
 
 

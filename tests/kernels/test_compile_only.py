@@ -29,6 +29,7 @@ from ept_kernels import launch
 from ept_kernels.dev import aot, compile_only
 from ept_kernels.dev.problems import LLAMA_7B, LLAMA_7B_BY_TOKEN, T5_BASE_JOINT, FourBit, JointPrompt
 from ept_kernels.frozen import launchers as frozen
+from ept_kernels.frozen.problems import Rotary
 from ept_kernels.joint_prompt import launchers as joint
 from ept_kernels.library import launcher_of
 from ept_kernels.problem import Problem
@@ -273,6 +274,24 @@ def test_the_next_tokens_are_loaded_while_the_sums_by_the_token_are_multiplied(t
 )
 def test_sums_in_parts_are_read_16_bytes_at_a_time(problem, which):
     assert re.search(r"ld\.global\S*\.v4|cp\.async\.cg", compiled(problem, "sm_90", which).asm["ptx"])
+
+
+@pytest.mark.parametrize("K, launches", [(joint.MAX_GATES, [4, 5]), (joint.MAX_GATES + 1, [0, 0])])
+def test_more_gates_than_registers_hold_take_the_reference(K, launches):
+    """The driver refuses a kernel that spills."""
+    problem, counts = replace(T5_BASE_JOINT, K=K, h=1), []
+    for one in (problem, problem.backward):
+        with compile_only.driving("sm_90"), launch.watched() as launched:
+            launcher_of(one.operator)(*one.inputs())
+        counts.append(len(launched))
+    assert counts == launches
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
+def test_rotated_pairs_are_read_and_written_more_than_one_number_at_a_time(interleaved):
+    code = compiled(Rotary(2, 16, 16, 16, 256, 64, torch.bfloat16, interleaved=interleaved), "sm_90").asm["ptx"]
+    assert re.findall(r"(?:ld|st)\.global", code)
+    assert not re.findall(r"(?:ld|st)\.global\S*\.b16", code)
 
 
 @pytest.mark.parametrize("operator", ["prompted_embedding_by_token", "prompted_embedding_by_token_backward"])

@@ -6,7 +6,7 @@ are data, one file a device, `configs/<device name>.json`, written by `dev/tune.
     {"device": ..., "target": ..., "kernels": {kernel: {size: {meta-parameter: number}}}, "measurements": [...]}
 
 `size` is one or more whole numbers joined by `x` (`"4096"`, `"14336x4096"`): what the best choice depends on
-smoothly, such as the embedding width. What has to match exactly belongs to the name of the kernel
+smoothly, such as the embedding width. A property that has to match exactly is part of the kernel's name
 (`"prompted_embedding/16-bit"`). The nearest size is taken, by the distance of the logarithms; where none is near, the
 heuristic. Other numbers that are measured a device have a name with a dot, as the path of a product:
 `config_for("matmul_4bit.path/16-bit", (tokens, rows, columns), device, {"PATH": 1})["PATH"]`.
@@ -202,7 +202,7 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 def config_for(kernel: str, size: int | Size, device: torch.device, default: Config, exact: int = 0) -> Config:
     """Chooses meta-parameters of `kernel` at `size`: the device's nearest measured ones, filled up from `default`.
 
-    What differs by more than a factor of two a number, or in the first `exact` numbers, says nothing of this size.
+    A measured size more than a factor of two away in a number, or other in the first `exact` ones, is not near.
     """
     if (tried := _State.tried.get(kernel)) is not None:
         return {**default, **tried}

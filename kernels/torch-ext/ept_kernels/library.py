@@ -99,7 +99,7 @@ def launcher_of(name: str) -> Callable[..., Any] | None:
 
 
 class Choices(dict[str, Any]):
-    """What an operator's `argument` stands for by name; any other name is refused with a `ValueError`."""
+    """Meanings of an operator's `argument` by name; any other name is refused with a `ValueError`."""
 
     def __init__(self, argument: str, **values: Any) -> None:
         super().__init__(values)

@@ -231,6 +231,16 @@ def test_the_kernels_are_given_one_type(device):
     assert given == [{torch.float32}] * 4
 
 
+@pytest.mark.parametrize(
+    "problem", [JointPrompt(s=32_800, d=1), JointPrompt(s=10_000, d=1, m=210_000, r=1)], ids=["products", "scores"]
+)
+def test_more_numbers_than_32_bits_count_are_refused(problem, device):
+    """Before anything of that size is allocated."""
+    for refused in (problem, problem.backward):
+        with pytest.raises(ValueError, match=f"of {problem.s} prompt rows, .* take a shorter prompt"):
+            run(refused, device)
+
+
 def test_gradient_of_a_sum_is_read_through_its_zero_strides(device):
     parameters, options = JointPrompt().parameters(device), JointPrompt().options()
     ones = torch.ones((), device=device).expand(parameters[0].shape)

@@ -42,7 +42,7 @@ from .tunables import tunables
 
 Row = dict[str, Any]
 
-# Of a packed cache: its file of what it is found by, and what is kept of Triton's own cache.
+# A packed cache: the file that says what finds it, and the suffixes kept of Triton's own cache.
 MADE_WITH = "made_with.json"
 PACKED = (".cubin", ".hsaco", ".json")
 
@@ -131,7 +131,7 @@ def _row(case: Case, target: str, launched: Launch, limits: Target, is_counted: 
         "target": target,
         "registers": launched.compiled.n_regs,
         "instructions": count,
-        # Of a thread, loops counted once, and what stands around them too.
+        # A thread's instructions, loops counted once, with those around the loops.
         "per_weight": round(count * metadata.num_warps * limits.warp / weights, 1) if weights else "",
         "shared_bytes": metadata.shared,
         "hash": launched.compiled.hash,

@@ -2,9 +2,9 @@
 
     compile_only.activate("sm_90")  # before the first operator is called, for the rest of the process
 
-From then on CPU tensors go through the launchers as those of such a GPU do. What is launched is compiled by Triton as a
-host with that GPU compiles it, for the same types, constants and divisible numbers, under the same keys of the same
-cache. It is then refused where the GPU would refuse it (shared memory, threads, the grid), and where it spills. Nothing
+From then on CPU tensors go through the launchers as those of such a GPU do. Triton compiles a launched kernel as a host
+with that GPU would, for the same types, constants and divisible numbers, under the same keys of the same cache. It is
+then refused where the GPU would refuse it (shared memory, threads, the grid), and where it spills. Nothing
 runs: results stay as they were allocated, and whoever compares values has to ask `active`.
 """
 

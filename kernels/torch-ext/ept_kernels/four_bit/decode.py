@@ -116,7 +116,7 @@ def load_tile(
 ):
     """Loads one tile as it is stored: words `[ROWS, COLUMNS / 8]` and the scales of their blocks `[ROWS, GROUPS]`.
 
-    What lies beyond `rows` and `last` is not read, and stands for weights of some finite value.
+    Weights beyond `rows` and `last` are not read: they decode to some finite value.
     """
     GROUPS: tl.constexpr = COLUMNS // BLOCK_SIZE if BLOCK_SIZE < COLUMNS else 1
     m_n = (o_n < rows)[:, None]

@@ -63,7 +63,7 @@ def dequantize_4bit_kernel(
         scales += (load_absmax(absmax, nested, o_block, m_unit, NESTED_BLOCK_SIZE),)
     for i in tl.static_range(ITERS):
         b_weight = decode(levels, units[i], scales[i], out.dtype.element_ty, BYTES)
-        # Of the last byte only one half may count; words are whole.
+        # The last byte may hold a single weight; words are whole.
         m_weight = (o_weight if BYTES == 1 else o_unit[:, None]) < left - i * TILE
         tl.store(p_weight + i * TILE, tl.reshape(b_weight, [UNITS, 2 * BYTES]), mask=m_weight)
 

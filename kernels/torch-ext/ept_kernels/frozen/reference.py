@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..library import Choices, check_shapes, compute_dtype, register
 
-# What a family's norm adds to its weight, and whether it rounds the normalised rows before it multiplies by the weight.
+# By family: the number that its norm adds to the weight, and True if normalised rows are rounded before the product.
 FORMS = Choices(
     "form",
     llama=(0.0, True),  # Llama, Mistral, Qwen

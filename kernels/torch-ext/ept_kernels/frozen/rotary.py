@@ -8,6 +8,20 @@ import triton.language as tl
 
 
 @triton.jit
+def _load_pairs(x, m_x, HALF: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Loads the first and the second columns of the pairs in float32, for the rows at `x` that `m_x` allows."""
+    if INTERLEAVED:  # neighbours, in one wide load
+        o_c = tl.arange(0, 2 * BLOCK_C)[None, :]
+        b_x = tl.load(x + o_c, mask=m_x & (o_c < 2 * HALF), other=0.0)
+        b_a, b_b = tl.split(tl.reshape(b_x, [b_x.shape[0], BLOCK_C, 2]))
+    else:
+        o_c = tl.arange(0, BLOCK_C)[None, :]
+        b_a = tl.load(x + o_c, mask=m_x & (o_c < HALF), other=0.0)
+        b_b = tl.load(x + HALF + o_c, mask=m_x & (o_c < HALF), other=0.0)
+    return b_a.to(tl.float32), b_b.to(tl.float32)
+
+
+@triton.jit
 def _rotate(
     x,  # [heads, width] of one token
     out,  # [heads, width], contiguous
@@ -17,33 +31,34 @@ def _rotate(
     x_h,
     b_cos,  # of the first and of the second columns of the pairs: [1, BLOCK_C] each
     b_sin,
-    o_first,
-    o_second,
     HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
     """Rotates a block of heads, and copies their columns beyond the pairs."""
     o_h = block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    m_h = o_h < heads
     x, out = x + o_h.to(tl.int64) * x_h, out + o_h * width  # [BLOCK_H, 1]
-    mask = (o_h < heads) & (tl.arange(0, BLOCK_C)[None, :] < HALF)
-    b_a = tl.load(x + o_first, mask=mask, other=0.0).to(tl.float32)
-    b_b = tl.load(x + o_second, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + o_first, (b_a * b_cos[0] - b_b * b_sin[0]).to(out.dtype.element_ty), mask=mask)
-    tl.store(out + o_second, (b_b * b_cos[1] + b_a * b_sin[1]).to(out.dtype.element_ty), mask=mask)
+    b_a, b_b = _load_pairs(x, m_h, HALF, BLOCK_C, INTERLEAVED)
+    b_first = (b_a * b_cos[0] - b_b * b_sin[0]).to(out.dtype.element_ty)
+    # `fma`, since in a plain sum the compiler fuses the one product or the other, depending on the layout.
+    if INTERLEAVED:
+        b_second = tl.fma(b_a, b_sin[1], b_b * b_cos[1]).to(out.dtype.element_ty)
+        o_c = tl.arange(0, 2 * BLOCK_C)[None, :]
+        b_out = tl.reshape(tl.join(b_first, b_second), [BLOCK_H, 2 * BLOCK_C])
+        tl.store(out + o_c, b_out, mask=m_h & (o_c < 2 * HALF))
+    else:  # the second half is computed behind the first one's store, in fewer registers
+        o_c = tl.arange(0, BLOCK_C)[None, :]
+        mask = m_h & (o_c < HALF)
+        tl.store(out + o_c, b_first, mask=mask)
+        b_second = tl.fma(b_a, b_sin[1], b_b * b_cos[1]).to(out.dtype.element_ty)
+        tl.store(out + HALF + o_c, b_second, mask=mask)
     if BLOCK_REST:
         o_rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
-        mask = (o_h < heads) & (o_rest < width)
+        mask = m_h & (o_rest < width)
         tl.store(out + o_rest, tl.load(x + o_rest, mask=mask, other=0.0), mask=mask)
-
-
-@triton.jit
-def _angles(values, o_c, o_first, o_second, HALF: tl.constexpr):
-    """Loads cosines or sines of the first and of the second columns."""
-    b_first = tl.load(values + o_first, mask=o_c < HALF, other=0.0).to(tl.float32)
-    b_second = tl.load(values + o_second, mask=o_c < HALF, other=0.0).to(tl.float32)
-    return b_first, b_second
 
 
 @triton.jit(do_not_specialize=["n", "q_heads", "k_heads"])
@@ -78,17 +93,15 @@ def rotary_kernel(
     token = tl.program_id(0).to(tl.int64)
     b, i = token // n, token % n
     angle = (i if SHARED else token) * 2 * HALF
-    o_c = tl.arange(0, BLOCK_C)[None, :]
-    o_first = 2 * o_c if INTERLEAVED else o_c
-    o_second = o_first + (1 if INTERLEAVED else HALF)
-    b_cos = _angles(cos + angle, o_c, o_first, o_second, HALF)
-    b_sin = _angles(sin + angle, o_c, o_first, o_second, HALF)
+    m_angle = tl.full([1, 1], True, tl.int1)
+    b_cos = _load_pairs(cos + angle, m_angle, HALF, BLOCK_C, INTERLEAVED)
+    b_sin = _load_pairs(sin + angle, m_angle, HALF, BLOCK_C, INTERLEAVED)
     if BACKWARD:  # the transposed matrix
         b_sin = (-b_sin[1], -b_sin[0])
     block, q_blocks = tl.program_id(1), tl.cdiv(q_heads, BLOCK_H)
     if block < q_blocks:
         x, out = q + b * q_b + i * q_n, out_q + token * q_heads * width
-        _rotate(x, out, block, q_heads, width, q_h, b_cos, b_sin, o_first, o_second, HALF, BLOCK_H, BLOCK_C, BLOCK_REST)
+        _rotate(x, out, block, q_heads, width, q_h, b_cos, b_sin, HALF, INTERLEAVED, BLOCK_H, BLOCK_C, BLOCK_REST)
     else:
         x, out, block = k + b * k_b + i * k_n, out_k + token * k_heads * width, block - q_blocks
-        _rotate(x, out, block, k_heads, width, k_h, b_cos, b_sin, o_first, o_second, HALF, BLOCK_H, BLOCK_C, BLOCK_REST)
+        _rotate(x, out, block, k_heads, width, k_h, b_cos, b_sin, HALF, INTERLEAVED, BLOCK_H, BLOCK_C, BLOCK_REST)

@@ -14,7 +14,7 @@ from .. import launch
 from ..library import check_shapes
 from .expand import joint_prompt_expand_kernel
 from .products import joint_prompt_products_kernel, joint_prompt_sum_kernel
-from .reference import SHAPES
+from .reference import SHAPES, joint_prompt_backward_reference, joint_prompt_reference
 from .scores import joint_prompt_rows_kernel, joint_prompt_sides_kernel
 from .tiles import UNIT, layout
 
@@ -27,10 +27,13 @@ CONFIGS: dict[str, launch.Config] = {
     "joint_prompt_sides": {"BLOCK_S": 16, "num_warps": 8, "num_stages": 1},
     "joint_prompt_expand": {"BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
 }
+MAX_GATES = 128  # that a program holds at once; with more it spills, or has too little memory
 
 
 def joint_prompt(*arguments: Any) -> Tensor:
     """Computes `ept_kernels.joint_prompt_reference` in four launches, in none without fusion and spaces."""
+    if arguments[8].shape[-1] > MAX_GATES:
+        return joint_prompt_reference(*arguments)
     prompt, _, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
     if not prompt.numel() or not (beta.numel() or D.shape[1]):
         return arguments[10] * prompt
@@ -41,6 +44,8 @@ def joint_prompt(*arguments: Any) -> Tensor:
 
 def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Computes `ept_kernels.joint_prompt_backward_reference` in five launches, four without fusion."""
+    if arguments[8].shape[-1] > MAX_GATES:
+        return joint_prompt_backward_reference(grad_output, *arguments)
     prompt, A, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
     fusion, spaces = beta.numel() > 0, D.shape[1] > 0
     if not prompt.numel() or not (fusion or spaces):
@@ -89,6 +94,9 @@ def _prepared(kinds: launch.Kinds, options: tuple[Any, ...], is_backward: bool) 
     m, r = (m, r) if fusion and m and r else (0, 0)
     sizes = (s, m, r, a if fusion else 0, columns, K if columns else 0)
     w = layout.fn(0, *sizes)
+    if max(w.mix, w.slopes - w.scores, w.partial - w.normed) >= 2**31:  # the kernels' `layout` counts in 32 bits
+        said = f"a joint prompt of {s} prompt rows, {m} positions and rank {r} has matrices of 2**31 numbers or more"
+        raise ValueError(f"{said}, too many for the kernels: take a shorter prompt, or EPT_KERNELS=reference")
     scales, activation = tuple(map(float, options[:3])), options[3] if len(options) > 3 else "gelu"
     configs = [launch.config_for(name, (d,), device, heuristic(name, device)) for name in CONFIGS]
 

@@ -176,8 +176,8 @@ def prompted_embedding_kernel(
                 m_n = (o_n < n) & (b_owner != o_n)
             if tl.max(m_n.to(tl.int32), axis=0) > 0:
                 b_id, is_read = row_of(input_ids + i_b * n, o_n, m_n, vocabulary)
-                # Of two tokens at one position, which no text has, the first is nobody's, as is one beyond A: NaN
-                # rather than a wrong result.
+                # Two tokens at one position, which no text has, leave the first without an owner, as is one beyond A:
+                # NaN rather than a wrong result.
                 is_read = is_read & ((b_position < 0) | (m == 0))
                 for start in range(0, d, BLOCK_D):
                     o_d = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_D)

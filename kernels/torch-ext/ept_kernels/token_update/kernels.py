@@ -182,7 +182,7 @@ def prompted_embedding_by_token_backward_kernel(
 ):
     """Takes one column tile of the gradients of a run of tokens, of all texts, or of some rows of the prompt.
 
-    What registers cannot hold of the rank is for other programs.
+    A rank that registers cannot hold is shared out among programs.
     """
     i_program = tl.program_id(0)
     columns, ranks = tl.cdiv(d, BLOCK_D), tl.cdiv(tl.maximum(r, 1), RANK)  # b_out has sums at rank 0, too
