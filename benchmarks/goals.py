@@ -109,7 +109,7 @@ DEQUANTIZE, DEQUANTIZE_LARGE = (shapes.GOAL_DEQUANTIZE.id,), (shapes.GOAL_DEQUAN
 FROZEN = tuple(case.id for case in shapes.GOAL_FROZEN)
 
 PEFT_CPU = "PEFT prompt tuning, 100 tokens, every option"
-# What goals of one kind share.
+# Fields that goals of one kind share.
 OWN: Row = {"of": OURS, "over": ""}
 BANDWIDTH: Row = {**OWN, "against": "copy bandwidth", "field": "fraction_of_bandwidth", "unit": "%"}
 EQUAL: Row = {**OWN, "at_least": 1, "unit": "yes"}
