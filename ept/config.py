@@ -187,8 +187,8 @@ class EPTConfig(PromptLearningConfig):
             raise ValueError(f"lowrank_init='svd' needs an alpha above 0, got {shown(self.alpha)}")
         if self.lowrank_init != "uniform" and self.updates_by_token:
             raise ValueError(
-                f"lowrank_init='{self.lowrank_init}' is a start for an update by position, not by token: leave it "
-                "out, or set update='position'"
+                f"lowrank_init='{self.lowrank_init}' is for the position-dependent update: leave it out, "
+                "or set update='position'"
             )
         if self.tokenizer_kwargs is not None and (
             not isinstance(self.tokenizer_kwargs, dict) or not all(isinstance(k, str) for k in self.tokenizer_kwargs)

@@ -120,7 +120,7 @@ class EPTLayer(BasePromptEncoder):
         return positions
 
     def within_table(self, positions: Tensor) -> Tensor:
-        """Leaves out positions beyond `max_length`, for which A has no row; an update by the token has no such end."""
+        """Drops positions beyond `max_length`, for which A has no row; a token-dependent update has no such limit."""
         return (
             positions
             if self.config.update == "token"
@@ -193,7 +193,7 @@ class EPTLayer(BasePromptEncoder):
         self._place_basis()
 
     def token_update(self) -> dict[str, Tensor]:
-        """Gives an update by the token in the units of the embeddings, `relu(e·W_in + b_in)·W_out + b_out`."""
+        """Returns the parts of the token-dependent update, `relu(e·W_in + b_in)·W_out + b_out` in the table's units."""
         scale = self.embedding_scale
         W_in, b_in, W_out, b_out = map(self.part, _BY_TOKEN)
         return {"W_in": W_in / scale, "b_in": b_in, "W_out": scale * W_out, "b_out": scale * b_out}

@@ -1,4 +1,4 @@
-"""An adapter as a model of its own: its prompt as new words, its update by the token in the rows of the vocabulary.
+"""An adapter as a model of its own: its prompt as new words, its token-dependent update in the rows of the vocabulary.
 
 Every engine that serves the model then serves the adapter, and the update costs it nothing.
 """
@@ -37,7 +37,7 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
 
     Args:
         model: on the CPU or an accelerator, with the adapter's head where it trained one.
-        layer: a folded adapter's, without an update or with one by the token.
+        layer: a folded adapter's, without an update or with a token-dependent one.
         task_type: of the adapter.
 
     Returns:
@@ -101,8 +101,8 @@ def check_update(layer: EPTLayer, task_type: str) -> None:
         return
     if not config.updates_by_token:
         raise ValueError(
-            f"the adapter updates the embeddings of the text by their position (r={config.r}), which words cannot "
-            'hold: --as-tokens is for adapters with r=0, such as prompt tuning, and with update="token"'
+            f"the adapter has a position-dependent update (r={config.r}), which words cannot hold: "
+            '--as-tokens is for adapters with r=0, such as prompt tuning, and with update="token"'
         )
     if task_type == "SEQ_2_SEQ_LM":
         raise ValueError("the update is the encoder's alone, and the decoder reads the same vocabulary: leave r at 0")

@@ -264,7 +264,7 @@ class TrainingConfig(Section):
     """Training, and the evaluations during it."""
 
     max_steps: Count | None = None
-    """Number of optimizer steps. None: as many as `num_train_epochs` take."""
+    """Number of optimizer steps. None: those of `num_train_epochs`."""
     num_train_epochs: Annotated[Number, Field(gt=0)] = 3.0
     """Used when `max_steps` is None."""
     batch_size: Count = 16

@@ -304,7 +304,7 @@ def _files(config: DataConfig) -> dict[str, str | None]:
 
 
 def _hub(config: DataConfig) -> tuple[str, str | None] | None:
-    """Splits the name of a data set on the hub from that of its configuration."""
+    """Splits the name of a Hub dataset from that of its configuration."""
     if config.hub is None:
         return None
     name, _, configuration = config.hub.partition(":")

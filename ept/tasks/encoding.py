@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # the label of a position that has no part in the loss
 TEXT_IDS = "text_ids"
-"""The column of a data set within the length limit that holds the tokens of each row's `text`."""
+"""The column of a dataset within the length limit that holds the tokens of each row's `text`."""
 WEIGHT, WEIGHTS = "weight", "weights"
 """The column with the weight of a row's loss, where rows have one, and the entry of a batch with those of its rows."""
 

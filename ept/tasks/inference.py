@@ -322,7 +322,7 @@ def find_labels(
     if low < high and kind != "classification" and (kind or not _are_labels(numbers.values(), are_codes)):
         values = _grid(sorted({*numbers.values()}))
         notes += _coarseness(counts, values) if in_words else []
-        of_classes = [low + i for i in range(len(set(numbers.values())))]  # as a data set's columns of classes are
+        of_classes = [low + i for i in range(len(set(numbers.values())))]  # as a dataset's class-label columns are
         are_classes = sorted({*numbers.values()}) == of_classes and min(counts.values()) > 1
         are_whole = all(map(float.is_integer, numbers.values()))
         are_named = _words(column) & CLASS_NAMES and (low in (0, 1) or "code" in _words(column))

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GROUP = "group"
-"""The column of a loaded data set that says which rows belong together."""
+"""The column of a loaded dataset that says which rows belong together."""
 FIELDS = "fields"
-"""The column of a loaded data set that keeps the text columns a row's `text` was rendered from."""
+"""The column of a loaded dataset that keeps the text columns a row's `text` was rendered from."""
 ROW = "row"
-"""The column of a loaded data set with a row's number in the file it comes from, counted from 1."""
+"""The column of a loaded dataset with a row's number in the file it comes from, counted from 1."""
 NUMBER = "number"
-"""The column of a loaded data set with the number of a regression, as the file has it."""
+"""The column of a loaded dataset with the number of a regression, as the file has it."""
 RAW = "raw"
 """The key of an example that says which rows of a file are the same one, whatever template is used."""
 
 HIDDEN = ("-1", "-1.0")
-"""Stands in place of a label that is not told, unless it is one."""
+"""Marks an unknown label, unless it is one of the labels."""
 BLANK, UNLABELLED, UNANSWERED = "blank text", "no label", "no answer"
 
 
@@ -281,7 +281,7 @@ def text_key(text: str) -> str:
 
 
 def dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
-    """Makes a data set of examples, with the target string of each and groups as numbers."""
+    """Makes a dataset of examples, with the target string of each and groups as numbers."""
     from datasets import Dataset
 
     rows = [{**row, "target": row["target"] if "target" in row else labels[row["label"]]} for row in examples]
