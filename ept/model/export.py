@@ -1,6 +1,6 @@
 """Adapters for other engines: folded into one prompt and the update, and the embeddings of given texts.
 
-An engine needs nothing of this package to use them: the model's input for a text of n tokens is the prompt `[s, d]`,
+An engine can use them without this package: the model's input for a text of n tokens is the prompt `[s, d]`,
 then the embedding of token i, scaled where the model scales it (Gemma, Pegasus), plus row i of the table, for
 i = 0 … n − 1. A token-dependent update has no table but a bottleneck network, applied to the token's embedding.
 Generated tokens get neither, unless the adapter was trained with `update_scope="all"`.
@@ -87,7 +87,7 @@ class FoldedAdapter:
         return {name: tensor.detach() for name, tensor in parts.items()} | heads
 
     def info(self) -> dict[str, Any]:
-        """Lists what an engine must know beside the tensors."""
+        """Lists what an engine must know besides the tensors."""
         config, tensors = self.layer.config, self.tensors()
         kind = (config.update, config.update_scope) if config.r else ("position", "text")
         return {

@@ -153,7 +153,7 @@ def fit_rows(
 
 
 def _number(row: Mapping[str, Any], position: int) -> int:
-    """Gives the number of a row in its file: a row of a `TaskData` split has it, others stand in the file's order."""
+    """Returns a row's number in its file: rows of a `TaskData` split carry it, others are in the file's order."""
     return row[ROW] if isinstance(row.get(FIELDS), Mapping) and ROW in row else position
 
 
