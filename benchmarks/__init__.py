@@ -1,1 +1,1 @@
-"""Benchmarks: kernels against their peers, whole training steps, and the report that gathers both."""
+"""Benchmarks: kernels against their alternatives, whole training steps, and the report that gathers both."""

@@ -32,5 +32,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     _, table, rows = config.stash[SESSION]
     if rows:
         reduced = " (reduced sizes: no figure means anything)" if table == "reduced" else ""
-        terminalreporter.section(f"kernels against peers, {rows[0]['device']}{reduced}")
+        terminalreporter.section(f"kernels against alternatives, {rows[0]['device']}{reduced}")
         terminalreporter.write_line(peer_table(rows))

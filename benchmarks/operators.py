@@ -1,5 +1,5 @@
-"""Operators against their peers: every version of a case is checked against the reference first, then timed in turn
-with the others and held against the machine's ceilings.
+"""Operators against their alternatives: every version of a case is checked against the reference first, then timed in
+turn with the others and compared with the machine's ceilings.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def ceiling_works(table: str, device: str) -> list[Work]:
 
 
 def goal_works(table: str, device: str) -> list[Work]:
-    """Returns the cases that goals speak of, beside peers that need no compiling."""
+    """Returns the cases that goals speak of, beside alternatives that need no compiling."""
     cases = [case for case in TABLES[table]() if _has_goal(case, table)]
     return [_work(case.without(COMPILED), table, device) for case in cases]
 
 
 def rest_works(table: str, device: str) -> list[Work]:
-    """Returns the goals' cases once more, in what was tuned, those with a peer to compile last; and all others."""
+    """Returns the goals' cases once more, in what was tuned, those that need compiling last; and all others."""
     cases = TABLES[table]()
     again = sorted((case for case in cases if _has_goal(case, table)), key=lambda case: COMPILED in case.providers)
     works = [_work(case, table, device, "again") for case in again]

@@ -1,6 +1,6 @@
 """Measures operators or training steps, or checks the device, and appends every result to a record as it is made.
 
-    python -m benchmarks.run kernels --device cpu --output FILE.jsonl                 operators against their peers
+    python -m benchmarks.run kernels --device cpu --output FILE.jsonl                 operators against alternatives
     python -m benchmarks.run steps --device cuda --output FILE.jsonl --seconds 100    as many steps as fit
     python -m benchmarks.run steps --output FILE.jsonl --only everything adapters     units on request
 

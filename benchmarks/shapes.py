@@ -72,7 +72,7 @@ class Case:
 
 
 def embedding(kernel: str, model: str, batch: int, length: int, **how: Any) -> Case:
-    """Makes a case of `prompted_embedding`, its packed form, its form with an update by the token, or a backward.
+    """Makes a case of `prompted_embedding`, its packed or token-dependent form, or a backward.
 
     Args:
         how: `prompt` (40) and `rank` (30; 0 is prompt tuning, which PEFT has), `dtype`, whether it is `compiled`.

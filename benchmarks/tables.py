@@ -47,7 +47,7 @@ def spread(values: Row, digits: int, unit: str = "") -> str:
 
 def peer_table(results: Iterable[Row]) -> str:
     """Shows our time, what runs it, its rate, its fraction of the ceiling and of a copy of as many bytes, what the host
-    takes for a call, the memory it takes, its noise, and its speed-up over each peer.
+    takes for a call, the memory it takes, its noise, and its speed-up over each alternative.
     """
     cases = by_case(row for row in results if row["section"] == "kernels" and row["provider"] != COPY)
     peers = [peer for peer in PEERS_FIRST if any(peer in rows for rows in cases.values())]

@@ -1,4 +1,4 @@
-"""Operators against their peers under pytest-benchmark: `pytest benchmarks` (`-k dequantize` to choose).
+"""Operators against their alternatives under pytest-benchmark: `pytest benchmarks` (`-k dequantize` to choose).
 
 All versions of a case are measured together, in turn, by `benchmarks.operators`: device time, bytes, fraction of the
 ceiling. Each then runs once more under pytest-benchmark, whose own table shows what a call costs with the host's work;

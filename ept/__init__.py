@@ -1,8 +1,8 @@
 """Efficient Prompt Tuning of frozen language models: a short prompt, a low-rank embedding update and gated spaces.
 
 `from ept import EPTConfig, EPTLayer, EPTModel, get_ept_model`. The names are loaded on first use, so that `import
-ept` alone imports no model library. Taking one of them registers EPT with PEFT (`ept.model.registration`), and so does
-`import ept` where transformers or PEFT is loaded already.
+ept` alone imports no model library. The first use of a name registers EPT with PEFT (`ept.model.registration`), and so
+does `import ept` if transformers or PEFT has been imported before.
 """
 
 from __future__ import annotations
@@ -35,5 +35,5 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-if "transformers" in sys.modules or "peft" in sys.modules:  # PEFT's functions are to know EPT from here on
+if "transformers" in sys.modules or "peft" in sys.modules:  # from here on PEFT's functions know EPT
     import_module(_REGISTRATION, __name__)

@@ -1,4 +1,4 @@
-"""`python -m ept`: the command line, also as what `torchrun -m` and `accelerate launch -m` start."""
+"""`python -m ept`: the command line, also for `torchrun -m` and `accelerate launch -m`."""
 
 from .cli.main import app
 from .runs.processes import exit_rank

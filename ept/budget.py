@@ -1,4 +1,4 @@
-"""Search for the sizes of a configuration that use a budget of parameters best."""
+"""Search for the configuration sizes that make the best use of a parameter budget."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _METHODS: dict[str, dict[str, Any]] = {
     "residual": {"r": 0, "fusion": False, "num_spaces": 0},
 }
 RESIDUAL_DIM = 64
-"""Width of residual prompt tuning's network where nothing else is asked for."""
-# How a budget is shared out where the caller leaves it open: as the defaults do at d = 768, m = 256; without spaces, as
-# DePT's published default (60 prompt tokens, rank 30) does.
+"""Default width of residual prompt tuning's network."""
+# How a budget is split unless the caller says otherwise: as in the defaults at d = 768, m = 256; without spaces, as in
+# DePT's published default (60 prompt tokens, rank 30).
 _SHARES = {"prompt": 0.4, "low-rank": 0.4, "spaces": 0.2}
 _SHARES_WITHOUT_SPACES = {"prompt": 0.6, "low-rank": 0.4}
 # A small budget goes to the prompt first: on T5-base, prompt tuning with 2, 10, 20 and 50 tokens has GLUE means near

@@ -1,4 +1,4 @@
-"""EPTConfig: every choice of the method as a field, with PT and DePT as settings of it."""
+"""EPTConfig: every choice of the method is a field; prompt tuning and DePT are settings of it."""
 
 from __future__ import annotations
 
@@ -134,11 +134,11 @@ class EPTConfig(PromptLearningConfig):
     folded: bool = _option(False, "Set by folding: inference form, one prompt (s x d) and the factors of the update.")
 
     def __post_init__(self) -> None:
-        for name in ("task_type", "prompt_tuning_init"):  # an enumeration's members stand for their values
+        for name in ("task_type", "prompt_tuning_init"):  # members of an enumeration count as their values
             setattr(self, name, getattr(getattr(self, name), "value", getattr(self, name)))
         if isinstance(self.prompt_tuning_init, str):
             self.prompt_tuning_init = self.prompt_tuning_init.upper()
-        for name in [f.name for f in fields(self)]:  # numbers of NumPy, as grids of sizes have them
+        for name in [f.name for f in fields(self)]:  # NumPy integers, as in grids of sizes
             value = getattr(self, name)
             if getattr(value, "shape", None) == () and hasattr(value, "item"):
                 setattr(self, name, value.item())
@@ -187,8 +187,8 @@ class EPTConfig(PromptLearningConfig):
             raise ValueError(f"lowrank_init='svd' needs an alpha above 0, got {shown(self.alpha)}")
         if self.lowrank_init != "uniform" and self.updates_by_token:
             raise ValueError(
-                f"lowrank_init='{self.lowrank_init}' is a start for an update by position, not by token: leave it "
-                "out, or set update='position'"
+                f"lowrank_init='{self.lowrank_init}' is for the position-dependent update: leave it out, "
+                "or set update='position'"
             )
         if self.tokenizer_kwargs is not None and (
             not isinstance(self.tokenizer_kwargs, dict) or not all(isinstance(k, str) for k in self.tokenizer_kwargs)
@@ -199,12 +199,12 @@ class EPTConfig(PromptLearningConfig):
 
     @property
     def updates_by_token(self) -> bool:
-        """Tells whether there is an update and it depends on the token itself."""
+        """True if there is an update and it depends on the token itself."""
         return bool(self.r) and self.update == "token"
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Tells PEFT that the adapter is a prompt; not before the task is known, for which PEFT would look it up."""
+        """True once the task is known: PEFT then treats the adapter as a prompt, and looks its task up."""
         return self.task_type is not None
 
     @classmethod
@@ -245,24 +245,24 @@ class EPTConfig(PromptLearningConfig):
         kind: str = "trained",
         **fields: Any,
     ) -> EPTConfig:
-        """Searches the configuration of `method` that uses a parameter budget best, never exceeding it.
+        """Finds the configuration of `method` that makes the best use of a parameter budget, never exceeding it.
 
-        The sizes that `fields` does not give are searched: as much of the budget as possible is spent, shared between
-        prompt, low-rank part and spaces as nearly as possible in the proportions of the defaults (40 : 40 : 20; without
-        spaces, or where they do not count, DePT's 60 : 40). Where that would leave the prompt less than 16 tokens, it
-        gets up to 70 % of the budget. A budget below 24 tokens may have a single space, whose gate is 1.
+        Sizes not given in `fields` are searched: as much of the budget as possible is spent, split between prompt,
+        low-rank part and spaces as nearly as possible in the proportions of the defaults (40 : 40 : 20; without
+        spaces, or if they do not count, DePT's 60 : 40). If that would leave the prompt fewer than 16 tokens, it gets
+        up to 70 % of the budget. A budget below 24 tokens may get a single space, whose gate is 1.
 
         Args:
             model_or_d: a model (its input embeddings are measured) or the embedding width d.
             max_length: longest input text, in tokens.
             budget: number of parameters; heads in `modules_to_save` are not counted.
             method: `"ept"`, `"dept"`, `"pt"`, `"ulpt"`, `"adept"` or `"residual"`.
-            kind: what the budget is of: `"trained"` counts the parameters while they are learned, `"stored"` what a
-                saved adapter has to hold (see `stored_count`), which leaves out the spaces.
-            fields: other fields of the configuration, kept as they are.
+            kind: what the budget counts: `"trained"` all parameters during training, `"stored"` what a saved adapter
+                holds (see `stored_count`), which excludes the spaces.
+            fields: other fields of the configuration, kept as given.
 
         Raises:
-            ValueError: no such configuration fits; the message names the smallest budget that would do.
+            ValueError: no configuration fits; the message names the smallest budget that would.
         """
         is_model = hasattr(model_or_d, "get_input_embeddings")
         d = embedding_width(model_or_d.get_input_embeddings()) if is_model else operator.index(model_or_d)
@@ -284,7 +284,7 @@ class EPTConfig(PromptLearningConfig):
         return min(self.parameter_count(d), folded.parameter_count(d))
 
     def parameter_shapes(self, d: int) -> dict[str, tuple[int, ...]]:
-        """Gives every parameter's shape by name, for embedding width `d`; parts that are switched off are absent."""
+        """Returns every parameter's shape by name, for embedding width `d`; parts that are switched off are absent."""
         s, m, r = self.num_virtual_tokens, self.max_length, self.r
         K, h, a = self.num_spaces, self.space_dim, self.fusion_dim
         shapes: dict[str, tuple[int, ...]] = {}

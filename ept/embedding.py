@@ -86,7 +86,7 @@ def check_vocabulary(input_ids: Tensor, rows: int) -> None:
 
 
 def is_plain_lookup(embedding: nn.Module) -> bool:
-    """Tells whether calling `embedding` is no more than taking rows of its weight."""
+    """Returns whether calling `embedding` does nothing but take rows of its weight."""
     return (
         type(embedding) is nn.Embedding
         and embedding.max_norm is None
@@ -149,7 +149,7 @@ def rows_of(embedding: Any) -> int:
 
 
 def device_of(embedding: Any) -> torch.device:
-    """Tells where ids for `embedding` belong; offloaded weights are brought from the meta device at each call."""
+    """Returns the device for ids of `embedding`; offloaded weights are brought from the meta device at each call."""
     hook = getattr(embedding, "_hf_hook", None)
     if (device := getattr(hook, "execution_device", None)) is not None:
         return torch.device(device)
@@ -162,7 +162,7 @@ def scaled_embedding(embedding: nn.Module, factor: float) -> nn.Module:
 
 
 class ScaledEmbedding(nn.Module):
-    """The embedding module of a model that multiplies what it looks up, and not what it is given as embeddings."""
+    """The embedding module of a model that multiplies embeddings it looks up, but not those it is given."""
 
     def __init__(self, embedding: Any, factor: float) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""The thin autograd layer: the only place that knows gradients.
+"""The thin autograd layer: the only place that deals with gradients.
 
-Each function wraps one operator of `ept_kernels`. Gradients reach the prompt's parameters, and, of the frozen model's
-own work, the inputs only; the frozen table gets one only where the caller made it trainable. First-order gradients
-only: a backward with `create_graph=True` raises.
+Each function wraps one operator of `ept_kernels`. Gradients reach the prompt's parameters and, in the frozen model's
+own operations, only the inputs; the frozen table gets one only if the caller made it trainable. Gradients are
+first-order only: a backward with `create_graph=True` raises.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ept_kernels.four_bit.reference import check_operands
 
 
 def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses a backward that is to be differentiated, as PyTorch's `once_differentiable` does for `.backward()` alone.
+    """Refuses a backward that is to be differentiated; PyTorch's `once_differentiable` does so for `.backward()` only.
 
-    `torch.autograd.grad` never meets that one's error, and a Hessian was 0.
+    With `torch.autograd.grad` that decorator raises nothing, and a Hessian would be 0.
     """
 
     @functools.wraps(backward)
@@ -39,7 +39,7 @@ class _PromptedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         input_ids, positions, table, prompt, A, B, scale, adapter_ids = inputs
-        # Both directions need it, so it is made once.
+        # Both directions need it, so it is computed once.
         token_at = ept_kernels.token_at(positions, A.shape[-2]) if any(ctx.needs_input_grad[4:6]) else None
         ctx.save_for_backward(positions, A, B, adapter_ids, token_at, input_ids if ctx.needs_input_grad[2] else None)
         ctx.scale, ctx.table_shape, ctx.prompt_dtype = scale, table.shape, prompt.dtype
@@ -109,7 +109,7 @@ class _JointPrompt(torch.autograd.Function):
 
 
 class _Matmul4bit(torch.autograd.Function):
-    """Product whose backward keeps the packed weight alone, which the layer holds anyway."""
+    """Product that saves only the packed weight for its backward, which the layer holds anyway."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, sizes: tuple[Any, ...], *weight: Tensor | None) -> Tensor:
@@ -131,7 +131,7 @@ class _Matmul4bit(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Norm that hands on what it has normalised, so that both gradients are summed where they are at hand."""
+    """Norm that also returns its input, so that its backward sums both gradients."""
 
     @staticmethod
     def forward(
@@ -244,11 +244,11 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Computes the RMSNorm of `h = x + residual` with a frozen weight; returns it and `h`, differentiable in both.
 
-    Whatever is computed from `h` later is best computed from the one returned: its gradient is then added in the norm's
-    own backward. Shapes, dtypes and forms as in `ept_kernels.rms_norm_reference`.
+    Use the returned `h` for later computations: its gradient is then added in the norm's own backward. Shapes, dtypes
+    and forms as in `ept_kernels.rms_norm_reference`.
 
     Raises:
-        ValueError: the weight wants a gradient.
+        ValueError: the weight requires a gradient.
     """
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("a frozen norm computes no gradient of its weight: set requires_grad=False on it")

@@ -28,7 +28,7 @@ class EPTLayer(BasePromptEncoder):
     Args:
         config: what the layer consists of; a copy is kept.
         embedding: the base model's input embedding, any module that maps ids `[…]` to vectors `[…, d]`. It is
-            referred to, not owned: its weights are no part of the layer's parameters or state.
+            referenced, not owned: its weights belong to neither the layer's parameters nor its state.
         initialise: `False` leaves the parameters at zero, for a state that is about to be loaded.
         tokenizer: for `prompt_tuning_init="TEXT"`; None loads the one that the configuration names.
 
@@ -44,7 +44,7 @@ class EPTLayer(BasePromptEncoder):
         (torch.Size([1, 7, 16]), [[0, 1, 2, 3, 4, 5, 6]])
     """
 
-    uses_shared_state = True  # for PEFT: no layer to inject into a model by itself
+    uses_shared_state = True  # for PEFT: not a layer to inject into a model
 
     def __init__(
         self, config: EPTConfig, embedding: nn.Module, *, initialise: bool = True, tokenizer: Any = None
@@ -77,16 +77,16 @@ class EPTLayer(BasePromptEncoder):
         text_mask: Tensor | None = None,
         embedding: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Makes what the frozen model is called with.
+        """Builds the frozen model's input.
 
         Args:
             input_ids: `[batch, n]` token ids, padded on either side.
             attention_mask: `[batch, n]`, nonzero at real tokens; None: all are real.
             inputs_embeds: `[batch, n, d]` instead of `input_ids`.
             text_mask: `[batch, n]`, nonzero at the tokens that belong to the input text and get the low-rank update;
-                None: all real tokens. Labels and generated tokens of a decoder-only model do not belong to it. With
-                `update_scope="all"` it makes no difference.
-            embedding: in place of the embedding given at construction.
+                None: all real tokens. Labels and generated tokens of a decoder-only model do not belong to the text.
+                With `update_scope="all"` it makes no difference.
+            embedding: used instead of the embedding given at construction.
 
         Returns:
             `inputs_embeds` `[batch, s + n, d]` in the embedding's dtype, `attention_mask` `[batch, s + n]` in
@@ -120,7 +120,7 @@ class EPTLayer(BasePromptEncoder):
         return positions
 
     def within_table(self, positions: Tensor) -> Tensor:
-        """Leaves out positions beyond `max_length`, for which A has no row; an update by the token has no such end."""
+        """Drops positions beyond `max_length`, for which A has no row; a token-dependent update has no such limit."""
         return (
             positions
             if self.config.update == "token"
@@ -193,7 +193,7 @@ class EPTLayer(BasePromptEncoder):
         self._place_basis()
 
     def token_update(self) -> dict[str, Tensor]:
-        """Gives an update by the token in the units of the embeddings, `relu(e·W_in + b_in)·W_out + b_out`."""
+        """Returns the parts of the token-dependent update, `relu(e·W_in + b_in)·W_out + b_out` in the table's units."""
         scale = self.embedding_scale
         W_in, b_in, W_out, b_out = map(self.part, _BY_TOKEN)
         return {"W_in": W_in / scale, "b_in": b_in, "W_out": scale * W_out, "b_out": scale * b_out}

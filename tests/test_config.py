@@ -134,7 +134,7 @@ def test_impossible_budget_names_the_smallest():
         ({"task_type": "MULTIPLE_CHOICE"}, "task_type must be one of SEQ_2_SEQ_LM"),
         (
             {"update": "token", "lowrank_init": "svd"},
-            "lowrank_init='svd' is a start for an update by position, not by token",
+            "lowrank_init='svd' is for the position-dependent update: leave it out",
         ),
     ],
     ids=str,

@@ -183,7 +183,7 @@ def test_random_initialisation_has_unit_variance():
 FORMS = {
     "ept": EPTConfig(**SMALL, fusion_dim=3),
     "ept, scaled and shifted": EPTConfig(**SMALL, prompt_scale_shift=True),
-    "ept, update by the token": EPTConfig(**SMALL, update="token"),
+    "ept-token": EPTConfig(**SMALL, update="token"),
     "ulpt": EPTConfig.ulpt(4, 3, max_length=8),
     "adept": EPTConfig.adept(4, 2, max_length=8),
     "residual": EPTConfig.residual_prompt_tuning(4, 5, max_length=8),

@@ -117,7 +117,7 @@ def save_data(folder: Path, rows: int = 96) -> Path:
 
 
 def run_config(model: Path, data: Path, output: Path | None, *overrides: str) -> RunConfig:
-    """A short run on `glue/sst2`'s form, of EPT by the position."""
+    """A short run on `glue/sst2`'s form, with the position-dependent update."""
     settings = [
         f"model.name_or_path={model}",
         "data.task=glue/sst2",

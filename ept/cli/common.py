@@ -52,7 +52,7 @@ FILE_WIDTH = 120
 
 
 def overrides(set_: list[str] | None, options: Mapping[str, object]) -> list[str]:
-    """Returns what `--set` gives, and after it the keys that options of their own have set."""
+    """Returns the items of `--set`, followed by the keys set by other options."""
     given = {key: value for key, value in options.items() if value is not None and value is not False and value != []}
     written = {key: value if isinstance(value, (int, list)) else str(value) for key, value in given.items()}
     return [*(set_ or []), *(f"{key}={json_format.dumps(value, ensure_ascii=False)}" for key, value in written.items())]
@@ -66,9 +66,10 @@ def data_keys(
     strict: bool = False,
     target_template: str | None = None,
 ) -> dict[str, object]:
-    """Returns the keys that the options about data set; which of them a name belongs to depends on what is there.
+    """Returns the configuration keys for the data options; whether DATA is a file, a folder, a task or a name on the
+    Hub depends on what exists.
 
-    Raises FileNotFoundError for a path to nothing.
+    Raises FileNotFoundError for a path that does not exist.
     """
     keys: dict[str, object] = {"data.text_columns": text_columns, "data.label_column": label_column}
     written = {"data.template": template, "data.target_template": target_template}
@@ -115,7 +116,7 @@ def answer(json: bool, value: Any, *shown: Any) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps standard output for the answer: what libraries print goes to standard error, their chatter nowhere."""
+    """Keeps standard output for the answer: libraries' output goes to standard error, and their chatter is dropped."""
     import datasets
     import transformers
 

@@ -32,9 +32,9 @@ def export(
 ) -> None:
     """Fold an adapter for other engines, and embed texts with it.
 
-    The folded form is one prompt and the update: a table, or for an update by the token its small network. With
-    --as-tokens an adapter without an update, or with one by the token, becomes part of the base model's vocabulary:
-    plain transformers and other engines serve it, `prompt_tokens.json` says what to write around a text.
+    The folded form is one prompt and the update: a table, or the small network of a token-dependent update. With
+    --as-tokens an adapter without an update, or with a token-dependent one, becomes part of the base model's
+    vocabulary. Plain transformers and other engines serve it; `prompt_tokens.json` says what to write around a text.
     """
     if texts is None and model is not None and not as_tokens:
         raise ValueError("--model is for the embeddings of texts and --as-tokens: give one of them, or leave it out")

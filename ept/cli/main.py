@@ -22,10 +22,10 @@ FAILURES = (OSError, MemoryError, FloatingPointError)
 
 
 class OneLineErrors(TyperGroup):
-    """The commands, whose errors are one line on standard error where a user can mend them; EPT_DEBUG=1: a traceback.
+    """The commands; an error that a user can fix is one line on standard error, with EPT_DEBUG=1 a traceback.
 
-    The exit code is 2 where something wrong was given, 1 where the machine or the training failed, and 128 and the
-    number of the signal where one ended the command.
+    The exit code is 2 for wrong input, 1 if the machine or the training failed, and 128 plus the signal's number if a
+    signal ended the command.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -36,7 +36,7 @@ class OneLineErrors(TyperGroup):
                 typer.echo(str(stop) or "stopped", err=True)
             raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
         except BrokenPipeError:
-            raise  # whoever read the answer has read enough: the command line ends without a word
+            raise  # the reader has closed the pipe: the command line ends silently
         except (*USER_ERRORS, *FAILURES) as error:
             if os.environ.get("EPT_DEBUG") == "1":
                 raise
@@ -66,7 +66,7 @@ def _version(value: bool) -> None:
 def main(
     version: bool = Option(False, "--version", callback=_version, is_eager=True, help="Print the version and exit."),
 ) -> None:
-    for stream in (sys.stdout, sys.stderr):  # a console that cannot write a sign gets its escape, and loses no work
+    for stream in (sys.stdout, sys.stderr):  # a character that the console cannot write is escaped
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

@@ -70,8 +70,8 @@ def profile(
 ) -> None:
     """Measure training steps of several methods side by side.
 
-    Prompt tuning, DePT, EPT by the token and by the position, and PEFT's prompt tuning take whole steps in turn: time
-    with spread, throughput, memory, and where the time of a step goes. Runs on a CPU too.
+    Prompt tuning, DePT, EPT with the token-dependent and the position-dependent update, and PEFT's prompt tuning take
+    whole steps in turn: time with spread, throughput, memory, and where the time of a step goes. Runs on a CPU too.
     """
     if output is not None and (output / RECORD).exists() and not overwrite:
         raise FileExistsError(f"{output} holds a profile: choose another --output, or replace it with --overwrite")

@@ -102,7 +102,7 @@ def train(
 
 
 def free_folder(data: DataConfig) -> Path:
-    """Makes up a name for a run's folder, of its data and the date, that nothing has yet."""
+    """Makes an unused name for a run's folder, from its data and the date."""
     name = f"{data.name.replace('/', '_').replace(':', '_')}-{datetime.date.today()}"
     folder, number = Path("runs") / name, 1
     while folder.exists():
@@ -112,7 +112,7 @@ def free_folder(data: DataConfig) -> Path:
 
 
 def _show(run: PreparedRun) -> None:
-    """Shows on standard error what is going to be trained."""
+    """Shows on standard error what will be trained."""
     from rich.console import Console
 
     from ept.runs.summary import run_summary, summary_table

@@ -64,7 +64,7 @@ class CompareConfig(Section):
                 raise ValueError(f"compare.{key} is empty: name at least one")
             _check_once(key, values)
         if self.jobs > 1 and self.executor == "ray":
-            raise ValueError("compare.jobs is for runs on this machine: Ray takes as many as it has GPUs or cores for")
+            raise ValueError("compare.jobs is for runs on this machine: Ray schedules by GPUs and cores")
         if (self.learning_rate_seeds or 1) > len(self.seeds):
             raise ValueError(f"compare.learning_rate_seeds must be 1 .. {len(self.seeds)}, the number of seeds")
         for key in ("learning_rates", "low_rank_learning_rates"):

@@ -40,7 +40,7 @@ class Outcome:
 
     @classmethod
     def failed(cls, folder: Path, error: BaseException) -> Outcome:
-        """Makes the outcome of a run that `error` ended, of which the first line is kept."""
+        """Makes the outcome of a run that `error` ended; keeps the error's first line."""
         first = str(error).strip().partition("\n")[0]
         return cls(folder, None, ": ".join(filter(None, (type(error).__name__, first))))
 
@@ -102,7 +102,7 @@ def _execute_apart(job: dict[str, Any], gpu: str | None, parent: int) -> Outcome
 
 @functools.cache
 def _settle(parent: int) -> None:
-    """Silences this process, once, and ends it with its parent, of whose death joblib tells nobody.
+    """Silences this process, once, and ends it with its parent, whose death joblib does not report.
 
     Else the run would go on, while the same command begins it a second time. Ctrl-C comes to the parent as well.
     """

@@ -147,7 +147,7 @@ class Setting:
     methods: list[MethodSummary]
     tests: list[PairedTest]
     failed: list[str]
-    """Methods of which no run has finished."""
+    """Methods without a finished run."""
     seeds: int
     rows: str
     """Metric and number of rows of each task, in words."""

@@ -71,7 +71,7 @@ def check_adapter(adapter_name: str, config: Any) -> None:
 
 
 class ModelWithAdapters(PeftModel):
-    """A frozen base model and one or more EPT adapters, of which one is active; `EPTModel` calls it with them."""
+    """A frozen base model with one or more EPT adapters, one of them active; `EPTModel` adds the calls."""
 
     base_model: Any
     active_adapter: Any  # its name; an empty list for none, as in PEFT
@@ -137,21 +137,21 @@ class ModelWithAdapters(PeftModel):
 
     @exclusive
     def fold(self, adapter_name: str | None = None) -> Self:
-        """Turns an adapter (the active one) into its inference form, one prompt and the update's factors, in place.
+        """Turns an adapter (default: the active one) into its inference form, one prompt and the update's factors.
 
-        Outputs stay the same, bit for bit. A folded adapter can be saved and loaded, and not trained. Returns the
-        model.
+        In place; returns the model. Outputs stay bit-identical. A folded adapter can be saved and loaded but not
+        trained.
         """
         name = adapter_name or self.active_adapter
         self._layer(name).fold()
-        folded = copy.copy(self.peft_config[name])  # the one before may serve other models too
+        folded = copy.copy(self.peft_config[name])  # other models may use the original
         folded.folded = True
         self.peft_config[name] = folded
         return self
 
     @exclusive
     def add_adapter(self, adapter_name: str, peft_config: EPTConfig, **kwargs: Any) -> None:
-        """Adds a fresh adapter. The active one stays active; a further one starts frozen until it is set active.
+        """Adds a fresh adapter. The active adapter stays active; the new one is frozen until it is set active.
 
         Raises:
             ValueError: the name is taken, or the configuration does not fit the model.
@@ -233,7 +233,7 @@ class ModelWithAdapters(PeftModel):
         for name in self.prompt_encoder:
             self._require_gradients(name, name == adapter_name and not inference_mode, heads=False)
         self._name_labels()
-        self.train(self.training)  # base_dropout may be another
+        self.train(self.training)  # base_dropout may differ
 
     @exclusive
     def delete_adapter(self, adapter_name: str) -> None:
@@ -256,7 +256,7 @@ class ModelWithAdapters(PeftModel):
         if self.peft_config and was_active:
             self._require_gradients(self.active_adapter, is_trained)
         self._name_labels()
-        self.train(self.training)  # base_dropout may be another
+        self.train(self.training)  # base_dropout may differ
 
     def _forget(self, adapter_name: str) -> None:
         """Removes what there is of an adapter besides its configuration."""

@@ -29,9 +29,9 @@ def input_embedding(model: Any) -> nn.Module:
 
 
 def trained_heads(model: Any) -> list[str]:
-    """Names what of a model is freshly initialised, to be trained and saved.
+    """Names the freshly initialised modules of a model, which are to be trained and saved.
 
-    Top-level modules outside its backbone, and what else its checkpoint lacks, such as a pooler within the backbone.
+    Those are top-level modules outside its backbone, and others that its checkpoint lacks, such as a pooler inside it.
     """
     if not (heads := _outside_backbone(model)):
         raise ValueError(f"found no classification head in {type(model).__name__}: name it in modules_to_save")
@@ -98,7 +98,7 @@ def train_in_float32(model: nn.Module, adapter_name: str) -> None:
 
 
 def narrowed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Gives what a 16-bit `module` is called with its own type; others get it as it is."""
+    """Casts the arguments of a 16-bit `module` to its dtype; leaves those of other modules alone."""
     return _convert_inputs(module, args, kwargs) if _dtype_of(module) in _HALF else (args, kwargs)
 
 
@@ -121,7 +121,7 @@ def _converted(x: Any, dtype: torch.dtype) -> Any:
 
 
 def name_labels(model: Any, words: Sequence[str] | None) -> None:
-    """Gives a classifier's labels these names, which pipelines show, where there are as many of them."""
+    """Sets the names of a classifier's labels, which pipelines show, if their number fits."""
     config = model.config
     if words and len(words) == len(label_names(model)):
         config.id2label, config.label2id = dict(enumerate(words)), {word: i for i, word in enumerate(words)}
@@ -170,7 +170,7 @@ def lost_modules(model: Any, trained: Iterable[str] | None) -> list[str]:
 def check_heads(model: Any, trained: Iterable[str] | None) -> None:
     """Refuses to train quantised weights and what is never called; warns of a language model's quantised head.
 
-    bitsandbytes is told by `llm_int8_skip_modules` which modules to leave alone, and then no longer leaves heads alone
+    `llm_int8_skip_modules` names the modules that bitsandbytes leaves alone, but then it no longer leaves heads alone
     by itself. An encoder-decoder's `shared` holds a weight that its encoder and decoder read by modules of their own.
     """
     holder = model.get_input_embeddings() if getattr(model.config, "is_encoder_decoder", False) else None
@@ -234,12 +234,12 @@ def swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -
 
 
 def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
-    """Puts the frozen model in the mode that training an adapter wants.
+    """Sets the frozen model's mode for training an adapter.
 
-    Without `dropout` it stays in `eval` mode while training. Three kinds of module need the training flag all the
-    same: layers under gradient checkpointing, which would silently keep all activations, bitsandbytes' 4-bit
-    layers on a CPU, which would repack their weights beyond differentiation, and embeddings to which
-    NEFTune's noise is hooked, which is none in `eval` mode.
+    Without `dropout` it stays in `eval` mode during training. Three kinds of module need the training flag anyway:
+    layers under gradient checkpointing, which would silently keep all activations; bitsandbytes' 4-bit layers on a
+    CPU, which would repack their weights into a form that cannot be differentiated; and embeddings with NEFTune's
+    noise, which is off in `eval` mode.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

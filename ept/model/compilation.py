@@ -16,8 +16,8 @@ _KINDS_OF_LAYER = 4  # T5's: the first and the others, of encoder and decoder, a
 def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: Any) -> int:
     """Compiles the repeated layers of `model` in place, at their first call; returns how many they are.
 
-    Compiling one layer serves all of them, where compiling the whole model takes as long as the model is deep.
-    Parameter names stay as they are, so that adapters are saved and loaded as without it.
+    One compilation serves all layers, while compiling the whole model takes time in proportion to its depth.
+    Parameter names stay the same, so adapters are saved and loaded as without compilation.
 
     Args:
         cuda_graphs: the kernels of a layer, forward and backward, are recorded once for every shape and replayed as
@@ -44,7 +44,7 @@ def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: An
     for layer in layers:
         layer.compile(**{"dynamic": False, **options})
     if cuda_graphs:
-        # Every layer is a region of its own: without the mark, each could take the one before for a finished step.
+        # Every layer is a separate region: without the mark, each could take the one before for a finished step.
         model.register_forward_pre_hook(lambda module, arguments: torch.compiler.cudagraph_mark_step_begin())
     return len(layers)
 

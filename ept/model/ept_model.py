@@ -1,4 +1,4 @@
-"""EPTModel: a frozen Hugging Face model with EPT adapters, behaving as PEFT's users expect."""
+"""EPTModel: a frozen Hugging Face model with EPT adapters that behaves as PEFT users expect."""
 
 from __future__ import annotations
 
@@ -65,31 +65,30 @@ def get_ept_model(
     Args:
         model: any model that takes `inputs_embeds`: T5 family, Llama family and other decoders, BERT family
             classifiers.
-        config: kept as the adapter's; `task_type` is inferred from the model if it is None.
+        config: the adapter's configuration, not copied; `task_type` is inferred from the model if it is None.
         adapter_name: the adapter's name.
         tokenizer: for `prompt_tuning_init="TEXT"`; None loads the one that the configuration names.
-        fast_4bit: turn bitsandbytes' 4-bit layers into ours in place
-            (`ept.model.linear4bit.swap_linear4bit`); False leaves them as they are.
-        dequantized_cache_bytes: memory to spend on keeping dequantised weights of 4-bit layers, in bytes.
-        fast_frozen: turn norms, rotary embeddings and activations of known families into fused ones in place
-            (`ept.model.frozen.swap_frozen`); False leaves them as they are.
+        fast_4bit: replace bitsandbytes' 4-bit layers by this project's in place
+            (`ept.model.linear4bit.swap_linear4bit`); False leaves them alone.
+        dequantized_cache_bytes: memory budget for keeping dequantised weights of 4-bit layers.
+        fast_frozen: replace norms, rotary embeddings and activations of known families by fused ones in place
+            (`ept.model.frozen.swap_frozen`); False leaves them alone.
 
     Raises:
-        ValueError: the model or the configuration cannot work; the message says why.
+        ValueError: the model or the configuration cannot be used; the message says why.
     """
     options: dict[str, Any] = {"fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
     return EPTModel(model, config, adapter_name, tokenizer=tokenizer, fast_frozen=fast_frozen, **options)
 
 
 class EPTModel(ModelWithAdapters):
-    """A frozen base model and one or more EPT adapters, of which one is active.
+    """A frozen base model with one or more EPT adapters, one of them active.
 
-    Everything a `peft.PeftModel` offers works: `Trainer` saves only the adapter, `add_adapter`, `load_adapter`,
-    `set_adapter`, `delete_adapter`, `disable_adapter()`, `get_nb_trainable_parameters`, `modules_to_save`. The base
-    model is called with ordinary `inputs_embeds`, mask and positions; all that changes in it is the class of modules
-    that `fast_4bit` and `fast_frozen` swap in place for ones that compute the same. Adapters may be added,
-    loaded, deleted, set and folded from other threads than those that call the model: such a change waits for the
-    calls that are running, and new calls wait for it.
+    It works like any `peft.PeftModel`: `Trainer` saves only the adapter, and `add_adapter`, `load_adapter`,
+    `set_adapter`, `delete_adapter`, `disable_adapter()`, `get_nb_trainable_parameters` and `modules_to_save` are there.
+    The base model is called with ordinary `inputs_embeds`, mask and positions. All that changes in it is the class of
+    the modules that `fast_4bit` and `fast_frozen` replace in place by equivalent ones. Adapters may be added, loaded,
+    deleted, set and folded from any thread: a change waits for running calls, and new calls wait for the change.
     """
 
     _checked_labels = _warned_of_scoring = False
@@ -152,24 +151,24 @@ class EPTModel(ModelWithAdapters):
         Args:
             input_ids: `[batch, n]`, or `inputs_embeds` `[batch, n, d]`.
             attention_mask: `[batch, n]`, nonzero at real tokens; None: all are real, and the base model gets no mask
-                either, so that it need not wait for an accelerator to learn that nothing is masked. A decoder's
-                classifier then takes the last token that is no padding by its id, as without an adapter.
-            labels: as for the base model, without the prompt: `[batch, n]` for CAUSAL_LM (−100 where there is none),
+                either, so that it need not synchronise with an accelerator to find that nothing is masked. A decoder's
+                classifier then uses the last token that is not the padding token, as without an adapter.
+            labels: as for the base model, without the prompt: `[batch, n]` for CAUSAL_LM (−100: no label),
                 `[batch, m]` for SEQ_2_SEQ_LM, `[batch]` for SEQ_CLS, `[batch, n]` for TOKEN_CLS. QUESTION_ANS takes
                 `start_positions` and `end_positions` `[batch]`, columns of the input.
-            text_mask: CAUSAL_LM: `[batch, n]`, nonzero at input-text tokens, which get the low-rank update; by
-                default what precedes a label, or all real tokens where there are no labels. A row with labels in
-                several places, the answers of several turns, is read once for each.
-            logits_to_keep: CAUSAL_LM: number of the last positions to compute logits for, and the loss of what they
-                predict; 0: for prompt and text. A tensor: at these positions of the text, without labels.
-            num_items_in_batch: number of labels the loss is to be divided by, over all accumulated batches
+            text_mask: CAUSAL_LM: `[batch, n]`, nonzero at input-text tokens, which get the embedding update; by
+                default the tokens before a label, or all real tokens if there are no labels. A row with several
+                labelled answers (several turns) is read once per answer.
+            logits_to_keep: CAUSAL_LM: compute logits, and the loss of their predictions, at this many of the last
+                positions only; 0: at prompt and text. A tensor: at these positions of the text, without labels.
+            num_items_in_batch: divide the loss by this number of labels, counted over all accumulated batches
                 (`Trainer` passes it); None: the mean over this batch.
-            adapter_names: one adapter a row (`"__base__"` for none) instead of the active one.
+            adapter_names: one adapter per row (`"__base__"` for none) instead of the active one.
             kwargs: passed on to the base model. `position_ids` `[batch, n]` that restart within a row of a CAUSAL_LM
-                mark several texts: each is read behind a prompt of its own.
+                mark several texts: each is read behind its own prompt.
 
         Returns:
-            The base model's output; for CAUSAL_LM with `s` prompt tokens before each row, for the other tasks with the
+            The base model's output; for CAUSAL_LM with `s` prompt tokens before each row, for other tasks with the
             columns of the input.
 
         Raises:
@@ -343,18 +342,17 @@ class EPTModel(ModelWithAdapters):
     def generate(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Calls the base model's `generate` after the prompt; takes its arguments. `labels` are ignored.
 
-        Decoder-only models return the input's ids followed by the new tokens, as without an adapter; lengths,
-        penalties and streamers count and see the text and not the prompt. Without a mask padding is told by the
-        padding token, where the base model would. It may stand on either side.
+        Decoder-only models return the input's ids followed by the new tokens, as without an adapter. Lengths,
+        penalties and streamers see the text and not the prompt. Without a mask, padding is recognised by the padding
+        token wherever the base model does so. It may be on either side.
 
-        With `use_prompt_cache=True` the model does not read the prompt again at every call: its keys and values are
-        computed at the first, kept for each adapter, and made anew once adapter or model change. The tokens are the
-        same. `clear_prompt_caches()` frees them.
+        With `use_prompt_cache=True` the prompt's keys and values are computed at the first call, cached per adapter,
+        and recomputed when adapter or model change. The tokens are the same. `clear_prompt_caches()` frees the memory.
 
         Raises:
             ValueError: the base model cannot generate, an option cannot work behind a prompt, `max_length` leaves no
-                room for a new token, more tokens are asked for than the model has positions, or a prompt cache cannot
-                work for this model and batch; the message says why. Nothing has run then.
+                room for a new token, more tokens are requested than the model has positions, or a prompt cache cannot
+                work for this model and batch; the message says why. It is raised before anything runs.
         """
         base = self.base_model
         if not hasattr(base, "generate"):
@@ -429,7 +427,7 @@ class EPTModel(ModelWithAdapters):
     continuous_batching_context_manager = init_continuous_batching = generate_batch
 
     def __getattr__(self, name: str) -> Any:
-        """Says of PEFT's functions that merge what there is instead. EPT has none of them, as its prompt tuning."""
+        """Names the alternatives to PEFT's merging functions, which EPT, like PEFT's prompt tuning, does not have."""
         if name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
             raise AttributeError(
                 "a prompt and an update of the input cannot be merged into weights: call fold(), or write a model with "
@@ -440,7 +438,7 @@ class EPTModel(ModelWithAdapters):
     def _updating_new_tokens(
         self, causal: bool, adapter_names: Sequence[str] | None, inputs: BaseInputs
     ) -> AbstractContextManager[None]:
-        """Gives the tokens that a decoder's `generate` embeds itself their update, where the scope covers them."""
+        """Applies the update to tokens that a decoder's `generate` embeds itself, if the scope covers them."""
         names = [self.active_adapter] if adapter_names is None else list(adapter_names)
         configs = [self.peft_config[name] for name in names if name in self.peft_config]
         if not causal or not any(config.r and config.update_scope == "all" for config in configs):
@@ -486,21 +484,20 @@ class EPTModel(ModelWithAdapters):
     def share_prompt(self, least: int = 1) -> EPTModel:
         """Lets a decoder read the prompt once for all rows of a batch, in training too; returns the model.
 
-        No token of a prompt sees the text behind it, so that its keys and values are the same for every row: a step of
-        b rows saves up to (b - 1)·s positions. Loss, logits and gradients stay the same but for rounding. Calls that
-        want a cache, attentions or hidden states, or give arguments whose part for the prompt is not known, are as
-        before. The most is saved with `logits_to_keep`, a number of the text's last positions: the prompt's logits are
-        then left out.
+        No token of a prompt sees the text behind it, so its keys and values are the same for every row: a step of b
+        rows saves up to (b - 1)·s positions. Loss, logits and gradients stay the same up to rounding. Calls that
+        request a cache, attentions or hidden states, or pass arguments whose entries for the prompt are unknown, are
+        not shared. `logits_to_keep`, as a number of last positions, saves the most: it omits the prompt's logits.
 
-        Short texts are read side by side, several in a row behind one prompt, where the model reads masks of pairs of
-        positions. Others are read behind the prompt's keys and values, which a call of its own has computed.
+        If the model accepts a mask for each pair of positions, several short texts share a row behind one prompt.
+        Others are read behind the prompt's keys and values, which a separate call computes.
 
         Args:
-            least: positions that a call of its own for the prompt must save; without it each row has a prompt. On a
-                CPU it costs about as much as 64 positions for each thread.
+            least: the minimum number of positions that a separate call for the prompt must save; below it each row has
+                its own prompt. On a CPU that call costs about as much as 64 positions per thread.
 
         Raises:
-            ValueError: the model reads texts behind a prompt of their own otherwise; the message says why.
+            ValueError: the model would read texts differently behind a shared prompt; the message says why.
         """
         base = self.base_model
         check_shareable(base, self._facts)

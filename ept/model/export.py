@@ -1,9 +1,9 @@
 """Adapters for other engines: folded into one prompt and the update, and the embeddings of given texts.
 
-An engine needs nothing of this package to use them: the model's input for a text of n tokens is the prompt `[s, d]`,
+An engine can use them without this package: the model's input for a text of n tokens is the prompt `[s, d]`,
 then the embedding of token i, scaled where the model scales it (Gemma, Pegasus), plus row i of the table, for
-i = 0 … n − 1. In place of the table, an update by the token is the bottleneck that makes it of the token's embedding.
-Tokens that are generated get neither, unless the adapter was trained with `update_scope="all"`.
+i = 0 … n − 1. A token-dependent update has no table but a bottleneck network, applied to the token's embedding.
+Generated tokens get neither, unless the adapter was trained with `update_scope="all"`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class FoldedAdapter:
     def tensors(self) -> dict[str, Tensor]:
         """Returns `prompt` `[s, d]` and `table` `[m, d]`, float32 in the units of the embeddings, and `head.<name>`.
 
-        An update by the token has `W_in` `[d, r]`, `b_in` `[r]`, `W_out` `[r, d]` and `b_out` `[d]` in place of the
+        A token-dependent update has `W_in` `[d, r]`, `b_in` `[r]`, `W_out` `[r, d]` and `b_out` `[d]` instead of the
         table. Parts that the adapter lacks are absent.
         """
         layer, config = self.layer, self.layer.config
@@ -87,7 +87,7 @@ class FoldedAdapter:
         return {name: tensor.detach() for name, tensor in parts.items()} | heads
 
     def info(self) -> dict[str, Any]:
-        """Lists what an engine must know beside the tensors."""
+        """Lists what an engine must know besides the tensors."""
         config, tensors = self.layer.config, self.tensors()
         kind = (config.update, config.update_scope) if config.r else ("position", "text")
         return {

@@ -1,12 +1,12 @@
 """The frozen model's element-wise work through this project's operators: norms, rotary embedding, activations.
 
-`swap_frozen` turns the modules of a loaded model into ones that compute the same with fewer and fused kernels and keep
-less for the backward pass; `restore_frozen` turns them back. Only a module's class changes: parameters, hooks, names
-and state dict stay what they are, and a module is still an instance of its class, by which it is also named.
+`swap_frozen` replaces modules of a loaded model by equivalent ones that run fewer, fused kernels and keep less for the
+backward pass; `restore_frozen` undoes it. Only a module's class changes: parameters, hooks, names and state dict stay
+the same, and a module is still an instance of its original class and carries that class's name.
 
-A module is taken only where its `forward` is known (`known_forwards.py`) and its fused form has computed the same on a
-trial (`frozen_trial.py`). It decides at every call: the model's own code runs wherever the operators do not pay, while
-`torch.compile` traces, which fuses that code itself, and as soon as a weight wants a gradient.
+A module is swapped only if its `forward` is known (`known_forwards.py`) and its fused form gave the same results in a
+trial (`frozen_trial.py`). It decides at every call: the model's own code runs where the operators gain nothing, while
+`torch.compile` traces (it fuses that code itself), and if a weight requires a gradient.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _ACTIVATIONS = {
 
 
 def swap_frozen(model: nn.Module) -> int:
-    """Turns every module of `model` whose `forward` is known into its fused form, in place; returns their number."""
+    """Replaces every module of `model` whose `forward` is known by its fused form, in place; returns their number."""
     count = 0
     for module in model.modules():
         if not is_swapped(module) and runs_its_class_forward(module):
@@ -66,8 +66,8 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def _pays(x: Tensor) -> bool:
-    """Tells whether the operators are to compute with `x`: where kernels run them, and on meta tensors, which stand for
-    an accelerator's. On a CPU the model's own code is as fast within 1 %.
+    """Returns whether the operators should compute with `x`: if kernels run them, and for meta tensors, which stand in
+    for an accelerator's. On a CPU the model's own code is as fast within 1 %.
     """
     if torch.compiler.is_compiling() or x.dtype not in _DTYPES or type(x) not in (Tensor, nn.Parameter):
         return False
@@ -75,7 +75,7 @@ def _pays(x: Tensor) -> bool:
 
 
 class _Fused(nn.Module):
-    """A module in its fused form; `their_class` is what it was."""
+    """A module in its fused form; `their_class` is its original class."""
 
     their_class: ClassVar[type[nn.Module]]
 

@@ -1,5 +1,5 @@
-"""A trial of a fused form on a miniature of the module it stands for: a digest tells where code was seen, not what it
-computes. Answer and gradient must be the module's own.
+"""A trial of a fused form on a miniature of the module it replaces: a digest says where code was seen, not what it
+computes. Output and gradient must equal the module's own.
 """
 
 from __future__ import annotations

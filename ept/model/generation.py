@@ -61,7 +61,7 @@ class GenerationOptions(Mapping[str, Any]):
 
 
 def check_options(model: Any, options: GenerationOptions, facts: BaseModelFacts) -> None:
-    """Raises `ValueError` for an option that a prompt falsifies, and for a model that is no decoder."""
+    """Raises `ValueError` for an option that a prompt falsifies, and for a model that is not a decoder."""
     if facts.task_type == "CAUSAL_LM" and not facts.is_causal:
         raise ValueError(
             f"{type(model).__name__} sees the text behind each token, so that it cannot generate one token after the "
@@ -174,7 +174,7 @@ def choose_positions(inputs: dict[str, Any], facts: BaseModelFacts, model: Any, 
 
 
 def _is_full_when_filled(layer: Any) -> bool:
-    """Tells whether a cache's layer has a fixed number of places, of which a window does not leave the oldest."""
+    """Returns whether a cache's layer has a fixed number of places and no window that drops the oldest."""
     return hasattr(layer, "max_cache_len") and not getattr(layer, "is_sliding", False)
 
 

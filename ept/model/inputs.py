@@ -1,4 +1,4 @@
-"""The arguments of the frozen model, made of those that a user calls with, and the way back.
+"""The arguments of the frozen model, built from the user's, and its outputs turned back.
 
 The prompt takes the first `s` positions; the attention mask, position ids, token types and labels follow.
 """
@@ -60,12 +60,12 @@ def call_inputs(
     generating: bool = False,
     prompt_cache: bool = False,
 ) -> BaseInputs:
-    """Makes the base model's arguments of those that `model` was called with.
+    """Builds the base model's arguments from those that `model` was called with.
 
-    Tokens that follow a cache of prompt and text are generated ones, but for those that `text_mask` marks: they get no
+    Tokens that follow a cache of prompt and text count as generated, except those that `text_mask` marks: they get no
     prompt, and the update only with `update_scope="all"`. Their mask covers text and new tokens, or prompt, text and
-    new tokens. A forward call without a mask hands none on: to learn
-    that nothing is masked, transformers would wait for an accelerator.
+    new tokens. A forward call without a mask passes none on: to find that nothing is masked, transformers would
+    synchronise with an accelerator.
 
     Args:
         generating: for `generate`, of a causal model: padding goes before the prompt.
@@ -73,7 +73,7 @@ def call_inputs(
 
     Raises:
         ValueError: the mask has another length, the model cannot number that many positions, reads padding as text or
-            special tokens by their ids alone, or an argument's entries cannot be told to follow the tokens.
+            special tokens by their ids alone, or it is unclear if an argument's entries follow the tokens.
     """
     inputs = BaseInputs(kwargs)
     positions = inputs.pop("position_ids", None)
@@ -195,7 +195,7 @@ def _with_prompt(
 
 
 def _mask_encoded(facts: BaseModelFacts, inputs: BaseInputs, attention_mask: Tensor | None, in_front: Tensor) -> None:
-    """Gives `encoder_outputs` the mask that they were made with, of prompt and text in the order they stand in."""
+    """Restores the mask that `encoder_outputs` were computed with, over prompt and text in their order."""
     length, s = inputs["encoder_outputs"][0].shape[1], in_front.shape[1]
     n = length - s if attention_mask is None else attention_mask.shape[1]
     if length != s + n:
@@ -232,7 +232,7 @@ def _check_ids(name: str, ids_alone: Sequence[int], input_ids: Tensor) -> None:
 
 
 def _check_argument(name: str, value: Tensor, facts: BaseModelFacts, n: int) -> None:
-    """Refuses a tensor that may have an entry for each of `n` tokens, of which it is not known how they go on."""
+    """Refuses a tensor that may have one entry per token (`n`), because its entries for the prompt are unknown."""
     if name in _OTHERS or name.startswith(_OTHER_PREFIXES):
         return
     if name in facts.forward_arguments or n in value.shape[1:]:

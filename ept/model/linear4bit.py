@@ -1,8 +1,8 @@
 """`Linear4bit`: drop-in for bitsandbytes' 4-bit layer that computes through this project's operators.
 
 `swap_linear4bit` turns the layers of a loaded model into it in place, `restore_linear4bit` turns them back.
-Only a layer's class changes: parameters, quant states, hooks, names and state dict stay what they are, and a layer is
-still a `bitsandbytes.nn.Linear4bit` to whoever asks.
+Only a layer's class changes: parameters, quant states, hooks, names and state dict stay the same, and a layer is still
+an instance of `bitsandbytes.nn.Linear4bit`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ept_kernels.four_bit.weight import LEVELS, levels
 from ..functional import matmul_4bit
 from .swapping import change_class
 
-# Classes that compute as bitsandbytes' layer does; whoever derives another one wants its own forward to be called.
+# Classes that compute as bitsandbytes' layer does; other subclasses have a forward of their own.
 _THEIRS = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.LinearNF4, bitsandbytes.nn.LinearFP4)
 
-_DERIVED = ("_four_bit", "_dequantized", "_dequantized_from")  # attributes that are made from the weight when needed
+_DERIVED = ("_four_bit", "_dequantized", "_dequantized_from")  # attributes computed from the weight on demand
 
 
 @torch.compiler.assume_constant_result
@@ -35,12 +35,12 @@ def _runs_triton(device_type: str) -> bool:
 class Linear4bit(bitsandbytes.nn.Linear4bit):
     """A frozen 4-bit layer, `x·Wᵀ + bias`, made by `swap_linear4bit`.
 
-    Where the Triton kernels do not run (on a CPU, or with `EPT_KERNELS=reference`, see `ept_kernels.backend`) it falls
-    through to bitsandbytes.
+    It falls back to bitsandbytes where the Triton kernels do not run (on a CPU, or with `EPT_KERNELS=reference`; see
+    `ept_kernels.backend`).
 
-    As in bitsandbytes, the input is cast to `compute_dtype` (and under autocast to autocast's type) and the output
-    back to the input's type. Gradients reach the input and, where it is trainable, the bias; for the backward pass
-    only the packed weight is kept.
+    As in bitsandbytes, the input is cast to `compute_dtype` (under autocast to autocast's dtype) and the output back to
+    the input's dtype. Gradients reach the input and a trainable bias; only the packed weight is kept for the backward
+    pass.
     """
 
     compute_dtype: torch.dtype | None
@@ -53,7 +53,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         """Maps `[..., in_features]` to `[..., out_features]`, in x's dtype.
 
         Raises:
-            ValueError: the weight is not quantised, damaged, repacked for CPU inference, or wants a gradient.
+            ValueError: the weight is not quantised, damaged, repacked for CPU inference, or requires a gradient.
         """
         shape, swapped = getattr(self._state(), "shape", None), (self.in_features, self.out_features)
         # bitsandbytes computes with a weight that was quantised as [in_features, out_features] as well.
@@ -93,7 +93,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         if weight is None or not same or known[1] is not absmax or weight.packed.data_ptr() != self.weight.data_ptr():
             with torch.inference_mode(False):
                 weight = FourBitWeight.from_bitsandbytes(self, check_code=not same)
-            self.make_levels()  # accelerate may have brought the weight to a device of which nobody knew
+            self.make_levels()  # accelerate may have moved the weight to another device
             self.__dict__["_four_bit"] = ((state, absmax), None if self._is_offloaded() else weight)
         return weight
 

@@ -1,8 +1,8 @@
 """The prompt's keys and values in a decoder-only model: computed once for all rows of a batch, or for every `generate`.
 
-A decoder's prompt sees nothing of the text behind it, so that its keys and values are the same for every text.
-`generate` keeps them for each adapter as long as the prompt's embeddings and the base model's weights stay what they
-were: training, loading or moving either makes them anew. A training step computes them once, with their gradients.
+A decoder's prompt does not see the text behind it, so its keys and values are the same for every text. `generate`
+caches them per adapter as long as the prompt's embeddings and the base model's weights stay the same; training, loading
+or moving either recomputes them. A training step computes them once, with their gradients.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def cached_prompt(
 
 
 def _state_of(model: nn.Module) -> tuple[Any, ...]:
-    """Tells a model's weights from others: where each is, how often it was written, and which of LoRA's are on.
+    """Returns a fingerprint of a model's weights: where each is, how often it was written, which of LoRA's are active.
 
     Values that are written through `.data` are not noticed.
     """

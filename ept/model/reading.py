@@ -154,4 +154,4 @@ def _asked(model: Any, question: Callable[[Subject], Any]) -> Any:
 
 
 class _CannotBeAsked(Exception):
-    """A model of which no copy runs, nor the model itself."""
+    """Raised if neither a copy of the model nor the model itself runs."""

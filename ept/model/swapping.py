@@ -1,4 +1,4 @@
-"""Changing the class of a module in place: parameters, hooks, names and state dict stay what they are."""
+"""Changing the class of a module in place: parameters, hooks, names and state dict stay the same."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ def change_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 
 def runs_its_class_forward(module: nn.Module) -> bool:
-    """Tells whether nobody but accelerate's hooks has put another `forward` into the module itself."""
+    """Returns whether the module's `forward` is its class's own, apart from accelerate's hooks."""
     method = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
     return method is None or getattr(method, "__func__", None) is type(module).forward

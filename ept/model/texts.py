@@ -136,7 +136,7 @@ class SeparateTexts:
         return {**taken, "attention_mask": (self.source >= 0).to(torch.int64)}
 
     def put_together(self, output: Any, s: int) -> Any:
-        """Gives a model's output the shape that the batch as it was would have, `s` prompt tokens before each row.
+        """Reshapes a model's output to that of the original batch, with `s` prompt tokens before each row.
 
         Tensors `[rows, s + length, …]`, and those one shorter that tell of each token's successor, become
         `[batch, s + n, …]` and `[batch, s + n - 1, …]`. All else stays.

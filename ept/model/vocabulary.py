@@ -1,6 +1,6 @@
-"""An adapter as a model of its own: its prompt as new words, its update by the token in the rows of the vocabulary.
+"""An adapter as a model of its own: its prompt as new words, its token-dependent update in the rows of the vocabulary.
 
-Every engine that serves the model then serves the adapter, and the update costs it nothing.
+Every engine that serves the model then serves the adapter, and the update costs nothing at run time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
 
     Args:
         model: on the CPU or an accelerator, with the adapter's head where it trained one.
-        layer: a folded adapter's, without an update or with one by the token.
+        layer: a folded adapter's, without an update or with a token-dependent one.
         task_type: of the adapter.
 
     Returns:
@@ -101,8 +101,8 @@ def check_update(layer: EPTLayer, task_type: str) -> None:
         return
     if not config.updates_by_token:
         raise ValueError(
-            f"the adapter updates the embeddings of the text by their position (r={config.r}), which words cannot "
-            'hold: --as-tokens is for adapters with r=0, such as prompt tuning, and with update="token"'
+            f"the adapter has a position-dependent update (r={config.r}), which words cannot hold: "
+            '--as-tokens is for adapters with r=0, such as prompt tuning, and with update="token"'
         )
     if task_type == "SEQ_2_SEQ_LM":
         raise ValueError("the update is the encoder's alone, and the decoder reads the same vocabulary: leave r at 0")
@@ -118,7 +118,7 @@ def _embeds(layer: EPTLayer, ids: list[int], embedding: Any) -> Tensor:
 
 
 def _logits(model: Any, task_type: str, **inputs: Tensor) -> Tensor:
-    """Gives the logits of the last column, float32; of an encoder-decoder for the first word of its answer."""
+    """Returns the last column's logits in float32; for an encoder-decoder those of the first word of its answer."""
     (given,) = inputs.values()
     inputs["attention_mask"] = torch.ones(given.shape[:2], dtype=torch.int64, device=given.device)
     if task_type == "SEQ_2_SEQ_LM":
@@ -128,7 +128,7 @@ def _logits(model: Any, task_type: str, **inputs: Tensor) -> Tensor:
 
 
 def untie(model: Any) -> None:
-    """Gives a model's head weights of its own, where it shares them with the input embedding."""
+    """Unties a model's head from the input embedding, if they share weights."""
     head, embedding = model.get_output_embeddings(), cast(Any, input_embedding(model))
     if head is not None and head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
@@ -136,7 +136,7 @@ def untie(model: Any) -> None:
 
 
 def _write(embedding: Any, ids: list[int], rows: Tensor) -> None:
-    """Makes `embedding` give `rows` `[len(ids), d]` for `ids`."""
+    """Writes `rows` `[len(ids), d]` into `embedding` as the embeddings of `ids`."""
     place = torch.tensor(ids, device=embedding.weight.device)
     rows = rows.to(place.device, embedding.weight.dtype)
     embedding.weight[place] = 1.0

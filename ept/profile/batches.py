@@ -1,4 +1,4 @@
-"""The batches of a profile: random ids of given or drawn lengths, or the rows of a real data set."""
+"""The batches of a profile: random ids of given or drawn lengths, or the rows of a real dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kinds of work that a training step is made of, told by the names of its operators."""
+"""The kinds of work in a training step, recognised by the names of its operators."""
 
 from __future__ import annotations
 

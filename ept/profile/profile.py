@@ -92,7 +92,7 @@ def profile(
     """Measures the methods and returns the record, ready for JSON.
 
     Args:
-        rows: of a real data set, as `encode_split` makes them, taken in order; None: random ids.
+        rows: of a real dataset, as `encode_split` makes them, taken in order; None: random ids.
         base: an already loaded model, in place of the one that `config` names (whose name is recorded).
         traces: a folder for one Chrome trace a method (`trace_<method>.json`); None: none are kept.
         progress: called with a line on what is being done.

@@ -90,7 +90,7 @@ EXCLUSIVE = (
     *(("kind", other) for other in ("task", "label_words", "label_values", "target_template", "chat_column")),
     *(("chat_column", other) for other in ("template", "text_columns", "target_template", "label_words")),
 )
-"""Keys of `data` of which one alone can be given."""
+"""Keys of `data` that exclude each other."""
 OF_TASKS = (
     *("template", "target_template", "text_columns", "label_column", "chat_column"),
     *("label_words", "label_values", "metric"),
@@ -171,7 +171,7 @@ class DataConfig(Section):
 
     @property
     def is_local(self) -> bool:
-        """True where the data are somebody's own and no named task's."""
+        """True if the data are the user's own and not a named task's."""
         own = (self.template, self.train_file, self.data_dir, self.hub)
         return self.task is None and any(value is not None for value in own)
 
@@ -264,7 +264,7 @@ class TrainingConfig(Section):
     """Training, and the evaluations during it."""
 
     max_steps: Count | None = None
-    """Number of optimizer steps. None: as many as `num_train_epochs` take."""
+    """Number of optimizer steps. None: those of `num_train_epochs`."""
     num_train_epochs: Annotated[Number, Field(gt=0)] = 3.0
     """Used when `max_steps` is None."""
     batch_size: Count = 16

@@ -56,7 +56,7 @@ class RunData:
 
 
 class OwnRows:
-    """The rows of somebody's own data, read once: for what is inferred of them, and then for the splits."""
+    """The rows of the user's own data, read once: for inferring options, and then for the splits."""
 
     def __init__(self) -> None:
         self._read: RawSplits | None = None
@@ -108,7 +108,7 @@ def load_run_data(
 def with_fitted_texts(
     data: TaskData, fit: Callable[[list[Any], str], list[FittedText]]
 ) -> tuple[TaskData, dict[str, float]]:
-    """Gives each split of `data` the texts that `fit` makes of its rows; returns the shares of cut ones with it."""
+    """Sets each split's texts to those that `fit` makes of its rows; returns the data and the shares of cut texts."""
     splits, rates = {}, {}
     for name in SPLITS:
         split = getattr(data, name)
@@ -156,7 +156,7 @@ def _cut_answers(
 
 
 def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
-    """Gives `split` these texts and, in column `text_ids`, their tokens; returns the share of cut texts with it."""
+    """Sets the texts of `split` and, in column `text_ids`, their tokens; returns it and the share of cut texts."""
     split = split.remove_columns([name for name in ("text", TEXT_IDS) if name in split.column_names])
     split = split.add_column("text", [row.text for row in fitted])
     split = split.add_column(TEXT_IDS, [row.ids for row in fitted])
@@ -178,7 +178,7 @@ def describe(data: TaskData) -> dict[str, Any]:
 
 
 def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = None) -> DataConfig:
-    """Returns a configuration with all that was left to infer from the train rows of somebody's own data.
+    """Returns a configuration completed with what is inferred from the train rows of the user's own data.
 
     Raises ValueError where there are no data, or where they leave open which column is what.
 
@@ -304,7 +304,7 @@ def _files(config: DataConfig) -> dict[str, str | None]:
 
 
 def _hub(config: DataConfig) -> tuple[str, str | None] | None:
-    """Splits the name of a data set on the hub from that of its configuration."""
+    """Splits the name of a Hub dataset from that of its configuration."""
     if config.hub is None:
         return None
     name, _, configuration = config.hub.partition(":")

@@ -1,6 +1,6 @@
 """The answers of a model to a split: their scores, and what the scores alone do not show.
 
-A model that gives one answer to every row can have a good accuracy; here it is called by its name.
+A model that gives one answer to every row can have a good accuracy; here it is reported as such.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Evaluation:
         return f"answers about {statistics.fmean(found):,.6g} to all rows" if is_constant else None
 
     def verdict(self, majority: float) -> str | None:
-        """Says what makes the score worthless: one answer to all, or no more than the commonest label gives.
+        """Says why the score is worthless: one answer to all, or no better than the commonest label.
 
         Args:
             majority: the first metric of always giving the commonest train label on the same rows.

@@ -111,7 +111,7 @@ def _without_ends(
 
 
 def check_names(task: Task, text_columns: Sequence[str]) -> None:
-    """Raises ValueError where there are not as many names as the task has text columns."""
+    """Raises ValueError unless there is one name for each text column of the task."""
     if len(text_columns) != len(task.source_columns):
         wanted = ", ".join(task.source_columns)
         raise ValueError(f"{len(text_columns)} --text-column given, the run has {wanted}: give one for each")
@@ -156,7 +156,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], file: Path, probabilities: Col
 
 
 def _in_a_field(value: Any) -> Any:
-    """Gives what stands for a cell in a line of text: of a list or an object its JSON, which can be read back."""
+    """Returns a cell as text: a list or an object as JSON, which can be read back."""
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
 
 

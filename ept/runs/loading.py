@@ -40,7 +40,7 @@ TASK_OF_HEAD = {"TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTI
 
 
 def default_device() -> torch.device:
-    """Returns this machine's accelerator, on each of several ranks its own one, or the CPU where there is none."""
+    """Returns this machine's accelerator (for several ranks, the rank's own), or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or is_cpu_requested():
         return torch.device("cpu")
@@ -79,7 +79,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def has_new_head(model: ModelConfig, num_labels: int) -> bool:
-    """Tells whether a classifier that is loaded for so many labels gets a head that nobody has trained."""
+    """Returns whether a classifier loaded for that many labels gets an untrained head."""
     saved = _from_pretrained(AutoConfig, model)
     return saved.num_labels != num_labels or not _has_head(saved)
 
@@ -218,7 +218,7 @@ def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype | Literal[
 
 
 def weights_of(base: PreTrainedModel) -> dict[str, str]:
-    """Tells how a loaded model computes: the dtype of its weights (in 4 bits: of the others), and its attention."""
+    """Describes how a loaded model computes: the dtype of its weights (in 4 bits: of the others), and its attention."""
     return {"dtype": str(base.dtype).removeprefix("torch."), "attention": base.config._attn_implementation}
 
 

@@ -62,7 +62,7 @@ def attach_trained(base: Any, folder: Path, **_: Any) -> PeftModel:
 
 
 def prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    """Takes as many virtual tokens as are asked for, or else as fit the budget."""
+    """Uses the configured number of virtual tokens, or else what fits the budget."""
     d, tokens, budget = embedding_width(input_embedding(base)), settings.num_virtual_tokens, settings.budget
     # Multitask, of one task: a shared prompt times the product of a column and a row, saved as one prompt.
     fixed, each = (d, d + 1) if method.name == "mpt" and settings.budget_kind == "trained" else (0, d)
@@ -201,7 +201,7 @@ class _LikeEPTModel(PeftModel):
         return result
 
     def _with_task(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Tells multitask prompt tuning each row's task: there is one."""
+        """Adds each row's task for multitask prompt tuning: there is only one."""
         if self.active_peft_config.peft_type != PeftType.MULTITASK_PROMPT_TUNING or input_ids is None:
             return kwargs
         return {"task_ids": input_ids.new_zeros(input_ids.shape[0]), **kwargs}

@@ -107,7 +107,7 @@ class Predictor:
         return fit_rows(task, rows, self.tokenizer, self.task_type, self.max_length, **options)
 
     def predict(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[int]:
-        """Predicts the index in `labels` for each text's tokens; -1 where a generated answer is none of them."""
+        """Predicts the index in `labels` for each text's tokens; -1 if a generated answer is not among them."""
         return [answer.label for answer in self.answer(encoded, progress)]
 
     def answer(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[Answer]:

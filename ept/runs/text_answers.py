@@ -37,7 +37,7 @@ class TextEvaluation:
         return one_answer(self.shares, self.references)
 
     def verdict(self, majority: float) -> str | None:
-        """Says what makes the score worthless: one answer to all, or no more than the commonest answer gives."""
+        """Says why the score is worthless: one answer to all, or no better than the commonest answer."""
         name, score = next(iter(self.metrics.items()))
         if (text := self.constancy()) is not None or score > majority:
             return text
@@ -45,7 +45,7 @@ class TextEvaluation:
         return f"scores {name} {score:.3f}, which is not above that of {usual}"
 
     def samples(self) -> list[tuple[str, str]]:
-        """Gives the first right answers, each with what the model wrote."""
+        """Returns the first reference answers, each with the model's own."""
         return list(zip(self.references, self.texts))[:MAX_SAMPLES]
 
     def summary(self) -> dict[str, Any]:

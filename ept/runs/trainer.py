@@ -42,7 +42,7 @@ FILLER_LABELS = "filler_labels"
 HEAD_STEP = 4.0
 """By how much a step of Adam moves a head's result at most, where what it reads is of magnitude one."""
 COLLAPSED_AFTER = 2
-"""Evaluations with one answer to all rows, after which a run is told what to change."""
+"""Evaluations with one answer to all rows before a warning says what to change."""
 
 
 class PromptTrainer(Trainer):
@@ -275,7 +275,7 @@ def parameter_groups(
       first matrix reads, for the same reason;
     * all others (`A`, `B`, `beta`): `low_rank_learning_rate`.
 
-    The other parameters of the peers, as `Method.roles` says. PEFT's methods: all of the adapter at `learning_rate`.
+    Related methods' other parameters follow `Method.roles`. PEFT's methods: the whole adapter at `learning_rate`.
     """
     groups: dict[str, list[torch.nn.Parameter]] = {"prompt": [], "map": [], "head": [], "other": []}
     for name, parameter in model.named_parameters():

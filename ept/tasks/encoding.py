@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # the label of a position that has no part in the loss
 TEXT_IDS = "text_ids"
-"""The column of a data set within the length limit that holds the tokens of each row's `text`."""
+"""The column of a dataset within the length limit that holds the tokens of each row's `text`."""
 WEIGHT, WEIGHTS = "weight", "weights"
 """The column with the weight of a row's loss, where rows have one, and the entry of a batch with those of its rows."""
 
@@ -153,7 +153,7 @@ def fit_rows(
 
 
 def _number(row: Mapping[str, Any], position: int) -> int:
-    """Gives the number of a row in its file: a row of a `TaskData` split has it, others stand in the file's order."""
+    """Returns a row's number in its file: rows of a `TaskData` split carry it, others are in the file's order."""
     return row[ROW] if isinstance(row.get(FIELDS), Mapping) and ROW in row else position
 
 

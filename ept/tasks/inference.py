@@ -1,4 +1,4 @@
-"""Reading off rows what nobody has said: which columns are text and label, the labels' words, how to score them."""
+"""Inferring unset options from the rows: which columns are text and label, the labels' words, how to score them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Labels:
     Attributes:
         words: a list of words, or a mapping {raw label: word}; None for a regression.
         values: of a regression, the numbers that its classes stand for.
-        notes: what somebody should look at.
+        notes: warnings for the user.
     """
 
     words: list[str] | dict[Any, str] | None
@@ -253,7 +253,7 @@ def _holds_parts(rows: Sequence[Row], name: str, texts: Sequence[str]) -> bool:
 
 
 def _series(name: str) -> str:
-    """Gives what the names of like columns share: `choice1` and `choice2`, `sentence_A` and `sentence_B`."""
+    """Returns the common part of similar columns' names: `choice1` and `choice2`, `sentence_A` and `sentence_B`."""
     return re.sub(r"\d+|(?<![^\W_])[^\W_]$", "#", name)
 
 
@@ -322,7 +322,7 @@ def find_labels(
     if low < high and kind != "classification" and (kind or not _are_labels(numbers.values(), are_codes)):
         values = _grid(sorted({*numbers.values()}))
         notes += _coarseness(counts, values) if in_words else []
-        of_classes = [low + i for i in range(len(set(numbers.values())))]  # as a data set's columns of classes are
+        of_classes = [low + i for i in range(len(set(numbers.values())))]  # as a dataset's class-label columns are
         are_classes = sorted({*numbers.values()}) == of_classes and min(counts.values()) > 1
         are_whole = all(map(float.is_integer, numbers.values()))
         are_named = _words(column) & CLASS_NAMES and (low in (0, 1) or "code" in _words(column))
@@ -434,7 +434,7 @@ def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
 
 
 def _as_seen(word: str) -> str:
-    """Gives what labels that look alike share: case, blanks, invisible signs and ways to write an accent aside."""
+    """Returns a key that is equal for labels that look alike: without case, blanks, invisible signs, accent forms."""
     composed = unicodedata.normalize("NFC", word)
     return text_key("".join(s for s in composed if unicodedata.category(s) != "Cf" and not "\ufe00" <= s <= "\ufe0f"))
 
@@ -521,7 +521,7 @@ def _has_few_values(values: Sequence[Any]) -> bool:
 
 
 def _written(value: Any) -> Any:
-    """Gives a raw label as it is written in a mapping: without blanks around it, a whole number without a point."""
+    """Returns a raw label as written in a mapping: stripped, and a whole number without a decimal point."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, float) and value.is_integer():

@@ -17,7 +17,7 @@ OF_NUMBERS = (*CORRELATIONS, "r2")
 TEXT_METRICS = ("rouge_l", "rouge_1", "rouge_2", "exact_match")
 """Metrics of answers in free text: F-measures of ROUGE, and the share of answers that are the reference."""
 UNPARSABLE = -1
-"""The prediction that stands for generated text that is none of the task's labels."""
+"""The prediction for generated text that is not one of the task's labels."""
 UNPARSABLE_VALUE = -1.0  # the number that a regression takes for such text, as ATTEMPT's evaluation does
 
 

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GROUP = "group"
-"""The column of a loaded data set that says which rows belong together."""
+"""The column of a loaded dataset that says which rows belong together."""
 FIELDS = "fields"
-"""The column of a loaded data set that keeps the text columns a row's `text` was rendered from."""
+"""The column of a loaded dataset that keeps the text columns a row's `text` was rendered from."""
 ROW = "row"
-"""The column of a loaded data set with a row's number in the file it comes from, counted from 1."""
+"""The column of a loaded dataset with a row's number in the file it comes from, counted from 1."""
 NUMBER = "number"
-"""The column of a loaded data set with the number of a regression, as the file has it."""
+"""The column of a loaded dataset with the number of a regression, as the file has it."""
 RAW = "raw"
 """The key of an example that says which rows of a file are the same one, whatever template is used."""
 
 HIDDEN = ("-1", "-1.0")
-"""Stands in place of a label that is not told, unless it is one."""
+"""Marks an unknown label, unless it is one of the labels."""
 BLANK, UNLABELLED, UNANSWERED = "blank text", "no label", "no answer"
 
 
@@ -51,7 +51,7 @@ def render(task: Task, row: Mapping[str, Any]) -> str:
 
 
 def text_fields(task: Task, row: Mapping[str, Any]) -> dict[str, str]:
-    """Gives the strings of the task's text columns, preprocessed; takes and raises what `render` does."""
+    """Returns the strings of the task's text columns, preprocessed; arguments and errors as for `render`."""
     kept = row.get(FIELDS)
     if "text" in row and isinstance(kept, Mapping) and set(task.columns) <= set(kept):
         return {column: kept[column] for column in task.columns}
@@ -79,7 +79,7 @@ def _check_columns(task: Task, columns: Sequence[str], row: Mapping[str, Any]) -
 
 
 def as_text(column: str, value: Any) -> str:
-    """Gives a cell's text; raises ValueError for a list or another structure."""
+    """Returns a cell's text; raises ValueError for a list or another structure."""
     if is_missing(value):
         return ""
     if isinstance(value, (str, int, float, Decimal, date)):
@@ -217,7 +217,7 @@ def examples(
 
 
 def _unnumbered(task: Task, raw: Any) -> str:
-    """Gives the remedy for a number among labels in words, whose order nobody has said."""
+    """Returns the remedy for a number among labels in words, whose mapping is unknown."""
     words = [word for word, _ in task.label_map if isinstance(word, str) and not is_number(word)]
     if not words or len(words) < len(task.label_map) or not is_number(raw):
         return ""
@@ -230,7 +230,7 @@ def is_no_label(task: Task, raw: Any) -> bool:
 
 
 def with_all_columns(rows: Sequence[Row]) -> list[Row]:
-    """Gives every row all columns of the file: what a line of JSON leaves out is missing, as null is."""
+    """Fills every row up to all columns of the file: a key that a JSON line omits is missing, like null."""
     names: Row = dict.fromkeys(name for row in rows for name in row)
     return [row if len(row) == len(names) else {**names, **row} for row in rows]
 
@@ -243,7 +243,7 @@ def _target(task: Task, row: Mapping[str, Any]) -> str | None:
 
 
 def raw_keys(rows: Sequence[Row], target_columns: Sequence[str]) -> list[str]:
-    """Gives what two rows share when they count as the same one: the text of all columns but those of the answer.
+    """Returns a key that is equal for identical rows: the text of all columns except those of the answer.
 
     A column of whole numbers of which no two are alike, a row's own number, does not count where there are others.
     """
@@ -276,12 +276,12 @@ def is_number(value: Any) -> bool:
 
 
 def text_key(text: str) -> str:
-    """Gives what two texts share when they count as the same one: all but case, blanks and how accents are composed."""
+    """Returns a key that is equal for identical texts: without case, blanks and the composition of accents."""
     return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
 def dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
-    """Makes a data set of examples, with the target string of each and groups as numbers."""
+    """Makes a dataset of examples, with the target string of each and groups as numbers."""
     from datasets import Dataset
 
     rows = [{**row, "target": row["target"] if "target" in row else labels[row["label"]]} for row in examples]

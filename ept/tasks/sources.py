@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 OTHER_NAMES = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing",)}
 """Other usual names of the splits' files, beside their own."""
 SHARDS = "train-*-of-*"
-"""Files of a data set's train split on the hub."""
+"""Files of a Hub dataset's train split."""
 TRAIN_FILE = f"train{{{','.join(READERS)}}}"
 RawSplits = dict[str, tuple[str, list[Row]]]
 """By split: its source, for messages, and its rows."""
@@ -38,10 +38,10 @@ def raw_splits(
     """Reads the splits that are there.
 
     Args:
-        files: by split. hub: the data set's path and configuration there, where neither folder nor file is given.
+        files: by split. hub: the dataset's path and configuration there, where neither folder nor file is given.
         hub_names: what the hub calls the splits; a folder may have these names too.
         columns: for a message, those that the rows need.
-        names_labels: as in `read_rows`; of a hub's data sets and of stored ones, too.
+        names_labels: as in `read_rows`; also for Hub datasets and stored ones.
     """
     given = {split: Path(file) for split, file in files.items() if file is not None}
     names = ", ".join(f"{split}_file" for split in given)
@@ -79,7 +79,7 @@ def raw_splits(
     name = f"{path} ({config})" if config is not None else path
     try:
         loaded = load_dataset(path, config)
-    except OSError as error:  # datasets' own errors for an unreachable hub and for a missing data set are OSErrors
+    except OSError as error:  # datasets' own errors for an unreachable Hub and for a missing dataset are OSErrors
         wanted = f" with the columns {', '.join(columns)}" if columns else ""
         raise ConnectionError(
             f"cannot load {name} from the hub: {error}. Without a connection give data_dir, a folder with "
@@ -91,7 +91,7 @@ def raw_splits(
 
 
 def _stored(folder: Path) -> Mapping[str, Dataset] | None:
-    """Loads what `save_to_disk` has written, or a copy of a hub's data set; None where the folder is neither."""
+    """Loads what `save_to_disk` has written, or a copy of a Hub dataset; None if the folder is neither."""
     is_saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     if not is_saved and not [*folder.glob(SHARDS), *folder.glob(f"data/{SHARDS}")]:
         return None
@@ -100,7 +100,7 @@ def _stored(folder: Path) -> Mapping[str, Dataset] | None:
     try:
         loaded = load_from_disk(str(folder)) if is_saved else load_dataset(str(folder))
     except Exception as error:  # of any kind, by what is damaged
-        raise ValueError(f"{folder} holds a data set that cannot be loaded: {reason(error)}") from error
+        raise ValueError(f"{folder} holds a dataset that cannot be loaded: {reason(error)}") from error
     return {"train": loaded} if isinstance(loaded, Dataset) else loaded
 
 

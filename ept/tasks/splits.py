@@ -37,7 +37,7 @@ class TaskData:
         commonest: the commonest label, or text, of the train rows that there are, `max_train` and `k_shot` aside.
         left_out: how many rows are left out, by the reason.
         sources: which of the given splits each split was taken from, and the checksum of that one's rows.
-        unread: the columns of somebody's own train rows that are neither text nor answer.
+        unread: the columns of the user's own train rows that are neither text nor answer.
     """
 
     task: Task
@@ -58,7 +58,7 @@ class TaskData:
         return described
 
     def balance(self) -> dict[str, float]:
-        """Gives the share of each label among the train rows, by its word; a regression's range is cut into five.
+        """Returns each label's share of the train rows, by its word; a regression's range is cut into five.
 
         Answers in free text have none.
         """

@@ -21,7 +21,7 @@ _MNLI_SPLITS = ("train", "validation_mismatched", "validation_matched")
 
 
 def _task(name: str, columns: str, words: str, metrics: str = "accuracy", **fields: Any) -> Task:
-    """Makes an entry with the usual template, `column: {column}` for each, from the hub's data set of that name.
+    """Makes an entry with the usual template, `column: {column}` for each, from the Hub dataset of that name.
 
     `columns`, `words` and `metrics` are separated by spaces.
     """

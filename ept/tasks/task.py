@@ -52,7 +52,7 @@ class Task:
     target_template: str = ""
     """For answers in free text: the answer, with the columns of a row; such a task has no labels."""
     is_local: bool = False
-    """True for a task over somebody's own data, which no paper's rules are about."""
+    """True for a task on the user's own data, to which no paper's rules apply."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source_columns", self.source_columns or self.columns)
@@ -108,19 +108,19 @@ class Task:
         return 1 if self.values else self.num_labels
 
     def labels(self, form: Literal["digits", "words"] = "digits") -> tuple[str, ...]:
-        """Gives the strings that targets are drawn from; raises ValueError for a `form` that is neither."""
+        """Returns the strings that targets are drawn from; raises ValueError for an unknown `form`."""
         if form not in ("digits", "words"):
             raise ValueError(f"labels={form!r}: choose 'digits' or 'words'")
         return self.label_digits if form == "digits" else self.label_words
 
     def summary(self, form: Literal["digits", "words"] = "digits") -> str:
-        """Tells the task in a line, of its template and its labels: a text for a prompt to start from."""
+        """Summarises the task in one line, its template and labels: a text to start a prompt from."""
         columns = {name: name for name in self.columns}
         labels = self.labels(form) if not self.values else self.label_words[:: len(self.values) - 1]
         return " ".join(f"{self.template.format_map(columns)} {' or '.join(labels)}".split())
 
     def label_class(self, value: Any) -> int | None:
-        """Finds the class (0-based index) of a raw label, or None when it is none of the task's.
+        """Finds the class (0-based index) of a raw label, or None if the task does not have it.
 
         Data formats write one label in several ways, so `1`, `1.0`, `"1"`, `"1.0"` and `true` agree, unless the task's
         labels tell them apart; `"01"` is another label.
@@ -204,7 +204,7 @@ def local_task(
     name: str = "local",
     target_template: str = "",
 ) -> Task:
-    """Makes a task over somebody's own data: `template` names the text columns, `label_words` gives the labels' words.
+    """Makes a task of the user's own data: `template` names the text columns, `label_words` gives the labels' words.
 
     `label_words` is either `{raw label: word}` (several raw labels may share a word) or a list of words: raw integers
     index it, raw strings may be the words themselves. `values` in its place makes a regression, whose labels are the

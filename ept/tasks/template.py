@@ -34,7 +34,7 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 def template_end(template: str) -> str:
-    """Gives the literal text behind a template's last field."""
+    """Returns the literal text behind a template's last field."""
     end = ""
     for literal, column, *_ in Formatter().parse(template):
         end = end + literal if column is None else ""

@@ -209,7 +209,7 @@ def test_a_suite_of_pytest_benchmark_runs_and_its_rows_are_whole(tmp_path: Path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "kernels against peers, cpu (reduced sizes: no figure means anything)" in done.stdout
+    assert "kernels against alternatives, cpu (reduced sizes: no figure means anything)" in done.stdout
     rows = [run["extra_info"] for run in json.loads(output.read_text(encoding="utf-8"))["benchmarks"]]
     (case,) = (case for case in shapes.reduced_cases() if case.kernel == "dequantize_4bit")
     assert {row["provider"] for row in rows} == set(case.providers)

@@ -310,7 +310,7 @@ def test_a_path_to_nothing(models: dict[str, Path], name: str, message: str) -> 
 
 @pytest.mark.parametrize("where", ["test", "validation", "evaluate"])
 def test_numbers_are_no_labels_in_words(tmp_path: Path, models: dict[str, Path], where: str) -> None:
-    """Which number stands for which word nobody has said: the order of a data set is not the alphabet's."""
+    """Which number stands for which word nobody has said: the order of a dataset is not the alphabet's."""
     numbered = as_csv(reviews(20, liked=lambda i: i % 2))
     (tmp_path / "train.csv").write_text(as_csv(TEXT), encoding="utf-8")
     (tmp_path / f"{where}.csv").write_text(numbered, encoding="utf-8")

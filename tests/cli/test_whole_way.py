@@ -30,7 +30,7 @@ def whole_way(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_whole_way(tmp_path: Path, models: dict[str, Path], data: Path, whole_way: Any, family: str) -> None:
-    """A language model on a file of one's own, and a classifier on a folder with splits."""
+    """A language model on your own file, and a classifier on a folder with splits."""
     source = data
     if family == "llama":
         source = tmp_path / "reviews.jsonl"

@@ -74,7 +74,7 @@ def test_layer_compiles_or_is_captured_in_a_cuda_graph_on_a_gpu(backend):
 @pytest.mark.parametrize(
     "options",
     [{}, {"prompt_rank": 2}, {"update": "token"}],
-    ids=["", "a prompt in a frozen basis", "an update by the token"],
+    ids=["", "a prompt in a frozen basis", "a token-dependent update"],
 )
 def test_layer_waits_for_no_value_and_keeps_to_its_device(options, monkeypatch):
     monkeypatch.setattr(embedding, "is_plain_lookup", lambda embedding: True)  # which says no to weights without data

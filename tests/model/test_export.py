@@ -25,8 +25,8 @@ SIZES = {
     "whole": {"num_virtual_tokens": 5, "max_length": 12, "r": 3},
     "prompt alone": {"num_virtual_tokens": 4, "max_length": 12, "r": 0, "fusion": False, "num_spaces": 0},
     "update alone": {"num_virtual_tokens": 0, "max_length": 12, "r": 3},
-    "by the token": {"num_virtual_tokens": 4, "max_length": 5, "r": 3, "update": "token"},
-    "by the token alone": {"num_virtual_tokens": 0, "r": 3, "update": "token"},
+    "token-dependent": {"num_virtual_tokens": 4, "max_length": 5, "r": 3, "update": "token"},
+    "token-dependent alone": {"num_virtual_tokens": 0, "r": 3, "update": "token"},
 }
 TEXTS = ["w5 w6 w7 w8", "w9 w10"]
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
@@ -88,7 +88,7 @@ def test_files_hold_what_they_say(name, size, tmp_path):
     tensors = load_file(tmp_path / "out" / "folded.safetensors")
     info = json.loads((tmp_path / "out" / "folded.json").read_text(encoding="utf-8"))
     assert info["format"] == "ept-folded"
-    by_token = size.startswith("by the token")
+    by_token = size.startswith("token-dependent")
     assert info["format_version"] == (3 if by_token else 1)
     assert info["task_type"] == TASK_OF[name]
     assert info["hidden_size"] == 32
@@ -126,7 +126,7 @@ def test_an_update_of_generated_tokens_is_written_down_and_not_made_of_texts(tmp
     assert FoldedAdapter.read(tmp_path / "plain").info()["format_version"] == 1
 
 
-@pytest.mark.parametrize("size", ["whole", "by the token"])
+@pytest.mark.parametrize("size", ["whole", "token-dependent"])
 def test_the_documents_example_reproduces_generation(size, tmp_path, base_folder, monkeypatch):
     """The code of docs/serving.md, run as it stands there."""
     model = adapted(**SIZES[size])
@@ -216,8 +216,8 @@ def tokenizer_with(begin=None, end=None):
 
 AS_TOKENS = {
     "prompt": {**SIZES["prompt alone"], "num_spaces": 2},
-    "token": {**SIZES["by the token"], "update_scope": "all"},
-    "token alone": {**SIZES["by the token alone"], "update_scope": "all"},
+    "token": {**SIZES["token-dependent"], "update_scope": "all"},
+    "token alone": {**SIZES["token-dependent alone"], "update_scope": "all"},
     "head": {**SIZES["prompt alone"], "modules_to_save": ["lm_head"]},
 }
 
@@ -278,9 +278,9 @@ def folded_layer(name="llama", **fields):
 
 REFUSED = [
     ("llama", "TOKEN_CLS", SIZES["prompt alone"], "the adapter is for TOKEN_CLS"),
-    ("llama", "CAUSAL_LM", SIZES["whole"], r"by their position (r=3), which words cannot hold"),
-    ("llama", "CAUSAL_LM", SIZES["by the token"], "the adapter leaves generated tokens without the update"),
-    ("t5", "SEQ_2_SEQ_LM", SIZES["by the token"], "the update is the encoder's alone"),
+    ("llama", "CAUSAL_LM", SIZES["whole"], r"has a position-dependent update (r=3), which words cannot hold"),
+    ("llama", "CAUSAL_LM", SIZES["token-dependent"], "the adapter leaves generated tokens without the update"),
+    ("t5", "SEQ_2_SEQ_LM", SIZES["token-dependent"], "the update is the encoder's alone"),
 ]
 
 
@@ -321,7 +321,7 @@ MISTAKES = [
     (["--texts", "lines.txt"], "give --model"),
     (["--model", "somewhere"], "--model is for the embeddings of texts"),
     (["--as-tokens", "--texts", "lines.txt"], "--texts and --as-tokens exclude each other"),
-    (["--as-tokens", "--model", "base"], "updates the embeddings of the text by their position (r=3), which words"),
+    (["--as-tokens", "--model", "base"], "the adapter has a position-dependent update (r=3), which words"),
     (["--texts", "rows.jsonl", "--model", "base"], "rows.jsonl holds rows, and the adapter names no template"),
     (["--set", "model.dtype=bfloat16"], "is an adapter: use --model"),
     (["--texts", "empty.txt", "--model", "base"], "empty.txt is empty"),

@@ -142,7 +142,7 @@ def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("name", ONE_A_TASK)
 def test_label_smoothing_is_refused(name, tmp_path):
-    """The Trainer takes the labels out for it, and for a loss function of one's own, which works."""
+    """The Trainer takes the labels out for it, and for a custom loss function, which works."""
     with pytest.raises(ValueError, match="label_smoothing_factor does not work with prompts"):
         make_trainer(name, tmp_path / "smoothed", label_smoothing_factor=0.1, max_steps=1).train()
 

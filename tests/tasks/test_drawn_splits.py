@@ -1,4 +1,4 @@
-"""Splits of one's own data: by the raw row, of each label alike, the same for every template, kept and drawn again."""
+"""Splits of your own data: by the raw row, of each label alike, the same for every template, kept and drawn again."""
 
 from __future__ import annotations
 

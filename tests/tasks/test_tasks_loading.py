@@ -127,7 +127,7 @@ def test_a_parquet_file_gives_the_names_of_its_labels(tmp_path):
 def test_a_saved_folder_that_is_damaged_is_named(tmp_path):
     datasets.DatasetDict(train=datasets.Dataset.from_list(sst2_rows(0, 8))).save_to_disk(tmp_path / "x")
     next((tmp_path / "x" / "train").glob("*.arrow")).unlink()
-    with pytest.raises(ValueError, match="x holds a data set that cannot be loaded"):
+    with pytest.raises(ValueError, match="x holds a dataset that cannot be loaded"):
         load_task(SST2, data_dir=tmp_path / "x")
 
 

@@ -77,8 +77,8 @@ def _with_fusion(meta: dict[str, Any]) -> dict[str, Any]:
 class Prepared:
     """A launch of `kernel` but for its tensors, which come first among its arguments and are called with.
 
-    Triton looks at every argument in Python, most of a launch's time on the host. So that this is done once, whoever
-    makes one of these keeps it by `cached_choice`, for the `kinds` of the tensors.
+    Triton inspects every argument in Python, which takes most of a launch's host time. To do this once, callers keep
+    these with `cached_choice`, by the `kinds` of the tensors.
     """
 
     def __init__(self, kernel: Any, grid: Size, numbers: tuple[float, ...], meta: dict[str, Any], kinds: Kinds):

@@ -3,9 +3,9 @@
 By plain `Library.define` and `impl`, the cheapest a call: `triton_op` and `custom_op` cost several times more. One
 implementation serves every device, the plain-PyTorch reference or the launcher of the Triton kernels.
 
-CUDA, ROCm and XPU devices take the kernels where triton is installed, CPUs the references. `EPT_KERNELS`, read at the
-import, makes every device take the `reference`, or, as `triton`, fails without triton. `TRITON_INTERPRET=1`, read at
-the first call, sends CPU tensors through the kernels, to test them.
+CUDA, ROCm and XPU devices use the kernels if triton is installed, CPUs the references. `EPT_KERNELS` is read at import:
+`reference` makes every device use the references, `triton` fails without triton. `TRITON_INTERPRET=1`, read at the
+first call, sends CPU tensors through the kernels, to test them.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ if _choice not in ("", "triton", "reference"):
 
 @functools.cache
 def backend(device: torch.device | str) -> str:
-    """Says what runs the operators on `device`: `"triton"` or `"reference"`, which float64 tensors always take."""
+    """Names what runs the operators on `device`: `"triton"` or `"reference"`; float64 tensors always use the latter."""
     device_type = torch.device(device).type
     takes_kernels = device_type in _with_kernels or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     if _choice == "reference" or not takes_kernels:
@@ -50,7 +50,7 @@ def backend(device: torch.device | str) -> str:
 
 
 def take_kernels(device_type: str) -> None:
-    """Sends tensors on devices of that type through the kernels from here on, as those on a GPU."""
+    """Sends tensors on devices of that type through the kernels from now on, like those on a GPU."""
     _with_kernels.add(device_type)
     backend.cache_clear()
     _function_of.cache_clear()
@@ -151,7 +151,7 @@ def _function_of(name: str, device_type: str) -> Callable[..., Any]:
 
 def _dispatch(name: str, reference: Callable[..., Any], tensors: int, names: list[str], shapes: str) -> Any:
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled():  # a kernel would give none, without a word
+        if torch.is_grad_enabled():  # a kernel would silently give none
             for x in args[:tensors]:
                 if x is not None and x.requires_grad:
                     raise RuntimeError(

@@ -70,7 +70,7 @@ class Problem(ABC):
         return TOLERANCE[dtype]
 
     def errors_allowed(self, actual: Results, expected: Results, inputs: tuple[Any, ...]) -> list[float]:
-        """Bounds the largest error of each of the `actual` results for `inputs`, of which the exact ones are known."""
+        """Bounds the largest error of each of the `actual` results for `inputs`, given the exact ones."""
         return [self.tolerance(a.dtype) * largest(e) for a, e in zip(actual, expected, strict=True)]
 
 

@@ -187,7 +187,7 @@ def unpack(archive: Path) -> int:
     """Puts the packed kernels into this machine's cache, `TRITON_CACHE_DIR` if set; returns how many there are.
 
     Raises:
-        ValueError: the file is none of `pack`'s, or was made with what finds nothing here.
+        ValueError: `pack` did not make the file, or it was made with versions for which nothing would be found here.
     """
     from triton.runtime.cache import FileCacheManager
 

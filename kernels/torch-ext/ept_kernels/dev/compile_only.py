@@ -1,4 +1,4 @@
-"""A GPU that only compiles: the package's way on a GPU, driven with CPU tensors on any machine.
+"""A GPU that only compiles: the package's GPU code path, driven with CPU tensors on any machine.
 
     compile_only.activate("sm_90")  # before the first operator is called, for the rest of the process
 

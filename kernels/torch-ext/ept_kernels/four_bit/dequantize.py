@@ -1,7 +1,7 @@
-"""Triton kernel that dequantises bitsandbytes' 4-bit weights in one launch, nested absmax included, to equal bits.
+"""Triton kernel that dequantises bitsandbytes' 4-bit weights in one launch, nested absmax included, bit-equal to it.
 
 A program takes a run of tiles. In a tile each thread reads one word of four bytes and writes its eight weights, in a
-16-bit type by the widest access there is; nothing is exchanged. Sizes that are no whole words are read byte by byte.
+16-bit type by the widest access there is; nothing is exchanged. Sizes that are not whole words are read byte by byte.
 """
 
 from typing import Any

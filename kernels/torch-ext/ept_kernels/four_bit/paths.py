@@ -1,4 +1,4 @@
-"""Launchers of the products with a 4-bit weight, and which way one goes: measured for each device, tokens and shape.
+"""Launchers of the products with a 4-bit weight, and the choice of path, measured for each device, tokens and shape.
 
 * `FUSED`: the kernel in `matmul.py`, which decodes the weight as it multiplies. For few tokens.
 * `BITSANDBYTES`: its `gemm_4bit`, by its own choice of kernel. For very few tokens, and where it is the fastest.
@@ -28,7 +28,7 @@ from .weight import Weight
 LIBRARY, FUSED, BITSANDBYTES = 0, 1, 2
 
 # Numbers of tokens at which paths are measured: ends of the fused kernel's tiles, and where bitsandbytes changes its
-# own. A number in between goes the way of the next larger one; beyond the last, everyone dequantises.
+# own. A number in between takes the path of the next larger one; beyond the last, the path is always LIBRARY.
 COUNTS = (1, 4, 5, 7, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 1024, 1536)
 # Where nothing was measured: bitsandbytes' own product for so many tokens, for which a launch from Python costs more
 # than the product, in float32 for as many as it has a fused kernel for; then the fused kernel up to its largest tile.
@@ -40,7 +40,7 @@ _THEIR_MAX_WEIGHTS = 2**31 - 1  # they count in 32 bits
 
 
 def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
-    """Computes `ept_kernels.matmul_4bit_reference` of a weight's tensors, the bias and its sizes, the chosen way."""
+    """Computes `ept_kernels.matmul_4bit_reference` of a weight's tensors, its bias and sizes, by the chosen path."""
     weight, bias = Weight(*arguments[:5], *arguments[6:]), arguments[5]
     x, shape = x.detach(), (*x.shape[:-1], weight.rows)
     flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
@@ -70,7 +70,7 @@ def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
 
 
 def path_of(weight: Weight, tokens: int, dtype: torch.dtype) -> int:
-    """Chooses the way that a product with `tokens` of `dtype` takes: the measured one where it can be gone."""
+    """Chooses the path of a product with `tokens` of `dtype`: the measured one if it is available."""
     packed, rows, columns = weight.packed, weight.rows, weight.columns
     is_whole = columns % weight.block_size == 0 and is_word_aligned(packed, rows * columns)
     if not is_whole or not tokens * rows * columns or tokens > COUNTS[-1]:
@@ -107,7 +107,7 @@ def heuristic_path(count: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def has_bitsandbytes() -> bool:
-    """Tells whether bitsandbytes, which whoever holds one of its weights has loaded, is there and has the product."""
+    """Returns whether bitsandbytes is loaded, as it is if one of its weights is in use, and has the product."""
     return "bitsandbytes" in sys.modules and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 

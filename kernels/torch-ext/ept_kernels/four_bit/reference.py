@@ -1,4 +1,4 @@
-"""Operators of a frozen `ept_kernels.FourBitWeight` `W`: its weights to the bits of bitsandbytes, and two products."""
+"""Operators on a frozen `ept_kernels.FourBitWeight` `W`: bit-equal dequantisation, and two products."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def dequantize_parts(*arguments: Any) -> Tensor:
-    """Computes `dequantize_4bit_reference` of the parts of a weight and a type, which the operator takes."""
+    """Computes `dequantize_4bit_reference` from the operator's arguments: the parts of a weight, and a dtype."""
     weight, dtype = Weight(*arguments[:-1]), arguments[-1]
     packed, absmax, elements = weight.packed, weight.absmax, weight.rows * weight.columns
     levels = torch.tensor(LEVELS[weight.quant_type], dtype=torch.float32, device=packed.device)
@@ -33,7 +33,7 @@ def dequantize_4bit_reference(weight: FourBitWeight, dtype: torch.dtype) -> Tens
     Equal to `bitsandbytes.functional.dequantize_4bit` bit for bit. float64 holds the float32 values.
 
     Raises:
-        ValueError: `dtype` is none of float32, float16, bfloat16 and float64.
+        ValueError: `dtype` is not float32, float16, bfloat16 or float64.
     """
     return dequantize_parts(*weight.tensors, *weight.sizes, _checked(dtype))
 
@@ -44,14 +44,14 @@ def dequantize_4bit(weight: FourBitWeight, dtype: torch.dtype) -> Tensor:
 
 
 def matmul_parts(x: Tensor, *arguments: Any) -> Tensor:
-    """Computes `matmul_4bit_reference` of a weight's tensors, the bias and its sizes, which the operator takes."""
+    """Computes `matmul_4bit_reference` from the operator's arguments: a weight's tensors, the bias, and the sizes."""
     dtype, weight, bias = compute_dtype(x), (*arguments[:5], *arguments[6:], x.dtype), arguments[5]
     out = x.to(dtype) @ dequantize_parts(*weight).to(dtype).mT
     return (out if bias is None else out + bias.to(dtype)).to(x.dtype)
 
 
 def matmul_backward_parts(grad_output: Tensor, *arguments: Any) -> Tensor:
-    """Computes `matmul_4bit_backward_reference` of the parts of a weight, which the operator takes."""
+    """Computes `matmul_4bit_backward_reference` from the operator's arguments, among them the parts of a weight."""
     dtype, weight = compute_dtype(grad_output), (*arguments, grad_output.dtype)
     return (grad_output.to(dtype) @ dequantize_parts(*weight).to(dtype)).to(grad_output.dtype)
 

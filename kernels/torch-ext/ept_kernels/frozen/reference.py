@@ -1,7 +1,7 @@
 """The element-wise work of a frozen model: RMSNorm, rotary position embedding, gated activation, ReLU.
 
-The weights are frozen, so every backward computes the gradient of the inputs alone, and nothing is kept for it that
-the model does not hold anyway, but for one number a row of a norm and one bit an element of a ReLU.
+The weights are frozen, so every backward computes only the gradient of the inputs. All it needs beyond what the model
+holds anyway is one number per row of a norm and one bit per element of a ReLU.
 
     h = x + residual                     [..., d]
     y = h / rms(h) · weight              [..., d]    rms(h) = √(mean(h²) + ε)
@@ -51,7 +51,7 @@ def rms_norm_reference(
         x: `[..., d]`. residual: of x's shape, or None.
         weight: `[d]`.
         eps: added to the mean square.
-        form: whose: `llama`, `t5`, `olmo` or `gemma`, which differ in where they round.
+        form: `llama`, `t5`, `olmo` or `gemma`, which differ in where they round.
 
     Returns:
         The normalised rows in x's dtype (`t5`: in the weight's); `x + residual`, rounded to x's dtype, or an empty
@@ -97,10 +97,10 @@ def rotary_reference(
     """Rotates pairs of columns of queries and keys by their position's angles.
 
     Args:
-        q: `[batch, heads, n, width]`. k: `[batch, fewer or as many heads, n, width]`.
-        cos, sin: `[batch or 1, n, columns]`, an even number of the first columns; the others are left as they are.
+        q: `[batch, heads, n, width]`. k: `[batch, at most that many heads, n, width]`.
+        cos, sin: `[batch or 1, n, columns]`, for an even number of leading columns; the others stay the same.
         interleaved: column 2i makes a pair with 2i + 1 (GPT-J, Cohere) instead of i with i + columns / 2 (Llama).
-        backward: `q` and `k` are gradients of the results, and those of the inputs are wanted.
+        backward: `q` and `k` are gradients of the results; computes those of the inputs.
 
     Returns:
         Both, rotated, in their dtype, laid out as `[batch, n, heads, width]`.
@@ -153,7 +153,7 @@ def gated_activation_backward_reference(
 
 
 def relu_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes `max(x, 0)`, and for the backward one bit an element: `[⌈elements / 8⌉]` uint8, the first lowest."""
+    """Computes `max(x, 0)`, and one bit per element for the backward: `[⌈elements / 8⌉]` uint8, lowest bit first."""
     passes = F.pad(~(x <= 0).reshape(-1), (0, -x.numel() % 8)).view(-1, 8)  # NaN passes
     return F.relu(x.contiguous()), (passes * _bits(x)).sum(1, dtype=torch.uint8)
 

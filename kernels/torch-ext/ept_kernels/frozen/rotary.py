@@ -88,7 +88,7 @@ def rotary_kernel(
     HALF: tl.constexpr,  # of the columns that are rotated
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,  # at least HALF
-    BLOCK_REST: tl.constexpr,  # at least as many as the columns that are not; 0: there are none
+    BLOCK_REST: tl.constexpr,  # at least the number of unrotated columns; 0: there are none
 ):
     token = tl.program_id(0).to(tl.int64)
     b, i = token // n, token % n

@@ -1,1 +1,1 @@
-"""The prompted embedding: the look-up, the low-rank update and the prompt in one pass."""
+"""The prompted embedding with the position-dependent update: look-up, low-rank update and prompt in one pass."""

@@ -80,7 +80,7 @@ def prompted_embedding_kernel(
 
     The first programs own positions: a tile of `C = scale·A·B` is made once and added to the tokens that stand there,
     text by text. The next ones own rows of the prompt. The last ones look for tokens without an update, and write
-    them, all of their columns. An id outside the table, a position outside A and an adapter that there is not read
+    them, all of their columns. An id outside the table, a position outside A and a nonexistent adapter read
     nothing and give NaN.
     """
     i_program = tl.program_id(0)

@@ -38,7 +38,7 @@ def prompted_embedding_reference(
         scale: factor of `A·B`, in the table's units.
         adapter_ids: `[batch]` integers choosing the adapter of each row; negative: no update (the caller masks the
             prompt).
-        token_at: `token_at(positions, m)` where the caller has it, for the kernels; not needed here.
+        token_at: `token_at(positions, m)` if the caller has it, for the kernels; not used here.
 
     Returns:
         `[batch, s + n, d]` in the table's dtype, accumulated in float32 (float64 for float64 inputs), rounded once.
@@ -68,7 +68,7 @@ def prompted_embedding_packed_reference(
     Args:
         input_ids: `[tokens]`, the texts one after another.
         cu_seqlens: `[texts + 1]` int32 or int64, where each text begins in `input_ids`, and the end: `0 … tokens`.
-            A CPU checks the values; kernels trust them, as to look at them would wait for the device.
+            Checked on a CPU; kernels trust the values, because reading them would synchronise with the device.
         table, prompt, A, B, scale: as for `prompted_embedding_reference`; every token is updated.
 
     Returns:
@@ -92,11 +92,10 @@ def prompted_embedding_packed_reference(
 
 
 def token_at_reference(positions: Tensor, m: int) -> Tensor:
-    """Inverts positions: which token of a row stands at each of the `m` positions, −1 where none does.
+    """Inverts positions: which token of a row is at each of the `m` positions, −1 for none.
 
     Args:
-        positions: `[batch, n]` integers, each from 0 up at most once in a row; what is negative or `m` and beyond is
-            left out.
+        positions: `[batch, n]` integers, each at most once in a row; those below 0 or from `m` on are ignored.
 
     Returns:
         `[batch, m]` int32.

@@ -1,1 +1,1 @@
-"""The prompted embedding with an update that depends on the token: look-up, bottleneck and prompt in one pass."""
+"""The prompted embedding with the token-dependent update: look-up, bottleneck and prompt in one pass."""

@@ -1,4 +1,4 @@
-"""Triton kernels of the prompted input whose update depends on the token: one launch forward, three backward.
+"""Triton kernels of the prompted input with the token-dependent update: one launch forward, three backward.
 
 No atomics, every sum in a fixed order, everything accumulated in float32 and rounded once. Letters and arguments as in
 `reference.py`.
@@ -13,7 +13,7 @@ from ..prompted_embedding.forward import load, row_of
 
 @triton.jit
 def _has_update(positions, o_n, m_n):
-    """Tells which of the tokens `o_n` of one text get the update."""
+    """Returns which of the tokens `o_n` of one text get the update."""
     return tl.load(positions + o_n, mask=m_n, other=-1) >= 0
 
 
@@ -177,7 +177,7 @@ def prompted_embedding_by_token_backward_kernel(
     # Meta-parameters
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    RANK: tl.constexpr,  # as many rows of W_out, and columns of W_in, a program
+    RANK: tl.constexpr,  # rows of W_out, and columns of W_in, per program
     PRECISION: tl.constexpr,
 ):
     """Takes one column tile of the gradients of a run of tokens, of all texts, or of some rows of the prompt.

@@ -1,4 +1,4 @@
-"""Launchers of the Triton kernels whose update depends on the token, and their choices."""
+"""Launchers of the Triton kernels of the token-dependent update, and their choices."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Calls of the operators whose update depends on the token."""
+"""Calls of the operators of the token-dependent update."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..prompted_embedding.problems import PromptedEmbedding, random_ids
 
 @dataclass(frozen=True)
 class TokenUpdate(InTF32):
-    """A padded batch; fields as of `PromptedEmbedding`, of which `parameters` is the dtype of the bottleneck, too."""
+    """A padded batch; fields as in `PromptedEmbedding`; `parameters` is the dtype of the bottleneck, too."""
 
     n: int = 63
     d: int = 64

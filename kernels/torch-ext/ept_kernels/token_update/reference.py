@@ -1,7 +1,7 @@
 """The prompted input `[P; e + scale·(relu(e/scale·W_in + b_in)·W_out + b_out)]`, `e = W[id]`, and its backward.
 
-The update of ADePT (ICLR 2025), a function of the token alone; letters as in the method. Position −1 means no
-update. `scale` is the unit of the parameters, the embeddings' root mean square.
+The token-dependent update of ADePT (ICLR 2025), a function of the token alone; letters as in the method. Position −1
+means no update. `scale` is the unit of the parameters, the embeddings' root mean square.
 """
 
 import torch
