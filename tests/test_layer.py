@@ -90,7 +90,7 @@ def test_hooked_resized_and_trainable_embeddings_are_honoured():
 
 def test_4bit_embedding_is_honoured():
     embedding = bitsandbytes.nn.Embedding4bit(50, 64)
-    embedding.load_state_dict({"weight": torch.randn(50, 64)})
+    embedding.load_state_dict({"weight": torch.randn(50, 64, generator=torch.Generator().manual_seed(0))})
     embedding = embedding.to("cpu")
     layer = EPTLayer(EPTConfig.prompt_tuning(4), embedding)
     ids = torch.tensor([[3, 4, 49]])
@@ -210,7 +210,7 @@ def test_an_adapter_smaller_as_it_is_trained_is_stored_so():
     assert EPTConfig(space_dim=64).stored_count(768) == EPTConfig.dept(40, 30).parameter_count(768)
 
 
-def with_random_parameters(config, **changes):
+def with_random_parameters(config):
     layer = EPTLayer(config, make_embedding(3.0))
     for number, parameter in enumerate(layer.parameters()):
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
@@ -355,7 +355,7 @@ def test_embedding_is_no_part_of_the_layer():
     assert copy.deepcopy(layer)(torch.tensor([[4, 5]]))[0].shape == (1, 6, 32)
 
 
-FORMS = [
+STARTS = [
     {},
     {"prompt_tuning_init": "RANDOM"},
     {"lowrank_init": "cosine"},
@@ -373,7 +373,7 @@ def default_dtype():
     torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("fields", FORMS, ids=map(str, FORMS))
+@pytest.mark.parametrize("fields", STARTS, ids=map(str, STARTS))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_parameters_follow_from_the_seed_whatever_the_default_type(default_dtype, fields, dtype):
     embedding, config = make_embedding(), EPTConfig(**SMALL, **fields)

@@ -16,7 +16,7 @@ def comparison(*overrides):
     return load_comparison(None, [*SETTINGS, *overrides])
 
 
-def test_methods_times_tasks_times_seeds_times_rates(tmp_path):
+def test_methods_times_tasks_times_seeds_times_rates():
     config = comparison(
         "compare.tasks=[glue/sst2, super_glue/cb]",
         "compare.methods=[pt, ept]",

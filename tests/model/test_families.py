@@ -1,10 +1,10 @@
-"""Every supported family: exact without a prompt, trains, generates, saves and loads."""
+"""Every supported family: exact without a prompt, trains, saves and loads."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import DECODERS, FAMILIES, SMALL, TASK_OF, make_batch, make_model, randomise
+from tiny_models import DECODERS, FAMILIES, SMALL, make_batch, make_model, randomise
 
 from ept import EPTConfig, EPTModel, get_ept_model
 
@@ -32,8 +32,7 @@ def test_trains_saves_and_loads(name, tmp_path):
     batch = make_batch(name)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    first = model(**batch).loss
-    first.backward()
+    model(**batch).loss.backward()
     optimizer.step()
     randomise(model)
     model.eval()
@@ -51,17 +50,6 @@ def test_trains_saves_and_loads(name, tmp_path):
     }
     frozen = EPTModel.from_pretrained(make_model(name), tmp_path)
     assert not any(p.requires_grad for p in frozen.parameters())
-    assert torch.isfinite(first)
-
-
-@pytest.mark.parametrize("name", [n for n, task in TASK_OF.items() if task != "SEQ_CLS"])
-def test_generates(name):
-    model = get_ept_model(make_model(name), EPTConfig(**SMALL)).eval()
-    batch = make_batch(name, (6, 3), "left" if name in DECODERS else "right")
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert output.shape[0] == 2
-    assert output.shape[1] > (6 if name in DECODERS else 1)
 
 
 def test_classifier_cannot_generate():

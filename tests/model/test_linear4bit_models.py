@@ -178,7 +178,7 @@ def test_compiled_layers(checkpoints):
     torch.testing.assert_close(results(model, "llama"), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_saved_does_not_grow_with_the_4bit_layers(checkpoints, tmp_path):
+def test_what_is_saved_does_not_grow_with_the_4bit_layers(tmp_path):
     """Beside what its layers hold anyway, a model saves for the backward pass what an unquantised one does."""
     beyond = {}
     for depth in (1, 3):

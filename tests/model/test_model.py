@@ -138,21 +138,23 @@ def test_seq2seq_generation_is_argmax_of_forwards(name, cached):
     assert torch.equal(generated, decoded)
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_sampling_and_beams(name):
-    model = adapted(name)
-    batch = make_batch(name, (8, 3), "left" if name == "llama" else "right")
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3, "do_sample": False}, {"do_sample": True, "num_return_sequences": 3}], ids=str
+)
+def test_seq2seq_beams_and_samples_score_what_the_forward_says(options):
+    model, batch = adapted("t5"), make_batch("t5", (8, 3))
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     torch.manual_seed(0)
-    sampled = model.generate(**inputs, do_sample=True, max_new_tokens=4, num_return_sequences=3)
-    assert sampled.shape[0] == 6
-    beams = model.generate(
-        **inputs, num_beams=3, do_sample=False, max_new_tokens=4, return_dict_in_generate=True, output_scores=True
-    )
-    assert beams.sequences.shape[0] == 2
-    if name == "llama":
-        assert torch.equal(beams.sequences[:, :8], batch["input_ids"])
-        assert torch.equal(sampled[:, :8], batch["input_ids"].repeat_interleave(3, 0))
+    kept = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    output = model.generate(**inputs, max_new_tokens=4, eos_token_id=None, **options, **kept)
+    repeated = {k: v.repeat_interleave(len(output.sequences) // 2, 0) for k, v in inputs.items()}
+    with torch.no_grad():
+        scored = model(**repeated, decoder_input_ids=output.sequences[:, :-1]).logits
+    if "num_beams" in options:
+        likelihood = scored.log_softmax(-1).gather(-1, output.sequences[:, 1:, None]).mean((1, 2))
+        torch.testing.assert_close(likelihood, output.sequences_scores, rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(torch.stack(output.logits, dim=1), scored, rtol=1e-4, atol=1e-5)
 
 
 def test_beams_score_what_the_forward_says():

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from tiny_runs import FAMILIES, OTHER
+from tiny_runs import FAMILIES, OTHER, VOCABULARY
 
 from ept.runs import predict
 from ept.runs.adapters import load_trained
@@ -26,6 +26,7 @@ TEXTS = ["review : the film was good", "bad", " ".join(OTHER), "review : dreadfu
 LABELS: dict[str, Sequence[str]] = {
     "one token each": ("0", "1"),
     "shared beginning": ("very good", "very bad", "very poor"),
+    "equal lengths": ("very good", "so poor"),
     "unequal lengths": ("good", "very very bad", "so poor"),
     "one begins another": ("good", "good film"),
 }
@@ -45,6 +46,14 @@ def rows(texts: Sequence[str]) -> list[dict[str, str]]:
 
 def predictions(found: Predictor, texts: Sequence[str] = TEXTS) -> list[int]:
     return found.predict([row.ids for row in found.fit(rows(texts), "texts")])
+
+
+def assert_ranked_by(found: Predictor, log_likelihoods: torch.Tensor) -> None:
+    """Compares the probabilities, which tell a wrong likelihood where the largest may be the right one by chance."""
+    answers = found.answer([row.ids for row in found.fit(rows(TEXTS), "texts")])
+    probabilities = torch.tensor([answer.probabilities for answer in answers])
+    torch.testing.assert_close(probabilities.log(), log_likelihoods.log_softmax(-1), rtol=1e-3, atol=1e-3)
+    assert [answer.label for answer in answers] == probabilities.argmax(-1).tolist()
 
 
 def log_likelihood(model: Any, tokenizer: Any, text: str, label: str, end: bool) -> float:
@@ -67,9 +76,7 @@ def test_causal_ranking(runs: dict[str, Path], labels: Sequence[str], batch_size
     end = labels == LABELS["one begins another"]
     with torch.no_grad():
         each = [[log_likelihood(found.model, found.tokenizer, text, label, end) for label in labels] for text in TEXTS]
-    scores = torch.tensor(each)
-    assert (scores.topk(2).values.diff().abs() > 1e-3).all(), "a tie would make this test say nothing"
-    assert predictions(found) == scores.argmax(-1).tolist()
+    assert_ranked_by(found, torch.tensor(each))
 
 
 def test_seq2seq_ranking(runs: dict[str, Path]) -> None:
@@ -83,11 +90,10 @@ def test_seq2seq_ranking(runs: dict[str, Path]) -> None:
             with torch.no_grad():
                 mean = found.model(**inputs, labels=target).loss
             scores.append(-float(mean) * target.shape[1])
-    expected = torch.tensor(scores).view(len(TEXTS), len(labels)).argmax(-1).tolist()
     runs_of_encoder: list[int] = []
     encoder = found.model.get_base_model().get_encoder()
     encoder.register_forward_hook(lambda module, args, output: runs_of_encoder.append(len(output[0])))
-    assert predictions(found) == expected
+    assert_ranked_by(found, torch.tensor(scores).view(len(TEXTS), len(labels)))
     assert runs_of_encoder == [2, 2, 1], "once a batch, for all labels"
 
 
@@ -119,6 +125,10 @@ def test_causal_generation_reads_the_label_at_the_start(runs: dict[str, Path]) -
     texts = ["sentence : the film was good", "sentence : the plot was awful"]
     for labels, expected in ((("0", "1"), [1, 0]), (("no", "yes"), [-1, -1])):
         assert predictions(predictor(runs["llama"], "llama", labels, "training.scoring=generate"), texts) == expected
+    found = predictor(runs["llama"], "llama", ("very good", "bad"), "training.scoring=generate")
+    written = [["very", "good", "bad"], ["bad", "very", "good"], ["very", "bad", "good"]]
+    found.model.generate = lambda **options: torch.tensor([[5, *map(VOCABULARY.get, words)] for words in written])
+    assert [answer.label for answer in found.predict_batch([[5]] * 3)] == [0, 1, -1]
 
 
 HABITS = {
@@ -186,21 +196,23 @@ def test_the_model_keeps_its_mode(runs: dict[str, Path]) -> None:
         assert found.model.training is training
 
 
-def test_the_loss_of_texts_is_taken_without_dropout(monkeypatch):
+def test_the_loss_of_texts_is_that_of_a_token_and_taken_without_dropout(monkeypatch):
     class Model(torch.nn.Module):
         device, modes = torch.device("cpu"), []
 
         def forward(self, **batch: torch.Tensor) -> SimpleNamespace:
             self.modes.append((self.training, torch.is_grad_enabled()))
-            return SimpleNamespace(loss=torch.tensor(0.5))
+            return SimpleNamespace(loss=batch["labels"].float().mean())
 
-    encoded = datasets.Dataset.from_dict({"input_ids": [[5, 6], [5]], "labels": [[7], [7]], "length": [2, 1]})
+    encoded = datasets.Dataset.from_dict({"input_ids": [[5, 6], [5]], "labels": [[8], [4, 4, 4]], "length": [2, 1]})
     monkeypatch.setattr(predict, "encode_split", lambda *_, **__: encoded)
     found, model = object.__new__(Predictor), Model().train()
-    parts = {"config": RunConfig(), "task": SimpleNamespace(is_chat=False), "task_type": "SEQ_2_SEQ_LM"}
+    config = RunConfig()
+    config.training.eval_batch_size = 1
+    parts = {"config": config, "task": SimpleNamespace(is_chat=False), "task_type": "SEQ_2_SEQ_LM"}
     vars(found).update(parts, tokenizer=SimpleNamespace(pad_token_id=0), model=model, processes=Processes())
-    assert found.loss(None) == 0.5
-    assert (model.modes, model.training) == ([(False, False)], True)
+    assert found.loss(None) == (1 * 8 + 3 * 4) / 4
+    assert (model.modes, model.training) == ([(False, False)] * 2, True)
 
 
 def test_another_base_model_for_an_export_leaves_the_configuration_as_it_is():

@@ -258,7 +258,7 @@ def test_shares_of_batches_are_the_batches_of_one_process() -> None:
     assert len(SharedBatches(sampler, 2, Processes(1, 2))) == 3
 
 
-def test_a_share_without_rows_is_a_batch_that_does_not_count(models: dict[str, Path]) -> None:
+def test_a_share_without_rows_is_a_batch_that_does_not_count() -> None:
     def collate(rows: Any) -> dict[str, Any]:
         return {"input_ids": torch.tensor([row["ids"] for row in rows]), "labels": torch.tensor([r["l"] for r in rows])}
 

@@ -77,7 +77,7 @@ def test_the_measured_path_of_tokens_shape_and_type(table, count, rows, columns,
     assert chosen_path(count, rows, columns, dtype, GPU) == expected
 
 
-def test_unmeasured_on_a_gpu(tmp_path, monkeypatch):
+def test_unmeasured_on_a_gpu(monkeypatch):
     """bitsandbytes' own product for the fewest tokens, the fused kernel for few of 16 bits."""
     monkeypatch.setattr(four_bit_paths, "config_for", lambda kernel, size, device, default, exact: default)
     chosen_path.cache_clear()

@@ -246,7 +246,7 @@ def handlers() -> list[Any]:
     return [signal.getsignal(number) for number in STOPPED]
 
 
-def test_handlers_are_put_back(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_handlers_are_put_back(folder: RunFolder) -> None:
     before = handlers()
 
     def fail() -> None:
