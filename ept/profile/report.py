@@ -14,7 +14,7 @@ from .clock import PHASES
 from .kinds import KINDS, LAUNCHES
 
 PHASE_COLOURS = ("tab:purple", "tab:pink", "tab:blue", "tab:cyan", "tab:red", "tab:gray")
-_NAMES = {"pt": "PT", "dept": "DePT", "ept": "EPT", "ept-token": "EPT, token-dependent", "peft-pt": "PEFT's PT"}
+_NAMES = {"pt": "PT", "dept": "DePT", "ept": "EPT", "ept-token": "EPT (token-dependent)", "peft-pt": "PEFT's PT"}
 
 
 def steps_table(report: dict[str, Any]) -> Table:

@@ -98,7 +98,7 @@ _ALL = (
     _ablation("ept-fixed-beta", "EPT, β fixed to 1", frozenset(), fusion_weight=1.0),
     _ablation("ept-cosine", "EPT, cosine start", frozenset(), lowrank_init="cosine"),
     replace(
-        _ablation("ept-token", "EPT, token-dependent", frozenset({"alpha", "lowrank_init"}), update="token"),
+        _ablation("ept-token", "EPT (token-dependent)", frozenset({"alpha", "lowrank_init"}), update="token"),
         profiled_as="ept-token",
     ),
     _ablation("ept-raw-scale", "EPT, raw scale", frozenset(), embedding_scale=1.0),
