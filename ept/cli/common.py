@@ -15,6 +15,8 @@ from typing import Any
 import typer
 from typer import Argument, Option
 
+from ept.utils.files import strict_json
+
 SET: Any = Option(None, "--set", metavar="KEY=VALUE", help="Set one dotted key, e.g. method.r=30. Repeatable.")
 DATA: Any = Argument(
     None,
@@ -106,7 +108,7 @@ def answer(json: bool, value: Any, *shown: Any) -> None:
     from rich.console import Console
 
     if json:
-        shown = (json_format.dumps(value, indent=2, ensure_ascii=False, default=str),)  # dates of a Parquet file
+        shown = (strict_json(value, indent=2),)
     console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console = Console(width=FILE_WIDTH)

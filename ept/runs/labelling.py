@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from ..tasks import Task, local_task, render
 from ..tasks.rows import BlankText, with_all_columns
 from ..tasks.template import template_end
-from ..utils.files import write_atomically
+from ..utils.files import strict_json, write_atomically
 from ..utils.tables import csv_text
 from .failures import check_writable
 from .folder import RunFolder
@@ -150,14 +149,14 @@ def write_rows(rows: Sequence[Mapping[str, Any]], file: Path, probabilities: Col
         shown = [{n: f"{v:.6f}" if n in probabilities else _in_a_field(v) for n, v in row.items()} for row in rows]
         write_atomically(file, csv_text(columns, shown, "\t" if kind == ".tsv" else ","))
     else:
-        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+        lines = [strict_json(row) for row in rows]
         whole = "\n".join(lines) if kind == ".jsonl" else "[\n" + ",\n".join(lines) + "\n]"
         write_atomically(file, whole + "\n")
 
 
 def _in_a_field(value: Any) -> Any:
     """Returns a cell as text: a list or an object as JSON, which can be read back."""
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
+    return strict_json(value) if isinstance(value, (list, dict)) else value
 
 
 def check_output(file: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(file: Path, content: str | Callable[[Path], object]) -> None:
@@ -27,6 +30,19 @@ def write_atomically(file: Path, content: str | Callable[[Path], object]) -> Non
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     sync_folder(file.parent)
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """Writes what any JSON parser reads: null for NaN and infinities, text for dates and the like."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: plain(each) for key, each in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [plain(each) for each in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=indent, ensure_ascii=False, default=str, allow_nan=False)
 
 
 def sync(path: Path, flags: int = os.O_RDWR) -> None:

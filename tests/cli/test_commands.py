@@ -264,9 +264,11 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
 
 
 def test_json_of_what_json_has_no_form_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """A Parquet file's dates, say, in the rows that `predict` gives back."""
-    answer(True, [{"day": datetime.date(2026, 1, 2)}])
-    assert json.loads(capsys.readouterr().out) == [{"day": "2026-01-02"}]
+    """A Parquet file's dates and empty numbers, say, in the rows that `predict` gives back."""
+    answer(True, [{"day": datetime.date(2026, 1, 2), "price": float("nan"), "limits": (1.5, float("inf"))}])
+    assert " ".join(capsys.readouterr().out.split()) == (
+        '[ { "day": "2026-01-02", "price": null, "limits": [ 1.5, null ] } ]'
+    )
 
 
 def test_a_damaged_adapter_or_none_cannot_be_evaluated(runs: dict[str, Path], tmp_path: Path) -> None:

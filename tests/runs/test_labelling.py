@@ -12,7 +12,7 @@ from tiny_runs import VOCABULARY
 
 from ept.runs.config import RunConfig
 from ept.runs.evaluation import Answer
-from ept.runs.labelling import label_rows
+from ept.runs.labelling import label_rows, write_rows
 from ept.runs.train import prepare
 from ept.tasks.template import template_end
 
@@ -65,3 +65,11 @@ def test_a_whole_text_keeps_the_end_of_the_template(
 def test_the_end_of_a_template() -> None:
     ends = {"{a}": "", "x {a}\nis it?": "\nis it?", "{a} {{b}} {c}: {{d}} e": ": {d} e", "{a}{{": "{"}
     assert {template: template_end(template) for template in ends} == ends
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_numbers_that_json_has_no_sign_for_are_written_as_null(kind: str, tmp_path: Path) -> None:
+    """A strict parser refuses `NaN`; a list within a field of csv is JSON, too."""
+    file = tmp_path / f"labelled.{kind}"
+    write_rows([{"prices": [1.5, float("nan"), float("-inf")]}], file, ())
+    assert "[1.5, null, null]" in file.read_text("utf-8")
