@@ -52,7 +52,7 @@ def export(
         from ept.runs.predict import trained_run
         from ept.tasks.encoding import encode_texts
 
-        check_writable(RunFolder(output))
+        check_writable(output)
         names = (TOKENS_NAME, "config.json") if as_tokens else (TENSORS_NAME, INFO_NAME, EMBEDS_NAME)
         there = [name for name in names if (output / name).exists()]
         if there and not overwrite:

@@ -89,12 +89,11 @@ def profile(
         from ept.profile.report import draw_phases, draw_sweep, phases_table, shares_table, steps_table
         from ept.runs.config import ModelConfig, load_run_config
         from ept.runs.failures import check_writable
-        from ept.runs.folder import RunFolder
         from ept.runs.loading import default_device, dtype_of
         from ept.utils.files import write_atomically
 
         if output is not None:
-            check_writable(RunFolder(output))
+            check_writable(output)
         run = load_run_config(config, overrides(set_, given))
         has_data = data is not None or run.data.task is not None or run.data.is_local
         names = tuple(methods.split(","))

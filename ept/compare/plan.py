@@ -165,7 +165,7 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
     from ..runs.failures import check_writable  # and with it torch, which a plan does not need
 
     searched, outcomes = plan(config), dict[Path, Outcome]()
-    check_writable(RunFolder(Path(str(config.output_dir))))
+    check_writable(Path(str(config.output_dir)))
 
     def carry_out(runs: list[PlannedRun]) -> None:
         check_rows(runs)

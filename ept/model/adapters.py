@@ -212,8 +212,7 @@ class ModelWithAdapters(PeftModel):
         if first:
             self.active_adapter = adapter_name
             _set_adapter(base, adapter_name)
-            self._name_labels()
-            self.train(self.training)
+            self._follow_active()
         else:
             self._require_gradients(adapter_name, False)
             _set_adapter(base, self.active_adapter, inference_mode=not trainable)
@@ -232,8 +231,7 @@ class ModelWithAdapters(PeftModel):
         _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
         for name in self.prompt_encoder:
             self._require_gradients(name, name == adapter_name and not inference_mode, heads=False)
-        self._name_labels()
-        self.train(self.training)  # base_dropout may differ
+        self._follow_active()
 
     @exclusive
     def delete_adapter(self, adapter_name: str) -> None:
@@ -255,8 +253,7 @@ class ModelWithAdapters(PeftModel):
         self._forget(adapter_name)
         if self.peft_config and was_active:
             self._require_gradients(self.active_adapter, is_trained)
-        self._name_labels()
-        self.train(self.training)  # base_dropout may differ
+        self._follow_active()
 
     def _forget(self, adapter_name: str) -> None:
         """Removes what there is of an adapter besides its configuration."""
@@ -409,11 +406,12 @@ class ModelWithAdapters(PeftModel):
         """Returns the module that embeds texts as the base model reads them."""
         return scaled_embedding(input_embedding(self.base_model), self._facts.embedding_factor)
 
-    def _name_labels(self) -> None:
-        """Shows the names that the active adapter has for a classifier's labels, or else the base model's own."""
+    def _follow_active(self) -> None:
+        """Gives the base model the active adapter's names of a classifier's labels, or its own, and its dropout."""
         config = self.active_peft_config if self.peft_config else None
         words = config.label_words if config is not None and config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
         name_labels(self.base_model, words or self._own_labels)
+        self.train(self.training)
 
     def _setup_prompt_encoder(self, adapter_name: str) -> None:
         """Makes the adapter's parameters; PEFT calls it in `add_adapter`."""

@@ -114,7 +114,7 @@ def cached_prompt(
     ):
         kept = caches[name] = PromptCache.compute(model, prompt, weights, offset)
     # `generate` makes several rows of each text: beams, or sequences to return.
-    copies = (options[name] or 1 for name in ("num_beams", "num_return_sequences"))
+    copies = (options[key] or 1 for key in ("num_beams", "num_return_sequences"))
     cache = copy.deepcopy(kept.cache)  # which `generate` extends
     cache.batch_repeat_interleave(len(embeds) * max(copies))
     return cache

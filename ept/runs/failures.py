@@ -90,13 +90,13 @@ def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
         raise
 
 
-def check_writable(folder: RunFolder) -> None:
+def check_writable(folder: Path) -> None:
     """Raises OSError, before anything is loaded, where the folder can be neither written nor made."""
-    place = _existing(folder.path)
+    place = _existing(folder)
     if not place.is_dir():
         raise FileExistsError(f"{place} is a file: choose another --output, a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise OSError(_refused(folder.path, f"{place} is not writable"))
+        raise OSError(_refused(folder, f"{place} is not writable"))
 
 
 def check_finite(model: torch.nn.Module, step: int, config: RunConfig) -> None:

@@ -13,7 +13,6 @@ from ..tasks.template import template_end
 from ..utils.files import strict_json, write_atomically
 from ..utils.tables import csv_text
 from .failures import check_writable
-from .folder import RunFolder
 from .predict import Predictor
 
 PREDICTION = "prediction"
@@ -167,4 +166,4 @@ def check_output(file: Path) -> None:
         raise FileNotFoundError(f"{file}: there is no folder {folder}: make it first")
     if file.is_dir():
         raise FileExistsError(f"{file} is a folder: give another file")
-    check_writable(RunFolder(folder))
+    check_writable(folder)

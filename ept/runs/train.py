@@ -137,7 +137,7 @@ def train(
     folder, processes, rows = RunFolder(Path(config.output_dir)), join(), OwnRows()
     folder.holds_other = not resume
     with StopSignals(folder, processes) as signals, with_advice(config, folder):
-        processes.from_rank_zero(lambda: check_writable(folder))
+        processes.from_rank_zero(lambda: check_writable(folder.path))
         config = processes.from_rank_zero(lambda: with_data(config, rows))
         return _train(config, rows, folder, signals, resume, overwrite, on_ready)
 

@@ -263,11 +263,11 @@ def test_other_errors_stay_as_they_are(error: Exception) -> None:
 def test_a_folder_that_may_not_be_written_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests may run as root, whom permissions do not stop."""
     folder = RunFolder(tmp_path / "a" / "b")
-    check_writable(folder)
+    check_writable(folder.path)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(OSError, match=rf"cannot write {folder.path}: {tmp_path} is not writable: give this user"):
-        check_writable(folder)
+        check_writable(folder.path)
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="file is a file: choose another --output, a folder"):
-        check_writable(RunFolder(tmp_path / "file" / "run"))
+        check_writable(tmp_path / "file" / "run")
