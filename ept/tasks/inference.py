@@ -253,7 +253,7 @@ def _holds_parts(rows: Sequence[Row], name: str, texts: Sequence[str]) -> bool:
 
 
 def _series(name: str) -> str:
-    """Returns a column's name without its number or letter, equal for `choice1` and `choice2`, or `text_A` and `text_B`."""
+    """Masks the number or letter in a column's name, as in `choice1` and `choice2`, `sentence_A` and `sentence_B`."""
     return re.sub(r"\d+|(?<![^\W_])[^\W_]$", "#", name)
 
 

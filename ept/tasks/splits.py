@@ -31,8 +31,8 @@ class TaskData:
 
     Each row has `text: str` (the rendered input), `label: int` (the class), `target: str` (`labels[label]`, or the
     free-text answer), `fields` (the text columns from which `text` was rendered) and `row: int` (its number in the
-    file, counted from 1). A regression adds `number: float`, and tasks with `group_columns` add `group: int`, the same for
-    rows that belong together.
+    file, counted from 1). A regression adds `number: float`, and tasks with `group_columns` add `group: int`, the same
+    for rows that belong together.
 
     Attributes:
         commonest: the commonest label, or free-text answer, of the train rows before `max_train` and `k_shot`.
