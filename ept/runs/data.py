@@ -164,7 +164,7 @@ def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
 
 
 def describe(data: TaskData) -> dict[str, Any]:
-    """Describes a task's rows: number in each split, balance of labels, two examples, of different labels if possible."""
+    """Describes a task's rows: number in each split, balance of labels, two examples, with different labels if any."""
     classes = list(data.train["label"])
     other = next((i for i, label in enumerate(classes) if label != classes[0]), 1)
     examples = data.train.select([i for i in (0, other) if i < len(classes)])

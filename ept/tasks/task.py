@@ -49,7 +49,7 @@ class Task:
     values: tuple[float, ...] = ()
     """For a regression, the numbers that its classes stand for, rising; a raw label belongs to the nearest one."""
     group_columns: tuple[str, ...] = ()
-    """Rows that agree in these text columns belong together: they stay in one split, and `exact_match` counts groups."""
+    """Rows that agree in these text columns form a group: it stays in one split, and `exact_match` counts groups."""
     target_template: str = ""
     """For free-text answers: the template of the answer; such a task has no labels."""
     is_local: bool = False
