@@ -90,7 +90,7 @@ class ModelWithAdapters(PeftModel):
 
     @property
     def text_limit(self) -> int | None:
-        """Maximum number of text tokens for which the base model has positions after the active prompt; None: no limit."""
+        """Maximum number of text tokens for which positions are left after the active prompt; None: no limit."""
         limit = self._facts.position_limit
         return None if limit is None else limit - self.active_peft_config.num_virtual_tokens
 

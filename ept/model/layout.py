@@ -61,6 +61,6 @@ def moved_back(values: Tensor, order: Tensor | None) -> Tensor:
 
 
 def numbered(mask: Tensor, offset: int) -> Tensor:
-    """Numbers the real tokens of every row from `offset`; padding gets `offset` − 1, or for offset 0 the previous token's number."""
+    """Numbers every row's real tokens from `offset`; padding gets `offset` − 1; for 0, the number before it."""
     positions = position_ids_of(mask)
     return torch.where(mask.bool(), positions + offset, offset - 1) if offset else positions

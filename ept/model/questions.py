@@ -268,7 +268,7 @@ class Subject:
         return 0.0
 
     def _ids_alone(self) -> tuple[int, ...]:
-        """Finds the special tokens, except padding, that are read differently inside a text as embeddings and as ids."""
+        """Finds special tokens, except padding, that are read differently inside a text as embeddings and as ids."""
 
         def is_same(tokens: list[int]) -> bool:
             ids = self.ids[:1].clone()
