@@ -129,7 +129,7 @@ def draw_speedup(results: list[Row], path: Path) -> None:
 
 
 def draw_steps(results: list[Row], path: Path) -> None:
-    """Draws the time of a training step by method, stacked by phase, with its 20 and 80 % quantiles; a panel per case."""
+    """Draws the time of a training step by method, stacked by phase, with 20 and 80 % quantiles; a panel per case."""
     cases = step_bars(results)
     for panel, (case, methods) in _panels(path, cases, height=1.2 + 0.5 * max(map(len, cases.values()))):
         rows = list(methods.values())
