@@ -39,7 +39,7 @@ class AdapterLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the lock for a change. Changes may be nested, but not inside a call (RuntimeError)."""
+        """Holds the lock for a change. Changes may be nested, but not in a call of this thread (RuntimeError)."""
         if getattr(self._in_call, "value", False):
             raise RuntimeError("adapters cannot be changed from within a call of the model: change them between calls")
         with self._condition:  # held to the end, so that no call can begin

@@ -48,7 +48,10 @@ def default_device() -> torch.device:
 
 
 def task_type_of(model: ModelConfig) -> str:
-    """Returns the configured task type, or else the one implied by the model's own configuration."""
+    """Returns the configured task type, or else the one implied by the model's own configuration.
+
+    Raises ValueError for a model whose head a run does not train.
+    """
     if model.task_type is not None:
         return model.task_type
     if model.gguf_file is not None:

@@ -433,7 +433,7 @@ def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
 
 
 def _as_seen(word: str) -> str:
-    """Returns a key that is equal for labels that look alike: ignores case, blanks, invisible characters."""
+    """Returns a key equal for labels that look alike: ignores case, blanks, invisible characters, accent forms."""
     composed = unicodedata.normalize("NFC", word)
     return text_key("".join(s for s in composed if unicodedata.category(s) != "Cf" and not "\ufe00" <= s <= "\ufe0f"))
 

@@ -74,7 +74,8 @@ def driving(target: str) -> Iterator[Driver]:
         raise RuntimeError("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
     from triton.runtime import driver
 
-    held = "_active" if hasattr(driver, "_active") else "active"  # 3.4: no `_active`
+    # Triton 3.4 has no `_active`; later, reading `active` looks for a GPU.
+    held = "_active" if hasattr(driver, "_active") else "active"
     ours = Driver(target)
     in_place = mock.patch.object(driver, held, ours)
     with in_place, launch.acting_as(ours.limits.architecture), _assembling_without_lines():
