@@ -192,7 +192,7 @@ _HERE = contextlib.nullcontext()
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Enters the device of `tensor`, if it is not the current one, because Triton launches there."""
+    """Enters the device of `tensor`, if it is not the current one, on which Triton launches."""
     device = tensor.device
     if device.type == "cpu" or _device_module(device.type).current_device() == device.index:
         return _HERE
