@@ -1,8 +1,8 @@
-"""Attention on a CPU: PyTorch's fused one (SDPA) against the one that transformers writes out (eager).
+"""Attention on a CPU: PyTorch's fused attention (SDPA) against transformers' eager one.
 
-Forward and backward, by dtype, kind and length; `ept.runs.cpu` chooses by it.
+Forward and backward, by dtype, kind and length; `ept.runs.cpu` chooses by the result.
 
-One thread, in time of the processor, both in turn, with freed memory kept and as glibc starts.
+One thread, in CPU time, both in turn, with freed memory kept and with glibc's defaults.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def measure(*, batch: int, lengths: tuple[int, ...], rounds: int) -> Iterator[Ro
 
 
 def implementations(kind: str, batch: int, length: int, dtype: torch.dtype) -> dict[str, Call]:
-    """Returns both attentions of padded rows, as the models of a kind call them, forward and backward."""
+    """Returns both attentions of padded rows, forward and backward, as the models of a kind call them."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.models.bert import modeling_bert
     from transformers.models.llama import modeling_llama
@@ -76,7 +76,7 @@ def implementations(kind: str, batch: int, length: int, dtype: torch.dtype) -> d
 
 
 def as_glibc_starts() -> None:
-    """Undoes `keep_freed_memory`: sets what glibc's malloc reaches by itself, and gives back what it kept."""
+    """Undoes `keep_freed_memory`: restores the values that glibc's malloc reaches by itself, and frees kept memory."""
     libc = ctypes.CDLL(None)
     for name, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20), (M_TOP_PAD, 128 << 10)):
         libc.mallopt(name, value)

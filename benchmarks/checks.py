@@ -1,7 +1,7 @@
-"""Checks on this device before anything is measured: its surroundings, and every operator once.
+"""Checks on this device before anything is measured: its environment, and every operator once.
 
-python -m benchmarks.checks OPERATOR     small odd sizes of one operator: what a memory checker watches
-python -m benchmarks.checks              those of all operators
+python -m benchmarks.checks OPERATOR     small odd sizes of one operator, to run under a memory checker
+python -m benchmarks.checks              the same for all operators
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .processes import environment, run_command
 from .record import Row, Work
 
 SANITIZER_SECONDS = 60.0
-OPTIONAL = ("bitsandbytes", "datasets", "liger_kernel", "pydantic", "pytest")  # without them something is skipped
+OPTIONAL = ("bitsandbytes", "datasets", "liger_kernel", "pydantic", "pytest")  # without one, something is skipped
 BINARIES = (".cubin", ".hsaco")  # of kernels, in Triton's cache
-SMALL = FourBit(64, 128, (), operator="dequantize_4bit")  # of the kernel that the cache is tried with
+SMALL = FourBit(64, 128, (), operator="dequantize_4bit")  # its kernel tests the cache
 
 
 def goal_problems() -> list[Problem]:
-    """Lists every operator with kernels at the sizes that the goals speak of, or of a known model."""
+    """Lists every operator with kernels, at the sizes in the goals or of a known model."""
     bf16 = torch.bfloat16
     embedding = replace(problems.LLAMA_7B, r=30)
     weight = FourBit(4096, 4096, (), dtype=bf16, operator="dequantize_4bit")
@@ -52,13 +52,13 @@ def goal_problems() -> list[Problem]:
 
 
 def environment_works(table: str, device: str) -> list[Work]:
-    """Returns the unit that describes machine and packages, and the one that tries the kernels' cache."""
+    """Returns the unit that describes machine and packages, and the one that tests the kernel cache."""
     works = [Work("environment", partial(describe, device))]
     return works if table == "reduced" else [*works, Work("cache", partial(try_cache, device))]
 
 
 def once_works(table: str, device: str) -> list[Work]:
-    """Returns every problem of `goal_problems` as a unit; those of one operator share a process and no other does."""
+    """Returns every problem of `goal_problems` as a unit; only those of the same operator share a process."""
     reduced = table == "reduced"
     chosen = opcheck_problems() if reduced else goal_problems()
     compared = table != "rehearsal"
@@ -83,7 +83,7 @@ def sanitizer_works(table: str, device: str) -> list[Work]:
 
 
 def describe(device: str) -> Row:
-    """Returns what a reader of the record may ask of the machine, and which packages are missing."""
+    """Describes the machine as far as a reader of the record may need, and lists missing packages."""
     row: Row = {
         "missing": [name for name in OPTIONAL if importlib.util.find_spec(name) is None],
         "tools": [
@@ -104,10 +104,10 @@ def describe(device: str) -> Row:
 
 
 def try_cache(device: str) -> Row:
-    """Launches one small kernel: a cache that came along has it, or nothing of that cache will be found."""
+    """Launches one small kernel: if a cache was brought along, it has this kernel, or nothing in it will be found."""
     from triton import knobs
 
-    def kernels() -> int:  # and not what a C compiler makes of their launchers, which no packed cache holds
+    def kernels() -> int:  # without compiled launchers, which no packed cache contains
         return sum(path.suffix in BINARIES for path in Path(knobs.cache.dir).rglob("*"))
 
     inputs, before, began = SMALL.inputs(device), kernels(), time.monotonic()
@@ -126,8 +126,8 @@ def try_cache(device: str) -> Row:
 
 
 def check(problem: Problem, device: str, compared: bool = True) -> Row:
-    """Runs the kernels of a problem once and, `compared`, holds each result against the reference in float64; on a CPU
-    it is the reference that runs.
+    """Runs the kernels of a problem once (on a CPU the reference) and, if `compared`, checks each result against the
+    reference in float64.
     """
     row: Row = {"operator": problem.operator, "sizes": problem.sizes}
     inputs, began = problem.inputs(device), time.monotonic()
@@ -142,7 +142,7 @@ def check(problem: Problem, device: str, compared: bool = True) -> Row:
 
 
 def sanitize(operator: str, table: str, device: str) -> Row:
-    """Returns what compute-sanitizer says of reads and writes out of bounds; a rehearsal does without it."""
+    """Returns compute-sanitizer's verdict on reads and writes out of bounds; a rehearsal runs without the tool."""
     command = [sys.executable, "-m", "benchmarks.checks", operator]
     tool = shutil.which("compute-sanitizer")
     if table == "rehearsal":
@@ -152,7 +152,7 @@ def sanitize(operator: str, table: str, device: str) -> Row:
         return {"status": "skipped", "reason": lacks}
     else:
         command = [tool, "--tool", "memcheck", "--error-exitcode", "99", *command]
-    # Without PyTorch's cache every tensor is an allocation of its own, whose bounds the tool knows.
+    # Without PyTorch's cache every tensor is a separate allocation, whose bounds the tool knows.
     variables = environment(EPT_KERNELS="triton", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return {"tool": "compute-sanitizer memcheck", **run_command(command, variables, SANITIZER_SECONDS)}
 

@@ -1,7 +1,7 @@
-"""The price of a new process: compiling where no kernel cache has it, and the first step with and without such a cache.
+"""The cost of a new process: compilation without a kernel cache, and the first step with and without one.
 
 TRITON_CACHE_DIR=FOLDER python -m benchmarks.cold joint_prompt | step | layer      one of them, here, as JSON
-TRITON_CACHE_DIR=FOLDER python -m benchmarks.cold layer --rehearse      without a GPU: it compiles only
+TRITON_CACHE_DIR=FOLDER python -m benchmarks.cold layer --rehearse      without a GPU: only compiles
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def works_of(table: str, device: str) -> list[Work]:
 
 
 def compiling(options: list[str]) -> Iterator[Row]:
-    """Yields what the joint prompt's first calls take, and how many kernels are compiled for other shapes."""
+    """Yields the times of the joint prompt's first calls, and the number of kernels compiled for other shapes."""
     with tempfile.TemporaryDirectory() as cache:
         yield {"provider": OURS, "backend": "triton", **_in_new_process("joint_prompt", cache, options)}
 
 
 def cold_start(options: list[str]) -> Iterator[Row]:
-    """Yields the seconds of the first training step of a process with an empty kernel cache, and of the next one."""
+    """Yields the seconds of a process's first training step with an empty kernel cache, and of the next process's."""
     with tempfile.TemporaryDirectory() as cache:
         for provider in ("empty cache", "warm cache"):
             yield {"provider": provider, **_in_new_process("step", cache, options)}
@@ -53,14 +53,14 @@ def _in_new_process(what: str, cache: str, options: list[str]) -> Row:
     variables = environment(TRITON_CACHE_DIR=cache, EPT_KERNELS="triton")
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:
-        said = done.stderr.strip().splitlines()  # nothing, where a signal has ended it
+        said = done.stderr.strip().splitlines()  # empty if a signal ended it
         raise RuntimeError(said[-1] if said else f"the process ended with code {done.returncode}")
     row: Row = json.loads(done.stdout.splitlines()[-1])
     return row
 
 
 def joint_prompt(device: str) -> Row:
-    """Compiles forward and backward for one shape, then for others of the same width and padded rank."""
+    """Compiles forward and backward for one shape, then for others with the same width and padded rank."""
     from triton import knobs
 
     from ept_kernels.dev.problems import T5_BASE_JOINT
@@ -90,7 +90,7 @@ def joint_prompt(device: str) -> Row:
 
 
 def step(device: str) -> Row:
-    """Takes the first training step of this process, what it imports and builds not counted."""
+    """Takes the first training step of this process, not counting imports and building the model."""
     from ept.profile.batches import make_batches, random_rows
     from ept.profile.clock import take_step
     from ept.profile.methods import MethodSpec, make_method
@@ -122,13 +122,13 @@ def step(device: str) -> Row:
 
 
 def layer(device: str) -> Row:
-    """Takes the first forward and backward of an EPT layer of a T5-base alone, which no model's own time is part of."""
+    """Takes the first forward and backward of a T5-base's EPT layer alone, without any time of the model itself."""
     from ept import EPTConfig, EPTLayer
 
     config = EPTConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=40, max_length=256, r=30)
     ept_layer = EPTLayer(config, torch.nn.Embedding(32128, 768, device=device))
     ids = torch.ones(8, 256, dtype=torch.long, device=device)
-    began, cpu = time.perf_counter(), sum(os.times()[:4])  # with those of the assembler, a process of its own
+    began, cpu = time.perf_counter(), sum(os.times()[:4])  # includes the assembler, which is a separate process
     ept_layer(ids, torch.ones_like(ids))[0].sum().backward()
     if device != "cpu":
         torch.accelerator.synchronize()

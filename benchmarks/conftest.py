@@ -11,7 +11,7 @@ import torch
 from benchmarks.record import Row
 from benchmarks.shapes import TABLES
 
-SESSION = pytest.StashKey[tuple[str, str, list[Row]]]()  # device, table of cases, all rows measured
+SESSION = pytest.StashKey[tuple[str, str, list[Row]]]()  # device, table of cases, all measured rows
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

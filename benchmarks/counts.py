@@ -1,9 +1,9 @@
-"""The least work of every operator: bytes that must move through device memory, and operations that must be done.
+"""The minimum work of every operator: bytes that must move through device memory, and operations that must be done.
 
-Bytes: each input read once, each output written once, of the embedding table only the rows that are looked up.
-Operations: multiplications and additions of the matrix products, two for each pair of factors; what is done element by
-element (softmax, normalisation, decoding of 4-bit codes) is not counted. Both divided by the machine's measured rates
-give the floor that a time is held against.
+Bytes: each input read once, each output written once, and of the embedding table only the rows that are looked up.
+Operations: multiplications and additions of the matrix products, two for each pair of factors; element-wise work
+(softmax, normalisation, decoding of 4-bit codes) is not counted. Divided by the machine's measured rates, both
+give the floor against which a time is held.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PARAMETER_BYTES = 4  # the prompt's parameters are float32
 
 
 class Counts(NamedTuple):
-    """`bytes` moved and floating-point `operations`, at the least."""
+    """Minimum `bytes` moved and floating-point `operations`."""
 
     bytes: int
     operations: int
@@ -24,8 +24,8 @@ class Counts(NamedTuple):
 def prompted_embedding(
     batch: int, length: int, width: int, prompt: int, rank: int, positions: int, distinct: int, item: int
 ) -> Counts:
-    """Counts the padded forward: `distinct` table rows read, `batch · (prompt + length)` rows written, `item` bytes an
-    element. Without a low-rank part (rank 0) no positions are read.
+    """Counts the padded forward: `distinct` table rows read, `batch · (prompt + length)` rows written, `item` bytes per
+    element. Without an update (rank 0) no positions are read.
     """
     index = ID_BYTES * batch * length * (2 if rank else 1)
     rows = distinct + batch * (prompt + length)
@@ -36,7 +36,7 @@ def prompted_embedding(
 def prompted_embedding_packed(
     texts: int, tokens: int, longest: int, width: int, prompt: int, rank: int, positions: int, distinct: int, item: int
 ) -> Counts:
-    """Counts the padding-free forward over `tokens` tokens of `texts` texts, the longest of `longest` tokens; positions
+    """Counts the padding-free forward over `tokens` tokens of `texts` texts, of at most `longest` tokens; positions
     follow from the `texts + 1` offsets.
     """
     index = ID_BYTES * (tokens + texts + 1)
@@ -49,7 +49,7 @@ def prompted_embedding_backward(
     batch: int, length: int, width: int, prompt: int, rank: int, positions: int, item: int
 ) -> Counts:
     """Counts the incoming gradient, the positions, A and B read once; their gradients and the prompt's
-    written. Operations: one addition for each element of the gradient, and the two products over the summed rows.
+    written. Operations: one addition per element of the gradient, and the two products over the summed rows.
     """
     gradient = batch * (prompt + length) * width
     index = ID_BYTES * batch * length if rank else 0
@@ -61,7 +61,7 @@ def prompted_embedding_backward(
 def prompted_embedding_by_token(
     batch: int, length: int, width: int, prompt: int, rank: int, distinct: int, item: int
 ) -> Counts:
-    """Counts the forward whose update depends on the token: ids and positions, table rows and parameters read, the
+    """Counts the forward with the token-dependent update: ids and positions, table rows and parameters read, the
     output and the bottleneck's activations written. Operations: the two products of every token.
     """
     tokens = batch * length
@@ -74,7 +74,7 @@ def prompted_embedding_by_token_backward(
     batch: int, length: int, width: int, prompt: int, rank: int, distinct: int, item: int
 ) -> Counts:
     """Counts the incoming gradient, ids and positions, table rows, `W_out` and the activations read; the gradients of
-    these and of the parameters written. Operations: the three products of every token, and one addition an element.
+    these and of the parameters written. Operations: the three products of every token, and one addition per element.
     """
     tokens, gradient = batch * length, batch * (prompt + length) * width
     moved = (gradient + distinct * width) * item + 2 * ID_BYTES * tokens
@@ -96,21 +96,21 @@ def joint_prompt(prompt: int, positions: int, rank: int, width: int, columns: in
     between = positions * rank * rank + 2 * prompt * positions * rank
     expand = prompt * width * (rank + prompt + columns)
     parameters = _parameters(prompt, positions, rank, width) + PARAMETER_BYTES * width * (2 * columns + spaces)
-    # Forward: parameters read, a row of width · prompt written; backward: both read, the parameters' gradients written.
+    # Forward: parameters read, the prompt written; backward: parameters and gradient read, their gradients written.
     return Counts(3 * parameters + 2 * PARAMETER_BYTES * prompt * width, 3 * 2 * (reduce + between + expand))
 
 
 def frozen(rows: int, width: int, item: int) -> Counts:
     """Counts forward and backward of a frozen norm with its residual, of rotary embedding, or of a gated activation.
 
-    Each reads or writes eight tensors of `rows · width` elements in all. Weights and angles are not counted.
+    Each reads or writes eight tensors of `rows · width` elements in total. Weights and angles are not counted.
     """
     return Counts(8 * rows * width * item, 0)
 
 
 def four_bit_weight(rows: int, columns: int, block_size: int, nested: bool, nested_block_size: int = 256) -> int:
-    """Counts the bytes of a packed weight: half a byte an element, and its absmax: float32 a block, or, nested, one
-    byte a block, float32 a block of blocks, a 256-entry float32 table and an offset.
+    """Counts the bytes of a packed weight: half a byte per element, and its absmax: float32 per block or, if nested,
+    one byte per block, float32 per block of blocks, a 256-entry float32 table and an offset.
     """
     elements = rows * columns
     blocks = -(-elements // block_size)
@@ -124,7 +124,7 @@ def dequantize_4bit(rows: int, columns: int, block_size: int, nested: bool, item
 
 
 def matmul_4bit(m: int, rows: int, columns: int, block_size: int, nested: bool, item: int) -> Counts:
-    """Counts `[m, columns] · [rows, columns]ᵀ`, and just as well its input gradient `[m, rows] · [rows, columns]`."""
+    """Counts `[m, columns] · [rows, columns]ᵀ`, or equally its input gradient `[m, rows] · [rows, columns]`."""
     activations = m * (rows + columns) * item
     return Counts(four_bit_weight(rows, columns, block_size, nested) + activations, 2 * m * rows * columns)
 

@@ -1,7 +1,7 @@
-"""The kernels' tests as rows of a record: one a test, written as it ends, with a limit a test.
+"""The kernels' tests as rows of a record: one per test, written as it ends, with a time limit for each.
 
-Every process runs a share of the tests. One that broke the device's context ends, and so does one whose test hangs:
-begun again, it goes on with the next test.
+Every process runs a share of the tests. It ends if a test breaks the device's context or hangs; restarted, it continues
+with the next test.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import pytest
 
 from .record import ROOT, Record, Row, is_device_broken, is_finished
 
-LIMIT = 60.0  # seconds of one test; twice as many of one marked `gpu`, which may compile a whole model
+LIMIT = 60.0  # seconds per test; twice as many for one marked `gpu`, which may compile a whole model
 MAX_ATTEMPTS = 2  # of a test whose process died
 KERNELS = "tests/kernels/triton_kernels"
 
-MARKED = "marked"  # the group of the tests that lie in other folders
+MARKED = "marked"  # the group of tests in other folders
 REDUCED = ("--noconftest", "tests/benchmarks/test_bench_counts.py")
 
 
@@ -29,13 +29,13 @@ def run_tests(record: Record, about: Row, table: str, group: str = "", files: tu
     """Runs the tests of a group that `record` lacks; returns whether all have ended.
 
     Args:
-        about: `measured_with` of the device, which every row gets.
-        group: the share of the kernels' tests, such as `3/8`; `MARKED`: the tests marked `gpu` in other folders.
-        files: pytest's arguments in place of the group's.
+        about: `measured_with` of the device, added to every row.
+        group: a share of the kernels' tests, such as `3/8`; `MARKED`: the tests marked `gpu` in other folders.
+        files: pytest's arguments, instead of the group's.
     """
     share, _, shares = group.partition("/") if group and group != MARKED else ("1", "", "1")
     rows = Rows(record, about, table, int(share) - 1, int(shares))
-    # A package that is not here makes a file fail to be collected, which is a row, and not the end.
+    # A missing package makes the collection of a file fail, which is a row and does not end the run.
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--continue-on-collection-errors"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         code = pytest.ExitCode(pytest.main([*options, *(files or arguments(table, group))], plugins=[rows]))
@@ -48,8 +48,8 @@ def run_tests(record: Record, about: Row, table: str, group: str = "", files: tu
 
 
 def arguments(table: str, group: str) -> tuple[str, ...]:
-    """Returns pytest's arguments. Files of other folders are no matter of the kernels' sessions: tests import their
-    folder's `conftest` by that name, of which there is one a process.
+    """Returns pytest's arguments. The kernels' sessions leave out files of other folders: tests import their folder's
+    `conftest` by that name, and a process has only one of that name.
     """
     if table == "reduced":
         return REDUCED
@@ -112,13 +112,13 @@ class Rows:
         return {"section": "tests", "case": unit_of(nodeid), "provider": "all", **self.about}
 
     def write(self, nodeid: str, status: str, reason: str, **more: str) -> None:
-        """Writes the unit of a test that does not run."""
+        """Writes the unit of a test that is not run."""
         with self.record.unit(unit_of(nodeid)) as add:
             add({**self._described(nodeid), "status": status, "reason": reason, **more})
 
 
 def unit_of(nodeid: str) -> str:
-    """Names the unit of a test in a record."""
+    """Returns the name of a test's unit in a record."""
     return f"tests/{nodeid.removeprefix('tests/')}"
 
 
@@ -133,7 +133,7 @@ def _outcome(reports: list[Any]) -> tuple[str, str]:
 
 
 def _failure(report: Any) -> tuple[str, str]:
-    """Returns status and reason: what lacks a package that may be missing is skipped."""
+    """Returns status and reason; a test that lacks an optional package is skipped."""
     crash = getattr(report.longrepr, "reprcrash", None)
     reason = (
         crash.message if crash is not None else str(report.longrepr).strip().splitlines()[-1].removeprefix("E").strip()

@@ -1,8 +1,8 @@
 """The frozen model's element-wise work, forward and input gradients together: ours, the model's own, and Liger's.
 
-Each takes its inputs, the gradients of its results among them, and returns results and input gradients. The model's own
-is what transformers' Llama runs, through autograd; its weights want no gradient. Liger computes that of a norm's weight
-all the same.
+Each takes its inputs, including the gradients of its results, and returns results and input gradients. The model's own
+is what transformers' Llama runs, through autograd, with no gradient for its weights. Liger computes a norm's weight
+gradient regardless.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Outputs = tuple[Tensor, ...]
 
 
 class FrozenWork(NamedTuple):
-    """`inputs` by seed, and who does the work on them; `liger` is None where Liger is not installed."""
+    """`inputs` by seed, and the versions of the work on them; `liger` is None if Liger is not installed."""
 
     inputs: Callable[[int], tuple[Any, ...]]
     ours: Callable[..., Outputs]
@@ -34,7 +34,7 @@ class FrozenWork(NamedTuple):
 
 
 def frozen_work(case: Case, device: str) -> FrozenWork:
-    """Makes ready what `case` names: `rms_norm` with the residual added inside, `rotary` or `gated_activation`."""
+    """Prepares what `case` names: `rms_norm` including the addition of the residual, `rotary` or `gated_activation`."""
     make: Callable[[Case, str], FrozenWork] = {"rms_norm": _norm, "rotary": _rotary, "gated_activation": _activation}[
         case.kernel
     ]
@@ -83,7 +83,7 @@ def _rotary(case: Case, device: str) -> FrozenWork:
     n, heads = case.size["rows"] // BATCH, case.size["width"] // HEAD_WIDTH
 
     def inputs(seed: int) -> tuple[Any, ...]:
-        """Returns gradients of queries and keys, queries and keys, as the products leave them, and angles."""
+        """Returns gradients of queries and keys, queries and keys as the products leave them, and angles."""
         of_heads = (x.transpose(1, 2) for x in _drawn(case, device, seed, 4, BATCH, n, heads, HEAD_WIDTH))
         (angles,) = _drawn(case, device, seed, 1, 1, n, HEAD_WIDTH)
         return *of_heads, angles.cos(), angles.sin()

@@ -1,8 +1,8 @@
-"""The goals, as a table, and how a record is held against them.
+"""The goals, as a table, and how a record is judged by them.
 
-A goal is met or missed only when everything it speaks of was measured on the kind of device it speaks of, at full size;
-one measured miss is a miss at once. Otherwise it is not measured, and the verdict says how much of it was. Each card is
-judged by itself: the goals on GPUs are set for an H100 and an H200.
+A goal is met only if every case it names was measured at full size on the kind of device it names; a single measured
+miss already makes it missed. Otherwise it is not measured, and the verdict says how much of it was. Each card is
+judged separately: the goals on GPUs are set for an H100 and an H200.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ MET, MISSED, NOT_MEASURED = "met", "missed", "not measured"
 
 @dataclass(frozen=True)
 class Goal:
-    """Number of every case, `at_least` or `at_most` the threshold.
+    """A threshold (`at_least` or `at_most`) for a number of every case.
 
     Attributes:
-        what: is held. against: what it is held against.
-        cases: identifiers of the cases it speaks of, all of which count.
-        field: of a row. of, over: providers: the number is the field in the row of `of` (empty: of `against`),
+        what: is judged.
+        against: what it is compared with.
+        cases: identifiers of the cases, all of which count.
+        field: of a row.
+        of, over: providers: the number is the field in the row of `of` (empty: of `against`),
             divided, unless `over` is empty, by that in the row of `over`.
-        unit: how the number is shown: `×` for ratios, `%`, `yes` for a flag, else behind it.
-        device_type: `cuda` or `cpu`, or `any` where the device does not matter.
+        unit: how the number is shown: `×` for ratios, `%`, `yes` for a flag; anything else follows the number.
+        device_type: `cuda` or `cpu`, or `any` if the device does not matter.
         proof: field without which a row does not count: what the profiler or the compiler saw of the device.
     """
 
@@ -56,7 +58,7 @@ class Goal:
 
 
 class Verdict(NamedTuple):
-    """`status` of a goal: the `worst` number measured and the case it belongs to, of `measured` cases."""
+    """`status` of a goal: the `worst` measured number and its case, out of `measured` cases."""
 
     status: str
     worst: float | None
@@ -65,16 +67,16 @@ class Verdict(NamedTuple):
 
 
 def judge(goal: Goal, rows: Iterable[Row]) -> Verdict:
-    """Holds `rows` (results of one device; reduced and rehearsed ones not counted) against one goal."""
+    """Judges one goal by `rows` (results of one device; reduced and rehearsed ones do not count)."""
     counted = (row for row in rows if is_measured(row) and row.get("case") in goal.cases)
     cases = by_case(row for row in counted if goal.device_type in ("any", row["device_type"]))
     names = [goal.of or goal.against, *([goal.over] if goal.over else [])]
     found: dict[str, float] = {}
     for case in goal.cases:
-        # A case that was measured twice counts as it was the last time, also where it failed then.
+        # A case that was measured twice counts as the last time, even if it failed then.
         providers = {name: row for name, row in cases.get(case, {}).items() if row["status"] == "ok"}
         values: list[Any] = [providers.get(name, {}).get(goal.field) for name in names]
-        # A reference that stood in for a missing kernel is no result of ours.
+        # A reference that replaced a missing kernel is not a result of ours.
         stood_in = OURS in names and providers.get(OURS, {}).get("backend") not in ("triton", "library")
         proven = not goal.proof or all(providers.get(name, {}).get(goal.proof) for name in names)
         if None not in values and not stood_in and proven:
@@ -109,7 +111,7 @@ DEQUANTIZE, DEQUANTIZE_LARGE = (shapes.GOAL_DEQUANTIZE.id,), (shapes.GOAL_DEQUAN
 FROZEN = tuple(case.id for case in shapes.GOAL_FROZEN)
 
 PEFT_CPU = "PEFT prompt tuning, 100 tokens, every option"
-# Fields that goals of one kind share.
+# Fields shared by goals of one kind.
 OWN: Row = {"of": OURS, "over": ""}
 BANDWIDTH: Row = {**OWN, "against": "copy bandwidth", "field": "fraction_of_bandwidth", "unit": "%"}
 EQUAL: Row = {**OWN, "at_least": 1, "unit": "yes"}

@@ -1,15 +1,15 @@
-"""The report of one GPU, in one command: a plan of sections, each with its time, what must be known first at the top.
+"""The report of one GPU, in one command: a plan of timed sections, the most important first.
 
     python benchmarks/gpu_report.py                            nine minutes on one GPU
     python benchmarks/gpu_report.py --minutes 4                as much of it as fits
     python benchmarks/gpu_report.py --rehearse --output FILE   without a GPU: kernels are compiled, none runs
     python benchmarks/gpu_report.py --device cpu --reduced --output FILE    tiny sizes, to test this code
 
-Every result is on the disk, in `benchmarks/results/<device>/report.jsonl`, as soon as it is known. Killed at any moment
-the record is a whole one, and the same command goes on with what it lacks for the same card, versions and sources; a
-record of others is kept beside the new one. Needs no network, nor the project's own environment: any Python that has
-torch, triton, transformers, peft and pytest will do; what is missing beside them is skipped, with the reason in the
-record.
+Every result is written to `benchmarks/results/<device>/report.jsonl` as soon as it is known. The record is valid even
+if the run is killed, and the same command continues it with what is missing, for the same card, versions and sources; a
+record of others is kept beside the new one. It needs neither network nor the project's own environment: any Python with
+torch, triton, transformers, peft and pytest will do. Whatever needs other missing packages is skipped, with the reason
+in the record.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from benchmarks.run import complete, table_of, works_of
 from benchmarks.tables import check_table, everything_text, goal_table, plan_table, reasons, step_table
 
 MINUTES = 9.0
-STARTS = 20  # of a section whose process died, which every unit survives twice
-MEASURED_FROM = "ceilings"  # the first section that the compiler beside it would disturb
+STARTS = 20  # of a section whose process died; every unit can survive two
+MEASURED_FROM = "ceilings"  # the first section that the compiler running beside it would disturb
 RESERVE = 15.0  # seconds for the start and for the tables at the end
 
 
@@ -54,9 +54,10 @@ class Section:
     """A suite of `benchmarks.run` and its share of a plan of `MINUTES`.
 
     Attributes:
-        seconds: its time; what an earlier section leaves is the next one's as well.
-        processes: at a time. grouped: every group of units has a process of its own, so that an illegal access of one
-            operator does not end the others; otherwise all units share one, and of tests every process takes a share.
+        seconds: its time; whatever a section leaves goes to the next one.
+        processes: at a time.
+        grouped: every group of units has its own process, so that an illegal access of one operator does not end the
+            others; otherwise all units share one, and every process takes a share of the tests.
     """
 
     suite: str
@@ -66,7 +67,7 @@ class Section:
 
     @property
     def at_once(self) -> int:
-        """Counts the processes on this machine: each has a processor."""
+        """Returns the number of processes on this machine: no more than processors."""
         return min(self.processes, os.cpu_count() or 1)
 
     def groups(self, table: str, device: str) -> list[str]:
@@ -74,12 +75,12 @@ class Section:
             return list(dict.fromkeys(work.group for work in works_of(self.suite, table, device)))
         if self.processes > 1 and not self.grouped:
             shares = [f"{share}/{self.at_once}" for share in range(1, self.at_once + 1)]
-            return shares if table == "reduced" else [MARKED, *shares]  # first what nothing else can tell
+            return shares if table == "reduced" else [MARKED, *shares]  # what nothing else can tell comes first
         return [""]
 
 
 PLAN = (
-    Section("environment", 20),  # machine, packages, and whether the kernels' cache is one that this host can use
+    Section("environment", 20),  # machine, packages, and whether this host can use the kernel cache
     Section("once", 60, processes=16, grouped=True),  # each operator at the goals' sizes, against float64
     Section("tests", 100, processes=8),
     Section("sanitizer", 45, processes=16, grouped=True),
@@ -94,11 +95,11 @@ PLAN = (
 def measure(
     record: Record, plan: Sequence[Section], device: str, options: Sequence[str], table: str, minutes: float
 ) -> None:
-    """Runs the sections of `plan` one after another, each until its time is up, and notes how long each took.
+    """Runs the sections of `plan` one after another, each until its time is up, and records the time of each.
 
-    Beside the checks of a GPU its kernels are compiled, until something is measured.
+    During the checks on a GPU, kernels are compiled in parallel, until something is measured.
     """
-    record.forgive()  # what an earlier call was in the middle of when its time was up, or when it was killed
+    record.forgive()  # units during which an earlier call ran out of time or was killed
     scale = max(60 * minutes - RESERVE, 0.0) / sum(section.seconds for section in plan)
     reduced, rehearsal = "--reduced" in options, table == "rehearsal"
     about = {"section": "plan", "provider": "all", **measured_with(device, reduced, rehearsal)}
@@ -133,7 +134,7 @@ def _command(record: Record, suite: str, group: str, device: str, options: Seque
 
 
 def summary(results: list[Row]) -> str:
-    """Returns the plan, checks, steps, what is missing and goals. The kernels' table is long: see the page."""
+    """Returns plan, checks, steps, missing results and goals. The kernels' table, which is long, is on the page."""
     measures = all(map(is_measured, results))
     parts = [
         "" if measures else "NOTHING IS MEASURED: reduced sizes or a rehearsal, no figure below means anything",
@@ -184,5 +185,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that child processes end too
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""The demo's model and its headlines, as rows to measure with."""
+"""The demo's model and headlines, as rows for measurements."""
 
 from __future__ import annotations
 

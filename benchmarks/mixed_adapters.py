@@ -1,8 +1,8 @@
 """Rows per second with many adapters in one model: mixed batches against switching with `set_adapter`.
 
 The same rows are answered in two ways: in batches in which every row names its own adapter (`adapter_names`), and
-sorted by adapter, with `set_adapter` before each adapter's rows, in batches of the same size as far as an adapter has
-rows. Rows go round the adapters, as requests of many users would.
+sorted by adapter, with `set_adapter` before each adapter's rows, in batches of the same size if an adapter has that
+many rows. The adapters alternate from row to row, as with requests from many users.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def measure(
         ).eval()
         for other in range(1, number):
             model.add_adapter(f"a{other}", config)
-        for parameter in model.prompt_encoder.parameters():  # none is left at its neutral start
+        for parameter in model.prompt_encoder.parameters():  # none stays at its neutral start
             parameter.add_(0.1 * torch.randn(parameter.shape, device="cpu").to(device))
         ids = torch.randint(model.config.vocab_size, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
         calls = ways(model, ids.to(device), batch)
@@ -57,7 +57,7 @@ def measure(
 
 
 def ways(model: EPTModel, ids: torch.Tensor, batch: int) -> dict[str, Call]:
-    """Returns the two ways to answer all rows of `ids` `[rows, n]`, each to the last logits `[rows, vocabulary]`."""
+    """Returns the two ways to answer all rows of `ids` `[rows, n]`, each with the last logits `[rows, vocabulary]`."""
     adapters = list(model.peft_config)
     names = [adapters[row % len(adapters)] for row in range(len(ids))]
 

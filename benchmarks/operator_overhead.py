@@ -1,14 +1,14 @@
-"""Cost of an operator's call beside what it runs: the calling thread's time on the processor.
+"""Overhead of calling an operator: the calling thread's CPU time.
 
-Every case is called in up to three ways on tensors of a few elements: through `torch.ops` (`operator`); its Python
-implementation itself (`implementation`: the reference on a CPU, the launcher on a GPU); and, on a GPU, the kernels
-alone with their arguments at hand (`launch`). `nothing` is an operator with the signature of `prompted_embedding` that
+Every case is called in up to three ways on tensors of a few elements: through `torch.ops` (`operator`); as its Python
+implementation (`implementation`: the reference on a CPU, the launcher on a GPU); and, on a GPU, the kernels
+alone with prepared arguments (`launch`). `nothing` is an operator with the signature of `prompted_embedding` that
 runs nothing, and `nothing, custom_op` the same registered by `torch.library.custom_op`.
 
-    python -m benchmarks.operator_overhead      what launching costs the host, without a GPU
+    python -m benchmarks.operator_overhead      the host's cost of launching, without a GPU
 
-measures the launchers on CPU tensors, with a driver that compiles for sm_90 and launches nothing: all that Python does
-up to the driver's launch, without that and without entering a device.
+measures the launchers on CPU tensors, with a driver that compiles for sm_90 and launches nothing: everything that
+Python does up to the driver's launch, except that launch and entering a device.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PROBLEMS: tuple[Problem, ...] = (EMBEDDING, EMBEDDING.backward, JOINT, JOINT.bac
 
 @torch.no_grad()
 def measure(*, rounds: int) -> Iterator[Row]:
-    """Yields a row a way; `overhead` is its time beyond the next barer way's, round by round."""
+    """Yields a row per way; `overhead` is its time beyond the next barer way's, round by round."""
     device = default_device()
     args, out = EMBEDDING.inputs(device), torch.empty(1, device=device)
     operator: Any = ept_kernels.prompted_embedding

@@ -1,4 +1,4 @@
-"""Operators against their alternatives: every version of a case is checked against the reference first, then timed in
+"""Operators against their alternatives: every version of a case is first checked against the reference, then timed in
 turn with the others and compared with the machine's ceilings.
 """
 
@@ -19,7 +19,7 @@ from .record import Row, Work, is_device_broken
 from .shapes import COMPILED, COPY, GOAL_CASES, OURS, OURS_AGAIN, PRODUCTS, TABLES, Case
 from .timing import Call, Clock, DeviceClock, device_launches, peak_bytes, time_in_turn
 
-CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # timing of one version of one case
+CASE_SECONDS = {"gpu": 0.03, "cpu": 0.15, "reduced": 0.01}  # for timing one version of one case
 OK: Row = {"status": "ok", "reason": ""}
 GOAL_IDS = {case.id for case in GOAL_CASES}
 
@@ -34,13 +34,13 @@ def ceiling_works(table: str, device: str) -> list[Work]:
 
 
 def goal_works(table: str, device: str) -> list[Work]:
-    """Returns the cases that goals speak of, beside alternatives that need no compiling."""
+    """Returns the cases with goals, with the alternatives that need no compilation."""
     cases = [case for case in TABLES[table]() if _has_goal(case, table)]
     return [_work(case.without(COMPILED), table, device) for case in cases]
 
 
 def rest_works(table: str, device: str) -> list[Work]:
-    """Returns the goals' cases once more, in what was tuned, those that need compiling last; and all others."""
+    """Returns the goals' cases again, with tuned kernels (those that need compilation last), and all other cases."""
     cases = TABLES[table]()
     again = sorted((case for case in cases if _has_goal(case, table)), key=lambda case: COMPILED in case.providers)
     works = [_work(case, table, device, "again") for case in again]
@@ -49,7 +49,7 @@ def rest_works(table: str, device: str) -> list[Work]:
 
 
 def _has_goal(case: Case, table: str) -> bool:
-    """Tells whether a goal is set for the case; of the reduced ones, the first of each kernel stands for them."""
+    """Checks whether there is a goal for the case; among reduced cases the first of each kernel counts as such."""
     if table == "reduced":
         return case == next(other for other in TABLES[table]() if other.kernel == case.kernel)
     return case.id in GOAL_IDS
@@ -63,7 +63,7 @@ def _work(case: Case, table: str, device: str, section: str = "kernels") -> Work
 
 
 def rehearse(case: Case, device: str) -> Iterator[Row]:
-    """Makes the inputs and launches our version, which is compiled and does not run."""
+    """Makes the inputs and launches our version, which is compiled but does not run."""
     prepared, before = prepare(case.only(OURS), device), launch.launches()
     for provider, call in prepared.calls.items():
         call(0)
@@ -72,7 +72,7 @@ def rehearse(case: Case, device: str) -> Iterator[Row]:
 
 
 def prepare_and_measure(case: Case, table: str, device: str) -> tuple[Prepared, Iterator[Row]]:
-    """Returns a case made ready, and the rows of its versions, measured as they are asked for."""
+    """Returns a prepared case, and an iterator that measures the rows of its versions."""
     prepared = prepare(case, device, compile_allowed=table != "reduced")
     return prepared, measure(case, prepared, device, CASE_SECONDS[table], measure_ceilings(table, device)[0])
 
@@ -84,19 +84,21 @@ def described(case: Case) -> Row:
 
 
 class Ceilings(NamedTuple):
-    """Bytes a second (read plus written) of a copy, and operations a second of a square product by data type."""
+    """Measured ceilings: bytes per second (read plus written) of a copy, and operations per second of a square product
+    by data type.
+    """
 
     bytes_per_second: float
     operations_per_second: dict[str, float]
 
     def floor(self, bytes_moved: int, operations: int, dtype: str) -> tuple[float, str]:
-        """Returns the least seconds that so much work takes, and which ceiling sets them: `memory` or `compute`."""
+        """Returns the minimum seconds for this much work, and the ceiling that sets them: `memory` or `compute`."""
         memory = bytes_moved / self.bytes_per_second
         compute = operations / self.operations_per_second[dtype]
         return max((memory, "memory"), (compute, "compute"))
 
 
-# Bytes of the copied tensor, edge of the square matrices, their data types, seconds of each.
+# Bytes of the copied tensor, side of the square matrices, their data types, seconds for each.
 CEILING_SIZES = {
     "gpu": (4 << 30, 8192, ("bfloat16", "float16", "float32"), 0.4),
     "cpu": (128 << 20, 1024, ("float32",), 0.5),
@@ -168,17 +170,17 @@ def measure(case: Case, prepared: Prepared, device: str, seconds: float, ceiling
         }
         if COPY in timings:
             row["fraction_of_own_copy"] = timings[COPY].median / timing.median
-        if provider in (OURS, OURS_AGAIN):  # what really ran
+        if provider in (OURS, OURS_AGAIN):  # the backend that really ran
             before = launch.launches()
             call(0)
             row["backend"] = backend_of(case, device, launched=launch.launches() > before)
-        if provider == OURS and case.kernel not in PRODUCTS:  # a profile costs more than the measurement
+        if provider == OURS and case.kernel not in PRODUCTS:  # profiling costs more than the measurement
             row["launches"] = device_launches(call, device)
     yield from rows.values()
 
 
 def backend_of(case: Case, device: str, launched: bool) -> str:
-    """Names what ran: kernels of ours, what a product of few tokens is handed to where they run, or the reference."""
+    """Returns what ran: our kernels, whatever a product of few tokens is passed on to by them, or the reference."""
     if launched:
         return "triton"
     return "library" if case.kernel in PRODUCTS and ept_kernels.backend(device) == "triton" else "reference"
@@ -209,7 +211,7 @@ def _check(provider: str, call: Call, expected: tuple[torch.Tensor, ...], prepar
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """Returns ‖out − reference‖ / ‖reference‖ in float64, absolute for a reference of zeros; infinite for another
+    """Returns ‖out − reference‖ / ‖reference‖ in float64, absolute if the reference is zero; infinite for another
     shape.
     """
     if out.shape != reference.shape:

@@ -1,9 +1,9 @@
-"""EPT's step with all that `ept train` can do, option by option, against PEFT's prompt tuning.
+"""EPT's step with all options of `ept train`, one at a time and together, against PEFT's prompt tuning.
 
-PEFT's step is taken as a plain Trainer takes it: a decoder's logits at every position, rows in the order in which they
-come, padded to the longest of their batch. Once it has the dtype and attention that transformers starts with, once
-those of EPT's step, and once every option that EPT's has, so that the prompts alone differ: the goal is judged by that.
-In all of them the frozen model's dropout is off, which a plain Trainer would have to pay for.
+PEFT's step is that of a plain Trainer: a decoder's logits at every position, rows in the given order, padded to the
+longest of their batch. It is measured with the dtype and attention that transformers uses by default, with those of
+EPT's step, and with every option of EPT's step, so that only the prompts differ: the last decides the goal. The frozen
+model's dropout is always off, although a plain Trainer would have to pay for it.
 
 All take their steps in turn; on a CPU with one thread, in CPU time.
 """
@@ -40,7 +40,7 @@ NOTHING = "EPT, no option"
 
 @dataclass(frozen=True)
 class Version:
-    """A method's step, and the options that are on. `only_on`: the type of device that the option is for."""
+    """A method's step, and the options that are on. `only_on`: the type of device that the version is for."""
 
     name: str
     method: str = "ept"
@@ -48,13 +48,13 @@ class Version:
     only_on: str = ""
     decoder_only: bool = False
     label_only: bool = False
-    shared: bool = False  # the prompt is read once a batch, where ours is
+    shared: bool = False  # our prompt is read once per batch
     grouped: bool = False
     kept: bool = False  # freed memory, on a CPU
     half: bool = False  # the fastest dtype
     eager: bool = False  # attention, on a CPU in bfloat16
     fused: bool = False  # norms, rotary embeddings, activations, where kernels run
-    multiple: int = 1  # that the lengths of batches are rounded up to
+    multiple: int = 1  # to which the lengths of batches are rounded up
     compiled: bool = False
     graphs: bool = False
 
@@ -96,10 +96,10 @@ def options(
     layers: int | None = None,
     compile_allowed: bool = True,
 ) -> Iterator[Row]:
-    """Yields a row a version: its time, its gain over EPT without any option, and its time over PEFT's.
+    """Yields a row per version: its time, its gain over EPT without any option, and its time over PEFT's.
 
     Args:
-        shape: one of `ept.profile.shapes`, with random weights; `headlines`: the demo's model and its headlines.
+        shape: one of `ept.profile.shapes`, with random weights; `headlines`: the demo's model and headlines.
     """
     from ept.runs.trainer import EpochLengthGroupedSampler  # needs pydantic and datasets, which a GPU host may lack
 
@@ -129,7 +129,7 @@ def options(
         dtype = dtypes[version.half]
         attention = "eager" if version.eager and on_cpu and dtype == torch.bfloat16 else "sdpa"
         is_fused = version.fused and not on_cpu
-        # A copy of the model for each state that it can be in: a change would count in the time of a step.
+        # A copy of the model for each of its states, because switching would count in the time of a step.
         kind = dtype, attention, is_fused, version.compiled, version.graphs
         if kind not in bases:
             bases[kind] = copy.deepcopy(base).to(dtype)
@@ -167,7 +167,7 @@ def options(
     with one_thread():
         calls = {version.name: step(version) for version in versions}
         times = time_in_turn(calls, clock, rounds=rounds, warmup=1)
-    # PEFT's step with the dtype and attention of a version's, where one is measured.
+    # PEFT's step with the same dtype and attention as a version's, if measured.
     alike = {(False, False): STARTED, (True, True): PEFT_ALIKE}
     for version in versions:
         own = times[version.name]

@@ -1,7 +1,7 @@
-"""Draws `docs/performance.md` and its plots from the committed records, and from nothing else.
+"""Draws `docs/performance.md` and its plots from the committed records alone.
 
 python -m benchmarks.performance_page            writes the page and the plots
-python -m benchmarks.performance_page --check    ends with 1 where the page is not what the records give
+python -m benchmarks.performance_page --check    exits with 1 if the page differs from what the records give
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .record import RECORD_NAME, RESULTS, ROOT, Record, Row, is_measured
 from .tables import markdown, spread
 
 PAGE = ROOT / "docs" / "performance.md"
-PLOTS = "performance"  # folder beside the page
+PLOTS = "performance"  # folder next to the page
 OVERHEAD, SCORES_NAME = "step_overhead.json", "scores.json"
 BARE_TITLE = "EPT's step against the bare frozen model on the same number of positions"
 ON_REQUEST = "everything.jsonl"
@@ -65,7 +65,7 @@ the operators' dispatch costs and how the alternatives compare.
 
 
 def render(results: Path = RESULTS) -> str:
-    """Returns the page's text."""
+    """Returns the text of the page."""
     folders = _folders(results)
     gpus = [folder for folder in folders if folder.name != "cpu"]
     every = [row for folder in folders for row in rows_of(folder)]
@@ -76,7 +76,7 @@ def render(results: Path = RESULTS) -> str:
 
 
 def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
-    """Draws every plot that the records allow, beside `page`."""
+    """Draws every plot that the records allow, next to `page`."""
     plots = {page.parent / path: plot for folder in _folders(results) for path, plot in _device(folder)[1].items()}
     for path, plot in plots.items():
         plot.draw(path)
@@ -84,20 +84,20 @@ def draw(results: Path = RESULTS, page: Path = PAGE) -> list[Path]:
 
 
 def _folders(results: Path) -> list[Path]:
-    """Returns the devices' folders: those that hold a record."""
+    """Returns the devices' folders that hold a record."""
     return sorted(folder for folder in results.iterdir() if folder.is_dir() and any(folder.glob("*.json*")))
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """Returns all rows of a device: its report, and an earlier record of the step beside the bare model."""
+    """Returns all rows of a device: its report's, and an earlier record's of the step beside the bare model's."""
     rows = Record(folder / RECORD_NAME).results()
     overhead = folder / OVERHEAD
     if overhead.exists():
         record = json.loads(overhead.read_text(encoding="utf-8"))
-        # First, so that the report's own row, if any, is the one that counts.
+        # First, so that the report's own row, if any, counts.
         rows.insert(0, {**overhead_row(record), **_about(record), "section": "bare", "status": "ok", "reason": ""})
     for row in Record(folder / ON_REQUEST).results():
-        rows.append({**row, "section": row["case"].split()[0]})  # not of the report's steps
+        rows.append({**row, "section": row["case"].split()[0]})  # not among the report's steps
     scores = folder / SCORES_NAME
     if scores.exists():
         rows += score_rows(json.loads(scores.read_text(encoding="utf-8")))
@@ -111,7 +111,7 @@ def rows_of(folder: Path) -> list[Row]:
 
 
 def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
-    """Returns what the page says of one device, and the plots in it by their path as the page refers to them."""
+    """Returns the page's part about one device, and its plots by the path used in the page."""
     rows = rows_of(folder)
     header = Record(folder / RECORD_NAME).header()
     name = header["device"] if header else folder.name
@@ -161,7 +161,7 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
             record = records.pop(file)
             text, plot = section(record)
             parts.append(f"### {heading}\n\n{text}")
-            if plot is not None:  # its name tells it from those of other files
+            if plot is not None:  # its name distinguishes it from other files' plots
                 parts.append(shown(plot._replace(name=f"{file.stem}-{plot.name}".replace("_", "-"))))
             parts.append(f"Record `{file.name}`: {measured_with(record, record['command'])}")
     if records:
@@ -172,7 +172,7 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
 
 
 def written_by(record: Path) -> str:
-    """Returns command, machine and versions of a record of JSON lines; nothing where there is none."""
+    """Returns command, machine and versions of a record of JSON lines; empty if there is none."""
     header = Record(record).header()
     return (
         f"\nRecord `{record.name}`: {measured_with(header, header['command'], header['started'][:10])}"
@@ -182,7 +182,7 @@ def written_by(record: Path) -> str:
 
 
 def cut_off(row: Row) -> str:
-    """Says that a section of the report's plan is not complete."""
+    """Says that a section of the report's plan is incomplete."""
     return f"{row['case'].partition('/')[2]}: time was up ({', '.join(row['left'])}); the same command goes on"
 
 
@@ -195,21 +195,21 @@ def measured_with(record: Row, command: str, when: str = "") -> str:
     return f"`{command}`{when and ', '}{when}, {machine}; {versions}.\n"
 
 
-# The records that are one JSON file each: those of `ept profile`, and an earlier one of a step.
+# Records that are a single JSON file: those of `ept profile`, and an earlier one of a step.
 
 
 Section = tuple[str, Plot | None]
 
 
 def score_rows(record: Row) -> list[Row]:
-    """Makes rows of a comparison's `comparison.json`, one a method: its mean score, and what the goals ask of EPT."""
+    """Makes a row per method from a comparison's `comparison.json`: its mean score, and the numbers in EPT's goals."""
     (setting, *_), rows = record["settings"], []
     curves = {m["method"]: {int(step): score for step, score in m["curve"].items()} for m in setting["methods"]}
     goal = curves.get(BASELINE, {})
     for method in setting["methods"]:
         name, curve = method["method"], curves[method["method"]]
         ps = [
-            # A difference the wrong way round, however sure, says nothing for the goal.
+            # A difference in the wrong direction, however certain, does not count for the goal.
             test["p"] if (test["difference"]["mean"] > 0) == (test["first"] == name) else 1.0
             for test in setting["tests"]
             if {test["first"], test["second"]} == {name, "dept"}
@@ -220,7 +220,7 @@ def score_rows(record: Row) -> list[Row]:
                 **{"section": SCORES, "case": SCORES, "provider": name, "status": "ok", "reason": "", **_about(record)},
                 "score": method["mean"] and method["mean"]["mean"],
                 "p_value": ps[0] if ps else None,
-                # A curve that never gets there needs more steps than any number.
+                # A curve that never gets there needs infinitely many steps.
                 "steps_to_score": math.inf if goal and reached is None else reached,
             }
         )
@@ -235,7 +235,7 @@ def _about(record: Row) -> Row:
 
 
 def overhead_row(record: Row) -> Row:
-    """Makes a row of a record of EPT's step beside the bare model's."""
+    """Makes a row from a record of EPT's step beside the bare model's."""
     over = record["ratio"]
     return {
         "case": BARE_STEP,
@@ -252,7 +252,7 @@ def overhead_row(record: Row) -> Row:
 
 
 def _profile(record: Row) -> Section:
-    """Shows a record of `ept profile`: its steps and, of one prompt length, where their time goes."""
+    """Shows a record of `ept profile`: its steps and, for one prompt length, where their time goes."""
     head = ["method", "parameters", "step, ms", "text tokens/s", "peak memory", f"as fast as {record['reference']}"]
     lines = [
         [
@@ -278,7 +278,7 @@ def _profile(record: Row) -> Section:
     return f"{steps}\n{text}", Plot("phases", caption, functools.partial(draw_phases, record))
 
 
-# Pattern of a file's name, of which the first that fits counts; title and content of its section.
+# Pattern of a file's name (the first match counts), title and content of its section.
 KINDS: tuple[tuple[str, str, Callable[[Row], Section]], ...] = (
     (OVERHEAD, BARE_TITLE, lambda record: (tables.bare_text([overhead_row(record)]), None)),
     ("profile_length*.json", "`ept profile --sweep`: time over the prompt's length", _profile),

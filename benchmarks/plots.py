@@ -33,7 +33,7 @@ Lines = dict[str, dict[str, dict[int, Any]]]  # panel → line → x → point
 
 
 class Plot(NamedTuple):
-    """Ending of the file's name, the caption, and the function that draws the plot into a PNG."""
+    """The suffix of the file's name, the caption, and the function that draws the plot as a PNG."""
 
     name: str
     caption: str
@@ -58,8 +58,8 @@ def drawable(results: list[Row]) -> list[Plot]:
 
 
 def bandwidth_lines(results: list[Row]) -> Lines:
-    """Returns memory-bound kernels: kernel → version → bytes moved → row. A kernel's later cases count where
-    dtype, scheme and rank are those of its first, so that a line joins sizes of one problem.
+    """Returns memory-bound kernels: kernel → version → bytes moved → row. Later cases of a kernel count only if dtype,
+    scheme and rank equal the first one's, so that a line connects sizes of one problem.
     """
     found: Lines = {}
     kind: dict[str, tuple[Any, ...]] = {}
@@ -73,8 +73,8 @@ def bandwidth_lines(results: list[Row]) -> Lines:
 
 
 def speedup_lines(results: list[Row]) -> Lines:
-    """Returns products with 4-bit weights where our kernels ran: kernel → layer → tokens M → bitsandbytes' time over
-    ours.
+    """Returns products with 4-bit weights for which our kernels ran: kernel → layer → tokens M → bitsandbytes' time
+    over ours.
     """
     found: Lines = {}
     for rows in by_case(row for row in results if row["section"] == "kernels" and row["status"] == "ok").values():
@@ -92,7 +92,7 @@ def step_bars(results: list[Row]) -> dict[str, dict[str, Row]]:
 
 
 def draw_bandwidth(results: list[Row], path: Path) -> None:
-    """Draws GB/s over megabytes moved, one panel a kernel, the measured copy bandwidth as a line."""
+    """Draws GB/s over megabytes moved, one panel per kernel, with the measured copy bandwidth as a line."""
     from matplotlib.ticker import LogLocator
 
     for panel, (kernel, lines) in _panels(path, bandwidth_lines(results)):
@@ -103,14 +103,14 @@ def draw_bandwidth(results: list[Row], path: Path) -> None:
             panel.plot(x, y, marker="o", markersize=4, label=provider, color=COLOURS[provider])
         panel.axhline(ceiling / 1e9, color="black", linestyle="--", linewidth=1, label="copy (ceiling)")
         panel.set(xscale="log", xlabel="least bytes moved (MB)", ylabel="least bytes moved / time (GB/s)", title=kernel)
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # numbers within a decade too
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # labels within a decade too
         panel.xaxis.set_major_formatter("{x:g}")
         panel.xaxis.set_minor_formatter("")
         panel.set_ylim(bottom=0)
 
 
 def draw_speedup(results: list[Row], path: Path) -> None:
-    """Draws time of bitsandbytes over ours, over M, one panel a product, one line a layer (of one colour in all)."""
+    """Draws bitsandbytes' time over ours, over M: a panel per product, a line per layer (of the same colour in all)."""
     kernels = speedup_lines(results)
     # Ten colours, then the same ones with another marker and dashes, so that no two lines look alike.
     marks = list(zip("os^D", ("-", "--", ":", "-.")))
@@ -129,7 +129,7 @@ def draw_speedup(results: list[Row], path: Path) -> None:
 
 
 def draw_steps(results: list[Row], path: Path) -> None:
-    """Draws the time of a training step by method, stacked by phase, with its 20 and 80 %; one panel a case."""
+    """Draws the time of a training step by method, stacked by phase, with 20 and 80 % quantiles; a panel per case."""
     cases = step_bars(results)
     for panel, (case, methods) in _panels(path, cases, height=1.2 + 0.5 * max(map(len, cases.values()))):
         rows = list(methods.values())

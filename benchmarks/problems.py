@@ -1,5 +1,5 @@
-"""Cases made ready to run: several sets of inputs, the least work they take, and a call for each version, ours and of
-the libraries we are compared with: PEFT's prompt, and bitsandbytes' 4-bit weights.
+"""Prepared cases: several sets of inputs, the minimum work, and a call for each version, both ours and those of the
+libraries with which we are compared: PEFT's prompt, and bitsandbytes' 4-bit weights.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from .shapes import (
 )
 from .timing import Call
 
-MAX_BYTES = 8 << 30  # of all input sets of one case together
+MAX_BYTES = 8 << 30  # of all input sets of a case
 MAX_SETS = 256
 CPU_CACHE = 32 << 20  # assumed: PyTorch does not tell the size of a CPU's last-level cache
 
-# ‖out − reference‖ / ‖reference‖ that a version may reach before its time counts.
+# Maximum ‖out − reference‖ / ‖reference‖ of a version; with a larger error its time does not count.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 Arguments = Sequence[tuple[Any, ...]]
@@ -48,13 +48,16 @@ Arguments = Sequence[tuple[Any, ...]]
 
 @dataclass
 class Prepared:
-    """Calls by version, each taking the number of an input set.
+    """Calls by version, each of which takes the number of an input set.
 
     Attributes:
-        calls: what can run. skipped: version → why it cannot. sets: number of input sets.
-        counted: the least bytes and operations of one call.
-        reference: gives what every version must give on set 0.
-        tolerance: relative error that a version may have. must_equal: version that ours has to equal bit for bit.
+        calls: versions that can run.
+        skipped: version → why it cannot.
+        sets: number of input sets.
+        counted: minimum bytes and operations of one call.
+        reference: computes the expected result of every version on set 0.
+        tolerance: relative error that a version may have.
+        must_equal: version that ours has to equal bit for bit.
     """
 
     calls: dict[str, Call]
@@ -67,7 +70,7 @@ class Prepared:
 
 
 def prepare(case: Case, device: str, compile_allowed: bool = True) -> Prepared:
-    """Makes `case` ready on `device`; every version is skipped where the operator does not exist."""
+    """Prepares `case` on `device`; every version is skipped if the operator does not exist."""
     if not hasattr(ept_kernels, case.kernel):
         reason = f"this version of ept_kernels has no {case.kernel}"
         return Prepared({}, 1, counts.Counts(0, 0), tuple, 0.0, dict.fromkeys(case.providers, reason))
@@ -97,7 +100,7 @@ def _embedding(case: Case, device: str) -> Prepared:
         problem, peer = problem.backward, _peft_embedding_backward
         counted = counts.prompted_embedding_backward(batch, n, d, s, r, n, dtype.itemsize)
     else:
-        # One table for all sets where it is larger than the cache, since their ids differ.
+        # All sets share one table if it is larger than the cache, because their ids differ.
         if vocabulary * d * dtype.itemsize >= 2 * last_level_cache(device):
             table = torch.randn(vocabulary, d, device=device, dtype=dtype)
         if case.kernel == "prompted_embedding_packed":
@@ -117,7 +120,7 @@ def _embedding(case: Case, device: str) -> Prepared:
 
 
 def _by_token(case: Case, device: str) -> Prepared:
-    """Prepares the prompted embedding with an update that depends on the token, or its backward."""
+    """Prepares the prompted embedding with the token-dependent update, or its backward."""
     dtype = getattr(torch, case.dtype)
     batch, n, d, vocabulary, s, r = case.size.values()
     problem = TokenUpdate(n, d, s, r, batch, "none", dtype, vocabulary=vocabulary, operator=case.kernel)
@@ -174,7 +177,7 @@ def _joint_prompt(case: Case, device: str) -> Prepared:
     plain: Any = ept_kernels.joint_prompt_reference
     if EAGER in case.providers:
         prepared.calls[EAGER] = through_autograd(plain)
-    if COMPILED in case.providers:  # the forward, and by autograd its backward with it
+    if COMPILED in case.providers:  # the forward, and with it by autograd its backward
         prepared.calls[COMPILED] = through_autograd(torch.compile(plain, fullgraph=True, dynamic=False))
     return prepared
 
@@ -236,7 +239,7 @@ def _numbered(function: Callable[..., Any], arguments: Arguments) -> Call:
 
 
 def _copy(moved: int, sets: int, device: str) -> Call:
-    """Copies between as many pairs of tensors as there are input sets, so many bytes read and written in all."""
+    """Copies between as many pairs of tensors as there are input sets, reading and writing this many bytes in total."""
     half = max(1, moved // 2)
     sources = [torch.randint(256, (half,), dtype=torch.uint8, device=device) for _ in range(sets)]
     targets = [torch.empty_like(source) for source in sources]
@@ -250,7 +253,7 @@ def _add_peer(prepared: Prepared, provider: str, make: Callable[[Arguments], Cal
         return
     try:
         prepared.calls[provider] = make(arguments)
-    except Exception as error:  # whatever a peer raises here is the reason that its row gives
+    except Exception as error:  # whatever a peer raises here becomes the reason in its row
         prepared.skipped[provider] = f"{type(error).__name__}: {error}"
 
 
@@ -267,7 +270,7 @@ def _peft_embedding(arguments: Arguments) -> Call:
 
 
 def _peft_embedding_backward(arguments: Arguments) -> Call:
-    """Takes autograd through the same: the gradient of the prompt; the embeddings of the tokens are frozen."""
+    """Runs autograd through the same, for the gradient of the prompt; the embeddings of the tokens are frozen."""
     graphs = []
     for gradient, positions, *_ in arguments:
         tokens = positions.shape[1]
@@ -277,7 +280,7 @@ def _peft_embedding_backward(arguments: Arguments) -> Call:
 
 
 def _peft_prompt(prompt: Tensor, like: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """Returns PEFT's way from the tokens' embeddings to those with `prompt` before them, and its parameter."""
+    """Returns PEFT's function from the tokens' embeddings to those with `prompt` before them, and its parameter."""
     from peft import PromptEmbedding, PromptTuningConfig
 
     sizes = {"num_virtual_tokens": prompt.shape[0], "token_dim": prompt.shape[1], "num_transformer_submodules": 1}
@@ -302,7 +305,7 @@ def _bitsandbytes_dequantize(arguments: Arguments) -> Call:
 
 
 def _bitsandbytes_matmul(arguments: Arguments) -> Call:
-    """Leaves the choice between its fused kernel and dequantisation to bitsandbytes, as without gradients."""
+    """Leaves the choice between fused kernel and dequantisation to bitsandbytes, as without gradients."""
     import bitsandbytes
 
     states = [(x, *_packed_and_state(weight, x.dtype)) for x, weight in arguments]
@@ -310,7 +313,7 @@ def _bitsandbytes_matmul(arguments: Arguments) -> Call:
 
 
 def _bitsandbytes_matmul_backward(arguments: Arguments) -> Call:
-    """Takes autograd through `MatMul4Bit`: the gradient of the input."""
+    """Runs autograd through `MatMul4Bit`: the gradient of the input."""
     import bitsandbytes
 
     graphs = []
@@ -322,12 +325,12 @@ def _bitsandbytes_matmul_backward(arguments: Arguments) -> Call:
 
 
 def _gradients(graphs: list[tuple[Tensor, Tensor, Tensor]]) -> Call:
-    """Takes the gradient through a graph, given as its output, the input asked for, and the gradient of the output."""
+    """Computes a gradient through a graph, given as its output, the chosen input, and the gradient of the output."""
     return lambda i: torch.autograd.grad(*graphs[i], retain_graph=True)[0]
 
 
 def _packed_and_state(weight: FourBitWeight, dtype: torch.dtype) -> tuple[Tensor, Any]:
-    """Returns the packed weight and its quant state as bitsandbytes takes them, over the same bytes."""
+    """Returns the packed weight and its quant state in bitsandbytes' form, over the same bytes."""
     from bitsandbytes import functional
 
     nested = None
@@ -361,7 +364,7 @@ def input_sets(inputs: Callable[[int], tuple[Any, ...]], counted: counts.Counts,
 
 
 def copies(touched: int, cache: int, maximum: int) -> int:
-    """Returns the number of input sets to rotate among, together twice the last-level cache: at least 2."""
+    """Returns the number of input sets through which to rotate, together twice the last-level cache: at least 2."""
     return max(2, min(maximum, math.ceil(2 * cache / max(touched, 1))))
 
 

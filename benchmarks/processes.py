@@ -1,4 +1,4 @@
-"""Processes of a benchmark: this repository is first on their path, and they end in time with all that they started."""
+"""Processes of a benchmark: this repository comes first on their path, and they end in time with all their children."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from dataclasses import dataclass
 
 from .record import ROOT, Row
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal a process gets when its parent ends
-TICK = 0.05  # seconds between two looks at the processes
+PR_SET_PDEATHSIG = 1  # Linux' prctl: the signal that a process gets when its parent ends
+TICK = 0.05  # seconds between two checks of the processes
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Returns the variables of a process that finds this repository first and no network."""
+    """Returns the variables of a process that finds this repository first and uses no network."""
     path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels/torch-ext"), os.environ.get("PYTHONPATH"))))
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **offline, **extra}
 
 
 def start(command: Sequence[str], variables: dict[str, str], output: int | None = None) -> subprocess.Popen[str]:
-    """Starts a command in a process group of its own, its `output` (a file's number) there if given."""
+    """Starts a command in its own process group, writing to `output` (a file descriptor) if given."""
     options: Row = {} if output is None else {"stdout": output, "stderr": subprocess.STDOUT}
     if sys.platform == "linux":
-        # The child ends where its parent is killed, so that two runs never write to one record.
+        # The child ends if its parent is killed, so that two runs never write to one record.
         options["preexec_fn"] = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
     return subprocess.Popen(command, cwd=ROOT, env=variables, **options, text=True, start_new_session=True)
 
 
 def stop(process: subprocess.Popen[str]) -> None:
-    """Ends a process and all that it started."""
+    """Ends a process and its children."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def run_command(command: Sequence[str], variables: dict[str, str], seconds: float) -> Row:
-    """Returns `status` and `reason` of a command that should end with code 0 in time; its last lines if it did not."""
+    """Returns `status` and `reason` of a command that should exit with code 0 in time; if not, also its last lines."""
     began = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = start(command, variables, output.fileno())
@@ -65,7 +65,7 @@ def run_command(command: Sequence[str], variables: dict[str, str], seconds: floa
 
 @dataclass
 class Job:
-    """A command that may be begun `starts` times, should its process die; `name` is told where it does."""
+    """A command that may be started `starts` times if its process dies; `name` is printed if it does."""
 
     name: str
     command: Sequence[str]
@@ -73,7 +73,7 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, deadline: float, variables: dict[str, str]) -> list[str]:
-    """Runs jobs, so many at a time, until all have ended with code 0 or `time.monotonic()` is past the deadline.
+    """Runs jobs, `at_once` at a time, until all have exited with code 0 or `time.monotonic()` is past the deadline.
 
     A job whose process dies goes to the end of the queue. Returns the names of those that were cut off by the deadline
     or given up.

@@ -1,7 +1,7 @@
-"""A record of measurements: one file of JSON lines that survives an interruption at any moment, and its units of work.
+"""A record of measurements: a file of JSON lines that survives interruption at any moment, and its units of work.
 
-It begins with a header (command, device, versions, a fingerprint of the sources); then every unit of work writes a
-`begin` line, its results, and an `end` line, each forced to the disk as it is written. A unit without its `end` was
+It begins with a header (command, device, versions, a fingerprint of the sources). Then every unit of work writes a
+`begin` line, its results, and an `end` line, each forced to disk when written. A unit without `end` was
 interrupted: its results do not count, and it is measured again.
 """
 
@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD_NAME = "report.jsonl"
 
-# The libraries whose version every row carries.
+# Libraries whose versions are in every row.
 ROW_VERSIONS = ("python", "ept", "torch", "triton", "transformers", "bitsandbytes", "peft")
 
-GRACE = 5.0  # seconds after its limit in which a unit may still say so itself
+GRACE = 5.0  # seconds after its limit in which a unit may still report by itself
 
 Row = dict[str, Any]
 
@@ -43,11 +43,13 @@ class Work:
     """One unit of a record.
 
     Attributes:
-        unit: its name, `section/…`. rows: measures it, and gives a row or several. described: fields of all its rows
-            beside section and case.
-        needs: packages without which it is skipped. on_request: measured only where `--only` names it.
-        group: of a section whose units do not all share one process: those of one group do.
-        limit: seconds after which its process is ended, as one that hangs.
+        unit: its name, `section/…`.
+        rows: measures it, and returns one or several rows.
+        described: fields of all its rows in addition to section and case.
+        needs: package without which it is skipped.
+        on_request: measured only if `--only` names it.
+        group: in a section whose units do not all share one process, those of a group do.
+        limit: seconds after which its process is ended as hanging.
     """
 
     unit: str
@@ -68,12 +70,12 @@ def by_case(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
 
 
 def is_measured(row: Row) -> bool:
-    """Tells a measurement from what reduced sizes or a rehearsal left, whose figures mean nothing."""
+    """Checks that a row is not from reduced sizes or a rehearsal, whose figures mean nothing."""
     return not row["reduced"] and not row.get("rehearsal", False)
 
 
 def profile_row(method: Row, record: Row) -> Row:
-    """Makes a row of one method of an `ept profile` record: milliseconds become seconds."""
+    """Makes a row from one method of an `ept profile` record: milliseconds become seconds."""
     kept = ("tokens_per_second", "trainable_parameters", "num_virtual_tokens")
     return {
         "provider": method["method"],
@@ -89,7 +91,7 @@ def profile_row(method: Row, record: Row) -> Row:
 
 
 def check_device(device: str) -> None:
-    """Raises `SystemExit` with the remedy where `device` is `cuda` and torch sees none."""
+    """Raises `SystemExit` with the remedy if `device` is `cuda` and torch sees none."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
             f"torch {torch.__version__} sees no CUDA device: run this on a machine with a GPU and a CUDA build of "
@@ -98,7 +100,7 @@ def check_device(device: str) -> None:
 
 
 def is_device_broken() -> bool:
-    """Tells whether an earlier error, such as an illegal access, lets nothing more run in this process."""
+    """Checks whether an earlier error, such as an illegal access, lets nothing more run in this process."""
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -109,7 +111,7 @@ def is_device_broken() -> bool:
 
 
 def command_line(program: str, arguments: Sequence[str]) -> str:
-    """Returns the command that gives a record again. Paths are relative to the repository; of others only the name."""
+    """Returns the command that makes a record again. Paths are relative to the repository; outside it, only names."""
     paths = {argument: Path(argument).resolve() for argument in arguments if os.sep in argument}
     shown = {name: str(path.relative_to(ROOT)) if ROOT in path.parents else path.name for name, path in paths.items()}
     return f"python {program} {shlex.join(shown.get(argument, argument) for argument in arguments)}".rstrip()
@@ -117,8 +119,8 @@ def command_line(program: str, arguments: Sequence[str]) -> str:
 
 @functools.cache
 def measured_with(device: str, reduced: bool, rehearsal: bool = False) -> Row:
-    """Returns the fields of every row: device, versions, and whether figures mean nothing: sizes were reduced, or a GPU
-    was only compiled for.
+    """Returns the fields of every row: device, versions, and whether its figures mean nothing (reduced sizes, or a
+    rehearsal that only compiles).
     """
     found = versions()
     return {
@@ -152,9 +154,9 @@ def source_fingerprint() -> str:
 
 
 class Record:
-    """One record on the disk, appended to line by line, also by several processes at a time.
+    """A record on disk, to which lines are appended, even by several processes at a time.
 
-    A last line that was cut off is no part of it; a damaged line anywhere else raises `ValueError`.
+    A last line that was cut off is ignored; a damaged line anywhere else raises `ValueError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -162,8 +164,8 @@ class Record:
 
     @classmethod
     def resume(cls, path: Path, header: Row) -> Record:
-        """Continues the record at `path` if it was measured with the same sources, versions, device and sizes; begins a
-        new one otherwise, the old one staying beside it as `previous-<name>`.
+        """Continues the record at `path` if it was measured with the same sources, versions, device and sizes.
+        Otherwise begins a new one and keeps the old one as `previous-<name>`.
         """
         record = cls(path)
         content = path.read_bytes() if path.exists() else b""
@@ -181,7 +183,7 @@ class Record:
         return record
 
     def append(self, line: Row) -> None:
-        with self.path.open("ab", buffering=0) as file:  # in one piece, between those of other processes
+        with self.path.open("ab", buffering=0) as file:  # in one piece, not interleaved with other processes' lines
             file.write(json.dumps(line).encode() + b"\n")
             os.fsync(file.fileno())
 
@@ -201,11 +203,11 @@ class Record:
         return next((line for line in self.lines()[:1] if line.get("line") == "header"), None)
 
     def results(self) -> list[Row]:
-        """Returns the results of every finished unit; of a unit that was measured again, the last ones."""
+        """Returns the results of every finished unit; the last ones, if a unit was measured again."""
         return [result for results in self.units()[1].values() for result in results]
 
     def units(self) -> tuple[Counter[str], dict[str, list[Row]]]:
-        """Returns by unit how often it was begun and did not end, and the results of those that did."""
+        """Returns, by unit, how often it was begun without ending, and the results of those that ended."""
         attempts: Counter[str] = Counter()
         begun: dict[str, list[Row]] = {}
         finished: dict[str, list[Row]] = {}
@@ -224,16 +226,17 @@ class Record:
         return attempts, finished
 
     def forgive(self) -> None:
-        """Makes units that were begun and did not end count as never begun: it was not they that ended the process."""
+        """Makes unfinished units count as never begun: they did not end the process."""
         if any(self.units()[0].values()):
             self.append({"line": "forgiven"})
 
     @contextmanager
     def unit(self, name: str, limit: float | None = None, late: Row | None = None) -> Iterator[Callable[[Row], None]]:
-        """Writes `begin`, the results that the body adds, and `end` (not when the body raises).
+        """Writes `begin`, the results that the body adds, and `end` (unless the body raises).
 
         Args:
-            limit: seconds after which the unit fails and this process ends. late: the fields of its result then.
+            limit: seconds after which the unit fails and this process ends.
+            late: the fields of its result then.
         """
 
         def add(result: Row) -> None:
@@ -249,7 +252,7 @@ class Record:
         watch.daemon = True
         if limit is not None:
             watch.start()
-            # Where even that thread cannot run: then the unit has not ended, and is begun once more.
+            # In case even that thread cannot run: then the unit has not ended, and is begun again.
             faulthandler.dump_traceback_later(limit + GRACE, exit=True)
         try:
             yield add
@@ -260,5 +263,5 @@ class Record:
 
 
 def is_finished(results: list[Row] | None) -> bool:
-    """Tells whether a unit with these results has ended, and not because its time was up."""
+    """Checks whether a unit with these results has ended, other than by running out of time."""
     return results is not None and not any(result.get("timed_out") for result in results)

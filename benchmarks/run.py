@@ -4,8 +4,8 @@
     python -m benchmarks.run steps --device cuda --output FILE.jsonl --seconds 100    as many steps as fit
     python -m benchmarks.run steps --output FILE.jsonl --only everything adapters     units on request
 
-The same command continues a record where it was. It begins nothing new after `--seconds`. The sections of the report of
-a GPU (`benchmarks/gpu_report.py`) are suites, too.
+The same command continues an interrupted record. Nothing new begins after `--seconds`. The sections of a GPU's report
+(`benchmarks/gpu_report.py`) are suites, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from .record import Record, Row, Work, check_device, command_line, header, is_device_broken, is_finished, measured_with
 
-# By name, the functions that list its units for a table of cases and a device; the tests list themselves.
+# By suite, the functions that list its units for a table of cases and a device; the tests list themselves.
 SUITES: dict[str, tuple[str, ...]] = {
     "kernels": ("operators:works_of",),
     "environment": ("checks:environment_works",),
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=280, help="begin nothing new after so many (default 280)")
     arguments = parser.parse_args()
 
-    # Before `ept_kernels` is imported, which reads the choice then: on a GPU the kernels have to be asked for.
+    # Before importing `ept_kernels`, which then reads this choice: on a GPU the kernels must be asked for.
     if arguments.device == "cuda" or arguments.rehearse:
         os.environ.setdefault("EPT_KERNELS", "triton")
     if arguments.device == "cpu":
@@ -77,7 +77,7 @@ def main() -> None:
         from .device_tests import run_tests
 
         if not run_tests(record, about, table, arguments.group, tuple(arguments.only or ())):
-            raise SystemExit(1)  # to be begun again: the rest cannot run in this process
+            raise SystemExit(1)  # to be restarted, because the rest cannot run in this process
         left = 0
     else:
         left = run(record, chosen, about, arguments.seconds, limited=arguments.device == "cuda")
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def chosen_works(arguments: argparse.Namespace, table: str, parser: argparse.ArgumentParser) -> list[Work]:
-    """Lists the units that the arguments ask for; those of a rehearsal meet a GPU that only compiles."""
+    """Lists the requested units; in a rehearsal they meet a GPU that only compiles."""
     if arguments.rehearse:
         from ept_kernels.dev import compile_only
 
@@ -97,7 +97,7 @@ def chosen_works(arguments: argparse.Namespace, table: str, parser: argparse.Arg
         if arguments.suite == "steps":
             from ept.model import frozen
 
-            # The trials of fused modules compare values, of which a kernel that does not run gives none.
+            # The trials of fused modules compare values, which a kernel that does not run cannot give.
             vars(frozen).update(dict.fromkeys(("computes_the_same", "rotates_the_same"), lambda *_: True))
     works = works_of(arguments.suite, table, arguments.device)
     if not arguments.only:
@@ -109,14 +109,14 @@ def chosen_works(arguments: argparse.Namespace, table: str, parser: argparse.Arg
 
 
 def table_of(device: str, reduced: bool, rehearse: bool) -> str:
-    """Names the table of cases that is measured."""
+    """Returns the name of the table of cases to measure."""
     if rehearse:
         return "rehearsal"
     return "reduced" if reduced else {"cpu": "cpu", "cuda": "gpu"}[device]
 
 
 def works_of(suite: str, table: str, device: str) -> list[Work]:
-    """Lists the units of a suite; of a file that cannot be imported one that says why."""
+    """Lists the units of a suite; for a file that cannot be imported, one unit that reports it."""
     found: list[Work] = []
     for place in SUITES[suite]:
         module, _, function = place.partition(":")
@@ -124,7 +124,7 @@ def works_of(suite: str, table: str, device: str) -> list[Work]:
             listed: Any = getattr(importlib.import_module(f".{module}", __package__), function)
         except ModuleNotFoundError as error:
             is_ours = str(error.name).partition(".")[0] in ("benchmarks", "ept", "ept_kernels")
-            again = functools.partial(importlib.import_module, f".{module}", __package__)  # fails when it is its turn
+            again = functools.partial(importlib.import_module, f".{module}", __package__)  # fails when its turn comes
             found.append(Work(f"{suite}/{module}", again, needs="" if is_ours else str(error.name)))
         else:
             found += listed(table, device)
@@ -132,7 +132,7 @@ def works_of(suite: str, table: str, device: str) -> list[Work]:
 
 
 def complete(suite: str, group: str = "") -> str:
-    """Names the unit that says of a suite, or of a group of it, that nothing is left."""
+    """Returns the name of the unit that marks a suite, or a group of it, as complete."""
     return f"complete/{suite} {group}".rstrip()
 
 
@@ -140,10 +140,11 @@ def run(record: Record, works: Iterable[Work], about: Row, seconds: float, limit
     """Measures the works that `record` lacks, and returns how many are left when time is up.
 
     Args:
-        about: `measured_with` of the device, which every row gets. limited: end this process where one hangs.
+        about: `measured_with` of the device, added to every row.
+        limited: end this process if a unit hangs.
     """
     start = time.monotonic()
-    gc.freeze()  # what is loaded by now need not be looked through after every unit
+    gc.freeze()  # objects loaded so far need not be scanned after every unit
     attempts, ended = record.units()
     left = [work for work in works if not is_finished(ended.get(work.unit))]
     while left and time.monotonic() - start < seconds:
@@ -167,9 +168,9 @@ def run(record: Record, works: Iterable[Work], about: Row, seconds: float, limit
                     add({**described, **row})
                     if "summary" in row:
                         print(f"{row.get('status', 'ok')}: {row['summary']}", flush=True)
-                if torch.cuda.is_initialized():  # what its last kernels do wrong is said of this unit and not the next
+                if torch.cuda.is_initialized():  # errors of the last kernels belong to this unit
                     torch.cuda.synchronize()
-            except Exception as error:  # what cannot run is a result; the next one is still measured
+            except Exception as error:  # a unit that cannot run is a result; the next one is still measured
                 add({**described, "status": "failed", "reason": f"{type(error).__name__}: {error}"})
                 print(f"failed: {work.unit}: {error}", flush=True)
         if is_device_broken():

@@ -1,6 +1,6 @@
-"""Cases that are measured, made of the shapes of known models, in the order in which they are measured.
+"""Cases to measure, from the shapes of known models, in the order in which they are measured.
 
-Cases that a goal needs come first, so that a run that is cut short has them. Three tables: `gpu` (everything),
+Cases with goals come first, so that a run that is cut short has them. Three tables: `gpu` (everything),
 `cpu` (a small subset that two cores finish in minutes) and `reduced` (tiny sizes, to test the code; their figures
 mean nothing).
 """
@@ -26,14 +26,14 @@ KNOWN = {
     "Llama-2-7B": ModelShape(4096, 32000, ((4096, 4096), (11008, 4096), (4096, 11008))),
     "Llama-3-8B": ModelShape(4096, 128256, ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))),
 }
-# On a CPU bitsandbytes 0.50 is wrong where a row is shorter than a block.
+# On a CPU, bitsandbytes 0.50 is wrong if a row is shorter than a block.
 MODELS = {**KNOWN, "tiny": ModelShape(32, 128, ((128, 64),))}
 
-# Versions of one case that are held against each other. "ours again" is ours a second time: the noise.
+# Versions of a case that are compared. "ours again" is ours a second time, which shows the noise.
 OURS, OURS_AGAIN, EAGER, COMPILED = "ours", "ours again", "reference", "torch.compile"
 BITSANDBYTES, PEFT, DENSE = "bitsandbytes", "PEFT", "unquantised"
 MODEL, LIGER = "the model's own", "Liger"
-COPY = "a copy"  # of as many bytes as the case must move: the ceiling at its own size
+COPY = "a copy"  # of as many bytes as the case must move: the ceiling at its size
 PROMPT_PROVIDERS = (OURS, OURS_AGAIN, EAGER)
 FOUR_BIT_PROVIDERS = (OURS, OURS_AGAIN, BITSANDBYTES)
 PRODUCTS = ("matmul_4bit", "matmul_4bit_backward")
@@ -44,12 +44,15 @@ BY_TOKEN = ("prompted_embedding_by_token", "prompted_embedding_by_token_backward
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one size, and the versions of it that are measured side by side.
+    """One operator at one size, and its versions, which are measured side by side.
 
     Attributes:
         kernel: the operator; `joint_prompt` is its forward and backward together.
-        model: whose shape it is. size: the numbers that make it up, by name. dtype: of what it writes.
-        providers: which versions. scheme: of a 4-bit weight, `nf4`, `nf4 nested`, `fp4`; empty otherwise.
+        model: whose shape it is.
+        size: the numbers that define it, by name.
+        dtype: of the output.
+        providers: the versions.
+        scheme: of a 4-bit weight, `nf4`, `nf4 nested`, `fp4`; empty otherwise.
     """
 
     kernel: str
@@ -75,7 +78,7 @@ def embedding(kernel: str, model: str, batch: int, length: int, **how: Any) -> C
     """Makes a case of `prompted_embedding`, its packed or token-dependent form, or a backward.
 
     Args:
-        how: `prompt` (40) and `rank` (30; 0 is prompt tuning, which PEFT has), `dtype`, whether it is `compiled`.
+        how: `prompt` (40) and `rank` (30; 0 is prompt tuning, which PEFT has), `dtype`, and whether it is `compiled`.
     """
     shape, size = MODELS[model], {"prompt": 40, "rank": 30}
     size |= {name: how.pop(name) for name in size if name in how}
@@ -108,7 +111,7 @@ def products(model: str, rows: int, columns: int, tokens: tuple[int, ...], dtype
     ]
 
 
-# Cases that the goals speak of.
+# Cases with goals.
 ALL_M = tuple(2**power for power in range(14))  # 1 … 8192
 FEW_M = (1, 32, 256, 2048)
 GOAL_FORWARD, GOAL_BACKWARD = (embedding(kernel, "Llama-2-7B", 32, 512, compiled=True) for kernel in EMBEDDINGS[:2])
@@ -157,7 +160,7 @@ def gpu_cases() -> list[Case]:
     cases += [dequantize("Llama-2-7B", 4096, 4096, scheme=scheme) for scheme in ("nf4", "fp4", "fp4 nested")]
     for model in ("Llama-2-7B", "T5-base", "T5-large", "T5-11B"):
         for layer in KNOWN[model].layers:
-            if layer != (4096, 4096):  # measured for every M above
+            if layer != (4096, 4096):  # measured above for every M
                 cases += products(model, *layer, FEW_M)
     for dtype in ("float16", "float32"):
         cases += products("T5-base", 3072, 768, FEW_M, dtype)
@@ -197,7 +200,7 @@ def reduced_cases() -> list[Case]:
 
 
 def rehearsal_cases() -> list[Case]:
-    """Returns those with a goal, of products with few numbers of tokens."""
+    """Returns the cases with goals, with only small numbers of tokens for products."""
     return [case for case in GOAL_CASES if case.size.get("m", 1) in (1, 16, 64, 2048)]
 
 

@@ -2,10 +2,10 @@
 
 python -m benchmarks.step_budget [--models t5-base:32 llama-2-7b:8] [--length 256] [--prompt 40] [--operators]
 
-A step is forward and backward of the frozen model in bfloat16, from the gradient of the input embeddings on; every
-operator that is no view counts as one launch, and its bytes are those of its tensors, each read or written once.
-Attention counts as one launch forward and one backward, as a GPU runs it, and not as the products and the softmax that
-meta tensors are given. Over 4-bit weights come a dequantisation for every product and its gradient.
+A step is forward and backward of the frozen model in bfloat16, starting from the input embeddings and ending with their
+gradient. Every operator that is not a view counts as one launch, and its bytes are those of its tensors, each read or
+written once. Attention counts as one launch forward and one backward, as on a GPU, and not as the products and the
+softmax that run on meta tensors. With 4-bit weights there is also a dequantisation for every product and its gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ept.profile.shapes import shape_config
 
 from .tables import markdown
 
-LABELS = 2  # a row
+LABELS = 2  # per row
 MODULES = ("its own", "fused")
 
 # Operators that move nothing.
@@ -48,7 +48,7 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
-        if name == "_local_scalar_dense":  # a model that looks whether anything is masked
+        if name == "_local_scalar_dense":  # a model checks whether anything is masked
             return True
         out = function(*args, **(kwargs or {}))
         if name not in _VIEWS:
@@ -59,12 +59,12 @@ class Counted(TorchDispatchMode):
         return out
 
     def count(self, name: str, *tensors: Tensor) -> None:
-        """Counts a launch that reads or writes `tensors`; of an expanded one only what there is of it."""
+        """Counts a launch that reads or writes `tensors`; an expanded tensor counts only its real elements."""
         self.launches[name] += 1
         self.bytes[name] += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in tensors)
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
-        """Returns launches and bytes of each kind of work."""
+        """Returns launches and bytes by kind of work."""
         totals = dict.fromkeys(KINDS, (0, 0))
         for name, launches in self.launches.items():
             before = totals[kind_of(name)]
@@ -159,7 +159,7 @@ def main() -> None:
 
 
 def table(counted: dict[str, tuple[Counted, Counted]]) -> str:
-    """Returns what was counted, by step, with the model's own modules and with fused ones, as a Markdown table."""
+    """Returns the counts by step, with the model's own modules and with fused ones, as a Markdown table."""
     lines = []
     for step, both in counted.items():
         for modules, found in zip(MODULES, both):

@@ -26,7 +26,7 @@ from .record import Row, Work, profile_row
 from .timing import Call, Clock, ratio, time_in_turn
 
 METHODS = ("pt", "dept", "ept", "peft-pt")
-LONGEST = 25  # kernels that a row names
+LONGEST = 25  # kernels in a row
 SMOLLM2 = "smollm2-135m"
 LLAMA_16_BIT = "steps/llama-2-7b"
 
@@ -77,13 +77,13 @@ def works_of(table: str, device: str) -> list[Work]:
         step(T5_STEP, profiled, **t5),
         step(LLAMA_STEP, profiled, needs="bitsandbytes", **llama),
         step(BARE_STEP, bare, batch=32, length=256, pairs=20, dtype="bfloat16"),
-        step(LLAMA_16_BIT, profiled, **{**llama, "quantization": None}),  # last: no goal, but it needs no bitsandbytes
+        step(LLAMA_16_BIT, profiled, **{**llama, "quantization": None}),  # last: has no goal, but needs no bitsandbytes
         *on_request,
     ]
 
 
 def rest_works(table: str, device: str) -> list[Work]:
-    """Returns what needs compiled layers: the options of a step, CUDA graphs among them."""
+    """Returns the units that need compiled layers: the options of a step, including CUDA graphs."""
     if table != "gpu":
         return []
     measured = functools.partial(options, shape=SMOLLM2, batch=32, length=256, rounds=5)
@@ -91,8 +91,8 @@ def rest_works(table: str, device: str) -> list[Work]:
 
 
 def profiled(**config: Any) -> Iterator[Row]:
-    """Yields a row a method; all share one base model and take their steps in turn. On a GPU one further step of each
-    is looked at with PyTorch's profiler. `config`: fields of `ProfileConfig`.
+    """Yields a row per method; all share one base model and take their steps in turn. On a GPU, one more step of each
+    is run under PyTorch's profiler. `config`: fields of `ProfileConfig`.
     """
     with tempfile.TemporaryDirectory() as folder:
         traces = Path(folder) if torch.cuda.is_available() else None
@@ -103,8 +103,9 @@ def profiled(**config: Any) -> Iterator[Row]:
 
 
 def kernels_of(trace: Path) -> Row:
-    """Reads a Chrome trace: the kernels that took the device longest, how many ran, and what fraction of the time from
-    the first to the end of the last the device was busy. Nothing where the profiler saw no kernel.
+    """Reads a Chrome trace: the kernels that took the device longest, how many ran, and the fraction of the time
+    between the start of the first and the end of the last in which the device was busy. Empty if the profiler saw no
+    kernel.
     """
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     runs = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") == "kernel")
@@ -127,10 +128,10 @@ def kernels_of(trace: Path) -> Row:
 def bare(*, batch: int, length: int, pairs: int, layers: int | None = None, dtype: str = "float32") -> Iterator[Row]:
     """Yields EPT's step beside the bare frozen model's on as many positions, pair by pair, in SmolLM2-135M's shape.
 
-    The bare step is the least that any soft prompt could cost: the frozen model run forward and backward from
-    `inputs_embeds` of the same shape `[batch, s + n, d]`, with the same labels and logits, its gradient taken with
-    respect to the embeddings and nothing else. EPT's adds the joint prompt, the embedding look-up with the low-rank
-    update, their backward and the optimizer.
+    The bare step is the minimum cost of any soft prompt: the frozen model run forward and backward from
+    `inputs_embeds` of the same shape `[batch, s + n, d]`, with the same labels and logits, and a gradient only for
+    the embeddings. EPT's adds the joint prompt, the embedding look-up with the low-rank update, their backward and the
+    optimizer.
     """
     device, task_type, number = default_device(), "CAUSAL_LM", getattr(torch, dtype)
     base = build_shape(SMOLLM2, dtype=number, device=device, layers=layers)
@@ -143,7 +144,7 @@ def bare(*, batch: int, length: int, pairs: int, layers: int | None = None, dtyp
     positions, keep = method.spec.num_virtual_tokens + length, inputs["logits_to_keep"]
     embeds = 0.1 * torch.randn(batch, positions, base.config.hidden_size, dtype=number, device=device)
     embeds.requires_grad_()
-    given = {  # no mask, as nothing is masked: EPT gives the model none either
+    given = {  # no mask because nothing is masked; EPT passes none either
         "position_ids": torch.arange(positions, device=device).expand(batch, -1),
         "labels": inputs["labels"][:, -keep:].contiguous(),
     }

@@ -1,4 +1,4 @@
-"""Tables of a record, as aligned Markdown: in a terminal, and in `docs/performance.md`."""
+"""Tables of a record, as aligned Markdown: for a terminal, and for `docs/performance.md`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ PEERS_FIRST = ("reference", "torch.compile", "bitsandbytes", "PEFT", "unquantise
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns an aligned table; nothing where it has no rows."""
+    """Returns an aligned table; empty if it has no rows."""
     lines = list(rows)
     return tables.markdown(header, lines, aligned=True) if lines else ""
 
 
 def seconds(value: float) -> str:
-    """Shows three digits in the unit that suits."""
+    """Formats a time with three digits in a suitable unit."""
     unit, factor = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value * 1e3 >= 1 else ("µs", 1e6)
     return f"{value * factor:.3g} {unit}"
 
 
 def operations(a_second: float) -> str:
-    """Shows floating-point operations a second in the unit that suits."""
+    """Formats floating-point operations per second in a suitable unit."""
     return f"{a_second / 1e9:.3g} GFLOP/s" if a_second < 1e12 else f"{a_second / 1e12:.3g} TFLOP/s"
 
 
 def mebibytes(value: float | None) -> str:
-    """Shows bytes in MiB; a dash where they were not counted."""
+    """Formats bytes in MiB; a dash if they were not counted."""
     if value is None:
         return "–"
     amount = value / 2**20
@@ -40,14 +40,14 @@ def mebibytes(value: float | None) -> str:
 
 
 def spread(values: Row, digits: int, unit: str = "") -> str:
-    """Shows the median and, in brackets, the 20 and 80 % quantiles."""
+    """Formats the median and, in brackets, the 20 and 80 % quantiles."""
     median, low, high = (f"{values[name]:.{digits}f}" for name in ("median", "p20", "p80"))
     return f"{median}{unit} ({low} to {high})"
 
 
 def peer_table(results: Iterable[Row]) -> str:
-    """Shows our time, what runs it, its rate, its fraction of the ceiling and of a copy of as many bytes, what the host
-    takes for a call, the memory it takes, its noise, and its speed-up over each alternative.
+    """Shows our time, what runs it, its rate, the fraction of the ceiling and of a copy of as many bytes, the host's
+    time per call, memory, noise, and the speed-up over each alternative.
     """
     cases = by_case(row for row in results if row["section"] == "kernels" and row["provider"] != COPY)
     peers = [peer for peer in PEERS_FIRST if any(peer in rows for rows in cases.values())]
@@ -102,7 +102,7 @@ def plan_table(results: Iterable[Row]) -> str:
 
 
 def check_table(results: Iterable[Row]) -> str:
-    """Shows the checks: a line each, of tests one a file, with what failed."""
+    """Shows the checks, a line for each (for tests, for each file), with the failures."""
     lines: list[list[str]] = []
     files: dict[str, Counter[str]] = {}
     for row in results:
@@ -119,7 +119,7 @@ def check_table(results: Iterable[Row]) -> str:
 
 
 def kernel_table(results: Iterable[Row]) -> str:
-    """Shows where a training step's time goes on the device: the kernels that took longest, of every method."""
+    """Shows where a training step's time goes on the device: the longest kernels of every method."""
     lines = []
     for row in results:
         for kernel in row.get("kernels", ()):
@@ -129,7 +129,7 @@ def kernel_table(results: Iterable[Row]) -> str:
 
 
 def ceiling_table(results: Iterable[Row]) -> str:
-    """Shows the ceilings that were measured, and their spread."""
+    """Shows the measured ceilings and their spread."""
     lines = [
         [
             row["ceiling"],
@@ -143,7 +143,7 @@ def ceiling_table(results: Iterable[Row]) -> str:
 
 
 def step_table(results: Iterable[Row]) -> str:
-    """Shows whole training steps: time, memory, tokens a second."""
+    """Shows whole training steps: time, memory, tokens per second."""
     lines = []
     for row in results:
         if row["section"] == "steps" and row["status"] == "ok" and "over_started" not in row:
@@ -155,7 +155,7 @@ def step_table(results: Iterable[Row]) -> str:
 
 
 def goal_table(results: Iterable[Row]) -> str:
-    """Shows every goal on every device that has something of it: met, missed or not measured, with its worst number."""
+    """Shows every goal on every device with results for it: met, missed or not measured, with its worst number."""
     by_device: dict[str, list[Row]] = {}
     for row in filter(is_measured, results):
         by_device.setdefault(str(row.get("device", row["device_type"])), []).append(row)
@@ -174,7 +174,7 @@ def goal_table(results: Iterable[Row]) -> str:
 
 
 def bare_text(rows: list[Row]) -> str:
-    """Says what EPT's step takes beside the bare model's."""
+    """Compares EPT's step with the bare model's, in words."""
     return "".join(
         f"{row['ratio_to_bare']:.3f} times as long (20 to 80 %: {row['ratio_p20']:.3f} to {row['ratio_p80']:.3f}, "
         f"{row['samples']} pairs):\n{row['model']}, {row['dtype']}, batch {row['size']['batch']}, "
@@ -184,7 +184,7 @@ def bare_text(rows: list[Row]) -> str:
 
 
 def setting(row: Row) -> str:
-    """Shows what switches an option on: a key of the configuration as code."""
+    """Formats the setting that switches an option on; a key of the configuration as code."""
     return f"`{row['setting']}`" if "=" in row["setting"] else row["setting"]
 
 
@@ -208,7 +208,7 @@ def everything_text(results: Iterable[Row]) -> str:
 
 
 def attention_text(results: Iterable[Row]) -> str:
-    """Shows where attention on a CPU is faster written out."""
+    """Shows where eager attention is faster on a CPU."""
     lines = [
         [row["provider"], *map(seconds, (row["sdpa_median"], row["median"])), spread(row["gain_of_eager"], 2, " ×")]
         for row in results

@@ -1,8 +1,8 @@
 """Operators against their alternatives under pytest-benchmark: `pytest benchmarks` (`-k dequantize` to choose).
 
 All versions of a case are measured together, in turn, by `benchmarks.operators`: device time, bytes, fraction of the
-ceiling. Each then runs once more under pytest-benchmark, whose own table shows what a call costs with the host's work;
-our numbers go into its `extra_info` and into the table at the end.
+ceiling. Each then runs once more under pytest-benchmark, whose own table shows the cost of a call including the host's
+work; our numbers go into its `extra_info` and into the table at the end.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_version(case: Case, provider: str, benchmark: Any, request: pytest.FixtureRequest) -> None:
-    """Skips with the reason where a version cannot run, fails where it is wrong."""
+    """Skips, with the reason, if a version cannot run; fails if it is wrong."""
     device, table, rows = request.config.stash[SESSION]
-    if case.id not in HELD:  # all versions of a case are measured at the first one asked for
+    if case.id not in HELD:  # all versions of a case are measured when the first is requested
         HELD.clear()  # frees the last case's inputs before the next one's are made
         about = {**operators.described(case), **measured_with(device, table == "reduced")}
         prepared, found = operators.prepare_and_measure(case, table, device)

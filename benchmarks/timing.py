@@ -22,18 +22,18 @@ Call = Callable[[int], Any]  # takes the number of an input set
 
 WARMUP = 3
 HOST_ROUNDS = 10  # rounds in which the host's work is timed too
-SPIN_HERTZ = 2.0e9  # cycles a second assumed for the spin kernel: a slower clock only spins longer
+SPIN_HERTZ = 2.0e9  # cycles per second assumed for the spin kernel; a slower clock only spins longer
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the calls of one version.
+    """Times of one version's calls, in seconds.
 
     Attributes:
-        samples: of each call; by device events the device's time only.
-        call: median over rounds of back-to-back calls with the host's work included, where `samples` lack it.
-        host: median of what the host alone takes for a call, while the device is busy with another; None on a CPU.
-        host_bound: the queue ran empty while timing, so that launch gaps are in `samples`.
+        samples: of each call; with device events only the device's time.
+        call: median over rounds of back-to-back calls including the host's work, if `samples` exclude it.
+        host: median of the host's own time per call, while the device is busy with another; None on a CPU.
+        host_bound: the queue ran empty while timing, so that `samples` include launch gaps.
         clock: `device events`, `wall clock` or `thread time`.
     """
 
@@ -69,8 +69,8 @@ def time_in_turn(
     """Times every call of `calls` for about `seconds`, or in exactly `rounds` rounds of one sample.
 
     Args:
-        sets: number of input sets, which the calls take one after another. With as many outputs, which are kept so
-            that the next ones lie elsewhere, they should be larger than the last-level cache.
+        sets: number of input sets, through which the calls rotate. Together with as many outputs, which are kept so
+            that later ones are elsewhere in memory, they should exceed the last-level cache.
         warmup: calls of each before anything is timed.
 
     Raises what a call raises; try each once before.
@@ -111,7 +111,7 @@ def time_in_turn(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Lets torch compute on one thread, whose time a `ThreadClock` counts, as long as the context lasts."""
+    """Makes torch use one thread, whose time a `ThreadClock` counts, within the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -121,14 +121,14 @@ def one_thread() -> Iterator[None]:
 
 
 class Clock:
-    """Wall time around each call; on a GPU from an idle device until it has finished."""
+    """Wall time of each call; on a GPU from an idle device until it has finished."""
 
     name = "wall clock"
     max_batch = 20
     separate_host_time = False
 
     def __init__(self, device: str) -> None:
-        self.host_times: list[float] = []  # of a call, in the last sample: what enqueueing it took
+        self.host_times: list[float] = []  # per call in the last sample: the time to enqueue it
         self.synchronize = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
 
     def sample(self, call: Callable[[], Any], batch: int) -> tuple[list[float], bool]:
@@ -136,7 +136,7 @@ class Clock:
         return [self.back_to_back(call, 1) for _ in range(batch)], False
 
     def back_to_back(self, call: Callable[[], Any], batch: int) -> float:
-        """Returns the wall seconds of one of `batch` calls."""
+        """Returns the wall seconds per call of `batch` calls."""
         self.synchronize()
         start = time.perf_counter()
         for _ in range(batch):
@@ -146,7 +146,7 @@ class Clock:
 
 
 class ThreadClock(Clock):
-    """Calling thread's time on the processor, of `calls` calls at a time; a GPU's queue is empty at each start."""
+    """CPU time of the calling thread, for `calls` calls at a time; a GPU's queue is empty at each start."""
 
     name = "thread time"
 
@@ -170,8 +170,8 @@ class DeviceClock(Clock):
     separate_host_time = True
 
     def sample(self, call: Callable[[], Any], batch: int) -> tuple[list[float], bool]:
-        # A spin kernel holds the device while the host enqueues. Where it was too short, the batch is taken once more
-        # behind a spin that is certainly long enough, and where even that was not, without one.
+        # A spin kernel holds the device while the host enqueues. If it was too short, the batch is repeated
+        # behind a spin that is certainly long enough, and if even that was not, without one.
         spin = 1.5 * batch * self.back_to_back(call, 2)
         attempt = 0
         while True:
@@ -194,7 +194,7 @@ class DeviceClock(Clock):
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """Returns the most bytes that one call holds at a time beyond what it was given: outputs and temporaries."""
+    """Returns the maximum bytes that one call holds at a time in addition to its arguments: outputs and temporaries."""
     if device != "cuda":
         return allocated_by(lambda: call(0))
     torch.cuda.synchronize()
@@ -206,8 +206,8 @@ def peak_bytes(call: Call, device: str) -> int:
 
 
 def device_launches(call: Call, device: str) -> int | None:
-    """Counts the kernels that the device runs for one call, without memory copies and fills; None on a CPU, and where
-    the profiler tells of none: it does not work there.
+    """Counts the kernels that the device runs for one call, without memory copies and fills; None on a CPU, and if
+    the profiler reports none, as it does where it does not work.
     """
     if device != "cuda":
         return None

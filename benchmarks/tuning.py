@@ -1,4 +1,4 @@
-"""The tuner as units of a record: what the goals speak of first, and the file written after each kernel.
+"""The tuner as units of a record: kernels with goals first, and the file written after each kernel.
 
 python -m benchmarks.tuning     compiles what it will try, and all else that is launched, into Triton's cache
 """
@@ -23,14 +23,14 @@ from ept_kernels.library import launcher_of
 
 from .record import ROOT, Row, Work
 
-GOAL_SIZES = {"4096", str(4096 * 4096), str(14336 * 4096)}  # widths, and weights' elements, of cases with a goal
-# Kernels that take most of a training step, and those settled by few candidates, come first.
+GOAL_SIZES = {"4096", str(4096 * 4096), str(14336 * 4096)}  # widths, and numbers of weights, of cases with a goal
+# Kernels that take most of a training step, and those with few candidates, come first.
 ORDER = ("rms_norm", "gated_activation", "rotary", "prompted_embedding", "dequantize_4bit", "joint_prompt")
 
 
 def works_of(table: str, device: str) -> list[Work]:
-    """Returns every tunable kernel as a unit, what has a goal first."""
-    if device == "cuda":  # its product is one of the paths, and is there once it is loaded
+    """Returns every tunable kernel as a unit, those with a goal first."""
+    if device == "cuda":  # its product is one of the paths, available once it is loaded
         with contextlib.suppress(ImportError):
             importlib.import_module("bitsandbytes")
     found = sorted(tunables(table == "reduced", device), key=lambda tunable: (not has_goal(tunable), rank(tunable)))
@@ -40,7 +40,7 @@ def works_of(table: str, device: str) -> list[Work]:
 
 
 def has_goal(tunable: Tunable) -> bool:
-    """Tells whether a goal speaks of the kernel at that size; two kernels have the same size in all models."""
+    """Checks whether there is a goal for the kernel at this size; two kernels have the same size in all models."""
     if "by_token" in tunable.kernel:
         return False
     return tunable.kernel.startswith(("rotary", "gated_activation")) or not GOAL_SIZES.isdisjoint(
@@ -49,7 +49,7 @@ def has_goal(tunable: Tunable) -> bool:
 
 
 def rank(tunable: Tunable) -> int:
-    """Counts what comes before the kernel in `ORDER`; products come last, then the ways they may go."""
+    """Returns the kernel's place in `ORDER`; products come last, then their paths."""
     places = [place for place, name in enumerate(ORDER) if tunable.kernel.startswith(name)]
     return places[0] if places else len(ORDER) + (".path" in tunable.kernel)
 
@@ -65,7 +65,7 @@ def tuned(tunable: Tunable, device: torch.device) -> Row:
 
 
 def rehearsed(tunable: Tunable, device: torch.device) -> Row:
-    """Compiles every candidate, and says which a device would refuse."""
+    """Compiles every candidate, and returns those that a device would refuse."""
     from triton.runtime.errors import TritonError
 
     launcher: Any = launcher_of(tunable.problem.operator)

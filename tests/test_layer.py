@@ -99,7 +99,7 @@ def test_4bit_embedding_is_honoured():
 
 
 def test_offloaded_embedding_is_honoured():
-    """accelerate keeps the weights elsewhere and brings them for each call; what stays is on the meta device."""
+    """accelerate keeps the weights elsewhere and brings them in for each call; between calls they are meta tensors."""
     embedding = make_embedding()
     weight = embedding.weight.clone()
     cpu_offload(embedding, execution_device=torch.device("cpu"))
@@ -268,7 +268,7 @@ def test_adept_updates_a_token_by_itself_and_only_where_there_is_text():
 
 @pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
 def test_all_forms_start_as_what_they_change(config):
-    """The same prompt as prompt tuning, and the text as it is; ULPT has another prompt by its nature."""
+    """The same prompt as prompt tuning, and the text unchanged; ULPT's prompt differs by its nature."""
     layer, ids = EPTLayer(config, make_embedding()), torch.tensor([[3, 4, 5]])
     plain = EPTLayer(EPTConfig.prompt_tuning(4), make_embedding())
     found, expected = layer(ids)[0], plain(ids)[0]

@@ -1,4 +1,4 @@
-"""Finds what would make the processor wait for a GPU, on a CPU."""
+"""Finds, on a CPU, what would make the processor wait for a GPU."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-# What reads a number, or a size that depends on numbers, back from the device.
+# Operators that read a number, or a size that depends on numbers, back from the device.
 WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
 PACKAGES = ("ept", "ept_kernels", "transformers", "peft")
-# On a CPU it is looked whether there is anything to move, every id has a row, and a text ends in padding;
-# an accelerator moves, its kernel makes such a row NaN, and a classifier gets a mask.
+# On a CPU, the code checks whether anything has to move, every id has a row, and a text ends in padding;
+# on an accelerator it moves, the kernel turns such a row into NaN, and a classifier gets a mask.
 CPU_ONLY = {
     "ept.model.layout.arrangement",
     "ept.embedding.check_vocabulary",
@@ -29,7 +29,7 @@ class Waits(TorchDispatchMode):
         self.found: list[str] = []
 
     def of_an_accelerator(self) -> list[str]:
-        """Lists the waits without those that only a CPU is asked for."""
+        """Lists the waits without those that occur only on a CPU."""
         return [place for place in self.found if place not in CPU_ONLY]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,7 +41,7 @@ class Waits(TorchDispatchMode):
 
 
 def _is_copied_from_host(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Tells of a copy from ordinary memory: a GPU takes it before the processor may go on. Here others stand for it."""
+    """Detects a copy from ordinary memory, for which a GPU makes the processor wait. Here other devices stand in."""
     is_copy = func is aten._to_copy.default and args[0].device.type == "cpu"
     return is_copy and torch.device(kwargs.get("device") or "cpu").type != "cpu"
 

@@ -1,1 +1,1 @@
-"""Comparisons: one table of methods, tasks and seeds, made of training runs."""
+"""Comparisons: a table of methods, tasks and seeds, made from training runs."""

@@ -71,7 +71,7 @@ class CompareConfig(Section):
             rates = getattr(self, key)
             for method, values in rates.items() if isinstance(rates, dict) else [(DEFAULT, rates or [0.1])]:
                 if method != DEFAULT:
-                    get_method(method)  # of a known one: a part of the methods may be run with the same file
+                    get_method(method)  # of a known method: only some of the methods may be run with the same file
                 if not values or min(values) <= 0:
                     raise ValueError(f"compare.{key} of {method}: {values}, give numbers greater than 0")
                 _check_once(key, values)
@@ -93,7 +93,7 @@ def _check_once(key: str, values: list[Any]) -> None:
 
 
 class ComparisonConfig(RunConfig):
-    """A run's configuration that several runs share, and what differs between them."""
+    """A run's configuration, shared by several runs, and the settings in which they differ."""
 
     compare: CompareConfig = Field(default_factory=CompareConfig)
 
@@ -102,7 +102,7 @@ load_comparison = ComparisonConfig.load
 
 
 def rates_of(compare: CompareConfig, method: str, default: tuple[float, float]) -> list[tuple[float, float]]:
-    """Lists the pairs of learning rates to try for a method: of the prompt, and of everything else."""
+    """Lists the pairs of learning rates to try for a method: for the prompt, and for everything else."""
 
     def rates(given: Rates, otherwise: float) -> list[float]:
         named = given if isinstance(given, dict) else {} if given is None else {DEFAULT: given}

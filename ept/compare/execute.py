@@ -1,4 +1,4 @@
-"""Carrying out runs: one after another in this process, side by side in several, or on a cluster through Ray."""
+"""Executing runs: one after another in this process, side by side in several, or on a cluster through Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .config import CompareConfig
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a run: the content of its `results.json`, or the error that ended it."""
+    """The result of a run: the content of its `results.json`, or the error that ended it."""
 
     folder: Path
     results: dict[str, Any] | None
@@ -54,10 +54,10 @@ class Outcome:
 
 
 def run_all(jobs: Sequence[dict[str, Any]], compare: CompareConfig) -> Iterator[Outcome]:
-    """Yields the outcome of each run (a `RunConfig` as a dictionary), as they come in.
+    """Yields the outcome of each run (a `RunConfig` as a dictionary) as it finishes.
 
     Raises:
-        ValueError: Ray is asked for and not installed.
+        ValueError: Ray is requested but not installed.
     """
     if compare.executor == "ray":
         yield from _through_ray(jobs, compare.cpus_per_run)
@@ -68,9 +68,9 @@ def run_all(jobs: Sequence[dict[str, Any]], compare: CompareConfig) -> Iterator[
 
 
 def _side_by_side(jobs: Sequence[dict[str, Any]], at_once: int) -> Iterator[Outcome]:
-    """Carries out `at_once` runs at a time in processes of their own, which share this machine's cores and GPUs.
+    """Executes `at_once` runs at a time in separate processes, which share this machine's cores and GPUs.
 
-    Where a process dies joblib ends the others, too: what is not finished has failed then, and can be continued.
+    If a process dies, joblib ends the others too: all unfinished runs count as failed, and can be continued.
     """
     import joblib
     import torch
@@ -91,7 +91,7 @@ def _side_by_side(jobs: Sequence[dict[str, Any]], at_once: int) -> Iterator[Outc
 
 
 def _execute_apart(job: dict[str, Any], gpu: str | None, parent: int) -> Outcome:
-    """Executes a run in a process of joblib's, on the GPU of the first run that the process gets."""
+    """Executes a run in one of joblib's processes, on the GPU assigned to that process's first run."""
     import torch
 
     _settle(parent)
@@ -102,9 +102,9 @@ def _execute_apart(job: dict[str, Any], gpu: str | None, parent: int) -> Outcome
 
 @functools.cache
 def _settle(parent: int) -> None:
-    """Silences this process, once, and ends it with its parent, whose death joblib does not report.
+    """Silences this process, once, and makes it end with its parent, whose death joblib does not report.
 
-    Else the run would go on, while the same command begins it a second time. Ctrl-C comes to the parent as well.
+    Otherwise the run would go on while the same command starts it a second time. Ctrl-C reaches the parent as well.
     """
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -118,10 +118,10 @@ def _settle(parent: int) -> None:
 
 
 def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[Outcome]:
-    """Carries out runs in processes of Ray, with a GPU each where there are any.
+    """Executes runs in Ray's processes, each with its own GPU if there are any.
 
-    Ray joins the cluster that RAY_ADDRESS names, else starts one on this machine; the output folder must be the same
-    for all machines.
+    Ray joins the cluster named in RAY_ADDRESS, or else starts one on this machine; all machines must share the output
+    folder.
     """
     if importlib.util.find_spec("ray") is None:
         raise ValueError("compare.executor=ray needs the package ray: pip install ray, or set it to local")
@@ -139,7 +139,7 @@ def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[
             folder = waiting.pop(ready)
             try:
                 yield ray.get(ready)
-            except ray.exceptions.RayError as error:  # the process died: killed for memory, a machine lost
+            except ray.exceptions.RayError as error:  # the process died: out of memory, or the machine was lost
                 yield Outcome.failed(folder, error)
     finally:
         if started:
@@ -147,9 +147,9 @@ def _through_ray(jobs: Sequence[dict[str, Any]], cpus_per_run: int) -> Iterator[
 
 
 def execute(job: dict[str, Any]) -> Outcome:
-    """Trains one run, or resumes it; an error becomes part of the outcome, its traceback `error.txt` in the folder.
+    """Trains or resumes one run; an error becomes its outcome, with the traceback in the folder's `error.txt`.
 
-    A run that another comparison in the same folder has finished since the jobs were listed is taken as it is.
+    A run that another comparison in the same folder has finished in the meantime is taken as it is.
     """
     import torch
 
@@ -163,11 +163,11 @@ def execute(job: dict[str, Any]) -> Outcome:
     try:
         return Outcome(folder, train(RunConfig.from_dict(job), resume=True))
     except Exception as error:
-        with contextlib.suppress(OSError):  # of a full disk, say, which is what the error may be
+        with contextlib.suppress(OSError):  # a full disk, say, may be the error itself
             folder.mkdir(parents=True, exist_ok=True)
             error_file.write_text(traceback.format_exc(), encoding="utf-8")
         return Outcome.failed(folder, error)
-    finally:  # the next run needs the memory
+    finally:  # frees memory for the next run
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

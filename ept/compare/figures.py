@@ -1,7 +1,7 @@
-"""The figures of a comparison: each is drawn when the runs for it are there.
+"""The figures of a comparison; each is drawn if its runs exist.
 
-They answer the questions of the paper's figures with our runs: score against parameters (its figure 1), methods by
-model (3), few-shot (4a), time and score against prompt length (4b), number of spaces (5).
+They show the paper's figures with our runs: score against parameters (its figure 1), methods by model (3), few-shot
+(4a), time and score against prompt length (4b), number of spaces (5).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ X_LABELS = {
     "r": "rank r",
 }
 SIZE_SWEEPS = (None, "budget", "num_virtual_tokens", "num_spaces", "r")
-"""Points that differ in the adapter's size alone."""
+"""Sweeps whose points differ only in the adapter's size."""
 
 
 def draw(settings: Sequence[Setting], folder: Path, published: bool = False) -> list[Path]:
-    """Draws every figure that `settings` has runs for into `folder`; returns their paths.
+    """Draws every figure for which `settings` has runs into `folder`; returns their paths.
 
     Args:
-        published: adds published T5-Base results to the figure of score against parameters, where they cover the tasks.
+        published: adds published T5-Base results to the figure of score against parameters, if they cover the tasks.
     """
     settings = [setting for setting in settings if any(m.mean for m in setting.methods)]
     files = []
@@ -52,18 +52,18 @@ def draw(settings: Sequence[Setting], folder: Path, published: bool = False) -> 
 
 
 def score_against_parameters(settings: Sequence[Setting], file: Path, published: bool) -> None:
-    """Draws a point for each method and size: mean score with its interval over the stored parameters."""
+    """Draws a point for each method and size: mean score with its interval over stored parameters."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     ours = {
         name: {
             (m.stored, m.parameters): (mean, [*seed_means(m.scores, m.tasks).values()]) for _, m, mean in found
-        }  # K changes the latter alone
+        }  # K changes only the trained size
         for name, found in _by_method(settings).items()
     }
     theirs = published_scores(settings[0].tasks) if published else []
     sizes = [stored for found in ours.values() for stored, _ in found] + [size for _, size, _ in theirs]
-    ends = (min(sizes) / 2, max(sizes) * 2)  # methods at one budget differ by a few parameters: no axis for these alone
+    ends = (min(sizes) / 2, max(sizes) * 2)  # methods at one budget differ by a few parameters: no axis just for these
     places = iter(side_by_side(sizes, step=0.03 * math.log10(ends[1] / ends[0])))
     height = max(4.2, 0.5 + 0.18 * (len(ours) + len(theirs)))
     with _scores(file, settings, width=10 if published else 7, height=height) as (axes,):
@@ -71,7 +71,7 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
             points = sorted(((next(places), *both) for both in found.values()), key=lambda point: point[0])
             _series(axes, name, [(x, mean) for x, mean, _ in points], line=len(found) > 1)
             seeds = [(x, 100 * score) for x, _, scores in points for score in scores if len(scores) > 1]
-            if seeds:  # the interval of two or three seeds is wide, and hides where they lie
+            if seeds:  # the interval of two or three seeds is wide, and hides where they are
                 axes.scatter(*zip(*seeds), marker="_", s=60, color=_style(name)[1]["color"], label="each seed")
         for number, (label, _, score) in enumerate(theirs, start=1):
             style = {"marker": f"${number}$", "color": "black", "linewidths": 0.1, "s": 50 if number < 10 else 90}
@@ -87,7 +87,7 @@ def score_against_parameters(settings: Sequence[Setting], file: Path, published:
 
 
 def score_over_steps(setting: Setting, file: Path) -> None:
-    """Draws each method's mean score on validation over the steps."""
+    """Draws each method's mean validation score over the steps."""
     title, _ = _title([setting])
     with plot(file, title, legend="beside") as (axes,):
         for method in setting.methods:
@@ -100,10 +100,10 @@ def score_over_steps(setting: Setting, file: Path) -> None:
 
 
 def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[float]:
-    """Places points of these sizes so that those within a tenth of each other lie `step` decades apart, in their order.
+    """Spreads points whose sizes are within a tenth of each other, `step` decades apart, in order of size.
 
     Args:
-        reach: limit of the decades from the first to the last of such neighbours.
+        reach: limit on the decades from the first to the last of such neighbours.
     """
     places = [0.0] * len(sizes)
     left = sorted(range(len(sizes)), key=lambda i: sizes[i])
@@ -117,7 +117,7 @@ def side_by_side(sizes: Sequence[int], step: float, reach: float = 0.4) -> list[
 
 
 def methods_by_model(settings: Sequence[Setting], file: Path) -> None:
-    """Draws a group of bars for each base model, one bar a method."""
+    """Draws a group of bars for each base model, one bar per method."""
     by_method = _by_method(settings)
     width = 0.8 / len(by_method)
     with _scores(file, settings) as (axes,):
@@ -139,7 +139,7 @@ def score_against(sweep: str, settings: Sequence[Setting], file: Path) -> None:
     logarithmic = min(values) > 0
     with _scores(file, settings, panels=2 if timed else 1, height=8.4 if timed else 4.2) as panels:
         for place, (name, found) in enumerate(by_method.items()):
-            aside = 0.06 * (place - (len(by_method) - 1) / 2)  # side by side, so that the bars do not hide each other
+            aside = 0.06 * (place - (len(by_method) - 1) / 2)  # slightly apart, so that the bars do not hide each other
             xs = [values[i] * 2**aside if logarithmic else values[i] + aside for i, _, _ in found]
             _series(panels[0], name, [(x, mean) for x, (_, _, mean) in zip(xs, found)])
             if timed:
@@ -158,9 +158,9 @@ def score_against(sweep: str, settings: Sequence[Setting], file: Path) -> None:
 
 
 def _by_method(settings: Sequence[Setting]) -> dict[str, list[tuple[int, MethodSummary, Interval]]]:
-    """Lists for each method where it has a mean over all tasks: the setting's place, the summary, and the mean.
+    """Lists each method's means over all tasks, with the place of the setting and the summary.
 
-    Beside intervals of seeds those of rows have no bar: they are of another kind, and the shorter ones.
+    Next to intervals over seeds, those over rows get no bar: they are of another kind, and shorter.
     """
     found: dict[str, list[tuple[int, MethodSummary, Interval]]] = {}
     _, seeds = _title(settings)
@@ -173,7 +173,7 @@ def _by_method(settings: Sequence[Setting]) -> dict[str, list[tuple[int, MethodS
 
 
 def _bars(means: Sequence[Interval]) -> tuple[list[float], list[list[float]]]:
-    """Returns heights in percent, and how far error bars reach down and up: no farther than a score can be."""
+    """Returns heights in percent, and the lengths of error bars down and up, limited to possible scores."""
     heights = [100 * mean.mean for mean in means]
     halves = [100 * (mean.half_width or 0.0) for mean in means]
     down = [min(half, height - (0 if height >= 0 else -100)) for half, height in zip(halves, heights)]
@@ -185,7 +185,7 @@ def _style(name: str) -> tuple[str, dict[str, Any]]:
     from matplotlib import colormaps
 
     place = list(METHODS).index(name)
-    # Behind the first ten are the variants of EPT, whose colours are close to those of others.
+    # After the first ten come the variants of EPT, whose colours resemble those of others.
     colour, line = (colormaps["tab10"](place), "-") if place < 10 else (colormaps["Dark2"](place - 10), "--")
     return MARKERS[place % len(MARKERS)], {"color": colour, "linestyle": line, "label": METHODS[name].title}
 
@@ -198,7 +198,7 @@ def _series(axes: Any, name: str, points: Sequence[tuple[Any, Interval]], line: 
 
 
 def _title(settings: Sequence[Setting]) -> tuple[str, int]:
-    """Says what a score is the mean of, and returns the largest number of seeds as well."""
+    """Says over what a score is averaged; also returns the largest number of seeds."""
     counts = [m.mean.n for setting in settings for m in setting.methods if m.mean]
     least, seeds = min(counts), max(counts)
     tasks = settings[0].tasks
@@ -208,13 +208,13 @@ def _title(settings: Sequence[Setting]) -> tuple[str, int]:
 
 @contextmanager
 def _scores(file: Path, settings: Sequence[Setting], **options: Any) -> Iterator[list[Any]]:
-    """Opens a plot whose first panel is of scores, with the names of the methods beside it."""
+    """Opens a plot whose first panel shows scores, with the methods' names beside it."""
     title, seeds = _title(settings)
     title += f", bars: 95 % interval {'within 0 .. 100' if seeds > 1 else 'of the test rows'}"
     with plot(file, title, legend="beside", **options) as panels:
         yield panels
         majorities = {round(100 * statistics.fmean(s.majority.values()), 6) for s in settings if s.majority}
-        if len(majorities) == 1:  # else the settings have rows of their own
+        if len(majorities) == 1:  # otherwise the settings have different rows
             panels[0].axhline(*majorities, color="tab:gray", linestyle="--", label="commonest label always")
         panels[0].set_ylabel("score on test (%)")
         panels[0].set_ylim(top=min(panels[0].get_ylim()[1], 102))

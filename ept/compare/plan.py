@@ -1,7 +1,7 @@
-"""The runs of a comparison: what they are, carrying them out, and choosing learning rates on validation.
+"""The runs of a comparison: listing and executing them, and choosing learning rates on validation.
 
-Every run has a folder of its own, named for what it is and a hash of its configuration: a finished one is skipped, an
-interrupted one resumes, and one whose configuration changed is another run.
+Every run has its own folder, named after the run and a hash of its configuration: a finished run is skipped, an
+interrupted one resumes, and a changed configuration makes another run.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from .execute import Outcome, run_all
 logger = logging.getLogger(__name__)
 
 Rates = tuple[float, float]
-"""Learning rates: of the prompt, and of all else."""
+"""Learning rates: of the prompt, and of everything else."""
 Group = tuple[str | None, Any, str, str]
-"""Sweep, its value, task, method: the runs that differ in seed and learning rates only."""
+"""Sweep, its value, task, method: the runs that differ only in seed and learning rates."""
 
 
 def in_words(sweep: str | None, value: Any) -> str:
-    """Writes a varied setting as on a command line; empty for the configuration itself."""
+    """Writes a varied setting as on a command line; empty for the base configuration."""
     return "" if sweep is None else f"{sweep}={value}"
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run; `sweep` and `value` are None for the configuration itself, without any sweep."""
+    """One run; `sweep` and `value` are None for the base configuration, without any sweep."""
 
     method: str
     task: str
@@ -76,9 +76,9 @@ class Record:
 
 
 def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[PlannedRun]:
-    """Lists all runs of the comparison for `seeds` (None: those that the learning rates are searched with), in order.
+    """Lists all runs of the comparison for `seeds` (None: those of the learning-rate search), in order.
 
-    A sweep leaves out the methods that have no such part (`r` of prompt tuning).
+    A sweep leaves out methods to which its key does not apply (such as `r` for prompt tuning).
 
     Raises:
         ValueError: the output folder, the task or the data is not set, or a swept value does not fit its key.
@@ -127,7 +127,7 @@ def _run_config(
                 )
             values["data"]["data_dir"] = str(
                 own if own.is_dir() else root
-            )  # the folder of a single task itself will do
+            )  # with a single task, its own folder will do
     if sweep == "model" and value != config.model.name_or_path:
         values["model"].update(gguf_file=None, revision=None, tokenizer_name_or_path=None)
     elif sweep is None and config.model.name_or_path is None:
@@ -135,7 +135,7 @@ def _run_config(
     if sweep is not None:
         section, _, key = SWEPT[sweep].partition(".")
         values[section][key] = value
-    if values["model"]["name_or_path"] is None:  # another sweep, and the models are one as well
+    if values["model"]["name_or_path"] is None:  # another sweep, while the models are one too
         values["model"]["name_or_path"] = config.compare.sweep["model"][0]
     values["training"].update(learning_rate=rates[0], low_rank_learning_rate=rates[1])
     values.update(seed=seed, output_dir=None)
@@ -146,30 +146,30 @@ def _run_config(
 
 
 def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda line: None) -> list[Record]:
-    """Carries out every run that is not finished yet; returns all of them in the order of the plan.
+    """Executes every unfinished run; returns all of them in the order of the plan.
 
     A run that fails is recorded as such and does not stop the others; it is tried again next time.
 
     Args:
-        report: called with a line about each run that is done.
+        report: called with a line about each finished run.
 
     Raises:
         ValueError: a launcher has started more than one process.
-        OSError: the output folder can be neither written nor made.
+        OSError: the output folder can be neither written to nor created.
     """
     if world_size() > 1:
         raise ValueError(
             "`ept compare` is one process, and a launcher has started several: start it alone; "
             "--jobs N carries runs out side by side"
         )
-    from ..runs.failures import check_writable  # and with it torch, which a plan does not need
+    from ..runs.failures import check_writable  # imports torch, which a plan does not need
 
     searched, outcomes = plan(config), dict[Path, Outcome]()
     check_writable(Path(str(config.output_dir)))
 
     def carry_out(runs: list[PlannedRun]) -> None:
         check_rows(runs)
-        folders = {run.folder: run for run in runs}  # two points of the comparison may be one run
+        folders = {run.folder: run for run in runs}  # two points of the comparison may be the same run
         waiting = {folder: run for folder, run in folders.items() if folder not in outcomes and not finished(run)}
         for folder in folders.keys() - outcomes.keys() - waiting.keys():
             outcomes[folder] = Outcome.of(folder)
@@ -191,11 +191,11 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
 
 
 def check_rows(runs: Iterable[PlannedRun]) -> None:
-    """Raises `ValueError` where a run in its folder was made of other rows than its data hold now.
+    """Raises `ValueError` if a run in its folder was made from other rows than its data now hold.
 
-    Data that are gone, or out of reach, leave it at the runs of one task having been made of the same rows.
+    If the data are gone or out of reach, all runs of a task must at least have been made from the same rows.
     """
-    from ..runs.data import FILES, read_splits, row_checksums  # and with it transformers, which a plan does not need
+    from ..runs.data import FILES, read_splits, row_checksums  # imports transformers, which a plan does not need
 
     now: dict[str, dict[str, str]] = {}
     for run in runs:
@@ -206,7 +206,7 @@ def check_rows(runs: Iterable[PlannedRun]) -> None:
         if data not in now:
             try:
                 now[data] = row_checksums(run.config.data)
-            except OSError as error:  # FileNotFoundError and ConnectionError among them
+            except OSError as error:  # includes FileNotFoundError and ConnectionError
                 logger.warning("%s; its runs are taken as they are", error)
                 now[data] = made_of
         if not made_of.items() <= now[data].items():
@@ -221,9 +221,9 @@ def finished(run: PlannedRun) -> bool:
 
 
 def best_rates(runs: list[PlannedRun], outcomes: dict[Path, Outcome]) -> dict[Group, Rates]:
-    """Chooses for each group the learning rates with the best mean score on validation; of equals the first.
+    """Chooses each group's learning rates, with the best mean validation score; the first if tied.
 
-    Rates that failed with a seed are passed over, unless all did.
+    Rates that failed with a seed are ignored, unless all did.
     """
     scores: dict[Group, dict[Rates, list[float | None]]] = {}
     for run in runs:

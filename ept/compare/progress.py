@@ -1,4 +1,4 @@
-"""Learning curves of a comparison: by the scores on validation, how many steps each method needs."""
+"""Learning curves of a comparison: the number of steps that each method needs, by validation scores."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from .tables import MethodSummary
 
 BASELINE = "pt"
-"""The method whose last score all steps are counted to, its own as well."""
+"""The method whose last score the steps of all methods, itself included, are counted to."""
 NEARLY = 0.95
 """Share of a method's last score that counts as nearly there."""
 
 Curve = Mapping[int, float]
-"""Step: score on validation."""
+"""Validation score by step."""
 
 
 def curve_of(folder: Path, metric: str) -> Curve:
-    """Reads a finished run's scores on validation out of its metrics."""
+    """Reads a finished run's validation scores from its log."""
     events = MetricsLog(RunFolder(folder).metrics).read()
     return {event["step"]: event[f"eval_{metric}"] for event in events if f"eval_{metric}" in event}
 
 
 def mean_curve(by_task: Mapping[str, Sequence[Curve]]) -> Curve:
-    """Averages over the runs of each task, then over the tasks, at the steps that all runs were scored at."""
+    """Averages over the runs of each task, then over the tasks, at the steps at which all runs were scored."""
     runs = list(itertools.chain.from_iterable(by_task.values()))
     steps = sorted(set.intersection(*(set(curve) for curve in runs))) if runs else []
     return {
@@ -40,7 +40,7 @@ def mean_curve(by_task: Mapping[str, Sequence[Curve]]) -> Curve:
 
 
 def steps_to(curve: Curve, score: float) -> float | None:
-    """Finds where a curve, straight between its evaluations, first reaches a score; None where it never does."""
+    """Finds the step at which a curve, linear between its evaluations, first reaches a score; None if never."""
     points = sorted(curve.items())
     if points and points[0][1] >= score:
         return float(points[0][0])
@@ -51,18 +51,18 @@ def steps_to(curve: Curve, score: float) -> float | None:
 
 
 def steps_table(methods: Sequence[MethodSummary]) -> tuple[list[str], list[list[str]]] | None:
-    """Returns header and rows of what the curves tell; None where no method was scored more than once."""
+    """Returns header and rows of the table of steps; None if no method was scored more than once."""
     curves = {m.method: m.curve for m in methods if len(m.curve) > 1}
     if not curves:
         return None
     baseline = curves.get(BASELINE)
-    # A curve is not monotonic: the baseline, too, may have had its last score before the end.
+    # Curves are not monotonic: the baseline too may have reached its last score before the end.
     its_steps = steps_to(baseline, baseline[max(baseline)]) if baseline else None
 
     def cell(curve: Curve, steps: float | None) -> str:
         if steps is None:
             return "not reached"
-        return f"{'≤ ' if steps == min(curve) else ''}{steps:,.0f}"  # nobody scored it before the first evaluation
+        return f"{'≤ ' if steps == min(curve) else ''}{steps:,.0f}"  # nothing is known before the first evaluation
 
     header = ["method", "steps", "validation at the end", f"steps to {NEARLY:.0%} of it"]
     header += [f"steps to {METHODS[BASELINE].title}'s end", "share of its steps"] if baseline else []
@@ -73,7 +73,7 @@ def steps_table(methods: Sequence[MethodSummary]) -> tuple[list[str], list[list[
             METHODS[name].title,
             f"{last:,}",
             f"{100 * curve[last]:.1f}",
-            # A share of a negative score is above it.
+            # For a negative score, a share of it would be higher.
             cell(curve, steps_to(curve, NEARLY * curve[last])) if curve[last] > 0 else "-",
         ]
         if baseline:

@@ -1,10 +1,10 @@
-"""Published results for T5-Base, to be drawn beside ours and marked as theirs.
+"""Published results for T5-Base, drawn beside ours and marked as published.
 
 `published_t5_base.csv` holds a row for each method, with its scores in percent: Pearson for STS-B, F1 for MultiRC,
 Matthews for CoLA, accuracy for the others (for CB too, where ours is macro-F1). Sources: a, the comparison table in the
 repository of ACCEPT (AI-Application-and-Integration-Lab/Accept, image/cp1.png), which collects the methods' own papers;
-b, the same table, and equal to the checkpoints in the repository of DePT (ZhengxiangShi/DePT). They come from other
-splits' seeds, other training budgets, and single runs for some; EPT's own table is not public in text form.
+b, the same table, and equal to the checkpoints in the repository of DePT (ZhengxiangShi/DePT). They used other seeds
+for the splits and other training budgets, and some are single runs; EPT's own table is not public in text form.
 """
 
 from __future__ import annotations

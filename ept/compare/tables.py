@@ -27,19 +27,19 @@ SIZES = {
     **{"num_virtual_tokens": "s", "r": "r", "num_spaces": "K", "space_dim": "h"},
     **{"prompt_rank": "n", "residual_dim": "width"},
 }
-"""The sizes of an adapter: their names in its configuration, and in the tables."""
+"""Sizes of an adapter: their names in its configuration, and in the tables."""
 
 TEST_COLUMNS = ["difference", "points", "p", "n", "p of the tasks"]
 
 Scores = Mapping[tuple[str, int], float]
-"""(task, seed): score."""
+"""Score by (task, seed)."""
 
 
 @dataclass(frozen=True)
 class Interval:
     """Mean of `n` values and half the width of its 95 % interval by Student's t.
 
-    For a single value the interval is that of the rows it was scored on (`of_rows`); None where their number is
+    For a single value the interval is over the rows on which it was scored (`of_rows`), or None if their number is
     unknown.
     """
 
@@ -49,7 +49,7 @@ class Interval:
     of_rows: bool = False
 
     def text(self) -> str:
-        """Formats it in percent, as papers print scores."""
+        """Formats it in percent, as in papers."""
         if self.half_width is None:
             return f"{100 * self.mean:.1f}"
         return f"{100 * self.mean:.1f} ± {100 * self.half_width:.1f}" + (" (rows)" if self.of_rows else "")
@@ -59,7 +59,7 @@ def interval(values: Sequence[float], error: float | None = None) -> Interval:
     """Computes mean and interval. Raises statistics.StatisticsError for no values.
 
     Args:
-        error: standard error of a single value, by the rows it was scored on.
+        error: standard error of a single value, over the rows on which it was scored.
     """
     from scipy.stats import norm, t
 
@@ -75,8 +75,8 @@ def interval(values: Sequence[float], error: float | None = None) -> Interval:
 class PairedTest:
     """Paired t-test of two methods over the `n` pairs (task, seed) that both have; `p` is two-sided.
 
-    `p_of_tasks` is that of the means of the tasks, which are independent of each other as pairs of one task are not.
-    Each is None where it is undefined: fewer than two pairs, or all differences equal.
+    `p_of_tasks` is that of the task means, which are independent of each other, unlike the pairs of one task. Each is
+    None if undefined: fewer than two pairs, or all differences equal.
     """
 
     first: str
@@ -86,14 +86,14 @@ class PairedTest:
     p_of_tasks: float | None = None
 
     def row(self, name: Callable[[str], str] = str) -> list[str]:
-        """Formats it as a row under `TEST_COLUMNS`, with what `name` makes of the methods."""
+        """Formats it as a row of `TEST_COLUMNS`; `name` formats the methods' names."""
         ps = ["-" if p is None else f"{p:.3f}" if p >= 0.0005 else "< 0.001" for p in (self.p, self.p_of_tasks)]
         names = f"{name(self.first)} − {name(self.second)}"
         return [names, self.difference.text(), ps[0], str(self.difference.n), ps[1]]
 
 
 def paired_test(first: str, one: Scores, second: str, other: Scores) -> PairedTest | None:
-    """Tests the difference `one` − `other` over their common pairs; None where they have none."""
+    """Tests the difference `one` − `other` over their common pairs; None if there are none."""
     common = sorted(set(one) & set(other))
     if not common:
         return None
@@ -108,7 +108,7 @@ def paired_test(first: str, one: Scores, second: str, other: Scores) -> PairedTe
 def _p_of(differences: Sequence[float]) -> float | None:
     from scipy.stats import ttest_1samp
 
-    has_spread = max(differences) - min(differences) > 1e-12  # never of a single one
+    has_spread = max(differences) - min(differences) > 1e-12  # a single difference has none
     return float(ttest_1samp(differences, 0.0).pvalue) if has_spread else None
 
 
@@ -116,30 +116,30 @@ def _p_of(differences: Sequence[float]) -> float | None:
 class MethodSummary:
     """A method at one setting, over the runs with its chosen learning rates.
 
-    `stored` counts what a saved adapter has to hold, `parameters` what was trained, heads included.
-    `mean` is over the seeds for which every task has a score: of each seed's mean over the tasks.
+    `stored` counts what a saved adapter holds, `parameters` what was trained, heads included. `mean` averages each
+    seed's mean over the tasks, for the seeds that have a score on every task.
     """
 
     method: str
     stored: int
     parameters: int
     sizes: dict[str, list[int]]
-    """Several where the tasks' longest texts differ, as a budget has to pay for them."""
+    """Several if the tasks' longest texts differ, because a budget has to cover them."""
     tasks: dict[str, Interval]
     mean: Interval | None
     scores: Scores
     step_time_ms: float | None
-    """The median over the runs; None where a task has none, as is the curve."""
+    """The median over the runs; None if a task has none. The same holds for the curve, which is then empty."""
     learning_rates: dict[str, tuple[float, float]]
     constant: int = 0
-    """How many of the runs ended with one answer to all rows."""
+    """Number of runs that ended with one answer for all rows."""
     curve: Curve = field(default_factory=dict)
-    """The mean score on validation at each step that all runs were scored at."""
+    """The mean validation score at each step at which all runs were scored."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """All methods at one point of the comparison; `sweep` is None for the configuration itself."""
+    """All methods at one point of the comparison; `sweep` is None for the base configuration."""
 
     sweep: str | None
     value: Any
@@ -160,7 +160,7 @@ class Setting:
 
 
 def summarise(records: Sequence[Record]) -> list[Setting]:
-    """Makes an entry for each point of the comparison, in the order of the runs; failed runs do not take part."""
+    """Makes an entry for each point of the comparison, in the order of the runs; failed runs are left out."""
     points: dict[tuple[str | None, Any], list[Record]] = {}
     for record in records:
         points.setdefault((record.run.sweep, record.run.value), []).append(record)
@@ -189,7 +189,7 @@ def summarise(records: Sequence[Record]) -> list[Setting]:
 
 
 def seed_means(scores: Scores, tasks: Collection[str]) -> dict[int, float]:
-    """Computes the mean score over the tasks of each seed that has them all."""
+    """Computes, for each seed that has a score on all tasks, the mean over them."""
     seeds = dict.fromkeys(seed for _, seed in scores)
     return {
         seed: statistics.fmean(scores[task, seed] for task in tasks)
@@ -217,7 +217,7 @@ def _method(name: str, records: Sequence[Record], tasks: Sequence[str]) -> Metho
         if record.outcome.results:
             curve = curve_of(record.outcome.folder, record.outcome.results["metric"])
             curves.setdefault(record.run.task, []).append(curve)
-    is_whole = len(curves) == len(tasks)  # tasks differ in length and in score: those of some say nothing of all
+    is_whole = len(curves) == len(tasks)  # tasks differ in length and score, so some of them say nothing about all
     return MethodSummary(
         method=name,
         stored=max(found["stored_parameters"] for found in results.values()),
@@ -237,7 +237,7 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
     """Writes `comparison.csv`, `comparison.md` and `comparison.json`; returns their paths.
 
     The first has a line for each run: scores as fractions, times in milliseconds and seconds, a CUDA device's memory in
-    bytes. The last has what `as_json` returns, with command, versions and hardware.
+    bytes. The last has the result of `as_json`, with command, versions and hardware.
     """
     columns = (
         "sweep", "value", "task", "method", "model", "seed", "learning_rate", "low_rank_learning_rate", "chosen",
@@ -256,7 +256,7 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
             "chosen": record.chosen,
             "status": "finished" if found else "failed",
             "validation": found.get("best_validation"),
-            # A process's own is the largest of all runs that it has carried out.
+            # The memory of a process itself is the maximum over all runs that it has executed.
             "peak_memory_bytes": found["peak_memory_bytes"]
             if found.get("peak_memory_kind") == CUDA_ALLOCATED
             else None,
@@ -283,7 +283,7 @@ def _finished(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _each_once(records: Sequence[Record], name: str) -> list[dict[str, Any]]:
-    """Lists the versions or the machines of the runs: several where a comparison was continued with others."""
+    """Lists the versions or machines of the runs, several if a comparison was continued elsewhere."""
     found = [results[name] for results in _finished(records)]
     return [one for place, one in enumerate(found) if one not in found[:place]]
 
@@ -332,7 +332,7 @@ def markdown(records: Sequence[Record], settings: Sequence[Setting], command: st
 
 
 def rates_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows of the learning rates that were tried, with their scores on validation in percent."""
+    """Returns header and rows of the learning rates that were tried, with validation scores in percent."""
     groups: dict[Group, dict[Rates, dict[int, float]]] = {}  # by seed
     chosen: dict[Group, Rates] = {}
     for record in records:
@@ -362,7 +362,7 @@ def rates_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows of a setting's table: scores in percent, with their intervals."""
+    """Returns header and rows of a setting's table: scores in percent, with intervals."""
 
     def cell(found: Interval | None) -> str:
         if found is None:
@@ -393,7 +393,7 @@ def scores_table(setting: Setting) -> tuple[list[str], list[list[str]]]:
 
 
 def as_json(records: Sequence[Record], settings: Sequence[Setting]) -> dict[str, Any]:
-    """Returns the same for machines; scores as fractions."""
+    """Returns the same in a form for JSON; scores as fractions."""
 
     described = []
     for setting in settings:

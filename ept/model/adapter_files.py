@@ -1,8 +1,8 @@
 """Adapters on disk, which may come from strangers: `adapter_config.json`, `adapter_model.safetensors`, `README.md`.
 
-Reading one runs no code from its files, JSON and safetensors only; follows no link out of its folder; looks nothing up
-that its configuration names; and builds nothing before the header of the weights has shown that they have the sizes
-which the configuration claims. Writing is atomic file by file, the configuration last.
+Reading an adapter runs no code from its files (JSON and safetensors only), follows no link out of its folder, looks up
+nothing that its configuration names, and builds nothing before the header of the weights has confirmed the sizes in
+the configuration. Each file is written atomically, the configuration last.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def read_config(folder: str | os.PathLike[str], /, **hub: Any) -> EPTConfig:
-    """Reads the configuration in `folder`, a local folder or a repository on the hub.
+    """Reads the configuration in `folder`, a local folder or a repository on the Hub.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is damaged, or of another adapter type.
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or of another adapter type.
     """
     path = _locate(folder, CONFIG_NAME, hub)
     if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
@@ -72,7 +73,7 @@ def read_config(folder: str | os.PathLike[str], /, **hub: Any) -> EPTConfig:
 
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # what is not UTF-8, and integers of more than 4300 digits, included
+    except (ValueError, RecursionError) as error:  # also not UTF-8, or over 4300 digits
         raise ValueError(f"{path} is damaged, it is not JSON: {reason(error)}") from error
     if not isinstance(values, dict) or values.get("peft_type") != PEFT_TYPE:
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
@@ -90,7 +91,7 @@ def read_config(folder: str | os.PathLike[str], /, **hub: Any) -> EPTConfig:
             raise ValueError(
                 f"{path} has a field of the wrong type: {name} must be {allowed}, got {shown(fields[name])}"
             )
-    fields.pop("auto_mapping", None)  # names of classes to import, which EPT has no use for
+    fields.pop("auto_mapping", None)  # names of classes to import, which EPT does not use
     try:
         return EPTConfig(**fields)
     except TypeError as error:
@@ -98,7 +99,7 @@ def read_config(folder: str | os.PathLike[str], /, **hub: Any) -> EPTConfig:
 
 
 def is_same_name(ours: str, theirs: str) -> bool:
-    """Tells whether two names may be one model's: a path may have been given from another folder."""
+    """Checks whether two names may refer to the same model: a path may have been given from another folder."""
     one, other = ([part for part in Path(name).parts if part not in ("..", ".")] for name in (ours, theirs))
     length = min(len(one), len(other))
     return one[-length:] == other[-length:]
@@ -107,7 +108,7 @@ def is_same_name(ours: str, theirs: str) -> bool:
 def read_adapter(
     folder: str | os.PathLike[str], model: Any, is_trainable: bool, config: EPTConfig | None = None, /, **hub: Any
 ) -> tuple[EPTConfig, dict[str, Tensor]]:
-    """Reads configuration and weights of an adapter that fits `model`; arguments and errors as `from_pretrained`."""
+    """Reads configuration and weights of an adapter that fits `model`; arguments and errors as in `from_pretrained`."""
     config = config if config is not None else read_config(folder, **hub)
     config.inference_mode = not is_trainable
     width = embedding_width(input_embedding(model))
@@ -130,12 +131,12 @@ def read_adapter(
     heads = config.modules_to_save
     if heads is None:
         heads = trained_heads(model) if (config.task_type or infer_task_type(model)) in TASKS_WITH_HEAD else []
-    # Read before anything is made of the configuration, which may claim sizes that the weights do not have.
+    # Read before anything is made from the configuration, which may claim sizes that the weights do not have.
     return config, read_weights(folder, {**config.parameter_shapes(width), **head_shapes(model, heads)}, **hub)
 
 
 def weight_shapes(folder: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
-    """Reads name and shape of every tensor in `folder`, from the header alone; errors as `read_weights`."""
+    """Reads name and shape of every tensor in `folder` from the header alone; errors as in `read_weights`."""
     with _opened(_locate(folder, WEIGHTS_NAME, {})) as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
@@ -146,8 +147,8 @@ def read_weights(
     """Reads the tensors in `folder`, on the CPU in the file's dtype: those `expected`, and `embedding_scale`.
 
     Raises:
-        FileNotFoundError: there is no safetensors file. ValueError: it is damaged, truncated, holds other tensors, or
-            values that are not finite float32 numbers.
+        FileNotFoundError: there is no safetensors file.
+        ValueError: it is damaged or truncated, or holds other tensors or values that are not finite float32 numbers.
     """
     path = _locate(folder, WEIGHTS_NAME, hub)
     with _opened(path) as file:
@@ -160,7 +161,7 @@ def read_weights(
 
 
 def check_weights(state: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]], source: str) -> None:
-    """Refuses tensors of `source` that `read_weights` would refuse to read, by its `ValueError`."""
+    """Raises the `ValueError` of `read_weights` for tensors that it would refuse; `source` names their origin."""
     names = {dtype: name for name, dtype in _DTYPES.items()}
     described = {name: (tuple(t.shape), names.get(t.dtype, str(t.dtype))) for name, t in state.items()}
     _check_described(described, expected, source)
@@ -170,7 +171,7 @@ def check_weights(state: Mapping[str, Tensor], expected: dict[str, tuple[int, ..
 def _check_described(
     found: Mapping[str, tuple[tuple[int, ...], str]], expected: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Compares shape and dtype of the tensors found with the shapes expected."""
+    """Compares shapes and dtypes of the tensors found with those expected."""
     expected = {**expected, SCALE_NAME: ()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{shown_name(name)} is not part of it" for name in found if name not in expected]
@@ -221,12 +222,12 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> Path:
-    """Finds the file `name` of an adapter, downloaded from the hub if `folder` is no local path."""
+    """Finds the file `name` of an adapter, downloading it from the Hub if `folder` is not a local path."""
     hub = {argument: hub[argument] for argument in HUB_ARGUMENTS if hub.get(argument) is not None}
     local = Path(folder, hub.get("subfolder") or "")
     if local.is_dir():
         if (path := local / name).is_file():
-            # A link may not lead out of the folder, but for the hub's cache, which keeps files as links into `blobs`.
+            # A link must not lead out of the folder, except in the Hub's cache, whose files are links into `blobs`.
             root, target = Path(folder).resolve(), path.resolve()
             caches = (parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots")
             if not any(target.is_relative_to(place) for place in (root, *caches)):
@@ -263,7 +264,7 @@ def _method_name(config: EPTConfig) -> str:
 
 
 def _task_rows(config: EPTConfig) -> str:
-    """Returns rows of the card's table about the task, as code: the texts may be anybody's."""
+    """Returns the model card's rows about the task, as code because the texts may come from anybody."""
     rows = {"text template": config.template, "labels": ", ".join(config.label_words or [])}
     plain = {name: " ".join((text or "").replace("`", "'").replace("|", "\\|").split()) for name, text in rows.items()}
     return "".join(f"| {name} | `{text}` |\n" for name, text in plain.items() if text)
@@ -272,7 +273,7 @@ def _task_rows(config: EPTConfig) -> str:
 def _model_card(config: EPTConfig, count: int) -> str:
     method = _method_name(config)
     base = config.base_model_name_or_path
-    # A stranger may have chosen the name: only one that the hub allows, or a folder that is there, goes into the card.
+    # A stranger may have chosen the name: only a valid Hub name or an existing folder goes into the card.
     is_folder = isinstance(base, str) and os.path.isdir(base)
     named = isinstance(base, str) and _HUB_NAME.fullmatch(base) is not None and not is_folder
     header = {"library_name": "peft", "tags": ["ept", method], **({"base_model": base} if named or is_folder else {})}

@@ -14,7 +14,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class AdapterLock:
-    """Readers-writer lock: any number of calls, or one change. A change that waits holds up new calls."""
+    """Readers-writer lock: any number of calls, or one change. A waiting change holds up new calls."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition(threading.RLock())
@@ -23,7 +23,7 @@ class AdapterLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Holds the lock for a call; calls may be nested in one thread."""
+        """Holds the lock for a call; calls may be nested within a thread."""
         nested = getattr(self._in_call, "value", False)
         with self._condition:
             self._condition.wait_for(lambda: nested or not self._waiting_changes)
@@ -39,10 +39,10 @@ class AdapterLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the lock for a change. Changes may be nested, but not in a call of this thread: it would never end."""
+        """Holds the lock for a change. Changes may be nested, but not in a call of this thread (RuntimeError)."""
         if getattr(self._in_call, "value", False):
             raise RuntimeError("adapters cannot be changed from within a call of the model: change them between calls")
-        with self._condition:  # held to the end: no call can begin
+        with self._condition:  # held to the end, so that no call can begin
             self._waiting_changes += 1
             try:
                 self._condition.wait_for(lambda: not self._running_calls)
@@ -52,11 +52,11 @@ class AdapterLock:
             yield
 
     def __reduce__(self) -> Any:
-        return type(self), ()  # a copy of a model has a lock of its own
+        return type(self), ()  # a copy of a model gets its own lock
 
 
 def _holding(lock: Callable[[AdapterLock], AbstractContextManager[None]], method: Method) -> Method:
-    """Decorates a method of a model to hold the model's `adapter_lock`; compiled graphs hold no locks."""
+    """Decorates a method of a model to hold the model's `adapter_lock`, except in compiled graphs."""
 
     @wraps(method)
     def locked(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The adapters of a frozen model: added, set active, switched off, deleted, saved and loaded."""
+"""The adapters of a frozen model: adding, activating, disabling, deleting, saving and loading them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ModelWithAdapters(PeftModel):
     """A frozen base model with one or more EPT adapters, one of them active; `EPTModel` adds the calls."""
 
     base_model: Any
-    active_adapter: Any  # its name; an empty list for none, as in PEFT
+    active_adapter: Any  # a name; an empty list if there is none, as in PEFT
     prompt_encoder: nn.ModuleDict
     _adapters_disabled = False
     _facts: BaseModelFacts
@@ -84,19 +84,19 @@ class ModelWithAdapters(PeftModel):
 
     @property
     def active_peft_config(self) -> EPTConfig:
-        """The configuration of the active adapter; a `ValueError` says so where none is left."""
+        """The configuration of the active adapter; raises `ValueError` if there is no adapter."""
         self._layer()
         return self.peft_config[self.active_adapter]
 
     @property
     def text_limit(self) -> int | None:
-        """The most text tokens that the base model can number behind the active prompt; None: any number of them."""
+        """Maximum number of text tokens for which positions are left after the active prompt; None: no limit."""
         limit = self._facts.position_limit
         return None if limit is None else limit - self.active_peft_config.num_virtual_tokens
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Lets the bare base model answer, with its own heads, as long as the context lasts."""
+        """Makes the bare base model answer, with its own heads, within the context."""
         wrappers, active = list(wrapped_heads(self.base_model)), self.active_adapter
         required = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]
         was_disabled, self._adapters_disabled = self._adapters_disabled, True
@@ -108,14 +108,14 @@ class ModelWithAdapters(PeftModel):
             self._adapters_disabled = was_disabled
             for wrapper in wrappers:
                 wrapper.enable_adapters(not was_disabled)
-            for parameter, requires_grad in required:  # which switching adapters on and off changes
+            for parameter, requires_grad in required:  # enabling and disabling adapters changes it
                 parameter.requires_grad_(requires_grad)
-            if self.active_adapter != active:  # another one has been set meanwhile
+            if self.active_adapter != active:  # another one was activated inside the context
                 for name, layer in self.prompt_encoder.items():
                     self._require_gradients(name, any(p.requires_grad for p in layer.parameters()))
 
     def get_prompt(self, batch_size: int = 1, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns the active adapter's joint prompt, once a row: `[batch, s, d]` float32."""
+        """Returns the active adapter's joint prompt, repeated for every row: `[batch, s, d]` float32."""
         return self._layer().joint_prompt().expand(batch_size, -1, -1)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
@@ -137,10 +137,10 @@ class ModelWithAdapters(PeftModel):
 
     @exclusive
     def fold(self, adapter_name: str | None = None) -> Self:
-        """Turns an adapter (default: the active one) into its inference form, one prompt and the update's factors.
+        """Turns an adapter (default: the active one) into its inference form: one prompt and the factors of the update.
 
-        In place; returns the model. Outputs stay bit-identical. A folded adapter can be saved and loaded but not
-        trained.
+        Works in place and returns the model. Outputs stay bit-identical. A folded adapter can be saved and loaded but
+        not trained.
         """
         name = adapter_name or self.active_adapter
         self._layer(name).fold()
@@ -185,14 +185,14 @@ class ModelWithAdapters(PeftModel):
                 "None in a configuration of its own"
             )
         check_heads(base, heads)
-        # Few read the pooled output of a model without a head, which many checkpoints have nothing for.
+        # Few use the pooled output of a model without a head, and many checkpoints have no weights for it.
         if task_type != "FEATURE_EXTRACTION" and (lost := lost_modules(base, heads)):
             warnings.warn(
                 f"the checkpoint of {type(base).__name__} has no weights for {listed(lost)}, which are other ones at "
                 "each load: name them in modules_to_save, or give a checkpoint that has them",
                 stacklevel=3,
             )
-        # PEFT looks for sizes under some names in the model's configuration; EPT needs the first, and measures it.
+        # PEFT looks for sizes by certain names in the model's configuration; EPT needs only the first, and measures it.
         peft_config.token_dim = embedding_width(input_embedding(base))
         sizes = base.config.to_dict()
         sizes = {**sizes, **(sizes.get("text_config") or {}), **vars(base.config)}
@@ -237,7 +237,7 @@ class ModelWithAdapters(PeftModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of the remaining ones becomes active.
 
-        With none left the model can only take a new one; its base model is the bare one.
+        If none is left, the model can only be given a new one; its base model is the bare one.
 
         Raises:
             ValueError: there is no such adapter.
@@ -256,12 +256,12 @@ class ModelWithAdapters(PeftModel):
         self._follow_active()
 
     def _forget(self, adapter_name: str) -> None:
-        """Removes what there is of an adapter besides its configuration."""
+        """Removes everything of an adapter except its configuration."""
         for kept in (self.prompt_encoder, self.prompt_tokens, self._prompt_caches):
             if adapter_name in kept:
                 del kept[adapter_name]
         for wrapper in wrapped_heads(self.base_model):
-            # PEFT's own delete_adapter hands all that remain to each head, which takes no more than one.
+            # PEFT's own delete_adapter passes all remaining adapters to each head, which accepts only one.
             if adapter_name in wrapper.modules_to_save:
                 wrapper.delete_adapter(adapter_name, [self.active_adapter] if self.peft_config else [])
 
@@ -283,7 +283,7 @@ class ModelWithAdapters(PeftModel):
         `default` go to sub-folders of their name. Each file appears whole or not at all.
 
         Raises:
-            ValueError: pickles were asked for, an adapter does not exist, or `save_directory` is a file.
+            ValueError: pickles were requested, an adapter does not exist, or `save_directory` is a file.
         """
         if not safe_serialization:
             raise ValueError("adapters are saved as safetensors only: leave safe_serialization=True")
@@ -311,19 +311,19 @@ class ModelWithAdapters(PeftModel):
         fast_frozen: bool = True,
         **kwargs: Any,
     ) -> Self:
-        """Wraps the base model with the adapter saved in `model_id`, a local folder or a repository on the hub.
+        """Wraps the base model with the adapter saved in `model_id`, a local folder or a repository on the Hub.
 
         Args:
             model: the base model the adapter was made for; it is frozen in place.
             is_trainable: whether the adapter is to be trained further.
-            config: instead of the saved configuration.
+            config: used instead of the saved configuration.
             fast_4bit, dequantized_cache_bytes, fast_frozen: as for `get_ept_model`.
-            kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only` for the hub.
+            kwargs: `subfolder`, `revision`, `cache_dir`, `token`, `local_files_only` for the Hub.
 
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
         """
-        for name in kwargs:  # which may also be a model's, as AutoPeftModel passes them on
+        for name in kwargs:  # they may also be for the model, as AutoPeftModel passes those on
             ours = ("is_trainable", "adapter_name", "config", "fast_4bit", "dequantized_cache_bytes", "fast_frozen")
             close = get_close_matches(name, (*ours, *HUB_ARGUMENTS), n=1, cutoff=0.85)
             if close and close[0] != name:
@@ -359,14 +359,14 @@ class ModelWithAdapters(PeftModel):
             state = read_weights(model_id, self._shapes(adapter_name), **kwargs)
             self._check_alike(adapter_name, read_config(model_id, **kwargs))
         result = set_peft_model_state_dict(self, state, adapter_name)
-        result.missing_keys.clear()  # PEFT lists the base model's weights here, which are not the adapter's
+        result.missing_keys.clear()  # PEFT lists the base model's weights here, which are not part of the adapter
         if not is_trainable and added:
             self.eval()
         return result
 
     @exclusive
     def swap_weights(self, adapter_name: str, config: EPTConfig, state: Mapping[str, Tensor]) -> None:
-        """Puts the weights of another adapter, with its configuration, in the place of those of `adapter_name`.
+        """Replaces the weights of `adapter_name` by those of another adapter, given with its configuration.
 
         Raises:
             ValueError: there is no such adapter, or the other one has other sizes or options.
@@ -382,7 +382,7 @@ class ModelWithAdapters(PeftModel):
 
     def _check_alike(self, adapter_name: str, other: EPTConfig) -> None:
         config = self.peft_config[adapter_name]
-        from_seed = ["seed"] if config.prompt_rank else []  # ULPT's frozen rows are drawn from it
+        from_seed = ["seed"] if config.prompt_rank else []  # it determines ULPT's frozen rows
         for name in [*OUTPUT_FIELDS, *from_seed]:
             ours, theirs = getattr(config, name), getattr(other, name)
             if ours != theirs:
@@ -392,7 +392,7 @@ class ModelWithAdapters(PeftModel):
                 )
 
     def _layer(self, adapter_name: str | None = None) -> EPTLayer:
-        """Returns the layer of an adapter (the active one); a `ValueError` names those that are loaded."""
+        """Returns the layer of an adapter (default: the active one); a `ValueError` names the loaded ones."""
         name = adapter_name or self.active_adapter
         if not self.peft_config:
             raise ValueError("the model has no adapter: add or load one, or use its base_model")
@@ -403,23 +403,23 @@ class ModelWithAdapters(PeftModel):
         return layer
 
     def _embedding(self) -> nn.Module:
-        """Returns the module that embeds texts as the base model reads them."""
+        """Returns the module that embeds text as the base model does."""
         return scaled_embedding(input_embedding(self.base_model), self._facts.embedding_factor)
 
     def _follow_active(self) -> None:
-        """Gives the base model the active adapter's names of a classifier's labels, or its own, and its dropout."""
+        """Sets the base model's label names and dropout to the active adapter's, or to its own if there is none."""
         config = self.active_peft_config if self.peft_config else None
         words = config.label_words if config is not None and config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
         name_labels(self.base_model, words or self._own_labels)
         self.train(self.training)
 
     def _setup_prompt_encoder(self, adapter_name: str) -> None:
-        """Makes the adapter's parameters; PEFT calls it in `add_adapter`."""
+        """Makes the adapter's parameters; called by PEFT in `add_adapter`."""
         if "prompt_encoder" not in self._modules:
             self.prompt_encoder = nn.ModuleDict()
             self.prompt_tokens: dict[str, Tensor] = {}
         config = self.peft_config[adapter_name]
-        embedding: Any = input_embedding(self.base_model)  # of which another adapter may have trained a copy
+        embedding: Any = input_embedding(self.base_model)  # another adapter may have trained a copy of it
         original = scaled_embedding(getattr(embedding, "original_module", embedding), self._facts.embedding_factor)
         layer = EPTLayer(config, original, **self._layer_options)
         config.token_dim = layer.d
@@ -427,7 +427,7 @@ class ModelWithAdapters(PeftModel):
         self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens)
 
     def _prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
-        return model  # the embeddings require a gradient by themselves
+        return model  # the embeddings require a gradient anyway
 
     def _require_gradients(self, adapter_name: str, required: bool, heads: bool = True) -> None:
         layer = self._layer(adapter_name)

@@ -21,9 +21,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def input_embedding(model: Any) -> nn.Module:
-    """Returns the module that embeds the input text: an encoder may have its own (T5's, BART's scaled one)."""
+    """Returns the module that embeds the input text; an encoder may have its own (T5's, BART's scaled one)."""
     if getattr(model.config, "is_encoder_decoder", False):
-        with contextlib.suppress(AttributeError, NotImplementedError):  # some leave it to the whole model
+        with contextlib.suppress(AttributeError, NotImplementedError):  # some encoders leave it to the whole model
             return model.get_encoder().get_input_embeddings()
     return model.get_input_embeddings()
 
@@ -31,20 +31,20 @@ def input_embedding(model: Any) -> nn.Module:
 def trained_heads(model: Any) -> list[str]:
     """Names the freshly initialised modules of a model, which are to be trained and saved.
 
-    Those are top-level modules outside its backbone, and others that its checkpoint lacks, such as a pooler inside it.
+    These are top-level modules outside its backbone, and others that its checkpoint lacks, such as a pooler inside it.
     """
     if not (heads := _outside_backbone(model)):
         raise ValueError(f"found no classification head in {type(model).__name__}: name it in modules_to_save")
-    absent = [name for name in absent_modules(model) if "." in name]  # others are heads, or the model's own numbers
+    absent = [name for name in absent_modules(model) if "." in name]  # others are heads or own parameters
     return [*heads, *(name for name in absent if name.partition(".")[0] not in heads)]
 
 
 def absent_modules(model: nn.Module) -> list[str]:
-    """Names the modules that a checkpoint had no weights for, which transformers draws anew at each load.
+    """Names the modules for which a checkpoint had no weights, so that transformers draws them anew at each load.
 
-    None of a model that was not read from a checkpoint: transformers marks the parameters that it has read, and the
-    modules that it has seen to. Weights that a class lists as never stored, such as Marian's sines, are the same at
-    each load. Weights that are quantised, or kept on disk, are others than those that were marked.
+    Empty for a model that was not read from a checkpoint: transformers marks the parameters that it has read, and the
+    modules that it has initialised. Weights that a class lists as never stored, such as Marian's sines, are the same at
+    each load. Quantised weights, and those kept on disk, are no longer the parameters that were marked.
     """
 
     def is_marked(thing: Any) -> bool:
@@ -72,20 +72,20 @@ def _outside_backbone(model: Any) -> list[str]:
 
 
 def wrapped_heads(model: nn.Module) -> Iterator[Any]:
-    """Yields PEFT's wrappers of trained modules in `model`: each holds the original and one copy an adapter."""
+    """Yields PEFT's wrappers of trained modules in `model`; each holds the original and one copy per adapter."""
     return (module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper))
 
 
 def train_in_float32(model: nn.Module, adapter_name: str) -> None:
-    """Keeps what `adapter_name` trains of a 16-bit `model`'s own modules in float32, as it does its prompt.
+    """Keeps the modules of a 16-bit `model` that `adapter_name` trains in float32, like its prompt.
 
-    In bfloat16 a step is lost that is smaller than 2⁻⁹ of the weight, and so is what Adam's averages change by. Heads
-    give float32 then; a module whose result others of the model read, what it gave before.
+    In bfloat16 a step smaller than 2⁻⁹ of the weight is lost, and so are small changes of Adam's averages. Heads then
+    return float32; modules whose result is used inside the model keep their dtype.
     """
     wrapped = {key: module for key, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
     ends_in_heads = all(name in wrapped for name in _outside_backbone(model))
     for key, wrapper in wrapped.items():
-        if adapter_name not in wrapper.modules_to_save:  # of another adapter
+        if adapter_name not in wrapper.modules_to_save:  # it belongs to another adapter
             continue
         module = wrapper.modules_to_save[adapter_name]
         narrow = [t for t in (*module.parameters(), *module.buffers()) if t.dtype in _HALF]
@@ -121,29 +121,29 @@ def _converted(x: Any, dtype: torch.dtype) -> Any:
 
 
 def name_labels(model: Any, words: Sequence[str] | None) -> None:
-    """Sets the names of a classifier's labels, which pipelines show, if their number fits."""
+    """Sets the names of a classifier's labels, as shown by pipelines, if their number fits."""
     config = model.config
     if words and len(words) == len(label_names(model)):
         config.id2label, config.label2id = dict(enumerate(words)), {word: i for i, word in enumerate(words)}
 
 
 def label_names(model: Any) -> list[str]:
-    """Lists the names of a model's labels in the order of its outputs; none where it has none."""
+    """Lists the names of a model's labels in the order of its outputs; empty if it has none."""
     names = getattr(model.config, "id2label", None) or {}
     return [names[number] for number in sorted(names)]
 
 
 def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Lists name and shape of every tensor that an adapter with `modules_to_save=names` keeps of `model`.
+    """Lists name and shape of every tensor of `model` that an adapter with `modules_to_save=names` stores.
 
-    PEFT trains a copy of each module whose name ends in one of `names`; what it would copy is known here without
-    copying it. A `ValueError` says so where a module and a part of it are both named.
+    PEFT trains a copy of each module whose name ends in one of `names`; this finds the copies without making them.
+    Raises `ValueError` if a module and a part of it are both named.
     """
     modules: dict[str, nn.Module] = {}
     for key, module in model.named_modules(remove_duplicate=False):
         inside = next((outer for outer in modules if key.startswith(f"{outer}.")), None)
         if inside is not None and isinstance(modules[inside], AuxiliaryTrainingWrapper):
-            continue  # the copies that a loaded adapter has of its head
+            continue  # a loaded adapter's copies of its head
         if key and any(key.endswith(name) for name in names):
             if inside is not None:
                 raise ValueError(
@@ -158,7 +158,7 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
 
 
 def lost_modules(model: Any, trained: Iterable[str] | None) -> list[str]:
-    """Names the modules that the checkpoint of `model` lacks and that are in none of those named in `trained`."""
+    """Names the modules that the checkpoint of `model` lacks and that are not among those named in `trained`."""
     ends = tuple(trained or ())
     return [
         name
@@ -168,10 +168,11 @@ def lost_modules(model: Any, trained: Iterable[str] | None) -> list[str]:
 
 
 def check_heads(model: Any, trained: Iterable[str] | None) -> None:
-    """Refuses to train quantised weights and what is never called; warns of a language model's quantised head.
+    """Refuses to train quantised weights and modules that are never called; warns of a language model's quantised head.
 
-    `llm_int8_skip_modules` names the modules that bitsandbytes leaves alone, but then it no longer leaves heads alone
-    by itself. An encoder-decoder's `shared` holds a weight that its encoder and decoder read by modules of their own.
+    `llm_int8_skip_modules` names the modules that bitsandbytes leaves unquantised; if set, heads are no longer left
+    alone by default. An encoder-decoder's `shared` holds a weight that its encoder and decoder use through their own
+    modules.
     """
     holder = model.get_input_embeddings() if getattr(model.config, "is_encoder_decoder", False) else None
     if holder is input_embedding(model):
@@ -198,7 +199,7 @@ def check_heads(model: Any, trained: Iterable[str] | None) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Turns off the gradients of all parameters; 4-bit weights go back to the layout that gradients pass through.
+    """Turns off the gradients of all parameters, and restores the layout of 4-bit weights that gradients need.
 
     bitsandbytes repacks 4-bit weights on some CPUs at the first inference.
     """
@@ -208,7 +209,7 @@ def freeze(model: nn.Module) -> None:
         state: Any = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             module.state_dict()  # bitsandbytes unpacks in place when it saves
-            if state.absmax.dim() == 2:  # it leaves plain scales [blocks of a row, rows] and in bfloat16
+            if state.absmax.dim() == 2:  # it leaves plain scales as [blocks of a row, rows] and in bfloat16
                 state.absmax = state.absmax.T.reshape(-1).float()
             repacked = True
     if repacked:
@@ -220,12 +221,12 @@ def freeze(model: nn.Module) -> None:
 
 
 def swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -> None:
-    """Swaps bitsandbytes' 4-bit layers for ours, unless `fast_4bit` is off or the model was swapped by hand."""
+    """Replaces bitsandbytes' 4-bit layers by ours, unless `fast_4bit` is off or the model was swapped by hand."""
     if dequantized_cache_bytes and not fast_4bit:
         raise ValueError(
             f"dequantized_cache_bytes={dequantized_cache_bytes} is for the layers of fast_4bit=True: leave one out"
         )
-    if fast_4bit and "bitsandbytes" in sys.modules:  # otherwise no layer is of it
+    if fast_4bit and "bitsandbytes" in sys.modules:  # otherwise there are no such layers
         from .linear4bit import Linear4bit, swap_linear4bit
 
         # A model that was swapped by hand keeps its options.
@@ -246,7 +247,7 @@ def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
     everywhere = training and dropout
     if model.training != everywhere:
         model.train(everywhere)
-    # A trainer asks before every step: flags are read, and set where they differ, at a third of the time of `train()`.
+    # Trainers call this before every step; setting only the flags that differ takes a third of the time of `train()`.
     for module in model.modules():
         wanted = everywhere
         if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4") or (
@@ -268,7 +269,7 @@ def set_mode(model: nn.Module, training: bool, dropout: bool) -> None:
 
 @contextlib.contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Turns gradient checkpointing off as long as the context lasts: in training mode its layers drop the cache."""
+    """Turns gradient checkpointing off within the context: in training mode it makes layers drop the cache."""
     layers: Any = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
     for layer in layers:
         layer.gradient_checkpointing = False

@@ -92,8 +92,8 @@ class EPTModel(ModelWithAdapters):
     """
 
     _checked_labels = _warned_of_scoring = False
-    _shared_from: int | None = None  # positions that a call must save for a prompt to be read alone; None: none is
-    _packs_texts = False  # with a prompt that is shared: texts may stand side by side in a row
+    _shared_from: int | None = None  # positions that a call must save for the prompt to be read separately; None: never
+    _packs_texts = False  # with a shared prompt: several texts may share a row
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class EPTModel(ModelWithAdapters):
             swap_frozen(model)
         self._layer_options = {"initialise": initialise, "tokenizer": tokenizer}
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        self._layer_options = {}  # theirs are the first adapter's
+        self._layer_options = {}  # they are for the first adapter only
         if peft_config.inference_mode:
             self._require_gradients(adapter_name, False)
         self.train(self.training)
@@ -178,7 +178,7 @@ class EPTModel(ModelWithAdapters):
             given = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels, **kwargs}
             given |= {"num_items_in_batch": num_items_in_batch, "logits_to_keep": logits_to_keep}
             if not isinstance(logits_to_keep, Tensor) and logits_to_keep == 0:
-                del given["logits_to_keep"]  # which not every model takes
+                del given["logits_to_keep"]  # not every model takes it
             return self.base_model(input_ids, **{k: v for k, v in given.items() if v is not None})
         check_mask(attention_mask)
         if labels is None and num_items_in_batch is not None and not torch.compiler.is_compiling():
@@ -229,7 +229,7 @@ class EPTModel(ModelWithAdapters):
             )
         if labels is not None and self.active_peft_config.task_type in ("CAUSAL_LM", "TOKEN_CLS"):
             labels = moved(extend(labels, inputs.s, -100), inputs.order)
-        if isinstance(logits_to_keep, Tensor):  # the text stands behind the prompt
+        if isinstance(logits_to_keep, Tensor):  # the text follows the prompt
             logits_to_keep = torch.where(logits_to_keep < 0, logits_to_keep, logits_to_keep + inputs.s)
         if is_shared:
             labels, logits_to_keep = self._share(inputs, labels, cast(int, logits_to_keep))
@@ -237,7 +237,7 @@ class EPTModel(ModelWithAdapters):
             return self._call_base(inputs, labels, logits_to_keep, num_items_in_batch)
 
     def _share(self, inputs: BaseInputs, labels: Tensor | None, logits_to_keep: int) -> tuple[Tensor | None, int]:
-        """Lets `inputs` read the prompt once; returns labels and number of logits for the call that is left."""
+        """Makes `inputs` read the prompt once; returns labels and number of logits for the remaining call."""
         rows, n = len(inputs["inputs_embeds"]), inputs["inputs_embeds"].shape[1] - inputs.s
         few = logits_to_keep if 0 < logits_to_keep <= n else 0
         if (packing := self._packing_of(rows, n)) is not None:
@@ -249,13 +249,13 @@ class EPTModel(ModelWithAdapters):
     def _forward_separately(
         self, texts: SeparateTexts, given: dict[str, Any], logits_to_keep: Tensor | int, num_items: Tensor | int | None
     ) -> Any:
-        """Runs `forward` on a batch taken apart into `texts`; returns what the batch as it was `given` would have."""
+        """Runs `forward` on a batch separated into `texts`; returns the output in the form of the batch as `given`."""
         if given.get("output_attentions"):
             raise ValueError("rows with several texts or answers are read one by one: leave out output_attentions")
         options = {"num_items_in_batch": num_items, "return_dict": True, "use_cache": False}
         taken = texts.take_arguments(given)
         if (labels := given["labels"]) is not None and logits_to_keep:
-            if taken["text_mask"] is None:  # of all labels, before some are taken away
+            if taken["text_mask"] is None:  # from all labels, before some are removed
                 taken["text_mask"] = text_before_answer(targets(taken["labels"], taken["attention_mask"]))
             lost = labels != predicted(labels, cast(int, logits_to_keep))
             taken["labels"] = taken["labels"].masked_fill(texts.take(lost), -100)
@@ -272,7 +272,7 @@ class EPTModel(ModelWithAdapters):
         logits_to_keep: Tensor | int,
         num_items: Tensor | int | None,
     ) -> Any:
-        """Calls the base model, with the loss divided by `num_items` and as many logits as asked for."""
+        """Calls the base model, with the loss divided by `num_items` and as many logits as requested."""
         causal, arguments = self.active_peft_config.task_type == "CAUSAL_LM", self._facts.forward_arguments
         asks_for_few = isinstance(logits_to_keep, Tensor) or bool(logits_to_keep)
         asks_for_few = asks_for_few and inputs.prompt_logits is None and inputs.packing is None
@@ -295,7 +295,7 @@ class EPTModel(ModelWithAdapters):
         if (first := inputs.prompt_logits) is not None and output.get("logits") is not None:
             output["logits"] = torch.cat([first.expand(len(output["logits"]), -1, -1), output["logits"]], dim=1)
         if span[0] is not None and span[1] is not None:
-            output = type(output)(**{"loss": span_loss(output, *span), **output})  # which stands first in a tuple
+            output = type(output)(**{"loss": span_loss(output, *span), **output})  # which comes first in a tuple
         if num_items is not None and labels is not None:
             weight = getattr(config.get_text_config(), "router_aux_loss_coef", 0.0)
             divide_loss(output, inputs["labels"], num_items, shifted=causal, auxiliary=weight)
@@ -303,7 +303,7 @@ class EPTModel(ModelWithAdapters):
         return output.to_tuple() if as_tuple else output
 
     def _updates_text_alone(self, adapter_names: Sequence[str] | None) -> bool:
-        """Tells whether in any row of a batch input text gets an update that answers do not get."""
+        """Checks whether in any row of a batch input text gets an update that answers do not get."""
         names = [self.active_adapter] if adapter_names is None else adapter_names
         configs = [self.peft_config[name] for name in names if name in self.peft_config]
         return any(config.r and config.update_scope == "text" for config in configs)
@@ -315,7 +315,7 @@ class EPTModel(ModelWithAdapters):
         if torch.compiler.is_compiling():
             return
         if labels is None:
-            # The last logits of a text are those that generation begins with.
+            # Generation starts from the last logits of a text.
             if not self._warned_of_scoring and not (isinstance(logits_to_keep, int) and logits_to_keep == 1):
                 self._warned_of_scoring = True
                 warnings.warn(
@@ -326,7 +326,7 @@ class EPTModel(ModelWithAdapters):
                     stacklevel=6,  # the caller of the module
                 )
         elif self.training and not self._checked_labels:
-            self._checked_labels = True  # at the first training batch: an accelerator is waited for
+            self._checked_labels = True  # only at the first training batch, because it waits for an accelerator
             is_text = labels == -100
             if not bool((is_text if attention_mask is None else is_text & attention_mask.bool()).any()):
                 warnings.warn(
@@ -376,7 +376,9 @@ class EPTModel(ModelWithAdapters):
             mask = infer_mask(ids, options)
         given, order = ids, None
         text = embeds if ids is None else ids
-        if causal and isinstance(mask, Tensor) and mask.shape == text.shape[:2]:  # a row goes on from its last column
+        if (
+            causal and isinstance(mask, Tensor) and mask.shape == text.shape[:2]
+        ):  # a row continues after its last column
             order, shape = arrangement(mask, 0, FRONT), mask.shape
             for name in ("position_ids", *OF_TOKENS):
                 if getattr(options.given.get(name), "shape", ())[:2] == shape:
@@ -390,7 +392,7 @@ class EPTModel(ModelWithAdapters):
                 )
             padded = mask is not None and not bool(mask[:, 0].all())
             check_cacheable(base, self._facts, options, padded)
-        # A cached prompt stays first, with padding behind it.
+        # A cached prompt stays first, followed by padding.
         with heads_of_rows(adapter_names):
             inputs = call_inputs(
                 self, ids, mask, embeds, text_mask, adapter_names, options.given, True, prompt_cache=use_prompt_cache
@@ -418,7 +420,7 @@ class EPTModel(ModelWithAdapters):
         return output
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses continuous batching, which would answer without the adapter: it reads ids alone, without a prompt.
+        """Refuses continuous batching, which would answer without the adapter: it reads only ids, without a prompt.
 
         Within `disable_adapter()` use the `base_model`.
         """
@@ -427,7 +429,7 @@ class EPTModel(ModelWithAdapters):
     continuous_batching_context_manager = init_continuous_batching = generate_batch
 
     def __getattr__(self, name: str) -> Any:
-        """Names the alternatives to PEFT's merging functions, which EPT, like PEFT's prompt tuning, does not have."""
+        """Names alternatives to PEFT's merging functions, which EPT, like PEFT's prompt tuning, does not have."""
         if name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
             raise AttributeError(
                 "a prompt and an update of the input cannot be merged into weights: call fold(), or write a model with "
@@ -454,9 +456,9 @@ class EPTModel(ModelWithAdapters):
         return embedding_new_tokens(self.base_model, embed, mask.bool().sum(1))
 
     def compile_layers(self, **options: Any) -> EPTModel:
-        """Compiles the frozen model's layers in place, as `ept.model.compilation.compile_layers`; returns the model.
+        """Compiles the frozen model's layers in place with `ept.model.compilation.compile_layers`; returns the model.
 
-        Each row is then read behind a prompt of its own again: a compiled layer takes no cache.
+        Each row is then read after its own prompt again: a compiled layer takes no cache.
         """
         compile_layers(self.base_model, **options)
         self._shared_from = None
@@ -464,12 +466,12 @@ class EPTModel(ModelWithAdapters):
 
     @property
     def shares_prompt(self) -> bool:
-        """Tells whether a decoder's prompt is read once for all rows of a batch."""
+        """Checks whether a decoder's prompt is read once for all rows of a batch."""
         return self._shared_from is not None
 
     def shares_prompt_of(self, rows: int, length: int) -> bool:
-        """Tells whether a call on texts `[rows, length]` would read the prompt once for several of them, or for all, if
-        it wants nothing that forbids it.
+        """Checks whether a call on texts `[rows, length]` would read the prompt once for several of them, or for all,
+        unless its arguments forbid it.
         """
         saved = (rows - 1) * self.active_peft_config.num_virtual_tokens
         enough = self._shared_from is not None and saved >= max(self._shared_from, 1)
@@ -484,20 +486,20 @@ class EPTModel(ModelWithAdapters):
     def share_prompt(self, least: int = 1) -> EPTModel:
         """Lets a decoder read the prompt once for all rows of a batch, in training too; returns the model.
 
-        No token of a prompt sees the text behind it, so its keys and values are the same for every row: a step of b
+        No token of a prompt sees the text after it, so its keys and values are the same for every row: a step of b
         rows saves up to (b - 1)·s positions. Loss, logits and gradients stay the same up to rounding. Calls that
         request a cache, attentions or hidden states, or pass arguments whose entries for the prompt are unknown, are
         not shared. `logits_to_keep`, as a number of last positions, saves the most: it omits the prompt's logits.
 
-        If the model accepts a mask for each pair of positions, several short texts share a row behind one prompt.
-        Others are read behind the prompt's keys and values, which a separate call computes.
+        If the model accepts a mask for each pair of positions, several short texts share a row after one prompt.
+        Others are read after the prompt's keys and values, which a separate call computes.
 
         Args:
             least: the minimum number of positions that a separate call for the prompt must save; below it each row has
                 its own prompt. On a CPU that call costs about as much as 64 positions per thread.
 
         Raises:
-            ValueError: the model would read texts differently behind a shared prompt; the message says why.
+            ValueError: the model would read texts differently after a shared prompt; the message says why.
         """
         base = self.base_model
         check_shareable(base, self._facts)

@@ -40,15 +40,15 @@ _INPUTS = {
     ("token", "text"): f"{_BY_TOKEN}real tokens of the input text",
     ("token", "all"): f"{_BY_TOKEN}real tokens, generated ones too",
 }
-_HEADS = "base_model."  # PEFT's prefix of trained modules of the base model
+_HEADS = "base_model."  # PEFT's prefix for trained modules of the base model
 
 
 @dataclass
 class FoldedAdapter:
     """An adapter in inference form."""
 
-    layer: EPTLayer  # folded, on the CPU; it embeds texts once it is given the base model's embedding
-    heads: dict[str, Tensor]  # trained with it, such as a classification head, by their names in the base model
+    layer: EPTLayer  # folded, on the CPU; it can embed texts once it has the base model's embedding
+    heads: dict[str, Tensor]  # trained with it, such as a classification head, by name in the base model
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
@@ -87,7 +87,7 @@ class FoldedAdapter:
         return {name: tensor.detach() for name, tensor in parts.items()} | heads
 
     def info(self) -> dict[str, Any]:
-        """Lists what an engine must know besides the tensors."""
+        """Returns what an engine needs to know in addition to the tensors."""
         config, tensors = self.layer.config, self.tensors()
         kind = (config.update, config.update_scope) if config.r else ("position", "text")
         return {
@@ -111,11 +111,12 @@ class FoldedAdapter:
         """Makes the model's input for each text, `[s + n, d]` on the CPU in the embedding's dtype.
 
         Args:
-            encoded: token ids of each text. embedding: embeds ids as the base model does, scaled where it scales them.
+            encoded: token ids of each text.
+            embedding: embeds ids as the base model does, including any scale.
 
         Raises:
             ValueError: the embedding has another width, a text has no tokens or more than `max_length`, or the adapter
-                updates generated tokens too, which an engine that is given embeddings of the text embeds itself.
+                also updates generated tokens, which an engine that is given a text's embeddings embeds itself.
         """
         config = self.layer.config
         if config.update_scope == "all" and config.r and config.task_type == "CAUSAL_LM":

@@ -42,7 +42,7 @@ _ACTIVATIONS = {
 
 
 def swap_frozen(model: nn.Module) -> int:
-    """Replaces every module of `model` whose `forward` is known by its fused form, in place; returns their number."""
+    """Replaces every module of `model` with a known `forward` by its fused form, in place; returns their number."""
     count = 0
     for module in model.modules():
         if not is_swapped(module) and runs_its_class_forward(module):
@@ -54,7 +54,7 @@ def swap_frozen(model: nn.Module) -> int:
 
 
 def restore_frozen(model: nn.Module) -> int:
-    """Undoes `swap_frozen`; returns how many modules were turned back."""
+    """Undoes `swap_frozen`; returns the number of restored modules."""
     ours: list[Any] = [module for module in model.modules() if is_swapped(module)]
     for module in ours:
         change_class(module, type(module).their_class)
@@ -66,8 +66,8 @@ def is_swapped(module: nn.Module) -> bool:
 
 
 def _pays(x: Tensor) -> bool:
-    """Returns whether the operators should compute with `x`: if kernels run them, and for meta tensors, which stand in
-    for an accelerator's. On a CPU the model's own code is as fast within 1 %.
+    """Returns whether the operators should compute with `x`: if kernels run them, and for meta tensors, which represent
+    an accelerator's. On a CPU the model's own code is as fast to within 1 %.
     """
     if torch.compiler.is_compiling() or x.dtype not in _DTYPES or type(x) not in (Tensor, nn.Parameter):
         return False
@@ -79,7 +79,7 @@ class _Fused(nn.Module):
 
     their_class: ClassVar[type[nn.Module]]
 
-    if TYPE_CHECKING:  # whatever the class has that is fused
+    if TYPE_CHECKING:  # stands for the class that is fused
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -110,8 +110,8 @@ class _FusedNorm(_Fused):
 
 
 def _norm_of_sum(norm: nn.Module, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Computes `norm(x + residual)`, and `x + residual` for the residual path: of what leaves here on both paths the
-    gradients are added in the norm's own backward.
+    """Computes `norm(x + residual)`, and `x + residual` for the residual path, whose gradients are added in the norm's
+    own backward.
     """
     is_watched = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
     is_alike = residual is None or (residual.dtype == x.dtype and residual.shape == x.shape)
@@ -139,7 +139,7 @@ class _FusedLlamaLayer(_Fused):
     ) -> Tensor:
         given = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
         given["position_embeddings"] = position_embeddings
-        if args:  # what stands in which place depends on transformers' release
+        if args:  # the order of positional arguments depends on transformers' release
             return super().forward(hidden_states, *args, **given)
         normed, residual = _norm_of_sum(self.input_layernorm, hidden_states)
         attended, _ = self.self_attn(hidden_states=normed, **given)
@@ -201,7 +201,7 @@ def _projected(mlp: Any, x: Tensor) -> Tensor:
     return mlp.wo(x)
 
 
-# By what a known `forward` is; norms and attention have other ways.
+# By what a known `forward` computes; norms and attention are handled separately.
 _CLASSES: dict[str, type[_Fused]] = {
     "rms_norm": _FusedNorm,
     "gated_mlp": _FusedGatedMLP,
@@ -215,7 +215,7 @@ _CLASSES: dict[str, type[_Fused]] = {
 
 @functools.cache
 def _fused_class(theirs: Any) -> type[nn.Module] | None:
-    """Derives the fused form of a class, under its name; None: its `forward` is not known, or failed its trial."""
+    """Derives the fused form of a class, with the same name; None if its `forward` is unknown or failed its trial."""
     forward = theirs.forward
     base: type[_Fused] = _Fused
     members: dict[str, Any] = {}
@@ -242,7 +242,7 @@ def _unpickled(theirs: Any) -> nn.Module:
 
 
 def _with_rotary(forward: Any) -> Callable[..., Any] | None:
-    """Makes the `forward` of an attention anew, of the same code, with the operator as its `apply_rotary_pos_emb`."""
+    """Makes the `forward` of an attention from the same code, with the operator as its `apply_rotary_pos_emb`."""
     name = "apply_rotary_pos_emb"
     plain = inspect.unwrap(forward)
     if not isinstance(plain, types.FunctionType) or name not in plain.__code__.co_names:
@@ -272,8 +272,8 @@ def _with_rotary(forward: Any) -> Callable[..., Any] | None:
 
 
 def _made_anew(function: Any, variables: dict[str, Any]) -> Any:
-    """Copies a function with other globals, and its decorators around it; None: one of them keeps it elsewhere than in
-    its closure.
+    """Copies a function with other globals, and the decorators around it; None if one of them does not keep it in its
+    closure.
     """
     cells = function.__closure__
     if (inner := getattr(function, "__wrapped__", None)) is None:

@@ -1,4 +1,4 @@
-"""A trial of a fused form on a miniature of the module it replaces: a digest says where code was seen, not what it
+"""A trial of a fused form on a miniature of the module it replaces: a digest shows that code is known, not what it
 computes. Output and gradient must equal the module's own.
 """
 
@@ -23,15 +23,15 @@ _on_trial: ContextVar[bool] = ContextVar("on_trial", default=False)
 
 
 def is_on_trial() -> bool:
-    """Tells whether a fused form is to compute through the operators, though they may not pay here."""
+    """Checks whether a fused form must use the operators although they may not pay here."""
     return _on_trial.get()
 
 
 def computes_the_same(theirs: type[nn.Module], fused: type[nn.Module], kind: str) -> bool:
-    """Runs both classes on one small random input, forward and backward; warns where they differ.
+    """Runs both classes on one small random input, forward and backward; warns if they differ.
 
     Args:
-        kind: of `known_forwards.Known`, which tells what a miniature consists of.
+        kind: of `known_forwards.Known`; determines what a miniature consists of.
     """
 
     def result(new: type[nn.Module], dtype: torch.dtype) -> list[Tensor]:
@@ -48,10 +48,10 @@ def computes_the_same(theirs: type[nn.Module], fused: type[nn.Module], kind: str
 
 
 def rotates_the_same(theirs: Callable[..., Any], ours: Callable[..., Any], any_angles: bool) -> bool:
-    """Runs both rotary embeddings on one small random input, forward and backward; warns where they differ.
+    """Runs both rotary embeddings on one small random input, forward and backward; warns if they differ.
 
     Args:
-        any_angles: angles in float32 turn 16-bit rows, too.
+        any_angles: float32 angles also rotate 16-bit rows.
     """
 
     def result(rotate: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
@@ -70,7 +70,7 @@ def _is_same(theirs: Any, expected: Callable[..., list[Tensor]], actual: Callabl
                 wanted = expected(dtype)
             with _apart():
                 found = actual(dtype)
-        except Exception as error:  # a class that only shares its source with the known one may need anything
+        except Exception as error:  # a class that only shares its source with a known one may need anything
             reason = f"the trial failed: {error}"
             break
         pairs = list(zip(found, wanted, strict=True)) if len(found) == len(wanted) else []
@@ -84,7 +84,7 @@ def _is_same(theirs: Any, expected: Callable[..., list[Tensor]], actual: Callabl
 
 @contextlib.contextmanager
 def _apart() -> Iterator[None]:
-    """Leaves the caller's random numbers, modes and devices as they are."""
+    """Leaves the caller's random numbers, modes and devices unchanged."""
     token = _on_trial.set(True)
     try:
         with (
@@ -94,7 +94,7 @@ def _apart() -> Iterator[None]:
             torch.autocast("cpu", enabled=False),
             torch.device("cpu"),
         ):
-            torch.default_generator.manual_seed(0)  # alone: `torch.manual_seed` sets an accelerator's, too
+            torch.default_generator.manual_seed(0)  # not `torch.manual_seed`, which also seeds accelerators
             yield
     finally:
         _on_trial.reset(token)
@@ -118,7 +118,7 @@ def _is_close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 
 class _Attention(nn.Module):
-    """A stand-in for an attention, whose answer depends on all it is given."""
+    """A stand-in for an attention, whose output depends on all its inputs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""`generate` behind a prompt: the base model's arguments, and the refusal of those that a prompt would falsify.
+"""`generate` after a prompt: the base model's arguments, and the refusal of those that a prompt would invalidate.
 
-A decoder is given the text's ids beside the embeddings of prompt and text. It reads the embeddings, and takes the ids
-for all that it derives from a text: what it returns and streams, penalties, lengths. Encoders read embeddings alone.
+A decoder is given the text's ids and the embeddings of prompt and text. It reads the embeddings, and uses the ids for
+everything derived from the text: output, streaming, penalties, lengths. Encoders read only embeddings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .reading import generation_of
 
 _DRAFTS = "drafts tokens without the prompt, or counts the cache without it"
 _ELSEWHERE = "is code that transformers loads from elsewhere, and which knows of no prompt"
-# Arguments of `generate` and fields of its configuration that a prompt falsifies, unless they have these values.
+# Arguments of `generate` and fields of its configuration that a prompt invalidates, unless they have these values.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"), ((None,), _DRAFTS)),
     **dict.fromkeys(("speculation_type", "use_mtp", "is_assistant"), ((None, False), _DRAFTS)),
@@ -37,15 +37,15 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 class GenerationOptions(Mapping[str, Any]):
-    """Options of one call of `generate`: those it was called with over those of its configurations."""
+    """Options of one call of `generate`: its arguments take precedence over its configurations."""
 
     def __init__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = list(inspect.signature(model.generate).parameters)[1:]  # behind the inputs
+        names = list(inspect.signature(model.generate).parameters)[1:]  # all after the inputs
         self.given = {**dict(zip(names, args)), **kwargs}
         self._own, self._default = self.given.get("generation_config"), model.generation_config
 
     def asked_for(self, name: str) -> Any:
-        """Returns what the caller set, itself or by a configuration; None for what is left to the model's own."""
+        """Returns what the caller set, directly or in a configuration; None if it is left to the model's own."""
         value = self.given.get(name)
         return getattr(self._own, name, None) if value is None else value
 
@@ -61,7 +61,7 @@ class GenerationOptions(Mapping[str, Any]):
 
 
 def check_options(model: Any, options: GenerationOptions, facts: BaseModelFacts) -> None:
-    """Raises `ValueError` for an option that a prompt falsifies, and for a model that is not a decoder."""
+    """Raises `ValueError` for an option that a prompt invalidates, and for a language model that is not causal."""
     if facts.task_type == "CAUSAL_LM" and not facts.is_causal:
         raise ValueError(
             f"{type(model).__name__} sees the text behind each token, so that it cannot generate one token after the "
@@ -82,14 +82,14 @@ def check_options(model: Any, options: GenerationOptions, facts: BaseModelFacts)
 
 
 def start_of_text(options: GenerationOptions, device: torch.device) -> Tensor:
-    """Returns the ids that generation without a text begins with, `[1, 1]`."""
+    """Returns the ids from which generation without a text starts, `[1, 1]`."""
     if options["bos_token_id"] is None:
         raise ValueError("generate needs input_ids: the model has no bos_token_id to begin with")
     return torch.full((1, 1), options["bos_token_id"], device=device)
 
 
 def infer_mask(ids: Tensor, options: GenerationOptions) -> Tensor | None:
-    """Infers the attention mask of `ids` from their padding, where the base model would; None: nothing is padded."""
+    """Infers the attention mask of `ids` from their padding, if the base model would; None: nothing is padded."""
     padding, end = options["pad_token_id"], options["eos_token_id"]
     ends = end if isinstance(end, (list, tuple)) else [] if end is None else torch.as_tensor(end).flatten().tolist()
     if padding is None or int(padding) in ends:
@@ -101,17 +101,19 @@ def infer_mask(ids: Tensor, options: GenerationOptions) -> Tensor | None:
 def bound_length(
     inputs: dict[str, Any], options: GenerationOptions, n: int, s: int, longest: int, facts: BaseModelFacts, model: Any
 ) -> None:
-    """Turns bounds on the whole length into bounds on new tokens: the base model would count the prompt too.
+    """Turns bounds on the whole length into bounds on new tokens, because the base model would also count the prompt.
 
     Args:
-        n: length of the padded text. s: of the prompt. longest: of the longest text, in real tokens.
+        n: length of the padded text.
+        s: length of the prompt.
+        longest: length of the longest text, in real tokens.
 
     Raises:
-        ValueError: `max_length` leaves no room, or more tokens are asked for than the model can number.
+        ValueError: `max_length` leaves no room, or more tokens are requested than the model has positions.
     """
     for bound, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         inputs.pop(bound, None)
-        # A bound that a call sets goes before the other kind in the model's own configuration.
+        # A bound set in a call takes precedence over the other kind in the model's own configuration.
         if options.asked_for(new) is not None or (options.asked_for(bound) is None and options[new] is not None):
             continue
         if not (value := options[bound]):
@@ -124,7 +126,7 @@ def bound_length(
     count = inputs.get("max_new_tokens", options["max_new_tokens"])
     limit = _position_limit(model, facts)
     if limit is not None:
-        room = limit - s - longest + 1  # the last new token is not read
+        room = limit - s - longest + 1  # the last new token is never read
         if options.asked_for("max_new_tokens") is None and options.asked_for("max_length") is None:
             inputs["max_new_tokens"] = count = min(20 if count is None else count, room)
         if room < 1 or (count is not None and count > room):
@@ -132,7 +134,7 @@ def bound_length(
                 f"{s} prompt tokens, {longest} text tokens and {count} new ones are more than the {limit} positions of "
                 f"{type(model).__name__}: ask for at most {max(room, 0)} new tokens"
             )
-    read = s + (20 if count is None else count) - 1  # the last new token is not
+    read = s + (20 if count is None else count) - 1  # except the last new token
     _check_rope(model, s + longest, longest + read)
     layers = getattr(cache_among(facts, options.given), "layers", ())
     places = [layer.max_cache_len for layer in layers if _is_full_when_filled(layer)]
@@ -144,22 +146,22 @@ def bound_length(
 
 
 def _position_limit(model: Any, facts: BaseModelFacts) -> int | None:
-    """Returns the most positions that the model can number, learned or (GPT-J's) computed once; None: no limit."""
+    """Returns the number of positions that the model has, learned or (GPT-J's) computed once; None: no limit."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tables = (b for b in model.buffers() if b.dim() == 2 and b.is_floating_point() and b.shape[0] == most)
     return most if facts.position_limit is None and any(True for _ in tables) else facts.position_limit
 
 
 def choose_positions(inputs: dict[str, Any], facts: BaseModelFacts, model: Any, mask: Tensor | None) -> None:
-    """Leaves position ids among `inputs` only where `generate` of `model` needs them to go on as `forward` reads.
+    """Keeps position ids in `inputs` only if `generate` of `model` needs them to continue as `forward` reads.
 
     Raises:
-        ValueError: it goes on otherwise either way, and rows are padded or positions do not begin at 0.
+        ValueError: it continues differently either way, and rows are padded or positions do not begin at 0.
     """
     positions = inputs.pop("position_ids", None)
     is_padded = mask is not None and not bool(mask.all())
     if not is_padded and not facts.position_offset:
-        return  # all count alike
+        return  # all ways of counting agree
     way = generation_of(model, facts)
     if way is None:
         raise ValueError(
@@ -174,12 +176,12 @@ def choose_positions(inputs: dict[str, Any], facts: BaseModelFacts, model: Any, 
 
 
 def _is_full_when_filled(layer: Any) -> bool:
-    """Returns whether a cache's layer has a fixed number of places and no window that drops the oldest."""
+    """Checks whether a cache's layer has a fixed number of places, with no window that drops the oldest."""
     return hasattr(layer, "max_cache_len") and not getattr(layer, "is_sliding", False)
 
 
 def _check_rope(model: Any, before: int, after: int) -> None:
-    """Refuses to cross the length at which LongRoPE turns all positions differently: cached keys would not follow."""
+    """Refuses to cross the length at which LongRoPE changes all angles, because cached keys would keep theirs."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     for entry in (rope, *rope.values()):
@@ -196,7 +198,7 @@ def _check_rope(model: Any, before: int, after: int) -> None:
 
 
 def encoder_processors(inputs: dict[str, Any], options: GenerationOptions, ids: Tensor | None) -> None:
-    """Adds the processors that look at the encoder's ids, or a decoder's text, which the base model does not see."""
+    """Adds the processors that need the encoder's ids (or a decoder's text), which the base model does not see."""
     from transformers import LogitsProcessorList
     from transformers.generation.logits_process import (
         EncoderNoRepeatNGramLogitsProcessor,
@@ -220,19 +222,19 @@ def encoder_processors(inputs: dict[str, Any], options: GenerationOptions, ids: 
 
 @contextmanager
 def embedding_new_tokens(model: Any, embed: Callable[[Tensor, Tensor], Tensor], before: Tensor) -> Iterator[None]:
-    """Has tokens that `generate` hands to `model` as ids embedded by `embed`, in this thread, while the context lasts.
+    """Makes `embed` embed the tokens that `generate` passes to `model` as ids, in this thread and within the context.
 
     Args:
-        embed: makes embeddings `[rows, k, d]` of ids and of the real tokens before each, both `[rows, k]`.
-        before: `[batch]`, the real tokens of each row before the first new one. They are not counted from the mask of a
-            call, which has another form and other lengths for a cache of a fixed size.
+        embed: maps ids and the number of real tokens before each, both `[rows, k]`, to embeddings `[rows, k, d]`.
+        before: `[batch]`, the number of real tokens in each row before the first new one. It is not counted from a
+            call's mask, whose form and length differ for a cache of fixed size.
     """
-    thread, read = threading.get_ident(), 0  # new tokens
+    thread, read = threading.get_ident(), 0  # number of new tokens
 
     def replace_ids(module: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         nonlocal read
         if threading.get_ident() != thread or (ids := inputs.get("input_ids")) is None:
-            return None  # prompt and text are embedded already
+            return None  # prompt and text are already embedded
         rows = before.to(ids.device).repeat_interleave(len(ids) // len(before))  # beams, or several samples
         positions = rows[:, None] + torch.arange(read, read + ids.shape[1], device=ids.device)
         read += ids.shape[1]

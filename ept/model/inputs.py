@@ -1,4 +1,4 @@
-"""The arguments of the frozen model, built from the user's, and its outputs turned back.
+"""The frozen model's arguments, built from the user's.
 
 The prompt takes the first `s` positions; the attention mask, position ids, token types and labels follow.
 """
@@ -22,25 +22,28 @@ if TYPE_CHECKING:
     from .packing import Packing
 
 
-# Arguments with one entry a token, and what the prompt's rows get; None: what the first token has.
+# Arguments with one entry per token, and their value in the prompt's rows; None: the first token's value.
 OF_TOKENS: dict[str, int | None] = {
     "token_type_ids": 0,
-    "bbox": 0,  # as special tokens have it
+    "bbox": 0,  # as for special tokens
     "langs": None,
-    "global_attention_mask": 1,  # every token sees the prompt, however far it is
+    "global_attention_mask": 1,  # every token sees the prompt, however far away
     "shift_labels": -100,
 }
-# Arguments that have nothing to do with the input's tokens, and the beginnings of such names.
+# Arguments that do not concern the input's tokens, and prefixes of such names.
 _OTHERS = ("labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch", "logits_to_keep")
 _OTHER_PREFIXES = ("decoder_", "encoder_", "cross_", "output_", "past_", "cache", "head_mask", "mems", "state")
-_STATES = ("cache_params", "state", "mems")  # of what was read before, other than keys and values of positions
+_STATES = ("cache_params", "state", "mems")  # what was read before, in a form other than keys and values of positions
 
 
 class BaseInputs(dict[str, Any]):
     """The base model's arguments.
 
-    With the number of prompt rows, the order of columns where texts were moved, the logits of a prompt that was
-    read for itself, where they are wanted, and how texts were put into rows.
+    Attributes:
+        s: number of prompt rows.
+        order: of the columns, if texts were moved.
+        prompt_logits: of a prompt that was read separately, if wanted.
+        packing: how texts were put into rows.
     """
 
     s: int = 0
@@ -60,20 +63,20 @@ def call_inputs(
     generating: bool = False,
     prompt_cache: bool = False,
 ) -> BaseInputs:
-    """Builds the base model's arguments from those that `model` was called with.
+    """Builds the base model's arguments from those of a call of `model`.
 
-    Tokens that follow a cache of prompt and text count as generated, except those that `text_mask` marks: they get no
+    Tokens that follow a cache of prompt and text count as generated, except those marked in `text_mask`: they get no
     prompt, and the update only with `update_scope="all"`. Their mask covers text and new tokens, or prompt, text and
     new tokens. A forward call without a mask passes none on: to find that nothing is masked, transformers would
     synchronise with an accelerator.
 
     Args:
-        generating: for `generate`, of a causal model: padding goes before the prompt.
-        prompt_cache: the prompt stays first, since its keys and values are cached.
+        generating: for `generate`; a causal model's padding goes before the prompt.
+        prompt_cache: the prompt stays first, because its keys and values are cached.
 
     Raises:
-        ValueError: the mask has another length, the model cannot number that many positions, reads padding as text or
-            special tokens by their ids alone, or it is unclear if an argument's entries follow the tokens.
+        ValueError: the mask has another length, the model has too few positions, it reads padding as text or special
+            tokens only from ids, or it is unclear whether an argument's entries follow the tokens.
     """
     inputs = BaseInputs(kwargs)
     positions = inputs.pop("position_ids", None)
@@ -93,7 +96,7 @@ def call_inputs(
     names = [model.active_adapter] * len(rows) if adapter_names is None else list(adapter_names)
     if adapter_names is not None and len(rows):
         check_names(names, layers, len(rows))
-    if encoded is not None:  # the encoder has run already, and has seen the prompt
+    if encoded is not None:  # the encoder has already run, with the prompt
         _mask_encoded(facts, inputs, attention_mask, prompt_mask(layers, names, encoded[0].device))
         return inputs
     if cached := cached_length(facts, inputs):
@@ -156,9 +159,10 @@ def _with_prompt(
     padding: str | None,
     is_padded: bool,
 ) -> None:
-    """Adds the embeddings `[batch, s + n, d]` of prompt and text to `inputs`, and puts their padding where it may be.
+    """Adds the embeddings `[batch, s + n, d]` of prompt and text to `inputs`, with their padding where it may be.
 
-    The mask, positions and what else has an entry a token follow. Where nothing is padded a call gets no mask.
+    The mask, positions and other arguments with one entry per token follow. Unless something is padded, there is no
+    mask.
     """
     limit, length, s = facts.position_limit, embeds.shape[1], inputs.s
     if limit is not None and length > limit:
@@ -195,7 +199,7 @@ def _with_prompt(
 
 
 def _mask_encoded(facts: BaseModelFacts, inputs: BaseInputs, attention_mask: Tensor | None, in_front: Tensor) -> None:
-    """Restores the mask that `encoder_outputs` were computed with, over prompt and text in their order."""
+    """Restores the mask with which `encoder_outputs` were computed, over prompt and text in their order."""
     length, s = inputs["encoder_outputs"][0].shape[1], in_front.shape[1]
     n = length - s if attention_mask is None else attention_mask.shape[1]
     if length != s + n:
@@ -211,18 +215,18 @@ def _mask_encoded(facts: BaseModelFacts, inputs: BaseInputs, attention_mask: Ten
 
 
 def _up_to_last_token(input_ids: Tensor, pad_token_id: int | None) -> Tensor | None:
-    """Makes the mask of texts that end before padding, where a classifier takes the last token's state by the ids."""
+    """Makes a mask of texts up to their last token, for a classifier that finds this token in the ids."""
     if pad_token_id is None:
         return None
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (columns * input_ids.ne(pad_token_id)).amax(1, keepdim=True) if input_ids.shape[1] else 0
     is_text = columns <= last
-    can_ask = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # an accelerator is not waited for
+    can_ask = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()  # never wait for an accelerator
     return None if can_ask and bool(is_text.all()) else is_text.to(torch.int64)
 
 
 def _check_ids(name: str, ids_alone: Sequence[int], input_ids: Tensor) -> None:
-    """Refuses tokens that a model looks for among the ids, where a prompt makes it read embeddings."""
+    """Refuses tokens that a model looks for in the ids, because with a prompt it reads embeddings."""
     unlike = torch.isin(input_ids, torch.tensor(ids_alone, device=input_ids.device))
     if bool(unlike.any()):
         raise ValueError(
@@ -243,55 +247,55 @@ def _check_argument(name: str, value: Tensor, facts: BaseModelFacts, n: int) -> 
 
 
 def cached_length(facts: BaseModelFacts, inputs: dict[str, Any]) -> int:
-    """Counts the positions in the key-value cache among `inputs`; 0 without one, or where it is a decoder's."""
-    if "decoder_input_ids" in facts.forward_arguments:  # behind an encoder, which reads the text
+    """Counts the positions in the key-value cache in `inputs`; 0 without one, or for an encoder-decoder."""
+    if "decoder_input_ids" in facts.forward_arguments:  # the encoder reads the text
         return 0
     cache = cache_among(facts, inputs)
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
 def cache_among(facts: BaseModelFacts, inputs: dict[str, Any]) -> Any:
-    """Returns the key-value cache among `inputs`, under either name, or None."""
-    cache = inputs.get("past_key_values")  # newer models take the older name as well
+    """Returns the key-value cache in `inputs`, under either name, or None."""
+    cache = inputs.get("past_key_values")  # newer models accept the older name as well
     return inputs.get(cache_name(facts)) if cache is None else cache
 
 
 def cache_name(facts: BaseModelFacts) -> str:
-    """Names the model's argument for a key-value cache: `cache` since transformers 5.24."""
+    """Returns the name of the model's argument for a key-value cache: `cache` since transformers 5.24."""
     return "cache" if "cache" in facts.forward_arguments else "past_key_values"
 
 
 def length_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
-    """Returns the length n of what a user gave; 0 for nothing."""
+    """Returns the length n of the user's input; 0 if there is none."""
     given = input_ids if input_ids is not None else inputs_embeds
     return 0 if given is None else given.shape[1]
 
 
 def extend(values: Tensor, s: int, fill: int) -> Tensor:
-    """Puts `s` columns of `fill` before `values` `[batch, n]`."""
+    """Prepends `s` columns of `fill` to `values` `[batch, n]`."""
     return torch.cat([values.new_full((values.shape[0], s), fill), values], dim=1)
 
 
 def divide_loss(output: Any, labels: Tensor, num_items: Tensor | int, shifted: bool, auxiliary: float = 0.0) -> None:
-    """Turns the mean over this batch's labels into their sum over `num_items`, in place; 0 without any label.
+    """Replaces the mean over this batch's labels by their sum over `num_items`, in place; 0 without any label.
 
-    Of a regression's numbers -100 is one like any other.
-    `auxiliary` is the weight of `output["aux_loss"]` in the loss, which routers of experts add and which stays.
+    In a regression, -100 is a number like any other. `auxiliary` is the weight in the loss of `output["aux_loss"]`,
+    which routers of experts add and which stays as it is.
     """
     loss = output["loss"]
     labels = labels[:, 1:] if shifted and labels.dim() > 1 else labels
     is_label = torch.ones_like(labels) if labels.is_floating_point() else labels.ne(-100)
     counted = is_label.sum().to(loss.device)
     other = auxiliary * output["aux_loss"].to(loss.device) if output.get("aux_loss") is not None else 0.0
-    mean = torch.where(counted > 0, loss - other, 0.0)  # a mean over no label is NaN
-    num_items = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)  # nor is 0/0 a share
+    mean = torch.where(counted > 0, loss - other, 0.0)  # a mean over no labels is NaN
+    num_items = num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)  # so is 0/0
     output["loss"] = mean * (counted / num_items) + other
 
 
 def contiguously(logits_to_keep: Tensor | int, inputs_embeds: Tensor | None) -> Tensor | int:
-    """Turns a number of last positions into their index on a CPU, where transformers would slice the hidden states.
+    """On a CPU, replaces a number of last positions by their indices: otherwise transformers slices the hidden states.
 
-    The slice is not contiguous, and for the product with a frozen head torch then copies the head once for every row
+    The slice is not contiguous, and for its product with a frozen head torch then copies the head once for every row
     of the batch, in both directions (`should_fold` in its matmul).
     """
     if isinstance(logits_to_keep, Tensor) or inputs_embeds is None or inputs_embeds.device.type != "cpu":
@@ -301,7 +305,7 @@ def contiguously(logits_to_keep: Tensor | int, inputs_embeds: Tensor | None) -> 
 
 
 def shortened(output: Any, logits_to_keep: Tensor | int) -> Any:
-    """Leaves of `output["logits"]` what `logits_to_keep` names, where a model has computed all; 0 leaves all."""
+    """Keeps only the logits named by `logits_to_keep`, for a model that has computed all; 0 keeps all."""
     if isinstance(logits_to_keep, Tensor):
         output["logits"] = output["logits"][:, logits_to_keep]
     elif logits_to_keep:
@@ -310,7 +314,7 @@ def shortened(output: Any, logits_to_keep: Tensor | int) -> Any:
 
 
 def _counts_tokens(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
-    """Tells whether positions that a caller gave are those of real tokens counted from 0."""
+    """Checks whether positions passed by a caller count real tokens from 0."""
     if position_ids.dim() != 2:
         return False
     real = torch.ones_like(position_ids) if attention_mask is None else attention_mask

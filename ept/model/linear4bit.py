@@ -21,7 +21,7 @@ from ept_kernels.four_bit.weight import LEVELS, levels
 from ..functional import matmul_4bit
 from .swapping import change_class
 
-# Classes that compute as bitsandbytes' layer does; other subclasses have a forward of their own.
+# Classes that compute as bitsandbytes' layer does; other subclasses have their own forward.
 _THEIRS = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.LinearNF4, bitsandbytes.nn.LinearFP4)
 
 _DERIVED = ("_four_bit", "_dequantized", "_dequantized_from")  # attributes computed from the weight on demand
@@ -35,7 +35,7 @@ def _runs_triton(device_type: str) -> bool:
 class Linear4bit(bitsandbytes.nn.Linear4bit):
     """A frozen 4-bit layer, `x·Wᵀ + bias`, made by `swap_linear4bit`.
 
-    It falls back to bitsandbytes where the Triton kernels do not run (on a CPU, or with `EPT_KERNELS=reference`; see
+    It falls back to bitsandbytes if the Triton kernels do not run (on a CPU, or with `EPT_KERNELS=reference`; see
     `ept_kernels.backend`).
 
     As in bitsandbytes, the input is cast to `compute_dtype` (under autocast to autocast's dtype) and the output back to
@@ -56,7 +56,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
             ValueError: the weight is not quantised, damaged, repacked for CPU inference, or requires a gradient.
         """
         shape, swapped = getattr(self._state(), "shape", None), (self.in_features, self.out_features)
-        # bitsandbytes computes with a weight that was quantised as [in_features, out_features] as well.
+        # bitsandbytes can also compute with a weight that was quantised as [in_features, out_features].
         is_transposed = shape is not None and tuple(shape) == swapped and swapped[0] != swapped[1]
         if not (self.always or _runs_triton(x.device.type)) or is_transposed:
             return super().forward(x)
@@ -79,10 +79,10 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         return out.to(dtype)
 
     def four_bit_weight(self) -> FourBitWeight:
-        """Returns the weight as the operators take it, checked again only where its memory or quant state has changed.
+        """Returns the weight in the operators' form, checked again only if its memory or quant state has changed.
 
-        Nothing is kept of a weight that is offloaded after every call. A kept one whose memory sharding
-        has freed has no address any more.
+        Nothing is kept for a weight that is offloaded after every call, and a kept weight is not used once sharding has
+        freed its memory.
         """
         if torch.compiler.is_compiling():
             return FourBitWeight.from_bitsandbytes(self, check_code=False)
@@ -98,24 +98,24 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         return weight
 
     def make_levels(self) -> None:
-        """Puts the table of the weight's 16 levels where the kernels will want it: made by an operator while a CUDA
-        graph is captured, it would lie in that graph's memory.
+        """Puts the table of the weight's 16 levels where the kernels need it: if an operator made it while a CUDA graph
+        is captured, it would lie in that graph's memory.
         """
         state = self._state()
         if state is not None and state.quant_type in LEVELS and _runs_triton(self.weight.device.type):
             levels(state.quant_type, self.weight.device)
 
     def drop_caches(self) -> None:
-        """Forgets what is derived from the weight: it is looked at afresh at the next call."""
+        """Drops everything derived from the weight, which is then checked again at the next call."""
         for name in _DERIVED:
             self.__dict__.pop(name, None)
 
     def _dequantized_weight(self, weight: FourBitWeight, dtype: torch.dtype) -> Tensor | None:
-        """Returns the kept weight `[out_features, in_features]`; None: the budget has no room for it."""
+        """Returns the kept weight `[out_features, in_features]`; None if the budget has no room for it."""
         if self.cache_bytes < dtype.itemsize * weight.rows * weight.columns or self._is_offloaded():
             return None
         W = self.__dict__.get("_dequantized")
-        if torch.compiler.is_compiling():  # used if it is there; made by an uncompiled call
+        if torch.compiler.is_compiling():  # used if an uncompiled call has made it
             return W if W is not None and W.dtype == dtype and W.device == weight.packed.device else None
         version = (weight, dtype, weight.packed._version, weight.absmax._version)
         if W is None or self.__dict__.get("_dequantized_from") != version:
@@ -126,7 +126,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
         return W
 
     def _is_offloaded(self) -> bool:
-        """Tells whether a hook of accelerate takes the weight off the device after every call."""
+        """Checks whether a hook of accelerate moves the weight off the device after every call."""
         hook = self.__dict__.get("_hf_hook")
         return hook is not None and any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
 
@@ -151,16 +151,16 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):
 def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache_bytes: int = 0) -> int:
     """Turns every bitsandbytes 4-bit layer of `model` into `Linear4bit`, in place; returns their number.
 
-    Calling it again sets the options anew.
+    Calling it again resets the options.
 
     Args:
-        always: go through the operators on every device, whichever implementation runs them there. By default only
-            where that is the Triton kernels; bitsandbytes computes elsewhere.
-        dequantized_cache_bytes: most memory to spend, over the whole model, on keeping dequantised weights, in bytes.
-            The smallest layers come first, in the model's order among equals: a kept byte saves the same memory
-            traffic in every layer, and a small layer saves one launch for fewer bytes. A layer without a compute type
-            counts as float32. Kept weights serve every number of tokens; they are dropped when the model is moved or
-            loaded, and never saved.
+        always: use the operators on every device, whichever implementation runs them there. By default they are used
+            only where that is the Triton kernels; bitsandbytes computes elsewhere.
+        dequantized_cache_bytes: maximum bytes, over the whole model, for keeping dequantised weights. The smallest
+            layers come first, in the model's order among equals: a kept byte saves the same memory traffic in every
+            layer, and a small layer saves one launch for fewer bytes. A layer without a compute type counts as float32.
+            Kept weights serve every number of tokens; they are dropped when the model is moved or loaded, and never
+            saved.
 
     Raises:
         ValueError: `dequantized_cache_bytes` is negative.
@@ -183,7 +183,7 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
 
 
 def restore_linear4bit(model: nn.Module) -> int:
-    """Undoes `swap_linear4bit`, dropping what was kept. Returns how many layers were turned back."""
+    """Undoes `swap_linear4bit` and drops kept weights. Returns the number of restored layers."""
     ours = [module for module in model.modules() if isinstance(module, Linear4bit)]
     for module in ours:
         module.drop_caches()

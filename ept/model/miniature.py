@@ -1,4 +1,4 @@
-"""Miniatures: random models of a given class and configuration, small enough to ask how they read their input."""
+"""Miniatures: random models of a given class and configuration, small enough to test how they read their input."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 LAYERS, HEADS, HEAD_DIM, WIDTH, EXPERTS, WINDOW, MAX_POSITIONS = 2, 4, 8, 32, 4, 4, 4096
-MAX_PARAMETERS = 100_000_000  # mostly the vocabulary's, which stays whole
+MAX_PARAMETERS = 100_000_000  # mostly in the vocabulary, which keeps its size
 
 _SEED = 0
 _WIDTHS = ("width", "head_dim", "rank")
-_LARGE = 64  # sizes below are left as they are
+_LARGE = 64  # smaller sizes are left as they are
 # Attempts, until one can be built and run: sizes set, or all widths divided by one number, at few or all layers.
 ATTEMPTS: tuple[tuple[str | None, bool], ...] = (
     ("set", True),
@@ -26,7 +26,7 @@ ATTEMPTS: tuple[tuple[str | None, bool], ...] = (
     (None, False),
 )
 # Names of sizes in configurations. None of them decides how a model reads, as kinds of layers and positions, special
-# tokens and pooling do; a window stays one, and becomes small enough to be met by a few tokens.
+# tokens and pooling do; a window remains, but small enough for a few tokens to reach its end.
 _NAMES = {
     kind: re.compile("|".join(names))
     for kind, names in {
@@ -51,10 +51,10 @@ _NAMES = {
 
 
 def miniature(model_class: type[nn.Module], config: Any, widths: str | None = "set", layers: bool = True) -> nn.Module:
-    """Makes a random model of `model_class`, with `config` at few layers and small widths, on the CPU in eval mode.
+    """Makes a random model of `model_class`, with few layers and small widths in `config`, on the CPU in eval mode.
 
-    The state of random generators, `config` and devices stay untouched. Raises whatever the class raises, and
-    `ValueError` where the model would be large.
+    The state of random generators, `config` and devices are unchanged. Raises whatever the class raises, and
+    `ValueError` if the model would be large.
     """
     small = shrunk(config, widths, layers)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -65,14 +65,14 @@ def miniature(model_class: type[nn.Module], config: Any, widths: str | None = "s
             if size > MAX_PARAMETERS:
                 raise ValueError(f"a small {model_class.__name__} would have {size:,} parameters")
         with torch.device("cpu"):
-            torch.default_generator.manual_seed(_SEED)  # and not those of accelerators
+            torch.default_generator.manual_seed(_SEED)  # not accelerators' generators
             model: Any = model_class(small).to(torch.float32)
             _randomise(model)
     return model.eval().requires_grad_(False)
 
 
 def shrunk(config: Any, widths: str | None = "set", layers: bool = True) -> Any:
-    """Copies a configuration with sizes made small."""
+    """Copies a configuration with small sizes."""
     config = copy.deepcopy(config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if name in config.__dict__:
@@ -80,7 +80,7 @@ def shrunk(config: Any, widths: str | None = "set", layers: bool = True) -> Any:
     _shrink(config, widths, layers)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         if getattr(part, "pad_token_id", None) is None:
-            part.pad_token_id = 0  # which many set only once a batch needs it
+            part.pad_token_id = 0  # many set it only when a batch needs it
     return config
 
 
@@ -127,7 +127,7 @@ def _head_dim(values: dict[str, Any]) -> int:
 
 
 def _kept_layers(per_layer: list[Any], depth: int) -> list[int]:
-    """Chooses the layers that a miniature has: the first ones, and the first of each kind."""
+    """Chooses the layers of a miniature: the first ones, and the first of each kind."""
     kinds = [tuple(str(values[i]) for values in per_layer) for i in range(depth)]
     firsts = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]][:4]
     return sorted({*firsts, *[i for i in range(depth) if i not in firsts][: max(0, LAYERS - len(firsts))]})
@@ -148,7 +148,7 @@ def _small(kind: str, value: int, hidden: int, heads: int) -> int:
 
 
 def _randomise(model: nn.Module) -> None:
-    """Draws weights large enough for every reading to show: those of a fresh model are nearly linear in theirs."""
+    """Draws weights large enough to make any difference show: fresh models are nearly linear in theirs."""
     for parameter in {id(p): p for p in model.parameters()}.values():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=1 / math.sqrt(parameter[0].numel()))

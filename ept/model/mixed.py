@@ -20,7 +20,7 @@ from ..utils.messages import listed
 from .base_model import narrowed, wrapped_heads
 
 _names_of_rows: ContextVar[list[str] | None] = ContextVar("names_of_rows", default=None)
-BASE = "__base__"  # PEFT's name for a row that no adapter applies to
+BASE = "__base__"  # PEFT's name for a row without an adapter
 
 
 def embed_mixed(
@@ -34,8 +34,10 @@ def embed_mixed(
     """Computes `[P; E']` with the adapter `names[i]` for row `i`; shorter prompts are padded in front and masked.
 
     Args:
-        layers: the loaded adapters. names: one a row, or `"__base__"` for none.
-        ids, table, attention_mask: as `ept.embedding.lookup` gives them. text_mask: as in `EPTLayer.forward`.
+        layers: the loaded adapters.
+        names: one per row, or `"__base__"` for none.
+        ids, table, attention_mask: as returned by `ept.embedding.lookup`.
+        text_mask: as in `EPTLayer.forward`.
 
     Returns:
         embeddings `[batch, s + n, d]` with `s` the longest prompt, attention mask `[batch, s + n]`.
@@ -48,11 +50,11 @@ def embed_mixed(
     if not chosen:
         return table[ids], attention_mask
     positions = torch.full(ids.shape, -1, device=attention_mask.device)
-    by_token = []  # layers whose updates depend on the token, each with its rows
+    by_token = []  # layers with a token-dependent update, each with its rows
     for name in used:
         layer, rows = layers[name], [row for row, own in enumerate(names) if own == name]
         own_text = None if text_mask is None else text_mask[rows]
-        if layer.config.r:  # else a text may be longer than the others' tables
+        if layer.config.r:  # without an update, a text may be longer than the others' tables
             positions[rows] = layer.positions(attention_mask[rows], own_text)
         if layer.config.updates_by_token:
             by_token.append((layer, rows))
@@ -68,7 +70,7 @@ def embed_mixed(
         return F.pad(matrix.to(device), (0, columns - matrix.shape[1], *((missing, 0) if front else (0, missing))))
 
     prompts = torch.stack([padded(layer.joint_prompt(), s, d, front=True) for layer in chosen])  # [adapters, s, d]
-    # Scales differ from adapter to adapter, so they go into A; rank is padded with zeros.
+    # Scales differ between adapters, so they go into A; ranks are padded with zeros.
     A = torch.stack([padded(layer.update_scale() * layer.part("A")[:m], m, r) for layer in chosen])
     B = torch.stack([padded(layer.part("B"), r, d) for layer in chosen])
     number = {name: i for i, name in enumerate(used)}
@@ -81,9 +83,9 @@ def embed_mixed(
 def _updated_by_token(
     layers: Sequence[tuple[EPTLayer, list[int]]], ids: Tensor, positions: Tensor, table: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Adds the updates of `layers`, which depend on the token, to their rows, whose `positions` become −1.
+    """Adds the token-dependent updates of `layers` to their rows, whose `positions` become −1.
 
-    Returns ids and the table they are rows of, as `lookup` does.
+    Returns ids and the table of which they are rows, as `lookup` does.
     """
     embeds = table[ids]
     for layer, rows in layers:
@@ -93,7 +95,7 @@ def _updated_by_token(
 
 
 def prompt_mask(layers: Mapping[str, EPTLayer], names: Sequence[str], device: torch.device) -> Tensor:
-    """Marks the prompts' places in rows with the adapters `names`: `[batch, s]` bool, shorter ones behind."""
+    """Marks the prompts' places in rows with the adapters `names`: `[batch, s]` bool, aligned to the end."""
     lengths = [0 if name == BASE else layers[name].config.num_virtual_tokens for name in names]
     s = max(lengths, default=0)
     return torch.arange(s, device=device) >= s - torch.tensor(lengths, device=device)[:, None]
@@ -107,12 +109,13 @@ def embed_following(
     positions: Tensor,
     text_mask: Tensor | None = None,
 ) -> Tensor:
-    """Embeds tokens that follow a prompt and a text, `[batch, k, d]`; those that the scope of the update covers get it.
+    """Embeds tokens that follow a prompt and a text, `[batch, k, d]`, with the update if its scope covers them.
 
     Args:
-        layers, names: the loaded adapters, and that of each row or `"__base__"`.
-        ids, table: as `ept.embedding.lookup` gives them. positions: `[batch, k]`, the real tokens before each in its
-            row, those of the prompt included. text_mask: `[batch, k]`, nonzero at input text; None: there is none.
+        layers, names: the loaded adapters, and the one of each row or `"__base__"`.
+        ids, table: as returned by `ept.embedding.lookup`.
+        positions: `[batch, k]`, the number of real tokens before each in its row, including those of the prompt.
+        text_mask: `[batch, k]`, nonzero at input text; None: there is none.
 
     Raises:
         ValueError: a text is longer than its adapter's `max_length`.
@@ -135,7 +138,7 @@ def embed_following(
 
 
 def check_names(names: Sequence[str], layers: Mapping[str, EPTLayer], rows: int) -> None:
-    """Raises `ValueError` where `names` are not one of a loaded adapter, or `"__base__"`, for each of `rows`."""
+    """Raises `ValueError` unless `names` has a loaded adapter, or `"__base__"`, for each of `rows`."""
     if len(names) != rows:
         raise ValueError(f"adapter_names has {len(names)} names for a batch of {rows} rows: give one a row")
     if unknown := [name for name in dict.fromkeys(names) if name != BASE and name not in layers]:
@@ -144,9 +147,9 @@ def check_names(names: Sequence[str], layers: Mapping[str, EPTLayer], rows: int)
 
 @contextmanager
 def heads_of_rows(names: Sequence[str] | None) -> Iterator[None]:
-    """Sends row i through what adapter `names[i]` trained, in this thread and as long as the context lasts.
+    """Sends row i through the modules that adapter `names[i]` trained, in this thread and within the context.
 
-    None: all rows go through what the active adapter trained.
+    None: all rows go through those of the active adapter.
     """
     token = _names_of_rows.set(None if names is None else list(names))
     try:
@@ -156,15 +159,15 @@ def heads_of_rows(names: Sequence[str] | None) -> Iterator[None]:
 
 
 class HeadsOfRows(ModulesToSaveWrapper):
-    """PEFT's wrapper of a module that adapters train copies of, in mixed batches a copy for the rows of each."""
+    """PEFT's wrapper of a module of which adapters train copies; in mixed batches each row uses its adapter's copy."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the active adapter's copy, or within `heads_of_rows` that of each row; the original where none is.
+        """Calls the active adapter's copy, or within `heads_of_rows` each row's copy; the original if there is no copy.
 
-        Several rows to a name, beams or tokens, are one after the other.
+        If a name has several rows (beams or tokens), they are consecutive.
 
         Raises:
-            ValueError: in a mixed batch, arguments or result have no rows that could be told apart.
+            ValueError: in a mixed batch, the rows of arguments or result cannot be told apart.
         """
         names = _names_of_rows.get()
         if names is None or self.disable_adapters:
@@ -183,7 +186,7 @@ class HeadsOfRows(ModulesToSaveWrapper):
             given, named = tuple(_taken(x, rows, count) for x in args), _taken(kwargs, rows, count)
             if name in self.modules_to_save:
                 module = self.modules_to_save[name]
-            else:  # behind a head of 16 bits, trained in float32 for the rows of other adapters
+            else:  # the base model's 16-bit head, while other adapters' rows have theirs in float32
                 module = self.original_module
                 given, named = narrowed(module, given, named)
             results.append(module(*given, **named))
@@ -203,20 +206,20 @@ class HeadsOfRows(ModulesToSaveWrapper):
 
 
 def _taken(value: Any, rows: Sequence[int], count: int) -> Any:
-    """Takes `rows` of a tensor of `count`, or of the values of a dictionary; all else stays."""
+    """Takes `rows` of a tensor of `count`, or of the values of a dictionary; everything else is unchanged."""
     if isinstance(value, dict):
         return {name: _taken(x, rows, count) for name, x in value.items()}
     return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
 
 
 def follow_rows(model: nn.Module) -> None:
-    """Makes PEFT's wrappers in `model`, all of which are an EPT model's, choose by `heads_of_rows`."""
+    """Makes PEFT's wrappers in `model`, all of which belong to an EPT model, obey `heads_of_rows`."""
     for wrapper in wrapped_heads(model):
         wrapper.__class__ = HeadsOfRows
 
 
 def check_heads_are_ours(model: nn.Module) -> None:
-    """Raises `ValueError` where another adapter trains modules of `model`, with which EPT's would be mixed up."""
+    """Raises `ValueError` if another adapter trains modules of `model`, which EPT's copies would get mixed up with."""
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
     if found := [name for name, wrapper in named if not isinstance(wrapper, HeadsOfRows)]:
         raise ValueError(
@@ -238,7 +241,7 @@ def check_heads_are_ours(model: nn.Module) -> None:
 
 
 def _is_as_loaded(wrapper: Any) -> bool:
-    """Tells whether all copies of a head are what the base model has, in whatever type."""
+    """Checks whether all copies of a head equal the base model's, in whatever dtype."""
     own = wrapper.original_module.state_dict()
     return all(
         tensor.is_meta or (name in own and torch.equal(tensor.to(own[name]), own[name]))
@@ -248,7 +251,7 @@ def _is_as_loaded(wrapper: Any) -> bool:
 
 
 def check_recomputed(model: nn.Module) -> None:
-    """Raises `ValueError` where a mixed batch's backward would compute trained modules again, of unknown rows."""
+    """Raises `ValueError` if a mixed batch's backward pass would recompute trained modules, whose rows are unknown."""
     for layer in model.modules():
         recomputed = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
         if recomputed and any(True for _ in wrapped_heads(layer)):

@@ -1,4 +1,4 @@
-"""Outputs of the base model for the caller's tokens: without the prompt's rows, in the order they were given."""
+"""Outputs of the base model for the caller's tokens: without the prompt's rows, in the caller's order."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .layout import moved_back
 
 
 def of_tokens(output: Any, model: Any, facts: BaseModelFacts, order: Tensor | None, s: int) -> Any:
-    """Leaves of what has one entry a position what belongs to the caller's tokens, in place; returns `output`.
+    """Keeps only the caller's tokens in outputs with one entry per position, in place; returns `output`.
 
-    The hidden states and attentions follow. A causal model's logits keep the prompt's rows, as PEFT's do. An output of
-    a pooler, which reads the prompt, is made anew of the text; where the model has another way to pool it is left out.
+    This includes hidden states and attentions. A causal model's logits keep the prompt's rows, as in PEFT. A pooled
+    output, which includes the prompt, is recomputed from the text, or dropped if the model pools in another way.
 
     Args:
-        output: of `model` for `[batch, s + n]` positions. order: that `layout.arrangement` put them into, or None.
+        output: of `model` for `[batch, s + n]` positions.
+        order: in which `layout.arrangement` put them, or None.
     """
     if facts.task_type == "CAUSAL_LM":
         if order is not None:
@@ -42,7 +43,7 @@ def of_tokens(output: Any, model: Any, facts: BaseModelFacts, order: Tensor | No
 
 
 def span_loss(output: Any, start_positions: Tensor, end_positions: Tensor) -> Tensor:
-    """Computes the loss of an answer's first and last token among the text's, as transformers' models do.
+    """Computes the loss of an answer's first and last token in the text, as transformers' models do.
 
     A position beyond the text is ignored.
     """
@@ -56,7 +57,7 @@ def span_loss(output: Any, start_positions: Tensor, end_positions: Tensor) -> Te
 
 
 def _between_tokens(attention: Tensor, order: Tensor | None, s: int, length: int) -> Tensor:
-    """Takes the caller's tokens out of weights `[batch, heads, s + n, s + n]`; others' shapes are left alone."""
+    """Keeps the caller's tokens in weights `[batch, heads, s + n, s + n]`; other shapes are left alone."""
     if attention.dim() != 4 or attention.shape[2:] != (length, length):
         return attention
     for dimension in (2, 3):

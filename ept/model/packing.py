@@ -1,8 +1,8 @@
-"""Texts of a batch side by side in one row behind one prompt, in a decoder-only model.
+"""Texts of a batch side by side in one row after one prompt, in a decoder-only model.
 
-A row reads the prompt, then one text after the other; a mask lets a token see the prompt and its own text alone, and
-positions start behind the prompt anew with every text. So a prompt is read once for several texts, in the same call as
-they are. The cost is products of queries with the keys of other texts, which the mask then drops.
+A row holds the prompt and then several texts; with the mask a token sees only the prompt and its own text, and every
+text's positions start after the prompt. So the prompt is read once for several texts, in the same call. The cost is
+products of queries with the keys of other texts, which the mask then drops.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .facts import BaseModelFacts
 from .inputs import BaseInputs
 from .layout import numbered
 
-LONGEST = 1024  # places of a row: some models read positions otherwise from several thousand on
+LONGEST = 1024  # places of a row: some models treat positions differently from several thousand on
 _READS_MASKS = ("eager", "sdpa")  # kinds of attention that take a mask for each pair of positions
 
 
 @dataclass(frozen=True)
 class Packing:
-    """`rows` rows of a prompt of `s` and `per_row` texts of `n` places each, of which `texts` are there."""
+    """`rows` rows with a prompt of `s` places and `per_row` texts of `n` places each; `texts` is the total."""
 
     texts: int
     per_row: int
@@ -37,10 +37,10 @@ class Packing:
         return -(-self.texts // self.per_row)
 
     def pack(self, facts: BaseModelFacts, inputs: BaseInputs, few: int) -> None:
-        """Puts the texts in `inputs`, behind a prompt each, side by side behind one that is the same for all.
+        """Puts the texts in `inputs`, each of which follows its own copy of the prompt, side by side after one prompt.
 
-        `inputs_embeds` `[texts, s + n, d]` become `[rows, s + per_row·n, d]`, with padding where texts lack; mask and
-        positions follow. Logits will be those of the last `few` places of every text or, if 0, of all.
+        `inputs_embeds` `[texts, s + n, d]` become `[rows, s + per_row·n, d]`, padded if texts are missing; mask and
+        positions follow. Logits will be those of the last `few` places of every text or, if 0, of all places.
         """
         embeds, s = inputs["inputs_embeds"], self.s
         mask = inputs.get("attention_mask")
@@ -55,11 +55,11 @@ class Packing:
         inputs["attention_mask"] = self._mask(self._side_by_side(mask[:, s:].bool()), embeds.dtype)
         if few:
             inputs["logits_to_keep"] = self._last(few, embeds.device)
-        inputs["use_cache"] = False  # of rows that nobody has given
+        inputs["use_cache"] = False  # the rows are not the caller's
         inputs.packing = self
 
     def _mask(self, is_real: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns what is added to the scores, `[rows, 1, length, length]`, for real tokens `[rows, per_row·n]`."""
+        """Returns the mask to add to the scores, `[rows, 1, length, length]`, for real tokens `[rows, per_row·n]`."""
         place = torch.arange(self.s + self.per_row * self.n, device=is_real.device)
         text = torch.where(place < self.s, -1, (place - self.s).div(self.n, rounding_mode="floor"))
         sees = (place[:, None] >= place) & ((text[:, None] == text) | (text == -1))  # [length, length]
@@ -67,16 +67,16 @@ class Packing:
         return torch.zeros(sees.shape, dtype=dtype, device=is_real.device).masked_fill(~sees, torch.finfo(dtype).min)
 
     def _side_by_side(self, values: Tensor, fill: int = 0) -> Tensor:
-        """Takes `values` of texts `[texts, m, …]` to `[rows, per_row·m, …]`, with `fill` where texts lack."""
+        """Rearranges values of texts `[texts, m, …]` to `[rows, per_row·m, …]`, with `fill` for missing texts."""
         missing = self.rows * self.per_row - self.texts
         if missing:
             values = torch.cat([values, values.new_full((missing, *values.shape[1:]), fill)])
         return values.reshape(self.rows, -1, *values.shape[2:])
 
     def labels(self, labels: Tensor, few: int) -> Tensor:
-        """Takes labels `[texts, s + n]` to the rows' logits, of the last `few` places of every text or, if 0, all.
+        """Rearranges labels `[texts, s + n]` as the rows' logits, for the last `few` places of every text (0: all).
 
-        The first of them is none, as nothing predicts it (`texts.targets`, `texts.predicted`): before it stands another
+        A text's first label must be none (`texts.targets`, `texts.predicted`): the place before it belongs to another
         text.
         """
         labels = self._side_by_side(labels[:, -(few or self.n) :], -100)
@@ -88,10 +88,10 @@ class Packing:
         return (ends[:, None] + torch.arange(-m, 0, device=device)).flatten()
 
     def unpacked(self, logits: Tensor) -> Tensor:
-        """Takes logits of the texts' last m places, or all of the rows', to one row a text.
+        """Rearranges logits of the texts' last m places, or of whole rows, to one row per text.
 
         Returns:
-            `[texts, m, vocabulary]`, or `[texts, s + n, vocabulary]` of all.
+            `[texts, m, vocabulary]`, or `[texts, s + n, vocabulary]` for whole rows.
         """
         prompt = None
         if logits.shape[1] == self.s + self.per_row * self.n:
@@ -101,20 +101,20 @@ class Packing:
 
 
 def second_call() -> int:
-    """Places that a call of its own for the prompt costs: it reads all weights once more for a few rows.
+    """Returns the cost, in places, of a separate call for the prompt, which reads all weights once more for a few rows.
 
-    By steps with SmolLM2-135M on a CPU 35 to 60 with one thread, 55 to 156 with two.
+    Measured on steps with SmolLM2-135M on a CPU: 35 to 60 with one thread, 55 to 156 with two.
     """
     return 64 * torch.get_num_threads()
 
 
 @functools.lru_cache(1024)
 def packing_of(texts: int, s: int, n: int, d: int, call: int, longest: int = LONGEST) -> Packing | None:
-    """Chooses how many texts to put into a row, None where it pays to have a row for each, or a prompt read before.
+    """Chooses how many texts to put into a row; None if a row per text, or a separate call for the prompt, is cheaper.
 
-    `call` is what a call of its own for the prompt costs, in places. No row has more than `longest`, or 1,024.
-    A place costs 24·d² operations in every layer of width d, a pair of places 4·d of which a CPU does a quarter as many
-    in a second: as measured with SmolLM2-135M.
+    `call` is the cost of that separate call, in places. No row has more than `longest` places, or 1,024. A place costs
+    24·d² operations in every layer of width d, and a pair of places 4·d, of which a CPU does a quarter as many per
+    second (measured with SmolLM2-135M).
     """
 
     def cost(places: int, pairs: int) -> int:
@@ -135,5 +135,5 @@ def packing_of(texts: int, s: int, n: int, d: int, call: int, longest: int = LON
 
 
 def reads_masks(model: Any) -> bool:
-    """Tells whether the attention of `model` takes a mask for each pair of positions."""
+    """Checks whether the attention of `model` takes a mask for each pair of positions."""
     return getattr(model.config.get_text_config(), "_attn_implementation", None) in _READS_MASKS

@@ -1,8 +1,8 @@
 """The prompt's keys and values in a decoder-only model: computed once for all rows of a batch, or for every `generate`.
 
-A decoder's prompt does not see the text behind it, so its keys and values are the same for every text. `generate`
-caches them per adapter as long as the prompt's embeddings and the base model's weights stay the same; training, loading
-or moving either recomputes them. A training step computes them once, with their gradients.
+A decoder's prompt does not see the text after it, so its keys and values are the same for every text. `generate`
+caches them per adapter as long as the prompt's embeddings and the base model's weights stay the same; after training,
+loading or moving either, they are recomputed. A training step computes them once, with their gradients.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 class PromptCache:
     """Keys and values that a model computed for a prompt."""
 
-    prompt: Tensor  # the embeddings it was made of, [s, d]
-    weights: tuple[Any, ...]  # the model's at that time
+    prompt: Tensor  # embeddings of the prompt, [s, d]
+    weights: tuple[Any, ...]  # state of the model's weights at that time
     cache: DynamicCache  # of one row, s positions in every layer
 
     @classmethod
     def compute(cls, model: Any, prompt: Tensor, weights: tuple[Any, ...], offset: int) -> PromptCache:
         """Runs `model` on the prompt `[s, d]` alone, at positions from `offset`.
 
-        Raises `ValueError` where it keeps other things of a position than keys and values.
+        Raises `ValueError` if the model's cache holds anything other than keys and values.
         """
         ones = torch.ones(1, len(prompt), dtype=torch.int64, device=prompt.device)
         backbone = model.get_decoder() if hasattr(model, "get_decoder") else model
@@ -58,7 +58,7 @@ class PromptCache:
 
 
 def _keys_and_values(output: Any) -> DynamicCache:
-    """Returns the cache in a model's output; raises `TypeError`, with what it holds, where that is something else."""
+    """Returns the cache in a model's output; raises `TypeError`, naming the content, for any other kind of cache."""
     cache = output.get("cache", output.get("past_key_values"))  # since transformers 5.24, and before
     kinds = {type(layer) for layer in getattr(cache, "layers", [])}
     if type(cache) is not DynamicCache or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
@@ -67,11 +67,10 @@ def _keys_and_values(output: Any) -> DynamicCache:
 
 
 def read_prompt_once(model: Any, facts: BaseModelFacts, inputs: BaseInputs, with_logits: bool = False) -> None:
-    """Takes the prompt's rows out of `inputs`, and puts in what `model` keeps of them, read once for all texts.
+    """Replaces the prompt's rows in `inputs` by the keys and values that `model` computes for it once, for all texts.
 
-    Gradients flow as if every text had been read behind a prompt of its own. The first `inputs.s` rows must be the
-    same for all texts, with padding nowhere before them. Their logits `[1, s, vocabulary]` go to `prompt_logits`, if
-    asked for.
+    Gradients flow as if every text had been read after its own prompt. The first `inputs.s` rows must be the same for
+    all texts, with no padding before them. If requested, their logits `[1, s, vocabulary]` go to `prompt_logits`.
     """
     embeds, s = inputs["inputs_embeds"], inputs.s
     alone: dict[str, Any] = {"inputs_embeds": embeds[:1, :s], "use_cache": True, "return_dict": True}
@@ -97,9 +96,9 @@ def cached_prompt(
     offset: int,
     options: GenerationOptions,
 ) -> DynamicCache | None:
-    """Returns the cache of the `s` prompt rows that `embeds` begin with, for all rows of `generate`; None if s = 0.
+    """Returns the cache of the first `s` rows of `embeds`, the prompt, for all rows of `generate`; None if s = 0.
 
-    It is kept in `caches` for the adapter `name`, and made anew where it does not fit. `offset` is the position of the
+    It is kept in `caches` for the adapter `name`, and recomputed if it does not fit. `offset` is the position of the
     model's first token, `options` are those of the call.
     """
     if not s:
@@ -113,17 +112,17 @@ def cached_prompt(
         or not torch.equal(kept.prompt, prompt)
     ):
         kept = caches[name] = PromptCache.compute(model, prompt, weights, offset)
-    # `generate` makes several rows of each text: beams, or sequences to return.
+    # `generate` makes several rows per text: beams, or sequences to return.
     copies = (options[key] or 1 for key in ("num_beams", "num_return_sequences"))
-    cache = copy.deepcopy(kept.cache)  # which `generate` extends
+    cache = copy.deepcopy(kept.cache)  # `generate` extends it
     cache.batch_repeat_interleave(len(embeds) * max(copies))
     return cache
 
 
 def _state_of(model: nn.Module) -> tuple[Any, ...]:
-    """Returns a fingerprint of a model's weights: where each is, how often it was written, which of LoRA's are active.
+    """Returns a fingerprint of a model's weights: address and version of each, and LoRA's active adapters.
 
-    Values that are written through `.data` are not noticed.
+    Values written through `.data` go unnoticed.
     """
     weights = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters()]
     tuned = [
@@ -135,7 +134,7 @@ def _state_of(model: nn.Module) -> tuple[Any, ...]:
 
 
 def check_shareable(model: Any, facts: BaseModelFacts) -> None:
-    """Raises `ValueError` where a prompt that is read once for a batch is not read as one for each text."""
+    """Raises `ValueError` if a prompt read once for a batch differs from one read for each text."""
     name = type(model).__name__
     if facts.task_type != "CAUSAL_LM":
         raise ValueError(
@@ -154,7 +153,7 @@ def check_shareable(model: Any, facts: BaseModelFacts) -> None:
 def is_shareable(
     model: EPTModel, attention_mask: Tensor | None, logits_to_keep: Tensor | int, given: dict[str, Any]
 ) -> bool:
-    """Tells whether a call of `model` needs nothing of a prompt that is not the same in every row.
+    """Checks whether a call of `model` needs only results for the prompt that are the same in every row.
 
     `given` are its arguments for the frozen model.
     """
@@ -165,25 +164,25 @@ def is_shareable(
         torch.compiler.is_compiling()
         or isinstance(logits_to_keep, Tensor)
         or (attention_mask is not None and not model._facts.splits_prompt)
-        or others - {"return_dict", "position_ids"}  # of which it is not known what they are for the prompt
+        or others - {"return_dict", "position_ids"}  # their entries for the prompt are unknown
         or any(getattr(base.config, name, False) for name in outputs)
         or (model.training and config.base_dropout)  # which differs between rows
-        # Layers that checkpoint drop the cache.
+        # Layers under gradient checkpointing drop the cache.
         or any(module.training and getattr(module, "gradient_checkpointing", False) for module in base.modules())
     )
 
 
 def _angles_by_length(config: Any) -> set[str]:
-    """Names the rotary embeddings of a configuration whose angles depend on the length of the whole text."""
+    """Returns the kinds of rotary embedding in a configuration whose angles depend on the length of the whole text."""
     rope = getattr(config, "rope_parameters", None) or {}  # for all layers, or for each kind of layer
     types = {str(e["rope_type"]) for e in (rope, *rope.values()) if isinstance(e, dict) and "rope_type" in e}
     return types & {"dynamic", "longrope"}
 
 
 def check_cacheable(model: Any, facts: BaseModelFacts, options: GenerationOptions, padded: bool) -> None:
-    """Raises `ValueError` where `generate` after a cached prompt would differ from `generate` without.
+    """Raises `ValueError` if `generate` after a cached prompt would differ from `generate` without the cache.
 
-    `padded` tells whether padding would stand between the prompt and the text.
+    `padded`: there would be padding between the prompt and the text.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     if facts.task_type == "SEQ_2_SEQ_LM":

@@ -1,4 +1,4 @@
-"""Questions to a small model: which outputs agree when a text is given as ids, as embeddings, alone or padded."""
+"""Experiments with a small model: which outputs agree if a text is given as ids or embeddings, alone or padded."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .packing import Packing
 from .prompt_cache import read_prompt_once
 
 WITHOUT_LANGUAGE_MODEL = "is an encoder-decoder without a language-model head: use the class for conditional generation"
-TOLERANCE = 1e-4  # of the largest value in the answer to a row alone; rounding leaves a hundredth of it
-_S, _SHORT, _LONG, _ANSWER = 3, 7, 11, 2  # rows in front, tokens of the two texts, tokens of a decoder
+TOLERANCE = 1e-4  # relative to the largest value in the answer to a row alone; rounding errors are a hundredth of it
+_S, _SHORT, _LONG, _ANSWER = 3, 7, 11, 2  # prompt rows, tokens of the two texts, tokens of a decoder's input
 
 
 class Subject:
-    """A model under question, with two texts."""
+    """A model to test, with two texts."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -40,7 +40,7 @@ class Subject:
         self.arguments = inspect.signature(model.forward).parameters
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self.device: Any = device_of(self.embedding)
-        # Tokens that mean something to the model are no part of a text.
+        # Tokens with a special meaning to the model are not used in the texts.
         special = {i for v in token_ids(model.config) for i in (v if isinstance(v, (list, tuple)) else [v])}
         rows, padding = rows_of(self.embedding), getattr(model.config, "pad_token_id", None)
         self.special = sorted(i for i in special if type(i) is int and 0 <= i < rows and i != padding)
@@ -52,7 +52,7 @@ class Subject:
             self.embeds = self.embedding(self.ids)
             if not isinstance(self.embeds, Tensor):
                 raise TypeError(f"its embedding gives a {type(self.embeds).__name__}, no vectors")
-            # No rows of the table: some models look the ids up again that embeddings belong to.
+            # Not rows of the table: some models look up the ids to which embeddings belong.
             self.prompt = self.embedding(self.ids.flip(1)[:1, :_S])[0] * 1.1
             self.padding = self.embedding(self.ids.flip(1)[:1, -1:])[0, 0] * 2
             self.output = self.run(input_ids=self.ids[:1, :_SHORT])
@@ -63,10 +63,10 @@ class Subject:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Leaves no trace: modes, random states and warnings are as before."""
+        """Runs in eval mode without gradients or warnings; restores modes and random states afterwards."""
         modes = [(module, module.training) for module in self.model.modules()]
         state, verbosity = numpy.random.get_state(), logging.get_verbosity()
-        # A copy is on a CPU; the model itself may be on an accelerator, whose generator is another one.
+        # A copy is on a CPU; the model itself may be on an accelerator, which has its own generator.
         kind = self.device.type if self.device.type in ("cuda", "xpu") else None
         forked = torch.random.fork_rng([self.device], device_type=kind) if kind else torch.random.fork_rng([])
         with forked, torch.no_grad(), warnings.catch_warnings():
@@ -95,7 +95,7 @@ class Subject:
         return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
     def facts(self, facts: BaseModelFacts) -> BaseModelFacts:
-        """Puts all the questions."""
+        """Determines all facts about the model."""
         self.task_type = self._head()
         if self.task_type not in TASK_TYPES:
             return replace(facts, refusal=self.task_type)
@@ -126,7 +126,7 @@ class Subject:
             needs_mask="attention_mask" in self.arguments
             and not self._same(self._alone(0, _S, mask=False), self._alone(0, _S)),
         )
-        if self.task_type == "CAUSAL_LM":  # its columns stay where they are, if they may
+        if self.task_type == "CAUSAL_LM":  # its columns stay in place, if possible
             candidates = [(BESIDE, offset), (BESIDE, None), (BEHIND, None)]
         else:
             candidates = [(BEHIND, None), (BEHIND, offset), (FRONT, offset), (FRONT, None)]
@@ -137,7 +137,7 @@ class Subject:
         return replace(facts, position_offset=offset)
 
     def generation(self, facts: BaseModelFacts) -> str | None:
-        """Finds out how padded rows are continued as alone, and as `forward` continues them; see `generation_of`."""
+        """Finds out how padded rows are continued as if alone, and as `forward` continues them; see `generation_of`."""
         self.task_type, self.factor = facts.task_type, facts.embedding_factor
         embeds, mask, _ = self._padded(BESIDE, 0, left=True)
         ids = torch.where(mask.bool(), self.ids, self.ids[:1, :1])
@@ -162,7 +162,7 @@ class Subject:
         return None
 
     def sharing(self, facts: BaseModelFacts) -> bool:
-        """Tells whether texts are read behind a prompt that is read once for both as behind one each."""
+        """Checks whether two texts are read after a prompt that is read once as after a prompt for each."""
         for inputs, real in self._behind_prompts(facts):
             expected = self.run(**inputs)["logits"][:, _S:]
             read_prompt_once(self.model, facts, inputs)
@@ -172,10 +172,10 @@ class Subject:
         return True
 
     def packing(self, facts: BaseModelFacts) -> bool:
-        """Tells whether texts are read side by side in one row as in rows of their own, longer than any window."""
+        """Checks whether texts side by side in a row, longer than any window, are read as in rows of their own."""
         for inputs, real in self._behind_prompts(facts):
             expected, n = self.run(**inputs)["logits"], real.shape[1] - _S
-            for rows, few in product(([0, 1], [0, 1, 1]), (0, 2)):  # the longer one with a place that no text takes
+            for rows, few in product(([0, 1], [0, 1, 1]), (0, 2)):  # second: the last row lacks a text
                 packing, packed = Packing(len(rows), 2, _S, n), BaseInputs({k: x[rows] for k, x in inputs.items()})
                 packing.pack(facts, packed, few)
                 last = few or _S + n
@@ -185,7 +185,7 @@ class Subject:
         return True
 
     def _behind_prompts(self, facts: BaseModelFacts) -> Iterator[tuple[BaseInputs, Tensor]]:
-        """Puts both texts behind a prompt each, without and with a mask and padding; tells which places are real."""
+        """Yields both texts, each after its own prompt, without and with a mask and padding, and the real places."""
         self.task_type, self.factor = facts.task_type, facts.embedding_factor
         texts = self.embeds[:, :_SHORT] * self.factor
         plain = torch.cat([self.prompt[:_S].expand(2, -1, -1), texts], dim=1)
@@ -209,7 +209,7 @@ class Subject:
         return list(self.model.generate(**inputs, **options, max_new_tokens=3, min_new_tokens=3).logits)
 
     def _head(self) -> str:
-        """Returns the task type that the outputs are for, or a reason why there is none."""
+        """Returns the task type to which the outputs belong, or the reason why there is none."""
         shapes = {name: tuple(value.shape) for name, value in self.output.items()}
         logits = shapes.get("logits", ())
         if self.encoder_decoder:
@@ -255,11 +255,11 @@ class Subject:
         )
 
     def _embedding_factor(self) -> float:
-        """Finds the number by which embeddings are to be multiplied to be read as ids are; 0 where there is none."""
+        """Finds the factor by which embeddings must be multiplied to be read as ids are; 0 if there is none."""
         expected = self._answers(self.output, 0)
         if self._same(self._alone(0, 0), expected):
             return 1.0
-        # Many multiply what they look up, and not what they are given as embeddings.
+        # Many models scale what they look up, but not embeddings that they are given.
         with _Multiples(self.embeds[:1, :_SHORT]) as multiples:
             self.run(input_ids=self.ids[:1, :_SHORT])
         for self.factor in multiples.found:
@@ -268,7 +268,7 @@ class Subject:
         return 0.0
 
     def _ids_alone(self) -> tuple[int, ...]:
-        """Finds the special tokens, but for padding, whose embeddings inside a text are not read as their ids are."""
+        """Finds special tokens, except padding, that are read differently inside a text as embeddings and as ids."""
 
         def is_same(tokens: list[int]) -> bool:
             ids = self.ids[:1].clone()
@@ -281,7 +281,7 @@ class Subject:
         def is_unlike(token: int) -> bool:
             try:
                 return not is_same([token])
-            except Exception:  # such as the place of an image that is not there
+            except Exception:  # such as the placeholder of an image that is missing
                 return False
 
         try:
@@ -292,7 +292,7 @@ class Subject:
         return tuple(token for token in self.special if is_unlike(token))
 
     def _position_offset(self) -> int | None:
-        """Finds the position of the first token, by which a text reads as without positions."""
+        """Finds the position of the first token with which a text is read as without positions."""
         if "position_ids" not in self.arguments:
             return None
         pad = getattr(self.model.config, "pad_token_id", None)
@@ -301,7 +301,7 @@ class Subject:
             try:
                 if self._same(self._alone(0, _S, positions=count + offset), expected):
                     return offset
-            except Exception:  # positions of another shape, or beyond a table
+            except Exception:  # positions have another shape, or exceed a table
                 continue
         return None
 
@@ -312,7 +312,7 @@ class Subject:
         return self._same([x[:, :_SHORT] for x in whole], self._answers(part, 0))
 
     def _shifts_labels(self) -> bool:
-        """Tells whether labels are those of the next token: a label of the first one then makes no difference."""
+        """Checks whether labels are shifted to the next token, in which case the first label makes no difference."""
         if self.task_type != "CAUSAL_LM":
             return True
         losses = []
@@ -322,20 +322,20 @@ class Subject:
             try:
                 output = self.run(inputs_embeds=self.embeds[:1, :_SHORT] * self.factor, labels=labels)
                 losses.append(float(output["loss"]))
-            except Exception:  # no labels are taken, or others
+            except Exception:  # it takes no labels, or other ones
                 return True
-        return losses[0] == losses[1] or not all(map(math.isfinite, losses))  # a mean over no label is NaN
+        return losses[0] == losses[1] or not all(map(math.isfinite, losses))  # a mean over no labels is NaN
 
     def _has_pooler(self) -> bool:
         if self.task_type != "FEATURE_EXTRACTION" or "pooler_output" not in self.output:
             return False
         try:
             return self._same([self.model.pooler(self.output["last_hidden_state"])], [self.output["pooler_output"]])
-        except Exception:  # no such module, or one that takes other arguments
+        except Exception:  # no such module, or it takes other arguments
             return False
 
     def _padded(self, padding: str, s: int, left: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Makes embeddings and mask of both texts in a batch, and the order that took padding where it may stand."""
+        """Makes embeddings and mask of both texts in a batch, and the order that put padding where it may be."""
         rest = _LONG - _SHORT
         short = [self.padding.expand(rest, -1), self.embeds[0, :_SHORT] * self.factor]
         texts = torch.stack([torch.cat(short if left else short[::-1]), self.embeds[1] * self.factor])
@@ -347,7 +347,7 @@ class Subject:
         return moved(embeds, order), moved(mask, order), order
 
     def _padded_as_alone(self, padding: str, offset: int | None, s: int) -> bool:
-        """Tells whether each text of a padded batch is read as alone, with padding where `padding` takes it."""
+        """Checks whether each text of a padded batch is read as if alone, with padding where `padding` puts it."""
         for left in (True, False):
             embeds, placed, order = self._padded(padding, s, left)
             inputs = {"inputs_embeds": embeds}
@@ -371,7 +371,7 @@ class Subject:
 
 
 def token_ids(config: Any) -> Iterator[Any]:
-    """Yields the ids, or lists of ids, of tokens that a configuration names, its parts' included."""
+    """Yields ids, or lists of ids, of the tokens named in a configuration and its sub-configurations."""
     for name, value in config.__dict__.items():
         if hasattr(value, "to_dict"):
             yield from token_ids(value)
@@ -380,7 +380,7 @@ def token_ids(config: Any) -> Iterator[Any]:
 
 
 class _Multiples(TorchDispatchMode):
-    """Watches for multiples of `embeds` among all that a model computes; `found` has their factors, each once."""
+    """Watches all results in a model for multiples of `embeds`; `found` has their factors, each once."""
 
     def __init__(self, embeds: Tensor) -> None:
         super().__init__()
@@ -397,7 +397,7 @@ class _Multiples(TorchDispatchMode):
 
 
 class _PositionTables(TorchDispatchMode):
-    """Watches which parameter is looked up at `n` places in a row, or some more, and the first of these."""
+    """Finds the parameter in which `n` to `2·n` consecutive places are looked up, and the first of these places."""
 
     def __init__(self, model: nn.Module, n: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""How a model reads its input: asked of a small random copy of its class and configuration, never guessed from names.
+"""How a model reads its input: tested on a small random copy of its class and configuration, never guessed from names.
 
-The copy reads a few tokens as ids and as embeddings, with and without rows in front, alone and padded on either side.
-The way to call the model is one in which all of these agree with the row alone.
+The copy reads a few tokens as ids and as embeddings, with and without prompt rows, alone and padded on either side.
+The model is then called in a way in which all of these agree with the row alone.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .miniature import ATTEMPTS, miniature
 from .questions import WITHOUT_LANGUAGE_MODEL, Subject
 
 _LANGUAGE_MODELS = (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
-_KEPT: dict[Any, Any] = {}  # answers in this process, by the question, the model's class and its configuration
+_KEPT: dict[Any, Any] = {}  # answers in this process, by question, model class and configuration
 
 
 def examine(model: Any, task_type: str) -> BaseModelFacts:
-    """Finds out how `model` reads its input; a `ValueError` says why it cannot be adapted and what would do."""
+    """Finds out how `model` reads its input; a `ValueError` says why it cannot be adapted and what to do instead."""
     facts, name = facts_of(model), type(model).__name__
     if facts.refusal:
         raise ValueError(f"{name} {facts.refusal}")
@@ -39,16 +39,16 @@ def examine(model: Any, task_type: str) -> BaseModelFacts:
         return facts
     table, dimension, first = facts.position_table
     parameter: Any = dict(model.named_parameters()).get(table)
-    shape = getattr(parameter, "ds_shape", getattr(parameter, "shape", ()))  # a partitioned one has no shape itself
+    shape = getattr(parameter, "ds_shape", getattr(parameter, "shape", ()))  # a partitioned one has no own shape
     return replace(facts, position_limit=int(shape[dimension]) - first if len(shape) > dimension else None)
 
 
 def infer_task_type(model: Any) -> str:
     """Returns the task type of a model's head, or of the configuration of a model that is not loaded yet.
 
-    A configuration without a language-model head is taken for a classifier's, since a head can be added; one of a model
-    that reads images or sounds beside texts is a language model's. A model whose head is for nothing that an adapter
-    learns raises `ValueError`.
+    A configuration without a language-model head counts as a classifier's, because a head can be added; that of a
+    language model that also reads images or sounds as a language model's. Raises `ValueError` for a model whose head
+    fits no task.
     """
     if isinstance(model, nn.Module):
         facts = facts_of(model)
@@ -63,7 +63,7 @@ def infer_task_type(model: Any) -> str:
 
 
 def with_forward_of(facts: BaseModelFacts, model: Any) -> BaseModelFacts:
-    """Returns `facts` with the arguments of the `forward` that `model` has now: trainers put their own in its place."""
+    """Returns `facts` with the arguments of the present `forward` of `model`, which trainers may have replaced."""
     forward = getattr(model.forward, "__func__", model.forward)
     if forward is facts.forward:
         return facts
@@ -71,7 +71,7 @@ def with_forward_of(facts: BaseModelFacts, model: Any) -> BaseModelFacts:
 
 
 def facts_of(model: Any) -> BaseModelFacts:
-    """Asks a copy of `model`, once in a process for each class and configuration."""
+    """Returns the facts of `model`, determined on a copy once per process for each class and configuration."""
     return _once("facts", model, _ask)
 
 
@@ -79,7 +79,7 @@ def generation_of(model: Any, facts: BaseModelFacts) -> str | None:
     """Finds out how `generate` of a causal `model` continues padded rows as it continues them alone.
 
     Returns:
-        `"mask"` if it counts positions from the mask, `"positions"` if these have to be given; None: it does not.
+        `"mask"` if it counts positions from the mask, `"positions"` if they have to be given; None if it does not.
     """
 
     def ask(model: Any) -> str | None:
@@ -92,19 +92,19 @@ def generation_of(model: Any, facts: BaseModelFacts) -> str | None:
 
 
 def can_share_prompt(model: Any, facts: BaseModelFacts) -> bool:
-    """Tells whether a causal `model` reads texts behind a prompt that it read once as behind one of their own."""
+    """Checks whether a causal `model` reads texts after a prompt read once as after a prompt for each."""
     return _agrees("sharing", model, lambda subject: subject.sharing(facts))
 
 
 def can_pack_texts(model: Any, facts: BaseModelFacts) -> bool:
-    """Tells whether a causal `model` reads texts side by side behind one prompt as behind one of their own."""
+    """Checks whether a causal `model` reads texts side by side after one prompt as after a prompt for each."""
     arguments = {"position_ids", "attention_mask", "logits_to_keep"}
     can_be_told = facts.position_offset is not None and arguments <= facts.forward_arguments
     return can_be_told and _agrees("packing", model, lambda subject: subject.packing(facts))
 
 
 def _agrees(question: str, model: Any, ask: Callable[[Subject], bool]) -> bool:
-    """Puts a yes-or-no question; a model that cannot be asked says no."""
+    """Answers a yes-or-no question; no, if the model cannot be tested."""
 
     def answer(model: Any) -> bool:
         try:
@@ -134,21 +134,21 @@ def _ask(model: Any) -> BaseModelFacts:
     except _CannotBeAsked as error:
         if (
             getattr(model.config, "is_encoder_decoder", False) and not model.can_generate()
-        ):  # some look for an end token
+        ):  # some models look for an end token
             return replace(facts, refusal=WITHOUT_LANGUAGE_MODEL)
         return replace(facts, refusal=f"cannot be asked how it reads its input, a copy of it fails ({error})")
 
 
 def _asked(model: Any, question: Callable[[Subject], Any]) -> Any:
-    """Puts a question to the first copy of `model` that can be made and run; where there is none, to itself."""
+    """Puts a question to the first copy of `model` that can be made and run, or else to the model itself."""
     reasons = []
     for attempt in (*ATTEMPTS, None):
         try:
-            with torch.device("cpu"):  # which is the default device, unless a user has set another one
+            with torch.device("cpu"):  # a user may have set another default device
                 subject = Subject(model if attempt is None else miniature(type(model), model.config, *attempt))
                 with subject.quiet():
                     return question(subject)
-        except Exception as error:  # whatever a class may raise
+        except Exception as error:  # a class may raise anything
             reasons.append(f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:200])
     raise _CannotBeAsked(reasons[0])
 

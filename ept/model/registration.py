@@ -1,8 +1,8 @@
-"""Registers EPT with PEFT: its own functions make, load and swap EPT adapters once this module is imported.
+"""Registration of EPT with PEFT: PEFT's own functions make, load and swap EPT adapters once this module is imported.
 
-PEFT's mappings name the classes of an adapter type, but `PeftModel` builds none but its own prompts ("Not supported"),
-and trains none that was loaded. So `PeftModel`, and with it `get_peft_model`, the classes for the tasks and the
-`AutoPeftModel` family, asks here first whether a configuration or a folder is EPT's. All others go on as before.
+PEFT's mappings name the classes of an adapter type, but `PeftModel` builds only its own prompts ("Not supported"),
+and does not train loaded ones. So `PeftModel`, and with it `get_peft_model`, the task classes and the `AutoPeftModel`
+family, first checks here whether a configuration or folder is EPT's. All others proceed as before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _new(cls: type, *args: Any, **kwargs: Any) -> Any:
     config = args[1] if len(args) > 1 else kwargs.get("peft_config")
     if not isinstance(config, EPTConfig) or issubclass(cls, EPTModel):
         return object.__new__(cls)
-    # Python initialises what is an instance of the class that was called, `PeftModel`, and nothing else.
+    # Python calls __init__ only on instances of the class that was called, `PeftModel`.
     return object.__new__(EPTModel) if issubclass(EPTModel, cls) else EPTModel(*args, **kwargs)
 
 
@@ -45,7 +45,7 @@ def _from_pretrained(
     peft_type = getattr(config, "peft_type", None)
     if config is None:
         place = {name: kwargs.get(name) for name in ("subfolder", "revision", "cache_dir", "token")}
-        with contextlib.suppress(Exception):  # of which PEFT's own function, reading it again, tells
+        with contextlib.suppress(Exception):  # PEFT's own function, which reads it again, reports errors
             peft_type = PeftConfig._get_peft_type(model_id, **place)
     if peft_type == PEFT_TYPE:
         return EPTModel.from_pretrained(model, model_id, adapter_name, is_trainable, config, **kwargs)
@@ -63,5 +63,5 @@ PeftModel.__new__ = staticmethod(_new)  # type: ignore[assignment, method-assign
 PeftModel.from_pretrained = classmethod(_from_pretrained)  # type: ignore[assignment, method-assign]
 hotswap.hotswap_adapter_from_state_dict = _hotswap
 hotswap.CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = OUTPUT_FIELDS
-# Swapping completes names that hold the prefix by the adapter's name. EPT's do not have it, as no name holds a space.
+# Swapping inserts the adapter's name into names that contain the prefix. No name contains EPT's, a space.
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = " "

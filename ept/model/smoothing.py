@@ -1,4 +1,4 @@
-"""Label smoothing by transformers' Trainer, which takes the labels out of a batch: refused in one sentence."""
+"""Label smoothing by transformers' Trainer, which takes the labels out of a batch: refused with one sentence."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ _FRAMES = 12  # from `forward` up to the Trainer's `compute_loss`, through wrapp
 
 
 def refuse_label_smoothing() -> None:
-    """Raises ValueError where the caller is a Trainer with `label_smoothing_factor`.
+    """Raises ValueError if the caller is a Trainer with `label_smoothing_factor`.
 
-    It would compute the loss by itself, and fails on it from deep inside: it looks for the class of a PEFT model where
-    LoRA keeps it, and does not know of the prompt's rows among the logits. A model is not told why its labels are gone,
-    and so the caller is looked at.
+    The Trainer would compute the loss itself, and fail deep inside: it looks for the class of a PEFT model where LoRA
+    keeps it, and does not know of the prompt's rows in the logits. A model is not told why its labels are missing, so
+    this inspects the caller.
     """
     frame = sys._getframe(1)
     for _ in range(_FRAMES):

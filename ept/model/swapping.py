@@ -8,7 +8,7 @@ from torch import nn
 
 
 def change_class(module: nn.Module, new: type[nn.Module]) -> None:
-    """Changes the class of `module`, and of the methods that accelerate's hooks wrap and keep in the module itself."""
+    """Changes the class of `module`, and of the methods that accelerate's hooks wrap and store in the module itself."""
     for name in ("forward", "_old_forward"):
         method = module.__dict__.get(name)
         if isinstance(method, types.MethodType) and method.__func__ is type(module).forward:
@@ -17,6 +17,6 @@ def change_class(module: nn.Module, new: type[nn.Module]) -> None:
 
 
 def runs_its_class_forward(module: nn.Module) -> bool:
-    """Returns whether the module's `forward` is its class's own, apart from accelerate's hooks."""
+    """Checks whether the module's `forward` is that of its class, apart from accelerate's hooks."""
     method = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
     return method is None or getattr(method, "__func__", None) is type(module).forward

@@ -1,8 +1,8 @@
-"""Batches taken apart until each row holds one text and at most one answer, and their outputs put together again.
+"""Batches separated until each row holds one text and at most one answer, and their outputs put together again.
 
-A row's token has one embedding, but an answer's tokens are plain while they are generated and text, with the update, as
-soon as the next turn has begun: a row with several answers is read once for each of them. Packed rows, whose position
-ids restart, hold several texts: each is read behind a prompt of its own.
+A token in a row has one embedding, but an answer's tokens are plain while they are generated, and text (with the
+update) once the next turn begins: a row with several answers is therefore read once for each of them. Packed rows,
+whose position ids restart, hold several texts: each is read after its own prompt.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-# Arguments that describe how rows are packed, which they no longer are once they are taken apart.
+# Arguments that describe packed rows, which separated rows no longer are.
 _PACKING = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 def targets(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Takes away the label of each row's first token, as every causal loss does: `generate` is given that token.
+    """Removes the label of each row's first token, as every causal loss does: `generate` is given that token.
 
-    Behind a prompt it could be predicted, but the Trainer does not count it.
+    After a prompt it could be predicted, but the Trainer does not count it.
     """
     real = torch.ones_like(labels, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     return labels.masked_fill(~_labelled(labels, real), -100)
 
 
 def text_before_answer(labels: Tensor) -> Tensor:
-    """Marks the input text of rows with at most one answer: what precedes the first label, `[batch, n]` bool.
+    """Marks the input text of rows with at most one answer: everything before the first label, `[batch, n]` bool.
 
-    What follows an answer has no part in the loss and counts as neither.
+    Tokens after an answer do not affect the loss and count as neither.
     """
     return (labels != -100).cumsum(1) == 0
 
 
 def predicted(labels: Tensor, logits_to_keep: int) -> Tensor:
-    """Takes away the labels that the last `logits_to_keep` positions of the text do not predict; 0 leaves all."""
+    """Removes the labels that the last `logits_to_keep` positions of the text do not predict; 0 keeps all."""
     n = labels.shape[1]
     if not 0 < logits_to_keep <= n:
         return labels
@@ -46,22 +46,22 @@ def predicted(labels: Tensor, logits_to_keep: int) -> Tensor:
 
 @dataclass
 class SeparateTexts:
-    """The texts of a batch, one a row and padded on the right, with the way there and back."""
+    """The texts of a batch, one per row and padded on the right, with the mapping there and back."""
 
-    source: Tensor  # [rows, length]: which token of the flattened batch stands there, -1 at padding
+    source: Tensor  # [rows, length]: the token of the flattened batch at this place, -1 at padding
     first_label: Tensor  # [rows, 1]: labels before this column belong to an earlier row
-    row_of: Tensor  # [batch, n]: the row in which a token is read as it is in generation
+    row_of: Tensor  # [batch, n]: the row in which a token is read as in generation
     column_of: Tensor  # [batch, n]: the token's column there, -1 at padding
     row_of_prompt: Tensor  # [batch]: a row with the prompt of the batch's row
-    batch_row: Tensor  # [rows]: the batch's row that a row is taken from
+    batch_row: Tensor  # [rows]: the batch's row from which a row is taken
 
     @classmethod
     def find(cls, arguments: dict[str, Any], split_answers: bool) -> SeparateTexts | None:
-        """Finds several texts in a row or, where `split_answers`, several answers; None: there are none.
+        """Finds several texts in a row or, if `split_answers`, several answers; None if there are none.
 
         Args:
             arguments: of `EPTModel.forward`, with either `input_ids` or `inputs_embeds`; position ids are counted
-                from 0 in each text; a text mask settles which tokens are text, and no answers are looked for.
+                from 0 in each text. If a text mask is given, it defines the text, and answers are not looked for.
 
         Raises:
             ValueError: position ids neither go on nor restart at 0.
@@ -69,7 +69,7 @@ class SeparateTexts:
         tokens = arguments["inputs_embeds"] if arguments["input_ids"] is None else arguments["input_ids"]
         mask, labels, position_ids = (arguments.get(name) for name in ("attention_mask", "labels", "position_ids"))
         if tokens is None or (mask is not None and mask.shape != tokens.shape[:2]):
-            return None  # which is refused elsewhere
+            return None  # refused elsewhere
         real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
         packed = None
         if position_ids is not None and position_ids.dim() == 2:
@@ -99,7 +99,7 @@ class SeparateTexts:
             for text in torch.tensor_split(columns, begins):
                 turn = 0
                 for end in _ends_of_turns([False, *labelled[b, text[1:]].tolist()][: len(text)]):
-                    # A token's output is about the next token: that of an answer's last one is the next turn's.
+                    # A token's output is about the next token: that of an answer's last one belongs to the next turn.
                     own = torch.arange(max(turn - 1, 0), end if end == len(text) else end - 1)
                     row_of[b, text[own]], column_of[b, text[own]] = len(rows), own
                     rows.append(b * n + text[:end])
@@ -112,18 +112,18 @@ class SeparateTexts:
         return cls(*(p.to(device) for p in [*parts, torch.tensor(row_of_prompt), torch.tensor(batch_row)]))
 
     def take(self, values: Tensor, fill: int = 0) -> Tensor:
-        """Takes `values` `[batch, n, …]` of the batch's tokens apart: `[rows, length, …]`, `fill` at padding."""
+        """Separates `values` `[batch, n, …]` of the batch's tokens into `[rows, length, …]`, with `fill` at padding."""
         taken = values.flatten(0, 1)[self.source.clamp(min=0)]
         missing = (self.source < 0).view(*self.source.shape, *[1] * (taken.dim() - 2))
         return taken.masked_fill(missing, fill)
 
     def take_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Takes the arguments of `EPTModel.forward` apart; those about packing, which is over, are left out."""
+        """Separates the arguments of `EPTModel.forward`, leaving out those about packing."""
         (batch, n), taken = self.row_of.shape, {}
         for name, value in arguments.items():
             if name in _PACKING or (name == "shift_labels" and arguments.get("labels") is not None):
-                continue  # the labels are shifted anew, each in the row that it belongs to
-            if name == "labels" and value is not None:  # each into the one row whose answer it belongs to
+                continue  # the labels are shifted anew, each within its row
+            if name == "labels" and value is not None:  # each goes into the one row with its answer
                 columns = torch.arange(self.source.shape[1], device=value.device)
                 value = self.take(value, -100).masked_fill(columns < self.first_label, -100)
             elif name == "adapter_names" and value is not None:
@@ -138,8 +138,8 @@ class SeparateTexts:
     def put_together(self, output: Any, s: int) -> Any:
         """Reshapes a model's output to that of the original batch, with `s` prompt tokens before each row.
 
-        Tensors `[rows, s + length, …]`, and those one shorter that tell of each token's successor, become
-        `[batch, s + n, …]` and `[batch, s + n - 1, …]`. All else stays.
+        Tensors `[rows, s + length, …]`, and those shorter by one (about each token's successor), become `[batch, s + n,
+        …]` and `[batch, s + n - 1, …]`. Everything else is unchanged.
         """
         for name, value in output.items():
             if isinstance(value, Tensor):
@@ -172,7 +172,7 @@ def _labelled(labels: Tensor, real: Tensor) -> Tensor:
 
 
 def _unpack(real: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Marks real tokens, and those at which a further text begins, both `[batch, n]`; None: no row has several."""
+    """Marks real tokens, and those at which a further text begins, both `[batch, n]`; None if no row has several."""
     before = pad(position_ids, (1, 0), value=-1)[:, :-1]
     starts = real & pad(real, (1, 0))[:, :-1] & (position_ids != before + 1)
     if not bool(starts.any()):
@@ -188,7 +188,7 @@ def _unpack(real: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _ends_of_turns(labelled: Sequence[bool]) -> list[int]:
-    """Lists where the turns of a text end, each with its answer; what follows the last answer is part of the last."""
+    """Lists the ends of a text's turns, each with its answer; tokens after the last answer belong to its turn."""
     ends = [i + 1 for i, label in enumerate(labelled[:-1]) if label and not labelled[i + 1]]
     if not any(labelled[ends[-1] :] if ends else labelled):
         ends = ends[:-1]

@@ -1,4 +1,4 @@
-"""An adapter as a model of its own: its prompt as new words, its token-dependent update in the rows of the vocabulary.
+"""An adapter as a plain model: its prompt as new words, its token-dependent update in the rows of the vocabulary.
 
 Every engine that serves the model then serves the adapter, and the update costs nothing at run time.
 """
@@ -18,7 +18,7 @@ from .reading import examine
 
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS")
 _PROBES = ("a", "The text, as it is.", "1 2")
-_TOLERANCE = 0.05  # of the largest logit: a prompt that is read otherwise is off by more than roundings are
+_TOLERANCE = 0.05  # of the largest logit: a prompt that is read differently is off by more than rounding
 
 
 class PromptText(NamedTuple):
@@ -36,17 +36,17 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
     The new tokens are never generated: they are among `suppress_tokens` of the model's generation configuration.
 
     Args:
-        model: on the CPU or an accelerator, with the adapter's head where it trained one.
+        model: on the CPU or an accelerator, with the adapter's head if it trained one.
         layer: a folded adapter's, without an update or with a token-dependent one.
         task_type: of the adapter.
 
     Returns:
-        What turns an input text into one for which the model gives the adapter's answers.
+        The text to put around an input text for the model to give the adapter's answers.
 
     Raises:
-        ValueError: another task type, an update that the vocabulary's rows cannot hold, a tokenizer that knows such
-            tokens already or writes texts differently behind them, an embedding that does more than look up and scale,
-            or answers that are not the adapter's.
+        ValueError: another task type, an update that the vocabulary's rows cannot hold, a tokenizer that already has
+            such tokens or tokenises texts differently after them, an embedding that does more than look up and scale,
+            or answers that differ from the adapter's.
     """
     check_update(layer, task_type)
     factor = examine(model, task_type).embedding_factor
@@ -93,7 +93,7 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
 
 
 def check_update(layer: EPTLayer, task_type: str) -> None:
-    """Raises `ValueError` for an adapter that words of a vocabulary cannot hold."""
+    """Raises `ValueError` for an adapter that a vocabulary's rows cannot hold."""
     config = layer.config
     if task_type not in TASK_TYPES:
         raise ValueError(f"the adapter is for {task_type}: adapters for {', '.join(TASK_TYPES)} alone become tokens")
@@ -140,14 +140,14 @@ def _write(embedding: Any, ids: list[int], rows: Tensor) -> None:
     place = torch.tensor(ids, device=embedding.weight.device)
     rows = rows.to(place.device, embedding.weight.dtype)
     embedding.weight[place] = 1.0
-    scale = embedding(place)[0, 0].float()  # Gemma and BART multiply what they look up
+    scale = embedding(place)[0, 0].float()  # Gemma and BART scale what they look up
     embedding.weight[place] = (rows.float() / scale).to(rows.dtype)
     if not torch.allclose(embedding(place).float(), rows.float(), rtol=2**-6, atol=0.0):
         raise ValueError(f"{type(embedding).__name__} does more than look up and scale: its rows cannot be set")
 
 
 def _around(tokenizer: Any, tokens: list[str]) -> PromptText:
-    """Puts the tokens that the tokenizer places before a text behind the prompt, as they stand in training."""
+    """Puts the tokens that the tokenizer places before a text after the prompt, as in training."""
     whole, body = (tokenizer(_PROBES[0], add_special_tokens=added)["input_ids"] for added in (True, False))
     place = next((i for i in range(len(whole)) if whole[i : i + len(body)] == body), 0)
     start, end = whole[:place], whole[place + len(body) :]

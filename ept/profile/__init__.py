@@ -1,1 +1,1 @@
-"""Profiles: the time and memory of a training step, by phase and by method."""
+"""Profiles: time and memory of a training step, by phase and by method."""

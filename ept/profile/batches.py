@@ -18,20 +18,20 @@ from ..tasks.rows import as_text
 if TYPE_CHECKING:
     from ..runs.config import RunConfig
 
-ANSWER_TOKENS = 2  # of a random row
-_FIRST_ID = 3  # the ids before it are special tokens in most vocabularies
+ANSWER_TOKENS = 2  # of a random row's answer
+_FIRST_ID = 3  # lower ids are special tokens in most vocabularies
 
 Row = dict[str, list[int]]
 
 
 def random_rows(count: int, task_type: str, vocab_size: int, length: int, varied: bool, seed: int) -> list[Row]:
-    """Draws rows as `encode_split` makes them, of random ids.
+    """Draws rows of random ids, in the form of `encode_split`.
 
-    A row has `length` tokens or, `varied`, a number drawn uniformly from a quarter of it to all of it; a decoder's
-    answer is counted in, an encoder-decoder's is not.
+    A row has `length` tokens or, if `varied`, a number drawn uniformly from a quarter of it to all of it. This includes
+    a decoder's answer, but not an encoder-decoder's.
 
     Raises:
-        ValueError: the length leaves no text beside the answer.
+        ValueError: the length leaves no room for text beside the answer.
     """
     if length <= 2 * ANSWER_TOKENS:
         raise ValueError(f"length={length} is too short: at least {2 * ANSWER_TOKENS + 1} tokens a row are needed")
@@ -60,14 +60,14 @@ def make_batches(
     all_logits: bool,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Makes `count` batches of `batch` rows in order, from the start again where the rows are used up.
+    """Makes `count` batches of `batch` rows in order, starting again when the rows are used up.
 
     Args:
-        padding: `"none"` (all rows have one length), `"longest"` of each batch, or `"max_length"`: to `width`.
-        all_logits: a decoder's logits at every position instead of the labels'.
+        padding: `"none"` (all rows have the same length), `"longest"` of each batch, or `"max_length"`: to `width`.
+        all_logits: a decoder's logits at every position instead of only at the labels.
 
     Raises:
-        ValueError: there are fewer rows than a batch takes, or rows of unequal length and `padding="none"`.
+        ValueError: there are fewer rows than a batch needs, or rows of unequal length with `padding="none"`.
     """
     if len(rows) < batch:
         raise ValueError(f"{len(rows)} rows do not fill a batch of {batch}: take a smaller batch or more data")
@@ -81,10 +81,10 @@ def make_batches(
 
 
 def data_rows(run: RunConfig, file: Path | None, task_type: str, length: int, seed: int, count: int) -> list[Row]:
-    """Draws at most `count` rows of a run's train split or, where there is one, of the text columns of `file`.
+    """Draws at most `count` rows from a run's train split, or from the text columns of `file` if given.
 
     Texts are cut to `length` tokens. Those of a file get random answers, as only their length matters; a decoder's
-    stands after the text.
+    answer follows the text.
 
     Raises:
         ValueError: no tokenizer is named, or the file has no text.

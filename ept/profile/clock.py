@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # The phases follow one another without gaps, so that they add up to the step.
 PHASES = (
-    "embedding",  # from the call to the base model, but for the prompt: modes, positions, look-up, low-rank update
+    "embedding",  # from the call to the base model, except the prompt: modes, positions, look-up, low-rank update
     "joint prompt",  # making the prompt (EPT: fusion and spaces; PEFT: repeating the prompt for every row)
     "base forward",  # the frozen model and the loss
     "base backward",  # from the loss to the gradient of the input embeddings
@@ -42,13 +42,13 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def time_step(method: Method, base: Any, batch: dict[str, Any], device: torch.device) -> StepTime:
-    """Takes one training step and times it; on a GPU the clock runs until the device has finished."""
+    """Times one training step; on a GPU the clock runs until the device has finished."""
     on_gpu = device.type != "cpu"
     module: Any = torch.get_device_module(device)
-    marks: list[tuple[str, Any]] = []  # each ends a phase, which began at the mark before
+    marks: list[tuple[str, Any]] = []  # each ends the phase that began at the previous mark
 
     def mark(phase: str) -> None:
-        if on_gpu:  # an event, so that nothing waits for the device within the step
+        if on_gpu:  # events, so that nothing waits for the device within the step
             now: Any = module.Event(enable_timing=True)
             now.record()
         else:
@@ -69,20 +69,20 @@ def time_step(method: Method, base: Any, batch: dict[str, Any], device: torch.de
 
 
 def take_step(method: Method, batch: dict[str, Any], mark: Callable[[str], None] = lambda phase: None) -> None:
-    """Runs forward, backward and update, and calls `mark` at the end of each phase that ends between them."""
+    """Runs forward, backward and update, calling `mark` at the end of each phase that ends between them."""
     mark("start")
     loss = method.loss(batch)
     mark("base forward")
     loss.backward()
     mark("prompt backward")
-    del loss  # and with it the graph: a part of the step that belongs to no phase of its own
+    del loss  # and with it the graph, which belongs to the step but to no other phase
     method.update()
     mark("optimizer")
 
 
 @contextmanager
 def _marked(method: Method, base: Any, mark: Callable[[str], None]) -> Iterator[None]:
-    """Sets the marks that lie inside the model, and removes them at the end."""
+    """Installs the marks inside the model, and removes them at the end."""
     owner, name = method.prompt_of
     called = False
     make_prompt = getattr(owner, name)
@@ -95,7 +95,7 @@ def _marked(method: Method, base: Any, mark: Callable[[str], None]) -> Iterator[
 
     def before_base(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         nonlocal called
-        mark("base forward" if called else "embedding")  # called twice where the prompt is read once for all rows
+        mark("base forward" if called else "embedding")  # called twice if the prompt is read once
         called = True
         kwargs["inputs_embeds"].register_hook(lambda gradient: mark("base backward"))
 

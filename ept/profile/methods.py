@@ -1,7 +1,7 @@
-"""The methods that a profile compares, each as one training step on a base model that all of them share.
+"""The methods that a profile compares, each as one training step on a shared base model.
 
-Every method gets the same batch, the same logits (those of the labels, or all), the frozen model without dropout and
-without a cache, gradients clipped to norm 1, and fused AdamW: what differs is the prompt.
+All methods get the same batch, the same logits (at the labels or everywhere), the frozen model without dropout or
+cache, gradients clipped to norm 1, and fused AdamW: they differ only in the prompt.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..model.frozen import restore_frozen, swap_frozen
 from ..runs.adapters import adapter_config, module_of, share_prompt
 from ..runs.method_table import METHODS
 
-# At their usual lengths PT, DePT and EPT have one parameter budget, 76,800 at d = 768 and 256 tokens; ept-token, of the
-# length and rank of EPT, has 92,959.
+# At their default lengths PT, DePT and EPT have one parameter budget, 76,800 at d = 768 and 256 tokens; ept-token,
+# with the length and rank of EPT, has 92,959.
 _METHODS = {method.profiled_as: method for method in METHODS.values() if method.profiled_as is not None}
 PROFILE_METHODS = tuple(_METHODS)
 USUAL_METHODS = ("pt", "dept", "ept-token", "ept", "peft-pt")
@@ -34,7 +34,7 @@ class MethodSpec:
 
     @property
     def label(self) -> str:
-        """`name` at the method's usual length, else `name:length`."""
+        """`name` at the method's default length, else `name:length`."""
         usual = self.num_virtual_tokens == _METHODS[self.name].usual_tokens
         return self.name if usual else f"{self.name}:{self.num_virtual_tokens}"
 
@@ -43,7 +43,7 @@ class MethodSpec:
         """Reads `name` or `name:num_virtual_tokens`.
 
         Raises:
-            ValueError: there is no such method, or the length is no positive whole number.
+            ValueError: there is no such method, or the length is not a positive whole number.
         """
         name, colon, tokens = text.strip().partition(":")
         if name not in PROFILE_METHODS:
@@ -55,7 +55,7 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class _Settings:
-    """Settings of an adapter's configuration; a run's `MethodConfig` needs pydantic, which a profile does without."""
+    """Settings of an adapter's configuration; a run's `MethodConfig` needs pydantic, which a profile does not."""
 
     name: str
     num_virtual_tokens: int
@@ -71,8 +71,8 @@ class Method:
 
     Attributes:
         prompt_of: object and name of the function that makes the prompt.
-        fast_4bit: with 4-bit weights, True where its steps run on this project's layers and False on bitsandbytes'.
-        fast_frozen: its steps run on fused norms, rotary embeddings and activations.
+        fast_4bit: with 4-bit weights, True if its steps use this project's layers and False if bitsandbytes'.
+        fast_frozen: its steps use fused norms, rotary embeddings and activations.
     """
 
     spec: MethodSpec
@@ -84,19 +84,19 @@ class Method:
     optimizer: torch.optim.Optimizer
 
     def enter(self, base: Any) -> None:
-        """Turns the layers of the shared model into the method's, in place, before its steps."""
+        """Switches the shared model's layers to this method's, in place, before its steps."""
         swap_frozen(base) if self.fast_frozen else restore_frozen(base)
         if self.fast_4bit is not None:
             from ..model.linear4bit import Linear4bit, restore_linear4bit, swap_linear4bit
 
             swap_linear4bit(base) if self.fast_4bit else restore_linear4bit(base)
             for layer in base.modules():
-                # A swapped layer looks at its weight once, and waits for the device: in the first step of a run.
+                # A swapped layer checks its weight once, which waits for the device: in the first step of a run.
                 if isinstance(layer, Linear4bit) and ept_kernels.backend(layer.weight.device) == "triton":
                     layer.four_bit_weight()
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        """Computes the loss of a batch of `make_batches`, with a graph behind it."""
+        """Computes the loss of a batch of `make_batches`, with its graph."""
         self.model.train()  # as Trainer does at every step
         return self.model(**batch, use_cache=False).loss
 
@@ -116,16 +116,16 @@ def make_method(
     fast_frozen: bool = True,
     shared_prompt: bool | None = False,
 ) -> Method:
-    """Puts a method on `base`, which stays as it is until `Method.enter`.
+    """Puts a method on `base`, which does not change until `Method.enter`.
 
     Args:
         task_type: SEQ_2_SEQ_LM or CAUSAL_LM.
-        max_length: most text tokens of a row.
-        fast_4bit: with a base model in 4 bits, run this project's methods on its own layers (PEFT's runs on
-            bitsandbytes'). None: the base model is not in 4 bits.
-        fast_frozen: run this project's methods on fused norms, rotary embeddings and activations (PEFT's runs on the
+        max_length: maximum text tokens of a row.
+        fast_4bit: with a 4-bit base model, use this project's layers for its own methods (PEFT's use bitsandbytes').
+            None: the base model is not 4-bit.
+        fast_frozen: use fused norms, rotary embeddings and activations for this project's methods (PEFT's use the
             model's own).
-        shared_prompt: let this project's methods read a decoder's prompt once a batch, as `training.shared_prompt`.
+        shared_prompt: let this project's methods read a decoder's prompt once per batch, as `training.shared_prompt`.
     """
     method = _METHODS[spec.name]
     settings: Any = _Settings(method.name, spec.num_virtual_tokens)

@@ -38,33 +38,33 @@ MINIMA = {"batch": 1, "steps": 2, "warmup": 1}
 
 @dataclass
 class ProfileConfig:
-    """The settings of a profile; `shape` or `model` names the base model."""
+    """Settings of a profile; `shape` or `model` names the base model."""
 
-    shape: str | None = None  # a name of `shapes.SHAPES`, with random weights
-    model: ModelConfig | None = None  # but for its dtype and quantisation, which stand below
+    shape: str | None = None  # a key of `shapes.SHAPES`, with random weights
+    model: ModelConfig | None = None  # except its dtype and quantisation, which are set below
     dtype: str = "float32"
     quantization: str | None = None  # "nf4" or "fp4"
-    # With quantization PT, DePT and EPT run on this project's 4-bit layers where these have kernels, as `get_ept_model`
-    # sets them up, and PEFT's on bitsandbytes'. False: all run on bitsandbytes'.
+    # With quantization, PT, DePT and EPT use this project's 4-bit layers if these have kernels here, as in
+    # `get_ept_model`, and PEFT's methods use bitsandbytes'. False: all use bitsandbytes'.
     fast_4bit: bool = True
-    # In the same way with fused norms, rotary embeddings and activations, and the model's own.
+    # The same for fused norms, rotary embeddings and activations; False: the model's own.
     fast_frozen: bool = True
-    shared_prompt: bool | None = None  # a decoder's prompt is read once a batch by our methods, as in `ept train`
-    attn_implementation: str | None = None  # None: that of `ept train`, which is recorded
-    layers: int | None = None  # how many of a shape's layers to keep, the first ones; None: all
+    shared_prompt: bool | None = None  # our methods read a decoder's prompt once per batch, as in `ept train`
+    attn_implementation: str | None = None  # None: as `ept train` chooses, which is recorded
+    layers: int | None = None  # number of a shape's layers to keep, from the first; None: all
     methods: tuple[str, ...] = USUAL_METHODS  # `name` or `name:num_virtual_tokens`
     batch: int = 8  # rows
-    length: int = 128  # text tokens of a row at most: max_length of the adapters
+    length: int = 128  # maximum text tokens of a row: max_length of the adapters
     # "none": every row has `length` tokens; "longest": lengths vary and each batch is padded to its longest row;
     # "max_length": they vary and every batch is padded to `length`.
     padding: str = "none"
-    logits: str = "labels"  # a decoder's: where the labels are, or "all"; for all methods alike
-    steps: int = 10  # turns that are measured
-    warmup: int = 2  # turns before them
+    logits: str = "labels"  # of a decoder, for all methods: at the "labels", or "all"
+    steps: int = 10  # measured rounds
+    warmup: int = 2  # rounds before them
     seed: int = 0
 
     def check(self) -> list[MethodSpec]:
-        """Returns the methods; raises ValueError where a value is wrong."""
+        """Returns the methods; raises ValueError for a wrong value."""
         if (self.shape is None) == (self.model is None or self.model.name_or_path is None):
             raise ValueError("give exactly one of a shape (random weights) and a model to load")
         if self.layers is not None and self.shape is None:
@@ -92,9 +92,9 @@ def profile(
     """Measures the methods and returns the record, ready for JSON.
 
     Args:
-        rows: of a real dataset, as `encode_split` makes them, taken in order; None: random ids.
-        base: an already loaded model, in place of the one that `config` names (whose name is recorded).
-        traces: a folder for one Chrome trace a method (`trace_<method>.json`); None: none are kept.
+        rows: of a real dataset, as from `encode_split`, used in order; None: random ids.
+        base: an already loaded model instead of the one that `config` names (whose name is recorded).
+        traces: a folder for one Chrome trace per method (`trace_<method>.json`); None: none are kept.
         progress: called with a line on what is being done.
 
     Raises:
@@ -115,7 +115,7 @@ def profile(
         raise ValueError(f"the data has token ids beyond the model's vocabulary of {vocabulary}: use its own tokenizer")
     longest = max(config.length, *(len(row["input_ids"]) for row in rows))
     if config.attn_implementation is None and (config.model is None or config.model.attn_implementation is None):
-        choose_attention(base, longest)  # as `ept train` does
+        choose_attention(base, longest)  # as in `ept train`
     if device.type == "cpu":
         keep_freed_memory()
     batches = make_batches(
@@ -133,8 +133,8 @@ def profile(
     how = fast_4bit, config.fast_frozen, config.shared_prompt
     methods = [make_method(spec, base, task_type, longest, *how) for spec in specs]
 
-    # In turn, A B C D A B C D ..., so that a machine whose speed drifts slows all alike; speed-ups are taken within a
-    # turn.
+    # In rounds, A B C D A B C D ..., so that a machine whose speed drifts slows all alike; speed-ups are taken within
+    # a round.
     times: list[list[StepTime]] = [[] for _ in methods]
     for turn, batch in enumerate(batches):
         progress(f"turn {turn + 1} of {turns}")
@@ -155,7 +155,7 @@ def profile(
     measured = batches[config.warmup :]
     # A batch without padding has no mask.
     text_tokens = statistics.mean(int(batch.get("attention_mask", batch["input_ids"] >= 0).sum()) for batch in measured)
-    # Speed-ups are over prompt tuning at its usual length, else at another, else over the first method.
+    # Speed-ups are over prompt tuning at its default length, else at another, else over the first method.
     reference = min(range(len(specs)), key=lambda i: (specs[i].label != "pt", specs[i].name != "pt"))
     on_gpu = device.type == "cuda"
     return {
@@ -210,10 +210,10 @@ def profile(
 
 
 def sweep(text: str, methods: Sequence[str]) -> tuple[str, ...]:
-    """Names every method at every prompt length of `text`, for `ProfileConfig.methods`; its own length is ignored.
+    """Lists every method at every prompt length of `text`, for `ProfileConfig.methods`; its own length is ignored.
 
     Raises:
-        ValueError: `text` is not written like `num_virtual_tokens=10,20,40`.
+        ValueError: `text` does not look like `num_virtual_tokens=10,20,40`.
     """
     key, _, listed = text.partition("=")
     lengths = [length.strip() for length in listed.split(",")]
@@ -224,7 +224,7 @@ def sweep(text: str, methods: Sequence[str]) -> tuple[str, ...]:
 
 
 def load(config: ProfileConfig, device: torch.device) -> Any:
-    """Loads the base model that the configuration names, frozen, on `device`."""
+    """Loads the configured base model, frozen, on `device`."""
     if config.shape is not None:
         return build_shape(
             config.shape,
@@ -245,8 +245,8 @@ def load(config: ProfileConfig, device: torch.device) -> Any:
 
 def _statistics(own: list[StepTime], reference: list[StepTime]) -> dict[str, Any]:
     step = summary([t.step for t in own])
-    # A phase's mean share of its own step, at the median step: shares do not follow a drift, and they add up. The
-    # fastest and the slowest fifth, but one step at least, were disturbed, wherever that fell.
+    # A phase's mean share of its step, times the median step: shares do not follow a drift, and they add up. The
+    # fastest and slowest fifth, but at least one step each, are left out as disturbed.
     cut = max(1, len(own) // 5) if len(own) > 2 else 0
     usual = sorted(own, key=lambda t: t.step)[cut : len(own) - cut]
     phases = {phase: step["median"] * statistics.mean(t.phases[phase] / t.step for t in usual) for phase in PHASES}
@@ -273,7 +273,7 @@ def _peak_memory(method: Method, batch: dict[str, Any], device: torch.device, tr
 
 
 def task_type_of_base(base: Any) -> str:
-    """SEQ_2_SEQ_LM or CAUSAL_LM; ValueError for a model without a language-model head."""
+    """Returns SEQ_2_SEQ_LM or CAUSAL_LM; raises ValueError for a model without a language-model head."""
     if (task_type := infer_task_type(base)) not in ("SEQ_2_SEQ_LM", "CAUSAL_LM"):
         raise ValueError(
             f"cannot profile {type(base).__name__}: take an encoder-decoder, or a decoder with a language-model head"

@@ -1,4 +1,4 @@
-"""The report of a profile: a table of the steps, one of their phases, and plots of both."""
+"""The report of a profile: a table of steps, one of their phases, and plots of both."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def phases_table(report: dict[str, Any]) -> Table:
 
 
 def shares_table(report: dict[str, Any]) -> Table:
-    """Returns a row for each method: the part of a step that each kind of work takes."""
+    """Returns a row for each method: the fraction of a step that each kind of work takes."""
     kinds = (*KINDS, LAUNCHES)
     rows = [[f"{method['shares'][kind]:.1%}" for kind in kinds] for method in report["methods"]]
     caption = "one profiled step; launches: the time between operators, or in which a device waits"
@@ -54,7 +54,7 @@ def shares_table(report: dict[str, Any]) -> Table:
 
 
 def draw_phases(report: dict[str, Any], file: Path) -> None:
-    """Draws a stacked bar for each method into a PNG."""
+    """Draws a stacked bar for each method as a PNG."""
     methods = report["methods"]
     names = [f"{_NAMES[m['method']]}, {m['num_virtual_tokens']} tokens" for m in methods]
     with plot(file, title(report), width=8, height=1.8 + 0.45 * len(methods), legend_columns=4) as (axes,):
@@ -68,7 +68,7 @@ def draw_bars(
     steps: Sequence[dict[str, Any]],
     unit: float = 1,
 ) -> None:
-    """Draws a bar for each name, the first on top: its phases one after another, and the spread of the whole step.
+    """Draws a bar for each name, the first on top, with its phases one after another and the spread of the whole step.
 
     Args:
         unit: milliseconds of one of the values.
@@ -87,7 +87,7 @@ def draw_bars(
 
 
 def draw_sweep(report: dict[str, Any], file: Path) -> None:
-    """Draws step time over the prompt's length, a line for each method, into a PNG."""
+    """Draws step time over prompt length as a PNG, a line for each method."""
     with plot(file, title(report), width=8, height=4.5, legend_columns=4) as (axes,):
         for name in dict.fromkeys(method["method"] for method in report["methods"]):
             of_method = [method for method in report["methods"] if method["method"] == name]
@@ -103,7 +103,7 @@ def draw_sweep(report: dict[str, Any], file: Path) -> None:
 
 
 def title(report: dict[str, Any]) -> str:
-    """Returns model, precision, batch and machine in a line."""
+    """Returns model, precision, batch and machine in one line."""
     model = report["model"]
     name = Path(str(model["name"])).name
     layers = f", {model['layers']} layer{'s' if model['layers'] > 1 else ''}" if model["layers"] else ""
@@ -124,5 +124,5 @@ def _by_method(
 
 
 def _spread(values: dict[str, float], digits: int) -> str:
-    """Returns the median and, in brackets, the 20 and 80 % quantiles."""
+    """Returns the median and, in brackets, the 20 % and 80 % quantiles."""
     return f"{values['median']:.{digits}f} ({values['p20']:.{digits}f}-{values['p80']:.{digits}f})"

@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights: what a step costs, without a download.
+"""Models of well-known shapes with random weights: the cost of a step, without a download.
 
 A step's time depends on a model's shape and not on the values of its weights. Nothing here says anything about scores.
 """
@@ -15,7 +15,7 @@ from torch import nn
 from ..model.base_model import freeze
 
 SEED = 0
-_STD = 0.02  # of the random weights of a 4-bit model, as most decoders are initialised
+_STD = 0.02  # of a 4-bit model's random weights, as most decoders are initialised
 
 _T5 = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 _LLAMA = (
@@ -49,11 +49,11 @@ def build_shape(
 
     Args:
         name: one of `SHAPES`.
-        dtype: of the weights; of the products where they are quantised.
-        quantization: `"nf4"` or `"fp4"`: linear layers as bitsandbytes' 4-bit layers with nested absmax, as
-            transformers loads them (not the output head, nor what the model keeps in higher precision).
-        attn_implementation: None: transformers' own choice.
-        layers: how many to keep, the first ones, of encoder and decoder each; None: all.
+        dtype: of the weights, or of the products if they are quantised.
+        quantization: `"nf4"` or `"fp4"`: linear layers become bitsandbytes' 4-bit layers with nested absmax, as
+            transformers loads them (not the output head, nor parts that the model keeps in higher precision).
+        attn_implementation: None: transformers' choice.
+        layers: number to keep, from the first, in encoder and decoder each; None: all.
 
     Raises:
         ValueError: there is no such shape, it has fewer layers, or its weights do not fit into the device's free

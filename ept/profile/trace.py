@@ -25,15 +25,15 @@ def trace_step(step: Callable[[], None], file: Path, memory: bool = False) -> No
 
 
 def shares_by_kind(step: Callable[[], None]) -> dict[str, float]:
-    """Returns which part of the time of one `step` each kind of work takes; the parts add up to 1.
+    """Returns the fraction of the time of one `step` that each kind of work takes; they add up to 1.
 
-    On a GPU the time of its kernels, on a CPU that of the operators; `launches` is the rest.
+    This is the time of kernels on a GPU, and of operators on a CPU; `launches` is the rest.
     """
     return shares_of(list(_profiled(step).events()), torch.cuda.is_available())
 
 
 def shares_of(events: list[Any], on_gpu: bool) -> dict[str, float]:
-    """Divides the profiled step among `events`, torch's profiler's, into its kinds of work."""
+    """Divides the profiled step among kinds of work, from `events` of torch's profiler."""
     on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
     (step,) = (event for event in on_cpu if event.name == _STEP)
     times = dict.fromkeys(KINDS, 0.0)
@@ -49,7 +49,7 @@ def shares_of(events: list[Any], on_gpu: bool) -> dict[str, float]:
 
 
 def _operator(event: Any) -> str:
-    """Names the operator that `event` belongs to: the outermost that is of a library's own or an attention, else its
+    """Returns the operator that `event` belongs to: the outermost one of a library or of an attention, else its
     own.
     """
     name, outer = event.name, event
@@ -70,7 +70,7 @@ def _profiled(step: Callable[[], None], memory: bool = False) -> torch.profiler.
 
 
 def allocated_by(step: Callable[[], None], file: Path | None = None) -> int:
-    """Returns the most bytes that `step` holds on the CPU at one time, above what was there before.
+    """Returns the maximum bytes that `step` holds on the CPU at one time, in addition to those from before.
 
     Args:
         file: keeps the Chrome trace.

@@ -1,4 +1,4 @@
-"""A method's adapter on a base model, fresh or trained; of the methods, ours are built here."""
+"""A method's adapter on a base model, fresh or trained; this project's own methods are built here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..tasks import Task
     from .config import MethodConfig, RunConfig
 
-FAST = {"fast_4bit", "dequantized_cache_bytes", "fast_frozen"}  # how the base model's own layers are to run
+FAST = {"fast_4bit", "dequantized_cache_bytes", "fast_frozen"}  # how the base model's own layers run
 
 
 def load_untrained(
@@ -31,8 +31,8 @@ def load_untrained(
 ) -> PeftModel:
     """Loads the base model with a fresh adapter for `task`.
 
-    With `prompt_tuning_init="TEXT"` and no text of its own, its prompt starts from the task in a line. An adapter of
-    ours takes the task's template and labels along.
+    With `prompt_tuning_init="TEXT"` and no text given, the prompt starts from a one-line summary of the task. One of
+    this project's adapters also records the task's template and labels.
     """
     pad_token_id = int(tokenizer.pad_token_id)
     base = load_base_model(config.model, task_type, task.num_outputs, pad_token_id, max_length=max_length)
@@ -75,7 +75,7 @@ def load_trained(
 
 
 def _check_absent(model: PeftModel) -> None:
-    """Refuses modules that are other ones at each load of the base model and that the adapter does not hold."""
+    """Refuses modules that are initialised anew at each load of the base model and are not saved with the adapter."""
     base: Any = model.get_base_model()
     if lost := lost_modules(base, getattr(model.active_peft_config, "modules_to_save", None)):
         raise ValueError(
@@ -85,9 +85,9 @@ def _check_absent(model: PeftModel) -> None:
 
 
 def share_prompt(model: PeftModel, wanted: bool | None) -> None:
-    """Lets `model` read its prompt once a batch; raises ValueError where it cannot. None: on a CPU, where it pays."""
+    """Makes `model` read its prompt once per batch; raises ValueError if it cannot. None: on a CPU, if it pays."""
     base = model.get_base_model()
-    # A GPU may take longer for two calls of a small model than for one; 4-bit weights are unpacked at each.
+    # On a GPU two calls of a small model may take longer than one, and 4-bit weights are unpacked in each.
     declined = base.device.type != "cpu" or getattr(base, "is_quantized", False)
     if wanted is False or (wanted is None and declined):
         return
@@ -103,9 +103,9 @@ def share_prompt(model: PeftModel, wanted: bool | None) -> None:
 def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length: int, seed: int) -> PeftConfig:
     """Makes the adapter's configuration, an `EPTConfig` or one of PEFT's, for the frozen model `base`.
 
-    With `settings.budget` the sizes that are not set are chosen so that the trainable parameters, or with
-    `budget_kind="stored"` what a saved adapter holds (heads apart), come as near to it as they can without exceeding
-    it. Raises ValueError where nothing fits, with the smallest that would do.
+    With `settings.budget`, unset sizes are chosen so that the number of trained parameters, or with
+    `budget_kind="stored"` the size of a saved adapter (without heads), comes as close to it as possible without
+    exceeding it. Raises ValueError if nothing fits, naming the smallest budget that would.
     """
     method = get_method(settings.name)
     build = getattr(module_of(method), method.built_by.partition(":")[2])
@@ -113,9 +113,9 @@ def adapter_config(settings: MethodConfig, base: Any, task_type: str, max_length
 
 
 def stored_parameters(model: PeftModel) -> int:
-    """Counts the numbers that the trained adapter has to hold in the end, its heads included.
+    """Counts the numbers that the trained adapter stores in the end, heads included.
 
-    PEFT's prompts are saved as rows, whatever made them; other adapters of PEFT as they are trained.
+    PEFT's prompts are saved as rows, however they were made; PEFT's other adapters as trained.
     """
     config = model.active_peft_config
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -129,12 +129,12 @@ def stored_parameters(model: PeftModel) -> int:
 
 
 def module_of(method: Method) -> Any:
-    """Imports the file that builds `method`, with its `attach` and `attach_trained`; ours are below."""
+    """Imports the module that builds `method`, with its `attach` and `attach_trained`; this project's are below."""
     return importlib.import_module(f"ept.runs.{method.built_by.partition(':')[0]}")
 
 
 def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, max_length: int, seed: int) -> EPTConfig:
-    """Configures a method of `EPTConfig`: EPT or EPT without a part, prompt tuning, DePT, ULPT, ADePT, residual."""
+    """Configures a method of `EPTConfig`: EPT (possibly ablated), prompt tuning, DePT, ULPT, ADePT, residual."""
     family = method.name.partition("-")[0]  # an ablation is named `ept-...`
     fields = {"task_type": task_type, "seed": seed, **settings.fields_given(), **method.fixed}
     start = fields.pop("init_from", None)
@@ -157,7 +157,8 @@ def ept(method: Method, settings: MethodConfig, base: Any, task_type: str, *, ma
 def _continued(start: str, fresh: EPTConfig, method: Method, settings: MethodConfig) -> EPTConfig:
     """Returns the configuration of the adapter in `start`, for the task of `fresh`.
 
-    Raises ValueError where it is of another method, folded, for shorter texts, or has other sizes than are set.
+    Raises ValueError if that adapter is of another method, is folded, was made for shorter texts, or has other sizes
+    than `settings`.
     """
     folder = _adapter_folder(start)
     config = read_config(folder)
@@ -177,24 +178,24 @@ def _continued(start: str, fresh: EPTConfig, method: Method, settings: MethodCon
         if (new := getattr(fresh, name)) != (old := getattr(config, name)):
             raise ValueError(f"method.{name}={new}, and the adapter in {folder} has {old}: leave method.{name} out")
     config.task_type, config.base_dropout, config.inference_mode = fresh.task_type, fresh.base_dropout, False
-    config.base_model_name_or_path = config.modules_to_save = None  # those of the new model
+    config.base_model_name_or_path = config.modules_to_save = None  # the new model sets its own
     if not config.r:
         config.max_length = fresh.max_length
-    config.prompt_tuning_init = "RANDOM"  # which the old adapter's parameters take the place of
+    config.prompt_tuning_init = "RANDOM"  # unused: the old adapter's parameters replace it
     return config
 
 
 def _adapter_folder(path: str) -> Path:
-    """Finds the adapter in `path`, a run's folder or the adapter's own."""
+    """Finds the adapter in `path`, which is a run's folder or the adapter's own."""
     run = RunFolder(Path(path))
     return run.adapter if run.config.is_file() else Path(path)
 
 
 def attach(base: Any, config: EPTConfig, *, seed: int = 0, text: str = "", **options: Any) -> EPTModel:
-    """Puts a fresh adapter of ours on `base`, started as `config` says; `options`: those of `get_ept_model`."""
+    """Puts a fresh adapter, initialised by `config`, on `base`; `options` are those of `get_ept_model`."""
     return get_ept_model(base, config, **options)
 
 
 def attach_trained(base: Any, folder: Path, **options: Any) -> EPTModel:
-    """Puts the adapter of ours that a run saved in `folder` on `base`; `options`: those of `get_ept_model`."""
+    """Puts the adapter that a run saved in `folder` on `base`; `options` are those of `get_ept_model`."""
     return EPTModel.from_pretrained(base, str(folder), **options)

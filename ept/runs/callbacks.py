@@ -1,4 +1,4 @@
-"""Callbacks of a run's Trainer: the log with the time of the steps, a progress bar, and checkpoints that are whole."""
+"""Callbacks of a run's Trainer: a log with step times, a progress bar, and complete checkpoints."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RATES = {"prompt": "learning_rate", "other": "low_rank_learning_rate", "head": "
 
 
 class Recorder(TrainerCallback):
-    """The log of a run, with the time of its steps, in `metrics.jsonl`.
+    """Callback that logs a run and the times of its steps in `metrics.jsonl`.
 
-    On a GPU the clock stops only where the Trainer logs, after a synchronisation, and the steps in between share the
-    time; on a CPU each step is timed alone.
+    On a GPU the clock is read only when the Trainer logs or evaluates, after a synchronisation, and the steps in
+    between share the time equally; on a CPU each step is timed by itself.
     """
 
     def __init__(self, config: RunConfig, log: MetricsLog) -> None:
@@ -40,16 +40,16 @@ class Recorder(TrainerCallback):
         self.step_started: float | None = None
         self.steps_open = 0
         self.step_times: list[float] = []
-        self.rates: dict[str, float] = {}  # by the name of their setting
+        self.rates: dict[str, float] = {}  # by the name of their setting in the configuration
 
     def seconds(self) -> float:
-        """Returns the wall time of the training loop with its evaluations, over all sittings of a resumed run."""
+        """Returns the seconds of wall time of training with its evaluations, over all sessions of a resumed run."""
         if self.started is None:
             return self.seconds_before
         return self.seconds_before + (self.ended or time.perf_counter()) - self.started
 
     def step_time_ms(self) -> float | None:
-        """Returns the median over the steps of this sitting; None when there was none."""
+        """Returns the median step time in this session, in milliseconds; None if it had no step."""
         return statistics.median(self.step_times) * 1e3 if self.step_times else None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ class Recorder(TrainerCallback):
         self.step_started, self.steps_open = None, 0
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        if "train_runtime" in logs:  # the Trainer's closing summary
+        if "train_runtime" in logs:  # the Trainer's final summary
             return
         event = {"step": state.global_step, "seconds": round(self.seconds(), 3), **logs}
         if "loss" in logs:
@@ -94,10 +94,10 @@ class Recorder(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A bar with loss, score and remaining time on standard error.
+    """Progress bar with loss, score and remaining time on standard error.
 
-    Without a terminal: a line an evaluation, and at least one in `LINE_SECONDS`. `note` is what an evaluation has to
-    say beside its score.
+    Without a terminal it prints a line per evaluation, and at least one every `LINE_SECONDS`. `note` is what an
+    evaluation reports in addition to its score.
     """
 
     def __init__(self, metric: str, shown: bool = True) -> None:
@@ -132,7 +132,7 @@ class ProgressBar(TrainerCallback):
         self.bar.update(self.task, description=f"training  {self.loss}  {self.score}")
 
     def _print(self, state: TrainerState, *parts: str) -> None:
-        """Prints a line: where the run is, its last loss, `parts`, and the time that is left."""
+        """Prints a line with the step, the last loss, `parts` and the remaining time."""
         self.printed = time.monotonic()
         done, left = state.global_step - self.first_step, state.max_steps - state.global_step
         remaining = ""
@@ -143,9 +143,9 @@ class ProgressBar(TrainerCallback):
 
 
 class WholeCheckpoints(TrainerCallback):
-    """Checkpoints that count once all of them is on the disk, and the parts of a run that the Trainer leaves out.
+    """Callback that marks checkpoints as complete once they are on disk, with state that the Trainer does not save.
 
-    Those are the sum of the losses since the last log, of each rank, and where the best checkpoint is.
+    That is each rank's sum of the losses since the last log; it also finds the best checkpoint if the folder has moved.
     """
 
     def __init__(self, trainer: PromptTrainer) -> None:
@@ -161,10 +161,10 @@ class WholeCheckpoints(TrainerCallback):
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         config = self.trainer.run_config
         check_finite(self.trainer.model, state.global_step, config)
-        # All ranks have written their parts once all have given their sums.
+        # Once all ranks have sent their sums, all have written their parts.
         losses = self.processes.gather(float(self.trainer._tr_loss))
         if self.processes.is_rank_zero:
-            sync(self.trainer.recorder.log.file)  # before a checkpoint of a later step counts
+            sync(self.trainer.recorder.log.file)  # before the checkpoint of a later step counts
             checkpoint = self.folder.checkpoints / f"{PREFIX}{state.global_step}"
             seal(checkpoint, loss_sums=losses, loss_since=self.trainer._globalstep_last_logged)
             limit, best = config.training.save_total_limit, state.best_global_step
@@ -172,6 +172,6 @@ class WholeCheckpoints(TrainerCallback):
 
 
 def locate_best(state: TrainerState, folder: RunFolder) -> None:
-    """Points the state, which names the best checkpoint by its path, to where the folder is now."""
+    """Points the state, which names the best checkpoint by its path, to the folder's present place."""
     best = folder.checkpoints / f"{PREFIX}{state.best_global_step}"
     state.best_model_checkpoint = str(best) if state.best_global_step and best.is_dir() else None

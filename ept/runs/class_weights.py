@@ -1,4 +1,4 @@
-"""Class weights: each row's loss counts by the inverse share of its label, the mean over the train rows being 1."""
+"""Class weights: each row's loss is weighted by the inverse share of its label, with mean 1 over the train rows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def row_weights(labels: Sequence[int]) -> list[float]:
-    """Weighs every row by N / (labels · rows of its label), so that the rows of each label weigh the same together."""
+    """Weights every row by N / (labels · rows of its label), so that every label has the same total weight."""
     counts = Counter(labels)
     return [len(labels) / (len(counts) * counts[label]) for label in labels]
 
 
 def check_has_classes(task: Task) -> None:
-    """Raises ValueError for a regression and for answers in free text, which have no classes to weigh."""
+    """Raises ValueError for a regression and for free-text answers, which have no classes to weight."""
     if task.values or task.is_text:
         kind = "numbers" if task.values else "free text"
         raise ValueError(f"training.class_weights weighs labels, and the answers here are {kind}: leave it out")
@@ -31,14 +31,15 @@ def check_has_classes(task: Task) -> None:
 def added_loss(
     logits: Tensor, labels: Tensor, weights: Tensor, num_items: Tensor | int | None, shifted: bool
 ) -> Tensor:
-    """Computes what row weights add to the loss of a batch: Σ (weight − 1)·loss over its labels, by their number.
+    """Computes what row weights add to the loss of a batch: Σ (weight − 1)·loss / number, over its labels.
 
-    As a sum beside the model's own loss it leaves alone what the model adds to that, such as a router's.
+    Added to the model's own loss, it keeps other terms of that loss, such as a router's, as they are.
 
     Args:
-        logits: `[B, labels]`, or `[B, n, vocabulary]` with `shifted` a decoder's, of which those at the end belong to
-            the labels' last columns.
-        labels: `[B]` or `[B, m]`, −100 where there is none. weights: `[B]`.
+        logits: `[B, labels]`, or `[B, n, vocabulary]` of a decoder with `shifted`. If logits and labels differ in
+            length, the last columns of both are aligned.
+        labels: `[B]` or `[B, m]`, −100 for none.
+        weights: `[B]`.
         num_items: labels to divide by, over all accumulated batches; None: those of this batch.
     """
     if shifted:

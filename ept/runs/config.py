@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 1 << 20
 MAX_INTEGER = 2**63 - 1
-MAX_SEED = 2**32 - 1  # NumPy takes no larger one
+MAX_SEED = 2**32 - 1  # NumPy's limit
 
 
 def _number(value: Any) -> Any:
-    """Turns a text that is a number into one: YAML 1.1 reads `1e-3` as a text."""
+    """Converts text that is a number: YAML 1.1 reads `1e-3` as text."""
     try:
         return float(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else value
     except (ValueError, OverflowError):
@@ -38,7 +38,7 @@ NotNegative = Annotated[Number, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A part of a configuration: no value is converted to another type, and no unknown key passes."""
+    """A section of a configuration: values are not converted to another type, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -177,13 +177,13 @@ class DataConfig(Section):
 
     @property
     def name(self) -> str:
-        """A short name of the data: the task's, or that of the file, folder or set on the hub."""
+        """A short name of the data: that of the task, file, folder or Hub dataset."""
         source = self.train_file or self.data_dir
         return self.task or self.hub or (Path(source).stem if source else "local")
 
     @property
     def label_form(self) -> Literal["digits", "words"]:
-        """How the labels are written: as `labels` says, else a named task's as digits and all others as words."""
+        """How the labels are written: as set in `labels`, else as digits for a named task and as words otherwise."""
         return self.labels or ("digits" if self.task is not None else "words")
 
     @model_validator(mode="after")
@@ -393,7 +393,7 @@ class RunConfig(Section):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not YAML, an unknown key (names the nearest known one), a value of the wrong type or range.
+            ValueError: not YAML, an unknown key (names the nearest known one), or a value of the wrong type or range.
         """
         values: Any = {}
         if file is not None:
@@ -423,7 +423,7 @@ class RunConfig(Section):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Checks nested mappings, as YAML gives them. Raises ValueError as `load`."""
+        """Checks nested mappings, as read from YAML. Raises ValueError as `load` does."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -434,7 +434,7 @@ class RunConfig(Section):
         return self.model_dump()
 
     def to_yaml(self) -> str:
-        """Writes YAML that `load_run_config` reads back to an equal configuration."""
+        """Returns YAML that `load_run_config` reads back as an equal configuration."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 

@@ -1,4 +1,4 @@
-"""Reading a configuration: plain YAML and `dotted.key=value`, and what is wrong with it in a line."""
+"""Reading a configuration from plain YAML and `dotted.key=value`, with one-line error messages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic import BaseModel
 
 from ..utils.messages import reason, shown, shown_name
 
-MAX_DEPTH = 20  # levels of YAML; a run's configuration has three
+MAX_DEPTH = 20  # levels of nesting; a run's configuration has three
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases (whose expansion may be exponential), repeated keys and deep nesting."""
+    """PyYAML's safe loader, but it refuses aliases (which may expand exponentially), repeated keys and deep nesting."""
 
     depth = 0
 
@@ -45,10 +45,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str | bytes, name: str) -> Any:
-    """Returns the value that `text` stands for: plain types only, never objects. `name` says in the error where."""
+    """Parses `text` into plain types only, never objects. `name` is where the text comes from, for error messages."""
     try:
         return yaml.load(text, _PlainLoader)
-    # A malformed number, date or flag raises whatever PyYAML's conversion of it ran into.
+    # PyYAML lets through whatever its conversion of a malformed number, date or flag raises.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"cannot read {name} as YAML: {reason(error)}") from error
 
@@ -66,14 +66,14 @@ def override_value(cls: type[BaseModel], key: str, text: str) -> Any:
     is_text = annotation in (str, str | None)
     if not is_text or text.strip() in ("", "null", "~") or text.lstrip().startswith(("'", '"')):
         return parse_yaml(text, f"the value of {shown_name(key)!r}")
-    text.encode()  # as in a file, half a surrogate pair is refused
+    text.encode()  # half a surrogate pair is refused, as in a file
     return text.replace("\\n", "\n") if key in ("data.template", "data.target_template") else text.strip()
 
 
 def message_of(cls: type[BaseModel], values: dict[str, Any], error: Any) -> str:
-    """Says in a line which key one of pydantic's errors is about, what it wants and what it got."""
+    """Describes one of pydantic's errors in a line: the key, what it expects and what it got."""
     kind, context = error["type"], error.get("ctx", {})
-    if kind == "value_error":  # raised by a check above, which names its keys
+    if kind == "value_error":  # raised by one of our own checks, which name their keys
         return str(context["error"])
     below = {name: getattr(field.annotation, "model_fields", {}) for name, field in cls.model_fields.items()}
     key, *inside = error["loc"]
@@ -107,7 +107,7 @@ _WORDS = {str: "a text", int: "a whole number", float: "a number", bool: "true o
 
 
 def expected(hint: Any) -> str:
-    """Describes a type to the writer of a file, such as `a list of texts or null`."""
+    """Describes a type to the author of a file, as in `a list of texts or null`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return expected(arguments[0])

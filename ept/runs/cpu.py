@@ -1,5 +1,5 @@
-"""Faster training on a CPU: the dtype of the weights, the attention, and memory that is kept. Figures in
-docs/profiling.md.
+"""Faster training on a CPU: the dtype of the weights, the choice of attention, and reuse of freed memory. Figures are
+in docs/profiling.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Tokens of a text; with a prompt of 100, 500 positions. Attention written out keeps the weights of every pair of them.
+# In text tokens; 500 positions with a prompt of 100. Eager attention keeps the weights of every pair of positions.
 MAX_EAGER_TEXT = 400
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
@@ -19,7 +19,7 @@ _NEVER_TRIM, _PAD, _LARGEST = -1, 64 << 20, 1 << 30
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """Returns bfloat16 where `device` multiplies it in hardware, else float32."""
+    """Returns bfloat16 if `device` multiplies it in hardware, else float32."""
     if device.type == "cpu":
         is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     elif device.type == "cuda":
@@ -30,9 +30,10 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
 
 
 def choose_attention(base: Any, max_length: int | None) -> None:
-    """Turns SDPA into attention written out where that is faster: in bfloat16 on a CPU, for short texts.
+    """Replaces SDPA by eager attention where that is faster: in bfloat16 on a CPU, for short texts.
 
-    There PyTorch's fused attention takes two to seven times as long. In float32 it is the faster but for the shortest.
+    There PyTorch's fused attention takes two to seven times as long. In float32 it is faster except for the shortest
+    texts.
 
     Args:
         max_length: tokens of the longest text; None: unknown, nothing is changed.
@@ -44,12 +45,12 @@ def choose_attention(base: Any, max_length: int | None) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep memory that tensors give back, for the next ones; tells whether it does.
+    """Makes this process keep memory that tensors free, for reuse; returns whether it does.
 
-    glibc takes blocks above 32 MiB from the kernel one by one and gives them back at once, so that every step pays for
-    clearing them anew. The process then stays as large as its largest step. Nothing is gained where the heap cannot
-    grow, which is drawn for each process. Left alone: other C libraries, and an environment that says something about
-    malloc itself.
+    glibc requests blocks above 32 MiB from the kernel one by one and returns them at once, so that every step pays for
+    clearing them again. With this, the process stays as large as its largest step. Nothing is gained if the heap cannot
+    grow, which is decided at random for each process. Other C libraries, and environments that configure malloc, are
+    left alone.
     """
     is_set = any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "LD_PRELOAD") for name in os.environ)
     if is_set or platform.libc_ver()[0] != "glibc":

@@ -1,4 +1,4 @@
-"""The data of a run: the task that the configuration names or its rows tell, every text within the length limit."""
+"""The data of a run: the task, named or inferred from the rows, and every text within the length limit."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from .folder import SPLITS_FILE
 
 logger = logging.getLogger(__name__)
 
-USUAL_TEXT_METRICS = ("rouge_l", "exact_match")  # of answers in free text, where none are given
-MOST = 0.5  # share of the train texts above which unknown tokens get a warning
+USUAL_TEXT_METRICS = ("rouge_l", "exact_match")  # of free-text answers, if none are given
+MOST = 0.5  # share of train texts with unknown tokens above which there is a warning
 FILES = {"train_file", "validation_file", "test_file"}
 
 
@@ -45,8 +45,8 @@ FILES = {"train_file", "validation_file", "test_file"}
 class RunData:
     """The splits of a run, made by `with_texts`, and the share of shortened texts in each.
 
-    `cut_answers` is the share of answers with more than `data.max_answer` tokens, where they are free text, and
-    `unread_texts` that of texts with unknown tokens.
+    `cut_answers` is the share of free-text answers with more than `data.max_answer` tokens, and `unread_texts` the
+    share of texts with unknown tokens.
     """
 
     data: TaskData
@@ -62,14 +62,14 @@ class OwnRows:
         self._read: RawSplits | None = None
 
     def of(self, config: DataConfig) -> RawSplits:
-        """Reads the rows when they are first asked for."""
+        """Returns the rows, reading them on first use."""
         if self._read is None:
             files = _files(config)
             self._read = raw_splits(config.data_dir, files, config.encoding, hub=_hub(config), names_labels=True)
         return self._read
 
     def take(self) -> RawSplits | None:
-        """Hands over what has been read, and does not keep it; None where nothing has."""
+        """Returns the rows if they have been read (else None) and drops them from here."""
         read, self._read = self._read, None
         return read
 
@@ -81,10 +81,10 @@ def load_run_data(
     seed: int = 0,
     rows: OwnRows | None = None,
 ) -> RunData:
-    """Loads the three splits and shortens what is too long, or refuses it (`data.on_too_long`).
+    """Loads the three splits and shortens texts that are too long, or refuses them (`data.on_too_long`).
 
-    `seed` draws the rows of a few-shot run (`data.k_shot`) and nothing else; `rows` are those that `config` was
-    resolved with. Raises as `load_task` and `fit_rows`.
+    `seed` is used only to draw the rows of a few-shot run (`data.k_shot`); `rows` are those with which `config` was
+    resolved. Raises as `load_task` and `fit_rows` do.
     """
     rows = rows or OwnRows()
     config = resolved(config, task_type, rows)
@@ -108,7 +108,7 @@ def load_run_data(
 def with_fitted_texts(
     data: TaskData, fit: Callable[[list[Any], str], list[FittedText]]
 ) -> tuple[TaskData, dict[str, float]]:
-    """Sets each split's texts to those that `fit` makes of its rows; returns the data and the shares of cut texts."""
+    """Sets each split's texts to what `fit` makes of its rows; returns the data and the shares of cut texts."""
     splits, rates = {}, {}
     for name in SPLITS:
         split = getattr(data, name)
@@ -117,9 +117,9 @@ def with_fitted_texts(
 
 
 def _unread_texts(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Computes the share of texts in each split with a token that stands for what the tokenizer does not know.
+    """Computes the share of texts in each split that contain the unknown token.
 
-    Warns where that is most of them. No shares where the tokenizer reads all: its unknown token then has another use.
+    Warns if that is most of them. Empty if the tokenizer can encode anything: its unknown token then has another use.
     """
     unknown, unread = tokenizer.unk_token_id, {}
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -140,7 +140,7 @@ def _unread_texts(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[st
 def _cut_answers(
     data: TaskData, tokenizer: PreTrainedTokenizerBase, task_type: str, max_answer: int
 ) -> dict[str, float]:
-    """Computes the share of answers in free text that are cut in each split, and warns where there are some."""
+    """Computes the share of free-text answers that are cut in each split, and warns if there are any."""
     cut = {}
     for name in SPLITS:
         answers = getattr(data, name)["target"][:]
@@ -156,7 +156,7 @@ def _cut_answers(
 
 
 def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
-    """Sets the texts of `split` and, in column `text_ids`, their tokens; returns it and the share of cut texts."""
+    """Sets the texts of `split` and, in column `text_ids`, their tokens; also returns the share of cut texts."""
     split = split.remove_columns([name for name in ("text", TEXT_IDS) if name in split.column_names])
     split = split.add_column("text", [row.text for row in fitted])
     split = split.add_column(TEXT_IDS, [row.ids for row in fitted])
@@ -164,7 +164,7 @@ def with_texts(split: Any, fitted: Sequence[FittedText]) -> tuple[Any, float]:
 
 
 def describe(data: TaskData) -> dict[str, Any]:
-    """Describes a task's rows: how many each split has, the balance of labels, two examples of different labels."""
+    """Describes a task's rows: number in each split, balance of labels, two examples, with different labels if any."""
     classes = list(data.train["label"])
     other = next((i for i, label in enumerate(classes) if label != classes[0]), 1)
     examples = data.train.select([i for i in (0, other) if i < len(classes)])
@@ -178,13 +178,13 @@ def describe(data: TaskData) -> dict[str, Any]:
 
 
 def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = None) -> DataConfig:
-    """Returns a configuration completed with what is inferred from the train rows of the user's own data.
+    """Returns the configuration completed with what is inferred from the train rows of the user's own data.
 
-    Raises ValueError where there are no data, or where they leave open which column is what.
+    Raises ValueError if there are no data, or if it is unclear which columns are text and label.
 
     Args:
-        task_type: of the model; all but classifiers are asked for the label by its column's name.
-        rows: keeps what is read for `load_run_data`.
+        task_type: of the model; for all but classifiers, the template asks for the label by its column's name.
+        rows: keeps what is read, for `load_run_data`.
     """
     own = rows or OwnRows()
     labelled = config.label_words is not None or config.label_values is not None
@@ -221,7 +221,7 @@ def resolved(config: DataConfig, task_type: str | None, rows: OwnRows | None = N
 
 
 def row_checksums(config: DataConfig) -> dict[str, str]:
-    """Computes the checksum of each given split's rows, as a run's `splits.json` has it. Raises as `load_task`."""
+    """Computes the checksum of each given split's rows, as in a run's `splits.json`. Raises as `load_task` does."""
     if config.task is None:
         raw = OwnRows().of(config)
     else:
@@ -231,7 +231,7 @@ def row_checksums(config: DataConfig) -> dict[str, str]:
 
 
 def _with_free_text(config: DataConfig, own: OwnRows) -> DataConfig:
-    """Returns the configuration of answers in free text with template and metrics."""
+    """Returns the configuration of a task with free-text answers, with template and metrics filled in."""
     answer = template_columns(str(config.target_template))
     template = config.template
     if template is None:
@@ -246,14 +246,14 @@ def _with_free_text(config: DataConfig, own: OwnRows) -> DataConfig:
 
 
 def _warn(raw: RawSplits, notes: Sequence[str]) -> None:
-    """Says `notes` of the train rows, and that the splits are drawn from them where a column tells of others."""
+    """Logs `notes` on the train rows, and a note if a column names splits although they are drawn."""
     source, train = raw["train"]
     for note in [*(split_notes(train) if {*raw} == {"train"} else []), *notes]:
         logger.warning("%s: %s", source, note)
 
 
 def read_splits(path: Path) -> Any:
-    """Reads which rows are in which split, from a run's folder or the file itself."""
+    """Reads which rows are in which split, from a run's folder or from the file itself."""
     file = path / SPLITS_FILE if path.is_dir() else path
     try:
         drawn = json.loads(file.read_text(encoding="utf-8"))
@@ -267,9 +267,9 @@ def read_splits(path: Path) -> Any:
 
 
 def task_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Task:
-    """Finds the named task, or makes the one that template and labels describe; else ValueError.
+    """Returns the named task, or makes it from template and labels; raises ValueError if there is neither.
 
-    The tokenizer writes chats.
+    `tokenizer` is needed to format chats.
     """
     if config.task is not None:
         return get_task(config.task)
@@ -299,12 +299,12 @@ def task_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase | None = None
 
 
 def _files(config: DataConfig) -> dict[str, str | None]:
-    """Lists the given files by their split."""
+    """Maps each split to its file, if given."""
     return {name.removesuffix("_file"): getattr(config, name) for name in FILES}
 
 
 def _hub(config: DataConfig) -> tuple[str, str | None] | None:
-    """Splits the name of a Hub dataset from that of its configuration."""
+    """Splits a Hub name into dataset and configuration."""
     if config.hub is None:
         return None
     name, _, configuration = config.hub.partition(":")
@@ -312,5 +312,5 @@ def _hub(config: DataConfig) -> tuple[str, str | None] | None:
 
 
 def max_length_of(config: DataConfig, task: Task) -> int:
-    """Returns the configured limit in tokens, else the task's own."""
+    """Returns the configured limit in tokens, or else the task's own."""
     return config.max_length if config.max_length is not None else task.max_length

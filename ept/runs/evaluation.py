@@ -1,6 +1,6 @@
-"""The answers of a model to a split: their scores, and what the scores alone do not show.
+"""The answers of a model on a split: their scores, and what the scores alone do not show.
 
-A model that gives one answer to every row can have a good accuracy; here it is reported as such.
+A model that gives the same answer for every row can have a good accuracy; it is reported as constant here.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from ..tasks import UNPARSABLE
 from ..tasks.metrics import CORRELATIONS, metric_name
 
 CONSTANT_SHARE = 0.99
-"""A model that gives one answer to at least this share of the rows is called constant."""
+"""A model that gives one answer for at least this share of the rows is called constant."""
 CONSTANT_SPREAD = 0.05
-"""So is one whose numbers have less than this share of the right ones' standard deviation."""
+"""So is a model whose numbers have less than this share of the true numbers' standard deviation."""
 _NO_LABEL = "(no label)"
 _CALIBRATION_BINS = 10
-_CERTAINTY = 1.96  # standard errors of a score: 95 %
+_CERTAINTY = 1.96  # standard errors, for 95 %
 
 
 class Answer(NamedTuple):
-    """The index of the label that a model chose for a text, -1 for none, and the probability of each label.
+    """The index of the label that a model chose for a text (-1: none), and the probability of each label.
 
-    The probabilities are normalised over the labels. None: the answer was generated, or is a number. `number` is that
-    of a classifier's head for numbers, to which `label` is the nearest.
+    The probabilities are normalised over the labels; None if the answer was generated or is a number. `number` is the
+    output of a classifier's regression head, and `label` then the nearest label.
     """
 
     label: int
@@ -38,10 +38,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The answers to the rows of a split, with the right ones.
+    """The answers to the rows of a split, with the true ones.
 
-    `metrics` has the task's metrics, the first of which counts, and the share of `unparsable` answers; `labels` the
-    words of the labels; `right_numbers`, where the answers are numbers, the right ones.
+    `metrics` has the task's metrics, the first of which decides, and the share of `unparsable` answers; `labels` are
+    the label words; `right_numbers` the true numbers, if the answers are numbers.
     """
 
     metrics: dict[str, float]
@@ -51,7 +51,7 @@ class Evaluation:
     is_regression: bool = False
     right_numbers: Sequence[float] = ()
     shares: dict[str, float] = field(init=False)
-    """How often each label was answered, the commonest first."""
+    """Share of each label among the answers, the commonest first."""
 
     def __post_init__(self) -> None:
         counts = Counter(self.labels[a.label] if a.label != UNPARSABLE else _NO_LABEL for a in self.answers)
@@ -62,7 +62,7 @@ class Evaluation:
         return self.constancy() is not None
 
     def constancy(self) -> str | None:
-        """Says in words that the model gives one answer whatever the text; None where it does not."""
+        """Describes a model that gives one answer whatever the text; None if it does not."""
         found = [answer.number for answer in self.answers if answer.number is not None]
         if not found or not all(map(math.isfinite, found)):
             return one_answer(self.shares, self.references)
@@ -70,7 +70,7 @@ class Evaluation:
         return f"answers about {statistics.fmean(found):,.6g} to all rows" if is_constant else None
 
     def verdict(self, majority: float) -> str | None:
-        """Says why the score is worthless: one answer to all, or no better than the commonest label.
+        """Says why the score is worthless, if it is: constant answers, or no better than the commonest label.
 
         Args:
             majority: the first metric of always giving the commonest train label on the same rows.
@@ -98,14 +98,14 @@ class Evaluation:
         return {name: dict(zip(keys, map(float, row))) for name, row in zip(self.labels, zip(*numbers))}
 
     def confusion(self) -> tuple[list[str], list[list[int]]]:
-        """Counts the answers (columns, named) to the rows of each label (rows)."""
+        """Counts the answers (columns, with their names) for the rows of each label (rows)."""
         columns = [*range(len(self.labels)), *([UNPARSABLE] if self.metrics.get("unparsable") else [])]
         pairs = Counter(zip(self.references, (a.label for a in self.answers)))
         names = [self.labels[i] if i != UNPARSABLE else _NO_LABEL for i in columns]
         return names, [[pairs[row, column] for column in columns] for row in range(len(self.labels))]
 
     def confident_mistakes(self, count: int = 10) -> list[int]:
-        """Finds the rows that were answered wrongly with the highest probability, the worst first."""
+        """Finds the rows with the most confident wrong answers, highest probability first."""
         wrong = [
             (answer.probabilities[answer.label], place)
             for place, (answer, right) in enumerate(zip(self.answers, self.references))
@@ -116,8 +116,8 @@ class Evaluation:
     def calibration_error(self) -> float | None:
         """Computes the expected calibration error over ten bins of equal width; None without probabilities.
 
-        The mean distance between the probability of the answers in a bin and the share of them that is right, weighted
-        by their number (Naeini et al., 2015).
+        It is the mean over the bins, weighted by their sizes, of the distance between the answers' mean probability and
+        the share of them that is right (Naeini et al., 2015).
         """
         bins: dict[int, list[tuple[float, bool]]] = {}
         for answer, right in zip(self.answers, self.references):
@@ -131,7 +131,7 @@ class Evaluation:
         return sum(gaps) / len(self.answers)
 
     def summary(self) -> dict[str, Any]:
-        """Returns what `results.json` holds of it beside the metrics."""
+        """Returns what `results.json` holds in addition to the metrics."""
         found: dict[str, Any] = {"answers": self.shares, "constant": self.is_constant}
         if not self.is_regression:
             found.update(by_label=self.by_label(), calibration_error=self.calibration_error())
@@ -139,16 +139,16 @@ class Evaluation:
 
 
 def one_answer(shares: Mapping[str, float], references: Sequence[Any]) -> str | None:
-    """Says in words that the first of `shares`, the commonest, is all that was answered, where it is not all right."""
+    """Says that the first of `shares` is given to (nearly) all rows; None if it is not, or if all references agree."""
     name, share = next(iter(shares.items()))
     is_constant = share >= CONSTANT_SHARE and len(set(references)) > 1
     return f"answers {name!r} to {share:.0%} of the rows" if is_constant else None
 
 
 def standard_error(metric: str, score: float, rows: int) -> float:
-    """Estimates the standard error of a score on `rows`: binomial, of a correlation that of a correlation of zero.
+    """Estimates the standard error of a score on `rows` rows: binomial; for a correlation, that of a zero correlation.
 
-    That of R² is by the delta method, and at most that of no correlation.
+    For R² it is the delta method's, and 1/√rows for a score of at most 0.
     """
     if metric == "r2":
         return (2 * score**0.5 * (1 - score) if score > 0 else 1.0) * max(rows, 1) ** -0.5

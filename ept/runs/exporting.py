@@ -1,4 +1,4 @@
-"""Exports that need more than the adapter: its base model, its task's texts."""
+"""Exports that need more than the adapter: its base model, or its task's texts."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ TOKENS_NAME = "prompt_tokens.json"
 
 
 def base_of(adapter: FoldedAdapter, config: RunConfig | None, model: str | None) -> tuple[ModelConfig, str]:
-    """Describes the base model, that of a run's `config` or `model`, and gives the adapter's task type.
+    """Describes the base model, which is that of a run's `config` or else `model`, and returns the adapter's task type.
 
-    Never the base model that an adapter names: it may come from anywhere. Raises ValueError where there is no other.
+    The base model named in an adapter is never used: it may come from anywhere. Raises ValueError if there is no other.
     """
     described = config.model if config is not None else ModelConfig(dtype="auto")
     described = described.model_copy(update={"name_or_path": model or described.name_or_path})
@@ -49,10 +49,10 @@ def base_of(adapter: FoldedAdapter, config: RunConfig | None, model: str | None)
 def texts_of(
     file: Path, config: RunConfig | None, template: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Reads the input texts of a text file, one a line, or of a file of rows through the run's task or `template`.
+    """Reads input texts from a text file, one per line, or from a file of rows through the run's task or `template`.
 
-    The tokenizer writes chats. Raises ValueError for a file without texts, an empty text with its place, and rows
-    without any template.
+    The tokenizer formats chats. Raises ValueError for a file without texts, an empty text (with its place), and rows
+    without a template.
     """
     if file.suffix.lower() in READERS:
         if config is None and template is None:
@@ -68,18 +68,18 @@ def texts_of(
     text = read_text(file).replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
     if not text:
         raise ValueError(f"{file} is empty: every line is one input text")
-    lines = text.split("\n")  # not splitlines, which breaks a text at U+2028 and the like
+    lines = text.split("\n")  # not splitlines, which also splits at U+2028 and the like
     if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
         raise ValueError(f"{file}, line {empty[0]} is empty: every line is one input text")
     return lines
 
 
 def base_with_heads(adapter: FoldedAdapter, model: ModelConfig, task_type: str, pad_token_id: int) -> Any:
-    """Loads the base model with the modules that the adapter trained; raises ValueError where it has none such."""
+    """Loads the base model with the modules that the adapter trained; raises ValueError if it has no such modules."""
     num_labels = outputs_of(adapter.heads, model) if task_type == "SEQ_CLS" else 2
     base: Any = load_base_model(model, task_type, num_labels, pad_token_id=pad_token_id)
     if adapter.heads:
-        untie(base)  # else a trained head of a language model would become its embedding
+        untie(base)  # else a trained head of a language model would also become its embedding
     if strange := base.load_state_dict(adapter.heads, strict=False).unexpected_keys:
         raise ValueError(f"{type(base).__name__} has no {strange[0]}, which the adapter has trained")
     return base
@@ -88,16 +88,17 @@ def base_with_heads(adapter: FoldedAdapter, model: ModelConfig, task_type: str, 
 def embed_texts(
     adapter: FoldedAdapter, model: ModelConfig, task_type: str, encoded: Sequence[list[int]], pad_token_id: int
 ) -> list[Tensor]:
-    """Makes the base model's input for each text, a list of `[s + n, d]` on the CPU; `encoded` are their ids."""
+    """Computes the base model's input for each text (token ids in `encoded`), a list of `[s + n, d]` on the CPU."""
     base = base_with_heads(adapter, model, task_type, pad_token_id)
     factor = examine(base, task_type).embedding_factor
     return adapter.embed(encoded, scaled_embedding(input_embedding(base), factor))
 
 
 def write_as_tokens(adapter: FoldedAdapter, model: ModelConfig, task_type: str, folder: Path) -> dict[str, Any]:
-    """Writes the base model, with the adapter in its vocabulary and its head, and `prompt_tokens.json` about it.
+    """Writes the base model with the adapter in its vocabulary and head, and `prompt_tokens.json`, which describes it.
 
-    Returns what that file holds. Raises ValueError as `add_prompt_tokens`, and for a head that is not the model's.
+    Returns the content of that file. Raises ValueError as `add_prompt_tokens` does, and for a head that is not the
+    model's.
     """
     check_update(adapter.layer, task_type)
     if model.load_in_4bit:

@@ -1,4 +1,4 @@
-"""Failures that come from outside, in one line each: a full disk, a read-only folder, no memory left, a NaN."""
+"""Failures from outside, reported in one line each: a full disk, a read-only folder, no memory left, a NaN."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _FULL = {
     errno.EIO: "look for a full disk, a quota, or a limit of a file's size (ulimit -f)",
 }
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # as safetensors gives an errno
-# As PyTorch's CPU allocator, and libraries that call into accelerators, say that there is no memory left.
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors reports an errno
+# How PyTorch's CPU allocator and libraries for accelerators report that there is no memory left.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 
 
 @contextmanager
 def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
-    """Adds to errors of the machine's what to do about them, and which checkpoint is left.
+    """Adds advice, and the checkpoint that is left, to errors caused by the machine.
 
-    Raises MemoryError where no memory was left, OSError where a file of the run could not be written, and
-    FloatingPointError as it came, with the checkpoint added.
+    Raises MemoryError if memory ran out, OSError if a file of the run could not be written, and re-raises a
+    FloatingPointError with the checkpoint added.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
         checkpoint = None if folder.holds_other else folder.last_checkpoint()
         left = f"The last good checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
         going_on = "; --resume continues from there" if checkpoint else ""
-        if isinstance(error, FloatingPointError):  # which would come again
+        if isinstance(error, FloatingPointError):  # it would happen again
             raise FloatingPointError(f"{error}. {left}") from error
         if _is_out_of_memory(error):
             training, data = config.training, config.data
@@ -69,9 +69,9 @@ def with_advice(config: RunConfig, folder: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
-    """Turns the errors of PyTorch and safetensors on rank 0, when a file cannot be written, into OSError.
+    """Turns errors of PyTorch and safetensors on rank 0 into OSError if a file cannot be written.
 
-    A checkpoint that is not whole is deleted: the disk may be full, and it is of no use.
+    An incomplete checkpoint is deleted: it is useless, and the disk may be full.
     """
     try:
         yield
@@ -84,14 +84,14 @@ def writing(folder: RunFolder, is_rank_zero: bool = True) -> Iterator[None]:
             raise OSError(int(found[1]), reason(error), str(place)) from error
         is_devices = isinstance(error, torch.AcceleratorError) or _is_out_of_memory(error)
         if unfinished and isinstance(error, RuntimeError) and not is_devices:
-            # torch.save keeps the system's reason to itself.
+            # torch.save does not report the system's reason.
             likely = errno.EIO if os.access(_existing(place), os.W_OK) else errno.EACCES
             raise OSError(likely, reason(error), str(place)) from error
         raise
 
 
 def check_writable(folder: Path) -> None:
-    """Raises OSError, before anything is loaded, where the folder can be neither written nor made."""
+    """Raises OSError, before anything is loaded, if the folder can be neither written to nor created."""
     place = _existing(folder)
     if not place.is_dir():
         raise FileExistsError(f"{place} is a file: choose another --output, a folder")
@@ -128,5 +128,5 @@ def _refused(place: Path, why: str) -> str:
 
 
 def _existing(path: Path) -> Path:
-    """Returns `path`, or the nearest folder above it that exists."""
+    """Returns `path`, or the nearest parent that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.exists())

@@ -1,7 +1,7 @@
 """A run's folder: its files, which run may be written to it, and which of its checkpoints count.
 
-The Trainer writes a checkpoint file by file. Once all are on the disk, `whole.json` is put beside them, with their
-sizes and checksums. A checkpoint without it, or with files that differ from it, is not resumed from.
+The Trainer writes a checkpoint file by file. Once all files are on disk, `whole.json` is added, with their sizes and
+checksums. A checkpoint without it, or with files that differ from it, is never resumed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from .config import RunConfig
 
 SPLITS_FILE = "splits.json"
-"""The file that says which rows are in which split."""
+"""File that says which rows are in which split."""
 
-# A resumed run may change these: they change memory and disk, not what is trained.
+# A resumed run may change these: they affect memory and disk, not what is trained.
 MAY_CHANGE = ("training.gradient_checkpointing", "training.eval_batch_size", "training.save_total_limit")
 
-# The keys of a configuration that name files and folders.
+# Keys of a configuration that name files and folders.
 _PATHS = {
     "model": ("name_or_path", "tokenizer_name_or_path"),
     "data": ("data_dir", "train_file", "validation_file", "test_file", "splits"),
@@ -40,7 +40,7 @@ NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "s
 
 
 class RunFolder:
-    """The files of a run, and the rules for a folder that may hold an earlier one."""
+    """The files of a run, and the rules for a folder that may hold an earlier run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,13 +54,13 @@ class RunFolder:
         self.confusion = path / "confusion.png"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
-        self.holds_other = False  # True while the run in it, if there is one, is not the one that is being started
+        self.holds_other = False  # True as long as a run in the folder is not the one being started
 
     def holds_run(self) -> bool:
         return any(path.exists() for path in (self.config, self.metrics, self.adapter, self.results, self.checkpoints))
 
     def check(self, config: RunConfig, resume: bool, overwrite: bool, world_size: int = 1) -> None:
-        """Refuses, before anything is written, a folder that a run may not go to.
+        """Refuses a folder that the run must not use, before anything is written.
 
         Raises:
             FileExistsError: it holds a run and neither argument is set; or the run to resume is finished.
@@ -88,7 +88,7 @@ class RunFolder:
             usual = type(config)().to_dict()
             for name, new in with_whole_paths(config.to_dict()).items():
                 if isinstance(new, dict) and isinstance(old.get(name), dict):
-                    had = {**usual[name], **old[name]}  # a key that is newer than the run had its usual value
+                    had = {**usual[name], **old[name]}  # a key that is newer than the run had its default value
                     pairs += [(f"{name}.{key}", had.get(key), value) for key, value in new.items()]
                 else:
                     pairs.append((name, old.get(name), new))
@@ -103,7 +103,7 @@ class RunFolder:
                     "Resume without these changes, or --overwrite"
                 )
         checkpoint = self.last_checkpoint()
-        # rng_state.pth of one process, rng_state_0.pth, … of several
+        # rng_state.pth from a single process, rng_state_0.pth, … from several
         if checkpoint and (before := len(list(checkpoint.glob("rng_state*.pth")))) != world_size:
             raise ValueError(
                 f"cannot resume {self.path}: {checkpoint.name} is of a run in {before} processes, this one has "
@@ -111,33 +111,33 @@ class RunFolder:
             )
 
     def wants_more_steps(self, config: RunConfig) -> bool:
-        """Tells whether `config` asks for more steps than the run in the folder was going to take, or has taken."""
+        """Checks whether `config` asks for more steps than the run in the folder has taken or was going to take."""
         checkpoint, wanted = self.last_checkpoint(), config.training.max_steps
         return checkpoint is not None and wanted is not None and wanted > read_state(checkpoint)["max_steps"]
 
     def check_splits(self, drawn: Any) -> None:
-        """Refuses to resume a run with other rows than it has begun with; raises ValueError."""
+        """Raises ValueError if a resumed run would use other rows than it began with."""
         if self.splits.exists() and json.loads(self.splits.read_text(encoding="utf-8")) != drawn:
             raise ValueError(
                 f"cannot resume {self.path}: the data have changed since it began. Bring them back, or --overwrite"
             )
 
     def begin(self, config: RunConfig, resume: bool) -> Path | None:
-        """Makes the folder, or clears it of an earlier run's files alone; returns the checkpoint to start from.
+        """Creates the folder, or removes only an earlier run's files; returns the checkpoint to start from.
 
-        Checkpoints that a resumed run has no use for are deleted.
+        Checkpoints that a resumed run cannot use are deleted.
         """
-        for file in (self.results, self.report, self.curve, self.confusion):  # of a run that is trained on, too
+        for file in (self.results, self.report, self.curve, self.confusion):  # also if that run is trained on
             file.unlink(missing_ok=True)
         if not resume:
-            # The configuration goes last: were this cut short, checkpoints would never stand without theirs.
+            # The configuration goes last, so that an interruption leaves no checkpoints without one.
             for folder in (self.checkpoints, self.adapter, self.tensorboard):
                 shutil.rmtree(folder, ignore_errors=True)
             for file in (self.metrics, self.splits, self.config):
                 file.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         for file in (self.config, self.metrics, self.splits, self.results, self.report, self.curve, self.confusion):
-            for half in self.path.glob(f".{file.name}.*.tmp"):  # of a run that was killed
+            for half in self.path.glob(f".{file.name}.*.tmp"):  # left by a killed run
                 half.unlink()
         write_atomically(self.config, config.from_dict(with_whole_paths(config.to_dict())).to_yaml())
         checkpoint = self.last_checkpoint() if resume else None
@@ -147,20 +147,20 @@ class RunFolder:
         return checkpoint
 
     def last_checkpoint(self) -> Path | None:
-        """Returns the newest checkpoint that is whole; others, from a run that was killed, are passed over."""
+        """Returns the newest complete checkpoint, passing over those that a killed run left unfinished."""
         found = checkpoint_folders(self.checkpoints)
         return next((found[step] for step in sorted(found, reverse=True) if is_whole(found[step])), None)
 
     def unfinished_checkpoint(self) -> Path | None:
-        """Returns the checkpoint that is being written, or that a killed run was writing."""
+        """Returns the checkpoint that is being written, or was when the run was killed."""
         found = checkpoint_folders(self.checkpoints).values()
         return next((path for path in found if not (path / SEAL).exists()), None)
 
 
 def with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns a configuration's values with the files and folders that exist as whole paths.
+    """Returns a configuration's values with existing files and folders as absolute paths.
 
-    A run is used from other folders than it was trained in, where a relative path is another file or a name on the hub.
+    A run may be used from another folder than it was trained in, where a relative path is another file or a Hub name.
     """
     values = dict(values)
     for section, keys in _PATHS.items():
@@ -171,13 +171,13 @@ def with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def checkpoint_folders(folder: Path) -> dict[int, Path]:
-    """Returns the checkpoints in `folder` by step, whole or not."""
+    """Returns the checkpoints in `folder` by step, complete or not."""
     found = {path.name.removeprefix(PREFIX): path for path in folder.glob(f"{PREFIX}*")}
     return {int(step): path for step, path in found.items() if step.isdecimal()}
 
 
 def seal(checkpoint: Path, **kept: Any) -> None:
-    """Makes a checkpoint with all its files count. `kept`, which must be JSON, is for `read_seal`."""
+    """Marks a checkpoint with all its files as complete. `kept`, which must be JSON, is for `read_seal`."""
     sync_tree(checkpoint)
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
     files = {path.relative_to(checkpoint).as_posix(): _size_and_checksum(path) for path in paths}
@@ -187,7 +187,7 @@ def seal(checkpoint: Path, **kept: Any) -> None:
 
 
 def read_seal(checkpoint: Path) -> dict[str, Any]:
-    """Returns the content of `whole.json`: `step`, `files` and what `seal` was given to keep; empty without one."""
+    """Returns the content of `whole.json`: `step`, `files`, and what was passed to `seal`; empty if there is none."""
     try:
         sealed: dict[str, Any] = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -196,7 +196,7 @@ def read_seal(checkpoint: Path) -> dict[str, Any]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Tells whether the checkpoint was written to its end and none of its files has changed since."""
+    """Checks whether the checkpoint was written completely and none of its files has changed since."""
     sealed = read_seal(checkpoint)
     files = sealed.get("files", {})
     return (
@@ -207,19 +207,19 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns the Trainer's state as a whole checkpoint holds it."""
+    """Returns the Trainer's state from a complete checkpoint."""
     state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return state
 
 
 def is_over(checkpoint: Path) -> bool:
-    """Tells whether the training had come to its end, by the number of steps or an early stop, at this checkpoint."""
+    """Checks whether training had ended at this checkpoint, by its number of steps or by early stopping."""
     control = read_state(checkpoint).get("stateful_callbacks", {}).get("TrainerControl", {})
     return bool(control.get("args", {}).get("should_training_stop"))
 
 
 def delete_surplus(folder: Path, newest: Path | None, limit: int, best: int | None) -> None:
-    """Deletes checkpoints without a seal or of steps after `newest`, and the oldest others beyond `limit`.
+    """Deletes checkpoints without a seal or from steps after `newest`, and the oldest others beyond `limit`.
 
     `newest` and the checkpoint of step `best` always stay.
     """
@@ -238,9 +238,9 @@ def _size_and_checksum(file: Path) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, in the order of the steps; survives being cut off within a line.
+    """The file `metrics.jsonl`: one JSON object per line, in order of steps; survives being cut off within a line.
 
-    All ranks but 0 have `writes=False`.
+    All ranks except 0 have `writes=False`.
     """
 
     def __init__(self, file: Path, writes: bool = True) -> None:
@@ -254,11 +254,11 @@ class MetricsLog:
             try:
                 events.append(json.loads(line))
             except json.JSONDecodeError:
-                break  # the line that was being written when the run was killed; nothing whole can follow it
+                break  # the run was killed while writing this line, so nothing complete follows it
         return events
 
     def keep_until(self, step: int) -> None:
-        """Drops what was logged after `step`: a resumed run logs it again."""
+        """Drops what was logged after `step`; a resumed run logs it again."""
         kept = [event for event in self.read() if event["step"] <= step]
         write_atomically(self.file, "".join(json.dumps(event) + "\n" for event in kept))
 
@@ -269,7 +269,7 @@ class MetricsLog:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Saves the model's adapter into a folder that appears whole."""
+    """Saves the model's adapter into a folder, which appears complete or not at all."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(str(temporary))

@@ -1,4 +1,4 @@
-"""Rows of a file labelled by a trained run: every column kept, the answer and its probabilities beside them."""
+"""Rows of a file labelled by a trained run: all columns are kept, and answers with their probabilities added."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ WRITERS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 
 
 def probability_columns(task: Task) -> list[str]:
-    """Names the columns that the probabilities of the task's labels go to, in their order."""
+    """Names the columns for the probabilities of the task's labels, in their order."""
     return [f"p({label})" for label in task.label_words]
 
 
 def label_rows(
     run: Predictor, rows: Sequence[dict[str, Any]], source: str, text_columns: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Labels rows: each as it is, with `prediction` and, where labels are ranked, `p(label)` for each of them.
+    """Labels rows: adds `prediction` to each and, if labels are ranked, `p(label)` for each label.
 
-    The prediction is a label's word, a text, or the number that a classifier's head gives.
+    The prediction is a label word, a text, or the number from a classifier's regression head.
 
-    Without the task's columns the column `text` serves: of a task with one column it goes into the template, of others
-    it is the whole input text, of which a cut leaves the end that it has in common with the template. A row without
-    text has None as its prediction, and so has an answer that is no label.
+    If the task's columns are missing, the column `text` is used. For a task with one column it fills the template;
+    otherwise it is the whole input text, and truncation keeps the end that it has in common with the template. The
+    prediction is None for a row without text and for an answer that is not a label.
 
     Args:
-        text_columns: what the rows call the task's columns, in their order, where they call them otherwise.
+        text_columns: the rows' names of the task's columns, in the task's order, if they differ.
 
     Raises:
-        ValueError: neither the task's columns nor `text` are there, or the rows have a column of the new ones' names.
+        ValueError: neither the task's columns nor `text` are there, or the rows already have a column of a new one's
+            name.
     """
     task = run.task
     rows = with_all_columns(rows)
@@ -82,21 +83,21 @@ def label_rows(
         elif number not in blank:
             label, probabilities, value = next(answers)
             if label >= 0:
-                found[PREDICTION] = labels[label] if value is None else float(f"{value:.7g}")  # of single precision
+                found[PREDICTION] = labels[label] if value is None else float(f"{value:.7g}")  # single precision
             found |= zip(columns, probabilities or ())
         labelled.append({**row, **found})
     return labelled
 
 
 def _whole_text(end: str = "") -> Task:
-    """Makes a task whose template is a whole text before a literal `end`; its labels are not looked at."""
+    """Makes a task whose template is a whole text followed by a literal `end`; its labels are unused."""
     return local_task("{text}" + end.replace("{", "{{").replace("}", "}}"), ["0", "1"])
 
 
 def _without_ends(
     rows: Sequence[Mapping[str, Any]], numbers: Sequence[int], end: str
 ) -> tuple[dict[str, list[int]], list[Mapping[str, Any]]]:
-    """Takes `end`, with the blanks around it, off the whole texts that have it; returns the rows of each such end."""
+    """Removes `end`, with the white space around it, from whole texts that have it; also returns the rows by end."""
     by_end, bare = defaultdict(list), list(rows)
     for number in numbers:
         text, found = rows[number].get("text"), ""
@@ -120,15 +121,15 @@ def _is_blank(task: Any, row: Mapping[str, Any]) -> bool:
         render(task, row)
     except BlankText:
         return True
-    except ValueError:  # which is told with its place where the rows are fitted
+    except ValueError:  # reported with its place when the rows are fitted
         return False
     return False
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], file: Path, probabilities: Collection[str]) -> None:
-    """Writes rows into a file of one of the kinds `WRITERS`; it appears whole or not at all.
+    """Writes rows into a file of one of the kinds in `WRITERS`, which appears complete or not at all.
 
-    A csv file has an empty field for None, and the columns `probabilities` with six digits.
+    In a csv file None is an empty field, and the columns `probabilities` have six digits.
     """
     kind = file.suffix.lower()
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -139,7 +140,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], file: Path, probabilities: Col
         def array(values: list[Any]) -> Any:
             try:
                 return pyarrow.array(values)
-            except pyarrow.ArrowException:  # a column of JSON may hold numbers and words
+            except pyarrow.ArrowException:  # a column of JSON may mix numbers and words
                 return pyarrow.array([None if value is None else str(value) for value in values])
 
         table = pyarrow.table({column: array([row.get(column) for row in rows]) for column in columns})
@@ -154,12 +155,12 @@ def write_rows(rows: Sequence[Mapping[str, Any]], file: Path, probabilities: Col
 
 
 def _in_a_field(value: Any) -> Any:
-    """Returns a cell as text: a list or an object as JSON, which can be read back."""
+    """Returns a cell as text; a list or an object becomes JSON, which can be read back."""
     return strict_json(value) if isinstance(value, (list, dict)) else value
 
 
 def check_output(file: Path) -> None:
-    """Refuses a file that cannot be written as, before any work is done."""
+    """Refuses an output file that cannot be written, before any work is done."""
     if file.suffix.lower() not in WRITERS:
         raise ValueError(f"{file}: unsupported suffix {file.suffix!r}: use one of {', '.join(WRITERS)}")
     if not (folder := file.absolute().parent).is_dir():

@@ -1,4 +1,4 @@
-"""The frozen base model and its tokenizer, from what a run's configuration says."""
+"""The frozen base model and its tokenizer, loaded as the configuration says."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ MODEL_CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
 }
 TASK_OF_HEAD = {"TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS"}
-"""Parts of the names of classes with heads that a run does not train, and their task types."""
+"""Task types of heads that a run does not train, by part of the class name."""
 
 
 def default_device() -> torch.device:
-    """Returns this machine's accelerator (for several ranks, the rank's own), or the CPU if there is none."""
+    """Returns this machine's accelerator (with several ranks, this rank's own), or the CPU if there is none."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or is_cpu_requested():
         return torch.device("cpu")
@@ -48,11 +48,14 @@ def default_device() -> torch.device:
 
 
 def task_type_of(model: ModelConfig) -> str:
-    """Returns the task type that the configuration names, else the one that the model's own implies; or ValueError."""
+    """Returns the configured task type, or else the one implied by the model's own configuration.
+
+    Raises ValueError for a model whose head a run does not train.
+    """
     if model.task_type is not None:
         return model.task_type
     if model.gguf_file is not None:
-        return "CAUSAL_LM"  # llama.cpp files hold decoders
+        return "CAUSAL_LM"  # GGUF files hold decoders
     config = _from_pretrained(AutoConfig, model)
     for name in config.architectures or ():
         if task := next((task for part, task in TASK_OF_HEAD.items() if part in name), None):
@@ -64,9 +67,9 @@ def task_type_of(model: ModelConfig) -> str:
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer, with a padding token (the end token where the model has none).
+    """Loads the tokenizer, with a padding token (the end token if the model has none).
 
-    Raises ValueError where it cannot be loaded, or has neither of the two.
+    Raises ValueError if it cannot be loaded or has neither token.
     """
     if model.tokenizer_name_or_path is not None:
         model = type(model)(name_or_path=model.tokenizer_name_or_path)
@@ -79,15 +82,15 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def has_new_head(model: ModelConfig, num_labels: int) -> bool:
-    """Returns whether a classifier loaded for that many labels gets an untrained head."""
+    """Checks whether a classifier loaded for this many labels gets an untrained head."""
     saved = _from_pretrained(AutoConfig, model)
     return saved.num_labels != num_labels or not _has_head(saved)
 
 
 def head_order(model: ModelConfig, labels: Sequence[str]) -> list[str] | None:
-    """Returns the labels in the order that the names of a trained head have them in; None where it is that of `labels`.
+    """Returns the labels in the order of a trained head's label names; None if that is the order of `labels`.
 
-    Names that are other words get a warning, and no order.
+    If the names are other words, there is a warning and no order.
     """
     if has_new_head(model, len(labels)):
         return None
@@ -107,10 +110,10 @@ def head_order(model: ModelConfig, labels: Sequence[str]) -> list[str] | None:
 
 
 def outputs_of(heads: Mapping[str, Tensor], model: ModelConfig) -> int:
-    """Counts the labels that an adapter's trained `heads` are for, in a classifier of this base model.
+    """Counts the labels of an adapter's trained `heads`, in a classifier of this base model.
 
-    It is the size that changes with a classifier's number of labels; without trained heads, the model's own number.
-    Raises ValueError for heads of another model.
+    It is the dimension of a head that changes with a classifier's number of labels; without trained heads, the model's
+    own number. Raises ValueError for heads of another model.
     """
     saved, shapes = _from_pretrained(AutoConfig, model), []
     if not heads:
@@ -141,11 +144,11 @@ def load_base_model(
 ) -> PreTrainedModel:
     """Loads the base model in eval mode on `device` (None: the accelerator, else the CPU).
 
-    With `max_length`, the most tokens of a text, the attention is the faster one (`cpu.choose_attention`), unless the
+    `max_length`, the tokens of the longest text, selects the faster attention (`cpu.choose_attention`), unless the
     configuration names one.
 
     A GGUF file is unpacked into a plain float model of the same class; `load_in_4bit` quantises through bitsandbytes.
-    Raises ValueError where it cannot be loaded.
+    Raises ValueError if it cannot be loaded.
     """
     device = device or default_device()
     options: dict[str, Any] = {"dtype": dtype_of(model, device)}
@@ -166,7 +169,7 @@ def load_base_model(
         if model.gguf_file is not None:
             raise ValueError("model.load_in_4bit and model.gguf_file exclude each other: leave one out")
         heads = None
-        if task_type == "SEQ_CLS":  # a classifier's heads are trained, and so must not be quantised
+        if task_type == "SEQ_CLS":  # a classifier's heads are trained, so they must not be quantised
             config = _from_pretrained(AutoConfig, model)
             with torch.device("meta"):
                 heads = trained_heads(AutoModelForSequenceClassification.from_config(config))
@@ -181,7 +184,7 @@ def load_base_model(
         options["device_map"] = {"": device}
     base = _from_pretrained(_class_for(model, task_type), model, **options)
     if model.gguf_file is not None:
-        # transformers leaves the mark "quantized" on the models that it unpacks: make one without it of their weights.
+        # transformers marks the models that it unpacks as quantized: make an unmarked one from their weights.
         config = copy.deepcopy(base.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -193,7 +196,7 @@ def load_base_model(
                 parameter._is_hf_initialized = False
         base = plain
     if task_type == "SEQ_CLS" and base.config.pad_token_id is None:
-        base.config.pad_token_id = pad_token_id  # decoders pool at the last real token
+        base.config.pad_token_id = pad_token_id  # for decoders, which pool at the last real token
     if not model.load_in_4bit:
         base.to(device)
     if model.attn_implementation is None:
@@ -202,7 +205,7 @@ def load_base_model(
 
 
 def _class_for(model: ModelConfig, task_type: str) -> Any:
-    """Returns the class that loads `model`; transformers keeps language models that read images as well apart."""
+    """Returns the class that loads `model`; transformers has a separate one for language models that read images."""
     if task_type == "CAUSAL_LM" and model.gguf_file is None:
         kind = _from_pretrained(AutoConfig, model).model_type
         if kind in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -211,19 +214,19 @@ def _class_for(model: ModelConfig, task_type: str) -> Any:
 
 
 def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype | Literal["auto"]:
-    """Returns the dtype of the weights that the configuration asks for on `device`."""
+    """Returns the configured dtype of the weights on `device`."""
     if model.dtype == "auto":
         return "auto"
     return fastest_dtype(device) if model.dtype == "fastest" else getattr(torch, model.dtype)
 
 
 def weights_of(base: PreTrainedModel) -> dict[str, str]:
-    """Describes how a loaded model computes: the dtype of its weights (in 4 bits: of the others), and its attention."""
+    """Describes how a loaded model computes: the dtype of its (unquantised) weights, and its attention."""
     return {"dtype": str(base.dtype).removeprefix("torch."), "attention": base.config._attn_implementation}
 
 
 def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
-    """Calls `cls.from_pretrained`, with one clear error and never with trust_remote_code."""
+    """Calls `cls.from_pretrained`, never with trust_remote_code, and turns its errors into one clear message."""
     if (name := model.name_or_path) is None:
         raise ValueError("model.name_or_path is not set: give a model folder or hub name")
     path = Path(name)
@@ -243,6 +246,6 @@ def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
         options["revision"] = model.revision
     try:
         return cls.from_pretrained(name, **options)
-    except (OSError, ValueError, ImportError) as error:  # a package that an option needs is not installed
+    except (OSError, ValueError, ImportError) as error:  # ImportError: a package that an option needs is missing
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 300, placeholder=" ...")
         raise ValueError(f"cannot load {name!r} with {cls.__name__}: {reason}") from error

@@ -1,6 +1,6 @@
-"""The methods of training, comparisons and profiles: one row each, and one file that builds it.
+"""The methods of training, comparisons and profiles: one row each, and one module that builds it.
 
-Imports nothing heavy, so that a configuration is checked in an instant.
+Imports nothing heavy, so that a configuration is checked instantly.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ class Method:
     """A way to adapt a frozen model.
 
     Attributes:
-        name: in a configuration. title: in tables and figures.
+        name: its name in a configuration.
+        title: its name in tables and figures.
         built_by: `module:function` in `ept.runs`. The function makes the adapter's configuration, with the arguments of
             `adapters.ept`; the module's `attach` and `attach_trained` put the adapter on a base model.
-        settable: the fields of `MethodConfig` that have a meaning for it; all others are refused.
-        usual_tokens: length of its prompt where none is set; 0: it has none.
+        settable: the fields of `MethodConfig` that apply to it; all others are refused.
+        usual_tokens: default length of its prompt; 0: it has none.
         fixed: the fields that make an ablation.
-        roles: the learning rate of each parameter by its last name; those not named have the "other" rate. None: the
-            whole adapter has the prompt's.
-        profiled_as: its name in `ept profile`, which measures it where there is one.
+        roles: the learning rate of each parameter, by the last part of its name; unlisted ones have the "other" rate.
+            None: the whole adapter has the prompt's rate.
+        profiled_as: its name in `ept profile`, if that measures it.
     """
 
     name: str
@@ -58,11 +59,11 @@ class Method:
 
     @property
     def has_two_rates(self) -> bool:
-        """True where the adapter has parameters beside the prompt, with a learning rate of their own."""
+        """True if the adapter has parameters other than the prompt, with their own learning rate."""
         return self.roles is not None
 
     def role(self, parameter: str) -> Role:
-        """Names the learning rate of a model's parameter."""
+        """Returns the role of a parameter, which determines its learning rate."""
         if "modules_to_save" in parameter:
             return "head"
         return "prompt" if self.roles is None else self.roles.get(parameter.rpartition(".")[2], "other")
@@ -107,7 +108,7 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def get_method(name: str) -> Method:
-    """Finds the method of that name. Raises ValueError for an unknown one, with the nearest known name."""
+    """Looks a method up by its name. Raises ValueError for an unknown one, with the nearest known name."""
     if name not in METHODS:
         near = difflib.get_close_matches(name[:40], METHODS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown method {shown(name)}: did you mean {near!r}? Known: {', '.join(METHODS)}")
@@ -115,7 +116,7 @@ def get_method(name: str) -> Method:
 
 
 def check_settings(config: MethodConfig) -> MethodConfig:
-    """Returns `config`; raises ValueError for an unknown method, and for a setting that it has no part for."""
+    """Returns `config`; raises ValueError for an unknown method, and for a setting that does not apply to it."""
     method = get_method(config.name)
     for name, value in config.fields_given().items():
         if name in method.fixed and value != method.fixed[name]:

@@ -1,7 +1,7 @@
 """PEFT's own methods under the same trainer: prompt tuning, p-tuning, multitask prompt tuning and LoRA at a budget.
 
-The models take what `EPTModel` takes, and are treated alike: a frozen model without dropout, logits where labels are,
-a loss divided over all accumulated batches. PEFT's own handling of masks and positions is left as it is.
+The models take the arguments of `EPTModel` and are treated alike: a frozen model without dropout, logits only where
+there are labels, a loss divided over all accumulated batches. PEFT's own handling of masks and positions is unchanged.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 ENCODER_FILE = "prompt_encoder.safetensors"
 DEFAULT_RANK = 8
 PROMPT_SHARE = 0.4
-"""The prompt's share of a p-tuning budget; the rest goes to its encoder."""
+"""The prompt's share of a p-tuning budget; the rest goes to the prompt encoder."""
 
 
 def attach(
     base: Any, config: PeftConfig, *, seed: int = 0, tokenizer: Any = None, text: str = "", **_: Any
 ) -> PeftModel:
-    """Puts a fresh adapter of PEFT's on `base`, drawn with `seed`; a plain prompt starts from `text`, as ours does."""
+    """Puts a fresh PEFT adapter, drawn with `seed`, on `base`; plain prompt tuning starts from `text`, if given."""
     torch.manual_seed(seed)
     kind = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[config.task_type]
     model = type(kind.__name__, (_LikeEPTModel, kind), {})(base, config)
@@ -50,21 +50,21 @@ def attach(
 
 
 def attach_trained(base: Any, folder: Path, **_: Any) -> PeftModel:
-    """Puts the adapter of PEFT's that a run saved in `folder` on `base`."""
+    """Puts the PEFT adapter that a run saved in `folder` on `base`."""
     config = PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False  # PEFT would leave p-tuning's encoder out
+    config.inference_mode = False  # otherwise PEFT leaves out p-tuning's encoder
     model = attach(base, config)
     model.load_adapter(str(folder), "default")
     return model
 
 
-# The configuration of each method, within `settings.budget` where that is set; ValueError where nothing fits it.
+# The configuration of each method, within `settings.budget` if set; ValueError if nothing fits.
 
 
 def prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    """Uses the configured number of virtual tokens, or else what fits the budget."""
+    """Uses the configured number of virtual tokens, or else as many as fit the budget."""
     d, tokens, budget = embedding_width(input_embedding(base)), settings.num_virtual_tokens, settings.budget
-    # Multitask, of one task: a shared prompt times the product of a column and a row, saved as one prompt.
+    # Multitask with one task: a shared prompt times the product of a column and a row, saved as one prompt.
     fixed, each = (d, d + 1) if method.name == "mpt" and settings.budget_kind == "trained" else (0, d)
     if budget is None:
         tokens = tokens or method.usual_tokens
@@ -81,9 +81,9 @@ def prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: 
 
 
 def p_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    """Takes the widest encoder, linear layers d → h → h → d with biases, that fits the budget."""
+    """Uses the widest encoder, linear layers d → h → h → d with biases, that fits a trained budget; otherwise h = d."""
     d, budget = embedding_width(input_embedding(base)), settings.budget
-    if budget is not None and settings.budget_kind == "stored":  # the prompt that comes out of the encoder
+    if budget is not None and settings.budget_kind == "stored":  # stored: the prompt that the encoder produces
         tokens, budget = max(1, budget // d), None
     else:
         tokens = method.usual_tokens if budget is None else max(1, int(PROMPT_SHARE * budget / d))
@@ -101,7 +101,7 @@ def p_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, 
 
 
 def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_: Any) -> PeftConfig:
-    """Takes PEFT's default modules of the architecture; at rank 1 the last ones only, where the budget has no more."""
+    """Uses PEFT's default modules of the architecture; if even rank 1 exceeds the budget, only the last of them."""
     suffixes = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base.config.model_type)
     if suffixes is None:
         raise ValueError(f"PEFT has no default LoRA modules for {base.config.model_type}: leave lora out")
@@ -119,7 +119,7 @@ def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_:
     if budget is not None:
         rank = settings.r or max(1, budget // sum(costs.values()))
         while names and rank * sum(costs[name] for name in names) > budget:
-            names.pop(0)  # the layers next to the input go first
+            names.pop(0)  # drop the layers nearest to the input first
         if not names:
             last = list(costs)[-1]
             raise ValueError(
@@ -131,7 +131,7 @@ def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_:
 
 
 class _LikeEPTModel(PeftModel):
-    """PEFT's model for a task, called as `EPTModel` is; put before the task's own class."""
+    """Mixin that makes PEFT's model for a task callable as `EPTModel` is; comes before the task's own class."""
 
     def forward(
         self,
@@ -144,7 +144,7 @@ class _LikeEPTModel(PeftModel):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Takes the arguments of `EPTModel.forward`; `text_mask` is EPT's alone and ignored."""
+        """Takes the arguments of `EPTModel.forward`; `text_mask`, which only EPT uses, is ignored."""
         kwargs = {"input_ids": input_ids, "attention_mask": attention_mask, **self._with_task(input_ids, kwargs)}
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
         if not causal or labels is None or logits_to_keep == 0:
@@ -154,7 +154,7 @@ class _LikeEPTModel(PeftModel):
             if labels is not None and num_items_in_batch is not None:
                 divide_loss(output, labels, num_items_in_batch, shifted=causal)
             return output
-        # PEFT extends the labels to the prompt, which fits logits at all positions only: the loss is taken here.
+        # PEFT extends the labels over the prompt, which fits only logits at all positions: compute the loss here.
         keep = logits_to_keep or labels.shape[1]
         output = super().forward(logits_to_keep=keep, **kwargs)
         targets = labels[:, -keep:][:, 1:].reshape(-1)
@@ -165,7 +165,7 @@ class _LikeEPTModel(PeftModel):
 
     @property
     def text_limit(self) -> int | None:
-        """The most text tokens that the base model can number behind the prompt; None: any number of them."""
+        """The maximum number of text tokens for which the base model has positions after the prompt; None: no limit."""
         config = self.active_peft_config
         try:
             limit = examine(self.get_base_model(), config.task_type).position_limit
@@ -178,16 +178,17 @@ class _LikeEPTModel(PeftModel):
         return super().generate(*args, **self._with_task(kwargs.get("input_ids"), kwargs))
 
     def train(self, mode: bool = True) -> Any:
-        """Sets the adapter's mode; the frozen model, and with it its dropout, stays in eval mode."""
+        """Sets the adapter's mode; the frozen model stays in eval mode, without dropout."""
         super().train(mode)
         set_mode(self.get_base_model(), mode, dropout=False)
         return self
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """Saves as PEFT does; of p-tuning also the encoder, in a file beside.
+        """Saves as PEFT does, and p-tuning's encoder in a separate file.
 
-        PEFT saves the prompt that comes out of the encoder, from which neither training nor the choice of the best
-        checkpoint can go on: loaded back, it would pass through the encoder once more.
+        PEFT saves only the prompt that the encoder produces, from which neither training nor the choice of the best
+        checkpoint
+        can continue: when loaded, it would pass through the encoder again.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.active_peft_config.peft_type == PeftType.P_TUNING:
@@ -201,7 +202,7 @@ class _LikeEPTModel(PeftModel):
         return result
 
     def _with_task(self, input_ids: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Adds each row's task for multitask prompt tuning: there is only one."""
+        """Adds each row's task for multitask prompt tuning; there is only one."""
         if self.active_peft_config.peft_type != PeftType.MULTITASK_PROMPT_TUNING or input_ids is None:
             return kwargs
         return {"task_ids": input_ids.new_zeros(input_ids.shape[0]), **kwargs}

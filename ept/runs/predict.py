@@ -1,4 +1,4 @@
-"""The predictor: a model with the tokenizer, labels and limit of its task, which labels texts and scores splits."""
+"""The predictor: a model with its task's tokenizer, labels and length limit, which labels texts and scores splits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(kw_only=True)
 class Predictor:
-    """A model with the tokenizer, labels and limit of its task, ready to predict and to score.
+    """A model with its task's tokenizer, labels and length limit, ready to predict and to score.
 
     SEQ_CLS takes the head's largest logit. CAUSAL_LM ranks the labels by log-likelihood, summed over their tokens,
     without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the answer's tokens. In a regression
@@ -47,13 +47,13 @@ class Predictor:
     label.
 
     Attributes:
-        max_length: the limit of a text in tokens, `data.max_length` or fewer where the model has no room for so many.
-        config: gives that limit and the form of the labels (`data`), the batch size and the way of scoring
-            (`training.eval_batch_size`, `training.scoring`: "rank" or "generate" in place of the task type's own way).
-        processes: share the batches among them; all return the predictions of all.
+        max_length: limit on a text in tokens: `data.max_length`, or less if the model has fewer positions.
+        config: provides that limit and the form of the labels (`data`), the batch size and the scoring
+            (`training.eval_batch_size`, `training.scoring`: "rank" or "generate" instead of the task type's default).
+        processes: share the batches; all return the predictions of all.
 
     Raises:
-        ValueError: the task type has no such scoring, or the tokenizer cannot tell the labels apart.
+        ValueError: the task type does not support the scoring, or the tokenizer cannot tell the labels apart.
     """
 
     config: RunConfig
@@ -65,7 +65,7 @@ class Predictor:
 
     def __post_init__(self) -> None:
         self.labels = self.task.labels(self.config.data.label_form)
-        self.outputs: list[int] = []  # of a head, that of each label, where they stand in another order
+        self.outputs: list[int] = []  # indices of each label in a head's output, if they are in another order
         order, words = self.config.model.head_labels, self.task.label_words
         if order is not None and self.task_type == "SEQ_CLS":
             if sorted(order) != sorted(words):
@@ -77,12 +77,12 @@ class Predictor:
         if self.task.is_text and scoring == "rank":
             raise ValueError("scoring='rank' ranks labels, and the answers are free text: leave it out")
         self.generates = (scoring or ("generate" if self.task_type == "SEQ_2_SEQ_LM" else "rank")) == "generate"
-        self.answers: list[list[int]] = []  # tokens of the labels of a language model
+        self.answers: list[list[int]] = []  # tokens of a language model's labels
         if self.task_type != "SEQ_CLS" and not self.task.is_text:
             self.answers = encode_labels(self.tokenizer, self.labels, self.task_type)
         self.max_length = max_length_of(self.config.data, self.task)
         if (limit := self.model.text_limit) is not None:
-            answer = 0  # a decoder's answer stands behind the text
+            answer = 0  # a decoder's answer follows the text
             if self.task_type == "CAUSAL_LM":
                 answer = max(map(len, self.answers), default=self.config.data.max_answer)
             if answer >= limit:
@@ -101,7 +101,7 @@ class Predictor:
         task: Task | None = None,
         numbers: Sequence[int] | None = None,
     ) -> list[FittedText]:
-        """Renders each row, with the template of `task` or else its own, and tokenises it; raises as `fit_rows`."""
+        """Renders each row with the template of `task` (None: its own) and tokenises it; raises as `fit_rows`."""
         truncate, task = self.config.data.on_too_long == "truncate", task or self.task
         options: Any = {"truncate": truncate, "source": source, "numbers": numbers}
         return fit_rows(task, rows, self.tokenizer, self.task_type, self.max_length, **options)
@@ -111,21 +111,21 @@ class Predictor:
         return [answer.label for answer in self.answer(encoded, progress)]
 
     def answer(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[Answer]:
-        """Answers each text's tokens, with the probability of each label where the answers are ranked.
+        """Answers each text's tokens, with the probability of each label if the labels are ranked.
 
         Args:
-            progress: what to call the progress bar on standard error; None: there is none.
+            progress: title of the progress bar on standard error; None: no bar.
         """
         return self._in_batches(self.predict_batch, encoded, progress)
 
     def write(self, encoded: Sequence[list[int]], progress: str | None = None) -> list[str]:
-        """Writes an answer in free text to each text's tokens, of at most `data.max_answer` tokens, greedily."""
+        """Greedily writes a free-text answer of at most `data.max_answer` tokens to each text's tokens."""
         return self._in_batches(self.write_batch, encoded, progress)
 
     def _in_batches(
         self, function: Callable[[Sequence[list[int]]], list[T]], encoded: Sequence[list[int]], progress: str | None
     ) -> list[T]:
-        # Neighbours of like length need less padding.
+        # Batches of similar lengths need less padding.
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         size, console, own = self.config.training.eval_batch_size, Console(stderr=True), dict[int, T]()
         batches = self.processes.share([order[start : start + size] for start in range(0, len(order), size)])
@@ -142,17 +142,17 @@ class Predictor:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Leaves dropout, gradients and compiled layers out as long as the context lasts."""
+        """Switches dropout, gradients and compiled layers off within the context."""
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), uncompiled():  # evaluation has shapes of its own, each of which would be compiled
+            with torch.no_grad(), uncompiled():  # each new shape in evaluation would be compiled
                 yield
         finally:
             self.model.train(was_training)
 
     def predict_batch(self, inputs: Sequence[list[int]]) -> list[Answer]:
-        """Answers a few texts in one go."""
+        """Answers a single batch of texts."""
         if self.task_type == "SEQ_CLS":
             logits, values = self.model(**self._batch(inputs)).logits, self.task.values
             if not values:
@@ -160,16 +160,16 @@ class Predictor:
             return [Answer(self._nearest(x, clamp=True), number=x) for x in logits[:, 0].float().tolist()]
         if self.generates:
             ids = self._generate(inputs, max(len(answer) for answer in self.answers) + 1)
-            if self.task_type == "CAUSAL_LM":  # trained without an end token: what follows the label does not count
+            if self.task_type == "CAUSAL_LM":  # trained without an end token, so what follows the label is ignored
                 new = ids[:, max(len(text) for text in inputs) :].tolist()
                 found = [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
                 return list(map(Answer, found))
-            # Compared as tokens, behind the one that a decoder starts with: text comes back changed ("no?" as "no ?").
+            # Compared as tokens, without the start token, because decoding changes text ("no?" becomes "no ?").
             label_of = {self._before_end(answer): i for i, answer in enumerate(self.answers)}
             rows = [self._before_end(row) for row in ids[:, 1:].tolist()]
             return [Answer(label_of[row] if row in label_of else self._nearest(self._text(row))) for row in rows]
         if self.task_type == "CAUSAL_LM" and len({(*answer[:-1], len(answer)) for answer in self.answers}) == 1:
-            # Labels that differ in their last token only: one forward ranks them all, what they share cancels.
+            # Labels that differ only in their last token: one forward pass ranks them all, since the rest cancels.
             batch = self._batch(inputs, self.answers[0][:-1])
             logits = self.model(**batch, logits_to_keep=1).logits[:, -1]  # [B, vocabulary]
             return _ranked(logits[:, [answer[-1] for answer in self.answers]])
@@ -180,7 +180,7 @@ class Predictor:
             if self.task_type == "SEQ_2_SEQ_LM":
                 output = self.model(**texts, labels=target)
                 logits = output.logits  # [B, k, vocabulary]
-                if isinstance(output, Seq2SeqLMOutput):  # a decoder with experts wants more of its encoder than this
+                if isinstance(output, Seq2SeqLMOutput):  # a decoder with experts needs more than this
                     texts["encoder_outputs"] = BaseModelOutput(output.encoder_last_hidden_state)
             else:
                 logits = self.model(**self._batch(inputs, answer), logits_to_keep=len(answer) + 1).logits[:, :-1]
@@ -189,15 +189,15 @@ class Predictor:
         return _ranked(torch.stack(likelihoods, -1))
 
     def write_batch(self, inputs: Sequence[list[int]]) -> list[str]:
-        """Writes answers to a few texts in one go."""
+        """Writes answers to a single batch of texts."""
         ids = self._generate(inputs, self.config.data.max_answer)
         start = max(len(text) for text in inputs) if self.task_type == "CAUSAL_LM" else 1
         return [self._text(self._before_end(row)) for row in ids[:, start:].tolist()]
 
     def _generate(self, inputs: Sequence[list[int]], max_new_tokens: int) -> torch.Tensor:
-        """Writes greedily, as answers were trained: the model's own settings for texts of its own do not count.
+        """Generates greedily, as answers were trained, without the model's own generation settings.
 
-        Checkpoints come with least lengths, penalties and words that they must not write.
+        Those may include minimum lengths, penalties and forbidden words.
         """
         base: Any = self.model.get_base_model()
         own, end = base.generation_config, self.tokenizer.eos_token_id
@@ -214,7 +214,7 @@ class Predictor:
             base.generation_config = own
 
     def loss(self, split: Any) -> float:
-        """Computes the loss of the right answers in free text of a split, in nats a token."""
+        """Computes the loss of a split's true free-text answers, in nats per token."""
         limit, size = self.config.data.max_answer, self.config.training.eval_batch_size
         encoded = encode_split(
             split, self.tokenizer, (), self.task_type, max_answer=limit, spaced=not self.task.is_chat
@@ -232,11 +232,11 @@ class Predictor:
         return sum(part[0] for part in parts) / max(sum(part[1] for part in parts), 1)
 
     def score(self, split: Any, progress: str | None = None) -> dict[str, float]:
-        """Computes the task's metrics on a split that `with_texts` has made, and the share of `unparsable` answers."""
+        """Computes the task's metrics on a split made by `with_texts`, and the share of `unparsable` answers."""
         return self.evaluate(split, progress).metrics
 
     def evaluate(self, split: Any, progress: str | None = None) -> Evaluation | TextEvaluation:
-        """Answers the rows of a split that `with_texts` has made and scores the answers."""
+        """Answers the rows of a split made by `with_texts` and scores the answers."""
         if self.task.is_text:
             written, right = self.write(split[TEXT_IDS][:], progress), split["target"][:]
             found = compute_text_metrics(self.task.metrics, written, right)
@@ -258,23 +258,23 @@ class Predictor:
         return Evaluation(metrics, answers, references, self.task.label_words, bool(self.task.values), right)
 
     def _batch(self, inputs: Sequence[list[int]], answer: Sequence[int] = ()) -> dict[str, torch.Tensor]:
-        """Pads ids and mask, and for a decoder, which may have an `answer` after each text, the mask of the text."""
+        """Pads ids and mask, and for a decoder, which may have an `answer` after each text, also the text mask."""
         left = self.task_type == "CAUSAL_LM"
         batch = {
             "input_ids": pad([[*ids, *answer] for ids in inputs], self.tokenizer.pad_token_id, left),
             "attention_mask": pad([[1] * (len(ids) + len(answer)) for ids in inputs], 0, left),
         }
-        check_vocabulary(batch["input_ids"], self.rows_of_table())  # while they are on the CPU
+        check_vocabulary(batch["input_ids"], self.rows_of_table())  # while the ids are on the CPU
         if left:
             batch["text_mask"] = pad([[1] * len(ids) + [0] * len(answer) for ids in inputs], 0, left).bool()
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def rows_of_table(self) -> int:
-        """Returns how many ids the model's embedding has rows for."""
+        """Returns the number of rows in the model's embedding."""
         return rows_of(input_embedding(self.model.get_base_model()))
 
     def _before_end(self, answer: list[int]) -> tuple[int, ...]:
-        """Takes an answer's tokens up to the end token, where there is one."""
+        """Returns an answer's tokens up to its end token, if any."""
         end = self.tokenizer.eos_token_id
         return tuple(answer[: answer.index(end)] if end in answer else answer)
 
@@ -288,13 +288,13 @@ class Predictor:
 
 
 def _ranked(scores: torch.Tensor) -> list[Answer]:
-    """Takes the best of each row's scores, `[B, labels]` logits or log-likelihoods, with all as probabilities."""
+    """Takes the best of each row's scores, `[B, labels]` logits or log-likelihoods; all become probabilities."""
     chosen, probabilities = scores.argmax(-1).tolist(), scores.float().softmax(-1).tolist()
     return [Answer(label, tuple(row)) for label, row in zip(chosen, probabilities)]
 
 
 def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> Predictor:
-    """Loads the model of a run's folder, with `overrides` over its configuration; raises as `trained_run`."""
+    """Loads the model of a run's folder, with `overrides` of its configuration; raises as `trained_run` does."""
     config, adapter = trained_run(run_dir, overrides)
     task_type, tokenizer = task_type_of(config.model), load_tokenizer(config.model)
     task = task_of(config.data, tokenizer)
@@ -304,9 +304,9 @@ def open_run(run_dir: Path, overrides: Sequence[str] = ()) -> Predictor:
 
 
 def trained_run(run_dir: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
-    """Finds the configuration of a run's folder, with `overrides` over it, and the folder of its adapter.
+    """Returns the configuration of a run's folder, with `overrides` applied, and its adapter's folder.
 
-    Raises FileNotFoundError where the folder holds no run, or one without an adapter.
+    Raises FileNotFoundError if the folder holds no run, or one without an adapter.
     """
     folder = RunFolder(run_dir)
     if not folder.config.is_file():

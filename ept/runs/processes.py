@@ -1,6 +1,6 @@
-"""One run in several processes, as `torchrun` and `accelerate launch` start them.
+"""One run in several processes, started by `torchrun` or `accelerate launch`.
 
-Every rank holds the whole model and takes a share of the rows of each step. Rank 0 writes; all decide alike.
+Every rank holds the whole model and takes a share of the rows of each step. Rank 0 writes; all make the same decisions.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, of which this one is number `rank` of `world_size`.
+    """The processes of a run; this one is number `rank` of `world_size`.
 
-    Messages between them go through `group`, on CPUs and apart from the gradients: no accelerator is waited for.
+    Messages between them go through `group` on the CPU, separate from the gradients, so that they never wait for an
+    accelerator.
     """
 
     rank: int = 0
@@ -34,11 +35,11 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Returns every `world_size`-th of `items`: each is in exactly one rank's share."""
+        """Returns every `world_size`-th of `items`, so that each is in exactly one rank's share."""
         return items[self.rank :: self.world_size]
 
     def gather(self, value: T) -> list[T]:
-        """Returns the `value` of every rank, in their order, on all ranks; waits until each has come here."""
+        """Returns the values of all ranks, in order, on every rank; waits until all have called it."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
@@ -50,7 +51,7 @@ class Processes:
     def together(self, make: Callable[[], T]) -> T:
         """Returns `make()`, called on every rank.
 
-        Raises what it raised, on the first of the ranks where it failed, and SystemExit on all others.
+        If it fails, the first rank on which it failed raises its exception, and all others raise SystemExit.
         """
         value, error = None, None
         try:
@@ -63,12 +64,12 @@ class Processes:
         return value  # type: ignore[return-value]
 
     def from_rank_zero(self, make: Callable[[], T]) -> T:
-        """Returns on all ranks what `make()` returns on rank 0; errors as `together`."""
+        """Returns on all ranks what `make()` returns on rank 0; errors as in `together`."""
         value = self.together(lambda: make() if self.is_rank_zero else None)
         return self.gather(value)[0]  # type: ignore[return-value]
 
     def leave(self) -> None:
-        """Waits until every rank has come to the end of its run. The connection ends with the process."""
+        """Waits until every rank has reached the end of its run. The connection closes with the process."""
         if self.world_size > 1:
             self.gather(None)
             _disconnect_at_exit()
@@ -76,9 +77,9 @@ class Processes:
 
 @cache
 def _disconnect_at_exit() -> None:
-    """Ends the connection with the process, once, whatever number of runs there were.
+    """Closes the connection when the process exits, however many runs there were.
 
-    No sooner: a second connection through the launcher's store would meet the addresses of the first.
+    Not earlier: a second connection through the launcher's store would find the addresses of the first.
     """
     from torch.distributed import destroy_process_group
 
@@ -86,9 +87,9 @@ def _disconnect_at_exit() -> None:
 
 
 def exit_rank(end: SystemExit) -> None:
-    """Ends this rank after what is registered for the end; does nothing where there is one process.
+    """Exits this rank after running the exit handlers; does nothing in a single process.
 
-    The libraries' static destructors are left out: gloo's threads at times abort a rank there that has done all.
+    It skips the libraries' static destructors, where gloo's threads sometimes abort a rank that has finished its work.
     """
     if world_size() > 1:
         atexit._run_exitfuncs()
@@ -98,10 +99,10 @@ def exit_rank(end: SystemExit) -> None:
 
 
 def join() -> Processes:
-    """Connects the processes that a launcher has started; returns this one alone where none has.
+    """Connects the processes that a launcher has started; returns this one alone if there is no launcher.
 
-    The accelerator of this process becomes the current one. Raises ValueError where the processes are to share one
-    model (FSDP, DeepSpeed), or the launcher has not started them.
+    Makes the process's accelerator the current one. Raises ValueError if the processes are meant to share one model
+    (FSDP, DeepSpeed), or if the launcher has not started them.
     """
     # `accelerate launch --cpu --num_processes N` starts N processes only under mpirun.
     if is_cpu_requested() and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -128,29 +129,29 @@ def join() -> Processes:
 
 
 def world_size() -> int:
-    """Returns how many processes the launcher has started, on all machines."""
+    """Returns the number of processes that the launcher has started, on all machines."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Returns the number of this process in the launch."""
+    """Returns this process's number in the launch."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Returns the number of this process on its machine."""
+    """Returns this process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def accelerator_index() -> int:
-    """Returns the number of this process' accelerator: that of the process, but 0 where it is shown one alone."""
+    """Returns the index of this process's accelerator: its local rank, modulo the number of visible accelerators."""
     import torch
 
     return local_rank() % max(torch.accelerator.device_count(), 1)
 
 
 def is_cpu_requested() -> bool:
-    """Tells whether `accelerate launch --cpu` has started this process."""
+    """Checks whether `accelerate launch --cpu` has started this process."""
     return _is_on("ACCELERATE_USE_CPU")
 
 

@@ -23,8 +23,8 @@ from .folder import RunFolder
 from .method_table import METHODS
 from .text_answers import TextEvaluation
 
-MAX_MATRIX = 30  # labels of a confusion matrix that can still be read
-_RANGES = {**dict.fromkeys((*CORRELATIONS, "matthews_correlation"), "-1..1"), "r2": "at most 1"}  # of the others 0..1
+MAX_MATRIX = 30  # labels up to which a confusion matrix is readable
+_RANGES = {**dict.fromkeys((*CORRELATIONS, "matthews_correlation"), "-1..1"), "r2": "at most 1"}  # 0..1 for the others
 
 
 def write_report(
@@ -34,10 +34,12 @@ def write_report(
     events: list[dict[str, Any]],
     folder: RunFolder,
 ) -> None:
-    """Writes `report.md`, the learning curve and, of a classification, the confusion matrix into a run's folder.
+    """Writes `report.md`, the learning curve and, for a classification, the confusion matrix into a run's folder.
 
     Args:
-        results: what `results.json` holds. evaluation: the answers to the test split of `data`. events: the run's log.
+        results: content of `results.json`.
+        evaluation: the answers on the test split of `data`.
+        events: the run's log.
     """
     learning_curve(results, events, folder.curve)
     figures = [folder.curve]
@@ -70,10 +72,10 @@ def write_report(
 
 
 def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: Path) -> None:
-    """Draws training loss and validation score over the steps into a PNG, from the results and the log of a run.
+    """Plots training loss and validation score over the steps as a PNG, from the results and log of a run.
 
-    The score of always answering the commonest label is a line, the scores on the test split are stars. A verdict that
-    makes the scores worthless stands in the title.
+    A line shows the score of always answering the commonest label, stars the scores on the test split. If the scores
+    are worthless, the title says why.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -106,7 +108,7 @@ def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: 
 
 
 def confusion_matrix(results: dict[str, Any], evaluation: Evaluation, file: Path) -> None:
-    """Draws how often each label was answered to the rows of each, with their numbers, into a PNG."""
+    """Plots as a PNG how often each label was answered for the rows of each label, with the counts."""
     columns, counts = evaluation.confusion()
     rows = list(evaluation.labels)
     shares = np.array(counts) / np.maximum(np.sum(counts, axis=1, keepdims=True), 1)
@@ -124,7 +126,7 @@ def confusion_matrix(results: dict[str, Any], evaluation: Evaluation, file: Path
 
 
 def results_tables(results: dict[str, Any]) -> list[Table | Text]:
-    """Makes what the terminal shows of a run's results."""
+    """Makes the tables of a run's results for the terminal."""
     shown: list[Table | Text] = [properties(_properties(results), f"{results['method']} on {results['task']}", left=1)]
     if "by_label" in results and len(results["by_label"]) <= MAX_MATRIX:
         shown.append(table(*_by_label(results)))

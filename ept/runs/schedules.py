@@ -1,4 +1,4 @@
-"""The courses of the learning rates that transformers makes of their names alone."""
+"""The learning-rate schedules that transformers can make from their names alone."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from transformers import SchedulerType, get_scheduler
 
 
 class Schedule(NamedTuple):
-    """A schedule that a run can have. `options`: what it is given; one that watches the score is told that higher is
-    better. `warms_up`: it begins at 0 where there is a warm-up; others ignore it."""
+    """A schedule that a run can use. `options`: its arguments (one that watches the score is told that higher is
+    better). `warms_up`: it starts at 0 if there are warm-up steps; others ignore them.
+    """
 
     options: dict[str, Any]
     warms_up: bool
@@ -21,10 +22,10 @@ class Schedule(NamedTuple):
 
 @cache
 def schedules() -> dict[str, Schedule]:
-    """Finds the schedules that a run can have, by their names.
+    """Finds the schedules that a run can use, by name.
 
-    Others need settings that no key gives, or, as `greedy`, have bounds of their own that do not fit rates which differ
-    from group to group.
+    The others need settings for which there are no keys, or, like `greedy`, have bounds of their own, which do not fit
+    rates that differ between groups.
     """
     found = {}
     for kind in SchedulerType:

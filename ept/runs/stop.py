@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during a run: the step is finished and saved, and the run says how to continue it."""
+"""SIGTERM and Ctrl-C during a run: the current step is finished and saved, and a message says how to continue."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Interrupted(KeyboardInterrupt):
-    """The end of a run by a signal. As with Ctrl-C elsewhere, `except Exception` does not catch it."""
+    """The end of a run by a signal. Like Ctrl-C elsewhere, it is not caught by `except Exception`."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + number  # as shells give it to a program that the signal ended
+        self.exit_code = 128 + number  # as a shell reports a program that the signal ended
 
 
 class StopSignals(TrainerCallback):
-    """Handlers that raise `Interrupted` on SIGINT and SIGTERM: at once, or during training after the step.
+    """Handlers that raise `Interrupted` on SIGINT and SIGTERM: immediately, or during training after the current step.
 
-    Any rank may get the signal; after each step all agree on whether one has come. A second signal stops a process at
-    once only where it is alone. Launchers repeat them: a job manager signals the launcher and its processes, the
-    launcher passes its own signal on, and it ends all processes as soon as one has ended.
+    Any rank may get the signal; after each step all agree on whether one has come. A second signal stops the run at
+    once only if it is a single process, because launchers repeat signals: a job manager signals the launcher and its
+    processes, the launcher passes its own signal on, and ends all processes as soon as one has ended.
 
-    They are in place inside `with`, and those that were there before come back at its end. In a thread other than the
-    main one, and for signals that the process ignores, nothing changes. As a callback this comes after the one that
-    makes checkpoints whole.
+    The handlers are active inside `with`; the previous ones are restored at its end. Nothing changes in a thread other
+    than the main one, and for signals that the process ignores. As a callback this comes after the one that completes
+    checkpoints.
     """
 
     def __init__(self, folder: RunFolder, processes: Processes) -> None:
@@ -47,7 +47,7 @@ class StopSignals(TrainerCallback):
         if threading.current_thread() is threading.main_thread():
             for number in NAMES:
                 before = signal.getsignal(number)
-                if before not in (signal.SIG_IGN, None):  # None: set from C, and could not be put back
+                if before not in (signal.SIG_IGN, None):  # None: set from C, and could not be restored
                     self._handlers[number] = before
                     signal.signal(number, self._receive)
         return self
@@ -71,15 +71,15 @@ class StopSignals(TrainerCallback):
             raise self._stop_all(f"stopped by {NAMES[self.agreed]} {saved}: {self.resume_command()} continues")
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.agreed = max(self.processes.gather(self.received or 0))  # one may have come after the last step
+        self.agreed = max(self.processes.gather(self.received or 0))  # a signal may have come after the last step
         self.training = False
         if self.agreed:
             raise self._stop_all(self._message(self.agreed))
-        if self.received:  # since then
+        if self.received:  # since the agreement
             raise Interrupted(self._message(self.received), self.received)
 
     def resume_command(self) -> str:
-        """Returns the command that continues the run in as many processes as now."""
+        """Returns the command that continues the run in the present number of processes."""
         words = f"ept train --resume --output {shlex.quote(str(self.folder.path))}"
         if world_size() == 1:
             return f"`{words}`"
@@ -95,7 +95,7 @@ class StopSignals(TrainerCallback):
         if not self.received and self.processes.is_rank_zero:
             second = "; a second Ctrl-C stops at once" if alone else ""
             notice = f"\n{NAMES[number]}: finishing this step and saving{second}\n"
-            os.write(2, notice.encode())  # print could be at work just now
+            os.write(2, notice.encode())  # a print may be in progress
         self.received = number
 
     def _message(self, number: int) -> str:
@@ -107,8 +107,8 @@ class StopSignals(TrainerCallback):
 
     def _stop_all(self, message: str) -> Interrupted:
         if self.processes.world_size > 1:
-            for number in self._handlers:  # with the first process that ends, the launcher signals the others again
+            for number in self._handlers:  # when the first process ends, the launcher signals the others again
                 signal.signal(number, signal.SIG_IGN)
             self._handlers.clear()
-        self.processes.leave()  # once the checkpoint is whole on rank 0
+        self.processes.leave()  # waits until rank 0 has completed the checkpoint
         return Interrupted(message, self.agreed)

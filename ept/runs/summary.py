@@ -1,4 +1,4 @@
-"""The summary of a run before it is trained, as a dictionary and as a table."""
+"""Summary of a run before training, as a dictionary and as a table."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run_summary(run: PreparedRun) -> dict[str, Any]:
 
 
 def summary_table(summary: dict[str, Any], title: str) -> Table:
-    """Makes a table of what `run_summary` describes."""
+    """Makes a table from the result of `run_summary`."""
     labels = []
     if summary["kind"] == "regression":
         first, last, count = summary["labels"][0], summary["labels"][-1], len(summary["labels"])

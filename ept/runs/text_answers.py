@@ -1,4 +1,4 @@
-"""Answers in free text to a split: their scores, and whether they say anything about the texts."""
+"""Free-text answers on a split: their scores, and whether they depend on the texts at all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MAX_SAMPLES = 10
 
 @dataclass(frozen=True)
 class TextEvaluation:
-    """The written answers to the rows of a split, with the right ones; in place of an `Evaluation` of labels.
+    """The written answers to the rows of a split, with the true ones; corresponds to `Evaluation` for labels.
 
-    `metrics` has the task's metrics, the first of which counts, and the `loss` of the right answers in nats a token.
+    `metrics` has the task's metrics, the first of which decides, and the `loss` of the true answers in nats per token.
     """
 
     metrics: dict[str, float]
@@ -25,7 +25,7 @@ class TextEvaluation:
 
     @property
     def shares(self) -> dict[str, float]:
-        """How often each text was written, the commonest first."""
+        """Share of each text among the answers, the commonest first."""
         return {text: count / len(self.texts) for text, count in Counter(self.texts).most_common()}
 
     @property
@@ -33,11 +33,11 @@ class TextEvaluation:
         return self.constancy() is not None
 
     def constancy(self) -> str | None:
-        """Says in words that the model gives one answer whatever the text; None where it does not."""
+        """Describes a model that gives one answer whatever the text; None if it does not."""
         return one_answer(self.shares, self.references)
 
     def verdict(self, majority: float) -> str | None:
-        """Says why the score is worthless: one answer to all, or no better than the commonest answer."""
+        """Says why the score is worthless, if it is: constant answers, or no better than the commonest answer."""
         name, score = next(iter(self.metrics.items()))
         if (text := self.constancy()) is not None or score > majority:
             return text
@@ -49,5 +49,5 @@ class TextEvaluation:
         return list(zip(self.references, self.texts))[:MAX_SAMPLES]
 
     def summary(self) -> dict[str, Any]:
-        """Returns what `results.json` holds of it beside the metrics."""
+        """Returns what `results.json` holds in addition to the metrics."""
         return {"constant": self.is_constant, "samples": self.samples()}

@@ -1,4 +1,4 @@
-"""Training an adapter as a configuration says: from the configuration to results, with scores before and after."""
+"""Training an adapter, from the configuration to results with scores before and after."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PreparedRun(Predictor):
 
 
 def prepare(config: RunConfig, processes: Processes | None = None, rows: OwnRows | None = None) -> PreparedRun:
-    """Loads tokenizer, data and model, with a fresh adapter; writes nothing. `rows` as in `load_run_data`."""
+    """Loads tokenizer, data, and model with a fresh adapter; writes nothing. `rows` as in `load_run_data`."""
     set_seed(config.seed)  # a new classification head is drawn while loading
     task_type = task_type_of(config.model)
     tokenizer = load_tokenizer(config.model)
@@ -75,17 +75,17 @@ def prepare(config: RunConfig, processes: Processes | None = None, rows: OwnRows
 
 
 def _check_texts(run: PreparedRun, data: TaskData) -> None:
-    """Refuses texts that the model has no rows of its embedding for, before the first of them comes in the middle of
-    training, where an accelerator would make NaN of it.
+    """Refuses texts with token ids beyond the model's embedding. Otherwise the first would turn up in the middle of
+    training, where an accelerator makes NaN of it.
     """
     largest = max(max(ids, default=0) for split in SPLITS for ids in getattr(data, split)[TEXT_IDS])
     check_vocabulary(torch.tensor([largest], device="cpu"), run.rows_of_table())
 
 
 def with_data(config: RunConfig, rows: OwnRows) -> RunConfig:
-    """Returns the configuration with what `data` leaves to infer from its rows, as `ept.runs.data.resolved` does.
+    """Returns the configuration with whatever `ept.runs.data.resolved` infers from the rows.
 
-    And with the order of the labels in a trained head, where it is not that of the task.
+    Adds the order of the labels in a trained head, if it differs from the task's.
     """
     task_type, data, model = task_type_of(config.model), config.data, config.model
     if data.is_local:
@@ -104,21 +104,21 @@ def train(
     overwrite: bool = False,
     on_ready: Callable[[PreparedRun], None] = lambda run: None,
 ) -> dict[str, Any]:
-    """Trains, evaluates and saves a run into `config.output_dir`; returns what `results.json` holds.
+    """Trains, evaluates and saves a run into `config.output_dir`; returns the content of `results.json`.
 
     The folder gets `config.yaml`, `splits.json` (which rows are in which split), `metrics.jsonl`, `checkpoints/`,
-    `adapter/`, `results.json`, and `report.md` with `learning_curve.png` and `confusion.png`. The best checkpoint by
-    the task's first metric on the validation split is the one that is saved and scored on the test split.
+    `adapter/`, `results.json`, and `report.md` with `learning_curve.png` and `confusion.png`. The best checkpoint, by
+    the task's first metric on the validation split, is saved and scored on the test split.
 
-    Started by `torchrun` or `accelerate launch`, the ranks share the rows of each step and of each evaluation, and
-    rank 0 writes. The weights are those of one process with as large a batch.
+    Under `torchrun` or `accelerate launch`, the ranks share the rows of each step and each evaluation, and rank 0
+    writes. The weights are those of a single process with an equally large batch.
 
     Args:
-        resume: continue from the last whole checkpoint (from the start where there is none). With more
-            `training.max_steps` than the run had, finished or not, it is trained on: the schedule of the learning rate
-            is then that of the new number of steps, from where the run stands.
+        resume: continue from the last complete checkpoint (from the start if there is none). If `training.max_steps` is
+            larger than the run's, finished or not, it is trained on, with the learning-rate schedule of the new number
+            of steps from that point.
         overwrite: delete the run that the folder holds.
-        on_ready: called on rank 0 with what is going to be trained, before the folder is touched.
+        on_ready: called on rank 0 with the prepared run, before the folder is touched.
 
     Raises:
         FileExistsError: the folder holds a run and neither argument is set.
@@ -169,7 +169,7 @@ def _train(
     checkpoint = processes.from_rank_zero(lambda: folder.begin(config, resume))
     if processes.is_rank_zero:
         write_atomically(folder.splits, json.dumps(drawn) + "\n")
-    before: dict[str, float] = {}  # of the untrained adapter; a resumed run reads them from its log
+    before: dict[str, float] = {}  # scores of the untrained adapter; a resumed run reads them from its log
     if config.training.score_before:
         logged = processes.from_rank_zero(lambda: [event["before"] for event in log.read() if "before" in event])
         before = logged[0] if logged else run.score(run.run_data.data.test, progress="scoring the untrained adapter")
@@ -184,7 +184,7 @@ def _train(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with writing(folder, processes.is_rank_zero):
-        if checkpoint and is_over(checkpoint) and not more:  # it was ended while scoring, or just before
+        if checkpoint and is_over(checkpoint) and not more:  # it was stopped during or just before scoring
             state = trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             locate_best(state, folder)
             trainer._load_from_checkpoint(state.best_model_checkpoint or str(checkpoint))

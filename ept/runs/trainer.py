@@ -1,4 +1,4 @@
-"""The Trainer of a run: its arguments, the batches of a step, and a learning rate for each kind of parameter."""
+"""The Trainer of a run: its arguments, the batches of a step, and learning rates by kind of parameter."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 _CHECKPOINTING = "activation_checkpointing"
 if not hasattr(TrainingArguments, _CHECKPOINTING):
     _CHECKPOINTING = "gradient_checkpointing"
-# Settings that are called the same here and there.
+# Settings with the same name in TrainingArguments.
 SAME_NAME = {
     *("num_train_epochs", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps"),
     *("max_grad_norm", "eval_steps", "logging_steps", "bf16", "fp16", "optim"),
 }
 FILLER_LABELS = "filler_labels"
 HEAD_STEP = 4.0
-"""By how much a step of Adam moves a head's result at most, where what it reads is of magnitude one."""
+"""The most by which a step of Adam moves a head's output, for inputs of magnitude one."""
 COLLAPSED_AFTER = 2
-"""Evaluations with one answer to all rows before a warning says what to change."""
+"""Number of successive constant evaluations before a warning says what to change."""
 
 
 class PromptTrainer(Trainer):
-    """The Trainer with one learning rate for the prompt, one for everything else, and the task's own score."""
+    """Trainer with learning rates by kind of parameter, and the task's own score."""
 
     optimizer: torch.optim.Optimizer | None
     control: TrainerControl
@@ -65,7 +65,7 @@ class PromptTrainer(Trainer):
             spaced=not data.task.is_chat,
             outputs=run.outputs,
         )
-        self.unit = None  # of the numbers that a head of its own is to give
+        self.unit = None  # of the numbers in a regression with a classifier's head
         if run.task_type == "SEQ_CLS" and data.task.values:
             self.unit = unit_of(encoded["labels"][:])
         if training.class_weights:
@@ -79,7 +79,7 @@ class PromptTrainer(Trainer):
             answer_tokens=max(map(len, run.answers), default=0) if multiple is not None else 0,
             label_only_logits=training.label_only_logits,
         )
-        self.constant_evaluations = 0  # one after the other, with one answer to all rows
+        self.constant_evaluations = 0  # in succession
         self.progress = ProgressBar(data.task.metrics[0], shown=run.processes.is_rank_zero)
         super().__init__(
             model=run.model,
@@ -94,8 +94,8 @@ class PromptTrainer(Trainer):
             ],
         )
         self.add_callback(WholeCheckpoints(self))
-        self.remove_callback(PrinterCallback)  # prints to standard output
-        # EPTModel.forward divides by num_items_in_batch for every model, whatever the base model's signature says.
+        self.remove_callback(PrinterCallback)  # it prints to standard output
+        # EPTModel.forward divides by num_items_in_batch for every model, whatever the base model's signature.
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -117,7 +117,7 @@ class PromptTrainer(Trainer):
             collate_fn=partial(collate_share, self.data_collator, rows[0]),
             pin_memory=self.args.dataloader_pin_memory,
         )
-        return prepare_data_loader(  # as for one process: the batches are shares already
+        return prepare_data_loader(  # as for a single process: the batches are already shares
             loader,
             device=self.accelerator.device,
             num_processes=1,
@@ -128,7 +128,7 @@ class PromptTrainer(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Counts a regression's rows, of whose numbers the Trainer leaves out -100."""
+        """Counts a regression's rows, including labels of -100, which the Trainer would leave out."""
         counted = [
             {**batch, "labels": torch.zeros_like(batch["labels"])} if batch["labels"].is_floating_point() else batch
             for batch in batch_samples
@@ -144,7 +144,7 @@ class PromptTrainer(Trainer):
         if weights is not None:
             shifted = self.run.task_type == "CAUSAL_LM"
             added = added_loss(outputs["logits"], given["labels"], weights, num_items_in_batch, shifted)
-            # The gradients of the ranks are averaged, and `num_items_in_batch` counts the labels of all.
+            # The gradients are averaged over the ranks, but `num_items_in_batch` counts the labels of all ranks.
             loss = loss + added * (self.run.processes.world_size if num_items_in_batch is not None else 1)
         if self.unit is not None:
             loss = loss / self.unit**2
@@ -168,7 +168,7 @@ class PromptTrainer(Trainer):
     ) -> dict[str, float]:
         evaluation = self.run.evaluate(self.run.run_data.data.validation)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in evaluation.metrics.items()}
-        metrics[f"{metric_key_prefix}_largest_share"] = max(evaluation.shares.values())  # of the answers
+        metrics[f"{metric_key_prefix}_largest_share"] = max(evaluation.shares.values())  # share of the commonest answer
         self.constant_evaluations = self.constant_evaluations + 1 if evaluation.is_constant else 0
         self.progress.note = evaluation.constancy() or ""
         if self.constant_evaluations >= COLLAPSED_AFTER:
@@ -180,17 +180,17 @@ class PromptTrainer(Trainer):
 
 
 class _EpochSampler(Sampler[int]):
-    """A sampler whose order of an epoch's rows follows from its seed and number alone.
+    """A sampler whose order within an epoch depends only on its seed and the epoch's number.
 
-    The samplers that it stands before draw from the global generator, whose state at the start of an epoch a run that
-    resumes inside that epoch does not know.
+    The samplers it is mixed into draw from the global generator, whose state at the start of an epoch is unknown to a
+    run that resumes within it.
     """
 
     seed: int
     epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Takes the number of the epoch from the data loader."""
+        """Receives the number of the epoch from the data loader."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -199,10 +199,11 @@ class _EpochSampler(Sampler[int]):
 
 
 class EpochLengthGroupedSampler(_EpochSampler, LengthGroupedSampler):
-    """The order of an epoch's rows with those of like length side by side.
+    """Sampler that puts rows of similar length next to each other.
 
     Args:
-        batch_size: rows of an optimiser step, over all ranks. lengths: tokens of every row.
+        batch_size: rows of an optimizer step, over all ranks.
+        lengths: tokens of every row.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
@@ -211,9 +212,9 @@ class EpochLengthGroupedSampler(_EpochSampler, LengthGroupedSampler):
 
 
 class BalancedSampler(_EpochSampler, WeightedRandomSampler):
-    """An order of an epoch's rows in which every label comes equally often.
+    """Sampler that draws every label equally often on average.
 
-    Rows of rare labels come several times, others not in every epoch.
+    Rows of rare labels are drawn several times per epoch, others not in every epoch.
 
     Args:
         labels: of every row.
@@ -225,18 +226,19 @@ class BalancedSampler(_EpochSampler, WeightedRandomSampler):
 
 
 class SharedBatches(BatchSampler):
-    """A rank's share of each batch, where the batches are those of one process with as large a batch size.
+    """A rank's share of each batch, where the batches are those of a single process with an equally large batch size.
 
-    accelerate deals whole batches out in turn, and completes the last round of an epoch with rows of its beginning.
-    A last batch of fewer rows than ranks leaves some without any: their share is an empty list.
+    accelerate hands out whole batches in turn, and completes the last round of an epoch with rows from its beginning.
+    Here, a last batch with fewer rows than ranks leaves some ranks an empty list.
 
     Args:
-        sampler: the order of the rows, the same on every rank. batch_size: rows of a share.
+        sampler: the order of the rows, the same on every rank.
+        batch_size: rows of a share.
     """
 
     def __init__(self, sampler: Any, batch_size: int, processes: Processes) -> None:
         self.batch_sampler = BatchSampler(sampler, batch_size * processes.world_size, drop_last=False)
-        self.sampler = sampler  # the data loader tells it the epoch
+        self.sampler = sampler  # the data loader passes the epoch to it
         self.batch_size, self.drop_last, self.processes = batch_size, False, processes
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -247,14 +249,14 @@ class SharedBatches(BatchSampler):
 
 
 def collate_share(collate: Callable[[Any], dict[str, Any]], filler: dict[str, Any], rows: Any) -> dict[str, Any]:
-    """Collates a rank's share of a batch; an empty share becomes a batch of the row `filler` that does not count.
+    """Collates a rank's share of a batch; an empty share becomes a batch of the row `filler`, which does not count.
 
-    Its labels are all -100; the true ones, with which the model is called all the same, are beside them.
+    Its labels are all -100; the true ones, which the model is still called with, are kept beside them.
     """
     if rows:
         return collate(rows)
     batch = collate([filler])
-    no_labels = torch.full_like(batch["labels"], IGNORE, dtype=torch.long)  # as a number -100 would count
+    no_labels = torch.full_like(batch["labels"], IGNORE, dtype=torch.long)  # a float -100 would count
     return {**batch, "labels": no_labels, FILLER_LABELS: batch["labels"]}
 
 
@@ -266,13 +268,13 @@ def parameter_groups(
     method: str = "ept",
     head_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Makes the groups of the optimizer, each at the rate that fits what a step of Adam does to the embeddings.
+    """Makes the optimizer's parameter groups, each with a rate that fits what a step of Adam does to the embeddings.
 
-    * `prompt` and `U`, which stand in the units of the prompt: `learning_rate`;
+    * `prompt` and `U`, which have the units of the prompt: `learning_rate`;
     * the maps `D`, `G`, `W_q`, `W_k`: `low_rank_learning_rate`/√d. A step changes each of a column's d entries by about
-      the rate, and they add up: at the whole rate the gate saturates within some tens of steps;
-    * heads and what else is trained of the model itself: `head_learning_rate`, or `HEAD_STEP` over the width that the
-      first matrix reads, for the same reason;
+      the rate, and they add up: at the full rate the gate saturates within some tens of steps;
+    * heads and other trained parts of the model: `head_learning_rate`, or by default `HEAD_STEP` over the input width
+      of the first matrix, for the same reason;
     * all others (`A`, `B`, `beta`): `low_rank_learning_rate`.
 
     Related methods' other parameters follow `Method.roles`. PEFT's methods: the whole adapter at `learning_rate`.
@@ -318,9 +320,9 @@ def training_arguments(config: RunConfig, folder: RunFolder, metric: str) -> Tra
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,  # every parameter of an adapter takes part in every step
-        ddp_broadcast_buffers=False,  # those of a frozen model stay what they are
+        ddp_broadcast_buffers=False,  # a frozen model's buffers do not change
         dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={"non_blocking": torch.cuda.is_available()},  # from pinned memory: no wait for the copy
+        accelerator_config={"non_blocking": torch.cuda.is_available()},  # copies from pinned memory need no wait
         disable_tqdm=True,
         report_to=list(training.report_to) or "none",
         run_name=folder.path.name,

@@ -1,4 +1,4 @@
-"""Chats as a task: the model's chat template writes the messages before the last one, which is the answer."""
+"""Chats as a task: the model's chat template renders all messages but the last, which is the answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARE_GPT = {"human": "user", "gpt": "assistant"}
 
 
 def find_chats(rows: Sequence[Row]) -> str | None:
-    """Finds the column of chats: `messages`, or the only one that holds messages where none is called label."""
+    """Finds the column of chats: `messages`, or the only one that holds messages, if no column is called label."""
     names = list(dict.fromkeys(name for row in rows[:10] for name in row))
     cells = {name: [row.get(name) for row in rows[:10]] for name in names}
 
@@ -35,9 +35,9 @@ def find_chats(rows: Sequence[Row]) -> str | None:
 def chat_task(
     column: str, tokenizer: PreTrainedTokenizerBase, *, metrics: Sequence[str], max_length: int, **fields: Any
 ) -> Task:
-    """Makes a task of chats, lists of `{"role": ..., "content": ...}` that end with what the assistant answers.
+    """Makes a task from chats, lists of `{"role": ..., "content": ...}` that end with the assistant's answer.
 
-    Raises ValueError where the tokenizer has no chat template.
+    Raises ValueError if the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
         raise ValueError(f"column '{column}' holds chats, and the model's tokenizer has no chat template: take another")
@@ -50,7 +50,7 @@ def chat_task(
         prompt = str(tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True))
         start = tokenizer.bos_token
         if start and prompt.startswith(start) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-            prompt = prompt.removeprefix(start)  # which the tokenizer puts before every text
+            prompt = prompt.removeprefix(start)  # the tokenizer adds it to every text
         return {"prompt": prompt, "answer": last["content"] if is_answered else ""}
 
     return Task(
@@ -68,9 +68,9 @@ def chat_task(
 
 
 def _messages(chat: Any, column: str) -> list[dict[str, str]]:
-    """Checks a chat; a text alone is a user's only message. Raises ValueError for what is none.
+    """Returns the messages of a chat; plain text is a single user message. Raises ValueError if it is not a chat.
 
-    A list in JSON, as a cell of a csv file has it, is read, and so are ShareGPT's `{"from": ..., "value": ...}`.
+    Also reads a list in JSON, as in a cell of a csv file, and ShareGPT's `{"from": ..., "value": ...}`.
     """
     if isinstance(chat, str):
         if not chat.lstrip().startswith("[{"):

@@ -1,4 +1,4 @@
-"""Drawing rows: the splits that are missing, a part of a split, the rows of a few-shot run."""
+"""Drawing rows: missing splits, part of a split, the rows of a few-shot run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 LARGE = 10_000
-"""From this many train rows on, validation rows are taken from train and the validation split is the test split."""
+"""With at least this many train rows, validation rows are taken from train and the validation split becomes the test
+split."""
 LARGE_VALIDATION = 1_000
 HELD_OUT_FRACTION = 0.1
-BALANCE_INTERVALS = 5  # of a regression's range, when its labels are counted
+BALANCE_INTERVALS = 5  # of a regression's range, for counting its labels
 
 
 def three_splits(task: Task, given: Mapping[str, list[Row]], seed: int) -> tuple[dict[str, str], dict[str, list[Row]]]:
-    """Makes the splits that are missing, by the rule in `load_task`; says which given split each comes from."""
+    """Makes missing splits by the rules in `load_task`; also returns the given split that each one comes from."""
     train, validation, test = given["train"], given.get("validation"), given.get("test")
     origins = dict(zip(SPLITS, SPLITS))
     if validation is None and test is None:
@@ -55,9 +56,9 @@ def three_splits(task: Task, given: Mapping[str, list[Row]], seed: int) -> tuple
 
 
 def _stratified(task: Task, rows: Sequence[Row], share: float, parts: int, seed: int) -> list[list[Row]]:
-    """Draws `parts` times that share of the distinct rows, of each label alike; the rest comes last.
+    """Draws `parts` parts, each this share of the distinct rows and of every label; the rest comes last.
 
-    Equal rows, and those of a group, stay together; which part they go to depends on `seed` and on them alone.
+    Equal rows, and rows of a group, stay together. They are ordered by a hash of the row and `seed`.
     """
     labels: dict[str, int] = {}
     keys = [row.get(GROUP) or row[RAW] for row in rows]
@@ -70,7 +71,7 @@ def _stratified(task: Task, rows: Sequence[Row], share: float, parts: int, seed:
     for key in sorted(labels, key=lambda key: blake2b(f"{seed}\n{key}".encode(), digest_size=16).digest()):
         strata[interval(task, labels[key])].append(key)
     counts = _held_out({label: len(members) for label, members in strata.items()}, share, parts)
-    if counts is None:  # too few rows for that
+    if counts is None:  # too few rows to stratify
         strata = {0: list(chain(*strata.values()))}
         counts = {0: max(1, round(share * len(labels)))}
     part_of = {}
@@ -81,9 +82,9 @@ def _stratified(task: Task, rows: Sequence[Row], share: float, parts: int, seed:
 
 
 def _held_out(sizes: Mapping[int, int], share: float, parts: int) -> dict[int, int] | None:
-    """Counts the rows of each label that are held out in each part: its share, and one where it has five or more.
+    """Counts the rows of each label to hold out in each part: its share, and at least one if it has five or more.
 
-    None where the labels have too few rows to make that share of all.
+    Returns None if the labels have too few rows to reach the share overall.
     """
     counts = {label: max(int(share * size), int(size >= 5)) for label, size in sizes.items()}
     total = max(1, round(share * sum(sizes.values())))
@@ -94,7 +95,7 @@ def _held_out(sizes: Mapping[int, int], share: float, parts: int) -> dict[int, i
 
 
 def interval(task: Task, label: int) -> int:
-    """Names the stratum of a label: itself, or for a regression its interval of the range."""
+    """Returns the stratum of a label: the label itself, or for a regression its interval of the range."""
     if not task.values:
         return label
     low, width = task.values[0], (task.values[-1] - task.values[0]) / BALANCE_INTERVALS
@@ -108,9 +109,9 @@ def _permutation(size: int, seed: int) -> list[int]:
 
 
 def sample(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Draws `count` rows, and gives them and the rest in random order; the rows of a group stay together.
+    """Draws `count` rows and returns them and the rest, in random order; the rows of a group stay together.
 
-    Groups are drawn while they fit into `count`, and the first one in any case.
+    Groups are drawn as long as they fit into `count`; the first is always drawn.
     """
     groups: dict[Any, list[Row]] = defaultdict(list)
     for position, row in enumerate(rows):
@@ -122,13 +123,13 @@ def sample(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[
 
 
 def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
-    """Draws `k // classes` rows of each class with `seed`, in their order; a regression's classes are its two halves.
+    """Draws `k // classes` rows of each class, in file order; a regression's classes are the halves of its range.
 
     Raises:
-        ValueError: that is no row a class, or a class has fewer rows.
+        ValueError: `k` is below one row per class, or a class has too few rows.
     """
     values = task.values
-    classes = 2 if values else max(task.num_labels, 1)  # answers in free text are one
+    classes = 2 if values else max(task.num_labels, 1)  # free-text answers count as one class
     each = k // classes
     if each < 1:
         raise ValueError(f"k_shot={k} is no row for each of {classes} labels: give at least {classes}")

@@ -1,4 +1,4 @@
-"""From a row in a file to a padded batch, one layout for each task type; training and evaluation share it.
+"""From a row in a file to a padded batch, with one layout per task type, shared by training and evaluation.
 
 SEQ_2_SEQ_LM: text padded on the right, labels = tokens of the target. CAUSAL_LM: [text; target] padded left, labels on
 the target only. SEQ_CLS: text padded on the right, one class index.
@@ -19,15 +19,15 @@ from .task import Task
 if TYPE_CHECKING:
     import datasets
 
-IGNORE = -100  # the label of a position that has no part in the loss
+IGNORE = -100  # the label of a position that the loss ignores
 TEXT_IDS = "text_ids"
-"""The column of a dataset within the length limit that holds the tokens of each row's `text`."""
+"""Column with the tokens of each row's `text`, in a dataset that was fitted to the length limit."""
 WEIGHT, WEIGHTS = "weight", "weights"
-"""The column with the weight of a row's loss, where rows have one, and the entry of a batch with those of its rows."""
+"""Optional column with the weight of a row's loss, and the batch entry with the weights of its rows."""
 
 
 class FittedText(NamedTuple):
-    """A row's text within the length limit, its tokens, and whether it was cut for that."""
+    """A row's text within the length limit, its tokens, and whether it was cut to fit."""
 
     text: str
     ids: list[int]
@@ -53,7 +53,7 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
     if task_type == "SEQ_2_SEQ_LM":
         encoded = _encode_targets(tokenizer, labels)
     else:
-        # As " label" follows a text, whatever mark the tokenizer puts at the start of a string.
+        # Tokenised as " label" after a text: a tokenizer may treat the start of a string differently.
         before = tokenizer("a", add_special_tokens=False)["input_ids"]
         encoded = [tokenizer(f"a {label}", add_special_tokens=False)["input_ids"] for label in labels]
         for index, ids in enumerate(encoded):
@@ -66,8 +66,8 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
             raise ValueError(f"the label {label!r} has no tokens")
         if encoded.count(ids) > 1:
             raise ValueError(f"the tokenizer cannot tell the label {label!r} from another one: use other label words")
-    # A decoder's answers have no end token: it would take half of the loss of a one-token answer and says nothing about
-    # the label. Only where one label begins another ("not", "not at all") does it decide between them: all get one.
+    # A decoder's answers have no end token: it would be half of the loss of a one-token answer and say nothing about
+    # the label. But if one label begins another ("not", "not at all"), it tells them apart, so all get one.
     if any(a is not b and b[: len(a)] == a for a in encoded for b in encoded):
         if tokenizer.eos_token_id is None:
             raise ValueError("one label begins another and the tokenizer has no end token: use other label words")
@@ -76,7 +76,7 @@ def encode_labels(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], tas
 
 
 def _encode_targets(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenises what an encoder-decoder is to write, with an end token, which not every tokenizer adds."""
+    """Tokenises the targets of an encoder-decoder, adding the end token if the tokenizer does not."""
     encoded = tokenizer(text_target=list(texts))["input_ids"] if len(texts) else []
     end = tokenizer.eos_token_id
     return [[*ids] if end is None or end in ids else [*ids, end] for ids in encoded]
@@ -89,14 +89,14 @@ def encode_answers(
     max_tokens: int | None,
     spaced: bool = True,
 ) -> list[list[int]]:
-    """Tokenises answers in free text, each with an end token unless it is cut to `max_tokens` (None: none is).
+    """Tokenises free-text answers, each with an end token unless it is cut to `max_tokens` (None: never cut).
 
-    `spaced`: a decoder's answer stands behind a space, as after most texts; in a chat it does not.
+    `spaced`: a decoder's answer follows a space, as after most texts but not in a chat.
     """
     if task_type == "SEQ_2_SEQ_LM":
         encoded = _encode_targets(tokenizer, texts)
     else:
-        start = "a " if spaced else ""  # as " answer" follows a text
+        start = "a " if spaced else ""  # tokenised as " answer" after a text
         before = tokenizer("a", add_special_tokens=False)["input_ids"] if spaced else []
         texts = [text.removeprefix(" ") for text in texts] if spaced else texts
         encoded = [tokenizer(f"{start}{text}", add_special_tokens=False)["input_ids"][len(before) :] for text in texts]
@@ -116,16 +116,16 @@ def fit_rows(
     source: str,
     numbers: Sequence[int] | None = None,
 ) -> list[FittedText]:
-    """Renders and tokenises each row, once unless it is too long: `max_length` counts start and end tokens.
+    """Renders and tokenises each row, twice if it is too long. `max_length` includes start and end tokens.
 
-    `rows` are as they lie in a data file, or those of a `TaskData` split.
+    `rows` are raw rows of a data file, or rows of a `TaskData` split.
 
     Args:
-        numbers: of the rows in their file, where some of its rows are not there.
+        numbers: row numbers in the file, needed if some of its rows are missing here.
 
     Raises:
-        ValueError: a row has no text, or is too long and not to be truncated; names `source`, the row (counted from 1),
-            its tokens and the limit.
+        ValueError: a row has no text, or is too long and must not be truncated; names `source`, the row (counted from
+            1), its tokens and the limit.
     """
     texts = []
     numbers = numbers or [_number(row, position) for position, row in enumerate(rows, start=1)]
@@ -136,7 +136,7 @@ def fit_rows(
             raise ValueError(f"{source}, row {number}: {error}") from error
     fitted = [FittedText(text, ids, False) for text, ids in zip(texts, encode_texts(tokenizer, texts, task_type))]
     too_long = [index for index, (_, ids, _) in enumerate(fitted) if len(ids) > max_length]
-    if too_long and (not truncate or task.is_chat):  # a chat that is cut has lost its question
+    if too_long and (not truncate or task.is_chat):  # cutting a chat would cut its question
         number = numbers[too_long[0]]
         raise ValueError(
             f"{source}, row {number}: the text has {len(fitted[too_long[0]].ids)} tokens, the limit is "
@@ -153,7 +153,7 @@ def fit_rows(
 
 
 def _number(row: Mapping[str, Any], position: int) -> int:
-    """Returns a row's number in its file: rows of a `TaskData` split carry it, others are in the file's order."""
+    """Returns a row's number in its file: rows of a `TaskData` split carry it, others are in file order."""
     return row[ROW] if isinstance(row.get(FIELDS), Mapping) and ROW in row else position
 
 
@@ -168,9 +168,9 @@ def encode_split(
 ) -> datasets.Dataset:
     """Makes columns `input_ids`, `labels` (a class index for SEQ_CLS) and `length` from `text_ids` and `label`.
 
-    For SEQ_CLS and a regression `labels` is the number itself, and where `outputs` are given that of each label's
-    output. Without `labels` each row's `target` is its answer, of
-    at most `max_answer` tokens and `spaced` as in `encode_answers`.
+    For SEQ_CLS, a regression's `labels` are the numbers themselves; `outputs`, if given, maps each class to the index
+    of its output. If the argument `labels` is empty, each row's `target` is its answer, of at most `max_answer` tokens
+    and `spaced` as in `encode_answers`.
     """
     from datasets import Dataset
 
@@ -189,7 +189,7 @@ def encode_split(
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, length: int = 0) -> torch.Tensor:
-    """Makes one int64 tensor [B, n] of sequences; n is the length of the longest, and at least `length`."""
+    """Pads sequences into one int64 tensor [B, n]; n is the length of the longest, and at least `length`."""
     length = max(length, *map(len, sequences))
     fill = [[value] * (length - len(sequence)) for sequence in sequences]
     return torch.tensor([[*f, *s] if left else [*s, *f] for f, s in zip(fill, sequences)], dtype=torch.long)
@@ -197,18 +197,18 @@ def pad(sequences: Sequence[Sequence[int]], value: int, left: bool = False, leng
 
 @dataclass
 class Collator:
-    """The step from rows of `encode_split` to a batch: `input_ids`, `labels` and, where a row is padded,
-    `attention_mask` [B, n]: models wait for an accelerator to find out that a mask is all ones. Rows with a `weight`
-    give `weights` [B].
+    """Collator of `encode_split`'s rows into a batch: `input_ids`, `labels`, and `attention_mask` [B, n] only if a row
+    is padded, because a model has to wait for the accelerator to learn that a mask is all ones. Rows with a `weight`
+    add `weights` [B].
 
-    For CAUSAL_LM `logits_to_keep` (an int) comes with it: the labels of the batch and the position before them, so that
-    the output head runs only there, or 0 (all positions); and `text_mask` [B, n], so that an accelerator need not be
-    asked how many answers a row has.
+    CAUSAL_LM adds `logits_to_keep` (an int), which covers the labels of the batch and the position before them, so
+    that the output head runs only there (0: all positions); and `text_mask` [B, n], so that counting a row's answers
+    needs no wait for the accelerator.
 
     Args:
-        pad_to_multiple_of: n is rounded up to a multiple of it, so that a compiled step meets few lengths.
-        answer_tokens: the length of the longest answer there is, to which labels are padded (and logits kept) for the
-            same reason; 0: that of each batch.
+        pad_to_multiple_of: rounds n up to a multiple of this, so that a compiled step sees few lengths.
+        answer_tokens: length of the longest answer in the data; labels are padded to it (and logits kept) for the
+            same reason. 0: the longest of each batch.
         label_only_logits: False keeps a decoder's logits at every position.
     """
 

@@ -1,4 +1,4 @@
-"""Rows of data files as dictionaries, with one clear message for each way a file can be bad."""
+"""Rows of data files as dictionaries, with a clear message for each way in which a file can be bad."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ File = str | PathLike[str]
 
 DELIMITERS = ",;\t|"
 MAX_ACCENTED = 0.2
-"""Up to this share of its letters text that is not UTF-8 is taken for cp1252: European languages have 0 to 15 % of
-letters beyond ASCII, a Cyrillic, Greek or Japanese text that is read as cp1252 over 50 %."""
-_MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}  # that files begin with
+"""Text that is not UTF-8 is taken for cp1252 if at most this share of its letters is beyond ASCII: 0 to 15 % in
+European languages, over 50 % in Cyrillic, Greek or Japanese text read as cp1252."""
+_MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}  # at the start of a file
 ENCODINGS = ("cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "shift_jis", "gb18030", "big5", "euc_kr")
 
 
 def read_rows(path: File, encoding: str | None = None, names_labels: bool = False) -> list[Row]:
     """Reads the rows of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file; values of a csv file are strings.
 
-    A `.json` file may be an array of rows, JSON lines, one row, or an object with the array under any one key. A `.csv`
-    file may have commas, semicolons, tabs or bars between its fields. Quotes of a file with tabs are text, with a
-    warning, where its lines are whole rows without CSV's quoting alone. Columns without a name and a value are dropped.
+    A `.json` file may be an array of rows, JSON lines, one row, or an object with the array under any one key. The
+    fields of a `.csv` file may be separated by commas, semicolons, tabs or bars. In a tab-separated file whose lines
+    are whole rows only without CSV quoting, quotes are read as text, with a warning. Columns with neither a name nor a
+    value are dropped.
 
     Args:
-        encoding: of a text file. None: UTF-8, or UTF-16 and UTF-32 by their marks; a csv file that is neither may be
-            cp1252, with a warning.
-        names_labels: give the names of class labels, where a Parquet file has them, in place of their numbers.
+        encoding: of a text file. None: UTF-8, or UTF-16 or UTF-32 by their byte order marks; a csv file that is none of
+            these may be read as cp1252, with a warning.
+        names_labels: replaces the numbers of class labels by their names, if a Parquet file has them.
 
-    Raises FileNotFoundError when there is no such file, ValueError for an unsupported suffix or encoding, for content
-    that does not parse (with its line or row) and for a file without rows.
+    Raises FileNotFoundError if there is no such file, and ValueError for an unsupported suffix or encoding, content
+    that does not parse (with its line or row), or a file without rows.
     """
     path = Path(path)
     if path.suffix.lower() not in READERS:
@@ -65,7 +66,7 @@ def read_rows(path: File, encoding: str | None = None, names_labels: bool = Fals
 
 
 def name_labels(rows: Iterable[Row], features: Mapping[str, Any]) -> None:
-    """Puts names in the place of class labels' numbers, None for −1, which hides a label."""
+    """Replaces the numbers of class labels by their names, and negative ones (a hidden label) by None."""
     from datasets import ClassLabel
 
     for column, feature in features.items():
@@ -76,10 +77,10 @@ def name_labels(rows: Iterable[Row], features: Mapping[str, Any]) -> None:
 
 
 def read_text(path: Path, encoding: str | None = None, guess: bool = False) -> str:
-    """Reads a text file without its byte order mark; arguments and errors as those of `read_rows`.
+    """Reads a text file without its byte order mark; arguments and errors as in `read_rows`.
 
     Args:
-        guess: take for cp1252, with a warning, what is not UTF-8 and has as few accents as a European language.
+        guess: reads text that is not UTF-8 as cp1252, with a warning, if it has as few accents as a European language.
     """
     content = path.read_bytes()
     marked = next((name for name, marks in _MARKS.items() if content.startswith(marks)), "UTF-8")
@@ -110,7 +111,7 @@ def read_text(path: Path, encoding: str | None = None, guess: bool = False) -> s
 
 @cache
 def _warn(message: str) -> None:
-    """Warns once: a file may be read again."""
+    """Warns once per message: a file may be read again."""
     logger.warning("%s", message)
 
 
@@ -130,7 +131,7 @@ def _read_json(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
         except json.JSONDecodeError as error:
             if path.suffix.lower() == ".json" and (error.msg != "Extra data" or text.lstrip().startswith("[")):
                 raise _not_json(path, error.lineno, error) from error
-    for number, line in enumerate(text.split("\n"), start=1):  # the hub's .json files are often JSON lines
+    for number, line in enumerate(text.split("\n"), start=1):  # .json files on the Hub are often JSON lines
         try:
             if line.strip():
                 (row,) = _checked(line, lambda row: [row], lambda _: f"{path}, line {number}")  # noqa: B023
@@ -140,7 +141,7 @@ def _read_json(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _checked(text: str, rows_of: Callable[[Any], list[Any]], place: Callable[[int], str]) -> list[tuple[str, Any]]:
-    """Parses JSON into rows; refuses in them what JSON lets pass: a key given twice, half a character."""
+    """Parses JSON into rows and refuses what JSON allows: a key given twice, half a surrogate pair."""
     twice: dict[int, str] = {}
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _not_json(path: Path, line: int, error: json.JSONDecodeError) -> ValueError:
 
 
 def _rows_of(whole: Any, path: Path) -> list[Any]:
-    """Finds the rows in the value of a whole `.json` file."""
+    """Finds the rows in the parsed content of a `.json` file."""
     if isinstance(whole, list):
         return whole
     if isinstance(whole, dict):
@@ -192,10 +193,10 @@ def _rows_of(whole: Any, path: Path) -> list[Any]:
 
 
 def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
-    # By the csv module, not pandas: the texts "NA", "None" and "007" stay what they are.
+    # With the csv module, not pandas, so that the texts "NA", "None" and "007" stay as they are.
     csv.field_size_limit(2**31 - 1)
-    text = read_text(path, encoding, guess=True)  # JSON is UTF-8 by its own rule, csv files are whatever
-    told = re.match(r"sep=([,;\t|])\r?\n", text)  # as spreadsheets begin their files
+    text = read_text(path, encoding, guess=True)  # JSON is UTF-8 by definition, a csv file may be anything
+    told = re.match(r"sep=([,;\t|])\r?\n", text)  # written by some spreadsheets
     text = text[told.end() :] if told else text
     delimiter = told[1] if told else find_delimiter(text, "\t" if path.suffix.lower() == ".tsv" else ",")
     line = text.lstrip("\r\n").partition("\n")[0]
@@ -206,10 +207,10 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
         _warn(f"{path}: quotes are read as text, as lines would be joined or broken by reading them as CSV's")
         options["quoting"] = csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), **options)
-    lines = filter(None, reader)  # an empty line gives no fields
+    lines = filter(None, reader)  # skips empty lines
     try:
         header = [name.strip() for name in next(lines, [])]
-        empty = {index for index, name in enumerate(header) if not name}  # as spreadsheets leave them at the end
+        empty = {index for index, name in enumerate(header) if not name}  # spreadsheets leave such columns at the end
         rows = []
         for fields in lines:
             if len(fields) != len(header):
@@ -232,10 +233,10 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _has_quotes_as_text(text: str, options: Mapping[str, Any]) -> bool:
-    """Tells whether quotes in a file with tabs are signs like others, as in GLUE's files.
+    """Checks whether quotes in a tab-separated file are ordinary characters, as in GLUE's files.
 
-    They are where every line has the header's number of fields without quoting, and with it another number, or the
-    file another number of rows. A header with quotes comes from a writer that quotes; one column tells nothing.
+    They are if without quoting every line has as many fields as the header, and with quoting the rows or their numbers
+    of fields differ. A header with quotes comes from a writer that quotes; a single column tells nothing.
     """
 
     def sizes(**quoting: Any) -> list[int]:
@@ -255,10 +256,10 @@ def _name(delimiter: str) -> str:
 
 
 def find_delimiter(text: str, usual: str = ",") -> str:
-    """Finds the sign between the fields of a csv file: `usual` where its header has none.
+    """Finds the delimiter of a csv file: `usual` if its header has none.
 
-    The csv module's sniffer looks at the header alone, as texts hold commas and semicolons of their own; where the rows
-    do not have as many fields as the header then, another sign of the header is taken with which they do.
+    The csv module's sniffer sees only the header, because texts contain commas and semicolons too. If the rows then do
+    not have as many fields as the header, another delimiter in the header is taken with which they do.
     """
     header = text.lstrip("\r\n").partition("\n")[0]
     try:
@@ -298,7 +299,7 @@ def _read_parquet(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]
 def _values(batch: Any) -> Iterable[Any]:
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:  # row by row, up to the damaged one
+    except UnicodeDecodeError:  # then row by row, up to the damaged one
         return (batch.slice(index, 1).to_pylist()[0] for index in range(len(batch)))
 
 
@@ -309,6 +310,6 @@ READERS: dict[str, Callable[[Path, str | None], Iterator[tuple[str, Any]]]] = {
     ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
-"""The supported suffixes; each reader gives the rows, with their places in the file for messages."""
+"""Readers by supported suffix; each yields the rows, with their places in the file for messages."""
 OTHER_FILES = {".xlsx", ".xls", ".ods", ".txt", ".gz", ".zip", ".arrow"}
-"""Suffixes of files that are not read, which make a name that of a file all the same."""
+"""Suffixes that mark a name as that of a file, although such files are not read."""

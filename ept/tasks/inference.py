@@ -1,4 +1,4 @@
-"""Inferring unset options from the rows: which columns are text and label, the labels' words, how to score them."""
+"""Inference of unset options from the rows: text and label columns, label words, metrics."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from .task import nearest_value, without_point
 
 LABELS = ("label", "labels")
 KINDS = ("class", "category", "sentiment", "stance", "verdict", "gold", "intent", "emotion", "topic")
-"""Names of labels, of which no two say which is the one to learn."""
+"""Names of label columns; if a file has two of them, neither is clearly the one to learn."""
 VALUES = ("target", "polarity", "stars", "rating", "score", "tag", "relation", "y")
-"""Names of labels where no column has one of the others: a `target` may be what a stance is about."""
+"""Names of label columns if none has a name from `KINDS`: a `target` may be the thing that a stance is about."""
 LABEL_NAMES = (*LABELS, *KINDS, *VALUES)
 CLASS_NAMES = {"class", "category", "intent", "emotion", "topic", "tag", "relation", "code"}
-"""Columns with such names hold no numbers of a regression, though their classes may be numbered."""
+"""Columns with these names hold classes, even if numbered, and not the numbers of a regression."""
 ROW_NAMES = {"id", "ids", "idx", "index", "uid", "uuid", "guid"}
 TEXT_NAMES = ("text", "sentence", "review", "content", "headline", "comment", "message", "tweet", "document")
 SOURCE_NAMES = ("prompt", "question", "problem", "instruction", "dialogue", "article", *TEXT_NAMES, "source", "input")
-"""Names of what an answer in free text is written to."""
+"""Names of text columns to which a free-text answer is written."""
 NEVER_READ = {"chosen", "rejected", "rationale", "solution", "explanation", "reasoning"}
-"""Names of other answers, or of what gives the answer away."""
+"""Names of columns that hold other answers or give the answer away."""
 SPLIT_NAMES = {"split", "set", "subset", "fold", "partition"}
 PARTS = {"train", "training", "dev", "valid", "val", "validation", "test"}
 TEXT_PAIRS = (
@@ -43,16 +43,16 @@ TEXT_PAIRS = (
 )
 MAX_LABELS = 200
 MAX_NUMBER_LABELS = 20
-"""Whole numbers are labels up to this many different ones; more, and all others, are the values of a regression."""
-MAX_VALUES = 26  # of a regression, as many as STS-B's
+"""Up to this many different whole numbers are labels; more, and all other numbers, make a regression."""
+MAX_VALUES = 26  # of a regression, as many as STS-B has
 MANY = 0.6
-"""Macro-F1 stands beside accuracy where the commonest label has more than this share of the rows."""
-A_SENTENCE = 4  # words, and more than a column's name has
+"""Macro-F1 is added to accuracy if the commonest label has more than this share of the rows."""
+A_SENTENCE = 4  # words in a header cell that is a text and not a column's name
 FEW = 5  # rows that a label needs to be in every split
 NEARLY_ALL = 0.9
-"""Where this share of the different values are numbers, the column is one of numbers, with mistakes in it."""
+"""If this share of the different values are numbers, the column is numeric, with mistakes in it."""
 _AS_PEOPLE_WRITE = re.compile(r"[+-]?(\d+([.,]\d+)?|\d{1,3}((,\d{3})+(\.\d+)?|(\.\d{3})+(,\d+)?)) ?%?")
-_CODE = re.compile(r"[!-~]*[\d/@_][!-~]*")  # a row's identifier, an address, a file's name: no text, however long
+_CODE = re.compile(r"[!-~]*[\d/@_][!-~]*")  # identifiers, addresses, file names: not text, however long
 FREE_TEXT = "; for answers in free text give --target-template {column}"
 LIKE_MISSING = {"nan", "na", "n/a", "null", "none", "-"}
 
@@ -63,7 +63,7 @@ class Labels:
 
     Attributes:
         words: a list of words, or a mapping {raw label: word}; None for a regression.
-        values: of a regression, the numbers that its classes stand for.
+        values: the numbers that a regression's classes stand for.
         notes: warnings for the user.
     """
 
@@ -76,10 +76,10 @@ class Labels:
 def find_columns(
     rows: Sequence[Row], source: str, text_columns: Sequence[str] | None = None, label_column: str | None = None
 ) -> tuple[list[str], str]:
-    """Finds the text columns and the label column that are not given.
+    """Finds the text columns and the label column, unless they are given.
 
-    By the usual names first, then by what the columns hold: the longest text, and the only other column with few
-    different values. Raises ValueError where a given column is not there, or where none or several could be the label.
+    Tries the usual names first, then the content: the longest text, and the only other column with few different
+    values. Raises ValueError if a given column is missing, or if no column or several could be the label.
     """
     columns = _columns(rows)
     _check_columns(columns, [*(text_columns or []), *([label_column] if label_column is not None else [])], source)
@@ -93,9 +93,9 @@ def find_columns(
 
 
 def find_texts(rows: Sequence[Row], source: str, text_columns: Sequence[str] | None = None) -> list[str]:
-    """Finds what to write an answer to, where no columns are given: by the usual names, else the longest text.
+    """Finds the text columns of a task with free-text answers, unless they are given: by name, else the longest text.
 
-    Raises as `find_columns`.
+    Raises ValueError as `find_columns` does.
     """
     columns = _columns(rows)
     _check_columns(columns, text_columns or (), source)
@@ -107,7 +107,7 @@ def find_texts(rows: Sequence[Row], source: str, text_columns: Sequence[str] | N
 
 
 def unread_texts(rows: Sequence[Row], texts: Sequence[str]) -> list[str]:
-    """Says which columns beside `texts` hold other texts, no labels and no identifiers."""
+    """Notes the other columns that hold text, not labels or identifiers, and are not read."""
     others = {name: values for name, values in _columns(rows).items() if name not in texts}
     unread = [n for n, v in others.items() if _is_text(v) and not _are_codes(v) and not _has_few_values(v)]
     if not unread:
@@ -117,7 +117,7 @@ def unread_texts(rows: Sequence[Row], texts: Sequence[str]) -> list[str]:
 
 
 def split_notes(rows: Sequence[Row]) -> list[str]:
-    """Says which column tells of the splits, which are drawn from the rows of one file whatever it says."""
+    """Notes a column that names splits: the splits of a single file are drawn whatever it says."""
     named = [name for name in _names(rows) if _plain(name) in SPLIT_NAMES]
     names = [name for name in named if len({str(row.get(name)).casefold() for row in rows} & PARTS) > 1]
     remedy = "for its own, put its rows into a folder with train, validation and test files"
@@ -137,12 +137,12 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
 
 
 def _names_rows(name: str) -> bool:
-    """Tells whether a column is called as one that tells rows apart, such as `user_id`, and not `Class Index`."""
+    """Checks whether a column's name is that of a row identifier, such as `user_id` but not `Class Index`."""
     return bool(_words(name) & ROW_NAMES) and not _words(name) & {*LABEL_NAMES}
 
 
 def _is_a_row(columns: Mapping[str, list[Any]]) -> bool:
-    """Tells whether the names of columns are a first row of short texts: one is a value of its own column."""
+    """Checks whether the header is really a first row of short texts: a name is a frequent value of its own column."""
     usual = {*LABEL_NAMES, *ROW_NAMES, *TEXT_NAMES, *chain(*TEXT_PAIRS)}
     if any(_words(name) & usual for name in columns):
         return False
@@ -168,7 +168,7 @@ def _find_label(columns: Mapping[str, list[Any]], source: str, texts: Sequence[s
     longest = max(others, key=lambda name: _length(columns[name]), default=None)
     few = [name for name in usable if (name != longest or texts) and not _names_rows(name)]
     if any(_plain(name) in ("answer", "answers") and name not in few for name in others):
-        few = []  # what the answers are about, such as the title of an article
+        few = []  # these are what the answers are about, such as the title of an article
     named = [name for name in few if _words(name) & {*LABELS, *KINDS}]
     if not named and not any(_is_text(columns[name]) for name in few if not _words(name) & {*VALUES}):
         named = [name for name in few if _words(name) & {*VALUES}]
@@ -197,17 +197,17 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str, names: Sequence[s
     if shape := next((type(v).__name__ for v in columns[longest] if isinstance(v, (list, dict))), None):
         remedy = "flatten it to a string, or name the columns to read with --text-column (data.text_columns)"
         raise ValueError(f"{source}: column '{longest}', the longest, holds a {shape} and not a text: {remedy}")
-    return [name for name in textual if _series(name) == _series(longest)]  # with its like: headline_a, headline_b
+    return [name for name in textual if _series(name) == _series(longest)]  # and similar ones: headline_a, headline_b
 
 
 def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: Collection[str]) -> list[str]:
-    """Says which columns beside the found `texts` the labels seem to be about as well, where one has named none.
+    """Notes columns that the labels seem to depend on as well, if the user named no text columns.
 
-    They may be choices, of which the label is the number or the letter, or what such choices answer; a word or a part
-    of the text; and where many rows have one text and several labels, it is some of all the others.
+    These are choices (the label is the number or letter of one), or the question that such choices answer; columns that
+    hold a word or part of the text; and, if many rows have the same text and different labels, any other text column.
 
     Args:
-        words: those of a classification's labels; none of a regression.
+        words: of a classification's labels; empty for a regression.
     """
     columns = {name: found for name, found in _columns(rows).items() if name not in texts and name != label}
     textual = [name for name, found in columns.items() if _is_text(found)]
@@ -242,18 +242,18 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
 
 
 def _holds_parts(rows: Sequence[Row], name: str, texts: Sequence[str]) -> bool:
-    """Tells whether a column holds words of the texts beside it, such as the aspect that a sentiment is about."""
+    """Checks whether a column holds parts of the texts, such as the aspect that a sentiment is about."""
     found = []
     for row in rows[:1000]:
         if not is_missing(part := row.get(name)) and isinstance(part, str):
             key, whole = text_key(part), [text_key(str(row.get(text))) for text in texts]
-            inside = any(re.search(rf"(?<![a-z0-9]){re.escape(key)}", text) for text in whole)  # aspects: an inflection
+            inside = any(re.search(rf"(?<![a-z0-9]){re.escape(key)}", text) for text in whole)  # or a prefix: aspect(s)
             found.append((key, inside and key not in whole))
     return len({key for key, _ in found}) > 1 and sum(inside for _, inside in found) >= NEARLY_ALL * len(found)
 
 
 def _series(name: str) -> str:
-    """Returns the common part of similar columns' names: `choice1` and `choice2`, `sentence_A` and `sentence_B`."""
+    """Masks the number or letter in a column's name, as in `choice1` and `choice2`, `sentence_A` and `sentence_B`."""
     return re.sub(r"\d+|(?<![^\W_])[^\W_]$", "#", name)
 
 
@@ -266,7 +266,7 @@ def _is_text(values: Sequence[Any]) -> bool:
 
 
 def _holds_text(value: Any, inside: bool = False) -> bool:
-    """Tells whether a cell is no number, and of a list or an object whether there is a text in it."""
+    """Checks whether a cell is not a number; for a list or an object, whether it contains a string."""
     if isinstance(value, (list, dict)):
         return any(_holds_text(part, True) for part in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, str) if inside else not is_number(value)
@@ -279,17 +279,16 @@ def find_labels(
     in_words: bool = True,
     kind: Literal["classification", "regression"] | None = None,
 ) -> Labels:
-    """Finds the labels in a column, in a fixed order: numbers rise, words are sorted.
+    """Finds the labels in a column, in a fixed order: rising numbers or sorted words.
 
-    Numbers that are not whole, or more than 20 different ones, make a regression; those with zeros in front (`0101`)
-    are codes, and labels. A label's word is what stands in the file, but for `1.0`, which is 1. Raises ValueError for
-    a column with one label alone, with labels that look alike, with too many different ones, of numbers with a few
-    other cells among them or with decimal commas or percent signs, and for a file that has a row in place of its
-    header.
+    Numbers that are not whole, or more than 20 different ones, make a regression; numbers with leading zeros (`0101`)
+    are codes, hence labels. A label's word is its text in the file, except that `1.0` becomes `1`. Raises ValueError
+    for a column of lists, with no or only one label, with labels that look alike, with too many different labels, of
+    numbers with a few other cells among them, or of numbers with decimal commas or percent signs.
 
     Args:
-        in_words: the model writes numbers, rounded; what that loses is among the notes.
-        kind: take the labels for classes, or for numbers, which they must be then. None: as they look.
+        in_words: the model writes rounded numbers; a note says what rounding loses.
+        kind: treats the labels as classes, or as numbers, which they must then be. None: as they look.
     """
     if shape := next((type(v).__name__ for row in rows if isinstance(v := row.get(column), (list, dict))), None):
         raise ValueError(f"{source}: column '{column}' holds a {shape}, not one label a row: write a word or a number")
@@ -322,7 +321,7 @@ def find_labels(
     if low < high and kind != "classification" and (kind or not _are_labels(numbers.values(), are_codes)):
         values = _grid(sorted({*numbers.values()}))
         notes += _coarseness(counts, values) if in_words else []
-        of_classes = [low + i for i in range(len(set(numbers.values())))]  # as a dataset's class-label columns are
+        of_classes = [low + i for i in range(len(set(numbers.values())))]  # as in a column of class labels
         are_classes = sorted({*numbers.values()}) == of_classes and min(counts.values()) > 1
         are_whole = all(map(float.is_integer, numbers.values()))
         are_named = _words(column) & CLASS_NAMES and (low in (0, 1) or "code" in _words(column))
@@ -350,23 +349,23 @@ def find_labels(
     if odd := [repr(word) for word in order if word.casefold() in LIKE_MISSING]:
         notes.append(f"a label that reads like a missing one: {listed(odd)}; where it is one, leave its cells empty")
     metrics = default_metrics(max(by_word.values()) / total)
-    if {*order} == {"false", "true"}:  # whose numbers are known
+    if {*order} == {"false", "true"}:  # a list is enough, 0 and 1 are known
         return Labels(order, None, metrics, notes)
     raws = sorted(words, key=lambda raw: (order.index(words[raw]), str(raw)))
     return Labels({raw: words[raw] for raw in raws}, None, metrics, notes)
 
 
 def _combinations(words: Sequence[str]) -> list[str]:
-    """Finds labels such as `Comedy|Drama`, whose parts occur in other labels too."""
+    """Finds labels such as `Comedy|Drama` whose parts all occur in other labels too."""
     parts = {word: [part.strip() for part in re.split("[,;|/+&]", word)] for word in words}
     counts = Counter(part for of_word in parts.values() for part in set(of_word))
     return [word for word, of_word in parts.items() if len(of_word) > 1 and all(counts[part] > 1 for part in of_word)]
 
 
 def _unlabelled(counts: Collection[Any], kind: str | None) -> list[Any]:
-    """Finds -1 beside 0 .. n - 1, where it marks rows without a label; -1, 0 and 1 alone are three labels.
+    """Finds -1 beside 0 .. n - 1, where it marks rows without a label; but -1, 0 and 1 alone are three labels.
 
-    Of more numbers than are taken for labels, unless they are said to be, it is one.
+    With more numbers than make labels, -1 counts as a number, unless `kind` says that they are labels.
     """
     hidden = [raw for raw in counts if str(raw) in HIDDEN]
     others = [raw for raw in counts if raw not in hidden]
@@ -381,13 +380,13 @@ def _unlabelled(counts: Collection[Any], kind: str | None) -> list[Any]:
 
 
 def _are_labels(numbers: Collection[float], are_codes: bool = False) -> bool:
-    """Tells whether numbers are few and whole, or codes, and no values of a regression."""
+    """Checks whether numbers are labels (few and whole, or codes) and not values of a regression."""
     few = len(set(numbers))
     return few == 1 or (all(map(float.is_integer, numbers)) and (are_codes or few <= MAX_NUMBER_LABELS))
 
 
 def _check_numbers(raws: Sequence[Any], where: str) -> None:
-    """Refuses what would be a regression but for a few cells, or for how its numbers are written."""
+    """Refuses a column that would be a regression but for a few cells, or but for how its numbers are written."""
     read = {raw: _read_number(raw) for raw in raws}
     numbers = [number for number in read.values() if number is not None]
     if len(numbers) < NEARLY_ALL * len(read) or _are_labels(numbers):
@@ -401,7 +400,7 @@ def _check_numbers(raws: Sequence[Any], where: str) -> None:
 
 
 def _read_number(raw: Any) -> float | None:
-    """Reads a finite number, also one that is written as 1,5, 12 %, 1.234,5 or 1,234.5; None for anything else."""
+    """Reads a finite number, including the forms 1,5, 12 %, 1.234,5 and 1,234.5; None for anything else."""
     if isinstance(raw, str) and _AS_PEOPLE_WRITE.fullmatch(raw):
         *whole, last = re.split("[.,]", raw.rstrip("% "))
         raw = f"{''.join(whole)}.{last}" if whole else last
@@ -434,15 +433,15 @@ def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
 
 
 def _as_seen(word: str) -> str:
-    """Returns a key that is equal for labels that look alike: without case, blanks, invisible signs, accent forms."""
+    """Returns a key equal for labels that look alike: ignores case, blanks, invisible characters, accent forms."""
     composed = unicodedata.normalize("NFC", word)
     return text_key("".join(s for s in composed if unicodedata.category(s) != "Cf" and not "\ufe00" <= s <= "\ufe0f"))
 
 
 def _grid(numbers: Sequence[float]) -> list[float]:
-    """Divides the range of rising numbers evenly, in at most 26 values, as T5 divides STS-B's 0 to 5 in steps of 0.2.
+    """Divides the range of rising numbers evenly into about 26 values, as T5 divides STS-B's 0 to 5 in steps of 0.2.
 
-    They are the numbers' own where these fill half of an even grid, as ratings with half stars do, and else round.
+    If the numbers fill half of an even grid, as half-star ratings do, that grid is used; otherwise a round step.
     """
     low, high = numbers[0], numbers[-1]
     step = min(after - before for before, after in pairwise(numbers))
@@ -459,13 +458,13 @@ def _grid(numbers: Sequence[float]) -> list[float]:
 
 
 def _coarseness(counts: Counter[Any], values: Sequence[float]) -> list[str]:
-    """Says so where one value of a regression stands for most rows, whose numbers differ."""
+    """Notes that most rows of a regression, with different numbers, are rounded to one value."""
     by_value: dict[int | None, list[int]] = defaultdict(list)
     for raw, count in counts.items():
         by_value[nearest_value(raw, values)].append(count)
     index, most = max(by_value.items(), key=lambda item: sum(item[1]))
     total, rows = sum(counts.values()), sum(most)
-    if index is None or rows <= total / 2 or rows - max(most) <= total / 10:  # of zeros most are the same number
+    if index is None or rows <= total / 2 or rows - max(most) <= total / 10:  # mostly one number, such as 0
         return []
     return [
         f"{rows} of {total} rows, with {len(most)} different numbers, are rounded to {values[index]:g}, as few rows "
@@ -482,12 +481,12 @@ def commonest_share(classes: Sequence[int | None]) -> float:
 
 
 def default_metrics(share: float) -> list[str]:
-    """Lists the metrics of a classification whose commonest label has that share of the rows."""
+    """Lists the metrics of a classification whose commonest label has this share of the rows."""
     return ["accuracy", "f1_macro"] if share > MANY else ["accuracy"]
 
 
 def default_template(text_columns: Sequence[str], label_column: str, asks: bool) -> str:
-    """Makes a template of columns: the text alone, or each with its name; `asks` for the label in a last line."""
+    """Makes a template of columns: one stands alone, several get their names; `asks`: a last line names the label."""
     for column in text_columns:
         if column.strip() == "" or column.isdigit() or set(column) & set(".[]{}:!"):
             raise ValueError(f"column {column!r} cannot stand in a template: rename it to a plain word")
@@ -513,7 +512,7 @@ def _quoted(names: Any) -> str:
 
 
 def _length(values: Sequence[Any]) -> int:
-    return sum(len(str(value)) for value in values)  # of all cells: a column that is often empty is a short one
+    return sum(len(str(value)) for value in values)  # in total: a column that is often empty counts as short
 
 
 def _has_few_values(values: Sequence[Any]) -> bool:
@@ -521,7 +520,7 @@ def _has_few_values(values: Sequence[Any]) -> bool:
 
 
 def _written(value: Any) -> Any:
-    """Returns a raw label as written in a mapping: stripped, and a whole number without a decimal point."""
+    """Returns a raw label as in a mapping: stripped, and a whole number without a decimal point."""
     if isinstance(value, str):
         return value.strip()
     if isinstance(value, float) and value.is_integer():

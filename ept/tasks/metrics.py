@@ -1,4 +1,4 @@
-"""Scores of a task from lists of class indices, computed with scikit-learn and scipy."""
+"""Scores of a task, computed with scikit-learn, scipy and rouge-score."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from difflib import get_close_matches
 METRICS = ("accuracy", "f1", "f1_macro", "matthews_correlation", "exact_match", "pearson", "spearman", "r2")
 CORRELATIONS = ("pearson", "spearman")
 OF_NUMBERS = (*CORRELATIONS, "r2")
-"""Metrics of a regression. A correlation does not notice numbers that are all too large or too far apart; R² does."""
+"""Metrics of a regression. R² notices numbers that are all too large or too far apart, a correlation does not."""
 TEXT_METRICS = ("rouge_l", "rouge_1", "rouge_2", "exact_match")
-"""Metrics of answers in free text: F-measures of ROUGE, and the share of answers that are the reference."""
+"""Metrics of free-text answers: F-measures of ROUGE, and the share of answers that equal the reference."""
 UNPARSABLE = -1
 """The prediction for generated text that is not one of the task's labels."""
-UNPARSABLE_VALUE = -1.0  # the number that a regression takes for such text, as ATTEMPT's evaluation does
+UNPARSABLE_VALUE = -1.0  # its number in a regression, as in ATTEMPT's evaluation
 
 
 def compute_metrics(
@@ -33,15 +33,15 @@ def compute_metrics(
 ) -> dict[str, float]:
     """Scores `predictions` against `references`, both class indices in `0 .. num_labels-1`, by each named metric.
 
-    A prediction of -1 is unparsable and always counts as wrong. `accuracy` and `exact_match` need no more than that.
-    `f1`, which is that of the second class, and `matthews_correlation` take it for a wrong class, the one after the
-    right one (with two classes: the other one, as ATTEMPT's evaluation does). `f1_macro` is the mean over the classes
-    that occur in references or predictions, as scikit-learn's, and counts it as a miss of the right class and as a hit
-    of none. For `pearson`, `spearman` and `r2` it is the number -1.
+    A prediction of -1 is unparsable and always counts as wrong. For `accuracy` and `exact_match` that is all. `f1` (of
+    the second class) and `matthews_correlation` replace it by a wrong class, the one after the right one (with two
+    classes the other one, as in ATTEMPT's evaluation). `f1_macro`, like scikit-learn's, is the mean over the classes
+    that occur in references or predictions, and counts it as a miss of the right class and a prediction of none. For
+    `pearson`, `spearman` and `r2` it is the number -1.
 
     Args:
         values: for a regression, the number that each class stands for.
-        numbers: for a regression, the predicted and the right numbers, where they are known better than by their class.
+        numbers: for a regression, the predicted and the right numbers, if known more exactly than by class.
         groups: for `exact_match`, which rows belong together; None: every row stands alone.
 
     Returns `{name: value}`: 0..1 for accuracy, F1 and exact match (the share of groups without a mistake), -1..1 for
@@ -66,7 +66,7 @@ def compute_metrics(
                     "map it to a label's index first"
                 )
 
-    from scipy import stats  # here, as both take a second to import and `ept.tasks` is imported for its table alone
+    from scipy import stats  # here: both take a second to import, and the table of tasks needs neither
     from sklearn import metrics
 
     pairs = list(zip(predictions, references))
@@ -103,10 +103,10 @@ def compute_metrics(
 def compute_text_metrics(
     names: Sequence[str], predictions: Sequence[str], references: Sequence[str]
 ) -> dict[str, float]:
-    """Scores answers in free text by each named metric, `{name: mean over the rows}`, all 0..1.
+    """Scores free-text answers by each named metric, `{name: mean over the rows}`, all 0..1.
 
-    ROUGE is rouge-score's, without stemming, over words of any script. Texts that differ in white space, or in how
-    Unicode composes a letter with its marks, are the same to `exact_match`. Raises ValueError without that package.
+    ROUGE is rouge-score's, without stemming, over words of any script; raises ValueError without that package.
+    `exact_match` ignores white space and how Unicode composes a letter with its marks.
     """
     scores: dict[str, float] = {}
     predictions, references = ([unicodedata.normalize("NFC", text) for text in of] for of in (predictions, references))
@@ -125,19 +125,19 @@ def compute_text_metrics(
     return {name: scores[name] for name in names}
 
 
-@functools.cache  # to tell the marks among all signs of Unicode takes a quarter of a second
+@functools.cache  # finding the marks among all Unicode characters takes a quarter of a second
 class _Words:
-    """The words of a text of any script, in lower case, with the marks (vowel signs, accents) on their letters.
+    """Tokenizer into lower-case words of any script, which keep their marks (vowel signs, accents).
 
-    A letter of a script without spaces between words is a word of its own.
+    In scripts without spaces between words, each letter is a word.
     """
 
     UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
-    """Thai and Lao, Burmese, Khmer, kana, Chinese signs."""
+    """Thai and Lao, Burmese, Khmer, kana, Chinese characters."""
 
     def __init__(self) -> None:
         signs = map(chr, range(sys.maxunicode + 1))
-        marks = "".join(sign for sign in signs if unicodedata.category(sign) in ("Mn", "Mc"))  # which `\w` leaves out
+        marks = "".join(sign for sign in signs if unicodedata.category(sign) in ("Mn", "Mc"))  # `\w` leaves them out
         letter = rf"\w[{marks}]*"
         self._word = re.compile(rf"(?={self.UNSPACED}){letter}|(?:(?!{self.UNSPACED}){letter})+")
 
@@ -146,12 +146,12 @@ class _Words:
 
 
 def metric_name(metric: str, labels: Sequence[str]) -> str:
-    """Names a metric to people: `f1` with its positive label, the second."""
+    """Returns a metric's name for people: `f1` with its positive label, the second."""
     return f"f1 of {labels[1]!r}" if metric == "f1" and len(labels) == 2 else metric
 
 
 def check_metrics(names: Sequence[str], num_labels: int, is_regression: bool = False, is_text: bool = False) -> None:
-    """Raises ValueError where `compute_metrics` would refuse `names` for that many classes."""
+    """Raises ValueError if `names` do not fit a task with this many labels, a regression or free-text answers."""
     if not names:
         raise ValueError(f"0 metrics given: name at least one of {', '.join(METRICS)}")
     for name in names if is_text else ():

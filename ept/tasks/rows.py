@@ -1,4 +1,4 @@
-"""From a row of a file to the text a model reads: its text columns, preprocessed, in the task's template."""
+"""From a row of a file to the text that a model reads: its text columns, preprocessed, in the task's template."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GROUP = "group"
-"""The column of a loaded dataset that says which rows belong together."""
+"""Column of a loaded dataset: which rows belong together."""
 FIELDS = "fields"
-"""The column of a loaded dataset that keeps the text columns a row's `text` was rendered from."""
+"""Column of a loaded dataset: the text columns from which a row's `text` was rendered."""
 ROW = "row"
-"""The column of a loaded dataset with a row's number in the file it comes from, counted from 1."""
+"""Column of a loaded dataset: a row's number in its file, counted from 1."""
 NUMBER = "number"
-"""The column of a loaded dataset with the number of a regression, as the file has it."""
+"""Column of a loaded dataset: the number of a regression, as in the file."""
 RAW = "raw"
-"""The key of an example that says which rows of a file are the same one, whatever template is used."""
+"""Entry of an example: a key that is equal for identical rows of a file, whatever the template."""
 
 HIDDEN = ("-1", "-1.0")
-"""Marks an unknown label, unless it is one of the labels."""
+"""Raw values that mark an unknown label, unless they are labels of the task."""
 BLANK, UNLABELLED, UNANSWERED = "blank text", "no label", "no answer"
 
 
 class BlankText(ValueError):
-    """A row whose text columns are all empty."""
+    """Error for a row whose text columns are all empty."""
 
 
 def render(task: Task, row: Mapping[str, Any]) -> str:
     """Renders `row` in the task's template.
 
-    `row` is either a row as it lies in the data file (the task's preprocessing is applied) or one of a `TaskData` split
-    (its `fields` are used as they are). Raises ValueError when a column is missing, holds no text, or all are empty.
+    `row` is either a raw row of the data file (the task's preprocessing is applied) or one of a `TaskData` split (its
+    `fields` are used as they are). Raises ValueError if a column is missing or holds no text, or if all are empty.
     """
     return task.template.format_map(text_fields(task, row))
 
@@ -65,7 +65,7 @@ def text_fields(task: Task, row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_columns(task: Task, columns: Sequence[str], row: Mapping[str, Any]) -> None:
-    """Raises ValueError for a column that is not there, with those that are."""
+    """Raises ValueError for a missing column, naming the columns that are there."""
     for column in columns:
         if column not in row:
             remedy = f"Task {task.name} needs it: rename the column"
@@ -90,11 +90,11 @@ def as_text(column: str, value: Any) -> str:
 def fit_to_length(
     task: Task, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[str, bool]:
-    """Renders `row` in at most `max_length` tokens, no special tokens counted, and tells whether that took a cut.
+    """Renders `row` in at most `max_length` tokens, special tokens not counted; also returns whether text was cut.
 
-    The longest column loses its end first, down to the next longest, then both, and so on: each keeps as many tokens as
-    one common cap allows. The template's own words stay. Fast tokenizers cut at token boundaries, others at word
-    boundaries. Raises ValueError when the template leaves no room for text, and as `render`.
+    The longest column loses its end first, down to the length of the next longest, then both, and so on: one cap on
+    tokens holds for all columns. The template's own words stay. Fast tokenizers cut at token boundaries, others at word
+    boundaries. Raises ValueError if the template leaves no room for text, and as `render` does.
     """
     template, fields = task.template, text_fields(task, row)
 
@@ -108,12 +108,12 @@ def fit_to_length(
     remedy = f"within max_length={max_length}: shorten the template {template!r} or raise max_length"
     if own >= max_length:
         raise ValueError(f"the template alone has {own} tokens, which leaves no room for text {remedy}")
-    ends = {column: [0] for column in fields}  # of each column, where a cut after 0, 1, .. tokens falls
+    ends = {column: [0] for column in fields}  # where a cut after 0, 1, .. tokens falls, by column
     for column, value in fields.items():
         if tokenizer.is_fast:
             encoding = tokenizer(value, add_special_tokens=False, return_offsets_mapping=True)
             ends[column] += [end for _, end in encoding["offset_mapping"]]
-        else:  # inside a word: fall back to the end of the one before
+        else:  # a cut inside a word falls back to the end of the previous word
             for word in re.finditer(r"\S+", value):
                 ends[column] += [ends[column][-1]] * (count(word.group()) - 1) + [word.end()]
 
@@ -121,7 +121,7 @@ def fit_to_length(
         return {c: v if cap >= len(ends[c]) - 1 else v[: ends[c][cap]].rstrip() for c, v in fields.items()}
 
     fits, too_long = 0, min(max_length + 1, max(map(len, ends.values())) - 1)
-    while too_long - fits > 1:  # tokens may merge or split at the seams, so each candidate is counted as a whole
+    while too_long - fits > 1:  # tokens may merge or split at the seams, so each candidate is counted whole
         cap = (fits + too_long) // 2
         candidate = template.format_map(cut(cap))
         if count(candidate) <= max_length:
@@ -134,7 +134,7 @@ def fit_to_length(
 
 
 def is_missing(value: Any) -> bool:
-    """Tells whether a cell holds nothing: null, not a number, or text that is blank."""
+    """Checks whether a cell is empty: null, NaN or blank text."""
     return (
         value is None
         or (isinstance(value, float) and math.isnan(value))
@@ -145,16 +145,17 @@ def is_missing(value: Any) -> bool:
 def examples(
     task: Task, rows: Sequence[Row], source: str, strict: bool = True, clamp: bool = False
 ) -> tuple[list[Row], dict[str, list[int]]]:
-    """Makes `{text, label, fields, row, raw}` of each row, and lists the rows that are left out, by the reason.
+    """Makes `{text, label, fields, row, raw}` from each row, and lists the rows that are left out, by reason.
 
-    Of a regression `label` is the class of the nearest value, and `number` the number itself.
+    In a regression `label` is the class of the nearest value, and `number` the number itself. Free-text answers and
+    groups add `target` and `group`.
 
-    Rows without a label are left out, and with `strict` refused like all that is wrong. Rows with blank text are
-    refused with `strict`; else they stay, with an empty `text`, until the splits are drawn, which are the same ones for
-    every template. Raises ValueError with the source and the row (counted from 1).
+    Rows without a label or answer are left out, or refused if `strict`. Rows with blank text are refused if `strict`.
+    Otherwise they are listed but stay, with an empty `text`, until the splits are drawn, which makes the splits the
+    same for every template. Raises ValueError with the source and the row (counted from 1).
 
     Args:
-        clamp: take numbers beyond the range of a regression for its nearer end, with a warning that counts them.
+        clamp: moves numbers beyond the range of a regression to its nearer end, with a warning that counts them.
     """
     beyond: list[float] = []
     rows = with_all_columns(rows) if task.is_local else rows
@@ -217,7 +218,7 @@ def examples(
 
 
 def _unnumbered(task: Task, raw: Any) -> str:
-    """Returns the remedy for a number among labels in words, whose mapping is unknown."""
+    """Returns the remedy for a number in a column of labels that are words: the number's word is unknown."""
     words = [word for word, _ in task.label_map if isinstance(word, str) and not is_number(word)]
     if not words or len(words) < len(task.label_map) or not is_number(raw):
         return ""
@@ -225,27 +226,27 @@ def _unnumbered(task: Task, raw: Any) -> str:
 
 
 def is_no_label(task: Task, raw: Any) -> bool:
-    """Tells whether a cell says that there is no label: -1, where that is no label of a classification."""
+    """Checks whether a cell marks a missing label: -1 in a classification that has no such label."""
     return not task.is_text and not task.values and str(raw) in HIDDEN and task.label_class(raw) is None
 
 
 def with_all_columns(rows: Sequence[Row]) -> list[Row]:
-    """Fills every row up to all columns of the file: a key that a JSON line omits is missing, like null."""
+    """Gives every row all columns of the file, with None for a key that its JSON line omits."""
     names: Row = dict.fromkeys(name for row in rows for name in row)
     return [row if len(row) == len(names) else {**names, **row} for row in rows]
 
 
 def _target(task: Task, row: Mapping[str, Any]) -> str | None:
-    """Renders the answer of a row in free text; None where all its columns are blank."""
+    """Renders a row's free-text answer; None if all its columns are blank."""
     values = row if task.preprocess is None else task.preprocess(row)
     fields = {column: as_text(column, values[column]) for column in task.target_columns}
     return task.target_template.format_map(fields) if any(map(str.strip, fields.values())) else None
 
 
 def raw_keys(rows: Sequence[Row], target_columns: Sequence[str]) -> list[str]:
-    """Returns a key that is equal for identical rows: the text of all columns except those of the answer.
+    """Returns a key for each row, equal for identical rows: the text of all columns except those of the answer.
 
-    A column of whole numbers of which no two are alike, a row's own number, does not count where there are others.
+    A column of distinct whole numbers, such as row numbers, is ignored if there are others.
     """
     values: dict[str, list[Any]] = defaultdict(list)
     for row in rows:
@@ -257,7 +258,7 @@ def raw_keys(rows: Sequence[Row], target_columns: Sequence[str]) -> list[str]:
 
 
 def _numbers_rows(values: Sequence[Any]) -> bool:
-    """Tells whether the values of a column are whole numbers, each of its own."""
+    """Checks whether the values of a column are distinct whole numbers."""
     if not all(map(is_number, values)):
         return False
     numbers = [float(value) for value in values]
@@ -265,7 +266,7 @@ def _numbers_rows(values: Sequence[Any]) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Tells whether a cell holds a number, as such or as text."""
+    """Checks whether a cell holds a number, possibly as text."""
     if isinstance(value, str):
         try:
             float(value)
@@ -276,12 +277,12 @@ def is_number(value: Any) -> bool:
 
 
 def text_key(text: str) -> str:
-    """Returns a key that is equal for identical texts: without case, blanks and the composition of accents."""
+    """Returns a key that is equal for texts that differ only in case, white space or the composition of accents."""
     return " ".join(unicodedata.normalize("NFC", text.casefold()).split())
 
 
 def dataset(examples: Sequence[Row], labels: Sequence[str]) -> Dataset:
-    """Makes a dataset of examples, with the target string of each and groups as numbers."""
+    """Makes a dataset from examples, with a target string for each and groups as numbers."""
     from datasets import Dataset
 
     rows = [{**row, "target": row["target"] if "target" in row else labels[row["label"]]} for row in examples]

@@ -1,4 +1,4 @@
-"""The rows of the splits that are there: in a folder, in files, or on the hub."""
+"""The rows of the splits that exist in a folder, in files or on the Hub."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OTHER_NAMES = {"train": ("training",), "validation": ("valid", "val", "dev"), "test": ("testing",)}
-"""Other usual names of the splits' files, beside their own."""
+"""Other usual names of the splits' files."""
 SHARDS = "train-*-of-*"
-"""Files of a Hub dataset's train split."""
+"""Files of the train split in a copy of a Hub dataset."""
 TRAIN_FILE = f"train{{{','.join(READERS)}}}"
 RawSplits = dict[str, tuple[str, list[Row]]]
-"""By split: its source, for messages, and its rows."""
+"""Source (for messages) and rows, by split."""
 
 
 def raw_splits(
@@ -35,12 +35,13 @@ def raw_splits(
     columns: Sequence[str] = (),
     names_labels: bool = False,
 ) -> RawSplits:
-    """Reads the splits that are there.
+    """Reads the splits that exist.
 
     Args:
-        files: by split. hub: the dataset's path and configuration there, where neither folder nor file is given.
-        hub_names: what the hub calls the splits; a folder may have these names too.
-        columns: for a message, those that the rows need.
+        files: by split.
+        hub: path and configuration of the dataset on the Hub, used if neither a folder nor a file is given.
+        hub_names: the Hub's names of the splits; files in a folder may have these names too.
+        columns: needed by the rows, named in an error message.
         names_labels: as in `read_rows`; also for Hub datasets and stored ones.
     """
     given = {split: Path(file) for split, file in files.items() if file is not None}
@@ -79,19 +80,19 @@ def raw_splits(
     name = f"{path} ({config})" if config is not None else path
     try:
         loaded = load_dataset(path, config)
-    except OSError as error:  # datasets' own errors for an unreachable Hub and for a missing dataset are OSErrors
+    except OSError as error:  # what datasets raises for an unreachable Hub and for a missing dataset
         wanted = f" with the columns {', '.join(columns)}" if columns else ""
         raise ConnectionError(
             f"cannot load {name} from the hub: {error}. Without a connection give data_dir, a folder with "
             f"{TRAIN_FILE} and validation, test alike,{wanted}"
         ) from error
-    except ValueError as error:  # it has several configurations, or no such one
+    except ValueError as error:  # the dataset has several configurations, or none of this name
         raise ValueError(f"cannot load {name} from the hub: {reason(error)}") from error
     return _rows_of(loaded, name, hub_names, names_labels)
 
 
 def _stored(folder: Path) -> Mapping[str, Dataset] | None:
-    """Loads what `save_to_disk` has written, or a copy of a Hub dataset; None if the folder is neither."""
+    """Loads a dataset that `save_to_disk` wrote, or a copy of a Hub dataset; None if the folder is neither."""
     is_saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     if not is_saved and not [*folder.glob(SHARDS), *folder.glob(f"data/{SHARDS}")]:
         return None
@@ -99,7 +100,7 @@ def _stored(folder: Path) -> Mapping[str, Dataset] | None:
 
     try:
         loaded = load_from_disk(str(folder)) if is_saved else load_dataset(str(folder))
-    except Exception as error:  # of any kind, by what is damaged
+    except Exception as error:  # depends on what is damaged
         raise ValueError(f"{folder} holds a dataset that cannot be loaded: {reason(error)}") from error
     return {"train": loaded} if isinstance(loaded, Dataset) else loaded
 

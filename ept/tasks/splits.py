@@ -1,4 +1,4 @@
-"""A task's rows, from the hub or from files, as three checked splits without a text in common."""
+"""A task's rows, from the Hub or from files, as three checked splits with no text in common."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TaskData:
-    """A task's three splits, no text in two of them.
+    """A task's three splits; no text is in two of them.
 
-    Each row has `text: str` (the rendered input), `label: int` (the class), `target: str` (`labels[label]`), `fields`:
-    the text columns that `text` was rendered from, and `row: int`, its number in its file, counted from 1. Tasks with
-    `group_columns` have `group: int` as well, the same number for rows that belong together.
+    Each row has `text: str` (the rendered input), `label: int` (the class), `target: str` (`labels[label]`, or the
+    free-text answer), `fields` (the text columns from which `text` was rendered) and `row: int` (its number in the
+    file, counted from 1). A regression adds `number: float`, and tasks with `group_columns` add `group: int`, the same
+    for rows that belong together.
 
     Attributes:
-        commonest: the commonest label, or text, of the train rows that there are, `max_train` and `k_shot` aside.
-        left_out: how many rows are left out, by the reason.
-        sources: which of the given splits each split was taken from, and the checksum of that one's rows.
-        unread: the columns of the user's own train rows that are neither text nor answer.
+        commonest: the commonest label, or free-text answer, of the train rows before `max_train` and `k_shot`.
+        left_out: number of rows left out, by reason.
+        sources: for each split, the given split from which it was taken and the checksum of that one's rows.
+        unread: columns of the user's own train rows that are neither text nor answer.
     """
 
     task: Task
@@ -51,16 +52,16 @@ class TaskData:
     unread: tuple[str, ...] = ()
 
     def drawn(self) -> dict[str, Any]:
-        """Describes the splits by the numbers of their rows, for `load_task` to draw them again."""
+        """Describes the splits by their row numbers, from which `load_task` can draw them again."""
         described = {}
         for split, (source, checksum) in self.sources.items():
             described[split] = {"from": source, "sha256": checksum, "rows": list(getattr(self, split)[ROW])}
         return described
 
     def balance(self) -> dict[str, float]:
-        """Returns each label's share of the train rows, by its word; a regression's range is cut into five.
+        """Returns each label's share of the train rows, by its word; a regression's range is divided into five.
 
-        Answers in free text have none.
+        Empty for free-text answers.
         """
         names, labels, values = self.task.label_words, list(self.train["label"]), self.task.values
         if values:
@@ -71,7 +72,7 @@ class TaskData:
         return {name: counts[i] / len(labels) for i, name in enumerate(names)}
 
     def majority(self) -> float:
-        """Scores `commonest` as every answer, by the first metric."""
+        """Returns the test score, by the first metric, of always answering `commonest`."""
         answers: list[Any] = [self.commonest] * len(self.test)
         metric = self.task.metrics[0]
         if self.task.is_text:
@@ -99,34 +100,34 @@ def load_task(
     drawn: Mapping[str, Any] | None = None,
     raw: RawSplits | None = None,
 ) -> TaskData:
-    """Loads the three splits of `task` from `data_dir`, from the given files, or else from the hub.
+    """Loads the three splits of `task` from `data_dir`, from the given files, or else from the Hub.
 
-    `data_dir` holds `{train,validation,test}.{jsonl,json,csv,parquet}` with the hub's columns. Splits that are missing,
-    and a test split with hidden labels, are made with `seed`, as ATTEMPT and DePT make them where validation is there:
+    `data_dir` holds `{train,validation,test}.{jsonl,json,csv,tsv,parquet}` with the Hub's columns. Missing splits,
+    and a test split with hidden labels, are made with `seed`; if there is a validation split, as in ATTEMPT and DePT:
 
-    * no test: below 10,000 train rows (or where the task says so) half of the validation split is the test split; from
-      10,000 on, 1,000 train rows are the validation split and the validation split is the test split;
+    * no test: below 10,000 train rows (or if the task says so), half of the validation split becomes the test split;
+      from 10,000 on, 1,000 train rows become the validation split and the validation split becomes the test split;
     * no validation: a tenth of train;
     * neither: 80/10/10.
 
     The last two, and for a local task the first as well, are drawn by a hash of the raw row, which depends neither on
-    the order of the rows nor on the template, with each label's share of the rows, and the same row never in two.
+    the order of the rows nor on the template. Each split gets its share of every label, and identical rows stay in one.
 
-    Train rows whose text (case and white space aside) is also in validation or test are dropped, and validation rows
+    Train rows whose text (ignoring case and white space) is also in validation or test are dropped, and validation rows
     whose text is also in test; a warning says how many. Then `max_*` draws that many rows at random. Rows that belong
-    together (answers to one question of MultiRC) are never split, where the papers' code splits them.
+    together (answers to one question of MultiRC) are never separated; the papers' code separates them.
 
-    Last, `k_shot` draws the train rows of a few-shot run with `shot_seed`: this many in all, the same number of each
-    label (`k_shot // labels`, as DePT's code does), or of either half of a regression's range.
+    Last, `k_shot` draws the train rows of a few-shot run with `shot_seed`: this many in total, equally many of each
+    label (`k_shot // labels`, as in DePT's code) or of each half of a regression's range.
 
     Args:
         encoding: of text files, as in `read_rows`.
-        strict: refuse rows with blank text or without a label. False: leave them out, with a warning.
-        drawn: draw the very rows that `TaskData.drawn` has described, of the same data.
-        raw: the rows of these data, where they have been read already.
+        strict: refuses rows with blank text or without a label. False: leaves them out, with a warning.
+        drawn: what `TaskData.drawn` returned; the same rows of the same data are drawn again.
+        raw: the rows of these data, if they have been read already.
 
-    Raises ValueError for bad content (with file and row), FileNotFoundError for a file or split that is not there, and
-    ConnectionError where the hub cannot be reached.
+    Raises ValueError for bad content (with file and row), FileNotFoundError for a missing file or split, and
+    ConnectionError if the Hub cannot be reached.
     """
     targets = task.labels(labels)
     limits = {"train": max_train, "validation": max_validation, "test": max_test}
@@ -160,7 +161,7 @@ def load_task(
         origins, splits = _drawn_before(given, checksums, drawn)
     else:
         origins, splits = three_splits(task, given, seed)
-    splits = {split: [row for row in rows if row["text"]] for split, rows in splits.items()}  # but for blank ones
+    splits = {split: [row for row in rows if row["text"]] for split, rows in splits.items()}  # without blank ones
     splits = _without_overlap(splits)
     commonest = _commonest(task, given[origins["train"]], [row for split in SPLITS[1:] for row in splits[split]])
     for split, limit in limits.items():
@@ -189,10 +190,10 @@ def load_split(
     strict: bool = True,
     names: Mapping[str, str] | None = None,
 ) -> Dataset:
-    """Loads one labelled file with the columns of a `TaskData` split, in the file's order. Raises as `load_task`.
+    """Loads one labelled file with the columns of a `TaskData` split, in file order. Raises as `load_task` does.
 
     Args:
-        names: what the file calls columns of the task, by their names in the task.
+        names: the file's names of columns, by their names in the task.
     """
     rows = read_rows(path, encoding, names_labels=task.is_local)
     if names:
@@ -209,7 +210,7 @@ def load_split(
 
 
 def _is_unlabelled(task: Task, rows: Sequence[Row]) -> bool:
-    """Tells whether no row of a test split has a label or an answer: all are missing, or -1."""
+    """Checks whether no row of a test split has a label or an answer: all are missing, or -1."""
     columns = task.target_columns
     if task.is_chat or not (task.is_local or all(column in row for row in rows for column in columns)):
         return False
@@ -226,13 +227,13 @@ def _warn_left_out(source: str, omitted: Mapping[str, Sequence[int]]) -> None:
 
 
 def _unread(task: Task, rows: Sequence[Row]) -> tuple[str, ...]:
-    """Names the columns of local rows that the task does not look at."""
+    """Lists the columns of local rows that the task does not read."""
     read = {*task.source_columns, *task.target_columns}
     return tuple(dict.fromkeys(name for row in rows for name in row if name not in read)) if task.is_local else ()
 
 
 def checksum_of(rows: Sequence[Row]) -> str:
-    """Computes the checksum of rows as a file holds them."""
+    """Computes the checksum of raw rows."""
     digest = sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -242,7 +243,7 @@ def checksum_of(rows: Sequence[Row]) -> str:
 def _drawn_before(
     given: Mapping[str, list[Row]], checksums: Mapping[str, str], drawn: Mapping[str, Any]
 ) -> tuple[dict[str, str], dict[str, list[Row]]]:
-    """Draws the rows that `TaskData.drawn` has described; raises ValueError where the data are not the same ones."""
+    """Draws the rows that `TaskData.drawn` described; raises ValueError if the data have changed."""
     origins, splits = {}, {}
     for split in SPLITS:
         origin = origins[split] = drawn[split]["from"]
@@ -257,14 +258,14 @@ def _drawn_before(
 
 
 def _commonest(task: Task, rows: Sequence[Row], held_out: Sequence[Row]) -> Any:
-    """Finds the commonest answer (the lowest of equals) to the rows that are not held out and not blank."""
+    """Finds the commonest answer (the lowest, if tied) of the rows that are neither held out nor blank."""
     held = set(map(id, held_out))
     answer = "target" if task.is_text else "label"
     return min(multimode(row[answer] for row in rows if row["text"] and id(row) not in held))
 
 
 def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """Drops from train what is in validation or test, from validation what is in test; refuses an empty split."""
+    """Drops train texts that are in validation or test, and validation texts in test; refuses an empty split."""
     keys = {split: [text_key(row["text"]) for row in rows] for split, rows in splits.items()}
     kept = dict(splits)
     for split, others in (("train", ("validation", "test")), ("validation", ("test",))):

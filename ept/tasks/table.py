@@ -1,6 +1,6 @@
 """The known tasks, one entry each: GLUE and SuperGLUE.
 
-Text and labels are written as ATTEMPT and DePT write them, without the task's name in front.
+Text and labels are written as in ATTEMPT and DePT, without the task's name in front.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _MNLI_SPLITS = ("train", "validation_mismatched", "validation_matched")
 
 
 def _task(name: str, columns: str, words: str, metrics: str = "accuracy", **fields: Any) -> Task:
-    """Makes an entry with the usual template, `column: {column}` for each, from the Hub dataset of that name.
+    """Makes an entry for the Hub dataset of this name with the usual template, `column: {column}` for each column.
 
-    `columns`, `words` and `metrics` are separated by spaces.
+    `columns`, `words` and `metrics` are space-separated lists.
     """
     suite, config = name.split("/")
     template = " ".join(f"{column}: {{{column}}}" for column in columns.split())
@@ -32,7 +32,7 @@ def _task(name: str, columns: str, words: str, metrics: str = "accuracy", **fiel
 
 
 def strip_markup(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes the HTML marks out of MultiRC's columns: `<br>` becomes a space, `<b>` and `</b>` go."""
+    """Removes the HTML tags from MultiRC's columns: `<br>` becomes a space, `<b>` and `</b>` are dropped."""
     texts = {column: as_text(column, row[column]) for column in ("question", "answer", "paragraph")}
     return {column: re.sub(r"</?b>", "", re.sub(r"<br\s*/?>", " ", text)) for column, text in texts.items()}
 
@@ -40,8 +40,8 @@ def strip_markup(row: Mapping[str, Any]) -> dict[str, Any]:
 def mark_spans(row: Mapping[str, Any]) -> dict[str, str]:
     """Marks WSC's noun as `* noun *` and its pronoun as `# pronoun #`, as T5's preprocessing does.
 
-    `spanN_index` counts words between white space. Where the span is not at its index (in a few rows of the set without
-    corrections), its nearest occurrence is marked; raises ValueError when there is none.
+    `spanN_index` counts words separated by white space. If the span is not at its index (in a few rows of the
+    uncorrected dataset), its nearest occurrence is marked; raises ValueError if there is none.
     """
     text = as_text("text", row["text"])
     inserts: list[tuple[int, str]] = []
@@ -80,7 +80,7 @@ _ENTRIES = (
         "f1 exact_match accuracy",  # F1 over all answers; exact match over the questions
         group_columns=("paragraph", "question"),
         max_length=348,
-        split_rule="halve",  # the papers' choice, although its train split is large
+        split_rule="halve",  # the papers' choice, although the train split is large
         preprocess=strip_markup,
     ),
     _task("super_glue/wic", "sentence1 sentence2 word", "False True"),

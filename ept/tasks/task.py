@@ -20,11 +20,12 @@ from .template import template_columns
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task in text-to-text form. Raises ValueError where its parts do not fit together.
+    """A task in text-to-text form: classification, regression or free-text answers. Raises ValueError if its parts do
+    not fit together.
 
     `label_digits[i]` and `label_words[i]` are the two ways to write class `i`. The first of `metrics` decides the best
-    checkpoint. `max_length` is the recommended limit in tokens of the rendered text. `columns` are those that the
-    template names.
+    checkpoint. `max_length` is the recommended limit on the rendered text, in tokens. `columns` are those named in the
+    template.
     """
 
     name: str
@@ -32,27 +33,27 @@ class Task:
     label_words: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     hub: tuple[str, str | None] | None = None
-    """Path and configuration on the hub, `("nyu-mll/glue", "sst2")`; None for local files."""
+    """Path and configuration on the Hub, `("nyu-mll/glue", "sst2")`; None for local files."""
     label_column: str = "label"
     max_length: int = 256
     label_map: tuple[tuple[str | int | bool, int], ...] = ()
     """(raw label, class) pairs; empty: raw integers are classes, raw strings are digits or words."""
     split_names: tuple[str, str, str] = ("train", "validation", "test")
-    """The hub's splits that serve as train, validation and test."""
+    """The Hub's splits that serve as train, validation and test."""
     split_rule: Literal["size", "halve"] = "size"
-    """Without a labelled test split: "halve" the validation split, or let the train split's "size" decide."""
+    """If there is no labelled test split: "halve" the validation split, or let the "size" of the train split decide."""
     preprocess: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = field(default=None, repr=False)
-    """From a raw row to the values of `columns`; None: they are taken as they are."""
+    """Maps a raw row to the values of `columns`; None: they are taken as they are."""
     source_columns: tuple[str, ...] = ()
     """The columns a data file must have for the text; by default `columns`."""
     values: tuple[float, ...] = ()
-    """For a regression, the numbers that its classes stand for, rising; a raw label belongs to the nearest."""
+    """For a regression, the numbers that its classes stand for, rising; a raw label belongs to the nearest one."""
     group_columns: tuple[str, ...] = ()
-    """Rows that agree in these text columns belong together: they are never split, and `exact_match` counts them."""
+    """Rows that agree in these text columns form a group: it stays in one split, and `exact_match` counts groups."""
     target_template: str = ""
-    """For answers in free text: the answer, with the columns of a row; such a task has no labels."""
+    """For free-text answers: the template of the answer; such a task has no labels."""
     is_local: bool = False
-    """True for a task on the user's own data, to which no paper's rules apply."""
+    """True for a task on the user's own data, to which the papers' rules do not apply."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "source_columns", self.source_columns or self.columns)
@@ -81,17 +82,17 @@ class Task:
 
     @property
     def is_text(self) -> bool:
-        """True where the answers are free text."""
+        """True if the answers are free text."""
         return bool(self.target_template)
 
     @property
     def is_chat(self) -> bool:
-        """True where a row is a chat, whose last message is the answer."""
+        """True if a row is a chat, whose last message is the answer."""
         return self.is_text and self.preprocess is not None
 
     @cached_property
     def target_columns(self) -> tuple[str, ...]:
-        """The columns that the answer is made of: the label's, or those of `target_template`."""
+        """The columns of the answer: the label column, or those of `target_template`."""
         return template_columns(self.target_template) if self.is_text else (self.label_column,)
 
     @property
@@ -104,17 +105,17 @@ class Task:
 
     @property
     def num_outputs(self) -> int:
-        """Counts the outputs of a classification head: one for each class, a single one for a regression."""
+        """Number of outputs of a classification head: one per class, a single one for a regression."""
         return 1 if self.values else self.num_labels
 
     def labels(self, form: Literal["digits", "words"] = "digits") -> tuple[str, ...]:
-        """Returns the strings that targets are drawn from; raises ValueError for an unknown `form`."""
+        """Returns the target string of each class; raises ValueError for an unknown `form`."""
         if form not in ("digits", "words"):
             raise ValueError(f"labels={form!r}: choose 'digits' or 'words'")
         return self.label_digits if form == "digits" else self.label_words
 
     def summary(self, form: Literal["digits", "words"] = "digits") -> str:
-        """Summarises the task in one line, its template and labels: a text to start a prompt from."""
+        """Summarises the task's template and labels in one line, a text from which to start a prompt."""
         columns = {name: name for name in self.columns}
         labels = self.labels(form) if not self.values else self.label_words[:: len(self.values) - 1]
         return " ".join(f"{self.template.format_map(columns)} {' or '.join(labels)}".split())
@@ -122,8 +123,8 @@ class Task:
     def label_class(self, value: Any) -> int | None:
         """Finds the class (0-based index) of a raw label, or None if the task does not have it.
 
-        Data formats write one label in several ways, so `1`, `1.0`, `"1"`, `"1.0"` and `true` agree, unless the task's
-        labels tell them apart; `"01"` is another label.
+        Data formats write a label in several ways, so `1`, `1.0`, `"1"`, `"1.0"` and `true` agree, unless the task's
+        labels distinguish them; `"01"` is another label.
         """
         if self.values:
             return nearest_value(value, self.values)
@@ -131,7 +132,7 @@ class Task:
 
     @cached_property
     def _classes(self) -> dict[str, int]:
-        """The class that each spelling of a raw label stands for; a literal spelling wins over a derived one."""
+        """Class of each spelling of a raw label; a literal spelling wins over a derived one."""
         classes: dict[str, int] = {}
         derived: dict[str, int] = {}
         for raw, index in self.label_map or enumerate(range(self.num_labels)):
@@ -146,19 +147,20 @@ class Task:
                     f"label word '{word}' is also the number of another label: say which raw label gets which "
                     f"word, as in label_words={{{word}: '{word}'}}"
                 )
-            derived |= dict.fromkeys(others, index)  # `True` is the word's, whatever number it has
+            derived |= dict.fromkeys(others, index)  # a raw `True` belongs to the word "True", whatever its index
         return derived | classes
 
 
 def nearest_value(number: Any, values: Sequence[float], clamp: bool = False) -> int | None:
-    """Finds the index of the value nearest to `number` (a number, or text that is one), of two as near the even one.
+    """Finds the index of the value nearest to `number` (a number, or text that is one); ties go to the even index.
 
-    None for anything else and outside the range. T5's rule for STS-B, `round(5·x) / 5`, on the values 0, 0.2, .. 5: the
-    published code of ATTEMPT and DePT computes `round(x, 1)` instead. A ten-thousandth of a step is not looked at, so
-    that a number stored in single precision (3.0999999) goes where the number itself does.
+    Returns None for anything else and outside the range. For the values 0, 0.2, .. 5 this is T5's rule for STS-B,
+    `round(5·x) / 5`; the published code of ATTEMPT and DePT computes `round(x, 1)` instead. Differences below a
+    ten-thousandth of a step are ignored, so that a number stored in single precision (3.0999999) is rounded as the
+    number itself.
 
     Args:
-        clamp: give the nearer end for a finite number outside the range.
+        clamp: returns the nearer end for a finite number outside the range.
     """
     if isinstance(number, bool):
         return None
@@ -173,7 +175,7 @@ def nearest_value(number: Any, values: Sequence[float], clamp: bool = False) -> 
 
 
 def _spellings(value: Any) -> list[str]:
-    """Lists the ways a raw label may be written, the most literal first; none for what cannot be a label."""
+    """Lists the spellings of a raw label, most literal first; empty for a value that cannot be a label."""
     if isinstance(value, bool):
         return ["true", "1"] if value else ["false", "0"]
     if isinstance(value, float) and value.is_integer():
@@ -183,11 +185,11 @@ def _spellings(value: Any) -> list[str]:
     if isinstance(value, str):
         value = value.strip()
         return list(dict.fromkeys((value, without_point(value))))
-    return _spellings(str(value)) if isinstance(value, (Decimal, date)) else []  # of Parquet files
+    return _spellings(str(value)) if isinstance(value, (Decimal, date)) else []  # from Parquet files
 
 
 def without_point(text: str) -> str:
-    """Writes a label as whole numbers and booleans are: `1.0` as `1`, `True` as `true`; all others stay as they are."""
+    """Normalises whole numbers and booleans: `1.0` becomes `1`, `True` becomes `true`; other labels stay unchanged."""
     whole = re.fullmatch(r"([+-]?\d+)\.0*", text)
     return whole[1] if whole else text.casefold() if text.casefold() in ("true", "false") else text
 
@@ -204,12 +206,12 @@ def local_task(
     name: str = "local",
     target_template: str = "",
 ) -> Task:
-    """Makes a task of the user's own data: `template` names the text columns, `label_words` gives the labels' words.
+    """Makes a task on the user's own data: `template` names the text columns, `label_words` the labels.
 
     `label_words` is either `{raw label: word}` (several raw labels may share a word) or a list of words: raw integers
-    index it, raw strings may be the words themselves. `values` in its place makes a regression, whose labels are the
-    nearest of these evenly spaced numbers; `target_template` makes a task with answers in free text. Raises ValueError
-    where these make no task.
+    index it, raw strings may be the words themselves. `values` instead makes a regression, whose labels are the nearest
+    of these evenly spaced numbers; `target_template` makes a task with free-text answers. Raises ValueError if the
+    arguments do not make a valid task.
     """
     shared: dict[str, Any] = {"label_column": label_column, "max_length": max_length, "hub": hub, "is_local": True}
     if target_template:

@@ -6,7 +6,7 @@ from string import Formatter
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """Lists the columns that a template names, in order of appearance.
+    """Lists the columns named in a template, in order of appearance.
 
     A template is literal text with plain `{column}` fields; `{{` and `}}` stand for braces. Raises ValueError for
     attribute or index access (`{a.b}`, `{a[0]}`), conversions, format specifications, nameless fields, or no field.
@@ -34,7 +34,7 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 def template_end(template: str) -> str:
-    """Returns the literal text behind a template's last field."""
+    """Returns the literal text after a template's last field."""
     end = ""
     for literal, column, *_ in Formatter().parse(template):
         end = end + literal if column is None else ""

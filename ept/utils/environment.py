@@ -1,4 +1,4 @@
-"""The surroundings of a measurement: versions of the libraries, and the machine."""
+"""The environment of a measurement: versions of the libraries, and the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbyt
 
 
 def versions() -> dict[str, str | None]:
-    """Lists the version of Python, of ept and of each library; None where it is not installed."""
+    """Lists the versions of Python, of ept and of the libraries; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "ept": __version__}
     for package in PACKAGES:
         try:
@@ -46,8 +46,8 @@ def hardware() -> dict[str, Any]:
 
 
 def peak_memory() -> tuple[int, str]:
-    """Measures the most memory in use so far, in bytes, and names its kind: `cuda allocated`, or that of the process,
-    with all that it did before.
+    """Returns the maximum memory in use so far, in bytes, and its kind: `cuda allocated`, or that of the whole process
+    since it began.
     """
     import torch
 
@@ -55,5 +55,5 @@ def peak_memory() -> tuple[int, str]:
         return torch.cuda.max_memory_allocated(), CUDA_ALLOCATED
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kibibytes
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process resident, since it began"

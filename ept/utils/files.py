@@ -1,4 +1,4 @@
-"""Files that outlive a crash: each is whole or not there at all, and on the disk before anything that counts on it."""
+"""Files that survive a crash: each is complete or absent, and on disk before anything that relies on it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 
 def write_atomically(file: Path, content: str | Callable[[Path], object]) -> None:
-    """Writes `file` beside its place and moves it there: never half of it is seen, not even after a power cut.
+    """Writes `file` under a temporary name and renames it, so that half of it is never seen, even after a power cut.
 
     Args:
         content: the text, or a function that writes the file whose path it is given.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.unlink(missing_ok=True)  # a link of that name must not be written through
+        temporary.unlink(missing_ok=True)  # never write through a link of that name
         if isinstance(content, str):
             temporary.write_text(content, encoding="utf-8")
         else:
@@ -33,7 +33,7 @@ def write_atomically(file: Path, content: str | Callable[[Path], object]) -> Non
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """Writes what any JSON parser reads: null for NaN and infinities, text for dates and the like."""
+    """Writes JSON that any parser reads: null for NaN and infinities, text for dates and the like."""
 
     def plain(part: Any) -> Any:
         if isinstance(part, Mapping):
@@ -55,7 +55,7 @@ def sync(path: Path, flags: int = os.O_RDWR) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in `folder` are on the disk, where the file system can do that for folders."""
+    """Waits until the names in `folder` are on the disk, if the file system supports that for folders."""
     with contextlib.suppress(OSError):
         sync(folder, os.O_RDONLY)
 

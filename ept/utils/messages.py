@@ -1,4 +1,4 @@
-"""Values from files in error messages: cut short, control characters escaped."""
+"""Values from files in error messages: shortened, with control characters escaped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_DIGITS = 40
 
 class _Repr(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write out very long integers, and a reader has no use for them.
+        # Python refuses to print very long integers, and a reader has no use for them.
         return repr(x) if abs(x) < 10**MAX_DIGITS else f"<an integer of {x.bit_length()} bits>"
 
 
@@ -30,12 +30,12 @@ def shown(value: Any) -> str:
 
 
 def shown_name(name: str) -> str:
-    """Returns `name` as it is where it is short and printable, else as `shown` gives it."""
+    """Returns `name` as it is if short and printable, else as `shown` does."""
     return name if name.isprintable() and len(name) <= MAX_TEXT else shown(name)
 
 
 def reason(error: Exception) -> str:
-    """Returns a library's message, which may repeat parts of a file: cut short, control characters escaped."""
+    """Returns a library's message, which may repeat parts of a file, shortened, with control characters escaped."""
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(error)[:MAX_REASON])
     return text + (" ..." if len(str(error)) > MAX_REASON else "")
 
@@ -48,5 +48,5 @@ def listed(items: Iterable[str], separator: str = ", ") -> str:
 
 
 def shares(values: Mapping[str, float]) -> str:
-    """Writes fractions as percentages, each after its name; the first few of many."""
+    """Formats fractions as percentages, each after its name; only the first few."""
     return listed(f"{name} {share:.1%}" for name, share in values.items())

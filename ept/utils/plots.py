@@ -1,4 +1,4 @@
-"""Plots: one size, style and legend for all, and a PNG that appears whole."""
+"""Plots: one size, style and legend for all, written as PNG files that appear whole."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-LINE, LINES = 24, 3  # of a name beside an axis: the signs of a line, and its most lines
+LINE, LINES = 24, 3  # of a name beside an axis: characters per line, and maximum number of lines
 
 
 @contextlib.contextmanager
@@ -33,15 +33,15 @@ def plot(
 ) -> Iterator[list[Any]]:
     """Yields the axes of a new figure, and writes the figure to `file` as a PNG at the end of the block.
 
-    All axes get a `grid`, and the figure one legend with every label once. Long titles are wrapped. Texts stand as they
-    are written: a dollar sign starts no formula.
+    All axes get a `grid`, and the figure one legend with every label once. Long titles are wrapped. Text is shown as
+    written: a dollar sign does not start a formula.
 
     Args:
-        panels: how many axes, in `columns` from left to right; in a single column they share the x axis.
+        panels: number of axes, in `columns` from left to right; in a single column they share the x axis.
         width, height: of the figure, in inches.
         legend: "below" the axes, in `legend_columns`, or "beside" them.
     """
-    from matplotlib.figure import Figure  # without pyplot, which keeps every figure and may look for a display
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure and may look for a display
 
     figure = Figure(figsize=(width, height), layout="constrained")
     subplots = figure.subplots(-(-panels // columns), columns, sharex=columns == 1, squeeze=False)
@@ -58,7 +58,7 @@ def plot(
         for handle, label in zip(*panel.get_legend_handles_labels()):
             labelled.setdefault(label, handle)
     if title:
-        figure.suptitle(textwrap.fill(title, int(10.5 * width)), fontsize="medium")  # an inch holds so many characters
+        figure.suptitle(textwrap.fill(title, int(10.5 * width)), fontsize="medium")  # characters that fit into an inch
     if labelled:
         places: dict[str, Any] = {"below": "outside lower center", "beside": "outside center right"}
         style: dict[str, Any] = {"ncols": legend_columns if legend == "below" else 1, "frameon": False}
@@ -66,16 +66,16 @@ def plot(
     _show_as_written(figure)
     _take_fonts(figure)
     file.parent.mkdir(parents=True, exist_ok=True)
-    # "tight" grows the picture where a label or the legend would be cut off. Without the software's version two
+    # "tight" enlarges the picture if a label or the legend would be cut off. Without the software's version, two
     # machines write the same bytes.
     options: dict[str, Any] = {"dpi": dpi, "bbox_inches": "tight", "metadata": {"Software": None}}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # `_take_fonts` has said so
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # `_take_fonts` already warns of these
         write_atomically(file, lambda path: figure.savefig(path, format="png", **options))
 
 
 def name_ticks(axis: Any, names: Sequence[str]) -> None:
-    """Puts names at 0, 1, … of an axis: long ones in several lines, the longest cut, and aslant below an x axis."""
+    """Puts names at 0, 1, … of an axis: wrapped, the longest ones cut, and slanted below an x axis."""
     wrapped = [textwrap.wrap(name, LINE, max_lines=LINES, placeholder=" …") for name in names]
     axis.set_ticks(range(len(names)), ["\n".join(lines) for lines in wrapped])
     if axis.axis_name == "x" and max((len(line) for lines in wrapped for line in lines), default=0) > 8:
@@ -84,7 +84,7 @@ def name_ticks(axis: Any, names: Sequence[str]) -> None:
 
 
 def _take_fonts(figure: Any) -> None:
-    """Lets signs that the usual font has not, such as Chinese ones, be taken from other installed fonts."""
+    """Takes characters that the default font lacks, such as Chinese ones, from other installed fonts."""
     from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
     from matplotlib.text import Text
 
@@ -93,9 +93,9 @@ def _take_fonts(figure: Any) -> None:
     missing = signs - get_font(findfont(FontProperties())).get_charmap().keys()
     families = []
     for font in fontManager.ttflist if missing else ():
-        with contextlib.suppress(OSError, RuntimeError):  # a file that is gone, or no font that can be drawn with
+        with contextlib.suppress(OSError, RuntimeError):  # a missing file, or a font that cannot be used
             found = missing & get_font(font.fname).get_charmap().keys()
-            if found and "Last Resort" not in font.name:  # which has a box for every sign
+            if found and "Last Resort" not in font.name:  # it has a box for every character
                 missing -= found
                 families.append(font.name)
     for text in texts if families else ():
@@ -105,7 +105,7 @@ def _take_fonts(figure: Any) -> None:
 
 
 def _show_as_written(figure: Any) -> None:
-    """Turns formulas off in all texts but the numbers of logarithmic axes, which matplotlib writes as formulas."""
+    """Turns formulas off in all text except the numbers of logarithmic axes, which matplotlib writes as formulas."""
     from matplotlib.text import Text
     from matplotlib.ticker import LogFormatterMathtext
 

@@ -1,4 +1,4 @@
-"""Progress without a terminal: a line now and then, in place of a bar."""
+"""Progress without a terminal: a line now and then instead of a bar."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.console import Console
 T = TypeVar("T")
 
 LINE_SECONDS = 30.0
-"""Without a terminal there is a line at least this often."""
+"""Maximum seconds between lines without a terminal."""
 
 
 def with_lines(items: Sequence[T], what: str, console: Console) -> Iterator[T]:
-    """Yields the items; every `LINE_SECONDS` a line tells how many are done, and the time that is left."""
+    """Yields the items, and prints the number done and the remaining time every `LINE_SECONDS`."""
     started = printed = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
@@ -27,10 +27,10 @@ def with_lines(items: Sequence[T], what: str, console: Console) -> Iterator[T]:
 
 
 def time_left(seconds: float, done: int, total: int) -> str:
-    """Says how long the rest takes where `done` of `total` took so many seconds."""
+    """Formats the remaining time after `done` of `total` took so many seconds."""
     return f"{timedelta(seconds=round(seconds / done * (total - done)))} left"
 
 
 def print_line(console: Console, line: str) -> None:
-    """Prints a line as it is, and on one line."""
+    """Prints a line literally, without wrapping it."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -16,8 +16,8 @@ Rows = Iterable[Sequence[str]]
 def table(header: Sequence[str], rows: Rows, title: str | None = None, left: int = 1, **style: Any) -> Table:
     """Builds a table for the terminal: the first `left` columns are aligned to the left, all others to the right.
 
-    The first column is never broken; where the terminal is narrow other cells are, and none is cut off. Cells and title
-    are printed as they are: rich would read `[red]` as its markup and `:heart:` as a picture.
+    The first column is never broken. In a narrow terminal other cells are wrapped, and none is cut off. Cells and title
+    are printed literally: rich would read `[red]` as markup and `:heart:` as a picture.
     """
     heading = Text(title, "table.title") if title is not None else None
     built = Table(title=heading, min_width=heading.cell_len if heading is not None else None, **style)  # on one line
@@ -37,11 +37,11 @@ def properties(pairs: Rows, title: str | None = None, left: int = 2) -> Table:
 
 
 def markdown(header: Sequence[str], rows: Rows, aligned: bool = False) -> str:
-    """Returns a table of a Markdown page; `|` in a cell is escaped.
+    """Returns a Markdown table; `|` in a cell is escaped.
 
     Args:
-        aligned: pads the cells, so that the text is readable as it is: the first column is aligned to the left, all
-            others to the right, in the text as well as on the page.
+        aligned: pads the cells, so that the source is readable too: the first column is aligned to the left, all
+            others to the right, in the source as well as on the page.
     """
     lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
     if not aligned:
@@ -56,10 +56,10 @@ def markdown(header: Sequence[str], rows: Rows, aligned: bool = False) -> str:
 
 
 def csv_text(columns: Collection[str], rows: Iterable[Mapping[str, Any]], delimiter: str = ",") -> str:
-    """Returns the content of a csv file with a header; lines end with a line feed, further keys of a row are left out.
+    """Returns the content of a csv file with a header and line feeds at line ends; extra keys of a row are left out.
 
-    Cells with any kind of line break are in quotes: where a line ends with a line feed alone, Python before 3.13 quotes
-    no carriage return.
+    Cells with any kind of line break are quoted: if a line ends with a line feed alone, Python before 3.13 does not
+    quote a carriage return.
     """
     lines: list[str] = []
     file: Any = SimpleNamespace(write=lambda line: lines.append(line.removesuffix("\r\n") + "\n"))

@@ -1,4 +1,4 @@
-"""Rows and records as benchmarks and `ept profile` write them, measured by nobody."""
+"""Rows and records in the form of benchmarks and `ept profile`, not measured."""
 
 from __future__ import annotations
 

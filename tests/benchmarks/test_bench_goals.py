@@ -74,7 +74,7 @@ def test_every_goal_has_one_threshold_and_speaks_of_cases_that_are_measured() ->
 
 
 def test_the_goals_of_a_step_on_a_cpu_hold_like_against_like() -> None:
-    """The two steps have the same options, so that the prompts alone differ."""
+    """The two steps have the same options, so that only the prompts differ."""
     options = {version.name: replace(version, name="", method="", setting="") for version in VERSIONS}
     held = [goal for goal in GOALS if goal.cases[0].startswith(goals.EVERYTHING)]
     assert [options[goal.of] == options[goal.over] for goal in held] == [True, True]
@@ -115,7 +115,7 @@ def test_every_card_is_judged_by_itself_and_named() -> None:
 
 
 def test_no_launches_counted_is_no_goal_met() -> None:
-    """A profiler that tells of nothing gives None and no number, which a goal of at most so many would take."""
+    """A profiler that reports nothing gives None, not a number that would meet a goal of "at most"."""
     launches = next(goal for goal in GOALS if goal.field == "launches")
     rows = [row(case, "ours", 1.0, launches=None) for case in launches.cases]
     assert judge(launches, rows).status == NOT_MEASURED

@@ -146,7 +146,7 @@ def test_a_record_that_was_cut_off_anywhere_is_drawn_and_meets_no_goal_too_many(
     whole = path.read_text()
     starts = [0, *(at + 1 for at, character in enumerate(whole) if character == "\n")]
     for number, at in enumerate(starts):
-        path.write_text(whole[: at + 7])  # after every line, and a little of the next one
+        path.write_text(whole[: at + 7])  # after every line, and within the next one
         text = performance_page.render(synthetic)
         step = next(line for line in text.splitlines() if "T5-base shape" in line)
         assert step.rstrip(" |").endswith("not measured") == (number < len(starts) - 1), number

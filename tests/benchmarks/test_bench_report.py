@@ -24,7 +24,7 @@ SECTIONS = {"environment", "once", "tests", "sanitizer", "ceilings", "kernels", 
 
 @pytest.fixture(autouse=True)
 def fixed_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of these tests are continued even where a source file is saved while they run."""
+    """Fixes the source fingerprint, so that records of these tests are continued even if a source file changes."""
     monkeypatch.setattr(record, "source_fingerprint", lambda: "fixed")
 
 
@@ -59,7 +59,7 @@ def test_report_end_to_end_killed_and_continued(
     assert output.read_text() == first, "the process that measures has outlived the report"
     tables.goal_table(Record(output).results())  # what was written is a record
     first = first[: first.rindex("\n") + 1]
-    output.write_text(first + '{"line": "result", "un')  # as a machine that lost its power leaves it
+    output.write_text(first + '{"line": "result", "un')  # as left by a machine that lost power
 
     def in_this_process(jobs: Sequence[Job], at_once: int, deadline: float, variables: dict[str, str]) -> list[str]:
         for job in jobs:
@@ -152,7 +152,7 @@ def test_the_report_needs_no_package_that_a_gpu_host_may_lack() -> None:
 
 @pytest.mark.parametrize("group", ["1/8", device_tests.MARKED])
 def test_every_session_of_tests_is_collected_without_what_a_gpu_host_may_lack(group: str) -> None:
-    """One session a group: two folders' `conftest` in one process would hide each other."""
+    """One session per group: in one process, two folders' `conftest` would hide each other."""
     found = device_tests.arguments("rehearsal", group)
     blocked = "import sys; sys.modules.update(dict.fromkeys(('bitsandbytes', 'datasets', 'pydantic'))); import pytest; "
     options = ("-q", "--collect-only", "--continue-on-collection-errors", "-p", "no:cacheprovider")
@@ -174,7 +174,7 @@ def test_a_suite_whose_file_cannot_be_imported_is_a_row(tmp_path: Path, monkeypa
 def test_a_unit_whose_last_kernel_breaks_the_device_fails_and_ends_its_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is met at the next look at the device, which is no later unit's."""
+    """The error shows at the next check of the device, which must not be in a later unit."""
 
     def synchronize() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -203,7 +203,7 @@ def test_a_test_whose_kernel_breaks_the_device_fails_and_the_others_are_left_for
 
 
 def test_the_path_by_bitsandbytes_is_there_to_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its product is there once it is loaded, and no weight of it has been met in this process."""
+    """Its product exists once bitsandbytes is loaded, even if no weight of it has been used in this process."""
     (tmp_path / "bitsandbytes.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)

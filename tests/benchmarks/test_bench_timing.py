@@ -31,7 +31,7 @@ def test_every_call_takes_the_next_input_set() -> None:
 
 
 def test_outputs_lie_elsewhere_until_all_sets_were_taken() -> None:
-    """In one place they would stay in the cache, as what a copy writes into rotating tensors does not."""
+    """In one place they would stay in the cache, unlike what a copy writes into rotating tensors."""
     made: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
@@ -78,7 +78,7 @@ def test_rounds_give_one_sample_each_and_pair_by_pair_a_ratio(clock: Clock) -> N
 
 
 class Stream:
-    """A device that works off a queue: every call takes it 3 ms, whatever the host takes to enqueue it."""
+    """A device that works through a queue: every call takes it 3 ms, however long the host takes to enqueue it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free_at = 0.0

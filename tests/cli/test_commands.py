@@ -40,7 +40,7 @@ def as_json(*arguments: Any) -> Any:
 
 
 def refused(*arguments: Any) -> str:
-    """Returns the one line on standard error of a command that must fail with exit code 2 and print nothing else."""
+    """Returns the single line on standard error of a command that must fail with exit code 2 and print nothing else."""
     result = ept(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -186,7 +186,7 @@ def test_predict(runs: dict[str, Path], tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
 def test_predict_keeps_every_row_and_column(runs: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    """Rows without text too; and a row's answer does not depend on those beside it."""
+    """Also rows without text; and a row's answer does not depend on its neighbours."""
     file, output = tmp_path / "rows.csv", tmp_path / f"out.{kind}"
     own = "p(x)"  # a column of the file's own that is called like a probability
     file.write_text(f"id,sentence,note,{own}\n007,{GOOD},a,u\n008,,b,u\n009,{BAD},,u\n010, ,d,u\n", encoding="utf-8")
@@ -264,7 +264,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
 
 
 def test_json_of_what_json_has_no_form_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """A Parquet file's dates and empty numbers, say, in the rows that `predict` gives back."""
+    """For example a Parquet file's dates and empty numbers, in the rows that `predict` returns."""
     answer(True, [{"day": datetime.date(2026, 1, 2), "price": float("nan"), "limits": (1.5, float("inf"))}])
     assert " ".join(capsys.readouterr().out.split()) == (
         '[ { "day": "2026-01-02", "price": null, "limits": [ 1.5, null ] } ]'

@@ -1,4 +1,4 @@
-"""Answers in free text by the commands: training, scores, report and prediction."""
+"""Free-text answers through the commands: training, scores, report and prediction."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_chats_without_a_template(tmp_path: Path, models: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("ids, prompt", [([1, 5], "hello"), ([5], "<s>hello")])
 def test_the_start_of_a_text_is_written_once(ids: list[int], prompt: str) -> None:
-    """Where the tokenizer puts it before every text, the template's own is left out."""
+    """If the tokenizer adds it to every text, the template's own is left out."""
     tokenizer = Mock(chat_template="x", bos_token="<s>", bos_token_id=1, return_value={"input_ids": ids})
     tokenizer.apply_chat_template.return_value = "<s>hello"
     task = chat_task("messages", tokenizer, metrics=["exact_match"], max_length=9, name="a")

@@ -1,4 +1,4 @@
-"""From a person's file to a run, in one command: every kind of file that people have, and how it is understood."""
+"""From a user's file to a run, in one command: every kind of file, and how it is understood."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_f1_is_that_of_the_second_label(no_curves: None, tmp_path: Path, models:
 def test_a_file_is_read_once(
     no_curves: None, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For what is inferred of its rows, and for the splits."""
+    """For inferring options from its rows, and for the splits."""
     read = []
     monkeypatch.setattr(sources, "read_rows", lambda path, *rest: read.append(path) or read_rows(path, *rest))
     file = write(tmp_path, "comma")
@@ -172,7 +172,7 @@ def test_one_class_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("head, task", [("TokenClassification", "TOKEN_CLS"), ("QuestionAnswering", "QUESTION_ANS")])
 def test_heads_for_tokens_are_refused(tmp_path: Path, models: dict[str, Path], head: str, task: str) -> None:
-    """A run would put another head in their place without a word."""
+    """A run would silently put another head in their place."""
     model = shutil.copytree(models["bert"], tmp_path / "model")
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps({**config, "architectures": [f"BertFor{head}"]}), encoding="utf-8")
@@ -210,7 +210,7 @@ def test_training_in_one_command(
     assert as_json("evaluate", run)["metrics"] == results["test_metrics"]
     (row,) = as_json("predict", run, "the film was good")
     assert row["prediction"] in (*config["label_words"], None)
-    # The same once more goes to a folder of its own; a changed file is told.
+    # Repeating it uses a new folder; a changed file is reported.
     again = ept("train", name, "--model", models[family], "--steps", 1, "--method", "pt")
     assert f"saved in runs/{run.name}-2" in again.stdout
     lines = (tmp_path / name).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -220,7 +220,7 @@ def test_training_in_one_command(
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_shuffled_labels_are_no_gain(no_curves: None, tmp_path: Path, models: dict[str, Path], family: str) -> None:
-    """Each review has a label drawn without a look at it, so that whatever is learned does not hold on test."""
+    """Each review has a random label, so that whatever is learned does not hold on test."""
     chance, file = random.Random(8), tmp_path / "a.csv"
     file.write_text(as_csv(reviews(400, liked=lambda i: chance.choice(WORDS))), encoding="utf-8")
     options = ("--steps", 30, "--output", tmp_path / "run", "--set", "training.eval_steps=10")
@@ -285,7 +285,7 @@ def test_what_a_name_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_a_run_is_used_from_any_folder(
     no_curves: None, tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Names of files and models that a run was given count from the folder it was started in."""
+    """File and model names given to a run are relative to the folder in which it was started."""
     shutil.copytree(models["bert"], tmp_path / "own" / "bert")
     (tmp_path / "own" / "a.csv").write_text(as_csv(TEXT), encoding="utf-8")
     monkeypatch.chdir(tmp_path / "own")
@@ -310,7 +310,7 @@ def test_a_path_to_nothing(models: dict[str, Path], name: str, message: str) -> 
 
 @pytest.mark.parametrize("where", ["test", "validation", "evaluate"])
 def test_numbers_are_no_labels_in_words(tmp_path: Path, models: dict[str, Path], where: str) -> None:
-    """Which number stands for which word nobody has said: the order of a dataset is not the alphabet's."""
+    """The numbers' words are unknown: a dataset's order is not alphabetical."""
     numbered = as_csv(reviews(20, liked=lambda i: i % 2))
     (tmp_path / "train.csv").write_text(as_csv(TEXT), encoding="utf-8")
     (tmp_path / f"{where}.csv").write_text(numbered, encoding="utf-8")

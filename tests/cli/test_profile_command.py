@@ -1,4 +1,4 @@
-"""`ept profile`: a reduced form of the comparison it is for, what it writes, and what it refuses."""
+"""`ept profile`: a small form of its comparison, what it writes, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole way by the README's commands, short: what one command says another one confirms."""
+"""The README's commands in sequence, shortened: each command's output is confirmed by another."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_the_examples_give_every_method_as_many_tries(name):
 
 
 def test_a_part_of_the_methods_runs_with_the_same_file():
-    """So that the methods of one comparison can be run in several processes: rates of the others are left alone."""
+    """This allows running the methods of a comparison in several processes: rates of absent methods are ignored."""
 
     def folders(*overrides):
         given = ["model.name_or_path=some/model", "output_dir=out", *overrides]

@@ -60,7 +60,7 @@ def carry_out(tiny, output, *more):
 
 
 def found(records):
-    """Collects what must not depend on how the runs were carried out: everything but times, memory and folders."""
+    """Collects everything that must not depend on how the runs were executed: all but times, memory and folders."""
     kept = ("score", "best_validation", "best_step", "steps", "trainable_parameters", "test_metrics", "seed")
     return [
         (r.run.description, r.chosen, r.outcome.results and {key: r.outcome.results[key] for key in kept})
@@ -102,7 +102,7 @@ def test_finished_runs_are_skipped(once, tiny, monkeypatch):
 
 @pytest.fixture
 def kept_files():
-    """Gives a function that notes a file's content, which it has again in the end."""
+    """Gives a function that remembers a file's content, and restores all of them at the end."""
     contents = {}
     yield lambda file: contents.setdefault(file, file.read_bytes())
     for file, content in contents.items():
@@ -136,7 +136,7 @@ def test_a_run_that_another_comparison_finished_meanwhile_is_taken(once, monkeyp
     assert execute(record.run.config.to_dict()) == record.outcome
 
 
-# A process of its own that the system kills at once in a run's training: nothing is closed, flushed or caught.
+# A separate process that the system kills in the middle of a run's training: nothing is closed, flushed or caught.
 KILLED = """
 import os, signal, sys
 from ept.cli.main import app
@@ -203,7 +203,7 @@ def test_a_failing_run_is_recorded_and_does_not_stop_the_rest(once, tiny, tmp_pa
 
 
 def test_what_each_part_brings(tiny, tmp_path):
-    """The ablations of the example, in a reduced form: all train, and stand in one table at one budget."""
+    """The ablations of the example, shortened: all are trained, and share one table at one budget."""
     example = ROOT / "examples/compare_sst2_parts.yaml"
     settings = ["data.max_train=null", "data.max_validation=null", "data.labels=digits", "method.budget=600"]
     settings += ["method.num_virtual_tokens=null", "method.r=null", "training.max_steps=2", "training.eval_steps=2"]

@@ -1,4 +1,4 @@
-"""Each figure is drawn when there are runs for it, and published results only on request."""
+"""Each figure is drawn if its runs exist, and published results only on request."""
 
 from dataclasses import replace
 from importlib.resources import files
@@ -82,7 +82,7 @@ def test_one_seed_beside_several_has_no_bar_of_its_rows(tmp_path, monkeypatch):
 
 
 def test_methods_at_one_budget_stand_side_by_side():
-    """Their parameters differ by a few: drawn where they are, one would hide the other."""
+    """Their parameters differ by a few: drawn at their true places, one would hide the other."""
     sizes = [1000, 990, 50_000, 995]
     places = side_by_side(sizes, step=0.01)
     assert places[2] == 50_000

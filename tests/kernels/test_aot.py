@@ -1,4 +1,4 @@
-"""The ahead-of-time compiler finds what it is there to find, and is asked for every kernel."""
+"""The ahead-of-time compiler finds the faults that it is for, and compiles every kernel."""
 
 from __future__ import annotations
 
@@ -101,11 +101,11 @@ def forms(asked: set[Any], *problems: Problem) -> set[Any]:
 
 @pytest.mark.parametrize("change", [{"s": 100}, {"m": 63}, {"r": 60}, {"s": 1, "m": 1, "r": 1}, {"K": 7}], ids=str)
 def test_a_compiled_joint_prompt_serves_all_lengths_and_ranks(change, asked):
-    """Neither s, m, r nor the number of gates up to 32 makes another kernel to compile."""
+    """Neither s, m, r nor up to 32 gates require another compiled kernel."""
     problem = JointPrompt(s=40, m=256, r=30)
     other = replace(problem, **change)
     expected = forms(asked, problem, problem.backward)
-    assert len(expected) == 7  # six kernels, of which that of the rows differs in the backward
+    assert len(expected) == 7  # six kernels; the rows' kernel differs in the backward
     assert forms(asked, other, other.backward) == expected
 
 

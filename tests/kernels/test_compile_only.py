@@ -1,4 +1,4 @@
-"""The driver that only compiles: it refuses what a GPU would, and finds a spill."""
+"""The driver that only compiles: it refuses what a GPU would refuse, and finds spills."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ FITS = {"SIZE": 64, "num_warps": 4, "num_stages": 2}
 def test_a_launch_is_refused_as_by_the_gpu(kernel, target, options, grid, message):
     x = torch.ones(64, dtype=torch.float16)
     with compile_only.driving(target):
-        for _ in range(2):  # what is refused once stays so
+        for _ in range(2):  # a refusal stays
             if message is None:
                 assert kernel[grid](x, 3, **options).n_regs > 0
             else:
@@ -83,7 +83,7 @@ def test_a_launch_is_refused_as_by_the_gpu(kernel, target, options, grid, messag
 
 @pytest.mark.skipif(hasattr(CompiledKernel, "__del__"), reason="Triton would unload it since 3.9: an older one runs it")
 def test_a_kernel_is_loaded_once():
-    """To load it means to ask a disassembler; what launching costs the host is measured with this driver."""
+    """Loading means running a disassembler, while this driver also measures the host's cost of launching."""
     with compile_only.driving("sm_90") as driver:
         loaded = mock.Mock(side_effect=driver.load_binary)
         driver.load_binary = loaded
@@ -95,7 +95,7 @@ def test_a_kernel_is_loaded_once():
 
 @pytest.mark.parametrize("declined", [False, True])
 def test_products_are_fused_with_sums_whatever_tritons_default(declined):
-    """Triton 3.9 warns where nothing is said."""
+    """Triton 3.9 warns if the option is not given."""
     meta = {**FITS, "enable_fp_fusion": False} if declined else FITS
     with compile_only.driving("sm_90"), warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -116,8 +116,8 @@ def uncompiled(tmp_path, monkeypatch):
     not hasattr(triton, "AsyncCompileMode"), reason="Triton 3.4 compiles one after the other: 3.5 or newer runs it"
 )
 def test_kernels_that_are_launched_in_turn_are_compiled_side_by_side(uncompiled, monkeypatch):
-    """Each waits until all four have begun; a second call, and one in other sizes, compile nothing. The mode of
-    whoever calls is not in the way.
+    """Each waits until all four have begun; a second call, and one with other sizes, compile nothing. A mode of the
+    caller does not interfere.
     """
     all_begun, compiled = threading.Barrier(4, timeout=60), []
 
@@ -194,8 +194,8 @@ def run_in_a_process(**variables: str) -> str:
 
 
 def test_a_packed_cache_serves_another_process_in_another_place(tmp_path, monkeypatch):
-    """One process takes the operators' way on a GPU and compiles without line numbers; another, which would have
-    them, finds everything compiled.
+    """One process runs the operators as on a GPU and compiles without line numbers; another, which would include them,
+    finds everything compiled.
     """
     cold = run_in_a_process(TRITON_CACHE_DIR=str(tmp_path / "warm"), TRITON_STORE_BINARY_ONLY="1")
     assert cold == "triton 3 ('token_at_kernel', False)"
@@ -211,7 +211,7 @@ def test_a_packed_cache_serves_another_process_in_another_place(tmp_path, monkey
 
 
 def test_without_line_numbers_the_code_is_the_same(tmp_path, monkeypatch):
-    """This kernel's is another, and spills, where they are left out before the assembler."""
+    """This kernel would differ, and spill, if they were left out before the assembler."""
     problem, codes, with_lines = LLAMA_7B.small, [], []
     for way in (compile_only._assembling_without_lines, contextlib.nullcontext):
         monkeypatch.setattr(compile_only, "_assembling_without_lines", way)
@@ -248,7 +248,7 @@ def test_a_cache_that_would_not_be_found_is_refused(change, message, tmp_path, m
 
 @pytest.mark.parametrize("width", [1, 768, 2048, 5120, 6144, 7168, 12000, 16384])
 def test_norms_of_any_width_ask_for_a_number_of_warps_that_there_is(width):
-    """The interpreter takes any number, a compiler powers of two."""
+    """The interpreter takes any number, a compiler only powers of two."""
     for kernel in ("rms_norm", "rms_norm_backward"):
         assert frozen.heuristic(kernel, width, torch.device("cpu"))["num_warps"] in (4, 8, 16, 32)
 

@@ -64,7 +64,7 @@ def test_any_damaged_tensor_is_refused(name, kind, length, dtype):
 
 
 def _fits(parts: dict) -> bool:
-    """Tells whether the lengths are those that the sizes ask for, counted here once more."""
+    """Checks whether the lengths fit the sizes, counted independently."""
     if parts["quant_type"] not in ("nf4", "fp4") or parts["block_size"] not in [2**i for i in range(5, 13)]:
         return False
     if any(not isinstance(parts[name], int) or parts[name] < 1 for name in ("rows", "columns", "nested_block_size")):
@@ -78,7 +78,7 @@ def _fits(parts: dict) -> bool:
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["quant_type", "block_size", "nested_block_size", "rows", "columns"]), SCALARS)
 def test_any_other_scalar_is_refused_or_consistent(name, value):
-    """A size that fits all lengths is another reading of the same bytes, in bounds; all others are refused."""
+    """Sizes that fit all lengths are another reading of the same bytes, in bounds; all others are refused."""
     parts = _parts(FourBitWeight.from_bitsandbytes(quantize(40, 500)))
     parts[name] = value
     fits = isinstance(value, (str, int)) and not isinstance(value, bool) and _fits(parts)

@@ -99,7 +99,7 @@ def test_relu(dtype):
 
 
 def test_little_is_kept_for_the_backward():
-    """Per element nothing but what the model holds anyway: the inputs, which are those of other modules too."""
+    """Per element only tensors that the model holds anyway: the inputs, which are also those of other modules."""
     x, gate = (torch.randn(4, 64, requires_grad=True) for _ in range(2))
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

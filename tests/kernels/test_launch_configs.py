@@ -179,7 +179,7 @@ def test_padded(size, expected):
     ],
 )
 def test_precision_is_one_that_the_device_and_this_triton_have(architecture, dtype, known, expected, monkeypatch):
-    """Triton 3.4 knows no products in pieces of bfloat16."""
+    """Triton 3.4 has no products in pieces of bfloat16."""
     monkeypatch.setattr(launch, "architecture", lambda device: architecture)
     monkeypatch.setattr(launch, "_has_bfloat16_pieces", lambda: known)
     assert launch.precision(dtype, torch.device("cpu")) == expected
@@ -203,7 +203,7 @@ def test_tensors_on_several_devices_are_refused():
 
 
 def test_tensor_memory_is_looked_for_on_the_tensors_device_or_the_gpu_that_is_stood_in_for(monkeypatch):
-    """Two GPUs of a machine differ, and the other one may be current."""
+    """Two GPUs of a machine may differ, and the other one may be current."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (9, 0), 1: (10, 3)}[device.index])
     devices = [torch.device(name) for name in ("cpu", "cuda:0", "cuda:1")]

@@ -1,4 +1,4 @@
-"""The whole layer under `torch.compile` and in CUDA graphs, and what can be known of the latter without a GPU."""
+"""The whole layer under `torch.compile` and in CUDA graphs, and what can be tested of the latter without a GPU."""
 
 from __future__ import annotations
 

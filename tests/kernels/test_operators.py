@@ -368,7 +368,7 @@ def test_the_layers_gradients_pass_gradcheck(options):
 
 @pytest.mark.parametrize("loss", [torch.sum, lambda output: output.square().sum()], ids=["linear", "square"])
 def test_second_derivatives_are_refused(loss):
-    """Also where the gradient that comes in needs none, and by `torch.autograd.grad`, which passes over what it can."""
+    """Even if the incoming gradient needs none, and with `torch.autograd.grad`, which skips what it can."""
     inputs, options = [x.requires_grad_() for x in joint().parameters()], joint().options()
     with pytest.raises(NotImplementedError, match="no second derivatives, which create_graph=True asks for"):
         torch.autograd.grad(loss(joint_prompt(*inputs, *options)), inputs[0], create_graph=True)
@@ -392,7 +392,7 @@ def test_operators_pass_opcheck_and_are_within_their_problems_tolerance(problem)
 
 @pytest.mark.parametrize("problem", opcheck_problems(), ids=lambda p: p.name)
 def test_bare_operators_refuse_what_requires_gradients(problem):
-    """A kernel would give none without a word, a reference by chance right ones."""
+    """A kernel would silently give none, a reference possibly right ones."""
     operator, inputs = getattr(torch.ops.ept, problem.operator).default, problem.inputs()
     floating = [x for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()]
     for x in floating:

@@ -1,4 +1,4 @@
-"""Launches that are prepared once: what is called directly is what Triton would have chosen for the same tensors."""
+"""Prepared launches: the direct call is what Triton would have chosen for the same tensors."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Doubling(Problem):
-    """Eight numbers to be doubled; the result is `off` by so much."""
+    """Doubles eight numbers; the result is off by `off`."""
 
     size: int = 8
     off: float = 0.0
@@ -99,7 +99,7 @@ def microseconds(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
 
 
 def test_a_winner_has_to_serve_its_variants(microseconds):
-    """The second best wins where the best fails on other inputs of its configuration."""
+    """The second best wins if the best fails on other inputs of its configuration."""
     microseconds.update({0: 100.0, 1: 10.0, 6: 5.0})
     row = tune.tune(replace(toy(1, 6), variants=[Doubling(size=5)]), CPU)
     assert (row["config"], row["median_us"]) == ({"kind": 1}, 10.0)

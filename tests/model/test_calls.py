@@ -1,4 +1,4 @@
-"""Calls that go on from an earlier one, calls without the adapter, and arguments that cannot be taken."""
+"""Calls that continue an earlier one, calls without the adapter, and arguments that cannot be used."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_weights_that_the_adapter_does_not_have_are_refused(form):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("names", [None, ["default"] * 3])
 def test_a_decoders_class_is_that_of_the_last_token_without_a_mask_too(side, names):
-    """As the model itself finds it by the ids, which it is not given behind a prompt."""
+    """The model itself finds it by the ids, which it does not get after a prompt."""
     model, batch = adapted("llama_classifier"), make_batch("llama_classifier", (7, 4, 1), side)
     ids = batch["input_ids"]
     masked = model(ids, attention_mask=batch["attention_mask"] if side == "right" else None).logits

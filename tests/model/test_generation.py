@@ -1,4 +1,4 @@
-"""`generate` behind a prompt: every option as the bare model has it, or refused before anything runs."""
+"""`generate` after a prompt: every option works as in the bare model, or is refused before anything runs."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_option_is_refused_before_anything_runs(option, monkeypatch):
 )
 @pytest.mark.parametrize("extra", [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 2}], ids=str)
 def test_processors_behind_a_prompt_see_the_text(options, extra):
-    """As if the scores of the forward were processed by hand, with the text's ids and the new ones."""
+    """As if the scores of the forward were processed by hand, with the ids of the text and the new tokens."""
     model, inputs = adapted("llama"), inputs_of("llama")
     seen = []
     see = LogitsProcessorList([lambda ids, scores: seen.append(ids.clone()) or scores])
@@ -215,7 +215,7 @@ def test_processors_behind_a_prompt_see_the_text(options, extra):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_without_a_mask_is_told_by_the_padding_token(side):
-    """The issue of most scripts: `generate(ids)` of a padded batch."""
+    """The case of most scripts: `generate(ids)` of a padded batch."""
     batch = make_batch("llama", (8, 3), side)
     options = {**SCORES, "output_logits": True}
     model = adapted("llama")
@@ -343,7 +343,7 @@ def test_as_many_new_tokens_as_there_are_positions():
     ],
 )
 def test_what_is_generated_is_what_the_forward_scores(model_type, name, scope):
-    """On decoders that keep other things than keys and values, or number positions in their own ways."""
+    """On decoders whose caches hold other things than keys and values, or that number positions in their own way."""
     if not hasattr(transformers, name):
         pytest.skip(f"this transformers has no {name}")
     model = get_ept_model(tiny(model_type, name), EPTConfig(**SMALL, update_scope=scope)).eval()
@@ -399,7 +399,7 @@ def test_generation_without_a_text_begins_with_the_models_own_token():
 
 
 def test_embeddings_alone_give_the_new_tokens_alone():
-    """As the bare model: it cannot return ids that it does not know."""
+    """As in the bare model, which cannot return ids that it does not know."""
     model, inputs = adapted("llama"), inputs_of("llama")
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     mask = inputs["attention_mask"]

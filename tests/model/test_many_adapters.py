@@ -15,8 +15,8 @@ from tiny_models import ONE_A_TASK, TASK_OF, make_batch, make_model, randomise
 from ept import EPTConfig, EPTModel, get_ept_model
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-# Every adapter is of another size; one has no prompt, one no low-rank update, one a prompt alone, one an update by the
-# token.
+# Every adapter has another size; one has no prompt, one no low-rank update, one only a prompt, one a token-dependent
+# update.
 SIZES = [
     {"num_virtual_tokens": 5, "r": 3, "max_length": 12},
     {"num_virtual_tokens": 2, "r": 1, "max_length": 30, "alpha": 3.0},
@@ -120,7 +120,7 @@ def test_adapters_whose_updates_depend_on_the_token_are_trained_beside_each_othe
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_hundred_adapters_in_one_model(name, folders):
-    """Parameters grow by the adapters' own alone, and each still answers as it does in a model of its own."""
+    """Parameters grow only by the adapters' own, and each still answers as in a model of its own."""
     paths = folders(name, [{"num_virtual_tokens": 2, "r": 1, "max_length": 8}] * 4)
     model = EPTModel.from_pretrained(make_model(name), paths[0], "a0")
     of_one = sum(p.numel() for p in model.parameters())
@@ -195,7 +195,7 @@ def test_a_call_with_a_deleted_adapter_is_one_clear_error(folders):
 
 
 def test_deleting_waits_for_a_call_that_names_the_adapter_and_holds_up_new_calls(folders):
-    """A classifier looks its head up at the end of the call: it must still be there."""
+    """A classifier looks up its head at the end of the call, when it must still be there."""
     model = load_all("bert", folders("bert", SIZES[:2]))
     inputs = {k: v for k, v in make_batch("bert", (6, 6)).items() if k != "labels"}
     expected = model(**inputs, adapter_names=["a1", "a1"]).logits

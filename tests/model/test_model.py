@@ -63,7 +63,7 @@ def test_decoder_logits_do_not_depend_on_padding(name):
 
 
 def test_prompt_stays_inside_a_sliding_window_whatever_the_padding():
-    """Window 12: with 20 padding tokens between prompt and text the prompt would fall out of sight."""
+    """Window 12: with 20 padding tokens between prompt and text, the prompt would fall out of it."""
     model = adapted("mistral", max_length=40)
     short = make_batch("mistral", (6,), "left")
     padded = make_batch("mistral", (30, 6), "left")
@@ -366,7 +366,7 @@ def test_no_label_at_all_is_a_loss_of_zero_with_gradients_of_zero(name, items):
 
 
 def test_the_routers_part_of_the_loss_is_not_divided():
-    """Experts add a loss of their own, a mean over the batch: the number of labels has nothing to do with it."""
+    """Experts add a loss of their own, a mean over the batch, which does not depend on the number of labels."""
     config = MixtralConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, router_aux_loss_coef=0.5, output_router_logits=True,

@@ -1,4 +1,4 @@
-"""Adapters of random configurations against the method's formulas, written out here once more in float64.
+"""Adapters of random configurations against the method's formulas, written out here independently in float64.
 
 Each row is read alone and unpadded by the raw model, from embeddings that no code of the project made.
 """

@@ -1,4 +1,4 @@
-"""How a model reads its input is asked of it: the right way is found, what has none is refused, no trace is left."""
+"""How a model reads its input is tested: the right way is found, a model without one is refused, no trace is left."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_is_refused_at_wrapping(model_type, name, task_type, message):
 
 
 def test_a_token_that_is_read_by_its_id_alone_is_refused():
-    """ESM leaves mask tokens out and scales the others up by their number, for which it looks among the ids."""
+    """ESM leaves mask tokens out and scales the others up by their number, which it determines from the ids."""
     model = adapted_to("esm", "EsmForSequenceClassification")
     with pytest.raises(ValueError, match="holds token 32, which EsmForSequenceClassification reads otherwise from ids"):
         model(input_ids=IDS.index_fill(1, torch.tensor([2]), 32))
@@ -141,7 +141,7 @@ def test_asking_leaves_no_trace(monkeypatch):
     "fields", [{}, {"prompt_rank": 3}, {"lowrank_init": "cosine"}, {"lowrank_init": "svd"}], ids=str
 )
 def test_a_default_device_of_the_users_changes_nothing(fields, monkeypatch):
-    """A tensor that is made without saying where would lie there. The device here gives none a value."""
+    """A tensor made without a device would be there. The device in this test gives it no value."""
     batch = make_batch("llama")
     batch["labels"][0, 2] = 5  # two answers in a row, which is read twice
     models = [adapted(seed=None, **fields)]

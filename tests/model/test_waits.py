@@ -1,4 +1,4 @@
-"""A training step and what in it waits for an accelerator: nothing of ours; of transformers what is named here."""
+"""The places where a training step waits for an accelerator: none of ours, and of transformers' those named here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_nothing_of_ours_waits(name: str, lengths: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_mask_and_a_mask_of_ones_are_the_same(name: str) -> None:
-    """In loss and gradients, though the base model gets a mask in one case and none in the other."""
+    """For loss and gradients, although the base model gets a mask in only one case."""
     model, batch = step_of(name, (7, 7))
     model.eval()  # a head may drop out
     seen: list[bool] = []

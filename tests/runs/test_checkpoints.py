@@ -223,7 +223,7 @@ def test_metrics_survive_a_cut_and_a_resume(tmp_path: Path) -> None:
 
 
 def test_what_a_resumed_run_may_change(tmp_path: Path) -> None:
-    """Otherwise a run that found no memory could not be resumed with less need of it."""
+    """Otherwise a run that ran out of memory could not be resumed with lower needs."""
     folder = RunFolder(tmp_path)
     folder.begin(CONFIG, resume=False)
     other = {"training.gradient_checkpointing": True, "training.eval_batch_size": 1, "training.save_total_limit": 9}

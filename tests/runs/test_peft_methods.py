@@ -140,7 +140,7 @@ def test_a_run_loads_back_to_its_score(name, family, configure_method):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_killed_run_resumes_to_the_same_weights(name, configure_method, tmp_path):
-    """P-tuning's checkpoints must hold its encoder, not only what comes out of it."""
+    """P-tuning's checkpoints must hold its encoder, not only the prompt it produces."""
     whole = train(configure_method(name, "llama", "whole"))
     assert_loads_back(whole)
     killed = configure_method(name, "llama", "killed")

@@ -1,4 +1,4 @@
-"""A classifier's head for numbers, whatever they are measured in: where it starts, and that it learns."""
+"""A classifier's regression head for numbers of any scale: where it starts, and that it learns."""
 
 import json
 import random

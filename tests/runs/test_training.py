@@ -251,7 +251,7 @@ def test_steps_on_an_accelerator_share_the_time_until_it_is_waited_for(
 def test_ids_that_the_model_has_no_rows_for_are_refused_before_a_device_sees_them(
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A CPU's look-up refuses them as well; a GPU's makes NaN of them, and the loss would be blamed on the rate."""
+    """A CPU's look-up refuses them as well; a GPU's makes NaN of them, and the learning rate would be blamed."""
     config, message = configure("bert"), "input_ids hold 9, the model's embedding has the rows 0 to 8"
     run = prepare(config)
     largest = max(max(ids) for ids in run.run_data.data.train[TEXT_IDS])

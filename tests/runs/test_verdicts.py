@@ -1,4 +1,4 @@
-"""Facts that a score does not show: constant answers, chance, labels one by one, probabilities that mean nothing."""
+"""What a score does not show: constant answers, chance, single labels, probabilities that mean nothing."""
 
 import math
 import random

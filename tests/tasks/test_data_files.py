@@ -1,4 +1,4 @@
-"""Files as people have them: delimiters, encodings, JSON of several shapes, and what is refused in them."""
+"""Files in everyday forms: delimiters, encodings, JSON of several shapes, and what is refused in them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splits of your own data: by the raw row, of each label alike, the same for every template, kept and drawn again."""
+"""Splits of your own data: by the raw row, with each label's share, the same for every template, redrawn alike."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_each_label_has_its_share_and_no_text_is_in_two_splits(tmp_path: Path) -
 
 
 def test_rows_differ_by_their_numbers_too(tmp_path: Path) -> None:
-    """But not by a row's own number, else the same text with two of them would be in two splits."""
+    """But not by a row's own number, because then the same text with two numbers would be in two splits."""
     made = [{"id": i, "age": 20 + i % 40, "job": "abc"[i % 3], "label": "ab"[i % 2]} for i in range(120)]
     data = load(write(tmp_path / "a.csv", made), "age {age} job {job}")
     assert [len(split) for split in (data.train, data.validation, data.test)] == [96, 12, 12]
@@ -121,7 +121,7 @@ def test_splits_are_drawn_again(tmp_path: Path) -> None:
 
 
 def test_the_commonest_label_is_that_of_all_train_rows(tmp_path: Path) -> None:
-    """Few-shot rows, of which every label has as many, do not say which label is the commonest."""
+    """Few-shot rows, with equally many of each label, do not show which label is the commonest."""
     file = write(tmp_path / "a.csv", [{**row, "label": {"a": "c", "c": "a"}.get(row["label"], "b")} for row in rows()])
     data = load(file, k_shot=6)
     assert Counter(data.train["target"]) == {"a": 2, "b": 2, "c": 2}

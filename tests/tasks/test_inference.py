@@ -1,4 +1,4 @@
-"""Columns, labels, words and metrics that are read off rows, and what is refused."""
+"""Columns, labels, words and metrics inferred from rows, and what is refused."""
 
 from __future__ import annotations
 

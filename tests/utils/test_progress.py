@@ -1,4 +1,4 @@
-"""Without a terminal a long work tells now and then how far it is."""
+"""Without a terminal, long work reports its progress now and then."""
 
 from __future__ import annotations
 

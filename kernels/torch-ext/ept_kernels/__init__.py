@@ -1,8 +1,8 @@
-"""Operators of Efficient Prompt Tuning: the fused embedding, the joint prompt, products with 4-bit weights and the
+"""Operators of Efficient Prompt Tuning: the prompted embedding, the joint prompt, products with 4-bit weights and a
 frozen model's element-wise work, each with its plain-PyTorch reference.
 
-Importing this package registers the operators in `torch.ops.ept` (see `library.py`). It needs torch only; autograd
-is wrapped around the operators by the caller.
+Importing this package registers the operators in `torch.ops.ept` (see `library.py`). It needs only torch; the caller
+wraps autograd around the operators.
 """
 
 from .four_bit.reference import (

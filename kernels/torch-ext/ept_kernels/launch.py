@@ -1,14 +1,14 @@
 """Launching: entering the device, counting and watching launches, measured configurations.
 
 A configuration is a set of meta-parameters of one kernel (block sizes, `num_warps`, `num_stages`). Measured ones
-are data, one file a device, `configs/<device name>.json`, written by `dev/tune.py`:
+are data, one file per device, `configs/<device name>.json`, written by `dev/tune.py`:
 
     {"device": ..., "target": ..., "kernels": {kernel: {size: {meta-parameter: number}}}, "measurements": [...]}
 
-`size` is one or more whole numbers joined by `x` (`"4096"`, `"14336x4096"`): what the best choice depends on
-smoothly, such as the embedding width. A property that has to match exactly is part of the kernel's name
-(`"prompted_embedding/16-bit"`). The nearest size is taken, by the distance of the logarithms; where none is near, the
-heuristic. Other numbers that are measured a device have a name with a dot, as the path of a product:
+`size` is one or more whole numbers joined by `x` (`"4096"`, `"14336x4096"`) on which the best choice depends smoothly,
+such as the embedding width. A property that has to match exactly is part of the kernel's name
+(`"prompted_embedding/16-bit"`). The nearest size is used, by the distance of the logarithms, or the heuristic if none
+is near. Other numbers measured per device have a name with a dot, such as the path of a product:
 `config_for("matmul_4bit.path/16-bit", (tokens, rows, columns), device, {"PATH": 1})["PATH"]`.
 """
 
@@ -37,7 +37,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Launch(NamedTuple):
-    """One call of `launch`, and what Triton has compiled for it: None under the interpreter."""
+    """One call of `launch`, with the compiled kernel (None under the interpreter)."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -48,18 +48,18 @@ class Launch(NamedTuple):
 
 class _State:
     launches = 0
-    watched: list[Launch] | None = None  # while someone watches
-    architecture: int | str | None = None  # that CPU tensors stand for: a compute capability, such as 90, or "gfx942"
-    tried: dict[str, Config] = {}  # by kernel: the configuration it takes for the time being
+    watched: list[Launch] | None = None  # a list while launches are watched
+    architecture: int | str | None = None  # of the GPU that CPU tensors stand for: capability (90) or "gfx942"
+    tried: dict[str, Config] = {}  # by kernel: the configuration it uses for now
 
 
 _choices: list[Any] = []  # caches that hold configurations
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> Any:
-    """Launches `kernel`, and returns what Triton has compiled for it; nothing is launched for an empty grid.
+    """Launches `kernel` and returns what Triton has compiled for it; an empty grid launches nothing.
 
-    Products are fused with sums but where `meta` declines it: Triton 3.9 warns of a default that will not do so.
+    Fuses products with sums unless `meta` says otherwise: Triton 3.9 warns that its default will no longer do so.
     """
     if not all(grid):
         return None
@@ -75,16 +75,16 @@ def _with_fusion(meta: dict[str, Any]) -> dict[str, Any]:
 
 
 class Prepared:
-    """A launch of `kernel` but for its tensors, which come first among its arguments and are called with.
+    """A launch of `kernel` without its tensors, which are its first arguments and are passed in the call.
 
-    Triton inspects every argument in Python, which takes most of a launch's host time. To do this once, callers keep
-    these with `cached_choice`, by the `kinds` of the tensors.
+    Triton inspects every argument in Python, which takes most of a launch's host time. To do this only once, callers
+    cache these objects with `cached_choice`, by the `kinds` of the tensors.
     """
 
     def __init__(self, kernel: Any, grid: Size, numbers: tuple[float, ...], meta: dict[str, Any], kinds: Kinds):
         self.kernel, self.grid, self.numbers, self.meta = kernel, grid, numbers, meta
         self.is_kept = kinds[0] and all(grid)
-        self.is_new = all(grid)  # so that Triton may have to compile it
+        self.is_new = all(grid)  # Triton may have to compile it
         self.run: Callable[..., Any] | None = None
         self.rest: tuple[Any, ...] = ()
 
@@ -95,7 +95,7 @@ class Prepared:
             return
         compiled = launch(self.kernel, self.grid, *tensors, *self.numbers, **self.meta)
         self.is_new = False
-        if self.is_kept and hasattr(type(compiled), "__getitem__"):  # nothing is compiled under the interpreter
+        if self.is_kept and hasattr(type(compiled), "__getitem__"):  # the interpreter compiles nothing
             constants = self.kernel.arg_names[len(tensors) + len(self.numbers) :]
             self.rest = (*self.numbers, *(self.meta[name] for name in constants))
             self.run = compiled[(*self.grid, 1, 1)[:3]]
@@ -105,12 +105,12 @@ Call = tuple[Prepared, tuple[torch.Tensor | None, ...]]
 
 
 def in_turn(calls: list[Call]) -> None:
-    """Runs launches, each with its tensors; what Triton has to compile for them first it compiles side by side."""
+    """Runs launches, each with its tensors; kernels that Triton has to compile first are compiled in parallel."""
     new = [call for call in calls if call[0].is_new]
     if len(new) > 1:
         import triton
 
-        # Triton 3.4 has no such mode, and what its interpreter is to compile would run.
+        # Triton 3.4 has no such mode, and under the interpreter this would run the kernels.
         has_mode = hasattr(triton, "AsyncCompileMode") and isinstance(new[0][0].kernel, triton.JITFunction)
         if has_mode and not _parses_one_at_a_time(sys.version_info[:3]):
             contextvars.Context().run(_compile, new)  # outside a mode that the caller may be in
@@ -119,7 +119,7 @@ def in_turn(calls: list[Call]) -> None:
 
 
 def _parses_one_at_a_time(python: tuple[int, ...]) -> bool:
-    """Tells whether `ast.parse` in several threads may end in a SystemError (CPython issue 106905)."""
+    """Checks whether `ast.parse` in several threads may end in a SystemError (CPython issue 106905)."""
     return (3, 11) <= python < (3, 11, 8) or (3, 12) <= python < (3, 12, 2)
 
 
@@ -135,7 +135,7 @@ def kinds(first: torch.Tensor, *others: torch.Tensor | None) -> Kinds:
     """Returns what launches depend on: whether all addresses are multiples of 16 bytes, types, the device, shapes.
 
     Raises:
-        ValueError: the tensors are on several devices: a kernel would read memory that its own device cannot.
+        ValueError: the tensors are on several devices; a kernel cannot read another device's memory.
     """
     addresses, types, shapes = first.data_ptr(), list[Any]((first.dtype,)), list[Any]((first.shape,))
     index, elsewhere = first.get_device(), 0
@@ -161,7 +161,7 @@ def launches() -> int:
 
 @contextlib.contextmanager
 def _state(name: str, value: Any) -> Iterator[Any]:
-    """Changes what launchers go by for a while; what they had chosen is forgotten."""
+    """Changes an attribute of the state within the context, and clears cached choices."""
     before = getattr(_State, name)
     setattr(_State, name, value)
     _forget_choices()
@@ -173,17 +173,17 @@ def _state(name: str, value: Any) -> Iterator[Any]:
 
 
 def watched() -> contextlib.AbstractContextManager[list[Launch]]:
-    """Collects what is launched."""
+    """Collects the launches within the context."""
     return _state("watched", [])
 
 
 def acting_as(architecture: int | str) -> contextlib.AbstractContextManager[Any]:
-    """Makes launchers choose as on a GPU of that compute capability (90) or AMD name, wherever their tensors lie."""
+    """Makes launchers choose as on a GPU of this compute capability (90) or AMD name, wherever their tensors are."""
     return _state("architecture", architecture)
 
 
 def configured(configs: dict[str, Config]) -> contextlib.AbstractContextManager[Any]:
-    """Makes kernels take `configs`, their defaults where these name nothing, at every size and on every device."""
+    """Makes kernels use `configs`, completed by their defaults, at every size and on every device."""
     return _state("tried", {**_State.tried, **configs})
 
 
@@ -192,7 +192,7 @@ _HERE = contextlib.nullcontext()
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Enters the device that `tensor` lies on, if it is not there already: Triton launches on the current one."""
+    """Enters the device of `tensor`, if it is not the current one, on which Triton launches."""
     device = tensor.device
     if device.type == "cpu" or _device_module(device.type).current_device() == device.index:
         return _HERE
@@ -200,9 +200,10 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def config_for(kernel: str, size: int | Size, device: torch.device, default: Config, exact: int = 0) -> Config:
-    """Chooses meta-parameters of `kernel` at `size`: the device's nearest measured ones, filled up from `default`.
+    """Chooses meta-parameters of `kernel` at `size`: the device's nearest measured ones, completed from `default`.
 
-    A measured size more than a factor of two away in a number, or other in the first `exact` ones, is not near.
+    A measured size is near if its numbers are within a factor of two in the root mean square of the logarithms, and the
+    first `exact` ones are equal.
     """
     if (tried := _State.tried.get(kernel)) is not None:
         return {**default, **tried}
@@ -218,24 +219,24 @@ def config_for(kernel: str, size: int | Size, device: torch.device, default: Con
 
 
 def cached_choice(function: _Function) -> _Function:
-    """Caches a function whose result depends on `config_for`; whatever changes that empties it."""
-    cached = functools.lru_cache(maxsize=4096)(function)  # whole shapes: a decoder has new ones at every length
+    """Caches a function whose result depends on `config_for`; the cache is emptied when configurations change."""
+    cached = functools.lru_cache(maxsize=4096)(function)  # by shape, new at every length of a decoder
     _choices.append(cached)
     return cached  # type: ignore[return-value]
 
 
 def key(kernel: str, dtype: torch.dtype) -> str:
-    """Names `kernel` in a file of measured configurations, for what it reads in `dtype`."""
+    """Names `kernel` in a file of measured configurations, for inputs of `dtype`."""
     return f"{kernel}/{8 * dtype.itemsize}-bit"
 
 
 def padded(size: int) -> int:
-    """Pads `size` to a power of two from 16 up, the least that a matrix product takes."""
+    """Pads `size` to a power of two, at least 16, the minimum for a matrix product."""
     return max(16, 1 << max(size - 1, 0).bit_length())
 
 
 def architecture(device: torch.device) -> str:
-    """Names the type of `device`, but `"gfx942"` or `"hip"` for AMD GPUs, whose type is `"cuda"`, too."""
+    """Returns the type of `device`, but `"gfx942"` or `"hip"` for AMD GPUs, whose type is also `"cuda"`."""
     if _State.architecture is not None:
         return "cuda" if isinstance(_State.architecture, int) else _State.architecture
     if device.type != "cuda" or not torch.version.hip:
@@ -244,7 +245,7 @@ def architecture(device: torch.device) -> str:
 
 
 def has_tensor_memory(device: torch.device) -> bool:
-    """Tells whether products are added up in a memory of their own, of 512 columns, as on sm_100 and sm_103."""
+    """Checks whether products are accumulated in a separate memory of 512 columns, as on sm_100 and sm_103."""
     if isinstance(_State.architecture, int):
         return _State.architecture // 10 == 10
     return architecture(device) == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
@@ -253,8 +254,9 @@ def has_tensor_memory(device: torch.device) -> bool:
 def precision(dtype: torch.dtype, device: torch.device) -> str:
     """Chooses the `input_precision` of a product of float32 operands whose result is stored in `dtype`.
 
-    TF32 where there is such and the result is rounded to 16 bits anyway; else pieces of bfloat16, three products of two
-    or, exact to float32, six of three. NVIDIA's scalar units would do the plain product, and registers overflow.
+    TF32 if available and if the result is rounded to 16 bits anyway; otherwise pieces of bfloat16: three products of
+    two pieces or, exact to float32, six of three. On NVIDIA, the plain product would use scalar units, and registers
+    overflow.
     """
     found = architecture(device)
     if found not in ("cuda", "gfx942", "hip"):
@@ -268,14 +270,14 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
 
 @functools.cache
 def _has_bfloat16_pieces() -> bool:
-    """Tells whether this Triton knows products in pieces of bfloat16; 3.4 does not."""
+    """Checks whether this Triton supports products in pieces of bfloat16; 3.4 does not."""
     from triton.backends.nvidia.compiler import CUDAOptions
 
     return "bf16x6" in CUDAOptions.allowed_dot_input_precisions
 
 
 def all_registers(device: torch.device) -> Config:
-    """Lets a kernel take all 255 registers of a thread: the assembler for NVIDIA GPUs otherwise spills a few."""
+    """Lets a kernel use all 255 registers of a thread; otherwise the assembler for NVIDIA GPUs spills a few."""
     return {"maxnreg": 255} if architecture(device) == "cuda" else {}
 
 
@@ -283,7 +285,7 @@ def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
     """Reads the configurations in `path`, by kernel and size.
 
     Raises:
-        ValueError: the file is not as this module's docstring says; the message names the place.
+        ValueError: the file does not have the form in this module's docstring; the message names the place.
     """
     found: dict[str, dict[Size, Config]] = {}
     try:
@@ -303,14 +305,14 @@ def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
 
 
 def config_file(device: torch.device) -> Path:
-    """Names the file of the measured configurations of `device`."""
+    """Returns the path of the measured configurations of `device`."""
     name = torch.get_device_module(device).get_device_name(device)
     return CONFIGS / (re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") + ".json")
 
 
 @functools.cache
 def _measured(path: Path) -> dict[str, dict[Size, Config]]:
-    """Warns once a device model, however many such devices and kernels there are."""
+    """Loads the configurations, with one warning per device model if there are none."""
     try:
         return load_configs(path)
     except FileNotFoundError:
@@ -322,7 +324,7 @@ def _measured(path: Path) -> dict[str, dict[Size, Config]]:
 
 
 def forget_measured() -> None:
-    """Makes files of measured configurations be read again, as one was written."""
+    """Makes files of measured configurations be read again, after one was written."""
     _measured.cache_clear()
     _forget_choices()
 

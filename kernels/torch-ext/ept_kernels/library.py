@@ -1,7 +1,7 @@
-"""Registers the operators: schema, fake and implementation, once, in the library namespace `ept`.
+"""Registration of the operators: schema, fake and implementation, once, in the library namespace `ept`.
 
-By plain `Library.define` and `impl`, the cheapest a call: `triton_op` and `custom_op` cost several times more. One
-implementation serves every device, the plain-PyTorch reference or the launcher of the Triton kernels.
+Uses plain `Library.define` and `impl`, which are the cheapest per call: `triton_op` and `custom_op` cost several times
+more. One implementation serves every device, either the plain-PyTorch reference or the Triton kernels' launcher.
 
 CUDA, ROCm and XPU devices use the kernels if triton is installed, CPUs the references. `EPT_KERNELS` is read at import:
 `reference` makes every device use the references, `triton` fails without triton. `TRITON_INTERPRET=1`, read at the
@@ -25,10 +25,10 @@ NAMESPACE = "ept"
 # Held for the life of the process: dropping a Library removes its registrations.
 _library = Library(NAMESPACE, "FRAGMENT")
 
-# By operator: its reference, and the module of its launcher if it has one.
+# By operator: its reference, and the module of its launcher if any.
 _registered: dict[str, tuple[Callable[..., Any], str | None]] = {}
 
-_with_kernels = {"cuda", "xpu"}  # types of devices
+_with_kernels = {"cuda", "xpu"}  # device types
 
 _choice = os.environ.get("EPT_KERNELS", "")
 if _choice not in ("", "triton", "reference"):
@@ -37,7 +37,7 @@ if _choice not in ("", "triton", "reference"):
 
 @functools.cache
 def backend(device: torch.device | str) -> str:
-    """Names what runs the operators on `device`: `"triton"` or `"reference"`; float64 tensors always use the latter."""
+    """Returns what runs the operators on `device`, `"triton"` or `"reference"`; for float64 it is always the latter."""
     device_type = torch.device(device).type
     takes_kernels = device_type in _with_kernels or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     if _choice == "reference" or not takes_kernels:
@@ -50,7 +50,7 @@ def backend(device: torch.device | str) -> str:
 
 
 def take_kernels(device_type: str) -> None:
-    """Sends tensors on devices of that type through the kernels from now on, like those on a GPU."""
+    """Sends tensors on devices of this type through the kernels from now on, like those on a GPU."""
     _with_kernels.add(device_type)
     backend.cache_clear()
     _function_of.cache_clear()
@@ -62,13 +62,13 @@ def register(
     """Registers one operator and returns its callable overload.
 
     Args:
-        schema: what `Library.define` takes, e.g. `"add_one(Tensor x) -> Tensor"`.
-        reference: plain PyTorch. Mixed precision is switched off around it and around the launcher, since the
+        schema: argument of `Library.define`, e.g. `"add_one(Tensor x) -> Tensor"`.
+        reference: plain PyTorch. Mixed precision is switched off around it and around the launcher, because the
             operators choose their own accumulation type.
         fake: computes output shapes and dtypes without data, for `torch.compile` and meta tensors.
         launcher: `"folder.module"` of this package with a function of the operator's name that launches Triton
             kernels; it is imported at the first call, so that importing the package needs no Triton.
-        shapes: of the arguments, which `check_shapes` holds them to before the reference; a launcher does so itself.
+        shapes: of the arguments, checked with `check_shapes` before the reference runs; a launcher checks by itself.
 
     A second copy of this package in one process (an installed one and one loaded from a kernel repository) finds the
     operators registered and uses them as they are.
@@ -88,12 +88,12 @@ def register(
 
 
 def reference_of(name: str) -> Callable[..., Any]:
-    """Returns the reference of the operator `name`, which takes what the operator takes."""
+    """Returns the reference of the operator `name`, which takes the operator's arguments."""
     return _registered[name][0]
 
 
 def launcher_of(name: str) -> Callable[..., Any] | None:
-    """Imports and returns the launcher of the operator `name`'s Triton kernels; None where it has no such kernels."""
+    """Imports and returns the launcher of the operator `name`'s Triton kernels; None if it has no kernels."""
     module = _registered[name][1]
     return None if module is None else getattr(importlib.import_module(f".{module}", __package__), name)
 
@@ -110,9 +110,9 @@ class Choices(dict[str, Any]):
 
 
 def check_shapes(expected: str, **given: Any) -> None:
-    """Refuses tensors (or their shapes) that do not fit `expected`, `"A {of}m r, B {of}r d"`, with a `ValueError`.
+    """Raises `ValueError` for tensors (or shapes) that do not fit `expected`, such as `"A {of}m r, B {of}r d"`.
 
-    A number is a size, `*rows` any number of dimensions, `{of}` one more where the tensor `of` is given, not None.
+    A number is a size, `*rows` any number of dimensions, `{of}` one more if the tensor `of` is given, not None.
     """
     sizes: dict[str, Any] = {}
     for entry in expected.format(**{name: "" if x is None else f"{name} " for name, x in given.items()}).split(", "):
@@ -128,14 +128,14 @@ def check_shapes(expected: str, **given: Any) -> None:
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """Returns what references compute in: float32, or float64 as soon as one of `tensors` is float64."""
+    """Returns the dtype in which references compute: float32, or float64 if any of `tensors` is float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 @contextlib.contextmanager
 def autograd_inside_operators() -> Iterator[None]:
-    """Lets a reference be written with autograd: within an operator that a dispatch mode has called, such as PyTorch's
-    FLOP counter or `opcheck`, autograd is shut out by the key that is taken off here.
+    """Allows a reference to use autograd: inside an operator called by a dispatch mode, such as PyTorch's FLOP counter
+    or `opcheck`, a dispatch key excludes autograd; this removes it.
     """
     excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
     guard = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
@@ -145,13 +145,13 @@ def autograd_inside_operators() -> Iterator[None]:
 
 @functools.cache
 def _function_of(name: str, device_type: str) -> Callable[..., Any]:
-    """Finds what runs the operator `name`: the launcher of its kernels, or the reference."""
+    """Returns the function that runs the operator `name`: the launcher of its kernels, or the reference."""
     return (launcher_of(name) if backend(device_type) == "triton" else None) or reference_of(name)
 
 
 def _dispatch(name: str, reference: Callable[..., Any], tensors: int, names: list[str], shapes: str) -> Any:
     def call(*args: Any) -> Any:
-        if torch.is_grad_enabled():  # a kernel would silently give none
+        if torch.is_grad_enabled():  # a kernel would silently give no gradient
             for x in args[:tensors]:
                 if x is not None and x.requires_grad:
                     raise RuntimeError(

@@ -1,8 +1,8 @@
-"""A call of an operator: its inputs, its right result, and how far from that a kernel may be.
+"""A call of an operator: its inputs, its correct result, and the error allowed to a kernel.
 
-The `problems.py` of an operator's folder has the operator's; `dev/problems.py` lists all, for the tuner, the
-ahead-of-time compiler, tests, opcheck and benchmarks. `problem.inputs(device, seed)` are the arguments as schema and
-launcher take them. Letters as in the method; a size of 0 switches its part off.
+An operator's calls are in the `problems.py` of its folder; `dev/problems.py` lists all of them, for the tuner, the
+ahead-of-time compiler, tests, opcheck and benchmarks. `problem.inputs(device, seed)` returns the arguments of schema
+and launcher. Letters as in the method; a size of 0 switches its part off.
 """
 
 from abc import ABC, abstractmethod
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .library import reference_of
 
-# Largest error of a result, in units of its largest magnitude: one unit in the last place of 16 bits.
+# Largest error of a result, relative to its largest magnitude: one unit in the last place of 16 bits.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 TOLERANCE |= {torch.int32: 0.0, torch.uint8: 0.0}
-TF32 = 2**-9  # error of a product of two factors that are cut off after ten bits, in units of its magnitude
+TF32 = 2**-9  # relative error of a product of two factors that are truncated after ten bits
 
 Device = torch.device | str
 Results = Sequence[Tensor]
@@ -34,7 +34,7 @@ class Problem(ABC):
 
     @property
     def sizes(self) -> str:
-        """Names what differs from the defaults."""
+        """Lists the sizes that differ from the defaults."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         changed = (f"{name}={value}" for name, value in values.items() if name not in ("operator", "vocabulary"))
         return ",".join(changed).replace("torch.", "")
@@ -45,28 +45,28 @@ class Problem(ABC):
 
     @property
     def backward(self: _P) -> _P:
-        """Returns the problem of the gradients of this one's operator."""
+        """The problem of this operator's gradients."""
         return replace(self, operator=f"{self.operator}_backward")
 
     @property
     def small(self: _P) -> _P:
-        """Returns the same kernels on little data: fewer texts, since nothing is compiled for their number."""
+        """The same kernels on little data: fewer texts, because no kernel is compiled for their number."""
         return self
 
     def laid_out(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Puts gaps between the elements of `tensors`, if asked for."""
+        """Puts gaps between the elements of `tensors`, if `strided`."""
         return tuple(strided(x) for x in tensors) if self.strided else tensors
 
     @abstractmethod
     def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
-        """Makes arguments of the operator, of realistic content; equal for equal devices and seeds."""
+        """Makes arguments of the operator with realistic content; the same for the same device and seed."""
 
     def expected(self, *inputs: Any) -> tuple[Tensor, ...]:
-        """Computes the results for `inputs` by the operator's reference in float64."""
+        """Computes the results for `inputs` with the operator's reference in float64."""
         return as_tuple(reference_of(self.operator)(*in_float64(inputs)))
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Bounds the error of a result in `dtype`, in units of its largest magnitude; 0: every bit is equal."""
+        """Bounds the error of a result in `dtype`, relative to its largest magnitude; 0: all bits are equal."""
         return TOLERANCE[dtype]
 
     def errors_allowed(self, actual: Results, expected: Results, inputs: tuple[Any, ...]) -> list[float]:
@@ -75,10 +75,10 @@ class Problem(ABC):
 
 
 class InTF32(Problem):
-    """A problem whose kernel multiplies in TF32 where its results are rounded to 16 bits."""
+    """A problem whose kernel multiplies in TF32 if its results are rounded to 16 bits."""
 
     def errors_allowed(self, actual: Results, expected: Results, inputs: tuple[Any, ...]) -> list[float]:
-        """Adds what truncated factors make of the sum of magnitudes, since what was added up may cancel."""
+        """Adds the effect of truncated factors on the sum of magnitudes, because summands may cancel."""
         allowed = super().errors_allowed(actual, expected, inputs)
         if all(a.dtype.itemsize != 2 for a in actual):
             return allowed
@@ -94,13 +94,13 @@ def normal(g: torch.Generator, *shape: int) -> Tensor:
 def low_rank_prompt(
     g: torch.Generator, s: int, m: int, r: int, d: int, dtype: torch.dtype = torch.float32, adapters: int = 0
 ) -> list[Tensor]:
-    """Draws the short prompt `[s, d]`, A `[m, r]` and B `[r, d]`, of so many adapters."""
+    """Draws the short prompt `[s, d]`, A `[m, r]` and B `[r, d]`, for each of the adapters if any."""
     lead = (adapters,) if adapters else ()
     return [normal(g, *lead, *shape).to(dtype) for shape in ((s, d), (m, r), (r, d))]
 
 
 def strided(x: Tensor) -> Tensor:
-    """Lays the same values out with gaps in every dimension; NaN, or an index far outside, lies between them."""
+    """Lays the same values out with gaps in every dimension, which hold NaN or an index far out of range."""
     poison = float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max // 2
     wide = torch.full([2 * size + 1 for size in x.shape], poison, dtype=x.dtype, device=x.device)
     gaps = tuple(slice(1, None, 2) for _ in x.shape)
@@ -114,10 +114,10 @@ def in_float64(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def largest(x: Tensor) -> float:
-    """Returns the largest magnitude in `x`, 0 for none."""
+    """Returns the largest magnitude in `x`, 0 if it is empty."""
     return float(x.double().abs().max()) if x.numel() else 0.0
 
 
 def as_tuple(result: Any) -> tuple[Tensor, ...]:
-    """Lists an operator's results, also where there is only one."""
+    """Returns an operator's results as a tuple, even if there is only one."""
     return (result,) if isinstance(result, Tensor) else tuple(result)

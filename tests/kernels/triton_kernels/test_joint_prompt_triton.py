@@ -216,7 +216,7 @@ def test_parameters_of_several_types(device, large_blocks):
 
 
 def test_the_kernels_are_given_one_type(device):
-    """Compiled, a program that chooses among several tensors needs them of one type; the interpreter does not."""
+    """A compiled program that chooses among several tensors needs them to have one type; the interpreter does not."""
     problem = JointPrompt(a=4)
     *parameters, G = problem.parameters(device)
     with launch.watched() as launched:

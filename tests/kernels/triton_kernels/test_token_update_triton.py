@@ -1,4 +1,4 @@
-"""The Triton kernels whose update depends on the token, against their references in float64."""
+"""The Triton kernels of the token-dependent update against their references in float64."""
 
 from __future__ import annotations
 

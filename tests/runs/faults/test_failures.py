@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 def one_line(said: str) -> str:
-    """Returns the message of a command that failed: its last line, the only one that speaks of an error."""
+    """Returns the message of a failed command: its last line, and the only one that mentions an error."""
     assert "Traceback" not in said, said
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("step ")]
     assert [line for line in lines if "rror" in line] == lines[-1:], said
@@ -127,7 +127,7 @@ def test_a_training_that_diverges(forks: Forks, whole: Whole, tmp_path: Path) ->
 def test_a_nan_between_two_checkpoints_keeps_the_first(
     whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss of the step before the checkpoint is still finite, and not logged at that step: the weights tell."""
+    """The loss of the step before the checkpoint is still finite, and not logged at that step; the weights show it."""
     config = same_config(whole, tmp_path / "run")
     fail_at(8, monkeypatch, lambda trainer: first_parameter(trainer).fill_(float("nan")))
     message = r"the parameter \S+ became NaN or infinite by step 8: lower training\.learning_rate \(0\.05\)"
@@ -185,7 +185,7 @@ def fail_at(step: int, patch: pytest.MonkeyPatch, what: Any) -> None:
 
 
 def test_a_damaged_checkpoint_is_not_resumed_from(forks: Forks, whole: Whole, tmp_path: Path) -> None:
-    """A power cut has left one of its files short: the one before is taken, and the result is the same."""
+    """A power cut has truncated one of its files: the previous one is used, and the result is the same."""
     run = tmp_path / "run"
     newest = whole.started(forks, run, step=15)
     state = newest / "optimizer.pt"

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step is finished and saved, the message says how to go on, and going on changes nothing."""
+"""SIGTERM and Ctrl-C: the step is finished and saved, a message says how to continue, and that changes nothing."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class Signalled(Processes):
 def test_in_several_processes_a_second_signal_changes_nothing(
     folder: RunFolder, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Launchers repeat them, the last time to those that are on their way out."""
+    """Launchers repeat them, the last time to processes that are about to exit."""
     with StopSignals(folder, Signalled()) as signals:
         signals.on_train_begin(None, STATE, CONTROL)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
@@ -211,7 +211,7 @@ def test_away_from_the_steps_a_signal_stops_at_once(folder: RunFolder) -> None:
 
 
 def test_a_run_that_is_not_replaced_yet_is_not_offered(configure: Configure) -> None:
-    """It is another one, which to continue is not what was asked for."""
+    """It is another run, and continuing it is not what was requested."""
     config = configure("bert")
     folder = RunFolder(Path(str(config.output_dir)))
     folder.path.mkdir()
@@ -228,7 +228,7 @@ def test_a_signal_after_the_last_step_is_not_lost(signals: StopSignals) -> None:
 
 
 def test_a_signal_while_the_training_ends_is_not_lost(signals: StopSignals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the agreement and the end of the training: too late for the one, too early to stop at once."""
+    """Between the agreement and the end of training: too late for one, too early to stop at once."""
     signals.on_train_begin(None, STATE, CONTROL)
     gather = Processes.gather
     monkeypatch.setattr(Processes, "gather", lambda p, v: (gather(p, v), signal.raise_signal(signal.SIGINT))[0])
@@ -237,7 +237,7 @@ def test_a_signal_while_the_training_ends_is_not_lost(signals: StopSignals, monk
 
 
 def test_an_interruption_is_no_ordinary_error() -> None:
-    """Code that goes on after errors, as a comparison does, must not go on after Ctrl-C."""
+    """Code that continues after errors, as a comparison does, must not continue after Ctrl-C."""
     assert issubclass(Interrupted, KeyboardInterrupt)
     assert not issubclass(Interrupted, Exception)
 

@@ -4,12 +4,13 @@
     python -m ept_kernels.dev.aot --warm FOLDER --targets NAME [--then COMMAND]
     python -m ept_kernels.dev.aot --unpack FOLDER.tar.xz
 
-The launchers are called as on such a GPU, with the driver of `compile_only.py`; what that refuses, such as a spill,
-fails. Prints registers, shared memory and instructions of each kernel, and instructions a decoded 4-bit weight.
-`--candidates` adds what the tuner may try, which takes long; what is refused of that is printed and is no failure.
+The launchers are called as on such a GPU, with the driver of `compile_only.py`; whatever that refuses, such as a spill,
+is a failure. Prints registers, shared memory and instructions of each kernel, and instructions per decoded 4-bit
+weight. `--candidates` adds everything that the tuner may try, which takes long; refusals among these are printed but
+are not failures.
 
-`--warm` packs what was compiled, as Triton's own cache, for a machine with such a GPU; `--unpack` there puts it into
-that machine's, wherever it lies. `docs/kernels.md` lists what Triton finds a kernel by.
+`--warm` packs the compiled kernels, as in Triton's own cache, for a machine with such a GPU; `--unpack` there adds them
+to that machine's cache, wherever it is. `docs/kernels.md` lists what determines whether Triton finds a kernel.
 """
 
 import argparse
@@ -42,27 +43,27 @@ from .tunables import tunables
 
 Row = dict[str, Any]
 
-# A packed cache: the file that says what finds it, and the suffixes kept of Triton's own cache.
+# A packed cache: the file that says under which conditions it is found, and the suffixes kept from Triton's cache.
 MADE_WITH = "made_with.json"
 PACKED = (".cubin", ".hsaco", ".json")
 
 
 class Case(NamedTuple):
-    """A call of a launcher, in `configs` by kernel in place of the heuristics'; `note` is put behind the names."""
+    """A call of a launcher, with `configs` by kernel instead of the heuristics'; `note` is appended to the names."""
 
     problem: Problem
     configs: dict[str, Config]
     note: str = ""
-    target: str = ""  # the only one it is for, if any
+    target: str = ""  # the only target it is for, if any
 
 
 def cases() -> list[Case]:
-    """Lists calls that launch every kernel in the heuristics' configurations."""
+    """Lists calls that launch every kernel in its heuristic configuration."""
     return [Case(problem, {}) for problem in compiled_problems()]
 
 
 def shipped_cases() -> Iterator[Case]:
-    """Lists a call for every measured configuration that is shipped under `configs/`, for the target it is for.
+    """Lists a call for every measured configuration shipped under `configs/`, for its target.
 
     Raises:
         ValueError: a file is damaged, or names a kernel and a size that the tuner does not know.
@@ -71,7 +72,7 @@ def shipped_cases() -> Iterator[Case]:
     for path in sorted(launch.CONFIGS.glob("*.json")):
         target = json.loads(path.read_text(encoding="utf-8")).get("target")
         for kernel, sizes in launch.load_configs(path).items():
-            for size, config in sizes.items() if "." not in kernel else ():  # with a dot: a measured number
+            for size, config in sizes.items() if "." not in kernel else ():  # a dot marks other measured numbers
                 if (kernel, size) not in known:
                     raise ValueError(
                         f"{path} has {kernel} at {size}, which the tuner does not know: remove the entry, or tune anew"
@@ -89,9 +90,9 @@ def candidate_cases() -> list[Case]:
 def compile_all(
     cases: Sequence[Case], targets: Iterable[str], only: str, jobs: int, is_counted: bool = True
 ) -> tuple[list[Row], list[str]]:
-    """Compiles the kernels of cases with `only` in their names for all targets, in `jobs` processes forked from this.
+    """Compiles, for all targets, the kernels of cases with `only` in their names, in `jobs` forked processes.
 
-    Returns a row for every kernel that there is, in order, and what was refused. To count instructions takes a while.
+    Returns a row for every distinct kernel, in order, and the refusals. Counting instructions takes a while.
     """
     chosen = [(case, target) for target in targets for case in cases if case.target in ("", target)]
     chosen = [pair for pair in chosen if only in pair[0].problem.name]
@@ -105,20 +106,20 @@ def compile_all(
 
 
 def compile_case(case: Case, target: str, is_counted: bool) -> tuple[list[Row], str | None]:
-    """Calls the launcher for `target`; returns a row for each kernel that it launched, and why it could not go on."""
+    """Calls the launcher for `target`; returns a row for each launched kernel, and the reason if it failed."""
     launcher: Any = launcher_of(case.problem.operator)
     inputs, reason = case.problem.inputs(), None
     with driving(target) as driver, launch.configured(case.configs), launch.watched() as launches:
         try:
             launcher(*inputs)
-        except Exception as error:  # whatever a compiler or the driver may raise
+        except Exception as error:  # a compiler or the driver may raise anything
             reason = f"{case.problem.name}{case.note} on {target}: {str(error).strip().splitlines()[0]}"
     return [_row(case, target, launched, driver.limits, is_counted) for launched in launches], reason
 
 
 def _row(case: Case, target: str, launched: Launch, limits: Target, is_counted: bool) -> Row:
-    """Describes a compiled kernel: registers of a thread, bytes of shared memory, instructions."""
-    meta, metadata, weights = launched.meta, launched.compiled.metadata, 0  # weights: those that a program decodes
+    """Describes a compiled kernel: registers per thread, bytes of shared memory, instructions."""
+    meta, metadata, weights = launched.meta, launched.compiled.metadata, 0  # weights: number decoded by a program
     if "UNITS" in meta:
         weights = meta["UNITS"] * 2 * meta["BYTES"] * meta["ITERS"]
     elif "OPERAND" in meta:
@@ -131,7 +132,7 @@ def _row(case: Case, target: str, launched: Launch, limits: Target, is_counted: 
         "target": target,
         "registers": launched.compiled.n_regs,
         "instructions": count,
-        # A thread's instructions, loops counted once, with those around the loops.
+        # Instructions of a thread, including those outside the loops; loops count once.
         "per_weight": round(count * metadata.num_warps * limits.warp / weights, 1) if weights else "",
         "shared_bytes": metadata.shared,
         "hash": launched.compiled.hash,
@@ -147,7 +148,7 @@ def _instructions(compiled: Any, backend: str) -> int:
 
 
 def fill(folder: Path, target: str, only: str, jobs: int) -> int:
-    """Compiles what may be launched on `target`, also by the tuner, into a cache in `folder`; counts the kernels."""
+    """Compiles all that `target` may launch, even in the tuner, into a cache in `folder`; counts the kernels."""
     os.environ.update(TRITON_CACHE_DIR=str(folder.absolute()), TRITON_STORE_BINARY_ONLY="1")
     rows, refused = compile_all([*cases(), *shipped_cases(), *candidate_cases()], [target], only, jobs, False)
     print(*refused, sep="\n", flush=True)
@@ -155,7 +156,7 @@ def fill(folder: Path, target: str, only: str, jobs: int) -> int:
 
 
 def made_with(target: str) -> dict[str, str]:
-    """Names what a cache for `target` is found by on this machine, the kernels aside."""
+    """Describes the conditions under which a cache for `target` is found on this machine, except the kernels."""
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler.compiler import make_backend
 
@@ -175,7 +176,7 @@ def made_with(target: str) -> dict[str, str]:
 
 
 def pack(folder: Path, target: str) -> Path:
-    """Packs the cache in `folder`, filled on this machine, beside it; all but binaries and metadata is removed."""
+    """Packs the cache in `folder`, filled on this machine, next to it; removes everything but binaries and metadata."""
     for path in folder.glob("*/*"):
         if path.suffix not in PACKED:
             path.unlink()
@@ -184,10 +185,10 @@ def pack(folder: Path, target: str) -> Path:
 
 
 def unpack(archive: Path) -> int:
-    """Puts the packed kernels into this machine's cache, `TRITON_CACHE_DIR` if set; returns how many there are.
+    """Adds the packed kernels to this machine's cache, `TRITON_CACHE_DIR` if set; returns their number.
 
     Raises:
-        ValueError: `pack` did not make the file, or it was made with versions for which nothing would be found here.
+        ValueError: `pack` did not make the file, or nothing in it would be found with the versions on this machine.
     """
     from triton.runtime.cache import FileCacheManager
 
@@ -207,7 +208,7 @@ def unpack(archive: Path) -> int:
         kernels = [path for path in Path(folder).iterdir() if path.is_dir()]
         for kernel in kernels:
             cache = FileCacheManager(kernel.name)
-            # A group names its folder; it is written anew.
+            # A group contains its folder's path, so it is written anew.
             files = [path for path in kernel.iterdir() if not path.name.startswith("__grp__")]
             paths = {path.name: cache.put(path.read_bytes(), path.name) for path in files}
             cache.put_group(next(name for name in paths if name.endswith(".json")), paths)

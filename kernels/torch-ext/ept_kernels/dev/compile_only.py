@@ -2,10 +2,10 @@
 
     compile_only.activate("sm_90")  # before the first operator is called, for the rest of the process
 
-From then on CPU tensors go through the launchers as those of such a GPU do. Triton compiles a launched kernel as a host
-with that GPU would, for the same types, constants and divisible numbers, under the same keys of the same cache. It is
-then refused where the GPU would refuse it (shared memory, threads, the grid), and where it spills. Nothing
-runs: results stay as they were allocated, and whoever compares values has to ask `active`.
+From then on CPU tensors go through the launchers like those of such a GPU. Triton compiles a launched kernel as on a
+host with that GPU: for the same types, constants and divisible numbers, and with the same cache keys. The kernel is
+refused if the GPU would refuse it (shared memory, threads, the grid), or if it spills. Nothing runs: results stay as
+they were allocated, so code that compares values must check `active`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .. import launch, library
 
 
 class Target(NamedTuple):
-    """A GPU to compile for; `shared`: bytes of shared memory that one program may have."""
+    """A GPU to compile for; `shared`: bytes of shared memory available to a program."""
 
     backend: str
     architecture: int | str
@@ -41,18 +41,18 @@ TARGETS = {
     "sm_100": Target("cuda", 100, 32, 227 * 1024),
     "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
 }
-MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along each axis, on GPUs of NVIDIA
+MAX_GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # programs along each axis, on NVIDIA GPUs
 
 _active: str | None = None
 _until_exit = contextlib.ExitStack()
-atexit.register(_until_exit.close)  # later, the modules that it asks are gone
+atexit.register(_until_exit.close)  # any later, the modules that it needs are gone
 
 
 def activate(target: str) -> None:
-    """Makes this process one of a host with the GPU `target`, of `TARGETS`, that only compiles.
+    """Makes this process behave like one on a host with the GPU `target` (from `TARGETS`), which only compiles.
 
     Raises:
-        RuntimeError: there is no such target, or the interpreter is in the way.
+        RuntimeError: there is no such target, or Triton's interpreter is on.
     """
     global _active
     _until_exit.enter_context(driving(target))
@@ -61,20 +61,21 @@ def activate(target: str) -> None:
 
 
 def active() -> str | None:
-    """Names the target that is compiled for in place of running anything, if so."""
+    """Returns the target that kernels are compiled for instead of being run, if any."""
     return _active
 
 
 @contextlib.contextmanager
 def driving(target: str) -> Iterator[Driver]:
-    """Lets launchers choose and Triton compile for `target`, and launch in vain, for a while; raises as `activate`."""
+    """Makes launchers choose and Triton compile for `target`, running nothing, in the context; raises as `activate`."""
     if target not in TARGETS:
         raise RuntimeError(f"target {target!r} is unknown: known are {', '.join(TARGETS)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("unset TRITON_INTERPRET: under the interpreter nothing is compiled")
     from triton.runtime import driver
 
-    held = "_active" if hasattr(driver, "_active") else "active"  # of triton 3.4; reading `active` asks for a GPU since
+    # Triton 3.4 has no `_active`; later, reading `active` looks for a GPU.
+    held = "_active" if hasattr(driver, "_active") else "active"
     ours = Driver(target)
     in_place = mock.patch.object(driver, held, ours)
     with in_place, launch.acting_as(ours.limits.architecture), _assembling_without_lines():
@@ -83,10 +84,10 @@ def driving(target: str) -> Iterator[Driver]:
 
 @contextlib.contextmanager
 def _assembling_without_lines() -> Iterator[None]:
-    """Has ptxas leave out PTX and line numbers, two thirds of a binary, which no launch reads; the code stays the same.
+    """Makes ptxas omit PTX and line numbers, two thirds of a binary, which no launch reads; the code stays the same.
 
-    Not for the stages before it, which make other code then, nor for the keys, by which a host with a GPU looks for
-    binaries as if they had their lines.
+    Neither earlier stages, which would generate other code, nor the cache keys are affected: a host with a GPU looks
+    for binaries with line numbers.
     """
     from triton import knobs
     from triton.backends.nvidia.compiler import CUDABackend
@@ -103,7 +104,7 @@ def _assembling_without_lines() -> Iterator[None]:
 
 
 class Driver:
-    """A driver as Triton's just-in-time compiler asks for one."""
+    """A driver with the interface that Triton's just-in-time compiler expects."""
 
     def __init__(self, target: str) -> None:
         self.target, self.limits = target, TARGETS[target]
@@ -116,7 +117,7 @@ class Driver:
         return GPUTarget(*self.limits[:3])
 
     def get_current_device(self) -> str:
-        return self.target  # by which Triton keeps what it has compiled
+        return self.target  # Triton's key for compiled kernels
 
     def get_current_stream(self, device: Any = None) -> int:
         return 0
@@ -125,16 +126,16 @@ class Driver:
         return {"max_shared_mem": self.limits.shared}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: Any) -> tuple[Any, Any, int, int, int]:
-        """Returns the module, the function, registers, spills and most threads.
+        """Returns the module, the function, registers, spills and maximum threads.
 
-        Triton loads a kernel that has no module at every launch. It gets none only where it would unload it again, as
-        since 3.9: that may be when another driver has this one's place.
+        Triton loads a kernel without a module again at every launch. Yet there is none since 3.9, where Triton would
+        unload it, possibly when another driver has taken this one's place.
         """
         from triton.compiler import CompiledKernel
 
         module = None if hasattr(CompiledKernel, "__del__") else self
         facts, threads = facts_of(binary, self.limits.backend), 1024
-        if self.limits.backend == "cuda":  # of 65,536 registers, handed out by the eight, to whole warps
+        if self.limits.backend == "cuda":  # 65,536 registers, allocated by eights, to whole warps
             threads = min(threads, 65536 // (-(-facts["registers"] // 8) * 8) // 32 * 32)
         return module, facts, facts["registers"], facts["spilled_bytes"] // 4, threads
 
@@ -148,7 +149,7 @@ class Driver:
 
 
 def facts_of(binary: bytes, backend: str) -> dict[str, int]:
-    """Reads registers and spilled bytes of a thread off machine code."""
+    """Reads a thread's registers and spilled bytes from machine code."""
     if backend == "hip":
         # Scalar registers spill into lanes of vector registers; only vector spills and scratch go to memory.
         spilled = max(4 * _noted(binary, ".vgpr_spill_count"), _noted(binary, ".private_segment_fixed_size"))
@@ -156,13 +157,13 @@ def facts_of(binary: bytes, backend: str) -> dict[str, int]:
     usage = disassembled(binary, "cuobjdump", "--dump-resource-usage")
     sizes = {name: int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "LOCAL", "STACK")}
     local = sizes["LOCAL"] + sizes["STACK"]
-    # A frame that nothing is stored into is none.
+    # A frame into which nothing is stored does not count.
     spills = bool(local) and re.search(r"\b(?:LDL|STL)\b", disassembled(binary, "nvdisasm", "-c")) is not None
     return {"registers": sizes["REG"], "spilled_bytes": local if spills else 0}
 
 
 def disassembled(cubin: bytes, tool: str, option: str) -> str:
-    """Returns what a tool that comes with Triton says of a binary."""
+    """Returns the output of a tool that comes with Triton for a binary."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
@@ -173,7 +174,7 @@ def disassembled(cubin: bytes, tool: str, option: str) -> str:
 
 
 def _noted(binary: bytes, name: str) -> int:
-    """Reads a number off the notes of AMD's machine code, which are MessagePack."""
+    """Reads a number from the notes of AMD's machine code, which are MessagePack."""
     number = rb"(?:([\x00-\x7f])|\xcc(.)|\xcd(..)|\xce(....))"
     return max(
         int.from_bytes(next(group for group in found if group), "big")

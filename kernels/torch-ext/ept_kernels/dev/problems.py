@@ -22,7 +22,7 @@ WEIGHTS = ((4096, 4096), (14336, 4096), (4096, 14336), (768, 768), (3072, 768))
 
 
 def opcheck_problems() -> list[Problem]:
-    """Lists every operator in every form of its arguments, at sizes that take no time."""
+    """Lists every operator with every form of its arguments, at sizes that take no time."""
     embedding = PromptedEmbedding(n=5, d=8, s=2, m=6, r=2)
     mixed = replace(embedding, adapters=2)
     joint = JointPrompt(s=3, d=12, r=2)
@@ -42,7 +42,7 @@ def opcheck_problems() -> list[Problem]:
 
 
 def compiled_problems() -> list[Problem]:
-    """Lists every kernel in each form that a compiler makes something else of, at sizes of known models."""
+    """Lists every kernel in each form that compiles differently, at sizes of known models."""
     bf16, f16, f32, f64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
     embeddings = [
         T5_BASE,

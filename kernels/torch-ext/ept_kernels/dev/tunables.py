@@ -1,4 +1,4 @@
-"""Every kernel's configurations that the tuner may try: at which sizes, by which problem, with what else meanwhile."""
+"""The configurations that the tuner may try, for every kernel: at which sizes, with which problem and surroundings."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -35,14 +35,14 @@ class Tunable:
     """One kernel at one size, as the tuner measures it and as its shipped configurations are compiled ahead of time.
 
     Attributes:
-        kernel, size: as the launcher gives them to `config_for`; together unique.
+        kernel, size: as the launcher passes them to `config_for`; together unique.
         default: the heuristic's configuration, which is measured first and kept unless another is faster.
         candidates: configurations to try; each replaces the values of `default` that it names. See `grid`.
-        problem: whose launcher is timed, as a whole, also where the kernel is one of several in it. It has to take its
-            configuration through `config_for`, under a cache made with `cached_choice` if any.
-        variants: other problems that the same configuration serves: the winner has to be right for them and not to
-            spill, too.
-        held: configurations of other kernels meanwhile.
+        problem: its whole launcher is timed, even if the kernel is one of several in it. The launcher must get its
+            configuration from `config_for`, and if it caches that, with `cached_choice`.
+        variants: other problems served by the same configuration: the winner must give right results for them and not
+            spill either.
+        held: configurations of other kernels during the measurement.
     """
 
     kernel: str
@@ -55,21 +55,21 @@ class Tunable:
 
     @property
     def key(self) -> str:
-        """Names the size in the file."""
+        """The size as written in the file."""
         return "x".join(map(str, self.size))
 
     def trying(self, config: Config) -> dict[str, Config]:
-        """Returns what `launch.configured` takes to try `config`."""
+        """Returns the argument of `launch.configured` to try `config`."""
         return {**self.held, self.kernel: {**self.default, **config}}
 
 
 def grid(**values: Sequence[int]) -> list[Config]:
-    """Lists every combination: `grid(BLOCK=(16, 32), num_warps=(4, 8))` are four configurations."""
+    """Lists every combination: `grid(BLOCK=(16, 32), num_warps=(4, 8))` gives four configurations."""
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
 def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list[Tunable]:
-    """Lists all that there is to tune on `device`; `reduced`: at tiny sizes, with few candidates."""
+    """Lists everything to tune on `device`; `reduced`: at tiny sizes, with few candidates."""
     found = [
         *_prompted_embedding(reduced),
         *_by_token(reduced),
@@ -82,7 +82,7 @@ def tunables(reduced: bool = False, device: torch.device | str = "cuda") -> list
     return found
 
 
-# Kernels of the prompted embedding: the forward's, and those that are timed within the backward.
+# Kernels of the prompted embedding: the forward's, and those timed as part of the backward.
 _EMBEDDING_GRIDS = {
     "prompted_embedding": grid(
         BLOCK_T=(16, 32), BLOCK_D=(64, 128, 256, 512), PROGRAMS=(256, 512, 1024), num_warps=(4, 8)
@@ -125,7 +125,7 @@ def _by_token(reduced: bool) -> Iterator[Tunable]:
             yield Tunable(launch.key(kernel, p.dtype), (p.d, padded(p.r)), default, candidates, problem)
 
 
-# Kernels of the joint prompt, all timed within its backward.
+# Kernels of the joint prompt, all timed as part of its backward.
 _JOINT_GRIDS = {
     "joint_prompt_products": grid(BLOCK_K=(16, 32), PROGRAMS=(132, 264, 528), num_warps=(4, 8)),
     "joint_prompt_rows": grid(num_warps=(4, 8), num_stages=(1, 2)),
@@ -142,21 +142,21 @@ def _joint_prompt(reduced: bool, device: torch.device) -> Iterator[Tunable]:
             yield Tunable(kernel, (p.d,), default, candidates, p.backward, variants)
 
 
-_DEQUANTIZE_GRID = grid(ITERS=(1, 2, 4, 8), num_warps=(2, 4, 8))  # and UNITS: a word a thread
+_DEQUANTIZE_GRID = grid(ITERS=(1, 2, 4, 8), num_warps=(2, 4, 8))  # UNITS follows: one word per thread
 _PRODUCT_GRID = grid(BLOCK_N=(64, 128), BLOCK_K=(128, 256), SPLITS=(1, 2, 4, 8), num_warps=(4, 8))
 _VARIANTS = ({"block_size": 32}, {"nested": False}, {"nested": False, "block_size": 128})  # share a configuration
 
 
 def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
-    """Lists the kernels, then the paths of a product: these are measured with the kernels that have won."""
-    dtype = torch.float16 if reduced else torch.bfloat16  # which the interpreter truncates
+    """Lists the kernels, then the paths of a product, which are measured with the winning kernels."""
+    dtype = torch.float16 if reduced else torch.bfloat16  # the interpreter truncates bfloat16
     weights = [FourBit(*shape, dtype=dtype) for shape in ([(32, 128)] if reduced else WEIGHTS)]
-    for p in {p.rows * p.columns: p for p in weights}.values():  # all that a dequantisation depends on
+    for p in {p.rows * p.columns: p for p in weights}.values():  # a dequantisation depends on nothing else
         p = replace(p, tokens=(), operator="dequantize_4bit")
-        odd = replace(p, rows=p.rows - 1, columns=p.columns - 1)  # no whole words
+        odd = replace(p, rows=p.rows - 1, columns=p.columns - 1)  # not a whole number of words
         kernel, default = launch.key("dequantize_4bit", dtype), dequantize.heuristic(device)
         variants = [*(replace(p, **kind) for kind in _VARIANTS), odd]
-        threads = default["UNITS"] // default["num_warps"]  # of a warp
+        threads = default["UNITS"] // default["num_warps"]  # per warp
         candidates = [{**config, "UNITS": threads * config["num_warps"]} for config in _DEQUANTIZE_GRID]
         yield Tunable(kernel, (p.rows * p.columns,), default, candidates, p, variants)
     for p, tile in itertools.product(weights, matmul.TILES):
@@ -171,7 +171,7 @@ def _four_bit(reduced: bool, device: torch.device) -> Iterator[Tunable]:
             there[paths.BITSANDBYTES] = paths.has_bitsandbytes()
             default = {"PATH": paths.heuristic_path(count, of_tokens, device)}
             candidates = [{"PATH": path} for path, is_there in there.items() if is_there]
-            if default not in candidates:  # a path that cannot be gone is not measured
+            if default not in candidates:  # an unavailable path is not measured
                 default = candidates[-1]
             kernel, problem = launch.key("matmul_4bit.path", of_tokens), replace(p, tokens=(count,), dtype=of_tokens)
             if len(candidates) > 1:
@@ -183,8 +183,8 @@ _ELEMENTS = grid(BLOCK=(1024, 2048, 4096), num_warps=(4, 8))
 
 
 def _frozen(reduced: bool, device: torch.device) -> Iterator[Tunable]:
-    """Lists the frozen model's element-wise kernels, at the rows of a training step of known models."""
-    tokens, dtype = (3, torch.float16) if reduced else (8 * 296, torch.bfloat16)  # which the interpreter truncates
+    """Lists the frozen model's element-wise kernels, with the rows of a training step of known models."""
+    tokens, dtype = (3, torch.float16) if reduced else (8 * 296, torch.bfloat16)  # the interpreter truncates bfloat16
     norms = [RMSNorm(tokens, d, dtype=dtype) for d in ((20,) if reduced else (768, 4096))]
     turned = Rotary(1, n=tokens, dtype=dtype) if reduced else Rotary(8, 32, 32, 296, 128, 128, dtype)
     gated, relu = (

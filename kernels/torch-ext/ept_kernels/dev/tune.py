@@ -2,10 +2,11 @@
 
     python -m ept_kernels.dev.tune [--kernels NAME,NAME]
 
-A candidate is timed if `refusal` has nothing against it: the operator over several sets of inputs, together larger than
-the L2 cache, one after another, in a CUDA graph where there are such, the median over the samples. The fastest that
-serves its variants, too, is measured in turn with the heuristic's and wins by more than the noise. The file is written
-after each kernel, and later ones are measured with what has won; one no longer measured keeps what the file says.
+A candidate is timed if `refusal` finds nothing wrong with it: the median time of the operator over several sets of
+inputs, together larger than the L2 cache, one after another, in a CUDA graph if available. The fastest candidate that
+also serves its variants is then measured in alternation with the heuristic's, and wins if faster by more than the
+noise. The file is written after each kernel, later kernels are measured with the winners, and entries that are no
+longer measured stay in the file.
 """
 
 import argparse
@@ -34,8 +35,8 @@ from ..problem import Problem, Results, as_tuple, largest
 from . import compile_only
 from .tunables import Tunable, tunables
 
-GAIN = 0.02  # by how much a candidate has to be faster than the heuristic's choice
-UNKNOWN_CACHE = 256 * 2**20  # bytes, where the device does not tell the size of its L2 cache
+GAIN = 0.02  # by which a candidate must be faster than the heuristic's choice
+UNKNOWN_CACHE = 256 * 2**20  # bytes, if the device does not report the size of its L2 cache
 MAX_SETS = 64  # of inputs
 
 
@@ -43,8 +44,8 @@ def tune(tunable: Tunable, device: torch.device) -> dict[str, Any]:
     """Measures every candidate of `tunable`.
 
     Returns:
-        `kernel`, `size`, `config` (the winner, complete), `median_us` and `default_us` (microseconds a call of the
-        whole operator, by the winner and the heuristic), `tried`, and `refused`: reasons by configuration.
+        `kernel`, `size`, `config` (the winner, complete), `median_us` and `default_us` (microseconds per call of the
+        whole operator, for the winner and the heuristic), `tried`, and `refused`: reasons by configuration.
 
     Raises:
         RuntimeError: the heuristic's own configuration is refused.
@@ -123,17 +124,17 @@ def refusal(problem: Problem, configs: dict[str, Config], args: tuple[Any, ...],
 
 
 def write(path: Path, row: dict[str, Any], device: torch.device, command: str) -> None:
-    """Adds the winner in `row` to the file at `path`, which holds what was measured on such a device before."""
+    """Adds the winner in `row` to the file at `path`, which holds earlier measurements on this kind of device."""
     content: dict[str, Any] = {"kernels": {}, "measurements": []}
     if path.is_file():
-        launch.load_configs(path)  # a damaged file is not written over
+        launch.load_configs(path)  # a damaged file is not overwritten
         content.update(json.loads(path.read_text(encoding="utf-8")))
     kernel, size = row["kernel"], row["size"]
     content["kernels"].setdefault(kernel, {})[size] = row["config"]
     kept = [old for old in content["measurements"] if (old["kernel"], old["size"]) != (kernel, size)]
     with_what: dict[str, Any] = {"command": command, "python": platform.python_version(), "torch": torch.__version__}
     with_what |= {"triton": version("triton"), "runtime": str(torch.version.cuda or torch.version.hip or "")}
-    with_what["bitsandbytes"] = version("bitsandbytes") if has_bitsandbytes() else None  # a path only where it is there
+    with_what["bitsandbytes"] = version("bitsandbytes") if has_bitsandbytes() else None  # one of the paths, if present
     target = launch.architecture(device)
     content["target"] = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if target == "cuda" else target
     content["device"] = torch.get_device_module(device).get_device_name(device)
@@ -146,7 +147,7 @@ def write(path: Path, row: dict[str, Any], device: torch.device, command: str) -
 
 
 def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> float:
-    """Measures a call, one after another of all, on a GPU without the time that Python takes to launch."""
+    """Returns the microseconds per call, calling all in turn; on a GPU without Python's time to launch."""
 
     def run_all() -> None:
         for call in calls:
@@ -155,7 +156,7 @@ def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> f
     if device.type == "cpu":
         milliseconds = 1e3 * timeit.timeit(run_all, number=1)
     else:
-        short = functools.partial(testing.do_bench_cudagraph, rep=5)  # ms, ten times: many candidates, little time
+        short = functools.partial(testing.do_bench_cudagraph, rep=5)  # in ms, ten times: many candidates, little time
         measure = short if device.type == "cuda" else testing.do_bench
         milliseconds = measure(run_all, return_mode="median")
     return 1e3 * milliseconds / len(calls)
@@ -163,7 +164,7 @@ def _microseconds(calls: Sequence[Callable[[], Any]], device: torch.device) -> f
 
 @contextlib.contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Fills what is allocated with NaN or the largest integer: memory may still hold an earlier candidate's result."""
+    """Fills new allocations with NaN or the largest integer: memory may still hold an earlier candidate's result."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("warn")
     try:
@@ -179,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     if (found := torch.accelerator.current_accelerator(check_available=True)) is None:
         raise SystemExit("no accelerator was found to tune for")
     device = torch.device(found.type, torch.accelerator.current_device_index())
-    with contextlib.suppress(ImportError):  # without it there is one path less to measure
+    with contextlib.suppress(ImportError):  # without it there is one path fewer to measure
         import bitsandbytes  # noqa: F401
     wanted = options.kernels.split(",")
     known = tunables(device=device)

@@ -1,1 +1,1 @@
-"""4-bit weights: their format, the references, and the kernels that dequantise them and multiply with them."""
+"""4-bit weights: their format, the references, and kernels that dequantise them and multiply with them."""

@@ -1,10 +1,10 @@
-"""Decoding of 4-bit weights, as `weight.py` describes them, for all kernels over them.
+"""Decoding of 4-bit weights, described in `weight.py`, for all kernels that use them.
 
-Level times absmax is one float32 product, rounded once to the wanted type. Product and sum of a nested absmax are
-rounded one after the other: launchers pass `enable_fp_fusion=False`, without which they become one, with other bits.
+Level times absmax is one float32 product, rounded once to the result's type. With nested absmax, product and sum are
+rounded one after the other: launchers pass `enable_fp_fusion=False`, without which they fuse and give other bits.
 
-The look-up of the level decides the speed, since ten instructions a weight take as long as the memory traffic: tiles
-that are only written load it from a table, products gather it. `docs/kernels.md` counts the other ways and says why.
+The look-up of the level decides the speed, because ten instructions per weight take as long as the memory traffic:
+tiles that are only written load it from a table, products gather it. `docs/kernels.md` counts the alternatives.
 """
 
 import triton
@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 WORD = tl.constexpr(4)  # bytes that the fast paths load at once
-WEIGHTS = tl.constexpr(8)  # in a word
+WEIGHTS = tl.constexpr(8)  # per word
 
 
 def is_word_aligned(packed: Tensor, elements: int) -> bool:
-    """Checks that `packed` is whole words at a whole word's address."""
+    """Checks that `packed` is a whole number of words at a word-aligned address."""
     return elements % WEIGHTS.value == 0 and packed.data_ptr() % WORD.value == 0
 
 
@@ -31,7 +31,7 @@ def weight_at(levels, b_unit, b_absmax, SHIFT: tl.constexpr, DTYPE: tl.constexpr
 
 @triton.jit
 def join_8(b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7):
-    """Joins eight to `[..., 2, 2, 2]`: in order, to be reshaped to `[..., 8]`."""
+    """Joins eight tensors to `[..., 2, 2, 2]`, in the order in which it can be reshaped to `[..., 8]`."""
     b_even = tl.join(tl.join(b_0, b_4), tl.join(b_2, b_6))
     b_odd = tl.join(tl.join(b_1, b_5), tl.join(b_3, b_7))
     return tl.join(b_even, b_odd)
@@ -81,7 +81,7 @@ def levels_of_tile(levels, b_word):
     b_nibble = join_8(
         b_word >> 4, b_word, b_word >> 12, b_word >> 8, b_word >> 20, b_word >> 16, b_word >> 28, b_word >> 24
     )
-    # All of the tile at once: each gather writes the table to shared memory, between two barriers.
+    # The whole tile at once: each gather writes the table to shared memory, between two barriers.
     b_table = tl.load(levels + tl.arange(0, 16))
     b_level = tl.gather(b_table, tl.reshape((b_nibble & 15).to(tl.int32), [ROWS * WORDS * WEIGHTS]), 0)
     return tl.reshape(b_level, [ROWS, WORDS, 2, 2, 2])
@@ -89,7 +89,7 @@ def levels_of_tile(levels, b_word):
 
 @triton.jit
 def load_absmax(absmax, nested, o_block, mask, NESTED_BLOCK_SIZE: tl.constexpr):
-    """Loads the scales of blocks `o_block` (int64) in float32, shaped like it; `nested`: absmax, code and offset."""
+    """Loads the scales of blocks `o_block` (int64) in float32, with its shape; `nested`: absmax, code and offset."""
     nested_absmax, nested_code, nested_offset = nested
     if nested_absmax is None:
         b_absmax = tl.load(absmax + o_block, mask=mask, other=0.0)
@@ -104,19 +104,19 @@ def load_absmax(absmax, nested, o_block, mask, NESTED_BLOCK_SIZE: tl.constexpr):
 def load_tile(
     packed,
     absmax,
-    nested,  # as for load_absmax
+    nested,  # as in load_absmax
     o_n,  # [ROWS] int64
     start,  # first column: a multiple of COLUMNS
     rows,
-    last,  # column to stop before
-    columns,  # of a row: a multiple of BLOCK_SIZE
+    last,  # column at which to stop
+    columns,  # per row: a multiple of BLOCK_SIZE
     COLUMNS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
 ):
-    """Loads one tile as it is stored: words `[ROWS, COLUMNS / 8]` and the scales of their blocks `[ROWS, GROUPS]`.
+    """Loads one stored tile: words `[ROWS, COLUMNS / 8]` and the scales of their blocks `[ROWS, GROUPS]`.
 
-    Weights beyond `rows` and `last` are not read: they decode to some finite value.
+    Weights beyond `rows` and `last` are not read; they decode to some finite value.
     """
     GROUPS: tl.constexpr = COLUMNS // BLOCK_SIZE if BLOCK_SIZE < COLUMNS else 1
     m_n = (o_n < rows)[:, None]

@@ -1,7 +1,7 @@
-"""Triton kernel that dequantises bitsandbytes' 4-bit weights in one launch, nested absmax included, bit-equal to it.
+"""Triton kernel that dequantises bitsandbytes' 4-bit weights in one launch, including nested absmax, with equal bits.
 
-A program takes a run of tiles. In a tile each thread reads one word of four bytes and writes its eight weights, in a
-16-bit type by the widest access there is; nothing is exchanged. Sizes that are not whole words are read byte by byte.
+A program handles a run of tiles. In a tile each thread reads one word of four bytes and writes its eight weights, for a
+16-bit type with the widest access there is; threads exchange nothing. Sizes that are not whole words are read by bytes.
 """
 
 from typing import Any
@@ -15,15 +15,15 @@ from ..launch import Config, Kinds, Prepared, architecture, cached_choice, confi
 from .decode import decode, is_word_aligned, load_absmax
 from .weight import Weight
 
-# UNITS: words or bytes in a tile, one a thread; with more, a warp's loads have gaps, and words change hands. ITERS:
-# tiles that a program takes; all their loads are under way before anything is stored.
+# UNITS: words or bytes in a tile, one per thread; with more, a warp's loads have gaps, and words move between
+# threads. ITERS: tiles per program; all their loads are started before anything is stored.
 CONFIGS: dict[str, Config] = {"dequantize_4bit": {"UNITS": 128, "ITERS": 4, "num_warps": 4, "num_stages": 1}}
 
 
 @triton.jit(do_not_specialize=["elements"])
 def dequantize_4bit_kernel(
     packed,  # [ceil(elements / 2)] bytes
-    absmax,  # [blocks] float32, or uint8 where nested
+    absmax,  # [blocks] float32, or uint8 if nested
     nested_absmax,  # [ceil(blocks / NESTED_BLOCK_SIZE)] float32, or None
     nested_code,  # [256] float32, or None
     nested_offset,  # [1] float32, or None
@@ -34,7 +34,7 @@ def dequantize_4bit_kernel(
     # Meta-parameters
     BLOCK_SIZE: tl.constexpr,
     NESTED_BLOCK_SIZE: tl.constexpr,
-    BYTES: tl.constexpr,  # in a unit: 4, or 1 for any address and number of elements
+    BYTES: tl.constexpr,  # per unit: 4, or 1 for any address and number of elements
     UNITS: tl.constexpr,
     ITERS: tl.constexpr,
 ):
@@ -43,18 +43,18 @@ def dequantize_4bit_kernel(
     first = tl.program_id(0).to(tl.int64) * (TILE * ITERS)
     left = tl.minimum(elements - first, TILE * ITERS).to(tl.int32)
     nested = (nested_absmax, nested_code, nested_offset)
-    o_unit = tl.arange(0, UNITS) * (2 * BYTES)  # in elements, from the tile's first one
+    o_unit = tl.arange(0, UNITS) * (2 * BYTES)  # in elements, relative to the tile's first one
     o_weight = o_unit[:, None] + tl.arange(0, 2 * BYTES)[None, :]  # [UNITS, 2·BYTES]
     p_unit = packed + first // 2
     if BYTES > 1:
         p_unit = p_unit.to(tl.pointer_type(tl.uint32))
     p_unit += tl.arange(0, UNITS)
     p_weight = out + first + o_weight
-    # Tiles differ by constants that are added last: loads and stores have room for them.
+    # Tiles differ by constants that are added last, so that they fit into loads and stores.
     units, scales = (), ()  # type: tuple[Any, ...], tuple[Any, ...]
     for i in tl.static_range(ITERS):
         m_unit = o_unit < left - i * TILE
-        # Both are powers of two: a tile is a part of one block, or whole blocks.
+        # Both are powers of two: a tile is part of one block, or whole blocks.
         if TILE < BLOCK_SIZE:
             o_block = (first + i * TILE) // BLOCK_SIZE + tl.zeros([UNITS], tl.int64)
         else:
@@ -63,13 +63,13 @@ def dequantize_4bit_kernel(
         scales += (load_absmax(absmax, nested, o_block, m_unit, NESTED_BLOCK_SIZE),)
     for i in tl.static_range(ITERS):
         b_weight = decode(levels, units[i], scales[i], out.dtype.element_ty, BYTES)
-        # The last byte may hold a single weight; words are whole.
+        # The last byte may hold a single weight; words are full.
         m_weight = (o_weight if BYTES == 1 else o_unit[:, None]) < left - i * TILE
         tl.store(p_weight + i * TILE, tl.reshape(b_weight, [UNITS, 2 * BYTES]), mask=m_weight)
 
 
 def heuristic(device: torch.device) -> Config:
-    """Chooses meta-parameters where nothing was measured: a word a thread, of which a warp of AMD's has 64."""
+    """Chooses meta-parameters without a measurement: one word per thread, where AMD's warps have 64 threads."""
     return {**CONFIGS["dequantize_4bit"], "UNITS": 256 if architecture(device) in ("gfx942", "hip") else 128}
 
 

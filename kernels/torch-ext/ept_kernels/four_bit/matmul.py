@@ -1,10 +1,10 @@
 """Triton kernel of a product with a 4-bit weight, `x·Wᵀ + bias`, for few tokens, and its launcher.
 
 It computes `outᵀ = W·xᵀ`: the decoded weights are the left operand, which matrix units take from registers, and the
-tokens are its narrow side. Columns are taken in the order of the nibbles of a word (the first weights of all words of a
-tile, then the second ones, …), in W and in x alike, so that a thread keeps what it has decoded. Weights are rounded to
-x's type, as dequantised ones are; products are added up in float32 and rounded once. Too few tiles to fill a GPU are
-split along the sum; a second launch adds the splits' partial sums in a fixed order.
+tokens are the narrow side. Columns of both W and x are taken in the order of the nibbles of a word (the first weights
+of all words of a tile, then the second ones, …), so that a thread keeps the weights it has decoded. Weights are rounded
+to x's type, like dequantised ones; products are accumulated in float32 and rounded once. If there are too few tiles to
+fill a GPU, the sum is split; a second launch adds the splits' partial sums in a fixed order.
 """
 
 import torch
@@ -17,14 +17,14 @@ from ..launch import Config, Kinds, Prepared, Size
 from .decode import WEIGHTS, levels_of_tile, load_tile, split_8
 from .weight import Weight
 
-# BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. With SPLITS added: of the sum, at most.
+# BLOCK_M tokens, BLOCK_N rows and BLOCK_K columns of the weight in a tile. SPLITS, added below: most parts of the sum.
 _PRODUCT = {"BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1}
-TILES = (16, 32, 64)  # BLOCK_M; more tokens take several
+TILES = (16, 32, 64)  # BLOCK_M; more tokens take several tiles
 CONFIGS: dict[str, Config] = {
     **{f"matmul_4bit/{tile}": {"BLOCK_M": tile, **_PRODUCT} for tile in TILES},
     "matmul_4bit_reduce": {"BLOCK_E": 1024, "num_warps": 4, "num_stages": 1},
 }
-# Programs that splitting is to bring about: several for each multiprocessor of a large GPU.
+# Number of programs to reach by splitting: several for each multiprocessor of a large GPU.
 PROGRAMS = 512
 
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -32,7 +32,7 @@ TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bflo
 
 @triton.jit
 def _load_x(x, o_m, start, tokens, last, stride_x_m, stride_x_k, BLOCK_K: tl.constexpr):
-    """Loads `x`'s rows `o_m`, columns from `start` on: `[BLOCK_M, BLOCK_K]`, zero from `tokens` and `last` on."""
+    """Loads rows `o_m` of `x`, columns from `start` on: `[BLOCK_M, BLOCK_K]`, zero from `tokens` and `last` on."""
     o_k = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_K)
     mask = (o_m < tokens)[:, None] & (o_k < last)[None, :]
     return tl.load(x + o_m[:, None] * stride_x_m + o_k[None, :] * stride_x_k, mask=mask, other=0.0)
@@ -41,7 +41,7 @@ def _load_x(x, o_m, start, tokens, last, stride_x_m, stride_x_k, BLOCK_K: tl.con
 @triton.jit(do_not_specialize=["tokens", "tiles"])
 def matmul_4bit_kernel(
     packed,  # [rows·columns / 2] bytes
-    absmax,  # [blocks] float32, or uint8 where nested
+    absmax,  # [blocks] float32, or uint8 if nested
     nested_absmax,  # [ceil(blocks / NESTED_BLOCK_SIZE)] float32, or None
     nested_code,  # [256] float32, or None
     nested_offset,  # [1] float32, or None
@@ -53,7 +53,7 @@ def matmul_4bit_kernel(
     tokens,
     rows,
     columns,
-    tiles,  # of columns, in a split
+    tiles,  # of columns, per split
     # Strides
     stride_x_m,
     stride_x_k,
@@ -65,7 +65,7 @@ def matmul_4bit_kernel(
     BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """Computes one tile of `outᵀ` over one split of the columns; the next tiles are loaded while one is multiplied."""
+    """Computes one tile of `outᵀ` over one split of the columns, loading the next tiles while one is multiplied."""
     nested = (nested_absmax, nested_code, nested_offset)
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     i_split = tl.program_id(1)
@@ -124,7 +124,7 @@ def matmul_4bit_reduce_kernel(
 
 
 def fused_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Computes `x·Wᵀ + bias` of `x` `[tokens, columns]` in its type, in one launch or, with splits, in two."""
+    """Computes `x·Wᵀ + bias` for `x` `[tokens, columns]` in its type, in one launch or, with splits, in two."""
     product, total, splits = _prepared(launch.kinds(*weight[:5], x, bias), weight[6:], x.stride())
     out = x.new_empty(x.shape[0], weight.rows)
     with launch.on_device(x):
@@ -139,10 +139,10 @@ def fused_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 @launch.cached_choice
 def _prepared(kinds: Kinds, sizes: tuple[int, ...], strides: Size) -> tuple[Prepared, Prepared | None, int]:
-    """Prepares the product, in the smallest tile that holds the tokens or the largest there is, and its splits' sum."""
+    """Prepares the product, in the smallest tile that holds the tokens (or the largest), and the sum of its splits."""
     block_size, nested_block_size, rows, columns = sizes
     _, (*_, dtype, _), device, (*_, (tokens, _), _) = kinds
-    # In tensor memory each of the eight products of a step has columns of its own: eight times 64 are all there are.
+    # In tensor memory each of the eight products of a step has its own columns: eight times 64 is all there is.
     tiles = TILES[:-1] if launch.has_tensor_memory(device) else TILES
     tile = next((size for size in tiles if tokens <= size), tiles[-1])
     name = f"matmul_4bit/{tile}"
@@ -155,8 +155,8 @@ def _prepared(kinds: Kinds, sizes: tuple[int, ...], strides: Size) -> tuple[Prep
         "BLOCK_SIZE": block_size,
         "NESTED_BLOCK_SIZE": nested_block_size,
         "OPERAND": TRITON_TYPES[operand_type(dtype, device)],
-        "enable_fp_fusion": False,  # so that nested absmax is rounded as in a dequantisation
-        **launch.all_registers(device),  # the assembler otherwise spills a few on sm_80
+        "enable_fp_fusion": False,  # nested absmax is rounded as in a dequantisation
+        **launch.all_registers(device),  # otherwise the assembler spills a few on sm_80
     }
     grid = (triton.cdiv(rows, config["BLOCK_N"]), splits, triton.cdiv(tokens, config["BLOCK_M"]))
     product = Prepared(matmul_4bit_kernel, grid, (tokens, rows, columns, tiles_a_split, *strides), options, kinds)
@@ -168,14 +168,14 @@ def _prepared(kinds: Kinds, sizes: tuple[int, ...], strides: Size) -> tuple[Prep
 
 
 def heuristic(kernel: str, rows: int, columns: int) -> Config:
-    """Chooses meta-parameters of `kernel`, such as `"matmul_4bit/16"`, where nothing was measured."""
+    """Chooses meta-parameters of `kernel`, such as `"matmul_4bit/16"`, without a measurement."""
     config = dict(CONFIGS[kernel])
     wanted = PROGRAMS // triton.cdiv(rows, config["BLOCK_N"])
-    # Partial sums, written and read, are to be no more bytes than the packed weight; a split has four tiles or more.
+    # Partial sums, written and read, should not exceed the packed weight's bytes; a split has at least four tiles.
     affordable = columns // (16 * config["BLOCK_M"])
     return {**config, "SPLITS": max(1, min(wanted, affordable, columns // (4 * config["BLOCK_K"])))}
 
 
 def operand_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Says what `dtype` tokens are multiplied in: under the interpreter float32, it has no 16-bit products."""
+    """Returns the type in which `dtype` tokens are multiplied: float32 in the interpreter, without 16-bit products."""
     return torch.float32 if launch.architecture(device) == "cpu" else dtype

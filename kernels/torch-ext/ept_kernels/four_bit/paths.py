@@ -1,13 +1,13 @@
-"""Launchers of the products with a 4-bit weight, and the choice of path, measured for each device, tokens and shape.
+"""Launchers of the products with a 4-bit weight, and the choice of path, measured per device, tokens and shape.
 
 * `FUSED`: the kernel in `matmul.py`, which decodes the weight as it multiplies. For few tokens.
-* `BITSANDBYTES`: its `gemm_4bit`, by its own choice of kernel. For very few tokens, and where it is the fastest.
+* `BITSANDBYTES`: its `gemm_4bit`, which chooses its own kernel. For very few tokens, and wherever it is fastest.
 * `LIBRARY`: one launch that dequantises into a fresh tensor, and the library's product. For many tokens, blocks that
-  straddle rows, and weights at an odd address. A buffer kept for the weight would have to know of streams and CUDA
-  graphs; PyTorch's allocator does, and hands the same memory out again.
+  straddle rows, and weights at an unaligned address. A buffer kept for the weight would have to handle streams and CUDA
+  graphs; PyTorch's allocator does, and reuses the same memory.
 
-float32 tokens are never fused on a GPU: in pieces of bfloat16 neither they nor the weights fit into registers. Nor is
-the input gradient: in training a product has as many rows as a batch has tokens.
+float32 tokens never take the fused path on a GPU: split into bfloat16 pieces, neither they nor the weights fit into
+registers. Nor does the input gradient: in training a product has as many rows as a batch has tokens.
 
 The measured choice is `{"PATH": number}` by tokens, rows and columns, under `matmul_4bit.path/…-bit` in `configs/`.
 """
@@ -28,19 +28,19 @@ from .weight import Weight
 LIBRARY, FUSED, BITSANDBYTES = 0, 1, 2
 
 # Numbers of tokens at which paths are measured: ends of the fused kernel's tiles, and where bitsandbytes changes its
-# own. A number in between takes the path of the next larger one; beyond the last, the path is always LIBRARY.
+# kernel. A number in between takes the path of the next larger one; beyond the last, the path is always LIBRARY.
 COUNTS = (1, 4, 5, 7, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 1024, 1536)
-# Where nothing was measured: bitsandbytes' own product for so many tokens, for which a launch from Python costs more
-# than the product, in float32 for as many as it has a fused kernel for; then the fused kernel up to its largest tile.
-THEIRS_UP_TO = {2: 4, 4: 7}  # by bytes of a token's numbers
+# Without a measurement: bitsandbytes' product up to this many tokens, for which launching from Python costs more than
+# the product (in float32, as many as it has a fused kernel for); then the fused kernel up to its largest tile.
+THEIRS_UP_TO = {2: 4, 4: 7}  # by bytes per element of the tokens
 FUSED_UP_TO = TILES[-1]
 
 _THEIR_NESTED_BLOCK_SIZE = 256
-_THEIR_MAX_WEIGHTS = 2**31 - 1  # they count in 32 bits
+_THEIR_MAX_WEIGHTS = 2**31 - 1  # it counts in 32 bits
 
 
 def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
-    """Computes `ept_kernels.matmul_4bit_reference` of a weight's tensors, its bias and sizes, by the chosen path."""
+    """Computes `ept_kernels.matmul_4bit_reference` from a weight's tensors, the bias and sizes, by the chosen path."""
     weight, bias = Weight(*arguments[:5], *arguments[6:]), arguments[5]
     x, shape = x.detach(), (*x.shape[:-1], weight.rows)
     flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
@@ -50,7 +50,7 @@ def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
         return fused_product(flat, weight, bias).view(shape)
     if path == BITSANDBYTES:
         return bitsandbytes_product(flat, weight, bias).view(shape)
-    # Results go to a given tensor: that leaves autocast out, which would change the type.
+    # Results go to a given tensor, which bypasses autocast; that would change the type.
     out = x.new_empty(flat.shape[0], weight.rows)
     W = dequantize_4bit(*weight, x.dtype)
     if bias is None:
@@ -61,7 +61,7 @@ def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
-    """Computes `ept_kernels.matmul_4bit_backward_reference` of a weight's tensors and sizes."""
+    """Computes `ept_kernels.matmul_4bit_backward_reference` from a weight's tensors and sizes."""
     weight, grad = Weight(*arguments), grad_output.detach()
     flat = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)  # [tokens, rows]
     out = grad.new_empty(flat.shape[0], weight.columns)
@@ -88,31 +88,31 @@ def path_of(weight: Weight, tokens: int, dtype: torch.dtype) -> int:
 
 
 def has_fused(dtype: torch.dtype, device: torch.device) -> bool:
-    """Tells whether there is a fused kernel for tokens of `dtype`."""
+    """Checks whether there is a fused kernel for tokens of `dtype`."""
     return dtype.itemsize == 2 or architecture(device) == "cpu"
 
 
 @cached_choice
 def chosen_path(count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Chooses the measured path for `count` tokens, one of `COUNTS`, or `heuristic_path`'s."""
+    """Returns the measured path for `count` tokens, one of `COUNTS`, or `heuristic_path`'s."""
     default = {"PATH": heuristic_path(count, dtype, device)}
     return config_for(key("matmul_4bit.path", dtype), (count, rows, columns), device, default, exact=1)["PATH"]
 
 
 def heuristic_path(count: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Chooses the path where nothing was measured."""
+    """Chooses the path without a measurement."""
     if architecture(device) != "cpu" and count <= THEIRS_UP_TO.get(dtype.itemsize, 0):
         return BITSANDBYTES
     return FUSED if has_fused(dtype, device) and count <= FUSED_UP_TO else LIBRARY
 
 
 def has_bitsandbytes() -> bool:
-    """Returns whether bitsandbytes is loaded, as it is if one of its weights is in use, and has the product."""
+    """Checks whether bitsandbytes is loaded, as it is if one of its weights is in use, and has the product."""
     return "bitsandbytes" in sys.modules and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
 def bitsandbytes_product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """Computes `x·Wᵀ + bias` by bitsandbytes, `[tokens, rows]`."""
+    """Computes `x·Wᵀ + bias` with bitsandbytes, `[tokens, rows]`."""
     product: Any = torch.ops.bitsandbytes.gemm_4bit.default
     bias = None if bias is None else bias.to(x.dtype)
     packed, shape = weight.packed.view(-1, 1), (weight.rows, weight.columns)

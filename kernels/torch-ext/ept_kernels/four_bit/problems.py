@@ -20,8 +20,10 @@ class FourBit(Problem):
     The bytes are drawn, not quantised: every level occurs, and no quantiser is needed.
 
     Attributes:
-        dtype: of tokens and results. bias: its type; None: there is none.
-        strided: of the tokens. shift: bytes by which the packed weight is off a whole word's address.
+        dtype: of tokens and results.
+        bias: its type; None: there is none.
+        strided: of the tokens.
+        shift: bytes by which the packed weight is off a word-aligned address.
     """
 
     rows: int
@@ -63,7 +65,7 @@ class FourBit(Problem):
         return FourBitWeight(packed, absmax, self.quant_type, self.block_size, self.rows, self.columns, *nested)
 
     def random(self, width: int, device: Device = "cpu", seed: int = 0) -> Tensor:
-        """Draws what the weight is multiplied with: `[*tokens, width]`."""
+        """Draws the tokens (or their gradient) that the weight is multiplied with: `[*tokens, width]`."""
         x = normal(torch.Generator(device).manual_seed(seed + 1), *self.tokens, width)
         return self.laid_out(x.to(self.dtype))[0]
 

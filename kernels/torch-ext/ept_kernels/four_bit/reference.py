@@ -21,7 +21,7 @@ def dequantize_parts(*arguments: Any) -> Tensor:
         assert weight.nested_code is not None
         assert weight.nested_offset is not None
         group = torch.arange(absmax.shape[0], device=absmax.device) // weight.nested_block_size  # [blocks]
-        absmax = weight.nested_code[absmax.int()] * weight.nested_absmax[group]  # rounded on its own, not by addcmul
+        absmax = weight.nested_code[absmax.int()] * weight.nested_absmax[group]  # rounded separately, not with addcmul
         absmax = absmax + weight.nested_offset
     scale = absmax.repeat_interleave(weight.block_size)[:elements]
     return (levels[nibbles.int()] * scale).to(dtype).view(weight.rows, weight.columns)
@@ -51,7 +51,7 @@ def matmul_parts(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def matmul_backward_parts(grad_output: Tensor, *arguments: Any) -> Tensor:
-    """Computes `matmul_4bit_backward_reference` from the operator's arguments, among them the parts of a weight."""
+    """Computes `matmul_4bit_backward_reference` from the operator's arguments, which include the parts of a weight."""
     dtype, weight = compute_dtype(grad_output), (*arguments, grad_output.dtype)
     return (grad_output.to(dtype) @ dequantize_parts(*weight).to(dtype)).to(grad_output.dtype)
 
@@ -103,7 +103,7 @@ def matmul_4bit_backward(grad_output: Tensor, weight: FourBitWeight) -> Tensor:
 
 
 def check_operands(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> None:
-    """Refuses what `matmul_4bit` cannot multiply, with a ValueError."""
+    """Raises ValueError for operands that `matmul_4bit` cannot multiply."""
     _check("x", x, weight.columns, weight)
     if bias is None:
         return

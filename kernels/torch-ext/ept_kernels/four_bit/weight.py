@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# bitsandbytes' tables in the order of the nibbles: every number is a float32 exactly.
+# bitsandbytes' tables in the order of the nibbles; every number is an exact float32.
 # fmt: off
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -24,10 +24,10 @@ NF4 = (
 )
 # fmt: on
 _FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
-FP4 = (*_FP4_MAGNITUDES, *(0.0 - level for level in _FP4_MAGNITUDES))  # nibble 8 is a zero without a sign
+FP4 = (*_FP4_MAGNITUDES, *(0.0 - level for level in _FP4_MAGNITUDES))  # nibble 8 is an unsigned zero
 LEVELS = {"nf4": NF4, "fp4": FP4}
 
-_TABLE_BYTES = 64  # levels lie at a multiple of that: the kernels put an offset into their address with one `or`
+_TABLE_BYTES = 64  # alignment, so that kernels can add an offset to the table's address with one `or`
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 STORAGE_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -138,11 +138,11 @@ class FourBitWeight:
             raise _unexpected("the packed weight", f"not contiguous (strides {data.stride()})", "contiguous")
         packed = data.view(-1).view(torch.uint8)
         needed = _ceil_div(rows * columns, 2)
-        if 0 < packed.shape[0] - needed < data.element_size():  # the last storage element has bytes to spare
+        if 0 < packed.shape[0] - needed < data.element_size():  # the last storage element has spare bytes
             packed = packed[:needed]
         built = cls(packed, state.absmax, state.quant_type, state.blocksize, rows, columns, *parts)
 
-        if check_code:  # bitsandbytes computes with the state's own table: another one means damage
+        if check_code:  # bitsandbytes computes with the state's own table, so another one means damage
             _check_tensor("code", state.code, torch.float32, 16)
             if not (state.code.is_meta or torch.compiler.is_compiling()):
                 code, expected = state.code.detach().cpu(), torch.tensor(LEVELS[built.quant_type])
@@ -157,23 +157,23 @@ class FourBitWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Lists the operators' tensor arguments, in order."""
+        """The operators' tensor arguments, in order."""
         return self.packed, self.absmax, self.nested_absmax, self.nested_code, self.nested_offset
 
     @property
     def sizes(self) -> tuple[str, int, int, int, int]:
-        """Lists the operators' other arguments, in order."""
+        """The operators' other arguments, in order."""
         return self.quant_type, self.block_size, self.nested_block_size, self.rows, self.columns
 
 
 @functools.cache
 def levels(quant_type: str, device: torch.device) -> Tensor:
-    """Puts the 16 levels of `quant_type` on `device` for the kernels, float32, once.
+    """Puts the 16 levels of `quant_type` on `device` for the kernels, in float32, once.
 
-    A table made while a CUDA graph is captured would lie in that graph's memory: it is to be made before.
+    A table made while a CUDA graph is captured would lie in that graph's memory, so it must be made earlier.
 
     Raises:
-        RuntimeError: the allocator's address is no multiple of 64.
+        RuntimeError: the allocator's address is not a multiple of 64.
     """
     table = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
     if table.data_ptr() % _TABLE_BYTES:
@@ -185,7 +185,7 @@ def levels(quant_type: str, device: torch.device) -> Tensor:
 
 
 class Weight(NamedTuple):
-    """Arguments of `dequantize_4bit` but for the type of its result."""
+    """Arguments of `dequantize_4bit`, except the type of its result."""
 
     packed: Tensor
     absmax: Tensor
@@ -199,7 +199,7 @@ class Weight(NamedTuple):
     columns: int
 
     def pointers(self) -> tuple[Tensor | None, ...]:
-        """Returns what every kernel takes first."""
+        """Returns the first arguments of every kernel."""
         return (*self[:5], levels(self.quant_type, self.packed.device))
 
 

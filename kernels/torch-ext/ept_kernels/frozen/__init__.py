@@ -1,1 +1,1 @@
-"""Element-wise work of a frozen model: RMSNorm, rotary embedding, activations; gradients for inputs only."""
+"""Element-wise work of a frozen model: RMSNorm, rotary embedding, activations; with gradients only for inputs."""

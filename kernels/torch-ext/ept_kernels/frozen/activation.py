@@ -1,4 +1,4 @@
-"""Triton kernels of activations, element by element: one launch each. Arguments as in `reference.py`."""
+"""Triton kernels of activations, element by element, one launch each. Arguments as in `reference.py`."""
 
 import triton
 import triton.language as tl
@@ -30,7 +30,7 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gated_activation_kernel(
-    gate,  # [elements], contiguous, as all are
+    gate,  # [elements]; all are contiguous
     up,
     out,
     elements,
@@ -47,7 +47,7 @@ def gated_activation_kernel(
 
 @triton.jit
 def gated_activation_backward_kernel(
-    grad_output,  # [elements], contiguous, as all are
+    grad_output,  # [elements]; all are contiguous
     gate,
     up,
     grad_gate,
@@ -68,7 +68,7 @@ def gated_activation_backward_kernel(
 
 @triton.jit
 def relu_kernel(
-    x,  # [elements], contiguous, as all are
+    x,  # [elements]; all are contiguous
     out,
     passes,  # [⌈elements / 8⌉] uint8
     elements,
@@ -86,7 +86,7 @@ def relu_kernel(
 
 @triton.jit
 def relu_backward_kernel(
-    grad_output,  # [elements], contiguous, as all are
+    grad_output,  # [elements]; all are contiguous
     passes,  # [⌈elements / 8⌉] uint8
     out,
     elements,

@@ -23,8 +23,8 @@ from .reference import (
 )
 from .rotary import rotary_kernel
 
-# Meta-parameters by kernel, used where nothing was measured. TILE: elements that a program takes at least, of whole
-# rows. BLOCK_H: heads that a program takes.
+# Meta-parameters by kernel, used without a measurement. TILE: minimum elements of a program, in whole rows.
+# BLOCK_H: heads of a program.
 CONFIGS: dict[str, Config] = {
     "rms_norm": {"TILE": 2048, "num_warps": 4, "num_stages": 1},
     "rms_norm_backward": {"TILE": 2048, "num_warps": 4, "num_stages": 1},
@@ -40,7 +40,7 @@ FLAT = {
     "relu": relu_kernel,
     "relu_backward": relu_backward_kernel,
 }
-ROW_OF_FEW_WARPS = 2048  # columns of a row that `num_warps` share; twice as many warps for each doubling
+ROW_OF_FEW_WARPS = 2048  # columns of a row that `num_warps` share; the number of warps doubles with each doubling
 MAX_WIDTH = 2**14  # of a row that a program holds at once; a wider one spills in the backward
 
 
@@ -94,7 +94,7 @@ def _rms_norm_backward(kinds: Kinds, form: str) -> Prepared:
 
 
 def _rows(kernel: str, shape: Size, dtype: torch.dtype, device: torch.device) -> tuple[Size, Size, dict[str, Any]]:
-    """Chooses how many rows a program takes."""
+    """Chooses the number of rows per program."""
     *lead, d = shape
     config = dict(_chosen(kernel, d, dtype, device))
     width, rows = triton.next_power_of_2(max(d, 1)), math.prod(lead)
@@ -193,10 +193,10 @@ def _chosen(kernel: str, size: int, dtype: torch.dtype, device: torch.device) ->
 
 
 def heuristic(kernel: str, size: int, device: torch.device) -> Config:
-    """Chooses meta-parameters of `kernel` where nothing was measured; `size` is the width of a norm's rows."""
+    """Chooses meta-parameters of `kernel` without a measurement; `size` is the width of a norm's rows."""
     config = dict(CONFIGS[kernel])
     if "TILE" in config:
-        # A program has at most 1,024 threads, of which a warp has 64 on AMD's GPUs.
+        # A program has at most 1,024 threads; AMD's warps have 64.
         most = 16 if launch.architecture(device) in ("gfx942", "hip") else 32
         config["num_warps"] = min(most, config["num_warps"] * max(1, launch.padded(size) // ROW_OF_FEW_WARPS))
     return config

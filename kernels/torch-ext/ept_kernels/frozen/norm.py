@@ -1,6 +1,6 @@
-"""Triton kernels of RMSNorm with the residual's addition inside, and of its input gradient: one launch each.
+"""Triton kernels of RMSNorm, including the addition of the residual, and of its input gradient: one launch each.
 
-A program takes whole rows, so that a row is read once. Letters and arguments as in `reference.py`.
+A program handles whole rows, so that a row is read once. Letters and arguments as in `reference.py`.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile(rows, d, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Returns this program's rows `[BLOCK_ROWS]`, their elements' addresses and which of them exist."""
+    """Returns this program's rows `[BLOCK_ROWS]`, the addresses of their elements, and which of these exist."""
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     o_d = tl.arange(0, BLOCK_D)
     mask = (o_row < rows)[:, None] & (o_d < d)[None, :]
@@ -18,7 +18,7 @@ def _tile(rows, d, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _scale(weight, d, OFFSET: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Loads what the normalised rows are multiplied with: `[1, BLOCK_D]` float32."""
+    """Loads the factors of the normalised rows: `[1, BLOCK_D]` float32."""
     o_d = tl.arange(0, BLOCK_D)
     return OFFSET + tl.load(weight + o_d, mask=o_d < d, other=0.0).to(tl.float32)[None, :]
 
@@ -29,7 +29,7 @@ def rms_norm_kernel(
     residual,  # [rows, d], contiguous, or None
     weight,  # [d], contiguous
     out,  # [rows, d], contiguous
-    total,  # [rows, d], contiguous; not written without a residual
+    total,  # [rows, d], contiguous; written only with a residual
     rstd,  # [rows] float32
     eps,
     # Shape
@@ -47,7 +47,7 @@ def rms_norm_kernel(
         b_h += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         b_total = b_h.to(total.dtype.element_ty)
         tl.store(total + at, b_total, mask=mask)
-        b_h = b_total.to(tl.float32)  # what the model normalises is the rounded sum
+        b_h = b_total.to(tl.float32)  # the model normalises the rounded sum
     b_rstd = tl.rsqrt(tl.sum(b_h * b_h, axis=1) / d + eps)
     tl.store(rstd + o_row, b_rstd, mask=o_row < rows)
     b_out = b_h * b_rstd[:, None]

@@ -1,4 +1,4 @@
-"""Calls of the frozen model's element-wise operators, and those that every kernel of theirs is compiled by."""
+"""Calls of the frozen model's element-wise operators, and those with which all of their kernels are compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class RMSNorm(Problem):
     """Rows of a frozen norm.
 
     Attributes:
-        weight: its dtype; None: that of the rows. residual: whether one is added, or, backward, a gradient of it.
+        weight: its dtype; None: that of the rows.
+        residual: whether one is added, or in the backward whether it has a gradient.
     """
 
     rows: int = 5
@@ -32,7 +33,7 @@ class RMSNorm(Problem):
         return replace(self, rows=min(self.rows, 64))
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Allows three roundings: of the sum, of the normalised rows, and of these times the weight."""
+        """Allows three roundings: of the sum, of the normalised rows, and of their product with the weight."""
         return 3 * super().tolerance(dtype)
 
     def inputs(self, device: Device = "cpu", seed: int = 0) -> tuple[Any, ...]:
@@ -99,7 +100,7 @@ class Activation(Problem):
 
 
 def frozen_problems() -> list[Problem]:
-    """Lists the frozen model's element-wise kernels in each form that a compiler makes something else of."""
+    """Lists the frozen model's element-wise kernels in each form that compiles differently."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     norms = [
         RMSNorm(64, 4096, dtype=bf16, residual=True),

@@ -1,6 +1,6 @@
-"""Triton kernel of the rotary position embedding, queries and keys in one launch; its backward is the same kernel.
+"""Triton kernel of the rotary position embedding, queries and keys in one launch; the backward uses the same kernel.
 
-A program takes one token and a block of heads of the queries or of the keys. Arguments as in `reference.py`.
+A program handles one token and a block of heads of either queries or keys. Arguments as in `reference.py`.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def _load_pairs(x, m_x, HALF: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Loads the first and the second columns of the pairs in float32, for the rows at `x` that `m_x` allows."""
+    """Loads the first and second columns of the pairs in float32, for the rows at `x` selected by `m_x`."""
     if INTERLEAVED:  # neighbours, in one wide load
         o_c = tl.arange(0, 2 * BLOCK_C)[None, :]
         b_x = tl.load(x + o_c, mask=m_x & (o_c < 2 * HALF), other=0.0)
@@ -29,7 +29,7 @@ def _rotate(
     heads,
     width,
     x_h,
-    b_cos,  # of the first and of the second columns of the pairs: [1, BLOCK_C] each
+    b_cos,  # for the first and for the second columns of the pairs: [1, BLOCK_C] each
     b_sin,
     HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -37,19 +37,19 @@ def _rotate(
     BLOCK_C: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Rotates a block of heads, and copies their columns beyond the pairs."""
+    """Rotates a block of heads, and copies their unrotated columns."""
     o_h = block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     m_h = o_h < heads
     x, out = x + o_h.to(tl.int64) * x_h, out + o_h * width  # [BLOCK_H, 1]
     b_a, b_b = _load_pairs(x, m_h, HALF, BLOCK_C, INTERLEAVED)
     b_first = (b_a * b_cos[0] - b_b * b_sin[0]).to(out.dtype.element_ty)
-    # `fma`, since in a plain sum the compiler fuses the one product or the other, depending on the layout.
+    # `fma`, because in a plain sum the compiler fuses one product or the other, depending on the layout.
     if INTERLEAVED:
         b_second = tl.fma(b_a, b_sin[1], b_b * b_cos[1]).to(out.dtype.element_ty)
         o_c = tl.arange(0, 2 * BLOCK_C)[None, :]
         b_out = tl.reshape(tl.join(b_first, b_second), [BLOCK_H, 2 * BLOCK_C])
         tl.store(out + o_c, b_out, mask=m_h & (o_c < 2 * HALF))
-    else:  # the second half is computed behind the first one's store, in fewer registers
+    else:  # the second half is computed after the first is stored, which takes fewer registers
         o_c = tl.arange(0, BLOCK_C)[None, :]
         mask = m_h & (o_c < HALF)
         tl.store(out + o_c, b_first, mask=mask)
@@ -85,7 +85,7 @@ def rotary_kernel(
     SHARED: tl.constexpr,  # all texts have the same angles
     INTERLEAVED: tl.constexpr,
     BACKWARD: tl.constexpr,
-    HALF: tl.constexpr,  # of the columns that are rotated
+    HALF: tl.constexpr,  # rotated columns
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,  # at least HALF
     BLOCK_REST: tl.constexpr,  # at least the number of unrotated columns; 0: there are none

@@ -1,7 +1,7 @@
-"""Triton kernel of the joint prompt that writes what is as wide as d: the prompt, or the gradients but `A`'s and β's.
+"""Triton kernel of the joint prompt that writes the results of width d: the prompt, or all gradients but `A`'s and β's.
 
-A program owns a tile of rows and of columns of one result, which is a sum of products of `mix` and `sides` with rows
-of the parameters, or of their transposes with rows of p and of the incoming gradient.
+A program owns a tile of rows and columns of one result, which is a sum of products: of `mix` and `sides` with rows of
+the parameters, or of their transposes with rows of p and of the incoming gradient.
 """
 
 import triton
@@ -25,7 +25,7 @@ def joint_prompt_expand_kernel(
     G,  # [d, K]
     workspace,
     out,  # [s, d]: the joint prompt, or the gradient of p
-    grad_B,  # None in the forward, as are the following
+    grad_B,  # this and the following: None in the forward
     grad_W_q,
     grad_W_k,
     grad_D,
@@ -49,7 +49,7 @@ def joint_prompt_expand_kernel(
     BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes one tile of one result, whose rows are those of the columns of `mix` and `sides`: p, B, W_qᵀ, …"""
+    """Writes one tile of one result; the rows of the results are the columns of `mix` and `sides`: p, B, W_qᵀ, …"""
     i = tl.program_id(1) * TILE
     o_i = i + tl.arange(0, TILE)
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -58,7 +58,7 @@ def joint_prompt_expand_kernel(
     sides, sides_T, mix_T = (w.sides, w.width, 1), (w.sides, 1, w.width), (w.mix, 1, w.width)
     b_out = tl.zeros([TILE, BLOCK_D], tl.float32)
     if not BACKWARD:
-        if FUSION:  # ω·[c·A·B; p]: there are weights, but neither columns of p nor of B in `mix`
+        if FUSION:  # ω·[c·A·B; p] from the weights, as the forward's `mix` has no columns of p and B
             o_t = tl.arange(0, TILE)
             b_attended = tl.zeros([TILE, BLOCK_D], tl.float32)
             for j in range(0, r, TILE):
@@ -85,7 +85,7 @@ def joint_prompt_expand_kernel(
         of_spaces = (w.sides + w.at_D, w.width, 1)
         b_out = add_product(b_out, of_spaces, o_i, (D, 1, columns, columns, d), o_d, columns, PRECISION)
         b_out = add_product(b_out, (w.sides + w.at_G, w.width, 1), o_i, (G, 1, K, K, d), o_d, K, PRECISION)
-        # Normalisation takes out what lies along p: the products with their gradients, added up.
+        # Normalisation removes the component along p: the sum of the products times their gradients.
         b_along = tl.zeros([TILE], tl.float32)
         for first in range(w.at_q if MAPS or not FUSION else 0, w.at_U, TILE):
             o_j = first + tl.arange(0, TILE)
@@ -99,7 +99,7 @@ def joint_prompt_expand_kernel(
     elif i < w.at_q:
         o_r, A_T, normed = o_i - w.at_B, (A, 1, r, r, m), (w.normed, w.at_q - w.at_B, 1)
         b_out = add_product(b_out, mix_T, o_i, g, o_d, s, PRECISION)
-        # By the gradient of B·Bᵀ; then by that of B·W_k.
+        # First the gradient through B·Bᵀ, then through B·W_k.
         b_out = add_products(b_out, A_T, o_r, normed, m, (B, d, 1, r, d), o_d, r, PRECISION)
         if MAPS:
             queries = (w.products + w.at_q, w.width, 1)
@@ -117,7 +117,7 @@ def joint_prompt_expand_kernel(
             store((grad_W_q, 1, a, a, d), b_out, o_i - w.at_q, o_d)
         else:
             o_a = o_i - w.at_k
-            # By the gradient of B·W_k, transposed.
+            # Gradient through B·W_k, transposed.
             queries_T, to_B = (w.products + w.at_q, 1, w.width), (w.sides + w.at_B, w.width, 1)
             b_out = add_products(b_out, queries_T, o_a, to_B, s, (B, d, 1, r, d), o_d, r, PRECISION)
             store((grad_W_k, 1, a, a, d), b_out, o_a, o_d)

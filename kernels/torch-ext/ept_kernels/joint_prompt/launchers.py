@@ -1,6 +1,6 @@
-"""Launchers of the joint prompt and its backward: at most four launches and five, no atomics, sums in a fixed order.
+"""Launchers of the joint prompt and its backward: at most four and five launches, no atomics, sums in a fixed order.
 
-All sizes but d and the number of gates are run-time arguments: one compiled kernel serves all lengths and ranks.
+All sizes except d and the number of gates are run-time arguments: one compiled kernel serves all lengths and ranks.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from .reference import SHAPES, joint_prompt_backward_reference, joint_prompt_ref
 from .scores import joint_prompt_rows_kernel, joint_prompt_sides_kernel
 from .tiles import UNIT, layout
 
-# Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs of products are wanted, which
-# decides the number of parts.
+# Meta-parameters by kernel, used without a measurement. PROGRAMS: wanted number of programs of products, which
+# determines the number of parts.
 CONFIGS: dict[str, launch.Config] = {
     "joint_prompt_products": {"BLOCK_K": 32, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
     "joint_prompt_sum": {"num_warps": 4, "num_stages": 1},
@@ -27,11 +27,11 @@ CONFIGS: dict[str, launch.Config] = {
     "joint_prompt_sides": {"BLOCK_S": 16, "num_warps": 8, "num_stages": 1},
     "joint_prompt_expand": {"BLOCK_D": 64, "num_warps": 8, "num_stages": 1},
 }
-MAX_GATES = 128  # that a program holds at once; with more it spills, or has too little memory
+MAX_GATES = 128  # that a program holds at once; with more it spills, or runs out of memory
 
 
 def joint_prompt(*arguments: Any) -> Tensor:
-    """Computes `ept_kernels.joint_prompt_reference` in four launches, in none without fusion and spaces."""
+    """Computes `ept_kernels.joint_prompt_reference` in four launches, or none without fusion and spaces."""
     if arguments[8].shape[-1] > MAX_GATES:
         return joint_prompt_reference(*arguments)
     prompt, _, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
@@ -43,7 +43,7 @@ def joint_prompt(*arguments: Any) -> Tensor:
 
 
 def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Computes `ept_kernels.joint_prompt_backward_reference` in five launches, four without fusion."""
+    """Computes `ept_kernels.joint_prompt_backward_reference` in five launches, or four without fusion."""
     if arguments[8].shape[-1] > MAX_GATES:
         return joint_prompt_backward_reference(grad_output, *arguments)
     prompt, A, _, beta, _, _, D, *_ = parameters = [x.contiguous() for x in arguments[:9]]
@@ -59,12 +59,12 @@ def joint_prompt_backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor,
 
 
 def _run(tensors: tuple[Tensor, ...], options: tuple[Any, ...], results: Sequence[Tensor | None]) -> None:
-    """Launches what writes `results`: the joint prompt and eight times None, or the gradients.
+    """Launches the kernels that write `results`: the joint prompt and eight times None, or the gradients.
 
-    `tensors`: the parameters and the incoming gradient, all contiguous; in the forward the prompt in its place.
+    `tensors`: the parameters and the incoming gradient (in the forward the prompt instead), all contiguous.
     """
-    kinds = launch.kinds(*tensors)  # the results have the parameters' types, and addresses of their own
-    if kinds[1].count(kinds[1][0]) < 10:  # a program chooses among tensors: they have to be of one type
+    kinds = launch.kinds(*tensors)  # the results have the parameters' types, and fresh addresses
+    if kinds[1].count(kinds[1][0]) < 10:  # a program chooses among tensors, which must have the same type
         tensors = tuple([x.float() for x in tensors])
     prompt, A, B, beta, W_q, W_k, D, U, G, grad_output = tensors
     out, grad_A, grad_B, grad_beta, *gradients = results
@@ -86,7 +86,7 @@ def _run(tensors: tuple[Tensor, ...], options: tuple[Any, ...], results: Sequenc
 
 @launch.cached_choice
 def _prepared(kinds: launch.Kinds, options: tuple[Any, ...], is_backward: bool) -> tuple[int, list[launch.Prepared]]:
-    """Counts the workspace's elements and prepares the launches, that of the sides without programs if not needed."""
+    """Counts the workspace's elements and prepares the launches; that of the sides has no programs if not needed."""
     check_shapes(SHAPES, **{entry.split()[0]: shape for entry, shape in zip(SHAPES.split(", "), kinds[3])})
     device, ((s, d), (m, r), _, (fusion,), (_, a), _, (_, columns), _, (_, K), _) = kinds[2:]
     whole = f"D {d} {columns // max(K, 1) * max(K, 1)}, beta {min(fusion, 1)}"
@@ -132,8 +132,8 @@ def _prepared(kinds: launch.Kinds, options: tuple[Any, ...], is_backward: bool) 
 
 
 def heuristic(kernel: str, device: torch.device) -> launch.Config:
-    """Chooses meta-parameters of `kernel` where nothing was measured."""
+    """Chooses meta-parameters of `kernel` without a measurement."""
     config = dict(CONFIGS[kernel])
     if launch.architecture(device) in ("gfx942", "hip"):
-        config["num_warps"] = 4  # twice as many threads in a warp
+        config["num_warps"] = 4  # a warp has twice as many threads
     return config

@@ -51,5 +51,5 @@ class JointPrompt(Problem):
         return self.laid_out(grad.to(self.dtype))[0]
 
     def tolerance(self, dtype: torch.dtype) -> float:
-        """Allows ten times as much in float32: gradients' summands cancel, and a wrong kernel is off by far more."""
+        """Allows ten times as much in float32: summands of gradients cancel, and a wrong kernel is off by far more."""
         return max(super().tolerance(dtype), 1e-4)

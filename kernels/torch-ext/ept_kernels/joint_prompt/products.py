@@ -1,8 +1,8 @@
-"""Triton kernels of the joint prompt's inner products: everything that has to be reduced over the width d.
+"""Triton kernels of the joint prompt's inner products: everything that is reduced over the width d.
 
 The rows `[p; B; g]` are multiplied with `[p; B; W_qᵀ; W_kᵀ; Dᵀ; Gᵀ; U]` (`g` and `U` belong to the backward). The width
 is split into parts, to fill a GPU; a second launch adds them up in order, which gives the same bits on every run, and
-takes the norms of the rows of C.
+computes the norms of the rows of C.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .tiles import EPS, INVERSE_RMS, TILE, add_product, dot, layout, load, store
 
 @triton.jit
 def _is_needed(w, row, column):
-    """Tells whether anything reads the tile at `row`, `column` of the products."""
+    """Checks whether anything reads the tile at `row`, `column` of the products."""
     of_p, of_g, to_U = row < w.at_B, row >= w.at_q, column >= w.at_U
     to_B = (column >= w.at_B) & (column < w.at_q)
     to_k = (column >= w.at_k) & (column < w.at_D)
@@ -39,7 +39,7 @@ def joint_prompt_products_kernel(
     columns,  # K·h
     K,
     d,
-    depth,  # columns of d in a part
+    depth,  # columns of d per part
     # Meta-parameters
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -48,7 +48,7 @@ def joint_prompt_products_kernel(
     column, row, i_part = tl.program_id(0) * TILE, tl.program_id(1) * TILE, tl.program_id(2)
     w = layout(workspace, s, m, r, a, columns, K)
     if _is_needed(w, row, column):
-        # Chosen by `where`, not by branches: Triton 3.6 cannot compile a pointer that leaves a branch for AMD GPUs.
+        # `where` instead of branches: Triton 3.6 cannot compile a pointer that leaves a branch for AMD GPUs.
         of_B, of_g = (row >= w.at_B) & (row < w.at_q), row >= w.at_q
         x = (tl.where(of_g, grad_output, tl.where(of_B, B, prompt)), d, 1, tl.where(of_B, r, s), d)
         o_i = row - tl.where(of_g, w.at_q, tl.where(of_B, w.at_B, 0)) + tl.arange(0, TILE)
@@ -97,13 +97,13 @@ def joint_prompt_sum_kernel(
     K,
     d,
     parts,
-    across,  # tiles of products side by side, and all of them
+    across,  # tiles of products in a row, and in total
     tiles,
     # Meta-parameters
     MAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds up the parts of one tile, or takes the norms of a tile of the rows of C, `c²·A·(B·Bᵀ)·Aᵀ/d` of each.
+    """Adds up the parts of one tile, or computes the norms of a tile of the rows of C, `c²·A·(B·Bᵀ)·Aᵀ/d` for each.
 
     With maps, the products of p's rows with those of p and B become those of queries and keys: `(p·W_q)·(p·W_k)ᵀ` and
     `(p·W_q)·(B·W_k)ᵀ`.
@@ -121,7 +121,7 @@ def joint_prompt_sum_kernel(
                 b_gram = _add_parts(w, w.at_B + k, w.at_B + j, parts)
                 b_C += dot(load((A, r, 1, m, r), o_m, k + o_t), b_gram, PRECISION)
             b_square += tl.sum(b_C * load((A, r, 1, m, r), o_m, j + o_t), 1)
-        # Terms cancel where B's rows do, and rounding may leave less than nothing; NaN stays.
+        # If B's rows cancel, terms do too, and rounding may leave less than zero; NaN stays.
         b_square = tl.where(b_square < 0, 0.0, b_square)
         tl.store(w.norms + o_m, tl.rsqrt(lowrank_scale * lowrank_scale * b_square / d + EPS))
     elif _is_needed(w, row, column):

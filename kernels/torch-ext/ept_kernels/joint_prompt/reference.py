@@ -29,7 +29,7 @@ ACTIVATIONS = Choices("activation", gelu=F.gelu, relu=torch.relu, silu=F.silu, t
 
 SHAPES = "prompt s d, A m r, B r d, beta is_fused, W_q d a, W_k d a, D d columns, U columns d, G d K, grad_output s d"
 
-# Keeps the normalisation of an all-zero row finite, and its gradient too: C is zero at the start.
+# Keeps the normalisation of an all-zero row, and its gradient, finite: C is zero at the start.
 NORM_EPS = 1e-6
 
 
@@ -88,7 +88,7 @@ def _attended(
     scores = query @ key_p.mT  # [s, s]
     if not has_update:
         return torch.softmax(score_scale * scores, dim=1) @ p
-    # Terms cancel where B's rows do, and rounding may leave less than nothing.
+    # If B's rows cancel, terms do too, and rounding may leave less than zero.
     mean_square_C = (c * c / p.shape[1]) * ((A @ (B @ B.mT)) * A).sum(1).clamp_min(0)  # [m]
     scores_C = c * ((query @ key_B.mT) @ A.mT) * torch.rsqrt(mean_square_C + NORM_EPS)  # [s, m]
     weights = torch.softmax(score_scale * torch.cat([scores_C, scores], dim=1), dim=1)  # ω [s, m + s]
@@ -104,7 +104,7 @@ def joint_prompt_backward_reference(grad_output: Tensor, *arguments: Any) -> tup
     """
     with autograd_inside_operators():
         parameters = [x.detach().requires_grad_() for x in arguments[:9]]
-        # The result as it is before it is rounded to the prompt's dtype: what comes after that has no part in this.
+        # The result before it is rounded to the prompt's dtype, because rounding is not differentiated.
         dtype = compute_dtype(*parameters)
         joint = joint_prompt_reference(*(x.to(dtype) for x in parameters), *arguments[9:])
         gradients = torch.autograd.grad(joint, parameters, grad_output.to(dtype), allow_unused=True)

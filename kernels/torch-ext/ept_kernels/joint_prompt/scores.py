@@ -1,8 +1,8 @@
-"""Triton kernels of the joint prompt between the products and the expansion: nothing in them is as wide as d.
+"""Triton kernels of the joint prompt between the products and the expansion: nothing in them has width d.
 
-The first does what a row of the prompt decides alone. Scores are kept with their maximum and the sum of their
-exponentials in place of weights, so that one pass over a row is enough. In the backward, the second sums the gradients
-`δ` of the scores before their scale, over rows and over columns.
+The first computes whatever depends on one row of the prompt. Instead of weights it stores scores with their maximum and
+the sum of their exponentials, so that one pass over a row is enough. In the backward, the second kernel sums the
+gradients `δ` of the scores before their scale, over rows and over columns.
 """
 
 import triton
@@ -15,11 +15,11 @@ from .tiles import INVERSE_RMS, INVERSE_SUM, MAX, MEAN_SLOPE, TILE, add_product,
 def activate(x, ACTIVATION: tl.constexpr):
     """Computes φ(x) and φ'(x)."""
     if ACTIVATION == "relu":
-        # No maximum, which would make 0 of NaN.
+        # Not `maximum`, which would turn NaN into 0.
         b_y, b_slope = tl.where(x <= 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         b_y, b_slope = x * tl.sigmoid(x), tl.sigmoid(x) * (1.0 + x * tl.sigmoid(-x))
-    elif ACTIVATION == "tanh":  # by a sigmoid, and near 0, where that would cancel, by its power series
+    elif ACTIVATION == "tanh":  # with a sigmoid, but near 0, where that would cancel, with the power series
         y = x * x
         series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
         b_y = tl.where(y < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
@@ -35,7 +35,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _take(w, b_max, b_sum, b_dot, b_S, b_e, o_s, o_j, is_column, score_scale, BACKWARD: tl.constexpr):
-    """Stores a tile of scores and slopes; takes it into the scores' maximum, exponentials' sum, and sum by slopes."""
+    """Stores a tile of scores and slopes; updates the scores' maximum, exponentials' sum, and its sum with slopes."""
     store((w.scores, w.score_width, 1), b_S, o_s, o_j)
     if BACKWARD:
         store((w.slopes, w.score_width, 1), b_e, o_s, o_j)
@@ -61,7 +61,7 @@ def joint_prompt_rows_kernel(
     K,
     # Meta-parameters
     BLOCK_S: tl.constexpr,
-    GATES: tl.constexpr,  # K padded to a power of two from 32 up; 0: no spaces
+    GATES: tl.constexpr,  # K padded to a power of two, at least 32; 0: no spaces
     ACTIVATION: tl.constexpr,
     FUSION: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -126,7 +126,7 @@ def joint_prompt_rows_kernel(
 
 @triton.jit
 def weights(w, score_scale, o_i, o_j, is_column):
-    """Computes the softmax's weights `[o_i, o_j]`, 0 where `is_column` is false, and loads the scores."""
+    """Computes the softmax's weights `[o_i, o_j]`, 0 where `is_column` is false; also returns the scores."""
     b_S = load((w.scores, w.score_width, 1), o_i, o_j)
     b_x = score_scale * b_S - tl.load(w.stats + MAX * w.at_B + o_i)[:, None]
     b_w = tl.exp(b_x) * tl.load(w.stats + INVERSE_SUM * w.at_B + o_i)[:, None]
@@ -135,7 +135,7 @@ def weights(w, score_scale, o_i, o_j, is_column):
 
 @triton.jit
 def _gradients(w, scales, o_i, o_j, is_column):
-    """Computes `δ`, with the weights and the scores: `[o_i, o_j]` each. `scales`: that of the scores, and β."""
+    """Computes `δ`, with the weights and the scores: `[o_i, o_j]` each. `scales`: the scale of the scores, and β."""
     score_scale, b_beta = scales
     b_w, b_S = weights(w, score_scale, o_i, o_j, is_column)
     b_e = load((w.slopes, w.score_width, 1), o_i, o_j)
@@ -166,7 +166,7 @@ def joint_prompt_sides_kernel(
     MAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums what belongs to a tile of `A`'s rows (`grad_A`, norms' gradient), or of the prompt's (`sides`, `mix`)."""
+    """Computes the sums for a tile of `A`'s rows (`grad_A`, norms' gradient), or of the prompt's (`sides`, `mix`)."""
     i = tl.program_id(0)
     o_t, o_b = tl.arange(0, TILE), tl.arange(0, BLOCK_S)
     w = layout(workspace, s, m, r, a, columns, K)
@@ -199,7 +199,7 @@ def joint_prompt_sides_kernel(
         sides, mix = (w.sides, w.width, 1), (w.mix, w.width, 1)
         o_s = (i - w.at_p // TILE) * BLOCK_S + o_b
         b_n = tl.load(inverse_rms + o_s)
-        # Without maps once; with them for a tile of their columns at a time, what has no part in it each time alike.
+        # Once without maps, else for a tile of their columns at a time; results that do not depend on it are the same.
         for q in range(0, a if MAPS else 1, TILE):
             b_q, b_k = tl.zeros([BLOCK_S, TILE], tl.float32), tl.zeros([BLOCK_S, TILE], tl.float32)
             for first in range(0, s, TILE):

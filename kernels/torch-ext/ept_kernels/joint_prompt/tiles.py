@@ -1,7 +1,7 @@
-"""Tiles of matrices, and where the joint prompt's own matrices lie: what all of its kernels are written in.
+"""Tiles of matrices, and the layout of the joint prompt's workspace: the building blocks of all its kernels.
 
-A matrix is a tuple: its pointer, the strides of its rows and columns, and how many there are of each, unless they are
-whole tiles, so that nothing needs a mask. With rows and columns exchanged it is its transpose.
+A matrix is a tuple: its pointer, the strides of its rows and columns, and their numbers, which are left out if they are
+whole tiles, so that nothing needs a mask. Exchanging rows and columns gives its transpose.
 """
 
 from collections import namedtuple
@@ -20,14 +20,14 @@ INVERSE_RMS, MAX, INVERSE_SUM, MEAN_SLOPE = (tl.constexpr(i) for i in range(4))
 
 
 # The workspace, in float32. Every group of rows or columns is padded with zeros to whole tiles, so that a tile belongs
-# to one group. `products`, `mix` and `sides` have the same columns: of p from 0, of B from `at_B`, and so on to U.
+# to one group. `products`, `mix` and `sides` have the same columns: for p from 0, for B from `at_B`, and so on to U.
 #
 # products: `[at_q + up(s), width]`, inner products over d of the rows of p, B and, from `at_q`, the incoming gradient.
-#     With maps the rows of p times p and B are queries times keys.
-# mix: `[up(s), width]`, by which the rows of p, B and U count in the joint prompt.
+#     With maps, the rows of p times p and B are queries times keys.
+# mix: `[up(s), width]`, coefficients of the rows of p, B and U in the joint prompt.
 # sides: `[up(s), width]`, gradients of the products of the rows of p.
-# scores: `[up(s), score_width]`, before their scale: of the rows of C, then from `at_p` of p.
-# slopes: as scores, gradients of the weights, before β.
+# scores: `[up(s), score_width]`, before their scale: for the rows of C, then from `at_p` for p.
+# slopes: like scores, gradients of the weights, before β.
 # stats: `[4, up(s)]`.
 # norms: `[up(m)]`, one over the root mean square of the rows of C.
 # normed: `[up(m), up(r)]`, the rows of A times the gradients of those mean squares.
@@ -40,7 +40,7 @@ Layout = namedtuple(
 
 @triton.jit
 def layout(workspace, s, m, r, a, columns, K, UNIT: tl.constexpr = 32):
-    """Finds everything in the workspace; its Python function does so on the host, in offsets from 0."""
+    """Computes the start of everything in the workspace; as a Python function on the host, offsets from 0."""
     at_B = (s + UNIT - 1) // UNIT * UNIT
     at_q = at_B + (r + UNIT - 1) // UNIT * UNIT
     at_k = at_q + (a + UNIT - 1) // UNIT * UNIT
@@ -75,7 +75,7 @@ def load(x, o_i, o_j):
 
 @triton.jit
 def store(x, b_x, o_i, o_j):
-    """Stores what `load` would load."""
+    """Stores to the places that `load` would load."""
     p_x = x[0] + o_i.to(tl.int64)[:, None] * x[1] + o_j.to(tl.int64)[None, :] * x[2]
     if len(x) == 3:
         tl.store(p_x, b_x)
@@ -91,7 +91,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def add_product(b_sum, x, o_i, y, o_j, end, PRECISION: tl.constexpr, begin=0, BLOCK: tl.constexpr = UNIT):
-    """Adds rows `o_i` of `x` times columns `o_j` of `y`, over what lies from `begin` to `end`, in ascending order."""
+    """Adds rows `o_i` of `x` times columns `o_j` of `y`, summed from `begin` to `end` in ascending order."""
     for k in range(begin, end, BLOCK):
         o_k = k + tl.arange(0, BLOCK)
         b_sum += dot(load(x, o_i, o_k), load(y, o_k, o_j), PRECISION)
@@ -100,7 +100,7 @@ def add_product(b_sum, x, o_i, y, o_j, end, PRECISION: tl.constexpr, begin=0, BL
 
 @triton.jit
 def add_products(b_sum, x, o_i, y, middle, z, o_j, end, PRECISION: tl.constexpr):
-    """Adds rows `o_i` of `x·y`, a sum over `middle`, times columns `o_j` of `z`, a sum over `end`: as `add_product`."""
+    """Adds rows `o_i` of `x·y` (summed to `middle`) times columns `o_j` of `z` (summed to `end`), as `add_product`."""
     for k in range(0, end, TILE):
         o_k = k + tl.arange(0, TILE)
         b_xy = tl.zeros([o_i.shape[0], TILE], tl.float32)

@@ -1,7 +1,7 @@
 """Triton kernels of the prompted input's backward: three launches, no atomics, every sum in a fixed order.
 
-1. `token_at[b, p]`: which token of row b stands at position p; the forward needs it too, and may hand it on;
-2. `R = Σ_b grad[b, token_at[b, ·]]`, one tile in registers a program; prompt rows are written, position rows are
+1. `token_at[b, p]`: the token of row b at position p; the forward needs it too, and may pass it on;
+2. `R = Σ_b grad[b, token_at[b, ·]]`, one tile per program, in registers; prompt rows are written, position rows are
    multiplied into partial sums of `grad_A = R·Bᵀ` (over column tiles) and `grad_B = Aᵀ·R` (over position tiles);
 3. the partial sums are added up and scaled.
 
@@ -25,9 +25,10 @@ def token_at_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Inverts the positions of one batch row for one tile of them; −1 where no token has the position.
+    """Inverts the positions of one batch row for one tile of positions; −1 if no token has the position.
 
-    By comparison: to fill and scatter, other threads' stores would have to be visible after a barrier, on every GPU.
+    By comparison: after filling and scattering, other threads' stores would have to be visible after a barrier on any
+    GPU.
     """
     i_program = tl.program_id(0)
     tiles = tl.cdiv(m, BLOCK_M)
@@ -72,7 +73,7 @@ def prompted_embedding_backward_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Takes one tile of prompt rows or of positions, one column tile, one adapter; reads its gradients once."""
+    """Handles one tile of prompt rows or of positions, one column tile and one adapter; reads its gradients once."""
     i_program = tl.program_id(0)
     columns = tl.cdiv(d, BLOCK_D)
     i_d = i_program % columns
@@ -90,7 +91,7 @@ def prompted_embedding_backward_kernel(
     b_R = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for b in tl.range(0, batch, num_stages=STAGES):
         i_b = tl.cast(b, tl.int64)
-        taken = size  # rows that this text gives
+        taken = size  # number of rows in this text
         if adapter_ids is not None:
             taken = tl.where(tl.load(adapter_ids + i_b) == i_a, size, 0)
         b_token = tl.load(token_at + i_b * m + o_m, mask=(o_m < taken) & ~m_prompt, other=-1)
@@ -104,7 +105,7 @@ def prompted_embedding_backward_kernel(
     else:
         p_A = partial_A + ((i_a * columns + i_d) * m + o_m)[:, None] * r
         p_B = partial_B + (i_a * tl.cdiv(m, BLOCK_M) + i_m) * r * d + o_d[None, :]
-        # Two loops, and BLOCK_R of the rank at a time: what an operand is split into has to fit into registers.
+        # Two loops, and BLOCK_R of the rank at a time: the pieces of operands must fit into registers.
         for start in tl.range(0, r, BLOCK_R, num_stages=1):
             o_r = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_R)
             b_B = load(B + i_a * r * d, o_r, o_d, o_r < r, d)  # [BLOCK_R, BLOCK_D]
@@ -119,7 +120,7 @@ def prompted_embedding_backward_kernel(
 
 @triton.jit
 def add_up(partial, grad, scale, i_a, i_tile, parts, size, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Computes `grad[a, e] = scale·Σ_p partial[a, p, e]` of a tile of elements, `BLOCK_P` parts at a time in order."""
+    """Computes `grad[a, e] = scale·Σ_p partial[a, p, e]` for a tile of elements, `BLOCK_P` parts at a time in order."""
     o_e = i_tile.to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     m_e = o_e < size
     b_sum = tl.zeros([BLOCK_E], tl.float32)
@@ -146,7 +147,7 @@ def prompted_embedding_reduce_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Adds up: the first programs finish `grad_A`, the others `grad_B`."""
+    """Adds up the partial sums: the first programs finish `grad_A`, the others `grad_B`."""
     i_tile = tl.program_id(0)
     i_a = tl.program_id(1).to(tl.int64)
     tiles_A = tl.cdiv(size_A, BLOCK_E)

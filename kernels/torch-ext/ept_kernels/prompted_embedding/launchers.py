@@ -16,15 +16,15 @@ from .reference import BACKWARD, FORWARD
 
 _BACKWARD = {"BLOCK_M": 64, "BLOCK_D": 64, "BLOCK_R": 16, "STAGES": 4, "num_warps": 4, "num_stages": 3}
 
-# Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs are wanted, which decides how
-# many batch rows one takes. STAGES: depth of the software pipeline over them.
+# Meta-parameters by kernel, used without a measurement. PROGRAMS: wanted number of programs, which determines how many
+# batch rows each of them handles. STAGES: depth of the software pipeline over them.
 CONFIGS: dict[str, Config] = {
     "prompted_embedding": {"BLOCK_T": 16, "BLOCK_D": 256, "PROGRAMS": 512, "num_warps": 8, "num_stages": 1},
     "prompted_embedding_backward": _BACKWARD,
     "prompted_embedding_reduce": {"BLOCK_E": 256, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2},
 }
-TOKEN_AT = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}  # too small to be worth measuring
-# Up to this width the backward takes smaller tiles: otherwise there are too few of them to fill a GPU.
+TOKEN_AT = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 4, "num_stages": 1}  # too small to be worth tuning
+# Up to this width the backward takes smaller tiles; otherwise there are too few of them to fill a GPU.
 NARROW = 1024
 
 
@@ -57,9 +57,9 @@ def prompted_embedding(
     adapter_ids: Tensor | None = None,
     found: Tensor | None = None,
 ) -> Tensor:
-    """Computes `ept_kernels.prompted_embedding_reference` in two launches, one with `token_at` or without an update.
+    """Computes `ept_kernels.prompted_embedding_reference` in two launches, or one with `token_at` or without an update.
 
-    Without positions the batch is packed, and `found` is where its texts begin.
+    Without positions the batch is packed, and `found` holds the starts of its texts.
     """
     if positions is not None:
         positions = positions.contiguous()
@@ -83,14 +83,14 @@ def prompted_embedding_packed(
 
 @launch.cached_choice
 def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size]:
-    """Prepares the launch; says what shape its result has."""
+    """Prepares the launch, and computes the shape of its result."""
     _, (_, _, _, dtype, *_), device, (ids, positions, found, table, prompt, A_shape, B, adapter_ids) = kinds
     is_packed, parameters = positions is None, {"prompt": prompt, "A": A_shape, "B": B, "adapter_ids": adapter_ids}
     check_shapes(FORWARD, input_ids=None if is_packed else ids, positions=positions, table=table, **parameters)
     (vocabulary, d), s, (*adapters, m, r) = table, prompt[-2], A_shape
     if is_packed:
         (tokens,), batch = ids, found[0] - 1
-        n = triton.cdiv(tokens, max(batch, 1))  # of the average text
+        n = triton.cdiv(tokens, max(batch, 1))  # of an average text
     else:
         batch, n = ids
         tokens = batch * n
@@ -100,7 +100,7 @@ def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size]
     config, options = _chosen("prompted_embedding", d, r, dtype, dtype, device)
     columns, tiles_s = triton.cdiv(d, config["BLOCK_D"]), triton.cdiv(s, config["BLOCK_T"])
     tiles = columns * (triton.cdiv(m, config["BLOCK_T"]) + tiles_s)
-    busy = columns * (triton.cdiv(min(m, n), config["BLOCK_T"]) + tiles_s)  # without positions that a text hardly has
+    busy = columns * (triton.cdiv(min(m, n), config["BLOCK_T"]) + tiles_s)  # without positions that texts rarely reach
     runs = min(batch, triton.cdiv(config["PROGRAMS"], max(busy, 1))) if not adapters else batch
     rows = triton.cdiv(batch, max(runs, 1))
     runs = triton.cdiv(batch, max(rows, 1))
@@ -141,7 +141,7 @@ def prompted_embedding_backward(
 
 @launch.cached_choice
 def _backward(kinds: Kinds, strides: Size, s: int, scale: float) -> tuple[Prepared, Prepared | None, int, int]:
-    """Prepares both launches; counts the elements of the partial sums of `grad_A` and of `grad_B`."""
+    """Prepares both launches, and counts the elements of the partial sums of `grad_A` and `grad_B`."""
     _, (read, _, written, *_), device, (grad, found, A_shape, B, adapter_ids) = kinds
     positions = found[0], grad[1] - s
     check_shapes(BACKWARD, grad_output=grad, positions=positions, A=A_shape, B=B, adapter_ids=adapter_ids)
@@ -168,7 +168,7 @@ def _backward(kinds: Kinds, strides: Size, s: int, scale: float) -> tuple[Prepar
 def _chosen(
     kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
 ) -> tuple[Config, dict[str, Any]]:
-    """Chooses the configuration and meta-parameters of `kernel` that reads rows in `read` and writes in `written`."""
+    """Chooses the configuration and meta-parameters of `kernel`, which reads rows in `read` and writes in `written`."""
     config = launch.config_for(launch.key(kernel, read), (d, launch.padded(r)), device, heuristic(kernel, d, r, read))
     config = bounded(config, d, r)
     options: dict[str, Any] = {name: value for name, value in config.items() if name != "PROGRAMS"}
@@ -180,18 +180,18 @@ def _chosen(
 
 
 def heuristic(kernel: str, d: int, r: int = 0, dtype: torch.dtype = torch.bfloat16) -> Config:
-    """Chooses meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` where nothing was measured."""
+    """Chooses meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` without a measurement."""
     config = dict(CONFIGS[kernel])
     if kernel == "prompted_embedding_backward" and d <= NARROW:
         config.update(BLOCK_M=32, BLOCK_D=32)
     elif kernel == "prompted_embedding" and dtype.itemsize > 2:
-        config["BLOCK_D"] //= 2  # of a float32 table's rows half as many columns fill a tile
+        config["BLOCK_D"] //= 2  # half as many float32 columns fill a tile
         config["num_warps"] = 4  # eight leave a thread too few registers for operands in three pieces
     return bounded(config, d, r)
 
 
 def bounded(config: Config, d: int, r: int) -> Config:
-    """Narrows the column tile to what `d` needs and to what the registers hold of B, `[rank, BLOCK_D]`."""
+    """Narrows the column tile to what `d` needs and to the part of B, `[rank, BLOCK_D]`, that fits into registers."""
     if "BLOCK_D" not in config:
         return config
     widest = launch.padded(d)

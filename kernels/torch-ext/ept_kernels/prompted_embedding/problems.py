@@ -16,10 +16,12 @@ class PromptedEmbedding(InTF32):
     """A padded batch.
 
     Attributes:
-        padding: `none`, `left`, `right`, or `shuffled`: on the right, and positions in no order. Row by row there is
-            more of it, from none to nothing but padding.
-        dtype: of table and gradient. parameters: of prompt, A and B. ids: of ids and positions.
-        adapters: how many, mixed, some rows with none; 0: one, without `adapter_ids`.
+        padding: `none`, `left`, `right`, or `shuffled`: on the right, with positions in random order. It grows from row
+            to row, from none to nothing but padding.
+        dtype: of table and gradient.
+        parameters: dtype of prompt, A and B.
+        ids: dtype of ids and positions.
+        adapters: number of adapters, mixed, with some rows without one; 0: a single one, without `adapter_ids`.
     """
 
     n: int = 63
@@ -39,7 +41,7 @@ class PromptedEmbedding(InTF32):
 
     @property
     def packed(self) -> PackedEmbedding:
-        """Returns as many texts of that length without padding."""
+        """The same number of texts of this length without padding."""
         sizes = {name: getattr(self, name) for name in ("s", "d", "r", "dtype", "ids", "vocabulary", "scale")}
         return PackedEmbedding((self.n,) * self.batch, **sizes)
 
@@ -48,7 +50,7 @@ class PromptedEmbedding(InTF32):
         return replace(self, n=min(self.n, 32), batch=min(self.batch, 2), vocabulary=min(self.vocabulary, 64))
 
     def inputs(self, device: Device = "cpu", seed: int = 0, table: Tensor | None = None) -> tuple[Any, ...]:
-        """Makes arguments; `table` in place of a new one, should many sets of inputs share a large one."""
+        """Makes arguments; `table` is used instead of a new one, so that many sets of inputs can share a large one."""
         g = torch.Generator(device).manual_seed(seed)
         positions = self.positions().to(device, self.ids)
         if self.operator == "token_at":
@@ -79,7 +81,7 @@ class PromptedEmbedding(InTF32):
 
 @dataclass(frozen=True)
 class PackedEmbedding(InTF32):
-    """Texts of so many tokens each, one after another; fields as of `PromptedEmbedding`."""
+    """Texts with these numbers of tokens, one after another; other fields as in `PromptedEmbedding`."""
 
     lengths: tuple[int, ...] = (3, 1, 70)
     s: int = 5
@@ -105,7 +107,7 @@ class PackedEmbedding(InTF32):
 
 
 def random_ids(g: torch.Generator, count: int, vocabulary: int) -> Tensor:
-    """Draws rows of the table, each at most once where there are enough."""
+    """Draws rows of the table, each at most once if there are enough."""
     if count <= vocabulary:
         return torch.randperm(vocabulary, generator=g, device=g.device)[:count]
     return torch.randint(vocabulary, (count,), generator=g, device=g.device)

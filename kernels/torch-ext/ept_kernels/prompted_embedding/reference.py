@@ -134,7 +134,7 @@ def prompted_embedding_backward_reference(
     grad_prompt = _sum_rows(of_prompt, adapter_ids, A)
     if r == 0 or n == 0:
         return grad_prompt.to(A.dtype), A.new_zeros(A.shape), A.new_zeros(B.shape)
-    # Every text's gradient rows are gathered at their positions (no atomics; whole rows, which is quicker than
+    # Every text's gradient rows are gathered at their positions (no atomics; by whole rows, which is faster than
     # `take_along_dim` entry by entry), then summed in row order.
     token_at = token_at_reference(positions, m) if token_at is None else token_at
     text = torch.arange(len(positions), device=positions.device)[:, None]

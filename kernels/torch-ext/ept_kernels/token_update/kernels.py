@@ -41,13 +41,13 @@ def prompted_embedding_by_token_kernel(
     # Meta-parameters
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    RANK: tl.constexpr,  # r padded to a power of two from 16 up
-    STEP: tl.constexpr,  # of it at a time in the second product: what operands are split into has to fit into registers
+    RANK: tl.constexpr,  # r padded to a power of two, at least 16
+    STEP: tl.constexpr,  # of RANK at a time in the second product: the pieces of operands must fit into registers
     PRECISION: tl.constexpr,
 ):
     """Writes some tokens of one text, or some rows of the prompt before it; an id outside the table gives NaN.
 
-    A token's row is read twice, for the bottleneck and for the sum, the second time out of a cache.
+    A token's row is read twice, for the bottleneck and for the sum, the second time from a cache.
     """
     i_program = tl.program_id(0)
     tiles_n, tiles_s = tl.cdiv(n, BLOCK_T), tl.cdiv(s, BLOCK_T)
@@ -69,7 +69,7 @@ def prompted_embedding_by_token_kernel(
             b_W = tl.load(p_W + o_d[None, :] * stride_table_d, mask=mask, other=0.0).to(tl.float32)
             b_hidden += tl.dot(b_W, load(W_in, o_d, o_r, o_d < d, r), input_precision=PRECISION)
         b_hidden = b_hidden / scale + tl.load(b_in + o_r, mask=o_r < r, other=0.0).to(tl.float32)[None, :]
-        # No maximum, which would make 0 of NaN.
+        # Not `maximum`, which would turn NaN into 0.
         b_hidden = tl.where(is_updated[:, None] & ~(b_hidden <= 0), b_hidden, 0.0)
         p_hidden = hidden + (i_b * n + o_n)[:, None] * r + o_r[None, :]
         tl.store(p_hidden, b_hidden, mask=m_n[:, None] & (o_r < r)[None, :])
@@ -123,7 +123,7 @@ def prompted_embedding_by_token_before_kernel(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Takes the gradients of some tokens of one text back through `W_out` and the activation."""
+    """Propagates the gradients of some tokens of one text back through `W_out` and the activation."""
     i_program = tl.program_id(0)
     tiles_n = tl.cdiv(n, BLOCK_T)
     i_b = (i_program // tiles_n).to(tl.int64)
@@ -166,7 +166,7 @@ def prompted_embedding_by_token_backward_kernel(
     d,
     r,
     vocabulary,
-    tiles,  # of tokens that a program goes through
+    tiles,  # of tokens per program
     parts,  # programs that share a column tile
     # Strides
     stride_grad_b,
@@ -180,12 +180,12 @@ def prompted_embedding_by_token_backward_kernel(
     RANK: tl.constexpr,  # rows of W_out, and columns of W_in, per program
     PRECISION: tl.constexpr,
 ):
-    """Takes one column tile of the gradients of a run of tokens, of all texts, or of some rows of the prompt.
+    """Handles one column tile of the gradients of a run of tokens, across texts, or of some rows of the prompt.
 
-    A rank that registers cannot hold is shared out among programs.
+    A rank that does not fit into registers is divided among programs.
     """
     i_program = tl.program_id(0)
-    columns, ranks = tl.cdiv(d, BLOCK_D), tl.cdiv(tl.maximum(r, 1), RANK)  # b_out has sums at rank 0, too
+    columns, ranks = tl.cdiv(d, BLOCK_D), tl.cdiv(tl.maximum(r, 1), RANK)  # b_out is summed even at rank 0
     i_d = i_program % columns
     i_tile = i_program // columns
     o_d = i_d.to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -203,7 +203,7 @@ def prompted_embedding_by_token_backward_kernel(
             o_n = tl.cast(i % tiles_n, tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
             m_n = o_n < n
             is_updated = _has_update(positions + i_b * n, o_n, m_n)
-            # Masked, not in a branch, which would keep the loads out of the software pipeline.
+            # Masked instead of a branch, which would keep the loads out of the software pipeline.
             b_id, is_read = row_of(input_ids + i_b * n, o_n, is_updated, vocabulary)
             p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
             b_W = tl.load(p_W, mask=is_read[:, None] & m_d[None, :], other=0.0).to(tl.float32)
@@ -251,7 +251,7 @@ def prompted_embedding_by_token_reduce_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Adds up: programs finish `grad_W_in`, then `grad_W_out`, `grad_b_out` and `grad_b_in`."""
+    """Adds up the partial sums: programs finish `grad_W_in`, then `grad_W_out`, `grad_b_out` and `grad_b_in`."""
     i_tile = tl.program_id(0)
     none = tl.cast(0, tl.int64)
     tiles_W, tiles_b = tl.cdiv(d * r, BLOCK_E), tl.cdiv(d, BLOCK_E)

@@ -24,22 +24,22 @@ from .reference import (
 
 _TILES = {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 4, "num_stages": 2}
 
-# Meta-parameters by kernel, used where nothing was measured. PROGRAMS: how many programs are wanted, which decides how
-# many tokens one takes.
+# Meta-parameters by kernel, used without a measurement. PROGRAMS: wanted number of programs, which determines how many
+# tokens each of them handles.
 CONFIGS: dict[str, Config] = {
     "prompted_embedding_by_token": {**_TILES, "BLOCK_T": 32},
     "prompted_embedding_by_token_before": _TILES,
     "prompted_embedding_by_token_backward": {**_TILES, "PROGRAMS": 512},
     "prompted_embedding_by_token_reduce": {"BLOCK_E": 256, "BLOCK_P": 16, "num_warps": 4, "num_stages": 2},
 }
-# Elements of a tile of W_in or W_out, [rank, BLOCK_D], that the registers hold beside the others; fewer where products
-# are of operands in three pieces.
+# Elements of a tile of W_in or W_out, [rank, BLOCK_D], that fit into registers beside the others; fewer for products
+# of operands in three pieces.
 HELD = {
     "prompted_embedding_by_token": 2048,
     "prompted_embedding_by_token_before": 512,
     "prompted_embedding_by_token_backward": 1024,
 }
-MAX_RANK = 256  # of the activations that a program holds at once; with a larger one it spills, or has too little memory
+MAX_RANK = 256  # of the activations that a program holds at once; with a larger one it spills, or runs out of memory
 MOST = 64  # of the rank at a time in a product with W_out, and in a program of the sums
 
 
@@ -70,7 +70,7 @@ def prompted_embedding_by_token(
 
 @launch.cached_choice
 def _forward(kinds: Kinds, strides: Size, scale: float) -> tuple[Prepared, Size, Size]:
-    """Prepares the launch; says what shapes its results have."""
+    """Prepares the launch, and computes the shapes of its results."""
     _, (_, _, dtype, *_), device, shapes = kinds
     names = ("input_ids", "positions", "table", "prompt", "W_in", "b_in", "W_out", "b_out")
     check_shapes(FORWARD, **dict(zip(names, shapes)))
@@ -116,7 +116,7 @@ def prompted_embedding_by_token_backward(
 
 @launch.cached_choice
 def _backward(kinds: Kinds, of_grad: Size, of_table: Size, scale: float) -> tuple[Prepared, Prepared, Prepared, int]:
-    """Prepares the three launches; says how many programs share a column tile, each with sums of its own."""
+    """Prepares the three launches, and computes how many programs, each with its own sums, share a column tile."""
     _, (read, _, _, _, written, _), device, shapes = kinds
     names = ("grad_output", "input_ids", "positions", "table", "W_out", "hidden")
     check_shapes(BACKWARD, **dict(zip(names, shapes)))
@@ -145,7 +145,7 @@ def _backward(kinds: Kinds, of_grad: Size, of_table: Size, scale: float) -> tupl
 def _chosen(
     kernel: str, d: int, r: int, read: torch.dtype, written: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Chooses the meta-parameters of `kernel` that reads rows in `read` and writes in `written`."""
+    """Chooses the meta-parameters of `kernel`, which reads rows in `read` and writes in `written`."""
     default = heuristic(kernel, d, r, read)
     config = launch.config_for(launch.key(kernel, read), (d, launch.padded(r)), device, default)
     options: dict[str, Any] = bounded(kernel, config, d, r)
@@ -156,17 +156,17 @@ def _chosen(
 
 
 def heuristic(kernel: str, d: int, r: int, dtype: torch.dtype = torch.bfloat16) -> Config:
-    """Chooses meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` where nothing was measured."""
+    """Chooses meta-parameters of `kernel` at width `d`, rank `r` and the table's `dtype` without a measurement."""
     config = dict(CONFIGS[kernel])
     if kernel == "prompted_embedding_by_token" and dtype.itemsize > 2:
-        config |= {"BLOCK_T": 16, "BLOCK_D": 32}  # of operands in three pieces a quarter
+        config |= {"BLOCK_T": 16, "BLOCK_D": 32}  # a quarter for operands in three pieces
     if kernel == "prompted_embedding_by_token" and launch.padded(r) > MOST:
-        config["num_warps"] = 8  # a thread of four warps has too few registers for so many activations
+        config["num_warps"] = 8  # with four warps, a thread has too few registers for so many activations
     return bounded(kernel, config, d, r)
 
 
 def bounded(kernel: str, config: Config, d: int, r: int) -> Config:
-    """Narrows the column tile to what `d` needs and to what the registers hold of a matrix, `[rank, BLOCK_D]`."""
+    """Narrows the column tile to what `d` needs and to the part of a matrix `[rank, BLOCK_D]` that registers hold."""
     if "BLOCK_D" not in config:
         return dict(config)
     widest = min(launch.padded(d), max(16, HELD[kernel] // min(launch.padded(r), MOST)))

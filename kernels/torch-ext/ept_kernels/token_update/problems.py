@@ -14,7 +14,7 @@ from ..prompted_embedding.problems import PromptedEmbedding, random_ids
 
 @dataclass(frozen=True)
 class TokenUpdate(InTF32):
-    """A padded batch; fields as in `PromptedEmbedding`; `parameters` is the dtype of the bottleneck, too."""
+    """A padded batch; fields as in `PromptedEmbedding`; `parameters` is also the dtype of the bottleneck."""
 
     n: int = 63
     d: int = 64
@@ -49,7 +49,7 @@ class TokenUpdate(InTF32):
         return *self.laid_out(grad, ids, positions, table, W_out, hidden), self.scale
 
     def errors_allowed(self, actual: Results, expected: Results, inputs: tuple[Any, ...]) -> list[float]:
-        """Allows the activations in the bottleneck, kept in float32, the error of TF32 that the output has."""
+        """Allows the bottleneck's activations, kept in float32, the TF32 error of the output."""
         allowed = super().errors_allowed(actual, expected, inputs)
         if actual[0].dtype.itemsize == 2 and not self.operator.endswith("_backward"):
             magnitudes = (x.abs() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)

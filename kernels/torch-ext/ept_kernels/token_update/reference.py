@@ -37,8 +37,7 @@ def prompted_embedding_by_token_reference(
 
     Returns:
         `[batch, s + n, d]` in the table's dtype, accumulated in float32 (float64 for float64 inputs), rounded once; and
-        for the backward the activations in the bottleneck, `[batch, n, r]` in what was accumulated in, 0 without an
-        update.
+        for the backward the bottleneck's activations, `[batch, n, r]` in the accumulation dtype, 0 without an update.
     """
     dtype = compute_dtype(table, prompt, W_in)
     W_in, b_in, W_out, b_out = (x.to(dtype) for x in (W_in, b_in, W_out, b_out))
@@ -67,7 +66,7 @@ def prompted_embedding_by_token_backward_reference(
 
     Returns:
         gradients of `prompt`, `W_in`, `b_in`, `W_out` and `b_out`, summed over the batch, in W_out's dtype; and that of
-        what stands before the activation, `[batch, n, r]` in hidden's dtype, which a gradient of the table would need.
+        the activation's input, `[batch, n, r]` in hidden's dtype, which a gradient of the table would need.
     """
     dtype = compute_dtype(grad_output, table, W_out)
     n = positions.shape[1]
