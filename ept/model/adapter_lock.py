@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..config import EPTConfig
+from .undone import undone_if_raised
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -66,4 +69,16 @@ def _holding(lock: Callable[[AdapterLock], AbstractContextManager[None]], method
     return locked  # type: ignore[return-value]
 
 
-shared, exclusive = partial(_holding, AdapterLock.shared), partial(_holding, AdapterLock.exclusive)
+shared = partial(_holding, AdapterLock.shared)
+
+
+def exclusive(method: Method) -> Method:
+    """Decorates a change of a model's adapters: it has the model to itself, and is taken back should it raise."""
+
+    @wraps(method)
+    def undone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        configurations = [given for given in (*args, *kwargs.values()) if isinstance(given, EPTConfig)]
+        with undone_if_raised(self, *configurations):
+            return method(self, *args, **kwargs)
+
+    return _holding(AdapterLock.exclusive, undone)  # type: ignore[arg-type, return-value]

@@ -46,6 +46,7 @@ from .facts import TASKS_WITH_HEAD, BaseModelFacts
 from .mixed import BASE, follow_rows
 from .prompt_cache import PromptCache
 from .reading import infer_task_type
+from .undone import undone_if_raised
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -202,11 +203,7 @@ class ModelWithAdapters(PeftModel):
         if first:
             self._own_labels = label_names(base)
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
-        try:
-            super().add_adapter(adapter_name, peft_config, **kwargs)
-        except Exception:
-            self._forget(adapter_name)
-            raise
+        super().add_adapter(adapter_name, peft_config, **kwargs)
         train_in_float32(base, adapter_name)
         follow_rows(base)
         if first:
@@ -331,9 +328,10 @@ class ModelWithAdapters(PeftModel):
         config, state = read_adapter(model_id, model, is_trainable, config, **kwargs)
         options: dict[str, Any] = {"fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
         options["fast_frozen"] = fast_frozen
-        wrapped = cls(model, config, adapter_name, initialise=False, **options)
-        set_peft_model_state_dict(wrapped, state, adapter_name)
-        return wrapped if is_trainable else wrapped.eval()
+        with undone_if_raised(model, config):
+            wrapped = cls(model, config, adapter_name, initialise=False, **options)
+            set_peft_model_state_dict(wrapped, state, adapter_name)
+            return wrapped if is_trainable else wrapped.eval()
 
     @exclusive
     def load_adapter(
@@ -341,7 +339,7 @@ class ModelWithAdapters(PeftModel):
     ) -> Any:
         """Loads a saved adapter under a new name, or its weights into the existing adapter of that name.
 
-        The active adapter stays the same. Nothing changes if the files are refused.
+        The active adapter stays the same.
 
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
