@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..utils.files import sync_folder, sync_tree, write_atomically
+from ..utils.files import json_record, sync_folder, sync_tree, write_atomically
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -202,7 +202,7 @@ def seal(checkpoint: Path, **kept: Any) -> None:
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
     files = {path.relative_to(checkpoint).as_posix(): _size_and_checksum(path) for path in paths}
     step = int(checkpoint.name.removeprefix(PREFIX))
-    write_atomically(checkpoint / SEAL, json.dumps({"step": step, **kept, "files": files}, indent=1))
+    write_atomically(checkpoint / SEAL, json_record({"step": step, **kept, "files": files}, indent=1))
     sync_folder(checkpoint.parent)
 
 
@@ -260,6 +260,7 @@ def _size_and_checksum(file: Path) -> dict[str, Any]:
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, in the order of the steps; survives being cut off within a line.
 
+    A number that is not finite is null there.
     All ranks but 0 have `writes=False`.
     """
 
@@ -280,12 +281,12 @@ class MetricsLog:
     def keep_until(self, step: int) -> None:
         """Drops what was logged after `step`: a resumed run logs it again."""
         kept = [event for event in self.read() if event["step"] <= step]
-        write_atomically(self.file, "".join(json.dumps(event) + "\n" for event in kept))
+        write_atomically(self.file, "".join(map(json_record, kept)))
 
     def append(self, event: dict[str, Any]) -> None:
         if self.writes:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(json_record(event))
 
 
 def save_adapter(model: Any, folder: Path) -> None:
