@@ -161,7 +161,8 @@ def load_task(
     else:
         origins, splits = three_splits(task, given, seed)
     splits = {split: [row for row in rows if row["text"]] for split, rows in splits.items()}  # but for blank ones
-    splits = _without_overlap(splits)
+    unread = _unread(task, raw["train"][1])
+    splits = _without_overlap(splits, unread)
     commonest = _commonest(task, given[origins["train"]], [row for split in SPLITS[1:] for row in splits[split]])
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
@@ -176,7 +177,7 @@ def load_task(
         commonest=commonest,
         left_out=dict(left_out),
         sources={split: (origin, checksums[origin]) for split, origin in origins.items()},
-        unread=_unread(task, raw["train"][1]),
+        unread=unread,
     )
 
 
@@ -263,8 +264,11 @@ def _commonest(task: Task, rows: Sequence[Row], held_out: Sequence[Row]) -> Any:
     return min(multimode(row[answer] for row in rows if row["text"] and id(row) not in held))
 
 
-def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """Drops from train what is in validation or test, from validation what is in test; refuses an empty split."""
+def _without_overlap(splits: Mapping[str, list[Row]], unread: Sequence[str] = ()) -> dict[str, list[Row]]:
+    """Drops from train what is in validation or test, from validation what is in test; refuses an empty split.
+
+    The error names the columns that are `unread`, which may tell rows of one text apart.
+    """
     keys = {split: [text_key(row["text"]) for row in rows] for split, rows in splits.items()}
     kept = dict(splits)
     for split, others in (("train", ("validation", "test")), ("validation", ("test",))):
@@ -275,5 +279,12 @@ def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
             logger.warning(message, dropped, len(keys[split]), split, " or ".join(others))
     if empty := [split for split, rows in kept.items() if not rows]:
         sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in kept.items())
-        raise ValueError(f"no rows are left for {empty[0]} ({sizes}): give more distinct texts, or a {empty[0]} split")
+        remedy = f"give more distinct texts, or a {empty[0]} split"
+        if unread:
+            named = listed(map(repr, unread))
+            remedy = (
+                f"too few texts differ, and the model does not read {named}: name every column to read with "
+                f"--text-column, or {remedy}"
+            )
+        raise ValueError(f"no rows are left for {empty[0]} ({sizes}): {remedy}")
     return kept
