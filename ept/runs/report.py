@@ -85,8 +85,7 @@ def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: 
     test = [(step, results[key]) for step, key in ((0, "score_before"), (best_step, "score"))]
     test = [(step, score) for step, score in test if score is not None and math.isfinite(score)]
     losses = [(event["step"], event["loss"]) for event in events if "loss" in event]
-    scores = [(event["step"], event.get(f"eval_{metric}")) for event in events]
-    scores = [(step, score) for step, score in scores if score is not None]
+    scores = [(event["step"], event[name]) for event in events if event.get(name := f"eval_{metric}") is not None]
     best = max((score for _, score in scores), default=float("nan"))
     with plot(file, title, panels=2, height=6.0) as (upper, lower):
         upper.plot(*np.reshape(losses, (-1, 2)).T, color="tab:blue", marker="." if len(losses) < 50 else None)
