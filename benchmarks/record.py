@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from ept.utils.environment import hardware, versions
+from ept.utils.files import json_record
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -184,7 +185,7 @@ class Record:
 
     def append(self, line: Row) -> None:
         with self.path.open("ab", buffering=0) as file:  # in one piece, not interleaved with other processes' lines
-            file.write(json.dumps(line).encode() + b"\n")
+            file.write(json_record(line).encode())
             os.fsync(file.fileno())
 
     def lines(self) -> list[Row]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -90,7 +89,7 @@ def profile(
         from ept.runs.config import ModelConfig, load_run_config
         from ept.runs.failures import check_writable
         from ept.runs.loading import default_device, dtype_of
-        from ept.utils.files import write_atomically
+        from ept.utils.files import json_record, write_atomically
 
         if output is not None:
             check_writable(output)
@@ -134,6 +133,6 @@ def profile(
             draw_phases(record, output / "phases.png")
             if sweep is not None:
                 draw_sweep(record, output / "sweep.png")
-            write_atomically(output / RECORD, json_format.dumps(record, indent=2) + "\n")
+            write_atomically(output / RECORD, json_record(record, indent=2))
     saved = [f"saved in {output}"] if output is not None else []
     answer(json, record, steps_table(record), phases_table(record), shares_table(record), *saved)

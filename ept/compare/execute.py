@@ -8,6 +8,7 @@ import gc
 import importlib.util
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -35,8 +36,11 @@ class Outcome:
 
     @classmethod
     def of(cls, folder: Path) -> Outcome:
-        """Reads the outcome of a finished run."""
-        return cls(folder, json.loads(RunFolder(folder).results.read_text(encoding="utf-8")))
+        """Reads the outcome of a finished run; one whose score is not finite, which JSON has no number for, failed."""
+        results = json.loads(RunFolder(folder).results.read_text(encoding="utf-8"))
+        if results["score"] is None or not math.isfinite(results["score"]):
+            return cls(folder, None, f"its {results['metric']} on test is not finite")
+        return cls(folder, results)
 
     @classmethod
     def failed(cls, folder: Path, error: BaseException) -> Outcome:
@@ -161,7 +165,8 @@ def execute(job: dict[str, Any]) -> Outcome:
     error_file = folder / "error.txt"
     error_file.unlink(missing_ok=True)
     try:
-        return Outcome(folder, train(RunConfig.from_dict(job), resume=True))
+        train(RunConfig.from_dict(job), resume=True)
+        return Outcome.of(folder)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk, say, may be the error itself
             folder.mkdir(parents=True, exist_ok=True)

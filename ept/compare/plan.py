@@ -1,23 +1,28 @@
 """The runs of a comparison: listing and executing them, and choosing learning rates on validation.
 
 Every run has its own folder, named after the run and a hash of its configuration: a finished run is skipped, an
-interrupted one resumes, and a changed configuration makes another run.
+interrupted one resumes, and a changed configuration makes another run. Files and folders are identified by where they
+are, however their paths are written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
+import os
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..runs.config import RunConfig
-from ..runs.folder import RunFolder
+from ..runs.folder import RunFolder, identity, read_config, with_whole_paths
 from ..runs.method_table import METHODS
 from ..runs.processes import world_size
 from .config import SWEPT, ComparisonConfig, rates_of
@@ -83,6 +88,7 @@ def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[P
     Raises:
         ValueError: the output folder, the task or the data is not set, or a swept value does not fit its key.
     """
+    config = config.from_dict(with_whole_paths(config.to_dict()))  # a run is the same from whichever folder it is named
     compare = config.compare
     if config.output_dir is None:
         raise ValueError("output_dir is not set: give --output DIR")
@@ -93,13 +99,13 @@ def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[P
     points += [(name, value) for name, values in compare.sweep.items() for value in values]
     default = (config.training.learning_rate, config.training.low_rank_learning_rate)
     seeds = search_seeds(config) if seeds is None else seeds
-    runs = []
+    runs, earlier = [], earlier_runs(runs_folder(config))
     for (sweep, value), task, seed, method in itertools.product(points, tasks, seeds, compare.methods):
         section, _, key = SWEPT[sweep].partition(".") if sweep else ("", "", "")
         if section == "method" and key not in METHODS[method].settable | {"budget"}:
             continue
         for rates in rates_of(compare, method, default):
-            run_config = _run_config(config, method, task, sweep, value, seed, rates)
+            run_config = _run_config(config, method, task, sweep, value, seed, rates, earlier)
             runs.append(PlannedRun(method, task, sweep, value, seed, rates, run_config))
     return runs
 
@@ -109,7 +115,14 @@ def search_seeds(config: ComparisonConfig) -> list[int]:
 
 
 def _run_config(
-    config: ComparisonConfig, method: str, task: str, sweep: str | None, value: Any, seed: int, rates: Rates
+    config: ComparisonConfig,
+    method: str,
+    task: str,
+    sweep: str | None,
+    value: Any,
+    seed: int,
+    rates: Rates,
+    earlier: dict[str, Path],
 ) -> RunConfig:
     values = config.to_dict()
     values.pop("compare")
@@ -139,10 +152,30 @@ def _run_config(
         values["model"]["name_or_path"] = config.compare.sweep["model"][0]
     values["training"].update(learning_rate=rates[0], low_rank_learning_rate=rates[1])
     values.update(seed=seed, output_dir=None)
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+    resolved = with_whole_paths(values, os.path.realpath)
+    digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:10]
     name = f"{task.replace('/', '_')}-{method}-seed{seed}-{digest}"
-    values["output_dir"] = str(Path(str(config.output_dir)) / "runs" / name)
-    return RunConfig.from_dict(values)
+    folder = runs_folder(config) / name
+    if earlier and not folder.exists():
+        folder = earlier.get(identity_of(values), folder)
+    return RunConfig.from_dict({**with_whole_paths(values), "output_dir": str(folder)})
+
+
+def runs_folder(config: ComparisonConfig) -> Path:
+    return Path(str(config.output_dir)) / "runs"
+
+
+def earlier_runs(folder: Path) -> dict[str, Path]:
+    """Finds the runs in `folder`, whatever they are named: an earlier release wrote paths and keys otherwise."""
+    found = {}
+    for path in sorted(folder.glob("*/config.yaml")):
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # a damaged one is no run
+            found[identity_of(read_config(path))] = path.parent
+    return found
+
+
+def identity_of(values: dict[str, Any]) -> str:
+    return json.dumps(identity(values, RunConfig().to_dict()), sort_keys=True)
 
 
 def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda line: None) -> list[Record]:

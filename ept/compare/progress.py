@@ -26,7 +26,7 @@ Curve = Mapping[int, float]
 def curve_of(folder: Path, metric: str) -> Curve:
     """Reads a finished run's validation scores from its log."""
     events = MetricsLog(RunFolder(folder).metrics).read()
-    return {event["step"]: event[f"eval_{metric}"] for event in events if f"eval_{metric}" in event}
+    return {event["step"]: event[f"eval_{metric}"] for event in events if event.get(f"eval_{metric}") is not None}
 
 
 def mean_curve(by_task: Mapping[str, Sequence[Curve]]) -> Curve:

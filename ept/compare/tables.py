@@ -16,7 +16,7 @@ from ..runs.folder import RunFolder
 from ..runs.method_table import METHODS
 from ..tasks.metrics import metric_name
 from ..utils.environment import CUDA_ALLOCATED
-from ..utils.files import write_atomically
+from ..utils.files import json_record, write_atomically
 from ..utils.tables import csv_text
 from ..utils.tables import markdown as table
 from .plan import Group, Rates, Record, in_words
@@ -271,7 +271,7 @@ def write_tables(folder: Path, records: Sequence[Record], settings: Sequence[Set
     contents = {
         "comparison.csv": csv_text(columns, lines),
         "comparison.md": markdown(records, settings, command),
-        "comparison.json": json.dumps({"command": command, **about, **as_json(records, settings)}, indent=1) + "\n",
+        "comparison.json": json_record({"command": command, **about, **as_json(records, settings)}, indent=1),
     }
     for name, content in contents.items():
         write_atomically(folder / name, content)

@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..config import EPTConfig
+from .undone import undone_if_raised
+
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -67,3 +70,15 @@ def _holding(lock: Callable[[AdapterLock], AbstractContextManager[None]], method
 
 
 shared, exclusive = partial(_holding, AdapterLock.shared), partial(_holding, AdapterLock.exclusive)
+
+
+def transactional(method: Method) -> Method:
+    """Decorates a change that may fail half-way to hold the lock exclusively, and to be undone if it raises."""
+
+    @wraps(method)
+    def undone(self: Any, *args: Any, **kwargs: Any) -> Any:
+        configurations = [given for given in (*args, *kwargs.values()) if isinstance(given, EPTConfig)]
+        with undone_if_raised(self, *configurations):
+            return method(self, *args, **kwargs)
+
+    return exclusive(undone)  # type: ignore[arg-type, return-value]

@@ -30,7 +30,7 @@ from .adapter_files import (
     read_weights,
     write_adapter,
 )
-from .adapter_lock import exclusive
+from .adapter_lock import exclusive, transactional
 from .base_model import (
     check_heads,
     input_embedding,
@@ -46,6 +46,7 @@ from .facts import TASKS_WITH_HEAD, BaseModelFacts
 from .mixed import BASE, follow_rows
 from .prompt_cache import PromptCache
 from .reading import infer_task_type
+from .undone import undone_if_raised
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -135,7 +136,7 @@ class ModelWithAdapters(PeftModel):
             wrapper.train(mode)
         return self
 
-    @exclusive
+    @transactional
     def fold(self, adapter_name: str | None = None) -> Self:
         """Turns an adapter (default: the active one) into its inference form: one prompt and the factors of the update.
 
@@ -149,7 +150,7 @@ class ModelWithAdapters(PeftModel):
         self.peft_config[name] = folded
         return self
 
-    @exclusive
+    @transactional
     def add_adapter(self, adapter_name: str, peft_config: EPTConfig, **kwargs: Any) -> None:
         """Adds a fresh adapter. The active adapter stays active; the new one is frozen until it is set active.
 
@@ -202,11 +203,7 @@ class ModelWithAdapters(PeftModel):
         if first:
             self._own_labels = label_names(base)
         trainable = not first and any(p.requires_grad for p in self._layer().parameters())
-        try:
-            super().add_adapter(adapter_name, peft_config, **kwargs)
-        except Exception:
-            self._forget(adapter_name)
-            raise
+        super().add_adapter(adapter_name, peft_config, **kwargs)
         train_in_float32(base, adapter_name)
         follow_rows(base)
         if first:
@@ -233,7 +230,7 @@ class ModelWithAdapters(PeftModel):
             self._require_gradients(name, name == adapter_name and not inference_mode, heads=False)
         self._follow_active()
 
-    @exclusive
+    @transactional
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was active, the first of the remaining ones becomes active.
 
@@ -331,17 +328,18 @@ class ModelWithAdapters(PeftModel):
         config, state = read_adapter(model_id, model, is_trainable, config, **kwargs)
         options: dict[str, Any] = {"fast_4bit": fast_4bit, "dequantized_cache_bytes": dequantized_cache_bytes}
         options["fast_frozen"] = fast_frozen
-        wrapped = cls(model, config, adapter_name, initialise=False, **options)
-        set_peft_model_state_dict(wrapped, state, adapter_name)
-        return wrapped if is_trainable else wrapped.eval()
+        with undone_if_raised(model, config):
+            wrapped = cls(model, config, adapter_name, initialise=False, **options)
+            set_peft_model_state_dict(wrapped, state, adapter_name)
+            return wrapped if is_trainable else wrapped.eval()
 
-    @exclusive
+    @transactional
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
     ) -> Any:
         """Loads a saved adapter under a new name, or its weights into the existing adapter of that name.
 
-        The active adapter stays the same. Nothing changes if the files are refused.
+        The active adapter stays the same.
 
         Raises:
             FileNotFoundError, ValueError: the files are missing, damaged, or made for another base model.
@@ -364,7 +362,7 @@ class ModelWithAdapters(PeftModel):
             self.eval()
         return result
 
-    @exclusive
+    @transactional
     def swap_weights(self, adapter_name: str, config: EPTConfig, state: Mapping[str, Tensor]) -> None:
         """Replaces the weights of `adapter_name` by those of another adapter, given with its configuration.
 

@@ -48,6 +48,7 @@ from .prompt_cache import cached_prompt, check_cacheable, check_shareable, is_sh
 from .reading import can_pack_texts, can_share_prompt, examine, infer_task_type, with_forward_of
 from .smoothing import refuse_label_smoothing
 from .texts import SeparateTexts, predicted, targets, text_before_answer
+from .undone import undone_if_raised
 
 
 def get_ept_model(
@@ -119,18 +120,19 @@ class EPTModel(ModelWithAdapters):
         check_heads_are_ours(model)
         self.adapter_lock = AdapterLock()
         self._prompt_caches = {}
-        peft_config.task_type = peft_config.task_type or infer_task_type(model)
-        self._facts = examine(model, str(peft_config.task_type))
-        freeze(model)
-        swap_4bit(model, fast_4bit, dequantized_cache_bytes)
-        if fast_frozen:
-            swap_frozen(model)
-        self._layer_options = {"initialise": initialise, "tokenizer": tokenizer}
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-        self._layer_options = {}  # they are for the first adapter only
-        if peft_config.inference_mode:
-            self._require_gradients(adapter_name, False)
-        self.train(self.training)
+        with undone_if_raised(model, peft_config):
+            peft_config.task_type = peft_config.task_type or infer_task_type(model)
+            self._facts = examine(model, str(peft_config.task_type))
+            freeze(model)
+            swap_4bit(model, fast_4bit, dequantized_cache_bytes)
+            if fast_frozen:
+                swap_frozen(model)
+            self._layer_options = {"initialise": initialise, "tokenizer": tokenizer}
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+            self._layer_options = {}  # they are for the first adapter only
+            if peft_config.inference_mode:
+                self._require_gradients(adapter_name, False)
+            self.train(self.training)
 
     @shared
     def forward(

@@ -8,7 +8,6 @@ Generated tokens get neither, unless the adapter was trained with `update_scope=
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from ..embedding import device_of, embedding_width
 from ..prompt import EPTLayer
-from ..utils.files import write_atomically
+from ..utils.files import json_record, write_atomically
 from ..version import __version__
 from .adapter_files import read_config, read_weights, weight_shapes, write_tensors
 
@@ -146,7 +145,7 @@ def write_folded(adapter: FoldedAdapter, folder: str | os.PathLike[str]) -> list
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / TENSORS_NAME, adapter.tensors())
-    write_atomically(folder / INFO_NAME, json.dumps(adapter.info(), indent=2) + "\n")
+    write_atomically(folder / INFO_NAME, json_record(adapter.info(), indent=2))
     return [folder / TENSORS_NAME, folder / INFO_NAME]
 
 

@@ -155,7 +155,8 @@ class WholeCheckpoints(TrainerCallback):
         locate_best(state, self.folder)
         kept = read_seal(self.folder.checkpoints / f"{PREFIX}{state.global_step}")
         if "loss_sums" in kept:
-            self.trainer._tr_loss.fill_(kept["loss_sums"][self.processes.rank])
+            loss = kept["loss_sums"][self.processes.rank]
+            self.trainer._tr_loss.fill_(math.nan if loss is None else loss)
             self.trainer._globalstep_last_logged = kept["loss_since"]
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

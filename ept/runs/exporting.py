@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..model.vocabulary import add_prompt_tokens, check_update, untie
 from ..tasks import local_task, read_rows, render
 from ..tasks.files import READERS, read_text
 from ..tasks.rows import with_all_columns
-from ..utils.files import write_atomically
+from ..utils.files import strict_json, write_atomically
 from ..utils.messages import shown
 from .config import ModelConfig, RunConfig
 from .data import task_of
@@ -112,5 +111,5 @@ def write_as_tokens(adapter: FoldedAdapter, model: ModelConfig, task_type: str, 
     base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     about = {**text._asdict(), "template": config.template, "label_words": config.label_words}
-    write_atomically(folder / TOKENS_NAME, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / TOKENS_NAME, strict_json(about, indent=2) + "\n")
     return about

@@ -11,12 +11,13 @@ import json
 import os
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..utils.files import sync_folder, sync_tree, write_atomically
+from ..utils.files import json_record, sync_folder, sync_tree, write_atomically
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -33,6 +34,8 @@ _PATHS = {
     "data": ("data_dir", "train_file", "validation_file", "test_file", "splits"),
     "method": ("init_from",),
 }
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 PREFIX = "checkpoint-"
 SEAL = "whole.json"
@@ -84,18 +87,12 @@ class RunFolder:
                 "training.max_steps trains it on, --overwrite starts it anew"
             )
         if self.config.exists():
-            old, pairs = with_whole_paths(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}), []
-            usual = type(config)().to_dict()
-            for name, new in with_whole_paths(config.to_dict()).items():
-                if isinstance(new, dict) and isinstance(old.get(name), dict):
-                    had = {**usual[name], **old[name]}  # a key that is newer than the run had its default value
-                    pairs += [(f"{name}.{key}", had.get(key), value) for key, value in new.items()]
-                else:
-                    pairs.append((name, old.get(name), new))
+            usual, old = type(config)().to_dict(), read_config(self.config)
+            had, wanted = identity(old, usual), identity(config.to_dict(), usual)
             changed = [
-                f"{name} (was {before!r}, now {now!r})"
-                for name, before, now in pairs
-                if before != now and name not in (*MAY_CHANGE, "output_dir", *(["training.max_steps"] if more else []))
+                f"{name} (was {had.get(name)!r}, now {now!r})"
+                for name, now in wanted.items()
+                if had.get(name) != now and not (more and name == "training.max_steps")
             ]
             if changed:
                 raise ValueError(
@@ -157,7 +154,7 @@ class RunFolder:
         return next((path for path in found if not (path / SEAL).exists()), None)
 
 
-def with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
+def with_whole_paths(values: dict[str, Any], whole: Callable[[str], str] = os.path.abspath) -> dict[str, Any]:
     """Returns a configuration's values with existing files and folders as absolute paths.
 
     A run may be used from another folder than it was trained in, where a relative path is another file or a Hub name.
@@ -166,7 +163,30 @@ def with_whole_paths(values: dict[str, Any]) -> dict[str, Any]:
     for section, keys in _PATHS.items():
         if isinstance(part := values.get(section), dict):
             there = {key: part[key] for key in keys if isinstance(part.get(key), str) and os.path.exists(part[key])}
-            values[section] = {**part, **{key: os.path.abspath(path) for key, path in there.items()}}
+            values[section] = {**part, **{key: whole(path) for key, path in there.items()}}
+    return values
+
+
+def identity(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that make a run this one and no other, by their dotted names.
+
+    A file or folder is known by where it lies, however that is written and whatever links lead there. Its content is
+    not looked at here: `check_splits` does so for the rows. A key that `values` lack, as it is newer, has its value in
+    `usual`.
+    """
+    values, settings = with_whole_paths(values, os.path.realpath), dict[str, Any]()
+    for name, default in usual.items():
+        value = values.get(name, default)
+        if isinstance(default, dict):
+            settings |= {f"{name}.{key}": each for key, each in {**default, **(value or {})}.items() if key in default}
+        else:
+            settings[name] = value
+    return {name: value for name, value in settings.items() if name not in (*MAY_CHANGE, "output_dir")}
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Returns the values in a run's `config.yaml`."""
+    values: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), _LOADER) or {}
     return values
 
 
@@ -182,7 +202,7 @@ def seal(checkpoint: Path, **kept: Any) -> None:
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
     files = {path.relative_to(checkpoint).as_posix(): _size_and_checksum(path) for path in paths}
     step = int(checkpoint.name.removeprefix(PREFIX))
-    write_atomically(checkpoint / SEAL, json.dumps({"step": step, **kept, "files": files}, indent=1))
+    write_atomically(checkpoint / SEAL, json_record({"step": step, **kept, "files": files}, indent=1))
     sync_folder(checkpoint.parent)
 
 
@@ -240,7 +260,7 @@ def _size_and_checksum(file: Path) -> dict[str, Any]:
 class MetricsLog:
     """The file `metrics.jsonl`: one JSON object per line, in order of steps; survives being cut off within a line.
 
-    All ranks except 0 have `writes=False`.
+    A number that is not finite is written as null. All ranks except 0 have `writes=False`.
     """
 
     def __init__(self, file: Path, writes: bool = True) -> None:
@@ -260,12 +280,12 @@ class MetricsLog:
     def keep_until(self, step: int) -> None:
         """Drops what was logged after `step`; a resumed run logs it again."""
         kept = [event for event in self.read() if event["step"] <= step]
-        write_atomically(self.file, "".join(json.dumps(event) + "\n" for event in kept))
+        write_atomically(self.file, "".join(map(json_record, kept)))
 
     def append(self, event: dict[str, Any]) -> None:
         if self.writes:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
+                file.write(json_record(event))
 
 
 def save_adapter(model: Any, folder: Path) -> None:

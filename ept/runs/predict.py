@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,8 +44,8 @@ class Predictor:
 
     SEQ_CLS takes the head's largest logit. CAUSAL_LM ranks the labels by log-likelihood, summed over their tokens,
     without length normalisation. SEQ_2_SEQ_LM generates greedily and compares the answer's tokens. In a regression
-    a head's output, and an encoder-decoder's answer that is a number but not one of the labels, count as the nearest
-    label.
+    a head's output, and a generated answer that is a number but not one of the labels, count as the nearest label; a
+    decoder's answer need only begin with the number.
 
     Attributes:
         max_length: limit on a text in tokens: `data.max_length`, or less if the model has fewer positions.
@@ -162,8 +163,8 @@ class Predictor:
             ids = self._generate(inputs, max(len(answer) for answer in self.answers) + 1)
             if self.task_type == "CAUSAL_LM":  # trained without an end token, so what follows the label is ignored
                 new = ids[:, max(len(text) for text in inputs) :].tolist()
-                found = [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), UNPARSABLE) for row in new]
-                return list(map(Answer, found))
+                found = [next((i for i, a in enumerate(self.answers) if row[: len(a)] == a), None) for row in new]
+                return [Answer(self._nearest(self._number(row)) if i is None else i) for i, row in zip(found, new)]
             # Compared as tokens, without the start token, because decoding changes text ("no?" becomes "no ?").
             label_of = {self._before_end(answer): i for i, answer in enumerate(self.answers)}
             rows = [self._before_end(row) for row in ids[:, 1:].tolist()]
@@ -280,6 +281,18 @@ class Predictor:
 
     def _text(self, answer: Sequence[int]) -> str:
         return str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+    def _number(self, row: list[int]) -> str | None:
+        """Takes the number that a decoder's answer begins with, as what follows does not count; None for none.
+
+        A number without a point that the end of the answer may have cut is none, nor is one with a comma in it.
+        """
+        answer = self._before_end(row)
+        text = self._text(answer)
+        found = re.match(r"[-+]?\d+(\.\d+)?(?![.,]?\d)", text)
+        if found is None or (found[1] is None and found.end() == len(text) and len(answer) == len(row)):
+            return None
+        return found[0]
 
     def _nearest(self, answer: Any, clamp: bool = False) -> int:
         """Finds the label of a regression nearest to a number; `UNPARSABLE` for anything else."""

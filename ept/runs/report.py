@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -84,9 +85,9 @@ def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: 
     if results["verdict"]:
         title += f". On test the model {results['verdict']}"
     test = [(step, results[key]) for step, key in ((0, "score_before"), (best_step, "score"))]
-    test = [(step, score) for step, score in test if score is not None]
+    test = [(step, score) for step, score in test if score is not None and math.isfinite(score)]
     losses = [(event["step"], event["loss"]) for event in events if "loss" in event]
-    scores = [(event["step"], event[f"eval_{metric}"]) for event in events if f"eval_{metric}" in event]
+    scores = [(event["step"], event[name]) for event in events if event.get(name := f"eval_{metric}") is not None]
     best = max((score for _, score in scores), default=float("nan"))
     with plot(file, title, panels=2, height=6.0) as (upper, lower):
         upper.plot(*np.reshape(losses, (-1, 2)).T, color="tab:blue", marker="." if len(losses) < 50 else None)
@@ -100,7 +101,7 @@ def learning_curve(results: dict[str, Any], events: list[dict[str, Any]], file: 
         label = f"commonest answer on test {results['majority']:.3f}"
         lower.axhline(results["majority"], color="tab:gray", linestyle="--", label=label)
         label = "on test, before and after" if len(test) > 1 else "on test"
-        lower.scatter(*zip(*test), color="tab:red", marker="*", s=120, zorder=3, label=label)
+        lower.scatter(*np.reshape(test, (-1, 2)).T, color="tab:red", marker="*", s=120, zorder=3, label=label)
         lower.set_ylabel(f"{_named(results, metric)} ({_RANGES.get(metric, 'fraction')})")
         lower.set_xlabel("optimiser step")
         lower.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from ..tasks.drawing import SPLITS
 from ..tasks.encoding import TEXT_IDS
 from ..tasks.rows import NUMBER
 from ..utils.environment import hardware, peak_memory, versions
-from ..utils.files import write_atomically
+from ..utils.files import json_record, write_atomically
 from .adapters import load_untrained, stored_parameters
 from .callbacks import locate_best
 from .class_weights import check_has_classes
@@ -168,7 +167,7 @@ def _train(
     folder.holds_other = False
     checkpoint = processes.from_rank_zero(lambda: folder.begin(config, resume))
     if processes.is_rank_zero:
-        write_atomically(folder.splits, json.dumps(drawn) + "\n")
+        write_atomically(folder.splits, json_record(drawn))
     before: dict[str, float] = {}  # scores of the untrained adapter; a resumed run reads them from its log
     if config.training.score_before:
         logged = processes.from_rank_zero(lambda: [event["before"] for event in log.read() if "before" in event])
@@ -233,6 +232,6 @@ def _train(
     }
     if processes.is_rank_zero:
         write_report(results, evaluation, data, log.read(), folder)
-        write_atomically(folder.results, json.dumps(results, indent=2) + "\n")
+        write_atomically(folder.results, json_record(results, indent=2))
     processes.leave()
     return results

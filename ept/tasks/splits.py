@@ -162,7 +162,8 @@ def load_task(
     else:
         origins, splits = three_splits(task, given, seed)
     splits = {split: [row for row in rows if row["text"]] for split, rows in splits.items()}  # without blank ones
-    splits = _without_overlap(splits)
+    unread = _unread(task, raw["train"][1])
+    splits = _without_overlap(splits, unread)
     commonest = _commonest(task, given[origins["train"]], [row for split in SPLITS[1:] for row in splits[split]])
     for split, limit in limits.items():
         if limit is not None and limit < len(splits[split]):
@@ -177,7 +178,7 @@ def load_task(
         commonest=commonest,
         left_out=dict(left_out),
         sources={split: (origin, checksums[origin]) for split, origin in origins.items()},
-        unread=_unread(task, raw["train"][1]),
+        unread=unread,
     )
 
 
@@ -264,8 +265,11 @@ def _commonest(task: Task, rows: Sequence[Row], held_out: Sequence[Row]) -> Any:
     return min(multimode(row[answer] for row in rows if row["text"] and id(row) not in held))
 
 
-def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """Drops train texts that are in validation or test, and validation texts in test; refuses an empty split."""
+def _without_overlap(splits: Mapping[str, list[Row]], unread: Sequence[str] = ()) -> dict[str, list[Row]]:
+    """Drops train texts that are in validation or test, and validation texts in test; refuses an empty split.
+
+    The error names the `unread` columns, which may distinguish rows of one text.
+    """
     keys = {split: [text_key(row["text"]) for row in rows] for split, rows in splits.items()}
     kept = dict(splits)
     for split, others in (("train", ("validation", "test")), ("validation", ("test",))):
@@ -276,5 +280,12 @@ def _without_overlap(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
             logger.warning(message, dropped, len(keys[split]), split, " or ".join(others))
     if empty := [split for split, rows in kept.items() if not rows]:
         sizes = ", ".join(f"{split}: {len(rows)}" for split, rows in kept.items())
-        raise ValueError(f"no rows are left for {empty[0]} ({sizes}): give more distinct texts, or a {empty[0]} split")
+        remedy = f"give more distinct texts, or a {empty[0]} split"
+        if unread:
+            named = listed(map(repr, unread))
+            remedy = (
+                f"too few texts differ, and the model does not read {named}: name every column to read with "
+                f"--text-column, or {remedy}"
+            )
+        raise ValueError(f"no rows are left for {empty[0]} ({sizes}): {remedy}")
     return kept

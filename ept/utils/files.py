@@ -32,7 +32,7 @@ def write_atomically(file: Path, content: str | Callable[[Path], object]) -> Non
     sync_folder(file.parent)
 
 
-def strict_json(value: Any, indent: int | None = None) -> str:
+def strict_json(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
     """Writes JSON that any parser reads: null for NaN and infinities, text for dates and the like."""
 
     def plain(part: Any) -> Any:
@@ -42,7 +42,12 @@ def strict_json(value: Any, indent: int | None = None) -> str:
             return [plain(each) for each in part]
         return None if isinstance(part, float) and not math.isfinite(part) else part
 
-    return json.dumps(plain(value), indent=indent, ensure_ascii=False, default=str, allow_nan=False)
+    return json.dumps(plain(value), indent=indent, ensure_ascii=ensure_ascii, default=str, allow_nan=False)
+
+
+def json_record(value: Any, indent: int | None = None) -> str:
+    """Writes strict JSON for a file that programs read: ASCII alone, and a line feed at the end."""
+    return strict_json(value, indent, ensure_ascii=True) + "\n"
 
 
 def sync(path: Path, flags: int = os.O_RDWR) -> None:

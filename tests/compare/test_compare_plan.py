@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ept.compare.config import ComparisonConfig, load_comparison, rates_of
 from ept.compare.execute import Outcome
@@ -47,6 +48,53 @@ def test_a_changed_setting_is_another_run_and_the_folder_is_not():
     moved = plan(comparison("output_dir=elsewhere"))[0]
     assert one.folder != other.folder
     assert one.folder.name == moved.folder.name
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Makes two folders with a model and data of the same names each, and a link to the first one."""
+    for name in ("here", "there"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "reviews.csv").write_text("text,label\n")
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    return tmp_path
+
+
+def folder_from(place, monkeypatch, model="model", data="reviews.csv"):
+    monkeypatch.chdir(place)
+    given = [f"model.name_or_path={model}", f"data.train_file={data}", "compare.tasks=[]", "compare.methods=[pt]"]
+    return plan(comparison(*given, f"output_dir={place.parent / 'out'}"))[0].folder
+
+
+def test_a_run_is_the_same_however_its_paths_are_written(places, monkeypatch):
+    here, written = places / "here", {}
+    written["as names"] = folder_from(here, monkeypatch)
+    written["from another folder"] = folder_from(places / "there", monkeypatch, "../here/model", "../here/reviews.csv")
+    written["in full"] = folder_from(places / "there", monkeypatch, here / "model", here / "reviews.csv")
+    written["through a link"] = folder_from(places / "link", monkeypatch, "./model", places / "link" / "reviews.csv")
+    assert set(written.values()) == {written["as names"]}, written
+
+
+def test_other_files_of_the_same_name_are_another_run(places, monkeypatch):
+    folders = [folder_from(places / name, monkeypatch) for name in ("here", "there")]
+    assert folders[0] != folders[1]
+
+
+def test_a_run_under_an_older_name_is_found_by_its_configuration(places, monkeypatch):
+    """A key that is newer than the run has had its usual value; another learning rate is another run."""
+    run = plan(comparison("compare.methods=[pt]", f"output_dir={places}"))[0]
+    values = run.config.to_dict()
+    del values["model"]["fast_frozen"]
+    older = run.folder.with_name("glue_sst2-pt-seed0-0123456789")
+    older.mkdir(parents=True)
+    (older / "config.yaml").write_text(yaml.safe_dump(values))
+    (older.parent / "damaged").mkdir()
+    (older.parent / "damaged" / "config.yaml").write_text("{")
+    (again,) = plan(comparison("compare.methods=[pt]", f"output_dir={places}", "training.eval_batch_size=3"), [0])
+    (other,) = plan(comparison("compare.methods=[pt]", f"output_dir={places}", "training.learning_rate=3"), [0])
+    assert again.folder == Path(again.config.output_dir) == older
+    assert other.folder.parent == older.parent
+    assert other.folder != older
 
 
 def test_sweeps_vary_one_setting_around_the_configuration():

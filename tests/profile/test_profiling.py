@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,15 @@ from ept_kernels import FourBitWeight
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "t5")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Takes the steps in one thread: so small a model waits for the others longer than it computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def config(**changes: Any) -> ProfileConfig:

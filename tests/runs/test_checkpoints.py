@@ -209,6 +209,20 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         RunFolder(file).check(CONFIG, resume=False, overwrite=False)
 
 
+def test_a_run_is_resumed_however_its_paths_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "here")
+    folder = RunFolder(tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "here")
+    folder.begin(load_run_config(None, ["model.name_or_path=model"]), resume=False)
+    monkeypatch.chdir(tmp_path / "there")
+    for same in ("../here/model", tmp_path / "here" / "model", tmp_path / "link" / "model"):
+        folder.check(load_run_config(None, [f"model.name_or_path={same}"]), resume=True, overwrite=False)
+    with pytest.raises(ValueError, match=r"name_or_path \(was '.*/here/model', now '.*/there/model'\)"):
+        folder.check(load_run_config(None, ["model.name_or_path=model"]), resume=True, overwrite=False)
+
+
 def test_metrics_survive_a_cut_and_a_resume(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     assert log.read() == []

@@ -20,7 +20,7 @@ from ept.runs.exporting import base_of
 from ept.runs.loading import load_tokenizer
 from ept.runs.predict import Predictor
 from ept.runs.processes import Processes
-from ept.tasks import local_task
+from ept.tasks import get_task, local_task
 
 TEXTS = ["review : the film was good", "bad", " ".join(OTHER), "review : dreadful", "so long and very lovely"]
 LABELS: dict[str, Sequence[str]] = {
@@ -129,6 +129,28 @@ def test_causal_generation_reads_the_label_at_the_start(runs: dict[str, Path]) -
     written = [["very", "good", "bad"], ["bad", "very", "good"], ["very", "bad", "good"]]
     found.model.generate = lambda **options: torch.tensor([[5, *map(VOCABULARY.get, words)] for words in written])
     assert [answer.label for answer in found.predict_batch([[5]] * 3)] == [0, 1, -1]
+
+
+def test_causal_generation_takes_a_number_for_the_nearest_label(runs: dict[str, Path]) -> None:
+    """The row's end may have cut a number without a point, and a comma may be a point or not."""
+    written = {
+        "3.75 and so": "3.8", "3.0": "3.0", "3 of 5": "3.0", "+4.15": "4.2", "4.1\n4.9": "4.0", "3.": "3.0",
+        "0. ": "0.0", "3 END": "3.0", "3": None, "3,5": None, "3.5,5": None, "3,500 of them": None, "7.0": None,
+        "-1.0": None, "about 3.0": None, "nan": None, "": None,
+    }  # fmt: skip
+    found = predictor(runs["llama"], "llama", ("0", "1"), "training.scoring=generate")
+    end = found.tokenizer.eos_token_id
+    found.task, found.answers = get_task("glue/stsb"), [[99]]
+    places = dict(enumerate(written, start=100))
+    found._text = lambda row: places[row[0]].removesuffix("END").strip()
+    found._generate = lambda inputs, most: torch.tensor(
+        [[5, place, end if "END" in places[place] else 98] for place in places]
+    )
+    answers = [answer.label for answer in found.predict_batch([[5]] * len(places))]
+    labels = [None if label == -1 else found.task.label_words[label] for label in answers]
+    assert dict(zip(written, labels)) == written
+    found.task = local_task("{text}", ["3", "4"])  # of classes, a number is none
+    assert {answer.label for answer in found.predict_batch([[5]] * len(places))} == {-1}
 
 
 HABITS = {

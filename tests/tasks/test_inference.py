@@ -93,6 +93,11 @@ NO_COLUMNS = [
         {},
         "none of 'title', 'context', 'question', 'answers' looks like the label: .*--target-template",
     ),
+    (
+        {"idx": "123", "passage": [{"text": "a", "questions": [{"question": "b", "answers": [{"label": 1}]}]}] * 3},
+        {},
+        "'passage' looks like the label: .*; labels inside 'passage' need columns of their own, one row a label",
+    ),
     ({"n": "123", "label": "aba"}, {}, "a.csv: none of 'n' holds text: name it with --text-column"),
     ({"text": LONG, "label": "aba"}, {"label_column": "lable"}, "no column 'lable'; columns found: 'text', 'label'"),
     ({"text": LONG, "label": "aba"}, {"text_columns": ["text", "text"]}, "column 'text' is named twice: name each"),

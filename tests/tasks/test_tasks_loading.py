@@ -305,6 +305,15 @@ def test_nothing_left_for_train(tmp_path):
         load_task(SST2, data_dir=folder)
 
 
+def test_the_error_for_rows_of_one_text_names_the_columns_that_are_not_read(tmp_path):
+    """As in MultiRC, where many questions are about one paragraph."""
+    rows = [{"text": "one text", "question": f"why {i}", "label": i % 2} for i in range(40)]
+    folder = write_splits(tmp_path, train=rows)
+    message = "no rows are left for train .*: too few texts differ, and the model does not read 'question': name every"
+    with pytest.raises(ValueError, match=f"{message} column to read with --text-column, or give more distinct texts"):
+        load_task(local_task("{text}", ["0", "1"]), data_dir=folder)
+
+
 def test_max_rows(tmp_path):
     folder = write_splits(tmp_path, train=sst2_rows(0, 50), validation=sst2_rows(50, 20), test=sst2_rows(70, 20))
     everything = load_task(SST2, data_dir=folder)
