@@ -202,7 +202,7 @@ def seal(checkpoint: Path, **kept: Any) -> None:
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL]
     files = {path.relative_to(checkpoint).as_posix(): _size_and_checksum(path) for path in paths}
     step = int(checkpoint.name.removeprefix(PREFIX))
-    write_atomically(checkpoint / SEAL, json_record({"step": step, **kept, "files": files}, indent=1))
+    write_atomically(checkpoint / SEAL, json_record({"step": step, **kept, "files": files}, indent=1).rstrip())
     sync_folder(checkpoint.parent)
 
 
