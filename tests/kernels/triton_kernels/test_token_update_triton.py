@@ -157,7 +157,7 @@ def test_offsets_have_64_bits(device):
         pytest.skip("a GPU has no memory that is reserved but untouched; offsets are the same under the interpreter")
     problem = TokenUpdate(n=6, d=20, s=3, batch=4, dtype=torch.float16, parameters=torch.float16, ids=torch.int32)
     for p, index in ((problem, 2), (problem.backward, 0), (problem.backward, 3)):
-        for dim in (-1, -2):
+        for dim in (-1, -2, -3):
             args = list(p.inputs(device))
             near = as_tuple(getattr(kernels, p.operator)(*args))
             args[index] = far_apart(args[index], dim)
