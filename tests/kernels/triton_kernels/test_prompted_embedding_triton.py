@@ -314,7 +314,7 @@ def test_offsets_have_64_bits(dim, device):
     if device.type != "cpu":
         pytest.skip("a GPU has no memory that is reserved but untouched; offsets are the same under the interpreter")
     small = {"dtype": torch.float16, "parameters": torch.float16, "ids": torch.int32}  # address space is finite
-    problem = PromptedEmbedding(n=6, d=20, s=3, m=8, r=3, batch=4, adapters=3 if dim == -3 else 0, **small)
+    problem = PromptedEmbedding(6, 20, 3, 8, 3, 4, "none", adapters=3 if dim == -3 else 0, **small)
     args = problem.inputs(device)
     far = [far_apart(x, dim) if torch.is_tensor(x) and x.dim() > 1 else x for x in args]
     assert sum(x is not y for x, y in zip(args, far, strict=True)) >= 3

@@ -183,11 +183,11 @@ def _flat(kinds: Kinds, name: str, activation: str | None) -> Prepared:
         check_shapes(f"passes {triton.cdiv(elements, 8)}", passes=others[0])
     else:
         check_shapes(ACTIVATION, grad_output=first, **dict(zip(("up", "gate"), reversed(others))))
-    config = options = _chosen(name, 1, kinds[1][0], kinds[2])
+    options: dict[str, Any] = {**_chosen(name, 1, kinds[1][0], kinds[2])}
     if activation is not None:
         ACTIVATIONS[activation]  # refuses an unknown one
-        options = {"ACTIVATION": activation, **config}
-    return Prepared(FLAT[name], (triton.cdiv(elements, config["BLOCK"]),), (elements,), options, kinds)
+        options["ACTIVATION"] = activation
+    return Prepared(FLAT[name], (triton.cdiv(elements, options["BLOCK"]),), (elements,), options, kinds)
 
 
 def _chosen(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> Config:
