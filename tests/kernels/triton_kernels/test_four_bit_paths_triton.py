@@ -79,7 +79,7 @@ def test_the_measured_path_of_tokens_shape_and_type(table, count, rows, columns,
 
 def test_unmeasured_on_a_gpu(monkeypatch):
     """bitsandbytes' own product for the fewest tokens, the fused kernel for few of 16 bits."""
-    monkeypatch.setattr(four_bit_paths, "config_for", lambda kernel, size, device, default, exact: default)
+    monkeypatch.setattr(launch, "config_for", lambda kernel, size, device, default, exact: default)
     chosen_path.cache_clear()
     counts = (1, 4, 5, 7, 8, 64, 96)
     found = {dtype: [chosen_path(count, 64, 64, dtype, GPU) for count in counts] for dtype in (BF16, F32)}

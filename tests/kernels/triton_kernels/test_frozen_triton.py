@@ -13,6 +13,7 @@ from ept.model.frozen import restore_frozen, swap_frozen
 from ept_kernels import launch
 from ept_kernels.dev.problems import Activation, RMSNorm, Rotary
 from ept_kernels.frozen import launchers as kernels
+from ept_kernels.frozen.reference import FORMS
 from ept_kernels.library import reference_of
 from ept_kernels.problem import as_tuple, in_float64
 
@@ -109,6 +110,17 @@ def test_one_launch_and_equal_bits_on_two_runs(problem, device):
         first = as_tuple(launcher(*inputs))
         assert launches_of(launcher, *inputs) == 1
         assert all(torch.equal(a, b) for a, b in zip(first, as_tuple(launcher(*inputs)), strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_norm_rounds_where_its_family_does(form, device):
+    """The sum with the residual, and the rows before the weight or not; all but a few bits are the reference's."""
+    inputs = RMSNorm(8, 250, form, F16, residual=True).inputs(device)
+    out, total, rstd = kernels.rms_norm(*inputs)
+    like, like_total, like_rstd = reference_of("rms_norm")(*inputs)
+    assert torch.equal(total, like_total)
+    torch.testing.assert_close(rstd, like_rstd, rtol=1e-6, atol=0)
+    assert (out != like).float().mean() < 0.01
 
 
 def test_not_a_number_passes(device):

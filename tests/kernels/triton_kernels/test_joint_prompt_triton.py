@@ -116,6 +116,15 @@ def test_results_are_finite_where_rows_of_the_update_cancel(device):
     assert all(torch.isfinite(result).all() for result in results)
 
 
+def test_tanh_of_small_numbers_does_not_cancel(device, large_blocks):
+    problem = JointPrompt(activation="tanh")
+    parameters, grad = problem.parameters(device), problem.grad_output(device)
+    parameters[6] *= 1e-3  # D
+    exact = ept_kernels.joint_prompt_backward_reference(*in_float64((grad, *parameters)), *problem.options())
+    actual = kernels.joint_prompt_backward(grad, *parameters, *problem.options())
+    assert_close(actual[7], exact[7], "U")
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_diverged_space_is_not_hidden_by_the_activation(activation, device, large_blocks):
     problem = JointPrompt(activation=activation)

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from layer_checks import MIXED, PLAIN, WRONG_SHAPES, made_wrong
+from layer_checks import JOINT, MIXED, PLAIN, WRONG_SHAPES, made_wrong
 
+from ept_kernels.dev.problems import Activation
 from ept_kernels.library import launcher_of
 from ept_kernels.problem import Problem
 
@@ -21,6 +22,15 @@ def test_a_shape_that_does_not_fit_is_refused_and_named(problem: Problem, index:
     launcher(*inputs)
     with pytest.raises(ValueError, match=rf"^{name} has shape \[.*\], by the others it has to be"):
         launcher(*made_wrong(inputs, index, left))
+
+
+@pytest.mark.parametrize(
+    "problem", [Activation(), Activation().backward, JOINT, JOINT.backward], ids=lambda p: p.operator
+)
+def test_an_unknown_activation_is_refused_and_named(problem: Problem, device):
+    launcher: Any = launcher_of(problem.operator)
+    with pytest.raises(ValueError, match=r"^activation is 'swish', expected one of"):
+        launcher(*problem.inputs(device)[:-1], "swish")
 
 
 @pytest.mark.parametrize("adapters", [0, 2])

@@ -120,10 +120,10 @@ def load_tile(
     """
     GROUPS: tl.constexpr = COLUMNS // BLOCK_SIZE if BLOCK_SIZE < COLUMNS else 1
     m_n = (o_n < rows)[:, None]
-    o_word = tl.cast(start, tl.int64) // WEIGHTS + tl.arange(0, COLUMNS // WEIGHTS)
+    o_word = start // WEIGHTS + tl.arange(0, COLUMNS // WEIGHTS)
     p_word = packed.to(tl.pointer_type(tl.uint32)) + o_n[:, None] * (columns // WEIGHTS) + o_word[None, :]
     b_word = tl.load(p_word, mask=m_n & (o_word * WEIGHTS < last)[None, :], other=0)
-    o_group = tl.cast(start, tl.int64) // BLOCK_SIZE + tl.arange(0, GROUPS)
+    o_group = start // BLOCK_SIZE + tl.arange(0, GROUPS)
     o_block = o_n[:, None] * (columns // BLOCK_SIZE) + o_group[None, :]
     m_block = m_n & (o_group * BLOCK_SIZE < last)[None, :]
     b_absmax = load_absmax(absmax, nested, o_block, m_block, NESTED_BLOCK_SIZE)  # [ROWS, GROUPS]

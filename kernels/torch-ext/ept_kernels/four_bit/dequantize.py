@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Config, Kinds, Prepared, architecture, cached_choice, config_for, key, kinds, on_device
+from .. import launch
+from ..launch import Config, Kinds, Prepared
 from .decode import decode, is_word_aligned, load_absmax
 from .weight import Weight
 
@@ -70,7 +71,7 @@ def dequantize_4bit_kernel(
 
 def heuristic(device: torch.device) -> Config:
     """Chooses meta-parameters without a measurement: one word per thread, where AMD's warps have 64 threads."""
-    return {**CONFIGS["dequantize_4bit"], "UNITS": 256 if architecture(device) in ("gfx942", "hip") else 128}
+    return {**CONFIGS["dequantize_4bit"], "UNITS": 256 if launch.architecture(device) in ("gfx942", "hip") else 128}
 
 
 def dequantize_4bit(*arguments: Any) -> Tensor:
@@ -78,18 +79,19 @@ def dequantize_4bit(*arguments: Any) -> Tensor:
     weight, dtype = Weight(*arguments[:-1]), arguments[-1]
     out = weight.packed.new_empty(weight.rows, weight.columns, dtype=dtype)
     unit = 4 if is_word_aligned(weight.packed, weight.rows * weight.columns) else 1
-    run = _prepared(kinds(*weight[:5]), unit, weight[6:], dtype)
-    with on_device(weight.packed):
+    run = _prepared(launch.kinds(*weight[:5]), unit, weight[6:], dtype)
+    with launch.on_device(weight.packed):
         run(*weight.pointers(), out)
     return out
 
 
-@cached_choice
+@launch.cached_choice
 def _prepared(kinds: Kinds, unit: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Prepared:
     block_size, nested_block_size, rows, columns = sizes
     device = kinds[2]
-    config = config_for(key("dequantize_4bit", dtype), rows * columns, device, heuristic(device))
+    kernel, elements = launch.key("dequantize_4bit", dtype), rows * columns
+    config = launch.config_for(kernel, elements, device, heuristic(device))
     constants = {"BLOCK_SIZE": block_size, "NESTED_BLOCK_SIZE": nested_block_size, "BYTES": unit}
     options = {**config, **constants, "enable_fp_fusion": False}
-    grid = (triton.cdiv(rows * columns, config["UNITS"] * 2 * unit * config["ITERS"]),)
-    return Prepared(dequantize_4bit_kernel, grid, (rows * columns,), options, kinds)
+    grid = (triton.cdiv(elements, config["UNITS"] * 2 * unit * config["ITERS"]),)
+    return Prepared(dequantize_4bit_kernel, grid, (elements,), options, kinds)

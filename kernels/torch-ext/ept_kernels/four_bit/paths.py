@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..launch import architecture, cached_choice, config_for, key
+from .. import launch
 from .decode import is_word_aligned
 from .dequantize import dequantize_4bit
 from .matmul import TILES, fused_product
@@ -42,31 +43,23 @@ _THEIR_MAX_WEIGHTS = 2**31 - 1  # it counts in 32 bits
 def matmul_4bit(x: Tensor, *arguments: Any) -> Tensor:
     """Computes `ept_kernels.matmul_4bit_reference` from a weight's tensors, the bias and sizes, by the chosen path."""
     weight, bias = Weight(*arguments[:5], *arguments[6:]), arguments[5]
-    x, shape = x.detach(), (*x.shape[:-1], weight.rows)
     flat = x[None] if x.dim() == 1 else x.flatten(0, -2)  # [tokens, columns]
-    bias = None if bias is None else bias.detach()
     path = path_of(weight, flat.shape[0], x.dtype)
     if path == FUSED:
-        return fused_product(flat, weight, bias).view(shape)
-    if path == BITSANDBYTES:
-        return bitsandbytes_product(flat, weight, bias).view(shape)
-    # Results go to a given tensor, which bypasses autocast; that would change the type.
-    out = x.new_empty(flat.shape[0], weight.rows)
-    W = dequantize_4bit(*weight, x.dtype)
-    if bias is None:
-        torch.mm(flat, W.t(), out=out)
+        out = fused_product(flat, weight, bias)
+    elif path == BITSANDBYTES:
+        out = bitsandbytes_product(flat, weight, bias)
     else:
-        torch.addmm(bias.to(x.dtype), flat, W.t(), out=out)
-    return out.view(shape)
+        out = F.linear(flat, dequantize_4bit(*weight, x.dtype), None if bias is None else bias.to(x.dtype))
+    return out.view(*x.shape[:-1], weight.rows)
 
 
 def matmul_4bit_backward(grad_output: Tensor, *arguments: Any) -> Tensor:
     """Computes `ept_kernels.matmul_4bit_backward_reference` from a weight's tensors and sizes."""
-    weight, grad = Weight(*arguments), grad_output.detach()
-    flat = grad[None] if grad.dim() == 1 else grad.flatten(0, -2)  # [tokens, rows]
-    out = grad.new_empty(flat.shape[0], weight.columns)
-    torch.mm(flat, dequantize_4bit(*weight, grad.dtype), out=out)
-    return out.view(*grad.shape[:-1], weight.columns)
+    weight = Weight(*arguments)
+    flat = grad_output[None] if grad_output.dim() == 1 else grad_output.flatten(0, -2)  # [tokens, rows]
+    out = flat @ dequantize_4bit(*weight, grad_output.dtype)
+    return out.view(*grad_output.shape[:-1], weight.columns)
 
 
 def path_of(weight: Weight, tokens: int, dtype: torch.dtype) -> int:
@@ -89,19 +82,20 @@ def path_of(weight: Weight, tokens: int, dtype: torch.dtype) -> int:
 
 def has_fused(dtype: torch.dtype, device: torch.device) -> bool:
     """Checks whether there is a fused kernel for tokens of `dtype`."""
-    return dtype.itemsize == 2 or architecture(device) == "cpu"
+    return dtype.itemsize == 2 or launch.architecture(device) == "cpu"
 
 
-@cached_choice
+@launch.cached_choice
 def chosen_path(count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
     """Returns the measured path for `count` tokens, one of `COUNTS`, or `heuristic_path`'s."""
     default = {"PATH": heuristic_path(count, dtype, device)}
-    return config_for(key("matmul_4bit.path", dtype), (count, rows, columns), device, default, exact=1)["PATH"]
+    kernel = launch.key("matmul_4bit.path", dtype)
+    return launch.config_for(kernel, (count, rows, columns), device, default, exact=1)["PATH"]
 
 
 def heuristic_path(count: int, dtype: torch.dtype, device: torch.device) -> int:
     """Chooses the path without a measurement."""
-    if architecture(device) != "cpu" and count <= THEIRS_UP_TO.get(dtype.itemsize, 0):
+    if launch.architecture(device) != "cpu" and count <= THEIRS_UP_TO.get(dtype.itemsize, 0):
         return BITSANDBYTES
     return FUSED if has_fused(dtype, device) and count <= FUSED_UP_TO else LIBRARY
 

@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
-    """Computes φ(x) and φ'(x) in float32."""
+    """Computes φ(x) and φ'(x) in float32; the joint prompt's kernels use it too."""
     if ACTIVATION == "relu":
-        value = tl.where(x <= 0, 0.0, x)  # NaN stays
+        value = tl.where(x <= 0, 0.0, x)  # no maximum, which would make 0 of NaN
         slope = tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "silu":
         passed = tl.sigmoid(x)

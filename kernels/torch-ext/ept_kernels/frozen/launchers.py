@@ -14,6 +14,7 @@ from .activation import gated_activation_backward_kernel, gated_activation_kerne
 from .norm import rms_norm_backward_kernel, rms_norm_kernel
 from .reference import (
     ACTIVATION,
+    ACTIVATIONS,
     FORMS,
     NORM,
     NORM_BACKWARD,
@@ -96,7 +97,7 @@ def _rms_norm_backward(kinds: Kinds, form: str) -> Prepared:
 def _rows(kernel: str, shape: Size, dtype: torch.dtype, device: torch.device) -> tuple[Size, Size, dict[str, Any]]:
     """Chooses the number of rows per program."""
     *lead, d = shape
-    config = dict(_chosen(kernel, d, dtype, device))
+    config = _chosen(kernel, d, dtype, device)
     width, rows = triton.next_power_of_2(max(d, 1)), math.prod(lead)
     block = max(1, config.pop("TILE") // width)
     return (triton.cdiv(rows, block),), (rows, d), {"BLOCK_ROWS": block, "BLOCK_D": width, **config}
@@ -182,12 +183,13 @@ def _flat(kinds: Kinds, name: str, activation: str | None) -> Prepared:
         check_shapes(f"passes {triton.cdiv(elements, 8)}", passes=others[0])
     else:
         check_shapes(ACTIVATION, grad_output=first, **dict(zip(("up", "gate"), reversed(others))))
-    config = _chosen(name, 1, kinds[1][0], kinds[2])
-    options = config if activation is None else {"ACTIVATION": activation, **config}
-    return Prepared(FLAT[name], (triton.cdiv(elements, config["BLOCK"]),), (elements,), options, kinds)
+    options: dict[str, Any] = {**_chosen(name, 1, kinds[1][0], kinds[2])}
+    if activation is not None:
+        ACTIVATIONS[activation]  # refuses an unknown one
+        options["ACTIVATION"] = activation
+    return Prepared(FLAT[name], (triton.cdiv(elements, options["BLOCK"]),), (elements,), options, kinds)
 
 
-@launch.cached_choice
 def _chosen(kernel: str, size: int, dtype: torch.dtype, device: torch.device) -> Config:
     return launch.config_for(launch.key(kernel, dtype), max(size, 1), device, heuristic(kernel, size, device))
 

@@ -14,7 +14,7 @@ from .. import launch
 from ..library import check_shapes
 from .expand import joint_prompt_expand_kernel
 from .products import joint_prompt_products_kernel, joint_prompt_sum_kernel
-from .reference import SHAPES, joint_prompt_backward_reference, joint_prompt_reference
+from .reference import ACTIVATIONS, SHAPES, joint_prompt_backward_reference, joint_prompt_reference
 from .scores import joint_prompt_rows_kernel, joint_prompt_sides_kernel
 from .tiles import UNIT, layout
 
@@ -98,6 +98,7 @@ def _prepared(kinds: launch.Kinds, options: tuple[Any, ...], is_backward: bool) 
         said = f"a joint prompt of {s} prompt rows, {m} positions and rank {r} has matrices of 2**31 numbers or more"
         raise ValueError(f"{said}, too many for the kernels: take a shorter prompt, or EPT_KERNELS=reference")
     scales, activation = tuple(map(float, options[:3])), options[3] if len(options) > 3 else "gelu"
+    ACTIVATIONS[activation]  # refuses an unknown one
     configs = [launch.config_for(name, (d,), device, heuristic(name, device)) for name in CONFIGS]
 
     across, down = (w.width, w.at_q + w.at_B) if is_backward else (w.at_U, w.at_q)

@@ -8,28 +8,22 @@ gradients `δ` of the scores before their scale, over rows and over columns.
 import triton
 import triton.language as tl
 
+from ..frozen.activation import activated
 from .tiles import INVERSE_RMS, INVERSE_SUM, MAX, MEAN_SLOPE, TILE, add_product, dot, layout, load, store
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """Computes φ(x) and φ'(x)."""
-    if ACTIVATION == "relu":
-        # Not `maximum`, which would turn NaN into 0.
-        b_y, b_slope = tl.where(x <= 0, 0.0, x), tl.where(x <= 0, 0.0, 1.0)
-    elif ACTIVATION == "silu":
-        b_y, b_slope = x * tl.sigmoid(x), tl.sigmoid(x) * (1.0 + x * tl.sigmoid(-x))
-    elif ACTIVATION == "tanh":  # with a sigmoid, but near 0, where that would cancel, with the power series
+    if ACTIVATION == "tanh":  # with a sigmoid, but near 0, where that would cancel, with the power series
         y = x * x
         series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
         b_y = tl.where(y < 0.0625, series, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
         b_slope = 4.0 * tl.sigmoid(2.0 * x) * tl.sigmoid(-2.0 * x)
-    elif ACTIVATION == "gelu":
-        b_below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-        b_y, b_slope = x * b_below, b_below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    else:
-        tl.static_assert(ACTIVATION == "linear")
+    elif ACTIVATION == "linear":
         b_y, b_slope = x, tl.full(x.shape, 1.0, tl.float32)
+    else:
+        b_y, b_slope = activated(x, ACTIVATION)
     return b_y, b_slope
 
 
