@@ -32,6 +32,8 @@ SOURCE_NAMES = ("prompt", "question", "problem", "instruction", "dialogue", "art
 """Names of what an answer in free text is written to."""
 NEVER_READ = {"chosen", "rejected", "rationale", "solution", "explanation", "reasoning"}
 """Names of other answers, or of what gives the answer away."""
+NUMERALS = ("left", "right", "first", "second", "one", "two")
+"""What similar columns, such as the two texts of a pair, are told apart by beside numbers and single letters."""
 SPLIT_NAMES = {"split", "set", "subset", "fold", "partition"}
 PARTS = {"train", "training", "dev", "valid", "val", "validation", "test"}
 TEXT_PAIRS = (
@@ -253,8 +255,8 @@ def _holds_parts(rows: Sequence[Row], name: str, texts: Sequence[str]) -> bool:
 
 
 def _series(name: str) -> str:
-    """Returns the common part of similar columns' names: `choice1` and `choice2`, `sentence_A` and `sentence_B`."""
-    return re.sub(r"\d+|(?<![^\W_])[^\W_]$", "#", name)
+    """Returns the common part of similar columns' names: `choice1`, `choice2`; `text_A`, `text_B`; `left_text`, ..."""
+    return re.sub(rf"\d+|(?<![^\W_])([^\W_]$|(?i:{'|'.join(NUMERALS)})(?![^\W_]))", "#", name)
 
 
 def _are_codes(values: Sequence[Any]) -> bool:
