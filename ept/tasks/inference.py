@@ -32,6 +32,8 @@ SOURCE_NAMES = ("prompt", "question", "problem", "instruction", "dialogue", "art
 """Names of text columns to which a free-text answer is written."""
 NEVER_READ = {"chosen", "rejected", "rationale", "solution", "explanation", "reasoning"}
 """Names of columns that hold other answers or give the answer away."""
+NUMERALS = ("left", "right", "first", "second", "one", "two")
+"""Words that distinguish the names of similar columns, besides numbers and single letters."""
 SPLIT_NAMES = {"split", "set", "subset", "fold", "partition"}
 PARTS = {"train", "training", "dev", "valid", "val", "validation", "test"}
 TEXT_PAIRS = (
@@ -255,8 +257,8 @@ def _holds_parts(rows: Sequence[Row], name: str, texts: Sequence[str]) -> bool:
 
 
 def _series(name: str) -> str:
-    """Masks the number or letter in a column's name, as in `choice1` and `choice2`, `sentence_A` and `sentence_B`."""
-    return re.sub(r"\d+|(?<![^\W_])[^\W_]$", "#", name)
+    """Masks what distinguishes similar columns: `choice1` and `choice2`, `text_A` and `text_B`, `left_text` and ..."""
+    return re.sub(rf"\d+|(?<![^\W_])([^\W_]$|(?i:{'|'.join(NUMERALS)})(?![^\W_]))", "#", name)
 
 
 def _are_codes(values: Sequence[Any]) -> bool:

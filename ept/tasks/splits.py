@@ -67,7 +67,7 @@ class TaskData:
         if values:
             low, width = values[0], (values[-1] - values[0]) / BALANCE_INTERVALS
             labels = [interval(self.task, label) for label in labels]
-            names = tuple(f"{low + i * width:g}-{low + (i + 1) * width:g}" for i in range(BALANCE_INTERVALS))
+            names = tuple(f"{low + i * width:g} .. {low + (i + 1) * width:g}" for i in range(BALANCE_INTERVALS))
         counts = Counter(labels)
         return {name: counts[i] / len(labels) for i, name in enumerate(names)}
 

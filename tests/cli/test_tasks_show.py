@@ -34,7 +34,7 @@ def test_rows_from_the_hub(monkeypatch):
     text = succeed("tasks", "show", "glue/stsb", "--hub").stdout
     assert "labels:     0.0 .. 5.0 in steps of 0.2" in text
     assert "'sentence1: a 1 sentence2: b' -> '0.2'" in text
-    assert "0-1 33.3%" in text
+    assert "0 .. 1 33.3%" in text
 
 
 def test_the_two_examples_have_different_labels(tmp_path):

@@ -47,6 +47,9 @@ COLUMNS = [
     ({"link": ["https://a.b/c-d-e-f-g/h"] * 3, "title": [*"xyz"], "topic": "aba"}, {}, ["title"], "topic"),
     ({"file": ["b/0001.txt", "b/0002.txt", "c.txt/"], "label": "aba"}, {}, ["file"], "label"),  # the only one
     ({"headline1": LONG, "headline2": LONG, "data": "xyz", "label": "aba"}, {}, ["headline1", "headline2"], "label"),
+    ({"left_text": LONG, "right_text": LONG, "same": "101"}, {}, ["left_text", "right_text"], "same"),
+    ({"Text one": LONG, "Text Two": LONG, "same": "101"}, {}, ["Text one", "Text Two"], "same"),
+    ({"copyright": LONG, "copyleft": ["x" * 9] * 3, "same": "101"}, {}, ["copyright"], "same"),
     ({"Class Index": "121", "Title": [*"xyz"], "Description": LONG}, {}, ["Title", "Description"], "Class Index"),
     ({"Class Index": "121", "Description": LONG}, {}, ["Description"], "Class Index"),
     ({"category": "aaa", "review": LONG, "verdict": "aba"}, {}, ["review"], "verdict"),  # one label alone is none

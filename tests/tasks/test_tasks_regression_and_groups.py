@@ -77,8 +77,8 @@ def test_stsb_balance_and_majority(tmp_path):
     write(tmp_path, "train.jsonl", [{**row, "label": 4.2} for row in scores(9, 0)] + scores(1, 3))
     write(tmp_path, "validation.jsonl", scores(10, 1))
     data = load_task(STSB, data_dir=tmp_path)
-    assert list(data.balance()) == ["0-1", "1-2", "2-3", "3-4", "4-5"]
-    assert data.balance()["4-5"] == pytest.approx(0.9)
+    assert list(data.balance()) == ["0 .. 1", "1 .. 2", "2 .. 3", "3 .. 4", "4 .. 5"]
+    assert data.balance()["4 .. 5"] == pytest.approx(0.9)
     assert sum(data.balance().values()) == pytest.approx(1)
     assert data.majority() == 0.0  # a constant answer correlates with nothing
 
