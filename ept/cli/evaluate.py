@@ -60,7 +60,7 @@ def evaluate(
                 and not any(key.startswith("data.") for key in set_ or [])
                 and (run_dir / SPLITS_FILE).is_file()
             ):
-                data.splits = str(run_dir)  # the rows of the training, or an error where the data have changed
+                data.splits = str(run_dir)  # as split in training, or an error if the data have changed
             data.max_length = run.max_length
             run_data = load_run_data(data, run.tokenizer, run.task_type, run.config.seed)
             rows, truncation_rate = getattr(run_data.data, split), run_data.truncation_rate[split]

@@ -82,7 +82,7 @@ def export(
             lines = texts_of(texts, config, adapter.layer.config.template, tokenizer)
             encoded = encode_texts(tokenizer, lines, task_type)
             embeds = embed_texts(adapter, described, task_type, encoded, int(tokenizer.pad_token_id))
-        (output / EMBEDS_NAME).unlink(missing_ok=True)  # an earlier export's, of other texts
+        (output / EMBEDS_NAME).unlink(missing_ok=True)  # left by an earlier export of other texts
         files = write_folded(adapter, output)
         if embeds:
             files.append(write_embeds(embeds, output))

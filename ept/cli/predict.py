@@ -26,9 +26,10 @@ def predict(
 ) -> None:
     """Label texts with a trained run.
 
-    One row in, one row out: all columns are kept; `prediction` has the label, empty where a row has no text, and where
-    labels are ranked `p(LABEL)` has the probability of each. For a task with one text column a TEXT (or a `text`
-    column) goes into its template; for a task with several it is the whole input text, as `ept tasks show` shows it.
+    One row in, one row out, with all columns kept. `prediction` holds the label; it is empty if the row has no text or
+    the answer is not a label. If labels are ranked, `p(LABEL)` holds the probability of each. For a task with one text
+    column a TEXT (or a `text` column) goes into its template; for a task with several it is the whole input text, as
+    `ept tasks show` shows it.
     """
     if bool(texts) == (file is not None):
         raise ValueError("give either texts or --file; - reads texts from standard input, one a line")

@@ -71,7 +71,7 @@ def profile(
     """Measure training steps of several methods side by side.
 
     Prompt tuning, DePT, EPT with the token-dependent and the position-dependent update, and PEFT's prompt tuning take
-    whole steps in turn: time with spread, throughput, memory, and where the time of a step goes. Runs on a CPU too.
+    whole steps in turn. Shows time with spread, throughput, memory, and where a step's time goes. Runs on a CPU too.
     """
     if output is not None and (output / RECORD).exists() and not overwrite:
         raise FileExistsError(f"{output} holds a profile: choose another --output, or replace it with --overwrite")
@@ -99,7 +99,7 @@ def profile(
         names = tuple(methods.split(","))
         # Most settings are options of the same name.
         same: dict[str, Any] = {field.name: context.params.get(field.name) for field in fields(ProfileConfig)}
-        own = run.model if shape is None or config is None else ModelConfig()  # the file is for its data only
+        own = run.model if shape is None or config is None else ModelConfig()  # --config then gives only the data
         others = {
             "model": own,
             "dtype": dtype or str(dtype_of(own, default_device())).removeprefix("torch."),
@@ -118,7 +118,7 @@ def profile(
             if has_data:
                 rows = data_rows(run, data, task_type_of_base(base), length, seed, batch * (steps + warmup))
             record = measure(settings, rows=rows, base=base, traces=traces, progress=status.update)
-        words = ["ept", "profile"]  # and the options that were given, but for where the record goes
+        words = ["ept", "profile"]  # and the given options, except for where the record goes
         for option in context.command.params:
             value = context.params.get(str(option.name))
             if value is None or value == option.default or option.name in ("output", "overwrite", "json"):
