@@ -173,12 +173,12 @@ class EPTConfig(PromptLearningConfig):
         if names is not None and not (
             isinstance(names, (list, tuple, set)) and all(isinstance(name, str) and name for name in names)
         ):
-            raise TypeError(f"modules_to_save must be a list of names of modules, got {shown(names)}")
+            raise TypeError(f"modules_to_save must be a list of module names, got {shown(names)}")
         if self.template is not None and not isinstance(self.template, str):
-            raise TypeError(f"template must be a text, got {shown(self.template)}")
+            raise TypeError(f"template must be a string, got {shown(self.template)}")
         words = self.label_words
         if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
-            raise TypeError(f"label_words must be a list of texts, got {shown(words)}")
+            raise TypeError(f"label_words must be a list of strings, got {shown(words)}")
         if not isinstance(self.prompt_tuning_init_text, (str, type(None))):
             raise ValueError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} is not text: give one string")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:

@@ -45,8 +45,8 @@ def lookup(
         attention_mask = torch.ones(batch, n, dtype=torch.int64, device=given.device)
     elif attention_mask.shape != (batch, n):
         raise ValueError(
-            f"attention_mask must have the shape of the input, [{batch}, {n}], got {list(attention_mask.shape)}; "
-            "masks of more dimensions cannot be extended by the prompt"
+            f"attention_mask must have the shape of the input, [{batch}, {n}], got {list(attention_mask.shape)}; a "
+            "mask with more dimensions cannot be extended by the prompt"
         )
     if input_ids is not None and is_plain_lookup(embedding):
         return input_ids, embedding.weight, attention_mask
@@ -80,8 +80,8 @@ def check_vocabulary(input_ids: Tensor, rows: int) -> None:
     if input_ids.numel() and (int(input_ids.min()) < 0 or int(input_ids.max()) >= rows):
         strange = int(input_ids[(input_ids < 0) | (input_ids >= rows)][0])
         raise ValueError(
-            f"input_ids hold {strange}, the model's embedding has the rows 0 to {rows - 1}: take the model's own "
-            "tokenizer, resize_token_embeddings after adding tokens, and pad with a token of the vocabulary"
+            f"input_ids contain {strange}, but the model's embedding has rows 0 to {rows - 1}: use the model's own "
+            "tokenizer, call resize_token_embeddings after adding tokens, and pad with a token of the vocabulary"
         )
 
 

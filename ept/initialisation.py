@@ -73,8 +73,8 @@ def _rows(
         text_ids = _text_ids(config, tokenizer)
         if max(text_ids) >= rows_of(embedding):
             raise ValueError(
-                f"the tokenizer writes prompt_tuning_init_text with token {max(text_ids)}, the model's embedding has "
-                f"{rows_of(embedding)} rows: take the model's own tokenizer, or resize_token_embeddings"
+                f"prompt_tuning_init_text contains token {max(text_ids)}, but the model's embedding has "
+                f"{rows_of(embedding)} rows: use the model's own tokenizer, or call resize_token_embeddings"
             )
         # Rows beyond the text come from the vocabulary: repeated rows would learn the same.
         ids[: len(text_ids)] = torch.tensor(text_ids[:count])

@@ -275,14 +275,15 @@ class EPTLayer(BasePromptEncoder):
         others = [name for name in state_dict if "." not in name and name not in wanted]
         if others:
             raise ValueError(
-                f"the state holds {', '.join(others)}, which the adapter does not have: load its own weights"
+                f"the state holds {', '.join(others)}, which the adapter does not have: load the adapter's own weights"
             )
         for name, own in wanted.items():  # check all before writing any
             given = state_dict.get(name)
             if given is None or given.shape != own.shape:
                 found = "missing" if given is None else list(given.shape)
                 raise ValueError(
-                    f"{name} is {found} in the state and {list(own.shape)} in the adapter: load its own weights"
+                    f"{name} is {found} in the state, but {list(own.shape)} in the adapter: load the adapter's own "
+                    "weights"
                 )
         for name, parameter in self.named_parameters():
             parameter.copy_(state_dict[name])

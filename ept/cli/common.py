@@ -38,7 +38,8 @@ LABEL_COLUMN: Any = Option(
 TEMPLATE: Any = Option(
     None,
     metavar="TEXT",
-    help="Input text with columns in braces, \\n for a line break (data.template). Default: made of the text columns.",
+    help="Input text with columns in braces, \\n for a line break (data.template). Default: made from the text "
+    "columns.",
 )
 TARGET_TEMPLATE: Any = Option(
     None, metavar="TEXT", help="For answers in free text: the answer, with columns in braces (data.target_template)."

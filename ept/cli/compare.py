@@ -100,7 +100,7 @@ def compare(
         try:
             records = carry_out(comparison, report=lambda line: typer.echo(line, err=True))
         except KeyboardInterrupt as stop:
-            said = (str(stop), "the same command again continues the comparison")
+            said = (str(stop), "run the same command again to continue the comparison")
             typer.echo("\n".join(filter(None, said)), err=True)
             raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
         settings = summarise(records)

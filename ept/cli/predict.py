@@ -12,14 +12,16 @@ from .common import JSON, SET, answer, encoding_of, quiet
 
 def predict(
     run_dir: Path = Argument(help="Folder of a finished run."),
-    texts: list[str] | None = Argument(None, metavar="[TEXT]...", help="Texts to label; - reads a text a line."),
+    texts: list[str] | None = Argument(
+        None, metavar="[TEXT]...", help="Texts to label; - reads one text per line from standard input."
+    ),
     file: Path | None = Option(
         None, help="A file (csv, tsv, jsonl, json, parquet) with the task's columns, or a column `text`."
     ),
     text_column: list[str] | None = Option(
-        None, "--text-column", metavar="NAME", help="With --file: what it calls the text column. Repeatable."
+        None, "--text-column", metavar="NAME", help="With --file: the name of its text column. Repeatable."
     ),
-    output: Path | None = Option(None, help="Write the rows into this file (csv, tsv, jsonl, json, parquet)."),
+    output: Path | None = Option(None, help="Write the rows to this file (csv, tsv, jsonl, json, parquet)."),
     overwrite: bool = Option(False, "--overwrite", help="Replace the output file."),
     set_: list[str] | None = SET,
     json: bool = JSON,
@@ -32,7 +34,7 @@ def predict(
     `ept tasks show` shows it.
     """
     if bool(texts) == (file is not None):
-        raise ValueError("give either texts or --file; - reads texts from standard input, one a line")
+        raise ValueError("give either texts or --file; - reads texts from standard input, one per line")
     if texts == ["-"]:
         texts = sys.stdin.read().removesuffix("\n").split("\n")
     if output is not None and output.exists() and not overwrite:
@@ -51,7 +53,10 @@ def predict(
             write_rows(labelled, output, probabilities)
     left_out = sum(row[PREDICTION] is None for row in labelled)
     if left_out:
-        print(f"{left_out:,} of {len(labelled):,} rows have no text or no label as their answer", file=sys.stderr)
+        print(
+            f"{left_out:,} of {len(labelled):,} rows get no label: they have no text, or the answer is not a label",
+            file=sys.stderr,
+        )
     if output is not None and not json:
         answer(json, labelled, f"{len(labelled):,} rows in {output}")
         return

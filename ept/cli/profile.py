@@ -24,7 +24,7 @@ def profile(
     model: str | None = Option(None, help="A model to load: a folder or a hub name."),
     methods: str = Option(
         "pt,dept,ept-token,ept,peft-pt",
-        help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20.",
+        help="Comma-separated names; :LENGTH sets another prompt length, as in pt,ept:20.",
     ),
     sweep: str | None = Option(
         None,
@@ -33,17 +33,19 @@ def profile(
     ),
     dtype: str | None = Option(None, help="float32 or bfloat16; default: model.dtype, else float32."),
     quantization: str | None = Option(None, help="nf4 or fp4: 4-bit weights through bitsandbytes."),
-    fast_4bit: bool = Option(True, help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'."),
-    fast_frozen: bool = Option(True, help="Our methods on fused norms, rotary embeddings and activations."),
+    fast_4bit: bool = Option(
+        True, help="With 4-bit weights: run our methods on our own layers, PEFT's on bitsandbytes'."
+    ),
+    fast_frozen: bool = Option(True, help="Run our methods on fused norms, rotary embeddings and activations."),
     shared_prompt: bool | None = Option(
         None,
         "--shared-prompt/--no-shared-prompt",
-        help="Our methods read a decoder's prompt once a batch; default: on a CPU.",
+        help="Our methods read a decoder's prompt once per batch; default: on a CPU.",
     ),
     attn_implementation: str | None = Option(None, help="eager, sdpa, ... Default: as `ept train` chooses."),
-    layers: int | None = Option(None, help="How many of a shape's layers to keep, the first ones. Default: all."),
-    batch: int = Option(8, help="Rows of a batch."),
-    length: int = Option(128, help="Text tokens of a row, at most."),
+    layers: int | None = Option(None, help="Keep only this many of a shape's layers, from the first. Default: all."),
+    batch: int = Option(8, help="Rows per batch."),
+    length: int = Option(128, help="Maximum number of text tokens per row."),
     padding: str | None = Option(
         None,
         help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
@@ -56,7 +58,7 @@ def profile(
         None, help="Take the lengths from the texts of a file (csv, tsv, jsonl, json, parquet)."
     ),
     text_column: list[str] | None = TEXT_COLUMN,
-    tokenizer: str | None = Option(None, help="With --task or --data: the tokenizer, where it is not the model's."),
+    tokenizer: str | None = Option(None, help="With --task or --data: the tokenizer, if it is not the model's."),
     config: Path | None = Option(None, metavar="FILE.yaml", help="Take model and data from a run's configuration."),
     set_: list[str] | None = SET,
     steps: int = Option(10, help="Measured steps of each method, at least 2."),
