@@ -151,7 +151,7 @@ def summary(results: list[Row]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help=f"for all sections together (default {MINUTES:g})"
+        "--minutes", type=float, default=MINUTES, help=f"minutes for all sections together (default {MINUTES:g})"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--reduced", action="store_true", help="tiny sizes; needed with --device cpu")
@@ -165,7 +165,7 @@ def main() -> int:
         parser.error("--device cpu goes with --reduced; `make bench` measures the CPU subset")
     if (arguments.reduced or arguments.rehearse) and arguments.output is None:
         parser.error(
-            "--reduced and --rehearse need --output: their figures mean nothing and belong beside no real ones"
+            "--reduced and --rehearse need --output: their figures mean nothing and must not stand beside real ones"
         )
     check_device(device)
     command = command_line("benchmarks/gpu_report.py", sys.argv[1:])

@@ -135,7 +135,7 @@ def _device(folder: Path) -> tuple[str, dict[str, Plot]]:
     unfinished = [row for row in rows if row["section"] == "plan" and row["left"]]
     begun, ended = Record(folder / RECORD_NAME).units()
     interrupted = [
-        f"{unit}: begun and not ended; the same command goes on"
+        f"{unit}: begun but not ended; the same command continues it"
         for unit, attempts in begun.items()
         if attempts and unit not in ended
     ]
@@ -183,7 +183,7 @@ def written_by(record: Path) -> str:
 
 def cut_off(row: Row) -> str:
     """Says that a section of the report's plan is incomplete."""
-    return f"{row['case'].partition('/')[2]}: time was up ({', '.join(row['left'])}); the same command goes on"
+    return f"{row['case'].partition('/')[2]}: time was up ({', '.join(row['left'])}); the same command continues"
 
 
 def measured_with(record: Row, command: str, when: str = "") -> str:
@@ -288,9 +288,9 @@ KINDS: tuple[tuple[str, str, Callable[[Row], Section]], ...] = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where the page is out of date")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with a folder of records a device")
-    parser.add_argument("--page", type=Path, help="default docs/performance.md; of other results, a file beside them")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with one folder of records per device")
+    parser.add_argument("--page", type=Path, help="default docs/performance.md; for other results, a file beside them")
     arguments = parser.parse_args()
     results = arguments.results.resolve()
     page = arguments.page or (PAGE if results == RESULTS else results / PAGE.name)
@@ -298,7 +298,7 @@ def main() -> int:
     if arguments.check:
         current = page.read_text(encoding="utf-8") if page.exists() else ""
         if current != text:
-            print(f"{page} is not what the records give: run python -m benchmarks.performance_page")
+            print(f"{page} is out of date with the records: run python -m benchmarks.performance_page")
         return int(current != text)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")

@@ -196,7 +196,7 @@ class Record:
                 found.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(
-                    f"{self.path}, line {len(found) + 1} is no JSON ({error}): delete the file and measure again"
+                    f"{self.path}, line {len(found) + 1} is not JSON ({error}): delete the file and measure again"
                 ) from error
         return found
 

@@ -52,10 +52,14 @@ def main() -> None:
         "--rehearse", action="store_true", help=f"compile for {REHEARSED}, run no kernel, measure nothing"
     )
     parser.add_argument("--output", type=Path, required=True, help="the record, JSON lines; continued if it is there")
-    parser.add_argument("--as-is", action="store_true", help="append to the record whatever it was measured with")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="what has one of these in its name")
+    parser.add_argument(
+        "--as-is", action="store_true", help="append to the record even if its sources or versions differ"
+    )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="only units with one of these in their name")
     parser.add_argument("--group", default="", help="the units of one group; of tests, a share such as 3/8")
-    parser.add_argument("--seconds", type=float, default=280, help="begin nothing new after so many (default 280)")
+    parser.add_argument(
+        "--seconds", type=float, default=280, help="begin nothing new after this many seconds (default 280)"
+    )
     arguments = parser.parse_args()
 
     # Before importing `ept_kernels`, which then reads this choice: on a GPU the kernels must be asked for.
@@ -174,7 +178,7 @@ def run(record: Record, works: Iterable[Work], about: Row, seconds: float, limit
                 add({**described, "status": "failed", "reason": f"{type(error).__name__}: {error}"})
                 print(f"failed: {work.unit}: {error}", flush=True)
         if is_device_broken():
-            raise SystemExit("the device's context is broken: begun again, the next unit is measured")
+            raise SystemExit("the device's context is broken: a new process goes on with the next unit")
         print(f"{time.monotonic() - began:5.1f} s  {work.unit}", flush=True)
         gc.collect()  # the next one may need the device's memory
         if torch.cuda.is_initialized():

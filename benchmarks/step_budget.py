@@ -142,9 +142,9 @@ def compare(name: str, batch: int, positions: int) -> tuple[Counted, Counted]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["t5-base:32", "llama-2-7b:8"], help="shape:batch")
-    parser.add_argument("--length", type=int, default=256, help="text tokens of a row")
+    parser.add_argument("--length", type=int, default=256, help="text tokens per row")
     parser.add_argument("--prompt", type=int, default=40, help="virtual tokens before them")
-    parser.add_argument("--operators", action="store_true", help="also every operator that moves much")
+    parser.add_argument("--operators", action="store_true", help="also list every operator that moves much")
     options = parser.parse_args()
     counted: dict[str, tuple[Counted, Counted]] = {}
     for text in options.models:

@@ -86,7 +86,7 @@ def main() -> None:
 
     target = "sm_{}{}".format(*torch.cuda.get_device_capability())
     if target not in TARGETS:
-        raise SystemExit(f"{target} is none of {', '.join(TARGETS)}: kernels are compiled when they are launched")
+        raise SystemExit(f"{target} is not one of {', '.join(TARGETS)}: kernels are compiled when they are launched")
     began, jobs = time.monotonic(), max(1, (os.cpu_count() or 1) // 2)
     count = aot.fill(Path(knobs.cache.dir), target, only="", jobs=jobs)
     print(f"{count} kernels compiled ahead for {target} in {time.monotonic() - began:.0f} s", flush=True)

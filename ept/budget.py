@@ -19,7 +19,7 @@ _METHODS: dict[str, dict[str, Any]] = {
     "ept": {},
     "dept": {"fusion": False, "num_spaces": 0},
     "pt": {"r": 0, "fusion": False, "num_spaces": 0},
-    # A hundred tokens and a basis of 64 rows are ULPT's published default; the basis takes what the budget has left.
+    # A hundred tokens and a basis of 64 rows are ULPT's published default; the basis gets the rest of the budget.
     "ulpt": {"num_virtual_tokens": 100, "prompt_scale_shift": True, "r": 0, "fusion": False, "num_spaces": 0},
     "adept": {"update": "token", "fusion": False, "num_spaces": 0},
     "residual": {"r": 0, "fusion": False, "num_spaces": 0},
@@ -38,7 +38,7 @@ _ENOUGH_TOKENS, _MAX_PROMPT_SHARE = 16, 0.7
 def best_config(
     config_class: type[EPTConfig], d: int, max_length: int, budget: int, method: str, kind: str, fields: dict[str, Any]
 ) -> EPTConfig:
-    """Searches as `EPTConfig.for_budget` says, for embedding width `d`."""
+    """Runs the search that `EPTConfig.for_budget` describes, for embedding width `d`."""
     if method not in _METHODS:
         raise ValueError(f"unknown method {method!r}: use one of {', '.join(_METHODS)}")
     if kind not in _COUNTS:
@@ -50,13 +50,13 @@ def best_config(
         spaces = [fields["num_spaces"]]
     elif kind == "stored":  # they cost nothing
         spaces = [config_class.num_spaces]
-    else:  # two spaces and their gate are at least six rows of d; a single one, without a gate, only where that is much
+    else:  # two spaces and a gate take at least six rows of d; if that is much, a single one without a gate is tried
         spaces = [2, 4, 8] if budget >= 24 * d else [1, 2]
     if "space_dim" in fields:
         widths = [fields["space_dim"]]
     else:
         widths = [1, 2, 3, 4, 6, 8, 12, 16] if spaces != [0] and kind == "trained" else [config_class.space_dim]
-    # The size that takes what the others leave.
+    # The size that uses up what the others leave.
     rank = {"ulpt": "prompt_rank", "residual": "residual_dim"}.get(method, "r")
 
     def of_sizes(s: int, K: int, h: int) -> EPTConfig:
@@ -66,7 +66,7 @@ def best_config(
             largest = d if rank == "prompt_rank" else max(budget, 1)  # more rows than d span nothing new
             if two > one:
                 setattr(config, rank, min(max((budget - one) // (two - one) + 1, 1), largest))
-            else:  # it costs nothing: folded into a prompt, or there is none
+            else:  # it costs nothing: it folds into the prompt, or there is no prompt
                 setattr(config, rank, RESIDUAL_DIM if rank == "residual_dim" else largest)
         return config
 
@@ -89,7 +89,7 @@ def _with(config: EPTConfig, **sizes: int) -> EPTConfig:
 
 
 def _misfit(config: EPTConfig, d: int, budget: int, count: int) -> tuple[bool, float]:
-    """Orders what fits by its distance from the usual proportions, 0 being perfect, and behind it the rest by size."""
+    """Ranks what fits by its distance from the usual proportions and from the full budget, then the rest by size."""
     if count > budget:
         return True, count
     sizes = {name: math.prod(shape) for name, shape in config.parameter_shapes(d).items()}

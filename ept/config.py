@@ -22,7 +22,7 @@ from .utils.messages import shown
 
 
 class _Type(str, Enum):
-    """The adapter's type, a member of an enumeration as PEFT's own types are; PEFT's enumeration is closed."""
+    """The adapter's type as an enumeration member, like PEFT's own types; PEFT's enumeration cannot be extended."""
 
     EPT = "EPT"
 
@@ -30,7 +30,7 @@ class _Type(str, Enum):
 
 
 PEFT_TYPE = _Type.EPT
-# Beyond these no adapter can be meant; they keep what is computed from a stranger's configuration finite.
+# No real adapter exceeds these; they keep sizes computed from an untrusted configuration finite.
 MAX_SIZE, MAX_SEED = 2**31 - 1, 2**63 - 1
 
 TASK_TYPES = ("SEQ_2_SEQ_LM", "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -64,8 +64,8 @@ def _option(default: Any, text: str) -> Any:
 class EPTConfig(PromptLearningConfig):
     """Configuration of an EPT adapter; also of prompt tuning and DePT, which are EPT with parts switched off.
 
-    `docs/method.md` has the formulas. What the paper leaves open is this project's reconstruction, and a field here.
-    Raises `ValueError` or `TypeError` that names the field, its value and what is allowed.
+    `docs/method.md` has the formulas. The choices that the paper leaves open are this project's reconstruction; each is
+    a field here. Raises a `ValueError` or `TypeError` that names the field, its value and what is allowed.
     """
 
     num_virtual_tokens: int = _option(40, "Length s of the short prompt; 0 for none.")
@@ -82,13 +82,13 @@ class EPTConfig(PromptLearningConfig):
     )
     lowrank_init: str = _option(
         "uniform",
-        "How A·B starts: at zero, with random A ('uniform', as DePT) or with cosine waves over the positions, the "
-        "first of them constant ('cosine'); or at a tenth of a long prompt's best approximation of that rank ('svd').",
+        "How A·B starts: at zero, with A random ('uniform', as in DePT) or made of cosine waves over the positions, "
+        "the first one constant ('cosine'); or at a tenth of a long prompt's best rank-r approximation ('svd').",
     )
     update_scope: str = _option(
         "text",
-        "Tokens that get the update: those of the input 'text', or 'all' up to max_length, including generated ones, "
-        "which an engine that embeds tokens itself cannot do.",
+        "Tokens that get the update: those of the input 'text', or 'all' (a position-dependent update stops at "
+        "max_length), including generated ones, which an engine that embeds tokens itself cannot update.",
     )
     prompt_rank: int = _option(
         0,
@@ -134,7 +134,7 @@ class EPTConfig(PromptLearningConfig):
     folded: bool = _option(False, "Set by folding: inference form, one prompt (s x d) and the factors of the update.")
 
     def __post_init__(self) -> None:
-        for name in ("task_type", "prompt_tuning_init"):  # members of an enumeration count as their values
+        for name in ("task_type", "prompt_tuning_init"):  # enumeration members count as their values
             setattr(self, name, getattr(getattr(self, name), "value", getattr(self, name)))
         if isinstance(self.prompt_tuning_init, str):
             self.prompt_tuning_init = self.prompt_tuning_init.upper()
@@ -173,12 +173,12 @@ class EPTConfig(PromptLearningConfig):
         if names is not None and not (
             isinstance(names, (list, tuple, set)) and all(isinstance(name, str) and name for name in names)
         ):
-            raise TypeError(f"modules_to_save must be a list of names of modules, got {shown(names)}")
+            raise TypeError(f"modules_to_save must be a list of module names, got {shown(names)}")
         if self.template is not None and not isinstance(self.template, str):
-            raise TypeError(f"template must be a text, got {shown(self.template)}")
+            raise TypeError(f"template must be a string, got {shown(self.template)}")
         words = self.label_words
         if words is not None and not (isinstance(words, list) and all(isinstance(word, str) for word in words)):
-            raise TypeError(f"label_words must be a list of texts, got {shown(words)}")
+            raise TypeError(f"label_words must be a list of strings, got {shown(words)}")
         if not isinstance(self.prompt_tuning_init_text, (str, type(None))):
             raise ValueError(f"prompt_tuning_init_text={self.prompt_tuning_init_text!r} is not text: give one string")
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
@@ -204,7 +204,7 @@ class EPTConfig(PromptLearningConfig):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """True once the task is known: PEFT then treats the adapter as a prompt, and looks its task up."""
+        """True once the task is known: PEFT then treats the adapter as a prompt and looks up its task."""
         return self.task_type is not None
 
     @classmethod
@@ -232,7 +232,7 @@ class EPTConfig(PromptLearningConfig):
     def residual_prompt_tuning(
         cls, num_virtual_tokens: int = 100, residual_dim: int = RESIDUAL_DIM, **fields: Any
     ) -> EPTConfig:
-        """Configures residual prompt tuning (Razdaibiedina et al., 2023): the prompt plus a network of it."""
+        """Configures residual prompt tuning (Razdaibiedina et al., 2023): the prompt plus a network's output on it."""
         return cls.prompt_tuning(num_virtual_tokens, **{"residual_dim": residual_dim, **fields})
 
     @classmethod
@@ -275,9 +275,8 @@ class EPTConfig(PromptLearningConfig):
     def stored_count(self, d: int) -> int:
         """Counts the numbers that a saved adapter has to hold for embedding width `d`, without heads.
 
-        Folded, those are s·d + r·(m + d), or s·d + r·(2d + 1) + d with the token-dependent update, whatever the
-        spaces and the fusion are.
-        An adapter that is smaller as it is trained, as ULPT's is, is stored so.
+        A folded adapter holds s·d + r·(m + d), or s·d + r·(2d + 1) + d with the token-dependent update, whatever the
+        spaces and the fusion are. An adapter that is smaller unfolded, such as ULPT's, is stored unfolded.
         """
         folded = copy.copy(self)
         folded.folded = True
@@ -332,10 +331,10 @@ _START = (
 )
 # These do not change how a trained adapter answers; the scale that is used is saved with its parameters.
 _OTHER = (*_START, "template", "label_words", "base_dropout", "embedding_scale")
-# These do: two adapters that differ in one of them cannot take each other's place.
+# These do: two adapters that differ in one of them cannot replace each other.
 OUTPUT_FIELDS = [f.name for f in fields(EPTConfig) if f.name in EPTConfig.__annotations__ and f.name not in _OTHER]
 
-# `PeftConfig.from_pretrained` is to know saved adapters; PEFT's enumeration of types is closed, its mapping not.
+# For `PeftConfig.from_pretrained` of saved adapters. PEFT's enumeration of types cannot be extended, its mapping can.
 if (known := PEFT_TYPE_TO_CONFIG_MAPPING.get(PEFT_TYPE)) is not None and known.__module__ != __name__:
     warnings.warn(f"replacing another registration of the adapter type {PEFT_TYPE}: {known}", stacklevel=2)
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = EPTConfig

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROWS_AT_ONCE = 1 << 14  # of the table, where all of it is read
+ROWS_AT_ONCE = 1 << 14  # rows of the table per step when all of it is read
 
 
 def lookup(
@@ -18,10 +18,10 @@ def lookup(
     attention_mask: Tensor | None,
     width: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ids and the table they are rows of, and the attention mask, checked.
+    """Checks the input and returns ids, the table that they index, and the attention mask.
 
-    A plain look-up gives the ids and the module's weight. A module that does more (Gemma scales inside, offloaded or
-    4-bit weights, forward hooks) is called, and its output, or the given `inputs_embeds`, becomes the table.
+    A plain look-up gives the ids and the module's weight. A module that does more (scaling as in Gemma, offloaded
+    or 4-bit weights, forward hooks) is called, and its output, or the given `inputs_embeds`, becomes the table.
 
     Returns:
         ids `[batch, n]`, table `[rows, d]`, attention mask `[batch, n]`.
@@ -45,8 +45,8 @@ def lookup(
         attention_mask = torch.ones(batch, n, dtype=torch.int64, device=given.device)
     elif attention_mask.shape != (batch, n):
         raise ValueError(
-            f"attention_mask must have the shape of the input, [{batch}, {n}], got {list(attention_mask.shape)}; "
-            "masks of more dimensions cannot be extended by the prompt"
+            f"attention_mask must have the shape of the input, [{batch}, {n}], got {list(attention_mask.shape)}; a "
+            "mask with more dimensions cannot be extended by the prompt"
         )
     if input_ids is not None and is_plain_lookup(embedding):
         return input_ids, embedding.weight, attention_mask
@@ -55,7 +55,7 @@ def lookup(
 
 
 def check_mask(attention_mask: Any) -> None:
-    """Raises `ValueError` for a mask that is not a tensor, such as a dictionary of them, or that is added to scores."""
+    """Raises `ValueError` if the mask is not a tensor (a dictionary of masks, say), or is one to be added to scores."""
     if attention_mask is not None and not isinstance(attention_mask, Tensor):
         raise ValueError(
             f"attention_mask must be a tensor [batch, length], got {type(attention_mask).__name__}: masks of other "
@@ -71,17 +71,17 @@ def check_mask(attention_mask: Any) -> None:
 
 
 def check_vocabulary(input_ids: Tensor, rows: int) -> None:
-    """Raises `ValueError` for ids on a CPU that the table has no rows for; torch would take −1 for the last row.
+    """Raises `ValueError` for ids on a CPU that are outside the table; torch would read −1 as the last row.
 
-    An accelerator is not waited for: its kernel makes such a row NaN.
+    Ids on an accelerator are not checked, which would wait for it; its kernel makes such rows NaN.
     """
     if input_ids.device.type != "cpu" or type(input_ids) is not Tensor or torch.compiler.is_compiling():
         return
     if input_ids.numel() and (int(input_ids.min()) < 0 or int(input_ids.max()) >= rows):
         strange = int(input_ids[(input_ids < 0) | (input_ids >= rows)][0])
         raise ValueError(
-            f"input_ids hold {strange}, the model's embedding has the rows 0 to {rows - 1}: take the model's own "
-            "tokenizer, resize_token_embeddings after adding tokens, and pad with a token of the vocabulary"
+            f"input_ids contain {strange}, but the model's embedding has rows 0 to {rows - 1}: use the model's own "
+            "tokenizer, call resize_token_embeddings after adding tokens, and pad with a token of the vocabulary"
         )
 
 
@@ -90,7 +90,7 @@ def is_plain_lookup(embedding: nn.Module) -> bool:
     return (
         type(embedding) is nn.Embedding
         and embedding.max_norm is None
-        # Those have a gradient of their own, without a row or with rows weighed.
+        # These change the gradient: the first leaves out a row, the second rescales rows.
         and not (embedding.weight.requires_grad and (embedding.padding_idx is not None or embedding.scale_grad_by_freq))
         and not embedding.weight.is_meta
         and "forward" not in embedding.__dict__
@@ -100,7 +100,7 @@ def is_plain_lookup(embedding: nn.Module) -> bool:
 
 
 def text_positions(attention_mask: Tensor, text_mask: Tensor | None = None) -> Tensor:
-    """Numbers the input-text tokens of every row by the real tokens before them; −1 elsewhere: `[batch, n]` int64."""
+    """Numbers each row's input-text tokens by the real tokens before them; −1 elsewhere: `[batch, n]` int64."""
     real = updated = attention_mask.bool()
     if text_mask is not None:
         if text_mask.shape != attention_mask.shape:
@@ -119,7 +119,7 @@ def embedding_rms(embedding: nn.Module) -> float:
     """Computes the root mean square ρ of the vectors that `embedding` gives for its whole vocabulary.
 
     Raises:
-        ValueError: the embeddings have no values yet, or are all zero or not finite, which no unit can be taken from.
+        ValueError: the embeddings have no values yet, are all zero, or are not finite.
     """
     rows, device = rows_of(embedding), device_of(embedding)
     total, count = 0.0, 0
@@ -149,7 +149,7 @@ def rows_of(embedding: Any) -> int:
 
 
 def device_of(embedding: Any) -> torch.device:
-    """Returns the device for ids of `embedding`; offloaded weights are brought from the meta device at each call."""
+    """Returns the device that `embedding` takes ids on; offloaded weights are on the meta device between calls."""
     hook = getattr(embedding, "_hf_hook", None)
     if (device := getattr(hook, "execution_device", None)) is not None:
         return torch.device(device)
@@ -157,16 +157,16 @@ def device_of(embedding: Any) -> torch.device:
 
 
 def scaled_embedding(embedding: nn.Module, factor: float) -> nn.Module:
-    """Returns a module that gives `factor` times what `embedding` does; itself for 1."""
+    """Returns a module that gives `factor` times the output of `embedding`, or `embedding` itself if that is 1."""
     return embedding if factor == 1.0 else ScaledEmbedding(embedding, factor)
 
 
 class ScaledEmbedding(nn.Module):
-    """The embedding module of a model that multiplies embeddings it looks up, but not those it is given."""
+    """Embedding module of a model that scales the embeddings it looks up, but not the `inputs_embeds` it is given."""
 
     def __init__(self, embedding: Any, factor: float) -> None:
         super().__init__()
-        self._embedding, self.factor = (embedding,), factor  # in a tuple: it is referred to, not owned
+        self._embedding, self.factor = (embedding,), factor  # in a tuple: referenced, not owned
 
     @property
     def weight(self) -> Tensor:

@@ -19,9 +19,10 @@ from ept_kernels.four_bit.reference import check_operands
 
 
 def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses a backward that is to be differentiated; PyTorch's `once_differentiable` does so for `.backward()` only.
+    """Refuses a backward that is itself to be differentiated.
 
-    With `torch.autograd.grad` that decorator raises nothing, and a Hessian would be 0.
+    PyTorch's `once_differentiable` does so for `.backward()` only: with `torch.autograd.grad` it raises nothing, and a
+    Hessian would be 0.
     """
 
     @functools.wraps(backward)
@@ -62,8 +63,8 @@ class _PromptedEmbedding(torch.autograd.Function):
 def _grad_of_table(tokens: Tensor, input_ids: Tensor, rows: int) -> Tensor:
     """Sums the gradients of tokens `[batch, n, d]` into those of a table's `rows`.
 
-    By an embedding's own operator: index_add_ gives other bits on each run on CUDA. It checks no ids, and what lies
-    outside the table (whose output was NaN) goes to a row behind it.
+    Uses the embedding's own operator: on CUDA index_add_ gives different bits on each run. It checks no ids, so those
+    outside the table (whose output was NaN) go to an extra row after it.
     """
     ids = torch.where((input_ids >= 0) & (input_ids < rows), input_ids, rows)
     return torch.ops.aten.embedding_dense_backward(tokens, ids, rows + 1, -1, False)[:rows]
@@ -212,7 +213,7 @@ def prompted_embedding(
 def prompted_embedding_by_token(
     input_ids: Tensor, positions: Tensor, table: Tensor, *parts: Tensor, scale: float
 ) -> Tensor:
-    """Computes `[P; e + scale·(relu(e/scale·W_in + b_in)·W_out + b_out)]` of the rows `e = W[id]`.
+    """Computes `[P; e + scale·(relu(e/scale·W_in + b_in)·W_out + b_out)]` for the rows `e = W[id]`.
 
     Differentiable in the `parts`: prompt, W_in, b_in, W_out and b_out. Shapes and dtypes as in
     `ept_kernels.prompted_embedding_by_token_reference`.
@@ -223,7 +224,7 @@ def prompted_embedding_by_token(
 def joint_prompt(
     *parts: Tensor, lowrank_scale: float, embedding_scale: float, score_scale: float, activation: str
 ) -> Tensor:
-    """Computes the joint prompt `[s, d]` of prompt, A, B, beta, W_q, W_k, D, U and G, differentiable in all nine.
+    """Computes the joint prompt `[s, d]` from prompt, A, B, beta, W_q, W_k, D, U and G, differentiable in all nine.
 
     Shapes and units as in `ept_kernels.joint_prompt_reference`.
     """
@@ -272,5 +273,5 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
-    """Computes `max(x, 0)`, differentiable, keeping one bit an element for the backward."""
+    """Computes `max(x, 0)`, differentiable, keeping one bit per element for the backward."""
     return _ReLU.apply(x)

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from .config import EPTConfig
 from .embedding import device_of, rows_of
 
-_SVD_SHARE = 0.1  # of a long prompt in A·B at the start: the whole of it would drown the text
+_SVD_SHARE = 0.1  # share of a long prompt in the update at the start: all of it would drown out the text
 
 
 @torch.no_grad()
 def initial_values(config: EPTConfig, embedding: nn.Module, rho: float, tokenizer: Any) -> dict[str, Tensor]:
-    """Draws the parameters on the CPU, in units of `rho`: the same on every device.
+    """Draws the parameters on the CPU, in units of `rho`, so that they are the same on every device.
 
-    The prompt comes first, and is the same for prompt tuning, DePT and EPT. All that starts at zero (U, G, β, B of most
-    starts, shift, gain, biases) makes every part start without an effect, so that EPT starts as prompt tuning.
+    The prompt is drawn first, so that it is the same for prompt tuning, DePT and EPT. U, G, β, W_out, shift, gain, the
+    biases and (except with "svd") B start at zero, so that EPT starts as prompt tuning.
 
     Args:
         embedding: maps ids `[…]` to vectors `[…, d]`. tokenizer: for a start from a text; None loads the one that
@@ -46,9 +46,9 @@ def initial_values(config: EPTConfig, embedding: nn.Module, rho: float, tokenize
 def _update(
     config: EPTConfig, B: Tensor, embedding: nn.Module, rho: float, tokenizer: Any, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Makes A `[m, r]` and B `[r, d]`, which is zero but for "svd"."""
+    """Makes A `[m, r]` and B `[r, d]`, which is zero except with "svd"."""
     m, r = config.max_length, config.r
-    bound = 1 / math.sqrt(r)  # as DePT: kaiming uniform with a = √5
+    bound = 1 / math.sqrt(r)  # as in DePT: kaiming uniform with a = √5
     if config.lowrank_init == "uniform":
         return torch.rand((m, r), generator=generator, dtype=torch.float32) * (2 * bound) - bound, B
     if config.lowrank_init == "cosine":
@@ -57,7 +57,7 @@ def _update(
         return A / rms * (bound / math.sqrt(3)), B
     left, sizes, right = torch.linalg.svd(_rows(config, m, embedding, rho, tokenizer, generator), full_matrices=False)
     root = (sizes[:r] * (_SVD_SHARE / config.lowrank_scale())).sqrt()
-    A, found = B.new_zeros(m, r), len(root)  # there are no more than m or d
+    A, found = B.new_zeros(m, r), len(root)  # at most min(m, d)
     A[:, :found], B[:found] = left[:, :r] * root, root[:, None] * right[:r]
     return A, B
 
@@ -73,16 +73,16 @@ def _rows(
         text_ids = _text_ids(config, tokenizer)
         if max(text_ids) >= rows_of(embedding):
             raise ValueError(
-                f"the tokenizer writes prompt_tuning_init_text with token {max(text_ids)}, the model's embedding has "
-                f"{rows_of(embedding)} rows: take the model's own tokenizer, or resize_token_embeddings"
+                f"prompt_tuning_init_text contains token {max(text_ids)}, but the model's embedding has "
+                f"{rows_of(embedding)} rows: use the model's own tokenizer, or call resize_token_embeddings"
             )
-        # Rows that the text leaves are from the vocabulary: the same rows twice would learn the same.
+        # Rows beyond the text come from the vocabulary: repeated rows would learn the same.
         ids[: len(text_ids)] = torch.tensor(text_ids[:count])
     return embedding(ids.to(device_of(embedding))).float().cpu() / rho
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Draws float32 numbers: those of another default type are others."""
+    """Draws float32 numbers: under another default dtype the values would differ."""
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
 
@@ -94,7 +94,7 @@ def _text_ids(config: EPTConfig, tokenizer: Any) -> list[int]:
         from transformers import AutoTokenizer
 
         options = dict(config.tokenizer_kwargs or {})
-        options.pop("trust_remote_code", None)  # a configuration may be a stranger's
+        options.pop("trust_remote_code", None)  # the configuration may be untrusted
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     text_ids = list(tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"])
     if not text_ids:

@@ -57,7 +57,7 @@ class EPTLayer(BasePromptEncoder):
             self.embedding_scale = embedding_rms(embedding) if initialise else 1.0
         else:
             self.embedding_scale = float(config.embedding_scale)
-        # No buffer: it follows from the seed, and stays in float32 whatever the layer is cast to.
+        # Not a buffer: it follows from the seed, and stays float32 whatever the layer is cast to.
         self._basis = None if config.folded else reparameterization.frozen_basis(self.config, self.d)
         for name, shape in self.config.parameter_shapes(self.d).items():
             zeros = torch.zeros(shape, device=device_of(embedding), dtype=torch.float32)
@@ -111,7 +111,7 @@ class EPTLayer(BasePromptEncoder):
     def positions(self, attention_mask: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """Numbers the tokens that get the update from 0, `[batch, n]` int64; −1 at all others.
 
-        A token's number is that of the real tokens before it. Masks and errors as in `forward`.
+        A token's number is the count of real tokens before it. Masks and errors as in `forward`.
         """
         if self.config.update_scope == "all":
             return self.within_table(text_positions(attention_mask))
@@ -131,7 +131,7 @@ class EPTLayer(BasePromptEncoder):
         """Computes `[P; E']`, or `E'` alone without a `prompt` `[s, d]`: `[batch, s + n, d]` in the table's dtype.
 
         Args:
-            ids, table: as `ept.embedding.lookup` gives them. positions: `[batch, n]`, −1 at tokens without an update.
+            ids, table: as `ept.embedding.lookup` returns them. positions: `[batch, n]`, −1 at tokens without an update.
         """
         prompt = table.new_zeros(0, self.d, dtype=torch.float32) if prompt is None else prompt
         if self.config.updates_by_token:
@@ -156,7 +156,7 @@ class EPTLayer(BasePromptEncoder):
         )
 
     def part(self, name: str) -> Tensor:
-        """Returns the parameter `name`, or what stands for it where that part is switched off."""
+        """Returns the parameter `name`, or an empty or constant stand-in if that part is switched off."""
         if name in self._parameters:
             return getattr(self, name)
         config, d, device = self.config, self.d, device_of(self._embedding[0])
@@ -179,7 +179,7 @@ class EPTLayer(BasePromptEncoder):
     def fold(self) -> None:
         """Turns the layer into its inference form, in place: the joint prompt `[s, d]`, and the update as it is.
 
-        Outputs stay the same, bit for bit. There is no way back: save first what is to be trained further.
+        Outputs stay the same, bit for bit. This cannot be undone: first save an adapter that is to be trained further.
         """
         if self.config.folded:
             return
@@ -203,11 +203,11 @@ class EPTLayer(BasePromptEncoder):
         return self.update_scale() * (self.part("A") @ self.part("B"))
 
     def check_length(self, positions: Tensor, longest: int | None = None) -> None:
-        """Raises `ValueError` for a text longer than A has rows; a compiled graph raises `RuntimeError`.
+        """Raises `ValueError` for a text with more tokens than A has rows; a compiled graph raises `RuntimeError`.
 
-        On a GPU that is an assertion of the device, after which the process can do no more there.
+        On a GPU the graph's error is a device assertion, after which the process cannot use that GPU any more.
 
-        `longest` is the text's length where it is known; else that of `positions` is a bound.
+        `longest` is the text's length, if known; otherwise the width of `positions` bounds it.
         """
         limit = self.config.max_length
         most = positions.shape[1] if longest is None else longest
@@ -227,13 +227,13 @@ class EPTLayer(BasePromptEncoder):
         return self
 
     def _place_basis(self) -> None:
-        """Copies the prompt's frozen basis to the layer's device, once a move, so that no step waits for it."""
+        """Copies the prompt's frozen basis to the layer's device, once per move, so that no step waits for it."""
         Z = self._parameters.get("Z")
         self._placed_basis = self._basis if self._basis is None or Z is None else self._basis.to(Z.device)
 
     def _basis_here(self) -> Tensor | None:
         placed = self._placed_basis
-        # Its parameters may have come to their device otherwise, as accelerate's hooks and loaders bring them there.
+        # Parameters may also be moved without `_apply`, as by accelerate's hooks and loaders.
         is_here = placed is not None and placed.device == self.part("Z").device
         return placed if is_here else self._basis
 
@@ -259,13 +259,13 @@ class EPTLayer(BasePromptEncoder):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         layer, prefix = model.prompt_encoder[adapter_name], f"prompt_encoder.{adapter_name}."
-        # From the given state where it has them: a sharded model's own parameters are not whole.
+        # From the given state if it has them: a sharded model's own parameters are incomplete.
         state = {name: state_dict.get(prefix + name, value) for name, value in layer._parameters.items()}
         return {**state, "embedding_scale": layer.get_extra_state()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        """Leaves a key as it is: none has the name, and a head's may hold the same word."""
+        """Leaves the key as it is: no key contains the name, and a head's key may contain the same word."""
         return key
 
     @torch.no_grad()
@@ -275,14 +275,15 @@ class EPTLayer(BasePromptEncoder):
         others = [name for name in state_dict if "." not in name and name not in wanted]
         if others:
             raise ValueError(
-                f"the state holds {', '.join(others)}, which the adapter does not have: load its own weights"
+                f"the state holds {', '.join(others)}, which the adapter does not have: load the adapter's own weights"
             )
-        for name, own in wanted.items():  # all of them before any is written
+        for name, own in wanted.items():  # check all before writing any
             given = state_dict.get(name)
             if given is None or given.shape != own.shape:
                 found = "missing" if given is None else list(given.shape)
                 raise ValueError(
-                    f"{name} is {found} in the state and {list(own.shape)} in the adapter: load its own weights"
+                    f"{name} is {found} in the state, but {list(own.shape)} in the adapter: load the adapter's own "
+                    "weights"
                 )
         for name, parameter in self.named_parameters():
             parameter.copy_(state_dict[name])

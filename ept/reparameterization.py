@@ -1,8 +1,8 @@
-"""Short prompts made from other parameters than their own rows: in a random basis, through a residual network, and with
-a scale and a shift.
+"""Reparametrised short prompts: in a random basis, through a residual network, or with a scale and a shift.
 
-Each is a field of `EPTConfig`. With `num_spaces=0` and `fusion=False` the first is ULPT and the second residual prompt
-tuning, as far as their papers say (arXiv 2502.04501 and 2305.03937); starts and units are this project's.
+Each is a field of `EPTConfig`. With `r=0`, `num_spaces=0` and `fusion=False` the basis with scale and shift is ULPT,
+and the network is residual prompt tuning, as far as the papers specify them (arXiv 2502.04501 and 2305.03937);
+initialisation and units are this project's.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from .config import EPTConfig
 
 
 def frozen_basis(config: EPTConfig, d: int) -> Tensor | None:
-    """Draws the frozen rows R `[prompt_rank, d]` that the prompt is a mixture of; None where it is none.
+    """Draws the frozen rows R `[prompt_rank, d]` that the prompt mixes; None if `prompt_rank` is 0.
 
-    They follow from the seed, which is all that an adapter has to hold of them. Their scale is 1/√prompt_rank: Adam
-    then moves the prompt's entries about as far in a step as it would move them by themselves.
+    The rows follow from the seed, so an adapter does not store them. Their scale is 1/√prompt_rank: a step of Adam then
+    moves the prompt's entries about as far as if they were trained directly.
     """
     if not config.prompt_rank:
         return None
-    # Another stream of numbers than that of the parameters' start, which has the same seed.
+    # Not the random stream of the initial parameters, which have the same seed.
     generator = torch.Generator().manual_seed(config.seed ^ 0x5EED)
     rows = torch.randn((config.prompt_rank, d), generator=generator, device="cpu", dtype=torch.float32)
     return rows / math.sqrt(config.prompt_rank)
 
 
 def short_prompt(part: Callable[[str], Tensor], basis: Tensor | None, present: Mapping[str, object]) -> Tensor:
-    """Makes the short prompt `[s, d]` in units of ρ: `(Z·R)·scale + shift`, and `p + LayerNorm(relu(p·W_down)·W_up)`.
+    """Makes the short prompt `[s, d]`, in units of ρ, from its own rows or from `Z·R`.
 
-    In the parameters' type under autocast too, as the rest of the layer.
+    Then, if present, `p·scale + shift` and `p + LayerNorm(relu(p·W_down + b_down)·W_up)` are applied. All is
+    computed in the parameters' dtype even under autocast, like the rest of the layer.
 
     Args:
-        part: gives a parameter by its name. basis: of `frozen_basis`. present: the names of the parameters there are.
+        part: returns a parameter by name. basis: from `frozen_basis`. present: the existing parameters, by name.
     """
     prompt = part("prompt") if basis is None else part("Z")
     kind = prompt.device.type

@@ -58,7 +58,7 @@ def demo() -> None:
     parser.add_argument(
         "--model",
         type=Path,
-        help="folder of smollm2.py, which loads faster; default: the package's file, unpacked twice",
+        help="folder made by smollm2.py, which loads faster; default: the package's file, unpacked twice",
     )
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, written anew each time")
     parser.add_argument("--seed", type=int, default=0, help="draws the split, the initialisation and the order of rows")

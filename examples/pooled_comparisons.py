@@ -20,9 +20,11 @@ from ept.utils.tables import markdown
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="of comparisons, each with its comparison.csv")
-    parser.add_argument("--tasks", required=True, help="comma-separated; scores of one kind, or means say nothing")
-    parser.add_argument("--methods", required=True, help="comma-separated; each is tested against those behind it")
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of comparisons, each with its comparison.csv")
+    parser.add_argument(
+        "--tasks", required=True, help="comma-separated; their scores must be of one kind, or means say nothing"
+    )
+    parser.add_argument("--methods", required=True, help="comma-separated; each is tested against those after it")
     parser.add_argument(
         "--rates", help="comma-separated rates of all but the prompt: every method at each, chosen or not"
     )

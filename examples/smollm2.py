@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where to write model and tokenizer (about 540 MB)")
     folder = parser.parse_args().folder
     if folder.exists():
-        raise SystemExit(f"{folder} exists already: choose another folder")
+        raise SystemExit(f"{folder} already exists: choose another folder")
     file = package_file(MODEL_PACKAGE, MODEL_FILE)
     source = ModelConfig(name_or_path=str(file.parent), gguf_file=file.name)
     tokenizer = load_tokenizer(source)

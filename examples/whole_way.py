@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where everything is written")
     parser.add_argument("--steps", type=int, default=200, help="training steps (default: 200)")
     parser.add_argument("--config", type=Path, help="configuration file of all runs")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of ept train; repeatable")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for ept train; repeatable")
     given = parser.parse_args()
     options = ["--config", given.config] if given.config is not None else []
     options += [part for setting in given.set for part in ("--set", setting)]

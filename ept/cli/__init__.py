@@ -1,1 +1,1 @@
-"""The `ept` command, one file a sub-command."""
+"""The `ept` command, one file per sub-command."""

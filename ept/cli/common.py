@@ -38,7 +38,8 @@ LABEL_COLUMN: Any = Option(
 TEMPLATE: Any = Option(
     None,
     metavar="TEXT",
-    help="Input text with columns in braces, \\n for a line break (data.template). Default: made of the text columns.",
+    help="Input text with columns in braces, \\n for a line break (data.template). Default: made from the text "
+    "columns.",
 )
 TARGET_TEMPLATE: Any = Option(
     None, metavar="TEXT", help="For answers in free text: the answer, with columns in braces (data.target_template)."
@@ -50,7 +51,7 @@ JSON: Any = Option(False, "--json", help="Print JSON on standard output, everyth
 PRINT_CONFIG: Any = Option(False, "--print-config", help="Print the whole configuration as YAML and exit.")
 
 FILE_WIDTH = 120
-"""Columns of a table that goes into a file or a pipe, where rich would break numbers to fit into 80."""
+"""Width of a table in a file or a pipe, where rich would break numbers to fit into 80 columns."""
 
 
 def overrides(set_: list[str] | None, options: Mapping[str, object]) -> list[str]:
@@ -87,7 +88,7 @@ def data_keys(
         elif path.is_dir():
             keys["data.data_dir"] = data
         elif data.count("/") == 1 and any(task.startswith(data.partition("/")[0] + "/") for task in TASKS):
-            keys["data.task"] = data  # if no such one is known, its error names the nearest
+            keys["data.task"] = data  # if it is unknown, the error names the nearest one
         elif path.is_absolute() or data.startswith(".") or data.count("/") > 1 or path.suffix.lower() in OTHER_FILES:
             raise FileNotFoundError(f"{data}: no such file or folder: check the path")
         else:
@@ -104,7 +105,7 @@ def encoding_of(set_: list[str] | None) -> str | None:
 
 
 def answer(json: bool, value: Any, *shown: Any) -> None:
-    """Prints a command's answer on standard output: `value` as JSON, or else tables and lines of text."""
+    """Prints a command's answer on standard output: `value` as JSON, or the tables and lines of text in `shown`."""
     from rich.console import Console
 
     if json:

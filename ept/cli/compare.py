@@ -66,7 +66,7 @@ def compare(
         answer(json, comparison.to_dict(), comparison.to_yaml().rstrip("\n"))
         return
     if comparison.data.is_local and not comparison.compare.tasks:
-        with quiet():  # read off the rows once, for all runs
+        with quiet():  # inferred from the rows once, for all runs
             from ept.runs.data import resolved
             from ept.runs.loading import task_type_of
 
@@ -74,7 +74,7 @@ def compare(
             for name in comparison.compare.sweep.get("model", ()):
                 models.append(comparison.model.model_copy(update={"name_or_path": name, "gguf_file": None}))
             types = {task_type_of(model) for model in models}
-            if len(types) < 2:  # else each run reads them off: a classifier is not asked for the label
+            if len(types) < 2:  # else each run infers its own: a classifier's template does not ask for the label
                 comparison.data = resolved(comparison.data, next(iter(types), None))
     if dry_run:
         from ept.compare.plan import finished, plan, search_seeds
@@ -100,7 +100,7 @@ def compare(
         try:
             records = carry_out(comparison, report=lambda line: typer.echo(line, err=True))
         except KeyboardInterrupt as stop:
-            said = (str(stop), "the same command again continues the comparison")
+            said = (str(stop), "run the same command again to continue the comparison")
             typer.echo("\n".join(filter(None, said)), err=True)
             raise typer.Exit(getattr(stop, "exit_code", 130)) from stop
         settings = summarise(records)

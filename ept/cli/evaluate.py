@@ -16,11 +16,11 @@ def evaluate(
     data_dir: Path | None = Option(None, help="Folder of data in place of the run's own."),
     file: Path | None = Option(None, help="One labelled file (csv, tsv, jsonl, json, parquet) in place of a split."),
     text_column: list[str] | None = Option(
-        None, "--text-column", metavar="NAME", help="With --file: what it calls the text column. Repeatable."
+        None, "--text-column", metavar="NAME", help="With --file: the name of its text column. Repeatable."
     ),
-    label_column: str | None = Option(None, metavar="NAME", help="With --file: what it calls the label column."),
+    label_column: str | None = Option(None, metavar="NAME", help="With --file: the name of its label column."),
     strict: bool = STRICT,
-    scoring: str | None = Option(None, help="generate or rank, in place of the task type's own way."),
+    scoring: str | None = Option(None, help="generate or rank, in place of the task type's default."),
     set_: list[str] | None = SET,
     json: bool = JSON,
 ) -> None:
@@ -30,7 +30,7 @@ def evaluate(
     if file is not None and data_dir is not None:
         raise ValueError("--file and --data-dir exclude each other: give one")
     if (text_column or label_column) and file is None:
-        raise ValueError("--text-column and --label-column are for the columns of --file: give it too")
+        raise ValueError("--text-column and --label-column name columns of --file: give --file too")
     with quiet():
         from ept.runs.config import OF_ROWS
         from ept.runs.data import load_run_data, with_texts
@@ -60,7 +60,7 @@ def evaluate(
                 and not any(key.startswith("data.") for key in set_ or [])
                 and (run_dir / SPLITS_FILE).is_file()
             ):
-                data.splits = str(run_dir)  # the rows of the training, or an error where the data have changed
+                data.splits = str(run_dir)  # as split in training, or an error if the data have changed
             data.max_length = run.max_length
             run_data = load_run_data(data, run.tokenizer, run.task_type, run.config.seed)
             rows, truncation_rate = getattr(run_data.data, split), run_data.truncation_rate[split]

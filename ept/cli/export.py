@@ -15,16 +15,16 @@ def export(
     output: Path = Option(help="Folder to write into; made if missing."),
     texts: Path | None = Option(
         None,
-        help="Also write the embeddings, a model's input, of each line of a text file, or of each row of a data file "
-        "(csv, jsonl, …) in the task's template.",
+        help="Also write the input embeddings of each line of a text file, or of each row of a data file (csv, "
+        "jsonl, …) in the task's template.",
     ),
     as_tokens: bool = Option(
         False,
         "--as-tokens",
-        help="Write the base model with the adapter in its vocabulary, which every engine can serve.",
+        help="Write the base model with the adapter in its vocabulary; every engine can serve it.",
     ),
     model: str | None = Option(
-        None, help="With --texts or --as-tokens: the base model, a folder or hub name; a run names its own."
+        None, help="With --texts or --as-tokens: the base model, a folder or hub name. Default: the run's."
     ),
     overwrite: bool = Option(False, "--overwrite", help="Replace what an earlier export wrote there."),
     set_: list[str] | None = SET,
@@ -37,7 +37,7 @@ def export(
     vocabulary. Plain transformers and other engines serve it; `prompt_tokens.json` says what to write around a text.
     """
     if texts is None and model is not None and not as_tokens:
-        raise ValueError("--model is for the embeddings of texts and --as-tokens: give one of them, or leave it out")
+        raise ValueError("--model is only for --texts and --as-tokens: give one of them, or leave --model out")
     if texts is not None and as_tokens:
         raise ValueError("--texts and --as-tokens exclude each other: give one")
     if output.is_file():
@@ -63,16 +63,16 @@ def export(
                 raise FileNotFoundError(f"{source} holds neither a run (config.yaml) nor an adapter ({CONFIG_NAME})")
             config, folder = trained_run(source, set_ or [])
         elif set_:
-            raise ValueError(f"--set changes a run's configuration, and {source} is an adapter: use --model")
+            raise ValueError(f"--set changes a run's configuration, but {source} is an adapter: use --model")
         adapter = FoldedAdapter.read(folder)
         if as_tokens:
             described, task_type = base_of(adapter, config, model)
             text = write_as_tokens(adapter, described, task_type, output)
             around = f"write {text['before']!r} before a text"
             if text["after"]:
-                around += f" and {text['after']!r} behind it"
+                around += f" and {text['after']!r} after it"
             if not text["add_special_tokens"]:
-                around += ", and let the tokenizer add nothing (add_special_tokens=False)"
+                around += ", and tokenize it all with add_special_tokens=False"
             answer(json, {"folder": str(output), **text}, f"{output}: {around}")
             return
         embeds: list[Any] = []
@@ -82,7 +82,7 @@ def export(
             lines = texts_of(texts, config, adapter.layer.config.template, tokenizer)
             encoded = encode_texts(tokenizer, lines, task_type)
             embeds = embed_texts(adapter, described, task_type, encoded, int(tokenizer.pad_token_id))
-        (output / EMBEDS_NAME).unlink(missing_ok=True)  # an earlier export's, of other texts
+        (output / EMBEDS_NAME).unlink(missing_ok=True)  # left by an earlier export of other texts
         files = write_folded(adapter, output)
         if embeds:
             files.append(write_embeds(embeds, output))

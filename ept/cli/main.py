@@ -17,12 +17,12 @@ from ept.version import __version__
 from . import compare, env, evaluate, export, predict, profile, tasks, train
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, PermissionError, ConnectionError)
-# These end a command that was given nothing wrong: a full disk, no memory left, a training that diverges.
+# Not caused by wrong input: a full disk, no memory left, a training run that diverges.
 FAILURES = (OSError, MemoryError, FloatingPointError)
 
 
 class OneLineErrors(TyperGroup):
-    """The commands; an error that a user can fix is one line on standard error, with EPT_DEBUG=1 a traceback.
+    """Command group that shows an error as one line on standard error, or as a traceback with EPT_DEBUG=1.
 
     The exit code is 2 for wrong input, 1 if the machine or the training failed, and 128 plus the signal's number if a
     signal ended the command.

@@ -12,26 +12,29 @@ from .common import JSON, SET, answer, encoding_of, quiet
 
 def predict(
     run_dir: Path = Argument(help="Folder of a finished run."),
-    texts: list[str] | None = Argument(None, metavar="[TEXT]...", help="Texts to label; - reads a text a line."),
+    texts: list[str] | None = Argument(
+        None, metavar="[TEXT]...", help="Texts to label; - reads one text per line from standard input."
+    ),
     file: Path | None = Option(
         None, help="A file (csv, tsv, jsonl, json, parquet) with the task's columns, or a column `text`."
     ),
     text_column: list[str] | None = Option(
-        None, "--text-column", metavar="NAME", help="With --file: what it calls the text column. Repeatable."
+        None, "--text-column", metavar="NAME", help="With --file: the name of its text column. Repeatable."
     ),
-    output: Path | None = Option(None, help="Write the rows into this file (csv, tsv, jsonl, json, parquet)."),
+    output: Path | None = Option(None, help="Write the rows to this file (csv, tsv, jsonl, json, parquet)."),
     overwrite: bool = Option(False, "--overwrite", help="Replace the output file."),
     set_: list[str] | None = SET,
     json: bool = JSON,
 ) -> None:
     """Label texts with a trained run.
 
-    One row in, one row out: all columns are kept; `prediction` has the label, empty where a row has no text, and where
-    labels are ranked `p(LABEL)` has the probability of each. For a task with one text column a TEXT (or a `text`
-    column) goes into its template; for a task with several it is the whole input text, as `ept tasks show` shows it.
+    One row in, one row out, with all columns kept. `prediction` holds the label; it is empty if the row has no text or
+    the answer is not a label. If labels are ranked, `p(LABEL)` holds the probability of each. For a task with one text
+    column a TEXT (or a `text` column) goes into its template; for a task with several it is the whole input text, as
+    `ept tasks show` shows it.
     """
     if bool(texts) == (file is not None):
-        raise ValueError("give either texts or --file; - reads texts from standard input, one a line")
+        raise ValueError("give either texts or --file; - reads texts from standard input, one per line")
     if texts == ["-"]:
         texts = sys.stdin.read().removesuffix("\n").split("\n")
     if output is not None and output.exists() and not overwrite:
@@ -50,7 +53,10 @@ def predict(
             write_rows(labelled, output, probabilities)
     left_out = sum(row[PREDICTION] is None for row in labelled)
     if left_out:
-        print(f"{left_out:,} of {len(labelled):,} rows have no text or no label as their answer", file=sys.stderr)
+        print(
+            f"{left_out:,} of {len(labelled):,} rows get no label: they have no text, or the answer is not a label",
+            file=sys.stderr,
+        )
     if output is not None and not json:
         answer(json, labelled, f"{len(labelled):,} rows in {output}")
         return

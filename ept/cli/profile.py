@@ -23,7 +23,7 @@ def profile(
     model: str | None = Option(None, help="A model to load: a folder or a hub name."),
     methods: str = Option(
         "pt,dept,ept-token,ept,peft-pt",
-        help="Names with commas between them, each with :LENGTH for another prompt length, as in pt,ept:20.",
+        help="Comma-separated names; :LENGTH sets another prompt length, as in pt,ept:20.",
     ),
     sweep: str | None = Option(
         None,
@@ -32,17 +32,19 @@ def profile(
     ),
     dtype: str | None = Option(None, help="float32 or bfloat16; default: model.dtype, else float32."),
     quantization: str | None = Option(None, help="nf4 or fp4: 4-bit weights through bitsandbytes."),
-    fast_4bit: bool = Option(True, help="4-bit weights: our methods on our own layers, PEFT's on bitsandbytes'."),
-    fast_frozen: bool = Option(True, help="Our methods on fused norms, rotary embeddings and activations."),
+    fast_4bit: bool = Option(
+        True, help="With 4-bit weights: run our methods on our own layers, PEFT's on bitsandbytes'."
+    ),
+    fast_frozen: bool = Option(True, help="Run our methods on fused norms, rotary embeddings and activations."),
     shared_prompt: bool | None = Option(
         None,
         "--shared-prompt/--no-shared-prompt",
-        help="Our methods read a decoder's prompt once a batch; default: on a CPU.",
+        help="Our methods read a decoder's prompt once per batch; default: on a CPU.",
     ),
     attn_implementation: str | None = Option(None, help="eager, sdpa, ... Default: as `ept train` chooses."),
-    layers: int | None = Option(None, help="How many of a shape's layers to keep, the first ones. Default: all."),
-    batch: int = Option(8, help="Rows of a batch."),
-    length: int = Option(128, help="Text tokens of a row, at most."),
+    layers: int | None = Option(None, help="Keep only this many of a shape's layers, from the first. Default: all."),
+    batch: int = Option(8, help="Rows per batch."),
+    length: int = Option(128, help="Maximum number of text tokens per row."),
     padding: str | None = Option(
         None,
         help="none: all rows have --length tokens; longest or max_length: lengths vary, and batches are padded to "
@@ -55,7 +57,7 @@ def profile(
         None, help="Take the lengths from the texts of a file (csv, tsv, jsonl, json, parquet)."
     ),
     text_column: list[str] | None = TEXT_COLUMN,
-    tokenizer: str | None = Option(None, help="With --task or --data: the tokenizer, where it is not the model's."),
+    tokenizer: str | None = Option(None, help="With --task or --data: the tokenizer, if it is not the model's."),
     config: Path | None = Option(None, metavar="FILE.yaml", help="Take model and data from a run's configuration."),
     set_: list[str] | None = SET,
     steps: int = Option(10, help="Measured steps of each method, at least 2."),
@@ -70,7 +72,7 @@ def profile(
     """Measure training steps of several methods side by side.
 
     Prompt tuning, DePT, EPT with the token-dependent and the position-dependent update, and PEFT's prompt tuning take
-    whole steps in turn: time with spread, throughput, memory, and where the time of a step goes. Runs on a CPU too.
+    whole steps in turn. Shows time with spread, throughput, memory, and where a step's time goes. Runs on a CPU too.
     """
     if output is not None and (output / RECORD).exists() and not overwrite:
         raise FileExistsError(f"{output} holds a profile: choose another --output, or replace it with --overwrite")
@@ -98,7 +100,7 @@ def profile(
         names = tuple(methods.split(","))
         # Most settings are options of the same name.
         same: dict[str, Any] = {field.name: context.params.get(field.name) for field in fields(ProfileConfig)}
-        own = run.model if shape is None or config is None else ModelConfig()  # the file is for its data only
+        own = run.model if shape is None or config is None else ModelConfig()  # --config then gives only the data
         others = {
             "model": own,
             "dtype": dtype or str(dtype_of(own, default_device())).removeprefix("torch."),
@@ -117,7 +119,7 @@ def profile(
             if has_data:
                 rows = data_rows(run, data, task_type_of_base(base), length, seed, batch * (steps + warmup))
             record = measure(settings, rows=rows, base=base, traces=traces, progress=status.update)
-        words = ["ept", "profile"]  # and the options that were given, but for where the record goes
+        words = ["ept", "profile"]  # and the given options, except for where the record goes
         for option in context.command.params:
             value = context.params.get(str(option.name))
             if value is None or value == option.default or option.name in ("output", "overwrite", "json"):

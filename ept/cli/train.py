@@ -56,8 +56,8 @@ def train(
 ) -> None:
     """Train an adapter and score it before and after.
 
-    `ept train reviews.csv --model NAME` is enough: columns, labels and metric are read off the file and shown. With
-    --resume and without --config, the configuration is the one in the folder. In several processes:
+    `ept train reviews.csv --model NAME` is enough: columns, labels and metric are inferred from the file and shown.
+    With --resume and without --config, the configuration is the one in the folder. In several processes:
     torchrun --nproc-per-node 2 -m ept train ...
     """
     from ept.runs.config import load_run_config

@@ -64,7 +64,7 @@ class CompareConfig(Section):
                 raise ValueError(f"compare.{key} is empty: name at least one")
             _check_once(key, values)
         if self.jobs > 1 and self.executor == "ray":
-            raise ValueError("compare.jobs is for runs on this machine: Ray schedules by GPUs and cores")
+            raise ValueError("compare.jobs is for runs on this machine: leave it out, Ray schedules by GPUs and cores")
         if (self.learning_rate_seeds or 1) > len(self.seeds):
             raise ValueError(f"compare.learning_rate_seeds must be 1 .. {len(self.seeds)}, the number of seeds")
         for key in ("learning_rates", "low_rank_learning_rates"):
@@ -73,7 +73,7 @@ class CompareConfig(Section):
                 if method != DEFAULT:
                     get_method(method)  # of a known method: only some of the methods may be run with the same file
                 if not values or min(values) <= 0:
-                    raise ValueError(f"compare.{key} of {method}: {values}, give numbers greater than 0")
+                    raise ValueError(f"compare.{key} of {method} is {values}: give numbers greater than 0")
                 _check_once(key, values)
         for name, points in self.sweep.items():
             if name not in SWEPT:
@@ -89,7 +89,7 @@ class CompareConfig(Section):
 
 def _check_once(key: str, values: list[Any]) -> None:
     if any(value in values[:place] for place, value in enumerate(values)):
-        raise ValueError(f"compare.{key} names something twice: {values}")
+        raise ValueError(f"compare.{key} lists a value twice: {values}; remove one")
 
 
 class ComparisonConfig(RunConfig):

@@ -136,7 +136,7 @@ def _run_config(
             own = root / task
             if not own.is_dir() and len(config.compare.tasks) > 1:
                 raise ValueError(
-                    f"data.data_dir={root} has no folder {task}: one folder a task is needed, such as {own}"
+                    f"data.data_dir={root} has no folder {task}: one folder per task is needed, such as {own}"
                 )
             values["data"]["data_dir"] = str(
                 own if own.is_dir() else root
@@ -192,8 +192,8 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
     """
     if world_size() > 1:
         raise ValueError(
-            "`ept compare` is one process, and a launcher has started several: start it alone; "
-            "--jobs N carries runs out side by side"
+            "`ept compare` is a single process, but a launcher has started several: start it without the launcher; "
+            "--jobs N carries out N runs side by side"
         )
     from ..runs.failures import check_writable  # imports torch, which a plan does not need
 
@@ -209,7 +209,7 @@ def compare(config: ComparisonConfig, report: Callable[[str], None] = lambda lin
         if done := len(folders) - len(waiting):
             report(f"{done} of {len(folders)} runs are finished already")
         if min(config.compare.jobs, len(waiting)) > 1:
-            report(f"{len(waiting)} runs, side by side: metrics.jsonl in the folder of each tells how far it is")
+            report(f"{len(waiting)} runs, side by side: metrics.jsonl in each run's folder shows its progress")
         jobs = [run.config.to_dict() for run in waiting.values()]
         for number, outcome in enumerate(run_all(jobs, config.compare), start=1):
             outcomes[outcome.folder] = outcome
@@ -240,12 +240,12 @@ def check_rows(runs: Iterable[PlannedRun]) -> None:
             try:
                 now[data] = row_checksums(run.config.data)
             except OSError as error:  # includes FileNotFoundError and ConnectionError
-                logger.warning("%s; its runs are taken as they are", error)
+                logger.warning("%s; the rows of its runs are not checked", error)
                 now[data] = made_of
         if not made_of.items() <= now[data].items():
             raise ValueError(
-                f"{run.folder} was made of other rows of {run.task} than there are now: give another output folder, "
-                "or remove the runs of the old rows"
+                f"{run.folder} was made with other rows of {run.task} than the current ones: give another output "
+                "folder, or remove the runs with the old rows"
             )
 
 

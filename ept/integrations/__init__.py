@@ -1,1 +1,1 @@
-"""Other people's programs with EPT models in them; each file needs the package that it is named after."""
+"""EPT models inside other programs; each file needs the package that it is named after."""

@@ -1,7 +1,7 @@
 """EPT models for the language model evaluation harness, scored as they generate.
 
-The harness reads a context and its continuation in one go and says nothing of where the one ends, so that its own class
-would update the continuation as if it were input text. Needs `pip install lm-eval`.
+The harness reads a context and its continuation in one call without saying where the context ends, so its own class
+would apply the update to the continuation as if it were input text. Needs `pip install lm-eval`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ class EPTLM(HFLM):
     """An EPT model of a decoder or an encoder-decoder in the harness; arguments and methods are those of `HFLM`.
 
     Args:
-        pretrained: an `EPTModel`, beside its `tokenizer`; or the base model's name or folder, beside `peft`, the
-            adapter's.
+        pretrained: an `EPTModel`, with `tokenizer`; or the base model's name or folder, with `peft`, the adapter's
+            folder.
 
     Example:
         >>> lm = EPTLM(pretrained=model, tokenizer=tokenizer)  # doctest: +SKIP
         >>> lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"])  # doctest: +SKIP
 
     Raises:
-        ValueError: the model has no EPT adapter; later, a context is longer than the adapter's `max_length`: give
-            `max_length` to cut contexts and continuations to it, from the left, as the harness does.
+        ValueError: the model has no EPT adapter; when scoring, a context is longer than the adapter's `max_length`. The
+            argument `max_length` cuts contexts with continuations to that length from the left, as the harness does.
     """
 
     def __init__(self, pretrained: Any, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class EPTLM(HFLM):
 
     @property
     def max_length(self) -> int:
-        """The longest context and continuation, in tokens: what the prompt leaves of the model's positions."""
+        """The most tokens of a context and continuation: as given, or the model's positions less the prompt."""
         longest = int(super().max_length)
         return longest if self._max_length else longest - self.model.active_peft_config.num_virtual_tokens
 
@@ -54,11 +54,11 @@ class EPTLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Scores each continuation behind its context: log-likelihood, and whether it is what greedy search gives."""
+        """Scores each continuation after its context: log-likelihood, and whether greedy search gives it."""
         if self.backend != "causal":
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         answers: dict[int, tuple[float, bool]] = {}
-        # The longest first, so that what does not fit into memory fails at once.
+        # Longest first, so that a lack of memory shows at once.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         size = override_bs or self.batch_size
         size = self._detect_batch_size([requests[i] for i in order]) if size == "auto" else int(size)
@@ -76,7 +76,7 @@ class EPTLM(HFLM):
     def _score(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Scores a batch of contexts and continuations, both in tokens."""
         kept = max(len(continuation) for _, continuation in rows)
-        # The last token is not read, and what is too long is cut at its beginning.
+        # The last token is not read; a text that is too long loses its beginning.
         read = [(context + continuation)[-self.max_length - 1 :][:-1] for context, continuation in rows]
         length = max(max(map(len, read)), kept)
         ids, real, text = torch.zeros(3, len(rows), length, dtype=torch.int64, device=self.device)
@@ -96,7 +96,7 @@ class EPTLM(HFLM):
         return answers
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Runs the model; on a decoder, which the harness calls so only to find a batch size, without any text."""
+        """Runs the model. The harness calls a decoder this way only to find a batch size, with no token as text."""
         if attn_mask is not None or labels is not None:
             return super()._model_call(inps, attn_mask, labels)
         with torch.no_grad():

@@ -60,7 +60,9 @@ def read_config(folder: str | os.PathLike[str], /, **hub: Any) -> EPTConfig:
     """
     path = _locate(folder, CONFIG_NAME, hub)
     if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes, a configuration at most {MAX_CONFIG_BYTES:,}: it is damaged")
+        raise ValueError(
+            f"{path} has {size:,} bytes, but a configuration has at most {MAX_CONFIG_BYTES:,}: it is damaged"
+        )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(name for name, _ in pairs)
@@ -69,12 +71,12 @@ def read_config(folder: str | os.PathLike[str], /, **hub: Any) -> EPTConfig:
         return dict(pairs)
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON number")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # also not UTF-8, or over 4300 digits
-        raise ValueError(f"{path} is damaged, it is not JSON: {reason(error)}") from error
+        raise ValueError(f"{path} is damaged: it is not JSON ({reason(error)})") from error
     if not isinstance(values, dict) or values.get("peft_type") != PEFT_TYPE:
         found = values.get("peft_type") if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{path} is not the configuration of an {PEFT_TYPE} adapter: its peft_type is {shown(found)}")
@@ -116,16 +118,17 @@ def read_adapter(
     if config.token_dim is not None and config.token_dim != width:
         raise ValueError(
             f"the adapter was made for embeddings of width {shown(config.token_dim)} ({shown(theirs or 'unnamed')}), "
-            f"{ours or type(model).__name__} has {width}: load it with its own base model"
+            f"but {ours or type(model).__name__} has {width}: load it with its own base model"
         )
     if config.folded and is_trainable:
         raise ValueError(
-            "the adapter is folded into its inference form and cannot be trained: load the one it was folded from"
+            "the adapter is folded into its inference form and cannot be trained: load the adapter that it was "
+            "folded from"
         )
     if ours and theirs and not is_same_name(str(ours), str(theirs)):
         warnings.warn(
-            f"the adapter was made for {shown(theirs)}, this base model is {ours!r}; results are those of the adapter "
-            "only if the weights are the same",
+            f"the adapter was made for {shown(theirs)}, but this base model is {ours!r}: its results hold only if "
+            "the weights are the same",
             stacklevel=3,
         )
     heads = config.modules_to_save
@@ -190,7 +193,7 @@ def _check_values(state: Mapping[str, Tensor], source: str) -> None:
         if not bool(torch.isfinite(tensor.float()).all()):
             raise ValueError(f"{source}: tensor {name} holds values that are not finite numbers")
     if not float(state[SCALE_NAME].float()) > 0:
-        raise ValueError(f"{source}: {SCALE_NAME} is {float(state[SCALE_NAME])}, it must be above 0")
+        raise ValueError(f"{source}: {SCALE_NAME} is {float(state[SCALE_NAME])}, but must be above 0")
 
 
 def write_adapter(folder: str | os.PathLike[str], config: EPTConfig, state: dict[str, Tensor]) -> None:
@@ -232,8 +235,8 @@ def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
             caches = (parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots")
             if not any(target.is_relative_to(place) for place in (root, *caches)):
                 raise ValueError(
-                    f"{path} is a link out of the adapter's folder and is not followed: if you trust it, copy the file "
-                    "it leads to in its place"
+                    f"{path} is a link to a file outside the adapter's folder and is not followed: if you trust it, "
+                    "replace it with a copy of that file"
                 )
             return path
         if name == WEIGHTS_NAME and (local / "adapter_model.bin").exists():
@@ -251,7 +254,7 @@ def _locate(folder: str | os.PathLike[str], name: str, hub: dict[str, Any]) -> P
         return Path(hf_hub_download(str(folder), name, **hub))
     except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{folder} is no local folder, and {name} could not be fetched from the hub: {error}"
+            f"{folder} is not a local folder, and {name} could not be fetched from the hub: {error}"
         ) from error
 
 

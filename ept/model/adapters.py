@@ -66,8 +66,8 @@ def check_adapter(adapter_name: str, config: Any) -> None:
         raise ValueError(f"an EPT model takes EPTConfig adapters, got {type(config).__name__}")
     if not adapter_name or "." in adapter_name or adapter_name == BASE or hasattr(nn.ModuleDict, adapter_name):
         raise ValueError(
-            f"an adapter cannot be named {adapter_name!r}: give it a name without a dot that is not {BASE!r}, which "
-            "names rows without an adapter, nor one of a module's own (keys, type, ...)"
+            f"an adapter cannot be named {adapter_name!r}: choose a name without a dot that is neither {BASE!r}, "
+            "which names rows without an adapter, nor an attribute of a module (keys, type, ...)"
         )
 
 
@@ -160,19 +160,20 @@ class ModelWithAdapters(PeftModel):
         check_adapter(adapter_name, peft_config)
         if adapter_name in self.peft_config:
             raise ValueError(
-                f"there is an adapter named {adapter_name!r} already: give another name, or delete it first"
+                f"an adapter named {adapter_name!r} already exists: choose another name, or delete it first"
             )
         base, first = self.base_model, not self.peft_config
         limit, prompt = self._facts.position_limit, peft_config.num_virtual_tokens
         if limit is not None and prompt >= limit:
             raise ValueError(
-                f"num_virtual_tokens={prompt} leaves no room for text, {type(base).__name__} has {limit} positions: "
-                "use fewer"
+                f"num_virtual_tokens={prompt} leaves no room for text in the {limit} positions of "
+                f"{type(base).__name__}: use fewer"
             )
         task_type = peft_config.task_type or infer_task_type(base)
         if not first and task_type != self.active_peft_config.task_type:
             raise ValueError(
-                f"adapter {adapter_name!r} is for {task_type}, the model for {self.active_peft_config.task_type}"
+                f"adapter {adapter_name!r} is for {task_type}, but the model's adapters are for "
+                f"{self.active_peft_config.task_type}"
             )
         peft_config.task_type = task_type
         if self._layer_options.get("initialise", True) or peft_config.base_model_name_or_path is None:
@@ -182,15 +183,15 @@ class ModelWithAdapters(PeftModel):
         heads = peft_config.modules_to_save
         if heads and not any(part.endswith(tuple(heads)) for part, _ in base.named_modules()):
             raise ValueError(
-                f"{type(base).__name__} has no module named {' or '.join(heads)}: change modules_to_save, or leave it "
-                "None in a configuration of its own"
+                f"{type(base).__name__} has no module named {' or '.join(heads)}: change modules_to_save, or use a "
+                "new configuration that leaves it None"
             )
         check_heads(base, heads)
         # Few use the pooled output of a model without a head, and many checkpoints have no weights for it.
         if task_type != "FEATURE_EXTRACTION" and (lost := lost_modules(base, heads)):
             warnings.warn(
-                f"the checkpoint of {type(base).__name__} has no weights for {listed(lost)}, which are other ones at "
-                "each load: name them in modules_to_save, or give a checkpoint that has them",
+                f"the checkpoint of {type(base).__name__} has no weights for {listed(lost)}, which are initialised "
+                "anew at each load: name them in modules_to_save, or give a checkpoint that has them",
                 stacklevel=3,
             )
         # PEFT looks for sizes by certain names in the model's configuration; EPT needs only the first, and measures it.
@@ -222,7 +223,10 @@ class ModelWithAdapters(PeftModel):
             ValueError: there is no such adapter, or several are named.
         """
         if not isinstance(adapter_name, str):
-            raise ValueError(f"one adapter is active at a time, got {shown(adapter_name)}: name one, or one a row")
+            raise ValueError(
+                f"only one adapter can be active, got {shown(adapter_name)}: name one, or pass adapter_names to the "
+                "call, one per row"
+            )
         self._layer(adapter_name)
         self.active_adapter = adapter_name
         _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
@@ -246,7 +250,7 @@ class ModelWithAdapters(PeftModel):
             self.active_adapter = []
         elif was_active:
             self.active_adapter = next(iter(self.peft_config))
-            warnings.warn(f"{adapter_name!r} was active; {self.active_adapter!r} is now", stacklevel=4)
+            warnings.warn(f"{adapter_name!r} was active; {self.active_adapter!r} is active now", stacklevel=4)
         self._forget(adapter_name)
         if self.peft_config and was_active:
             self._require_gradients(self.active_adapter, is_trained)
@@ -385,8 +389,8 @@ class ModelWithAdapters(PeftModel):
             ours, theirs = getattr(config, name), getattr(other, name)
             if ours != theirs:
                 raise ValueError(
-                    f"the adapter was made with {name}={shown(theirs)}, {adapter_name!r} has {shown(ours)}: load it "
-                    "under a name of its own"
+                    f"the adapter was made with {name}={shown(theirs)}, but {adapter_name!r} has {shown(ours)}: load "
+                    "it under a new name"
                 )
 
     def _layer(self, adapter_name: str | None = None) -> EPTLayer:
@@ -395,7 +399,7 @@ class ModelWithAdapters(PeftModel):
         if not self.peft_config:
             raise ValueError("the model has no adapter: add or load one, or use its base_model")
         if name not in self.peft_config:
-            raise ValueError(f"no adapter named {name!r}: loaded are {', '.join(self.peft_config)}")
+            raise ValueError(f"no adapter is named {name!r}: the loaded ones are {', '.join(self.peft_config)}")
         layer = self.prompt_encoder[name]
         assert isinstance(layer, EPTLayer)
         return layer

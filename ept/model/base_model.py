@@ -147,7 +147,8 @@ def head_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
         if key and any(key.endswith(name) for name in names):
             if inside is not None:
                 raise ValueError(
-                    f"modules_to_save names {key} and also {inside}, which holds it: name one of them in full"
+                    f"modules_to_save names {key} and also {inside}, which contains it: give the full name of one of "
+                    "them"
                 )
             modules[key] = module
     return {
@@ -180,20 +181,20 @@ def check_heads(model: Any, trained: Iterable[str] | None) -> None:
     for key, module in model.named_modules():
         if trained and module is holder and key.endswith(tuple(trained)):
             raise ValueError(
-                f"{key} of {type(model).__name__} is never called, and its copy would not be trained: name the "
-                "embeddings of encoder or decoder in modules_to_save (embed_tokens is both)"
+                f"{key} of {type(model).__name__} is never called, so its copy would not be trained: name the "
+                "encoder's or the decoder's embeddings in modules_to_save (embed_tokens names both)"
             )
         name = key.rpartition(".")[2]
         remedy = f"load the model with BitsAndBytesConfig(..., llm_int8_skip_modules=[..., {name!r}])"
         parameters: Any = module.parameters()
         quantised = any(hasattr(p, "quant_state") or not p.is_floating_point() for p in parameters)
         if quantised and key and trained and key.endswith(tuple(trained)):
-            raise ValueError(f"{key} of {type(model).__name__} is quantised, and cannot be trained: {remedy}")
+            raise ValueError(f"{key} of {type(model).__name__} is quantised and cannot be trained: {remedy}")
         get_head = getattr(model, "get_output_embeddings", None)
         if quantised and get_head is not None and module is get_head():
             warnings.warn(
-                f"the head {key} of {type(model).__name__} is quantised: answers lose by it, and trainers that take "
-                f"its weight for themselves, as TRL's do, fail: {remedy}",
+                f"the head {key} of {type(model).__name__} is quantised: answers get worse, and trainers that use "
+                f"its weight directly, such as TRL's, fail: {remedy}",
                 stacklevel=2,
             )
 
@@ -224,7 +225,7 @@ def swap_4bit(model: nn.Module, fast_4bit: bool, dequantized_cache_bytes: int) -
     """Replaces bitsandbytes' 4-bit layers by ours, unless `fast_4bit` is off or the model was swapped by hand."""
     if dequantized_cache_bytes and not fast_4bit:
         raise ValueError(
-            f"dequantized_cache_bytes={dequantized_cache_bytes} is for the layers of fast_4bit=True: leave one out"
+            f"dequantized_cache_bytes={dequantized_cache_bytes} is only for fast_4bit=True: set that, or leave it out"
         )
     if fast_4bit and "bitsandbytes" in sys.modules:  # otherwise there are no such layers
         from .linear4bit import Linear4bit, swap_linear4bit

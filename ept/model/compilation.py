@@ -33,7 +33,9 @@ def compile_layers(model: nn.Module, *, cuda_graphs: bool = False, **options: An
     if cuda_graphs:
         device = next(model.parameters()).device
         if device.type != "cuda":
-            raise ValueError(f"cuda_graphs needs a CUDA device, the model is on {device.type}: set cuda_graphs=false")
+            raise ValueError(
+                f"cuda_graphs needs a CUDA device, but the model is on {device.type}: set cuda_graphs=false"
+            )
         options = {"mode": "reduce-overhead", **options}
     layers = _repeated_layers(model)
     if not layers:
@@ -54,7 +56,7 @@ def check_lengths(longest: int, multiple: int) -> None:
     lengths = -(-longest // multiple)
     if lengths > MAX_LENGTHS:
         raise ValueError(
-            f"training.pad_to_multiple_of={multiple} makes {lengths} lengths of up to {longest} tokens, "
+            f"training.pad_to_multiple_of={multiple} makes {lengths} lengths of up to {longest} tokens, but "
             f"training.compile_layers compiles at most {MAX_LENGTHS}: set it to {-(-longest // MAX_LENGTHS)} or more"
         )
 

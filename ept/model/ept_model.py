@@ -111,7 +111,7 @@ class EPTModel(ModelWithAdapters):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(
-                f"model is {model!r:.80}, no model: load it first, by AutoModelForCausalLM.from_pretrained"
+                f"model is {model!r:.80}, not a model: load it first, as with AutoModelForCausalLM.from_pretrained"
             )
         if isinstance(model, PeftModel):
             remedy = "use its add_adapter" if isinstance(model, EPTModel) else "pass its merge_and_unload()"
@@ -189,12 +189,14 @@ class EPTModel(ModelWithAdapters):
         causal = self.active_peft_config.task_type == "CAUSAL_LM"
         if causal and labels is not None:
             if isinstance(logits_to_keep, Tensor):
-                raise ValueError("logits_to_keep as a tensor picks positions without regard to labels: leave one out")
+                raise ValueError(
+                    "logits_to_keep as a tensor ignores where the labels are: leave logits_to_keep or labels out"
+                )
             if not self._facts.shifts_labels:
                 raise ValueError(
-                    f"{type(self.base_model).__name__} compares each label with the prediction at its own place, not "
-                    "of the token before it, and would learn to repeat the text: leave labels out, and compute a loss "
-                    "of the logits and the labels that follow them"
+                    f"{type(self.base_model).__name__} compares each label with the prediction at its own position, "
+                    "not at the one before it, and would learn to repeat the text: leave labels out, and compute "
+                    "the loss from the logits and the next tokens' labels"
                 )
             tokens = input_ids if inputs_embeds is None else inputs_embeds
             if tokens is not None and labels.shape != tokens.shape[:2]:
@@ -321,10 +323,10 @@ class EPTModel(ModelWithAdapters):
             if not self._warned_of_scoring and not (isinstance(logits_to_keep, int) and logits_to_keep == 1):
                 self._warned_of_scoring = True
                 warnings.warn(
-                    "neither labels nor text_mask say which tokens are input text, so that all of them get the update, "
-                    "where generation leaves its own tokens without: pass text_mask, nonzero at input text (through "
-                    "the Trainer with remove_unused_columns=False), or labels, or train with "
-                    'update_scope="all"; this is said once',
+                    "neither labels nor text_mask say which tokens are input text, so all of them get the update, "
+                    "while generated tokens get none: pass text_mask, nonzero at input text (through the Trainer "
+                    'with remove_unused_columns=False), or labels, or train with update_scope="all"; this is shown '
+                    "once",
                     stacklevel=6,  # the caller of the module
                 )
         elif self.training and not self._checked_labels:
@@ -332,10 +334,9 @@ class EPTModel(ModelWithAdapters):
             is_text = labels == -100
             if not bool((is_text if attention_mask is None else is_text & attention_mask.bool()).any()):
                 warnings.warn(
-                    "every token is a label, and labels get no low-rank update, so that A and B learn nothing: mask "
-                    "the input text with -100 in labels, say which tokens are input text by text_mask (which the "
-                    "Trainer passes on only with remove_unused_columns=False), or set r=0 or "
-                    'update_scope="all"',
+                    "every token is a label, and labels get no low-rank update, so A and B learn nothing: mask the "
+                    "input text with -100 in labels, mark it with text_mask (which the Trainer passes on only with "
+                    'remove_unused_columns=False), or set r=0 or update_scope="all"',
                     stacklevel=6,  # the caller of the module
                 )
 
@@ -426,7 +427,7 @@ class EPTModel(ModelWithAdapters):
 
         Within `disable_adapter()` use the `base_model`.
         """
-        raise ValueError("continuous batching reads ids alone, without a prompt: call generate with a padded batch")
+        raise ValueError("continuous batching reads only ids, without a prompt: call generate with a padded batch")
 
     continuous_batching_context_manager = init_continuous_batching = generate_batch
 
@@ -434,8 +435,8 @@ class EPTModel(ModelWithAdapters):
         """Names alternatives to PEFT's merging functions, which EPT, like PEFT's prompt tuning, does not have."""
         if name in ("merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"):
             raise AttributeError(
-                "a prompt and an update of the input cannot be merged into weights: call fold(), or write a model with "
-                "them in its vocabulary by `ept export --as-tokens`; base_model is the model without them"
+                "a prompt and an update of the input cannot be merged into weights: call fold(), or write a model "
+                "with them in its vocabulary with `ept export --as-tokens`; base_model is the model without them"
             )
         return super().__getattr__(name)
 
@@ -507,7 +508,7 @@ class EPTModel(ModelWithAdapters):
         check_shareable(base, self._facts)
         if not can_share_prompt(base, self._facts):
             name = type(base).__name__
-            raise ValueError(f"{name} does not read texts behind a prompt that it read once as behind one of their own")
+            raise ValueError(f"{name} reads texts differently after a prompt that they share: leave share_prompt out")
         self._shared_from, self._packs_texts = least, can_pack_texts(base, self._facts)
         return self
 

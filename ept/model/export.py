@@ -57,8 +57,9 @@ class FoldedAdapter:
         widths = {shapes[name][-1] for name in of_width if shapes.get(name)}
         if not widths and "Z" in shapes:
             raise ValueError(
-                f"{folder} holds the weights of a random basis (prompt_rank) alone, which do not tell the width of the "
-                "embeddings: load it with its base model, call fold(), and export what save_pretrained writes then"
+                f"{folder} holds only the weights of a random basis (prompt_rank), which do not show the width of "
+                "the embeddings: load it with its base model, call fold() and save_pretrained(), and export the "
+                "result"
             )
         if len(widths) != 1:
             raise ValueError(f"{folder} has neither prompt nor low-rank update of one width: there is nothing to fold")
@@ -120,13 +121,13 @@ class FoldedAdapter:
         config = self.layer.config
         if config.update_scope == "all" and config.r and config.task_type == "CAUSAL_LM":
             raise ValueError(
-                'the adapter was trained with update_scope="all": generated tokens get the update too, and an engine '
-                "that embeds them itself leaves it out: serve it with this package, or train with "
+                'the adapter was trained with update_scope="all": generated tokens get the update too, but an '
+                "engine that embeds them itself leaves it out: serve it with this package, or train with "
                 'update_scope="text"'
             )
         found = embedding_width(embedding)
         if found != self.layer.d:
-            raise ValueError(f"the adapter is for embeddings of width {self.layer.d}, the model has {found}")
+            raise ValueError(f"the adapter is for embeddings of width {self.layer.d}, but the model has {found}")
         device = device_of(embedding)
         self.layer.to(device)
         embeds = []

@@ -78,7 +78,7 @@ def _is_same(theirs: Any, expected: Callable[..., list[Tensor]], actual: Callabl
             break
     else:
         return True
-    logger.warning("%s.%s keeps its own code in place of the fused one: %s", theirs.__module__, theirs.__name__, reason)
+    logger.warning("%s.%s keeps its own code instead of the fused code: %s", theirs.__module__, theirs.__name__, reason)
     return False
 
 

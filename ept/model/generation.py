@@ -21,14 +21,14 @@ from .layout import numbered
 from .reading import generation_of
 
 _DRAFTS = "drafts tokens without the prompt, or counts the cache without it"
-_ELSEWHERE = "is code that transformers loads from elsewhere, and which knows of no prompt"
+_ELSEWHERE = "is code that transformers loads from elsewhere and that knows of no prompt"
 # Arguments of `generate` and fields of its configuration that a prompt invalidates, unless they have these values.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"), ((None,), _DRAFTS)),
     **dict.fromkeys(("speculation_type", "use_mtp", "is_assistant"), ((None, False), _DRAFTS)),
-    "guidance_scale": ((None, 1, 1.0), "compares with answers of the base model that have read no prompt"),
+    "guidance_scale": ((None, 1, 1.0), "compares with answers that the base model gives without the prompt"),
     "token_healing": ((None, False), "changes ids after they have been embedded"),
-    "prefill_chunk_size": ((None,), "reads the ids in pieces, and the prompt is none of them"),
+    "prefill_chunk_size": ((None,), "reads the ids in pieces, and the prompt has none"),
     **dict.fromkeys(("custom_generate", "penalty_alpha", "dola_layers"), ((None,), _ELSEWHERE)),
     **dict.fromkeys(("constraints", "force_words_ids"), ((None,), _ELSEWHERE)),
     "num_beam_groups": ((None, 1), _ELSEWHERE),
@@ -64,8 +64,8 @@ def check_options(model: Any, options: GenerationOptions, facts: BaseModelFacts)
     """Raises `ValueError` for an option that a prompt invalidates, and for a language model that is not causal."""
     if facts.task_type == "CAUSAL_LM" and not facts.is_causal:
         raise ValueError(
-            f"{type(model).__name__} sees the text behind each token, so that it cannot generate one token after the "
-            "other: load it as a decoder (is_decoder=True in a configuration like BERT's)"
+            f"{type(model).__name__} sees the text after each token, so it cannot generate token by token: load it "
+            "as a decoder (is_decoder=True in a configuration like BERT's)"
         )
     for name, (allowed, reason) in REFUSED.items():
         value = options[name]
@@ -73,11 +73,11 @@ def check_options(model: Any, options: GenerationOptions, facts: BaseModelFacts)
             shown = value if isinstance(value, (bool, int, float, str)) else "…"
             raise ValueError(f"{name}={shown} {reason}: leave it out")
     if options["cache_implementation"] == "paged":
-        raise ValueError("cache_implementation='paged' reads ids alone, without a prompt: use another one")
+        raise ValueError("cache_implementation='paged' reads only ids, without a prompt: use another one")
     if cached_length(facts, options.given):
         raise ValueError(
-            "generate reads prompt and text from their beginning, the past_key_values of an earlier call do not fit: "
-            "pass the whole text's ids without them (use_prompt_cache=True keeps what is read of the prompt)"
+            "generate reads prompt and text from the beginning and cannot use past_key_values of an earlier call: "
+            "pass the whole text's ids without them (use_prompt_cache=True keeps those of the prompt)"
         )
 
 
@@ -140,8 +140,8 @@ def bound_length(
     places = [layer.max_cache_len for layer in layers if _is_full_when_filled(layer)]
     if places and min(places) < n + read:
         raise ValueError(
-            f"{s} prompt tokens, {n} text tokens and new ones fill {n + read} places, the cache has {min(places)}: "
-            f"make it with max_cache_len={n + read}"
+            f"{s} prompt tokens, {n} text tokens and new ones fill {n + read} places, but the cache has "
+            f"{min(places)}: make it with max_cache_len={n + read}"
         )
 
 
@@ -165,8 +165,8 @@ def choose_positions(inputs: dict[str, Any], facts: BaseModelFacts, model: Any, 
     way = generation_of(model, facts)
     if way is None:
         raise ValueError(
-            f"generate of {type(model).__name__} counts positions otherwise than forward where rows are padded or do "
-            "not begin at 0: give rows of one length, or take another model"
+            f"generate of {type(model).__name__} counts positions differently from forward if rows are padded or do "
+            "not begin at 0: give rows of one length, or use another model"
         )
     if way == "positions":
         real = inputs.get("attention_mask")
@@ -192,8 +192,8 @@ def _check_rope(model: Any, before: int, after: int) -> None:
         )
         if before <= switch < after:
             raise ValueError(
-                f"{type(model).__name__} turns positions differently beyond {switch}, and prompt, text and new tokens "
-                f"go from {before} to {after}: ask for at most {switch - before + 1} new tokens"
+                f"{type(model).__name__} changes its rotary angles beyond {switch} positions, and prompt, text and "
+                f"new tokens go from {before} to {after}: ask for at most {switch - before + 1} new tokens"
             )
 
 

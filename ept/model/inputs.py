@@ -87,8 +87,8 @@ def call_inputs(
         _check_ids(type(model.base_model).__name__, facts.ids_alone, input_ids)
     if states := [name for name in _STATES if inputs.get(name) is not None]:
         raise ValueError(
-            f"{states[0]} does not tell how much {type(model.base_model).__name__} has read, and what follows it gets "
-            "no prompt: pass the whole text without it, or call generate, which keeps it by itself"
+            f"{states[0]} does not show how much {type(model.base_model).__name__} has read, and tokens after it get "
+            "no prompt: pass the whole text without it, or call generate, which handles it"
         )
     layers: Any = dict(model.prompt_encoder.items())
     encoded = inputs.get("encoder_outputs")
@@ -109,14 +109,14 @@ def call_inputs(
             may_be_padded = attention_mask is not None or adapter_names is not None
             if facts.padding in (None, BEHIND) and may_be_padded and not bool(mask.all()):
                 raise ValueError(
-                    f"{type(model.base_model).__name__} counts positions by index, so that tokens behind padding "
-                    "would be read at other places than without: give rows of one length, or the whole text at once"
+                    f"{type(model.base_model).__name__} counts positions by index, so padding would move the tokens "
+                    "after it to other positions: give rows of one length, or the whole text at once"
                 )
             mask = moved(mask, arrangement(mask, s, facts.padding or APART))
         if attention_mask is not None and not facts.splits_prompt and has_gaps(mask):
             raise ValueError(
-                f"{type(model.base_model).__name__} counts positions by index or sees a window of them, so that tokens "
-                "behind padding would be read otherwise than without: pad on the left, give rows of one length, or the "
+                f"{type(model.base_model).__name__} counts positions by index or sees a window of them, so padding "
+                "would change how the tokens after it are read: pad on the left, give rows of one length, or the "
                 "whole text at once"
             )
         if mask.shape[1] != cached + new:
@@ -167,15 +167,15 @@ def _with_prompt(
     limit, length, s = facts.position_limit, embeds.shape[1], inputs.s
     if limit is not None and length > limit:
         raise ValueError(
-            f"{s} prompt tokens and {length - s} text tokens make {length} positions, the model has {limit}: "
+            f"{s} prompt tokens and {length - s} text tokens make {length} positions, but the model has {limit}: "
             f"truncate the text to {limit - s} tokens"
         )
     order = None
     if is_padded and padding is None:
         if not bool(mask.all()):
             raise ValueError(
-                f"{name} reads padding as if it were text, so that a row's result would depend on the others: give "
-                "rows of one length, or one row at a time"
+                f"{name} reads padding as if it were text, so a row's result would depend on the others: give rows "
+                "of one length, or one row at a time"
             )
         is_padded = facts.needs_mask
     elif is_padded and padding is not None:
@@ -204,8 +204,8 @@ def _mask_encoded(facts: BaseModelFacts, inputs: BaseInputs, attention_mask: Ten
     n = length - s if attention_mask is None else attention_mask.shape[1]
     if length != s + n:
         raise ValueError(
-            f"encoder_outputs have {length} rows, {s} prompt tokens and {n} text tokens make {s + n}: take those of "
-            "this model's forward, encoder_last_hidden_state, which have seen the prompt"
+            f"encoder_outputs have {length} rows, but {s} prompt tokens and {n} text tokens make {s + n}: use "
+            "encoder_last_hidden_state from this model's forward, which has read the prompt"
         )
     if attention_mask is None and bool(in_front.all()):
         return
@@ -230,8 +230,8 @@ def _check_ids(name: str, ids_alone: Sequence[int], input_ids: Tensor) -> None:
     unlike = torch.isin(input_ids, torch.tensor(ids_alone, device=input_ids.device))
     if bool(unlike.any()):
         raise ValueError(
-            f"the text holds token {int(input_ids[unlike][0])}, which {name} reads otherwise from ids than from "
-            "embeddings, which a prompt needs: take it out of the text"
+            f"the text contains token {int(input_ids[unlike][0])}, which {name} reads differently from ids than from "
+            "embeddings, as a prompt needs: remove it from the text"
         )
 
 
@@ -241,8 +241,8 @@ def _check_argument(name: str, value: Tensor, facts: BaseModelFacts, n: int) -> 
         return
     if name in facts.forward_arguments or n in value.shape[1:]:
         raise ValueError(
-            f"{name} {list(value.shape)} cannot be passed on: it is not known what stands in it for the prompt's rows. "
-            "Leave it out, or use a model that needs none"
+            f"{name} {list(value.shape)} cannot be passed on: its values for the prompt's rows are not known. Leave "
+            "it out, or use a model that needs none"
         )
 
 

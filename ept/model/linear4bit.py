@@ -166,7 +166,7 @@ def swap_linear4bit(model: nn.Module, *, always: bool = False, dequantized_cache
         ValueError: `dequantized_cache_bytes` is negative.
     """
     if dequantized_cache_bytes < 0:
-        raise ValueError(f"dequantized_cache_bytes={dequantized_cache_bytes}, the smallest budget is 0")
+        raise ValueError(f"dequantized_cache_bytes must be at least 0, got {dequantized_cache_bytes}")
     for module in model.modules():
         if type(module) in _THEIRS:
             module.__dict__["their_class"] = type(module)

@@ -140,9 +140,11 @@ def embed_following(
 def check_names(names: Sequence[str], layers: Mapping[str, EPTLayer], rows: int) -> None:
     """Raises `ValueError` unless `names` has a loaded adapter, or `"__base__"`, for each of `rows`."""
     if len(names) != rows:
-        raise ValueError(f"adapter_names has {len(names)} names for a batch of {rows} rows: give one a row")
+        raise ValueError(f"adapter_names has {len(names)} names for a batch of {rows} rows: give one per row")
     if unknown := [name for name in dict.fromkeys(names) if name != BASE and name not in layers]:
-        raise ValueError(f"no adapter named {', '.join(map(repr, unknown))}: loaded are {', '.join(layers)}")
+        raise ValueError(
+            f"no adapter is named {', '.join(map(repr, unknown))}: the loaded ones are {', '.join(layers)}"
+        )
 
 
 @contextmanager
@@ -176,8 +178,8 @@ class HeadsOfRows(ModulesToSaveWrapper):
         each, rest = divmod(count, len(names))
         if rest or not each:
             raise ValueError(
-                f"{type(self.original_module).__name__} is called on {count} rows for {len(names)} texts, so that a "
-                "batch of several adapters that train it cannot be told apart: give the batches one by one"
+                f"{type(self.original_module).__name__} is called on {count} rows for {len(names)} texts, so it is "
+                "not known which adapter's copy each row needs: give each adapter a batch of its own"
             )
         owners = [name for name in names for _ in range(each)]
         results, order = [], []
@@ -200,8 +202,8 @@ class HeadsOfRows(ModulesToSaveWrapper):
         if all(type(result) is tuple for result in results):
             return tuple(self._put_together(parts, order) for parts in zip(*results))
         raise ValueError(
-            f"{type(self.original_module).__name__} gives {type(results[0]).__name__}, which has no rows that a batch "
-            "of several adapters could be put together from: give the batches one by one"
+            f"{type(self.original_module).__name__} returns a {type(results[0]).__name__}, from which the rows of "
+            "several adapters cannot be combined: give each adapter a batch of its own"
         )
 
 
@@ -224,7 +226,7 @@ def check_heads_are_ours(model: nn.Module) -> None:
     if found := [name for name, wrapper in named if not isinstance(wrapper, HeadsOfRows)]:
         raise ValueError(
             f"another adapter has trained {listed(found)} of {type(model).__name__} itself: merge it first "
-            "(merge_and_unload), or make it without modules_to_save and trainable_token_indices"
+            "(merge_and_unload), or train it without modules_to_save and trainable_token_indices"
         )
     taken = {name: m for name, m in model.named_modules() if isinstance(m, HeadsOfRows) and m.modules_to_save}
     if trained := [name for name, wrapper in taken.items() if not _is_as_loaded(wrapper)]:
@@ -256,6 +258,6 @@ def check_recomputed(model: nn.Module) -> None:
         recomputed = isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing and layer.training
         if recomputed and any(True for _ in wrapped_heads(layer)):
             raise ValueError(
-                f"gradient checkpointing computes {type(layer).__name__} again in the backward, when the adapters of "
-                "its rows are forgotten: turn it off for batches of several adapters that train its modules"
+                f"gradient checkpointing computes {type(layer).__name__} again in the backward pass, when its rows' "
+                "adapters are no longer known: turn it off for batches of several adapters that train its modules"
             )

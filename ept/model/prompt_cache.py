@@ -138,15 +138,15 @@ def check_shareable(model: Any, facts: BaseModelFacts) -> None:
     name = type(model).__name__
     if facts.task_type != "CAUSAL_LM":
         raise ValueError(
-            f"the prompt of {name} changes with the text behind it, and cannot be read once for a batch: that is for "
-            "decoder-only models"
+            f"the prompt of {name} changes with the text after it and cannot be read once for a batch: share_prompt "
+            "is for decoder-only models"
         )
     if "logits_to_keep" not in facts.forward_arguments:
-        raise ValueError(f"{name} takes no logits_to_keep, and a prompt that is read once for a batch has no logits")
+        raise ValueError(f"{name} takes no logits_to_keep, but a prompt that is read once for a batch has no logits")
     if kinds := _angles_by_length(model.config.get_text_config()):
         raise ValueError(
-            f"{name} turns positions by an angle that depends on the length of the whole text ({kinds.pop()} RoPE), so "
-            "that its prompt cannot be read once for a batch"
+            f"{name} turns positions by an angle that depends on the length of the whole text ({kinds.pop()} RoPE), "
+            "so its prompt cannot be read once for a batch"
         )
 
 
@@ -187,7 +187,7 @@ def check_cacheable(model: Any, facts: BaseModelFacts, options: GenerationOption
     name, config = type(model).__name__, model.config.get_text_config()
     if facts.task_type == "SEQ_2_SEQ_LM":
         raise ValueError(
-            f"the prompt of {name} stands before the encoder's input, and changes with it: use_prompt_cache is for "
+            f"the prompt of {name} is part of the encoder's input and changes with it: use_prompt_cache is for "
             "decoder-only models"
         )
     if kinds := _angles_by_length(config):
@@ -197,7 +197,7 @@ def check_cacheable(model: Any, facts: BaseModelFacts, options: GenerationOption
         )
     if (kind := options["cache_implementation"]) is not None:
         raise ValueError(
-            f"cache_implementation={kind!r} makes a cache without the prompt's: set it to None in the call's or the "
+            f"cache_implementation={kind!r} makes a cache without the prompt: set it to None in the call's or the "
             "model's generation_config, or call generate without use_prompt_cache"
         )
     if options.asked_for("use_cache") is False:
@@ -206,6 +206,6 @@ def check_cacheable(model: Any, facts: BaseModelFacts, options: GenerationOption
         raise ValueError("past_key_values and use_prompt_cache=True exclude each other: leave one out")
     if padded and not facts.splits_prompt:
         raise ValueError(
-            f"{name} counts positions by index or sees a window of them, and the cached prompt cannot move behind the "
-            "padding of shorter rows: give rows of one length, or call generate without use_prompt_cache"
+            f"{name} counts positions by index or sees a window of them, so the cached prompt cannot move to after "
+            "the padding of shorter rows: give rows of one length, or call generate without use_prompt_cache"
         )

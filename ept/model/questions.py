@@ -51,7 +51,7 @@ class Subject:
         with self.quiet():
             self.embeds = self.embedding(self.ids)
             if not isinstance(self.embeds, Tensor):
-                raise TypeError(f"its embedding gives a {type(self.embeds).__name__}, no vectors")
+                raise TypeError(f"its embedding gives a {type(self.embeds).__name__}, not vectors")
             # Not rows of the table: some models look up the ids to which embeddings belong.
             self.prompt = self.embedding(self.ids.flip(1)[:1, :_S])[0] * 1.1
             self.padding = self.embedding(self.ids.flip(1)[:1, -1:])[0, 0] * 2
@@ -110,8 +110,8 @@ class Subject:
             return replace(facts, refusal=f"cannot be called with inputs_embeds ({reason[0][:200]})")
         if not self.factor:
             refusal = (
-                "needs input_ids beside embeddings, it makes more of them than a look-up; prompt rows have no ids, so "
-                "that no prompt can be put before its input"
+                "needs input_ids besides embeddings, for more than a look-up; prompt rows have no ids, so no prompt "
+                "can be put before its input"
             )
             return replace(facts, refusal=refusal)
         offset = self._position_offset()
@@ -226,11 +226,11 @@ class Subject:
                 return "CAUSAL_LM"
             if getattr(self.model, "get_output_embeddings", lambda: None)() is None:
                 return "TOKEN_CLS"
-            return "predicts tokens at their own places, which is none of the tasks " + ", ".join(TASK_TYPES)
+            return "predicts tokens at their own positions, which fits none of the task types " + ", ".join(TASK_TYPES)
         if not logits and len(hidden := shapes.get("last_hidden_state", ())) == 3 and hidden[:2] == (1, _SHORT):
             return "FEATURE_EXTRACTION"
         found = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "nothing"
-        return f"gives {found} for a text of {_SHORT} tokens, which is none of the tasks {', '.join(TASK_TYPES)}"
+        return f"gives {found} for a text of {_SHORT} tokens, which fits none of the task types {', '.join(TASK_TYPES)}"
 
     def _alone(self, row: int, s: int, mask: bool = True, positions: Tensor | None = None) -> list[Tensor]:
         """Reads one text after `s` rows of the prompt, without padding."""

@@ -128,7 +128,7 @@ def _once(question: str, model: Any, ask: Callable[[Any], Any]) -> Any:
 def _ask(model: Any) -> BaseModelFacts:
     facts = BaseModelFacts(frozenset(inspect.signature(model.forward).parameters))
     if "inputs_embeds" not in facts.forward_arguments:
-        return replace(facts, refusal="takes no inputs_embeds, so that no prompt can be put before its input")
+        return replace(facts, refusal="takes no inputs_embeds, so no prompt can be put before its input")
     try:
         return _asked(model, lambda subject: subject.facts(facts))
     except _CannotBeAsked as error:
@@ -136,7 +136,9 @@ def _ask(model: Any) -> BaseModelFacts:
             getattr(model.config, "is_encoder_decoder", False) and not model.can_generate()
         ):  # some models look for an end token
             return replace(facts, refusal=WITHOUT_LANGUAGE_MODEL)
-        return replace(facts, refusal=f"cannot be asked how it reads its input, a copy of it fails ({error})")
+        return replace(
+            facts, refusal=f"cannot be probed for how it reads its input: a small copy of it fails ({error})"
+        )
 
 
 def _asked(model: Any, question: Callable[[Subject], Any]) -> Any:

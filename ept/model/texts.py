@@ -179,8 +179,8 @@ def _unpack(real: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     if bool((starts & (position_ids != 0)).any()):
         raise ValueError(
-            "position_ids must go on by 1 from token to token, or restart at 0 where a further text begins: leave them "
-            "out, they are counted from the attention mask"
+            "position_ids must rise by 1 from token to token, or restart at 0 where another text begins: leave them "
+            "out to count them from the attention mask"
         )
     # Packed rows are filled up with tokens at position 0.
     is_filler = (position_ids == 0) & (pad(position_ids, (0, 1), value=1)[:, 1:] == 0)

@@ -53,7 +53,7 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
     embedding = scaled_embedding(input_embedding(model), factor)
     tokens = [f"<prompt_{number}>" for number in range(layer.config.num_virtual_tokens)]
     if known := set(tokens) & set(tokenizer.get_vocab()):
-        raise ValueError(f"the tokenizer has a token {min(known)} already: export from the original model")
+        raise ValueError(f"the tokenizer already has a token {min(known)}: export from the original model")
     alone = [tokenizer(probe)["input_ids"] for probe in _PROBES]
     expected = [_logits(model, task_type, inputs_embeds=_embeds(layer, ids, embedding)) for ids in alone]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
@@ -64,8 +64,8 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
         whole = tokenizer(text.before + probe + text.after, add_special_tokens=text.add_special_tokens)["input_ids"]
         if whole != [*ids, *own]:
             raise ValueError(
-                f"behind the prompt the tokenizer writes {probe!r} as {whole[len(ids) :]}, alone as {own}: "
-                "with it a prompt cannot be served as tokens"
+                f"the tokenizer encodes {probe!r} as {whole[len(ids) :]} after the prompt, but as {own} alone: a "
+                "prompt cannot be served as tokens with it"
             )
         wholes.append(whole)
     rows = rows_of(embedding)
@@ -87,7 +87,7 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
         found = _logits(model, task_type, input_ids=input_ids)[..., : logits.shape[-1]]
         if not torch.allclose(found, logits, rtol=_TOLERANCE, atol=_TOLERANCE * float(logits.abs().max())):
             raise ValueError(
-                f"{type(model).__name__} with such tokens does not answer to {probe!r} as the adapter does"
+                f"{type(model).__name__} with the adapter's tokens does not answer {probe!r} as the adapter does"
             )
     return text
 
@@ -96,20 +96,22 @@ def check_update(layer: EPTLayer, task_type: str) -> None:
     """Raises `ValueError` for an adapter that a vocabulary's rows cannot hold."""
     config = layer.config
     if task_type not in TASK_TYPES:
-        raise ValueError(f"the adapter is for {task_type}: adapters for {', '.join(TASK_TYPES)} alone become tokens")
+        raise ValueError(
+            f"the adapter is for {task_type}, but only adapters for {', '.join(TASK_TYPES)} can become tokens"
+        )
     if not config.r:
         return
     if not config.updates_by_token:
         raise ValueError(
-            f"the adapter has a position-dependent update (r={config.r}), which words cannot hold: "
-            '--as-tokens is for adapters with r=0, such as prompt tuning, and with update="token"'
+            f"the adapter has a position-dependent update (r={config.r}), which a vocabulary cannot hold: "
+            '--as-tokens is for adapters with r=0, such as prompt tuning, or with update="token"'
         )
     if task_type == "SEQ_2_SEQ_LM":
-        raise ValueError("the update is the encoder's alone, and the decoder reads the same vocabulary: leave r at 0")
+        raise ValueError("only the encoder gets the update, but the decoder reads the same vocabulary: train with r=0")
     if task_type == "CAUSAL_LM" and config.update_scope != "all":
         raise ValueError(
-            "the adapter leaves generated tokens without the update, which they would get as words of the "
-            'vocabulary: train with update_scope="all"'
+            "the adapter leaves generated tokens without the update, but as words of the vocabulary they would get "
+            'it: train with update_scope="all"'
         )
 
 

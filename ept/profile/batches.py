@@ -34,7 +34,7 @@ def random_rows(count: int, task_type: str, vocab_size: int, length: int, varied
         ValueError: the length leaves no room for text beside the answer.
     """
     if length <= 2 * ANSWER_TOKENS:
-        raise ValueError(f"length={length} is too short: at least {2 * ANSWER_TOKENS + 1} tokens a row are needed")
+        raise ValueError(f"length={length} is too short: at least {2 * ANSWER_TOKENS + 1} tokens per row are needed")
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
@@ -72,7 +72,7 @@ def make_batches(
     if len(rows) < batch:
         raise ValueError(f"{len(rows)} rows do not fill a batch of {batch}: take a smaller batch or more data")
     if padding == "none" and len({len(row["input_ids"]) for row in rows}) > 1:
-        raise ValueError("padding=none needs rows of one length, these differ: use longest or max_length")
+        raise ValueError("padding=none needs rows of one length, but these differ: use longest or max_length")
     multiple = width if padding == "max_length" else None
     collate = Collator(task_type, pad_token_id, pad_to_multiple_of=multiple, label_only_logits=not all_logits)
     in_order = itertools.cycle(rows)

@@ -80,8 +80,8 @@ def build_shape(
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise ValueError(
-            f"the weights of {name} take {needed / 2**30:.1f} GiB, {device} has {free / 2**30:.1f} GiB free: choose "
-            "bfloat16 or nf4, fewer layers, or a smaller shape"
+            f"the weights of {name} take {needed / 2**30:.1f} GiB, but {device} has {free / 2**30:.1f} GiB free: "
+            "choose bfloat16 or nf4, fewer layers, or a smaller shape"
         )
     torch.manual_seed(SEED)
     if quantization is None:

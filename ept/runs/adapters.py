@@ -79,8 +79,8 @@ def _check_absent(model: PeftModel) -> None:
     base: Any = model.get_base_model()
     if lost := lost_modules(base, getattr(model.active_peft_config, "modules_to_save", None)):
         raise ValueError(
-            f"{base.name_or_path} has no weights for {listed(lost)} of {type(base).__name__}, and the adapter does not "
-            "hold them: they would be other ones at each load; give a checkpoint that has them"
+            f"{base.name_or_path} has no weights for {listed(lost)} of {type(base).__name__}, and the adapter does "
+            "not hold them: they would be initialised anew at each load; give a checkpoint that has them"
         )
 
 
@@ -164,19 +164,22 @@ def _continued(start: str, fresh: EPTConfig, method: Method, settings: MethodCon
     config = read_config(folder)
     d = config.token_dim or 1
     if config.folded:
-        raise ValueError(f"{folder} holds a folded adapter, which cannot be trained: start from the one before folding")
+        raise ValueError(
+            f"{folder} holds a folded adapter, which cannot be trained: start from the adapter before folding"
+        )
     if set(config.parameter_shapes(d)) != set(fresh.parameter_shapes(d)):
         raise ValueError(
-            f"{folder} holds an adapter of another method than method.name={method.name}: give the one it was made with"
+            f"{folder} holds an adapter of another method than method.name={method.name}: set the method that it was "
+            "made with"
         )
     if config.r and config.update == "position" and fresh.max_length > config.max_length:
         raise ValueError(
-            f"{folder} holds an adapter for texts of up to {config.max_length} tokens, data.max_length is "
+            f"{folder} holds an adapter for texts of up to {config.max_length} tokens, but data.max_length is "
             f"{fresh.max_length}: lower it"
         )
     for name in settings.fields_given().keys() - {"init_from", "base_dropout"}:
         if (new := getattr(fresh, name)) != (old := getattr(config, name)):
-            raise ValueError(f"method.{name}={new}, and the adapter in {folder} has {old}: leave method.{name} out")
+            raise ValueError(f"method.{name} is {new}, but the adapter in {folder} has {old}: leave method.{name} out")
     config.task_type, config.base_dropout, config.inference_mode = fresh.task_type, fresh.base_dropout, False
     config.base_model_name_or_path = config.modules_to_save = None  # the new model sets its own
     if not config.r:

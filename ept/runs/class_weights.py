@@ -25,7 +25,7 @@ def check_has_classes(task: Task) -> None:
     """Raises ValueError for a regression and for free-text answers, which have no classes to weight."""
     if task.values or task.is_text:
         kind = "numbers" if task.values else "free text"
-        raise ValueError(f"training.class_weights weighs labels, and the answers here are {kind}: leave it out")
+        raise ValueError(f"training.class_weights weights labels, but the answers here are {kind}: leave it out")
 
 
 def added_loss(

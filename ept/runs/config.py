@@ -336,14 +336,14 @@ class TrainingConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if self.compile_layers and self.pad_to_multiple_of is None:
-            missing = "set training.pad_to_multiple_of too, such as 64"
-            raise ValueError(f"training.compile_layers compiles every length for itself: {missing}")
+            missing = "set training.pad_to_multiple_of too, for example to 64"
+            raise ValueError(f"training.compile_layers compiles each length separately: {missing}")
         if self.shared_prompt:
             for name in ("compile_layers", "gradient_checkpointing"):
                 if getattr(self, name):
                     raise ValueError(
-                        f"training.shared_prompt and training.{name} exclude each other: such layers take no keys and "
-                        "values of a prompt; set one"
+                        f"training.shared_prompt and training.{name} exclude each other: such layers cannot take the "
+                        "prompt's keys and values; set one"
                     )
         if self.cuda_graphs and not self.compile_layers:
             raise ValueError("training.cuda_graphs replays compiled layers: set training.compile_layers=true too")
@@ -354,7 +354,7 @@ class TrainingConfig(Section):
             )
         if self.balanced_sampling and self.class_weights:
             raise ValueError(
-                "training.balanced_sampling and training.class_weights exclude each other: either makes rare labels "
+                "training.balanced_sampling and training.class_weights exclude each other: each makes rare labels "
                 "count as much as common ones; set one"
             )
         if self.balanced_sampling and self.group_by_length:
@@ -400,7 +400,9 @@ class RunConfig(Section):
             if not file.is_file():
                 raise FileNotFoundError(f"no configuration file {file}")
             if (size := file.stat().st_size) > MAX_FILE_BYTES:
-                raise ValueError(f"{file} has {size:,} bytes, a configuration at most {MAX_FILE_BYTES:,}")
+                raise ValueError(
+                    f"{file} has {size:,} bytes, but a configuration has at most {MAX_FILE_BYTES:,}: give another file"
+                )
             if (values := parse_yaml(file.read_bytes(), str(file))) is None:
                 values = {}
             if not isinstance(values, dict):

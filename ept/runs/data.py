@@ -90,7 +90,10 @@ def load_run_data(
     config = resolved(config, task_type, rows)
     task = task_of(config, tokenizer)
     if task.is_text and task_type == "SEQ_CLS":
-        raise ValueError("answers in free text need a language model, and this one is a classifier")
+        raise ValueError(
+            "answers in free text need a language model, but this one is a classifier: give another model, or leave "
+            "data.target_template out"
+        )
     given = config.model_dump(include={"data_dir", "encoding", "strict", "k_shot", *FILES})
     limits = config.model_dump(include={"max_train", "max_validation", "max_test"})
     drawn = read_splits(Path(config.splits)) if config.splits is not None else None
@@ -130,8 +133,8 @@ def _unread_texts(data: TaskData, tokenizer: PreTrainedTokenizerBase) -> dict[st
         unread[name] = sum(unknown in ids for ids in texts) / max(len(texts), 1)
     if unread["train"] > MOST:
         logger.warning(
-            "the tokenizer does not know a part of %.0f%% of the train texts and reads %s in its place: take a model "
-            "that was trained on such texts",
+            "the tokenizer does not know part of %.0f%% of the train texts and reads it as %s: use a model that was "
+            "trained on such texts",
             *(100 * unread["train"], tokenizer.unk_token),
         )
     return unread
@@ -148,8 +151,8 @@ def _cut_answers(
         cut[name] = sum(len(ids) > max_answer for ids in encoded) / max(len(encoded), 1)
     if any(cut.values()):
         logger.warning(
-            "answers of more than data.max_answer=%d tokens are cut, and the model does not learn to end them: %s; "
-            "raise it, or shorten them",
+            "answers of more than data.max_answer=%d tokens are cut, so the model does not learn to end them: %s; "
+            "raise data.max_answer, or shorten the answers",
             *(max_answer, shares(cut)),
         )
     return cut

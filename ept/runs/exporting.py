@@ -38,10 +38,10 @@ def base_of(adapter: FoldedAdapter, config: RunConfig | None, model: str | None)
     described = config.model if config is not None else ModelConfig(dtype="auto")
     described = described.model_copy(update={"name_or_path": model or described.name_or_path})
     if described.name_or_path is None:
-        raise ValueError("the base model is needed for that: give --model")
+        raise ValueError("the base model is not known: give --model")
     theirs = adapter.layer.config.base_model_name_or_path
     if theirs and not is_same_name(described.name_or_path, theirs):
-        logger.warning("the adapter was made for %s, the texts are those of %s", shown(theirs), described.name_or_path)
+        logger.warning("the adapter was made for %s, but the base model is %s", shown(theirs), described.name_or_path)
     return described, adapter.layer.config.task_type or task_type_of(described)
 
 
@@ -55,7 +55,9 @@ def texts_of(
     """
     if file.suffix.lower() in READERS:
         if config is None and template is None:
-            raise ValueError(f"{file} holds rows, and the adapter names no template: give a text file, one text a line")
+            raise ValueError(
+                f"{file} holds rows, but the adapter names no template: give a text file with one text per line"
+            )
         task = task_of(config.data, tokenizer) if config is not None else local_task(str(template), ["0", "1"])
         texts = []
         for number, row in enumerate(with_all_columns(read_rows(file)), start=1):
@@ -80,7 +82,10 @@ def base_with_heads(adapter: FoldedAdapter, model: ModelConfig, task_type: str, 
     if adapter.heads:
         untie(base)  # else a trained head of a language model would also become its embedding
     if strange := base.load_state_dict(adapter.heads, strict=False).unexpected_keys:
-        raise ValueError(f"{type(base).__name__} has no {strange[0]}, which the adapter has trained")
+        raise ValueError(
+            f"{type(base).__name__} has no {strange[0]}, which the adapter has trained: give the adapter's own base "
+            "model"
+        )
     return base
 
 

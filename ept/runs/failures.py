@@ -20,8 +20,8 @@ from .folder import RunFolder
 _FULL = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space or have the quota raised",
-    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
-    errno.EIO: "look for a full disk, a quota, or a limit of a file's size (ulimit -f)",
+    errno.EFBIG: "raise the file size limit (ulimit -f)",
+    errno.EIO: "look for a full disk, a quota, or a file size limit (ulimit -f)",
 }
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors reports an errno
@@ -94,7 +94,7 @@ def check_writable(folder: Path) -> None:
     """Raises OSError, before anything is loaded, if the folder can be neither written to nor created."""
     place = _existing(folder)
     if not place.is_dir():
-        raise FileExistsError(f"{place} is a file: choose another --output, a folder")
+        raise FileExistsError(f"{place} is a file: choose a folder as --output")
     if not os.access(place, os.W_OK | os.X_OK):
         raise OSError(_refused(folder, f"{place} is not writable"))
 
@@ -112,7 +112,7 @@ def divergence_advice(config: RunConfig) -> str:
     training = config.training
     return (
         f"lower training.learning_rate ({training.learning_rate}) or training.low_rank_learning_rate "
-        f"({training.low_rank_learning_rate}), of a classifier training.head_learning_rate, or add "
+        f"({training.low_rank_learning_rate}), for a classifier also training.head_learning_rate, or add "
         "training.warmup_steps"
     )
 

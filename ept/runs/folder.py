@@ -83,8 +83,8 @@ class RunFolder:
         more = self.wants_more_steps(config)
         if self.results.exists() and not more:
             raise FileExistsError(
-                f"the run in {self.path} is finished: `ept evaluate {shlex.quote(str(self.path))}` scores it, a larger "
-                "training.max_steps trains it on, --overwrite starts it anew"
+                f"the run in {self.path} is finished: `ept evaluate {shlex.quote(str(self.path))}` scores it, a "
+                "larger training.max_steps continues it, --overwrite starts it anew"
             )
         if self.config.exists():
             usual, old = type(config)().to_dict(), read_config(self.config)
@@ -103,7 +103,7 @@ class RunFolder:
         # rng_state.pth from a single process, rng_state_0.pth, … from several
         if checkpoint and (before := len(list(checkpoint.glob("rng_state*.pth")))) != world_size:
             raise ValueError(
-                f"cannot resume {self.path}: {checkpoint.name} is of a run in {before} processes, this one has "
+                f"cannot resume {self.path}: {checkpoint.name} is from a run in {before} processes, but this one has "
                 f"{world_size}: start {before} (torchrun --nproc-per-node), or --overwrite"
             )
 

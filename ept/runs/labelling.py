@@ -53,7 +53,7 @@ def label_rows(
     missing = [column for column in task.source_columns if column not in given[0]]
     if missing and "text" not in rows[0]:
         present = ", ".join(map(str, rows[0])) or "none"
-        remedy = "rename one, or say with --text-column what the file calls it"
+        remedy = "rename one, or name it with --text-column"
         raise ValueError(f"{source}: no column {', '.join(missing)} and no column text (found: {present}): {remedy}")
     if missing and len(task.source_columns) == 1:
         given = [{missing[0]: row.get("text")} for row in rows]
@@ -62,7 +62,7 @@ def label_rows(
     labels, columns = run.task.label_words, probability_columns(run.task)
     taken = {PREDICTION, *columns} & rows[0].keys()
     if taken:
-        raise ValueError(f"{source} has a column {sorted(taken)[0]!r} already: rename it")
+        raise ValueError(f"{source} already has a column {sorted(taken)[0]!r}: rename it")
     blank = {number for number, row in enumerate(given) if _is_blank(task, row)}
     numbers = [number for number in range(len(given)) if number not in blank]
     by_end: dict[str, list[int]] = {"": numbers}
@@ -113,7 +113,10 @@ def check_names(task: Task, text_columns: Sequence[str]) -> None:
     """Raises ValueError unless there is one name for each text column of the task."""
     if len(text_columns) != len(task.source_columns):
         wanted = ", ".join(task.source_columns)
-        raise ValueError(f"{len(text_columns)} --text-column given, the run has {wanted}: give one for each")
+        raise ValueError(
+            f"--text-column is given {len(text_columns)} times, but the run has the text columns {wanted}: give it "
+            "once for each"
+        )
 
 
 def _is_blank(task: Any, row: Mapping[str, Any]) -> bool:

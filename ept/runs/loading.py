@@ -60,8 +60,9 @@ def task_type_of(model: ModelConfig) -> str:
     for name in config.architectures or ():
         if task := next((task for part, task in TASK_OF_HEAD.items() if part in name), None):
             raise ValueError(
-                f"{model.name_or_path} is a {name}, and a run trains {', '.join(MODEL_CLASSES)}: {task} is for "
-                "get_ept_model and the Trainer; model.task_type=SEQ_CLS gives the model a new head, for whole texts"
+                f"{model.name_or_path} is a {name}, but a run trains {', '.join(MODEL_CLASSES)}: use get_ept_model "
+                f"and the Trainer for {task}, or set model.task_type=SEQ_CLS to give the model a new head for whole "
+                "texts"
             )
     return infer_task_type(config)
 
@@ -76,7 +77,10 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     tokenizer = _from_pretrained(transformers.AutoTokenizer, model)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {model.name_or_path} has neither a padding nor an end token")
+            raise ValueError(
+                f"the tokenizer of {model.name_or_path} has neither a padding nor an end token: set "
+                "model.tokenizer_name_or_path to another tokenizer"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -102,8 +106,8 @@ def head_order(model: ModelConfig, labels: Sequence[str]) -> list[str] | None:
         return order if order != list(labels) else None
     if not all(re.fullmatch(r"LABEL_\d+", name) for name in names):
         logger.warning(
-            "the trained head of %s gives %s, in this order, which the labels %s are taken for: set model.head_labels "
-            "where they stand in another order",
+            "the trained head of %s gives %s; the labels %s are taken to be in this order: set model.head_labels if "
+            "their order differs",
             *(model.name_or_path, listed(map(repr, names)), listed(map(repr, labels))),
         )
     return None
@@ -127,7 +131,10 @@ def outputs_of(heads: Mapping[str, Tensor], model: ModelConfig) -> int:
         axes = [axis for axis, (two, three) in enumerate(zip(shape, shapes[1][name])) if two != three]
         if axes and name in heads:
             return int(heads[name].shape[axes[0]])
-    raise ValueError(f"the adapter's head, {', '.join(heads)}, is not that of {model.name_or_path}")
+    raise ValueError(
+        f"the adapter's head, {', '.join(heads)}, does not belong to {model.name_or_path}: give the adapter's own "
+        "base model"
+    )
 
 
 def _has_head(saved: Any) -> bool:
@@ -159,7 +166,7 @@ def load_base_model(
         saved = _from_pretrained(AutoConfig, model)
         if saved.num_labels != num_labels and _has_head(saved):
             logger.warning(
-                "the head of %s is for %d labels, the task has %d: it gets a new one",
+                "the head of %s is for %d labels, but the task has %d: it gets a new head",
                 *(model.name_or_path, saved.num_labels, num_labels),
             )
             saved.problem_type, saved.num_labels = None, num_labels
@@ -237,7 +244,7 @@ def _from_pretrained(cls: Any, model: ModelConfig, **options: Any) -> Any:
             raise ValueError(
                 f"{name} holds an adapter: give its base model here; --init-from RUN starts from an adapter"
             )
-        raise ValueError(f"{name} holds no model, there is no config.json: check the path")
+        raise ValueError(f"{name} holds no model (no config.json): check the path")
     if model.gguf_file is not None:
         options["gguf_file"] = model.gguf_file
         if Path(name).is_dir() and not (Path(name) / model.gguf_file).is_file():

@@ -70,7 +70,8 @@ def prompt_tuning(method: Method, settings: MethodConfig, base: Any, task_type: 
         tokens = tokens or method.usual_tokens
     elif (smallest := fixed + (tokens or 1) * each) > budget:
         raise ValueError(
-            f"{method.name} with {tokens or 1} virtual tokens has {smallest} parameters, method.budget={budget}"
+            f"{method.name} with {tokens or 1} virtual tokens has {smallest} parameters, but method.budget is "
+            f"{budget}: raise it"
         )
     else:
         tokens = tokens or (budget - fixed) // each
@@ -94,7 +95,10 @@ def p_tuning(method: Method, settings: MethodConfig, base: Any, task_type: str, 
 
     h = d if budget is None else bisect(range(budget), budget, key=count) - 1
     if h < 1:
-        raise ValueError(f"p-tuning with {tokens} virtual tokens has at least {count(1)} parameters, budget={budget}")
+        raise ValueError(
+            f"p-tuning with {tokens} virtual tokens has at least {count(1)} parameters, but method.budget is "
+            f"{budget}: raise it"
+        )
     return peft.PromptEncoderConfig(
         task_type=task_type, num_virtual_tokens=tokens, num_transformer_submodules=1, encoder_hidden_size=h
     )
@@ -123,8 +127,8 @@ def lora(method: Method, settings: MethodConfig, base: Any, task_type: str, **_:
         if not names:
             last = list(costs)[-1]
             raise ValueError(
-                f"LoRA of rank {rank} on {last} alone has {rank * costs[last]} parameters, method.budget={budget}: "
-                "raise the budget or lower method.r"
+                f"LoRA of rank {rank} on {last} alone has {rank * costs[last]} parameters, but method.budget is "
+                f"{budget}: raise it, or lower method.r"
             )
     alpha = {} if settings.alpha is None else {"lora_alpha": settings.alpha}
     return peft.LoraConfig(task_type=task_type, r=rank, target_modules=names, **alpha)

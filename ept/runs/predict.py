@@ -76,7 +76,7 @@ class Predictor:
         if self.task_type == "SEQ_CLS" and scoring is not None:
             raise ValueError(f"scoring={scoring!r} is not available for {self.task_type}: leave it out")
         if self.task.is_text and scoring == "rank":
-            raise ValueError("scoring='rank' ranks labels, and the answers are free text: leave it out")
+            raise ValueError("scoring='rank' ranks labels, but the answers are free text: leave it out")
         self.generates = (scoring or ("generate" if self.task_type == "SEQ_2_SEQ_LM" else "rank")) == "generate"
         self.answers: list[list[int]] = []  # tokens of a language model's labels
         if self.task_type != "SEQ_CLS" and not self.task.is_text:
@@ -88,7 +88,7 @@ class Predictor:
                 answer = max(map(len, self.answers), default=self.config.data.max_answer)
             if answer >= limit:
                 raise ValueError(
-                    f"the model has positions for {limit} tokens behind the prompt, and answers may have {answer}: "
+                    f"the model has positions for {limit} tokens after the prompt, but answers may have {answer}: "
                     + ("lower data.max_answer" if self.task.is_text else "use shorter label words")
                 )
             self.max_length = min(self.max_length, limit - answer)

@@ -107,15 +107,15 @@ def join() -> Processes:
     # `accelerate launch --cpu --num_processes N` starts N processes only under mpirun.
     if is_cpu_requested() and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            "accelerate launch --cpu was asked for several processes and has started one: leave --cpu out and say "
-            "--multi_gpu --num_processes N, which starts N on a machine without GPUs too, or use torchrun"
+            "accelerate launch --cpu was asked for several processes but started one: use --multi_gpu "
+            "--num_processes N instead of --cpu, which also starts N without GPUs, or use torchrun"
         )
     if world_size() == 1:
         return Processes()
     for variable, name in SHARDED.items():
         if _is_on(variable):
             raise ValueError(
-                f"`ept train` keeps a whole model in each of its processes, {name} shares one among them: leave {name} "
+                f"`ept train` keeps a whole model in each process, but {name} splits one across them: leave {name} "
                 "out of the launcher's configuration, or use get_ept_model with the Trainer"
             )
     import torch

@@ -66,7 +66,7 @@ def prepare(config: RunConfig, processes: Processes | None = None, rows: OwnRows
     parts: Any = {"task": task, "task_type": task_type, "tokenizer": tokenizer, "model": model}
     run = PreparedRun(config=config, run_data=run_data, processes=processes or Processes(), **parts)
     if run.max_length < (given := max_length_of(config.data, task)):
-        message = "the model has positions for %d tokens of text, which is the limit in place of data.max_length=%d"
+        message = "the model has positions for %d tokens of text: this is the limit, not data.max_length=%d"
         logger.warning(message, run.max_length, given)
         run_data.data, run_data.truncation_rate = with_fitted_texts(run_data.data, run.fit)
     _check_texts(run, run_data.data)

@@ -40,7 +40,9 @@ def chat_task(
     Raises ValueError if the tokenizer has no chat template.
     """
     if not tokenizer.chat_template:
-        raise ValueError(f"column '{column}' holds chats, and the model's tokenizer has no chat template: take another")
+        raise ValueError(
+            f"column '{column}' holds chats, but the model's tokenizer has no chat template: use another model"
+        )
 
     def written(row: Mapping[str, Any]) -> dict[str, str]:
         messages = _messages(row[column], column)
@@ -84,7 +86,7 @@ def _messages(chat: Any, column: str) -> list[dict[str, str]]:
         if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             raise ValueError(f"column '{column}': a message is not {{'role': ..., 'content': text}}: correct it")
     if not any(message["role"] != "assistant" for message in messages):
-        raise ValueError(f"column '{column}': nobody asks the assistant in this chat")
+        raise ValueError(f"column '{column}': this chat has no message for the assistant to answer")
     return messages
 
 

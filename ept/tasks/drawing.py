@@ -132,7 +132,7 @@ def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
     classes = 2 if values else max(task.num_labels, 1)  # free-text answers count as one class
     each = k // classes
     if each < 1:
-        raise ValueError(f"k_shot={k} is no row for each of {classes} labels: give at least {classes}")
+        raise ValueError(f"k_shot={k} is less than one row for each of {classes} labels: give at least {classes}")
     members: dict[int, list[int]] = {index: [] for index in range(classes)}
     for position in _permutation(len(rows), seed):
         label = rows[position]["label"]
@@ -140,7 +140,7 @@ def few_shot(task: Task, rows: Sequence[Row], k: int, seed: int) -> list[Row]:
     fewest = min(map(len, members.values()))
     if fewest < each:
         raise ValueError(
-            f"k_shot={k} needs {each} train rows of each label, one label has {fewest}: "
-            f"give at most k_shot={fewest * classes}"
+            f"k_shot={k} needs {each} train rows of each label, but one label has {fewest}: give at most "
+            f"k_shot={fewest * classes}"
         )
     return [rows[position] for position in sorted(i for drawn in members.values() for i in drawn[:each])]

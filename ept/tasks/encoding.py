@@ -139,7 +139,7 @@ def fit_rows(
     if too_long and (not truncate or task.is_chat):  # cutting a chat would cut its question
         number = numbers[too_long[0]]
         raise ValueError(
-            f"{source}, row {number}: the text has {len(fitted[too_long[0]].ids)} tokens, the limit is "
+            f"{source}, row {number}: the text has {len(fitted[too_long[0]].ids)} tokens, but the limit is "
             f"data.max_length={max_length}: shorten it, raise data.max_length"
             + (", or set data.on_too_long=truncate" if not task.is_chat else "")
         )

@@ -105,7 +105,7 @@ def read_text(path: Path, encoding: str | None = None, guess: bool = False) -> s
         line = text.count("\n", 0, place) + 1
         wide = next((n for n, i in (("utf-16-le", 1), ("utf-16-be", 0)) if not any(content[i : i + 20 : 2])), None)
         remedy = f"set data.encoding to its own (it may be {wide})" if wide else "take it out, or copy the file again"
-        raise ValueError(f"{path}, line {line}: a byte 0x00, which is no part of a text: {remedy}")
+        raise ValueError(f"{path}, line {line}: a byte 0x00, which does not belong in text: {remedy}")
     return text
 
 
@@ -204,7 +204,7 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
     options: Any = {"strict": True, "delimiter": delimiter, "skipinitialspace": spaced}
     above = 1 if told else 0
     if delimiter == "\t" and _has_quotes_as_text(text, options):
-        _warn(f"{path}: quotes are read as text, as lines would be joined or broken by reading them as CSV's")
+        _warn(f"{path}: quotes are read as plain text, because CSV quoting would join or break lines")
         options["quoting"] = csv.QUOTE_NONE
     reader = csv.reader(io.StringIO(text, newline=""), **options)
     lines = filter(None, reader)  # skips empty lines
@@ -215,8 +215,8 @@ def _read_csv(path: Path, encoding: str | None) -> Iterator[tuple[str, Any]]:
         for fields in lines:
             if len(fields) != len(header):
                 raise ValueError(
-                    f"{path}, line {above + reader.line_num}: the header has {len(header)} columns, this line has "
-                    f"{len(fields)}: correct the line, quote fields that hold {_name(delimiter)}"
+                    f"{path}, line {above + reader.line_num}: the header has {len(header)} columns, but this line "
+                    f"has {len(fields)}: correct the line, quote fields that hold {_name(delimiter)}"
                 )
             empty = {index for index in empty if not fields[index].strip()}
             rows.append((f"line {above + reader.line_num}", fields))

@@ -115,15 +115,17 @@ def unread_texts(rows: Sequence[Row], texts: Sequence[str]) -> list[str]:
     if not unread:
         return []
     remedy = "if the answer depends on them, name every column to read with --text-column"
-    return [f"of the text columns {_quoted(texts)} alone is read, not {_quoted(unread)}: {remedy}"]
+    return [f"of the text columns only {_quoted(texts)} is read, not {_quoted(unread)}: {remedy}"]
 
 
 def split_notes(rows: Sequence[Row]) -> list[str]:
     """Notes a column that names splits: the splits of a single file are drawn whatever it says."""
     named = [name for name in _names(rows) if _plain(name) in SPLIT_NAMES]
     names = [name for name in named if len({str(row.get(name)).casefold() for row in rows} & PARTS) > 1]
-    remedy = "for its own, put its rows into a folder with train, validation and test files"
-    return [f"column {_quoted(names)} is not asked which rows are held out, they are drawn: {remedy}"] if names else []
+    remedy = "to use it, put the rows into a folder with train, validation and test files"
+    return (
+        [f"column {_quoted(names)} does not decide which rows are held out, they are drawn: {remedy}"] if names else []
+    )
 
 
 def _check_columns(columns: Mapping[str, list[Any]], names: Sequence[str], source: str) -> None:
@@ -200,7 +202,7 @@ def _find_texts(columns: Mapping[str, list[Any]], source: str, names: Sequence[s
     longest = max(read or textual, key=lambda name: _length(columns[name]))
     if shape := next((type(v).__name__ for v in columns[longest] if isinstance(v, (list, dict))), None):
         remedy = "flatten it to a string, or name the columns to read with --text-column (data.text_columns)"
-        raise ValueError(f"{source}: column '{longest}', the longest, holds a {shape} and not a text: {remedy}")
+        raise ValueError(f"{source}: column '{longest}', the longest, holds a {shape}, not text: {remedy}")
     return [name for name in textual if _series(name) == _series(longest)]  # and similar ones: headline_a, headline_b
 
 
@@ -229,10 +231,10 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
     is_pair = {*map(_plain, texts)} in [{*map(_plain, pair)} for pair in TEXT_PAIRS]
     asked = [name for name in textual if not _are_codes(columns[name])]
     if points and len(texts) == len(words) and not is_pair and asked:
-        what = f"{_quoted(texts)}, and {_quoted(asked)}, which the model does not read, what they answer"
+        what = f"{_quoted(texts)} as answers to {_quoted(asked)}, which the model does not read"
         notes.append(f"the labels {_quoted(words)} may be the numbers or letters of {what}: {remedy}")
     if not notes and (parts := [name for name in textual if _holds_parts(rows, name, texts)]):
-        what = f"{_quoted(parts)}, which the model does not read: nearly every row has there a part of its text"
+        what = f"{_quoted(parts)}, which the model does not read: nearly every row has part of its text there"
         notes.append(f"the labels may be about {what}: {remedy}")
     labels_of: dict[str, Counter[Any]] = defaultdict(Counter)
     for row in rows:
@@ -241,7 +243,7 @@ def unread_notes(rows: Sequence[Row], texts: Sequence[str], label: str, words: C
     torn = sum(sum(counts.values()) for counts in labels_of.values() if len(counts) > 1)
     if not notes and torn > len(rows) / 10 and textual:
         what = f"{_quoted(textual)}, which the model does not read, may tell them apart"
-        notes.append(f"{torn} of {len(rows)} rows have a text of several labels, and {what}: {remedy}")
+        notes.append(f"{torn} of {len(rows)} rows have a text that occurs with several labels, and {what}: {remedy}")
     return notes
 
 
@@ -295,21 +297,23 @@ def find_labels(
         kind: treats the labels as classes, or as numbers, which they must then be. None: as they look.
     """
     if shape := next((type(v).__name__ for row in rows if isinstance(v := row.get(column), (list, dict))), None):
-        raise ValueError(f"{source}: column '{column}' holds a {shape}, not one label a row: write a word or a number")
+        raise ValueError(
+            f"{source}: column '{column}' holds a {shape}, not one label per row: write a word or a number"
+        )
     counts = Counter(_written(row.get(column)) for row in rows if not is_missing(row.get(column)))
     where = f"{source}: column '{column}'"
     if found := next(
         (raw for raw in counts if isinstance(raw, str) and re.fullmatch(r"\[(.*,.*|(['\"]).*\2)\]", raw, re.S)), None
     ):
-        raise ValueError(f"{where} holds {shown(found)}, a list and not one label a row: write a word or a number")
+        raise ValueError(f"{where} holds {shown(found)}, a list, not one label per row: write a word or a number")
     if not counts:
         raise ValueError(f"{where} is empty: there is no label to learn")
     notes = []
     if kind != "regression" and (hidden := _unlabelled(counts, kind)):
         many = sum(counts.pop(raw) for raw in hidden)
         notes.append(
-            f"{many} rows have the label -1 beside 0 .. {len(counts) - 1}, which is taken for none; where it is one, "
-            "name all by data.label_words"
+            f"{many} rows have the label -1 beside 0 .. {len(counts) - 1}, which is taken to mean no label; if it is "
+            "a label, list all labels in data.label_words"
         )
     total = sum(counts.values())
     numbers = {raw: float(raw) for raw in counts if is_number(raw) and not isinstance(raw, bool)}
@@ -347,11 +351,11 @@ def find_labels(
         notes.append(f"labels with fewer than {FEW} rows, which may be missing in a split: {listed(few)}")
     if several := _combinations(order):
         notes.append(
-            f"labels that look like several at once: {listed(map(repr, several))}; each of them is learned and "
-            "scored as a label of its own"
+            f"labels that look like several at once: {listed(map(repr, several))}; each is learned and scored as one "
+            "label"
         )
     if odd := [repr(word) for word in order if word.casefold() in LIKE_MISSING]:
-        notes.append(f"a label that reads like a missing one: {listed(odd)}; where it is one, leave its cells empty")
+        notes.append(f"a label that reads like a missing one: {listed(odd)}; if it means that, leave its cells empty")
     metrics = default_metrics(max(by_word.values()) / total)
     if {*order} == {"false", "true"}:  # a list is enough, 0 and 1 are known
         return Labels(order, None, metrics, notes)
@@ -395,10 +399,10 @@ def _check_numbers(raws: Sequence[Any], where: str) -> None:
     numbers = [number for number in read.values() if number is not None]
     if len(numbers) < NEARLY_ALL * len(read) or _are_labels(numbers):
         return
-    what, remedy = "numbers, but for", "correct these cells or leave them empty"
+    what, remedy = "numbers, except for", "correct these cells or leave them empty"
     odd = [shown(raw) for raw, number in read.items() if number is None]
     if not odd:
-        what, remedy = "numbers that are written as", "write them as 1234.5 is, with no comma and no %"
+        what, remedy = "numbers that are written as", "write them like 1234.5, with no comma and no %"
         odd = [shown(raw) for raw in raws if not is_number(raw)]
     raise ValueError(f"{where} holds {what} {listed(odd)}: {remedy}, or list all labels in data.label_words")
 
@@ -418,15 +422,15 @@ def _check_labels(by_word: Counter[str], total: int, where: str) -> None:
     for word in by_word:
         alike[_as_seen(word)].append(word)
     if len(by_word) == 1:
-        raise ValueError(f"{where} holds one label alone, {shown(next(iter(by_word)))}: a task needs at least 2")
+        raise ValueError(f"{where} holds only one label, {shown(next(iter(by_word)))}: a task needs at least 2")
     if twins := next((words for words in alike.values() if len(words) > 1), None):
         common = max(twins, key=lambda word: (by_word[word], word))
         merged = {word: max(words, key=lambda w: (by_word[w], w)) for words in alike.values() for word in words}
         mapping = ", ".join(f"'{word}': '{other}'" for word, other in merged.items())
         pair = " and ".join(f"{word!r} ({by_word[word]} rows)" for word in twins)
         raise ValueError(
-            f"{where}: labels {pair} differ in case, blanks or invisible signs alone: write {common!r} for all, or say "
-            f'which are one with --set "data.label_words={{{mapping}}}"'
+            f"{where}: labels {pair} differ only in case, blanks or invisible characters: write {common!r} for all, "
+            f'or say which are one with --set "data.label_words={{{mapping}}}"'
         )
     if len(by_word) > MAX_LABELS or (len(by_word) > FEW and len(by_word) > total / 2):
         raise ValueError(
@@ -471,9 +475,9 @@ def _coarseness(counts: Counter[Any], values: Sequence[float]) -> list[str]:
     if index is None or rows <= total / 2 or rows - max(most) <= total / 10:  # mostly one number, such as 0
         return []
     return [
-        f"{rows} of {total} rows, with {len(most)} different numbers, are rounded to {values[index]:g}, as few rows "
-        f"reach up or down to the others of {values[0]:g} .. {values[-1]:g}, and the scores are of rounded numbers: "
-        "put the numbers' logarithm or rank into the column, cut the extreme ones off, or take a classifier, which "
+        f"{rows} of {total} rows, with {len(most)} different numbers, are rounded to {values[index]:g}, because few "
+        f"rows reach the other values of {values[0]:g} .. {values[-1]:g}, and the scores are of rounded numbers: put "
+        "the numbers' logarithm or rank into the column, cut off the extreme ones, or use a classifier, which "
         "rounds none"
     ]
 

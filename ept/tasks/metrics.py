@@ -162,6 +162,8 @@ def check_metrics(names: Sequence[str], num_labels: int, is_regression: bool = F
             close = get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown metric '{name}': did you mean '{close}'? Known: {', '.join(METRICS)}")
         if name == "f1" and num_labels != 2:
-            raise ValueError(f"metric 'f1' is for 2 labels, the task has {num_labels}: use 'f1_macro'")
+            raise ValueError(f"metric 'f1' is for 2 labels, but the task has {num_labels}: use 'f1_macro'")
         if name in OF_NUMBERS and not is_regression:
-            raise ValueError(f"metric '{name}' is for a regression, the task has {num_labels} labels: use 'accuracy'")
+            raise ValueError(
+                f"metric '{name}' is for a regression, but the task has {num_labels} labels: use 'accuracy'"
+            )

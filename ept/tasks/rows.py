@@ -212,7 +212,10 @@ def examples(
     if beyond:
         which = f"{len(beyond)} of {len(rows)} rows have numbers beyond {task.values[0]:g} .. {task.values[-1]:g}"
         logger.warning(
-            "%s: %s (%g, say): to a language model they are the nearer end", source, which, max(beyond, key=abs)
+            "%s: %s (such as %g): a language model reads them as the nearest end of that range",
+            source,
+            which,
+            max(beyond, key=abs),
         )
     return found, {reason: numbers for reason, numbers in left_out.items() if numbers}
 
@@ -222,7 +225,7 @@ def _unnumbered(task: Task, raw: Any) -> str:
     words = [word for word, _ in task.label_map if isinstance(word, str) and not is_number(word)]
     if not words or len(words) < len(task.label_map) or not is_number(raw):
         return ""
-    return "; write the word that the number stands for, or say it for all in data.label_words={0: ..., 1: ...}"
+    return "; write the word that the number stands for, or map all numbers in data.label_words={0: ..., 1: ...}"
 
 
 def is_no_label(task: Task, raw: Any) -> bool:

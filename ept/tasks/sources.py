@@ -84,7 +84,7 @@ def raw_splits(
         wanted = f" with the columns {', '.join(columns)}" if columns else ""
         raise ConnectionError(
             f"cannot load {name} from the hub: {error}. Without a connection give data_dir, a folder with "
-            f"{TRAIN_FILE} and validation, test alike,{wanted}"
+            f"{TRAIN_FILE} and likewise validation and test,{wanted}"
         ) from error
     except ValueError as error:  # the dataset has several configurations, or none of this name
         raise ValueError(f"cannot load {name} from the hub: {reason(error)}") from error

@@ -250,8 +250,8 @@ def _drawn_before(
         origin = origins[split] = drawn[split]["from"]
         if checksums.get(origin) != drawn[split]["sha256"]:
             raise ValueError(
-                f"the {origin} data have changed since these splits were drawn, or are other ones: "
-                "give the same file, or leave data.splits out to draw new splits"
+                f"the {origin} data have changed since these splits were drawn, or are different data: give the same "
+                "file, or leave data.splits out to draw new splits"
             )
         numbers = set(drawn[split]["rows"])
         splits[split] = [row for row in given[origin] if row[ROW] in numbers]

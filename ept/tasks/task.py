@@ -144,8 +144,8 @@ class Task:
             literal, *others = _spellings(word)
             if classes.setdefault(literal, index) != index or any(classes.get(form, index) != index for form in others):
                 raise ValueError(
-                    f"label word '{word}' is also the number of another label: say which raw label gets which "
-                    f"word, as in label_words={{{word}: '{word}'}}"
+                    f"label word '{word}' is also the number of another label: map each raw label to its word, as in "
+                    f"label_words={{{word}: '{word}'}}"
                 )
             derived |= dict.fromkeys(others, index)  # a raw `True` belongs to the word "True", whatever its index
         return derived | classes

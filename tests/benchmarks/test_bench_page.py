@@ -151,7 +151,7 @@ def test_a_record_that_was_cut_off_anywhere_is_drawn_and_meets_no_goal_too_many(
         step = next(line for line in text.splitlines() if "T5-base shape" in line)
         assert step.rstrip(" |").endswith("not measured") == (number < len(starts) - 1), number
         last = json.loads(whole[:at].splitlines()[-1]) if at else {"line": "none"}
-        assert ("begun and not ended" in text) == (last["line"] in ("begin", "result")), number
+        assert ("begun but not ended" in text) == (last["line"] in ("begin", "result")), number
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_a_line_that_was_cut_off_is_dropped_and_appending_goes_on(tmp_path: Path
 def test_a_damaged_line_inside_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(HEADER) + '\n{"line": \n{"line": "begin", "unit": "a"}\n')
-    with pytest.raises(ValueError, match=r"line 2 is no JSON .* delete the file"):
+    with pytest.raises(ValueError, match=r"line 2 is not JSON .* delete the file"):
         Record(path).results()
 
 

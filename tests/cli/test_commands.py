@@ -192,7 +192,7 @@ def test_predict_keeps_every_row_and_column(runs: dict[str, Path], tmp_path: Pat
     file.write_text(f"id,sentence,note,{own}\n007,{GOOD},a,u\n008,,b,u\n009,{BAD},,u\n010, ,d,u\n", encoding="utf-8")
     shown = succeed("predict", runs["bert"], "--file", file, "--output", output)
     assert "4 rows in" in shown.stdout
-    assert "2 of 4 rows have no text" in shown.stderr
+    assert "2 of 4 rows get no label: they have no text" in shown.stderr
     rows = read_rows(output)
     assert [row["id"] for row in rows] == ["007", "008", "009", "010"]
     assert {row[own] for row in rows} == {"u"}

@@ -70,7 +70,7 @@ def test_answers_that_are_cut_are_counted(
     whole = {"train": 0.0, "validation": 0.0, "test": 0.0}  # with its end, the answer has five tokens
     assert as_json(*arguments, "--set", "data.max_answer=5", "--dry-run")["cut_answers"] == whole
     done = succeed(*arguments, "--set", "data.max_answer=4")
-    assert "answers of more than data.max_answer=4 tokens are cut, and the model does not learn" in caplog.text
+    assert "answers of more than data.max_answer=4 tokens are cut, so the model does not learn" in caplog.text
     assert "answers cut (data.max_answer)" in done.stderr
     report = (run / "report.md").read_text(encoding="utf-8")
     assert f"| answers cut, train / test | {shares['train']:.1%} / {shares['test']:.1%} |" in report
@@ -86,8 +86,8 @@ def test_template_and_refusals(models: dict[str, Path], file: Path) -> None:
     written = ("--set", "data.target_template={moral}", *EXACT)
     assert as_json("train", file, "--model", models["t5"], *written, "--dry-run")["template"] == "{story}\nmoral:"
     for options, message in {
-        ("--model", models["bert"]): "answers in free text need a language model, and this one is a classifier",
-        ("--model", models["t5"], "--set", "training.scoring=rank"): "ranks labels, and the answers are free text",
+        ("--model", models["bert"]): "answers in free text need a language model, but this one is a classifier",
+        ("--model", models["t5"], "--set", "training.scoring=rank"): "ranks labels, but the answers are free text",
         ("--model", models["t5"], "--template", "{moral}"): "shows the answer's column 'moral'",
         ("--model", models["t5"], "--set", "data.metric=[accuracy]"): "metric 'accuracy' is not for free text",
         ("--model", models["t5"], "--strict"): "row 121: no answer (column 'moral')",
@@ -169,13 +169,13 @@ def test_chats_beside_labels_are_no_answers(tmp_path: Path, chat_model: Path) ->
     made = [{"conversations": [{"role": "user", "content": "film"}], "label": i % 2} for i in range(20)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     said = refused("train", tmp_path / "a.jsonl", "--model", chat_model, "--dry-run")
-    assert "column 'conversations', the longest, holds a list and not a text" in said
+    assert "column 'conversations', the longest, holds a list, not text" in said
 
 
 @pytest.mark.parametrize("chat, message", [
     ([{"role": "user", "content": 3}], "row 3: column 'messages': a message is not"),
     ([{"from": ["human"], "value": "a"}], "row 3: column 'messages': a message is not"),
-    ([{"role": "assistant", "content": "a"}], "row 3: column 'messages': nobody asks the assistant"),
+    ([{"role": "assistant", "content": "a"}], "row 3: column 'messages': this chat has no message for the assistant"),
     ([{"role": "user", "content": "film " * 300}, {"role": "assistant", "content": "no"}], "raise data.max_length"),
 ])  # fmt: skip
 def test_chats_refused(tmp_path: Path, chat_model: Path, chat: Any, message: str) -> None:
@@ -190,7 +190,7 @@ def test_chats_refused(tmp_path: Path, chat_model: Path, chat: Any, message: str
 def test_chats_without_a_template(tmp_path: Path, models: dict[str, Path]) -> None:
     file = chats(tmp_path / "a.jsonl")
     message = refused("train", file, "--model", models["llama"], *EXACT, "--dry-run")
-    assert "column 'messages' holds chats, and the model's tokenizer has no chat template" in message
+    assert "column 'messages' holds chats, but the model's tokenizer has no chat template" in message
 
 
 @pytest.mark.parametrize("ids, prompt", [([1, 5], "hello"), ([5], "<s>hello")])

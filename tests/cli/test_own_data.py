@@ -166,7 +166,7 @@ def test_one_class_is_refused(tmp_path: Path, models: dict[str, Path]) -> None:
     file.write_text(as_csv(reviews(liked=lambda i: "yes")), encoding="utf-8")
     for option in ((), ("--dry-run",)):
         message = refused("train", file, "--model", models["bert"], "--output", tmp_path / "run", *option)
-        assert "a.csv: column 'liked' holds one label alone, 'yes': a task needs at least 2" in message
+        assert "a.csv: column 'liked' holds only one label, 'yes': a task needs at least 2" in message
     assert sorted(tmp_path.iterdir()) == [file]
 
 
@@ -178,7 +178,8 @@ def test_heads_for_tokens_are_refused(tmp_path: Path, models: dict[str, Path], h
     (model / "config.json").write_text(json.dumps({**config, "architectures": [f"BertFor{head}"]}), encoding="utf-8")
     arguments = ("train", write(tmp_path, "comma"), "--model", model, "--dry-run")
     message = refused(*arguments)
-    assert f"is a BertFor{head}, and a run trains SEQ_2_SEQ_LM, CAUSAL_LM, SEQ_CLS: {task} is for" in message
+    assert f"is a BertFor{head}, but a run trains SEQ_2_SEQ_LM, CAUSAL_LM, SEQ_CLS: use get_ept_model" in message
+    assert f"and the Trainer for {task}, or set" in message
     assert "expected one of SEQ_2_SEQ_LM, CAUSAL_LM, SEQ_CLS" in refused(*arguments, "--set", f"model.task_type={task}")
     assert as_json(*arguments, "--set", "model.task_type=SEQ_CLS")["task_type"] == "SEQ_CLS"
 
@@ -359,7 +360,7 @@ def test_evaluate_a_file_with_other_columns(no_curves: None, tmp_path: Path, mod
     told = refused("predict", run, "--file", other, "--text-column", "what", "--set", "data.on_too_long=error")
     assert "b.csv, row 2: the text has" in told
     assert "no column which" in refused("predict", run, "--file", other, "--text-column", "which")
-    assert "say with --text-column what the file calls it" in refused("predict", run, "--file", other)
+    assert "rename one, or name it with --text-column" in refused("predict", run, "--file", other)
     told = refused("evaluate", run, "--file", other, "--text-column", "what")
     assert "rename the column or name it with --label-column (data.label_column)" in told
     other.write_bytes("what;how\nПривет;no\nМир;yes\n".encode("cp1251"))

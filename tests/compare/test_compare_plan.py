@@ -141,7 +141,7 @@ def test_folder_of_each_task(tmp_path):
     assert [run.config.data.data_dir for run in runs] == [str(tmp_path / "glue/sst2"), str(tmp_path / "glue/rte")]
     alone = plan(comparison(f"data.data_dir={tmp_path}/glue/rte", "compare.tasks=[glue/rte]"))
     assert alone[0].config.data.data_dir == str(tmp_path / "glue/rte")
-    with pytest.raises(ValueError, match="has no folder glue/cola: one folder a task is needed"):
+    with pytest.raises(ValueError, match="has no folder glue/cola: one folder per task is needed"):
         plan(comparison(data, "compare.tasks=[glue/sst2, glue/cola]"))
 
 
@@ -175,9 +175,9 @@ def test_a_part_of_the_methods_runs_with_the_same_file():
 @pytest.mark.parametrize("override, message", [
     ("compare.methods=[ept, depth]", "unknown method 'depth': did you mean 'dept'"),
     ("compare.methods=[]", "compare.methods is empty"),
-    ("compare.seeds=[1, 1]", "compare.seeds names something twice"),
-    ("compare.learning_rates=[0.1, 0.1]", "compare.learning_rates names something twice"),
-    ("compare.sweep={r: [2, 4, 2]}", r"compare.sweep.r names something twice: \[2, 4, 2\]"),
+    ("compare.seeds=[1, 1]", "compare.seeds lists a value twice"),
+    ("compare.learning_rates=[0.1, 0.1]", "compare.learning_rates lists a value twice"),
+    ("compare.sweep={r: [2, 4, 2]}", r"compare.sweep.r lists a value twice: \[2, 4, 2\]"),
     ("compare.seeds=[-1]", "must not be negative"),
     ("compare.learning_rate_seeds=3", r"must be 1 \.\. 2"),
     ("compare.learning_rates={ept: []}", "compare.learning_rates of ept"),

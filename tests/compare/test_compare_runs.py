@@ -117,14 +117,14 @@ def test_runs_of_other_rows_are_not_taken(once, tiny, kept_files, monkeypatch, c
     )
     monkeypatch.setattr(training, "train", None)  # would fail if it were called
     train, splits = next((tiny / "data").rglob("train.*")), records[1].run.folder / "splits.json"
-    message = "was made of other rows of glue/sst2 than there are now: give another output folder"
+    message = "was made with other rows of glue/sst2 than the current ones: give another output folder"
     rows = kept_files(train)
     train.write_bytes(rows + rows.splitlines(keepends=True)[-1])
     with pytest.raises(ValueError, match=message):
         carry_out(tiny, folder)
     train.unlink()
     assert carry_out(tiny, folder)[1] == finished
-    assert "its runs are taken as they are" in caplog.text
+    assert "the rows of its runs are not checked" in caplog.text
     splits.write_bytes(kept_files(splits).replace(b'"sha256": "', b'"sha256": "0'))
     with pytest.raises(ValueError, match=message):
         carry_out(tiny, folder)
@@ -280,7 +280,7 @@ def test_command_refuses_before_anything_is_written(tiny, tmp_path):
 
 def test_runs_side_by_side_give_the_same_table(once, tiny, tmp_path):
     records, lines = carry_out(tiny, tmp_path, "compare.jobs=2")
-    assert lines[0] == "4 runs, side by side: metrics.jsonl in the folder of each tells how far it is"
+    assert lines[0] == "4 runs, side by side: metrics.jsonl in each run's folder shows its progress"
     assert sum(line.startswith("[") for line in lines) == 6
     assert found(records) == found(once[1])
     failing, _ = carry_out(tiny, tmp_path, "compare.jobs=2", "compare.methods=[pt]", "method.budget=1")

@@ -295,7 +295,7 @@ def test_a_shape_that_does_not_fit_is_refused_and_named(problem, index, left, na
     """A reference would repeat a row of one column, or one text's positions, for all."""
     operator, inputs = getattr(torch.ops.ept, problem.operator), problem.inputs()
     operator(*inputs)
-    with pytest.raises(ValueError, match=rf"^{name} has shape \[.*\], by the others it has to be"):
+    with pytest.raises(ValueError, match=rf"^{name} has shape \[.*\], but the other arguments require"):
         operator(*made_wrong(inputs, index, left))
 
 
@@ -310,7 +310,7 @@ def test_adapters_and_their_ids_come_together(problem):
 @pytest.mark.parametrize("ends", [[1, 9], [0, 8], [0, 5, 3, 9], [0, 10], []])
 def test_packed_texts_cover_the_tokens(ends):
     ids, _, *rest = PackedEmbedding((4, 5)).inputs()
-    with pytest.raises(ValueError, match="cu_seqlens has to rise from 0 to the 9 tokens, got"):
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to the number of tokens, 9, got"):
         ept_kernels.prompted_embedding_packed(ids, torch.tensor(ends, dtype=torch.int32), *rest)
 
 

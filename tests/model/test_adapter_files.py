@@ -108,7 +108,7 @@ def test_other_base_model_is_warned_of(saved):
     _edit_config(base_model_name_or_path="someone/else")(saved[1])
     base = make_model("llama")
     base.name_or_path = "someone/this"
-    with pytest.warns(UserWarning, match="made for 'someone/else', this base model is 'someone/this'"):
+    with pytest.warns(UserWarning, match="made for 'someone/else', but this base model is 'someone/this'"):
         EPTModel.from_pretrained(base, saved[1])
 
 
@@ -159,7 +159,7 @@ BAD_FILES = [
         lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
         "adapter_model.bin, a pickle, which could run code",
     ),
-    ("configuration is no JSON", lambda f: (f / CONFIG).write_text("{"), "is damaged, it is not JSON"),
+    ("configuration is no JSON", lambda f: (f / CONFIG).write_text("{"), "is damaged: it is not JSON"),
     ("configuration is a list", lambda f: (f / CONFIG).write_text("[]"), "its peft_type is 'list'"),
     ("another method", _edit_config(peft_type="LORA"), "configuration of an EPT adapter: its peft_type is 'LORA'"),
     ("wrong type", _edit_config(r="many"), "has a field of the wrong type: r must be an integer, got 'many'"),
@@ -181,7 +181,7 @@ BAD_FILES = [
         _edit_weights(lambda s: s.update(beta=torch.ones(1, dtype=torch.int64))),
         "beta has dtype I64 instead of one of F64, F32, F16, BF16",
     ),
-    ("no unit", _edit_weights(lambda s: s["embedding_scale"].zero_()), "embedding_scale is 0.0, it must be above 0"),
+    ("no unit", _edit_weights(lambda s: s["embedding_scale"].zero_()), "embedding_scale is 0.0, but must be above 0"),
 ]
 
 

@@ -38,7 +38,7 @@ def test_a_state_that_is_no_cache_of_positions_is_refused_and_generate_keeps_it(
     model = wrapped(MambaForCausalLM(MambaConfig(**_SIZES, state_size=4)))
     ids = make_batch("llama", (6, 6))["input_ids"]
     read = model(ids[:, :5], use_cache=True)
-    with pytest.raises(ValueError, match="cache_params does not tell how much MambaForCausalLM has read"):
+    with pytest.raises(ValueError, match="cache_params does not show how much MambaForCausalLM has read"):
         model(ids[:, 5:], cache_params=read.cache_params)
     options = {"max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
     found = model.generate(ids, **options)
@@ -146,7 +146,10 @@ def test_without_the_adapter_arguments_mean_the_same():
 
 @pytest.mark.parametrize(
     "names, message",
-    [(["default"], "1 names for a batch of 2 rows"), (["default", "zz"], "no adapter named 'zz': loaded are default")],
+    [
+        (["default"], "1 names for a batch of 2 rows"),
+        (["default", "zz"], "no adapter is named 'zz': the loaded ones are default"),
+    ],
 )
 @torch.no_grad()
 def test_names_of_adapters_are_checked_in_every_call(names, message):
@@ -207,7 +210,7 @@ def test_bad_arguments_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"prompt_tuning_init_text=\['a'\] is not text"):
         EPTConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text=["a"])
     config = EPTConfig(**SMALL, prompt_tuning_init="TEXT", prompt_tuning_init_text="a")
-    with pytest.raises(ValueError, match="with token 500, the model's embedding has 99 rows"):
+    with pytest.raises(ValueError, match="contains token 500, but the model's embedding has 99 rows"):
         get_ept_model(make_model("llama"), config, tokenizer=lambda *_, **__: {"input_ids": [7, 500]})
 
 
@@ -220,7 +223,8 @@ def test_weights_of_another_shape_are_refused(change):
         del state["prompt"]
     before = model.prompt_encoder["default"].prompt.detach().clone()
     with pytest.raises(
-        ValueError, match=r"prompt is (\[\d, 32\]|missing) in the state and \[5, 32\] in the adapter: load its own"
+        ValueError,
+        match=r"prompt is (\[\d, 32\]|missing) in the state, but \[5, 32\] in the adapter: load the adapter's own",
     ):
         set_peft_model_state_dict(model, state)
     assert torch.equal(model.prompt_encoder["default"].prompt, before)
@@ -246,7 +250,7 @@ def test_weights_that_the_adapter_does_not_have_are_refused(form):
         other.fold()
     before = other(torch.tensor([[5, 6, 7]])).logits
     with pytest.raises(
-        ValueError, match=r"the state holds .*D.*, which the adapter does not have: load its own weights"
+        ValueError, match=r"the state holds .*D.*, which the adapter does not have: load the adapter's own weights"
     ):
         set_peft_model_state_dict(other, state)
     assert torch.equal(other(torch.tensor([[5, 6, 7]])).logits, before)

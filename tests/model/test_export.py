@@ -252,7 +252,7 @@ def test_plain_transformers_answer_as_the_adapter(name, begin, end, size, tmp_pa
     about = json.loads((tmp_path / "out" / "prompt_tokens.json").read_text("utf-8"))
     assert (about["template"], about["label_words"]) == ("{a}", ["w5", "w6", "w7"])
     assert ("add_special_tokens=False" in result.output) is (begin is not None)
-    assert ("'</s>' behind it" in result.output) is (begin is not None and end is not None)
+    assert ("'</s>' after it" in result.output) is (begin is not None and end is not None)
     s = fields["num_virtual_tokens"]
     for text in TEXTS:
         whole = about["before"] + text + about["after"]
@@ -278,9 +278,9 @@ def folded_layer(name="llama", **fields):
 
 REFUSED = [
     ("llama", "TOKEN_CLS", SIZES["prompt alone"], "the adapter is for TOKEN_CLS"),
-    ("llama", "CAUSAL_LM", SIZES["whole"], r"has a position-dependent update (r=3), which words cannot hold"),
+    ("llama", "CAUSAL_LM", SIZES["whole"], r"has a position-dependent update (r=3), which a vocabulary cannot hold"),
     ("llama", "CAUSAL_LM", SIZES["token-dependent"], "the adapter leaves generated tokens without the update"),
-    ("t5", "SEQ_2_SEQ_LM", SIZES["token-dependent"], "the update is the encoder's alone"),
+    ("t5", "SEQ_2_SEQ_LM", SIZES["token-dependent"], "only the encoder gets the update"),
 ]
 
 
@@ -294,7 +294,7 @@ def test_not_twice_and_not_for_a_model_that_answers_otherwise():
     layer = folded_layer(**SIZES["prompt alone"])
     tokenizer = tokenizer_with()
     add_prompt_tokens(make_model("llama"), tokenizer, layer, "CAUSAL_LM")
-    with pytest.raises(ValueError, match="the tokenizer has a token <prompt_0> already"):
+    with pytest.raises(ValueError, match="the tokenizer already has a token <prompt_0>"):
         add_prompt_tokens(make_model("llama"), tokenizer, layer, "CAUSAL_LM")
     model = make_model("llama")
     model.model.register_forward_pre_hook(  # something that reads ids and not embeddings
@@ -305,7 +305,7 @@ def test_not_twice_and_not_for_a_model_that_answers_otherwise():
         ),
         with_kwargs=True,
     )
-    with pytest.raises(ValueError, match="LlamaForCausalLM with such tokens does not answer to"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM with the adapter's tokens does not answer"):
         add_prompt_tokens(model, tokenizer_with(), layer, "CAUSAL_LM")
 
 
@@ -314,15 +314,17 @@ def test_a_head_of_another_model_is_refused(tmp_path):
     tokenizer_with("<s>", "</s>").save_pretrained(tmp_path / "base")
     adapted("llama_classifier", **SIZES["prompt alone"]).save_pretrained(tmp_path / "adapter")
     arguments = ("--output", tmp_path / "out", "--as-tokens", "--model", tmp_path / "base")
-    assert "the adapter's head, score.weight, is not that of" in run("export", tmp_path / "adapter", *arguments).output
+    assert (
+        "the adapter's head, score.weight, does not belong to" in run("export", tmp_path / "adapter", *arguments).output
+    )
 
 
 MISTAKES = [
     (["--texts", "lines.txt"], "give --model"),
-    (["--model", "somewhere"], "--model is for the embeddings of texts"),
+    (["--model", "somewhere"], "--model is only for --texts and --as-tokens"),
     (["--as-tokens", "--texts", "lines.txt"], "--texts and --as-tokens exclude each other"),
-    (["--as-tokens", "--model", "base"], "the adapter has a position-dependent update (r=3), which words"),
-    (["--texts", "rows.jsonl", "--model", "base"], "rows.jsonl holds rows, and the adapter names no template"),
+    (["--as-tokens", "--model", "base"], "the adapter has a position-dependent update (r=3), which a vocabulary"),
+    (["--texts", "rows.jsonl", "--model", "base"], "rows.jsonl holds rows, but the adapter names no template"),
     (["--set", "model.dtype=bfloat16"], "is an adapter: use --model"),
     (["--texts", "empty.txt", "--model", "base"], "empty.txt is empty"),
     (["--texts", "gap.txt", "--model", "base"], "gap.txt, line 2 is empty"),
@@ -366,11 +368,11 @@ def test_a_prompt_in_a_random_basis_is_exported_where_its_width_is_known(tmp_pat
     found = FoldedAdapter.read(tmp_path / "spaces").tensors()["prompt"]
     torch.testing.assert_close(found, model.get_prompt_embedding_to_save("default"))
     adapted(num_virtual_tokens=4, r=0, prompt_rank=3, fusion=False, num_spaces=0).save_pretrained(tmp_path / "alone")
-    with pytest.raises(ValueError, match="holds the weights of a random basis"):
+    with pytest.raises(ValueError, match="holds only the weights of a random basis"):
         FoldedAdapter.read(tmp_path / "alone")
 
 
 def test_another_models_embedding_is_refused(tmp_path):
     adapted().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the adapter is for embeddings of width 32, the model has 64"):
+    with pytest.raises(ValueError, match="the adapter is for embeddings of width 32, but the model has 64"):
         FoldedAdapter.read(tmp_path).embed([[5]], torch.nn.Embedding(9, 64))

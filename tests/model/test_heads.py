@@ -251,7 +251,7 @@ class WithNumbers(BertForSequenceClassification):
 
 
 def test_numbers_of_the_model_itself_that_the_checkpoint_lacks_get_a_warning(load_masked):
-    with pytest.warns(UserWarning, match="WithNumbers has no weights for numbers, which are other ones"):
+    with pytest.warns(UserWarning, match="WithNumbers has no weights for numbers, which are initialised anew"):
         model = get_ept_model(load_masked(WithNumbers), EPTConfig(**SMALL))
     assert model.peft_config["default"].modules_to_save == ["classifier", "bert.pooler.dense"]
 

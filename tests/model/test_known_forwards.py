@@ -142,7 +142,7 @@ def test_a_class_that_cannot_be_tried_is_left_alone_and_named(untried, caplog):
     model = torch.nn.Sequential(Fixed(8), llama.LlamaRMSNorm(8))
     assert swap_frozen(model) == 1
     assert not is_swapped(model[0])
-    assert "Fixed keeps its own code in place of the fused one: the trial failed: division by zero" in caplog.text
+    assert "Fixed keeps its own code instead of the fused code: the trial failed: division by zero" in caplog.text
 
 
 def test_a_trial_leaves_no_trace(untried, monkeypatch):

@@ -80,7 +80,7 @@ def test_swapped_by_default_and_only_then(name, checkpoints, tmp_path):
     for fast in (True, False):
         again = EPTModel.from_pretrained(load_4bit(name, checkpoints[name]), tmp_path, fast_4bit=fast)
         assert sum(isinstance(m, Linear4bit) for m in again.modules()) == (count if fast else 0)
-    with pytest.raises(ValueError, match="dequantized_cache_bytes=8 is for the layers of fast_4bit=True"):
+    with pytest.raises(ValueError, match="dequantized_cache_bytes=8 is only for fast_4bit=True"):
         get_ept_model(make_model("llama"), EPTConfig(**SMALL), fast_4bit=False, dequantized_cache_bytes=8)
 
 

@@ -190,7 +190,7 @@ def test_adapters_come_and_go_while_other_threads_call(name, folders):
 def test_a_call_with_a_deleted_adapter_is_one_clear_error(folders):
     model = load_all("llama", folders("llama", SIZES[:2]))
     model.delete_adapter("a1")
-    with pytest.raises(ValueError, match="no adapter named 'a1': loaded are a0"):
+    with pytest.raises(ValueError, match="no adapter is named 'a1': the loaded ones are a0"):
         model(**make_batch("llama"), adapter_names=["a0", "a1"])
 
 
@@ -205,7 +205,7 @@ def test_deleting_waits_for_a_call_that_names_the_adapter_and_holds_up_new_calls
         model.delete_adapter("a1")
 
     def call_deleted():
-        with pytest.raises(ValueError, match="no adapter named 'a1'"):
+        with pytest.raises(ValueError, match="no adapter is named 'a1'"):
             model(**inputs, adapter_names=["a1", "a1"])
         problems.remove("the late call has not come back")
 

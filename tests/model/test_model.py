@@ -296,7 +296,7 @@ def test_logits_are_shortened_only_where_asked_for(name, mode):
     text = {**batch, "text_mask": labels == -100}
     picked = model(**text, logits_to_keep=torch.tensor([4, -1])).logits
     torch.testing.assert_close(picked, whole.logits[:, [5 + 4, -1]], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="logits_to_keep as a tensor picks positions without regard to labels"):
+    with pytest.raises(ValueError, match="logits_to_keep as a tensor ignores where the labels are"):
         model(**batch, labels=labels, logits_to_keep=torch.tensor([4]))
 
 
@@ -461,14 +461,14 @@ def test_adapters_can_be_added_set_and_deleted(name):
     assert not any(".default" in n for n in trainable())
     model.set_adapter("default")
     assert torch.equal(logits_of(model, batch), first)
-    with pytest.raises(ValueError, match="there is an adapter named 'default' already"):
+    with pytest.raises(ValueError, match="an adapter named 'default' already exists"):
         model.add_adapter("default", EPTConfig(**SMALL))
     assert torch.equal(logits_of(model, batch), first)  # and is as it was
     model.delete_adapter("second")
     assert list(model.peft_config) == ["default"]
-    with pytest.raises(ValueError, match="no adapter named 'second': loaded are default"):
+    with pytest.raises(ValueError, match="no adapter is named 'second': the loaded ones are default"):
         model.set_adapter("second")
-    with pytest.raises(ValueError, match=r"one adapter is active at a time, got \['default', 'second'\]"):
+    with pytest.raises(ValueError, match=r"only one adapter can be active, got \['default', 'second'\]"):
         model.set_adapter(["default", "second"])
 
 
@@ -522,7 +522,7 @@ def test_what_cannot_work_is_refused():
         (adapted("llama"), None, "already carries an adapter: pass the base model, or use its add_adapter"),
         (peft.get_peft_model(make_model("llama"), peft.LoraConfig()), None, "or pass its merge_and_unload"),
         (without_weights, None, "the model is on the meta device: load its weights first"),
-        ("gpt2", None, "model is 'gpt2', no model: load it first"),
+        ("gpt2", None, "model is 'gpt2', not a model: load it first"),
         (llama.model, "SEQ_CLS", "task_type=SEQ_CLS does not fit LlamaModel, which is for FEATURE_EXTRACTION"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -530,7 +530,7 @@ def test_what_cannot_work_is_refused():
     for config in (None, {"num_virtual_tokens": 3}, peft.LoraConfig()):
         with pytest.raises(ValueError, match=f"takes EPTConfig adapters, got {type(config).__name__}"):
             get_ept_model(llama, config)
-    with pytest.raises(ValueError, match="num_virtual_tokens=64 leaves no room for text, GPT2LMHeadModel has 64 pos"):
+    with pytest.raises(ValueError, match="num_virtual_tokens=64 leaves no room for text in the 64 positions of GPT2"):
         get_ept_model(make_model("gpt2"), EPTConfig(num_virtual_tokens=64))
     for name in ("", "a.b", "__base__", "keys"):
         with pytest.raises(ValueError, match=f"an adapter cannot be named '{name}'"):
@@ -543,15 +543,25 @@ def test_ids_that_the_embedding_has_no_rows_for_are_named(family, strange):
     model, batch = adapted(family), make_batch(family)
     batch["input_ids"][0, 2] = strange
     with pytest.raises(
-        ValueError, match=f"input_ids hold {strange}, the model's embedding has the rows 0 to {VOCAB - 1}"
+        ValueError, match=f"input_ids contain {strange}, but the model's embedding has rows 0 to {VOCAB - 1}"
     ):
         model(**batch)
 
 
 REFUSED_CALLS = [
     ("llama", (7, 4), {"adapter_names": ["default"]}, "1 names for a batch of 2 rows"),
-    ("llama", (7, 4), {"adapter_names": ["default", "none"]}, "no adapter named 'none': loaded are default"),
-    ("gpt2", (62,), {}, "5 prompt tokens and 62 text .* make 67 positions, the model has 64: truncate the text to 59"),
+    (
+        "llama",
+        (7, 4),
+        {"adapter_names": ["default", "none"]},
+        "no adapter is named 'none': the loaded ones are default",
+    ),
+    (
+        "gpt2",
+        (62,),
+        {},
+        "5 prompt tokens and 62 text .* make 67 positions, but the model has 64: truncate the text to 59",
+    ),
     ("t5", (73, 2), {}, "input has 73 tokens, the adapter was made for max_length=64"),
 ]
 

@@ -140,7 +140,7 @@ def test_an_adapter_with_other_options_takes_no_other_s_place(places, change, me
     with pytest.raises(ValueError, match="prompt has shape" if "num" in message else f"made with {message}="):
         model.load_adapter(adapter, "default")
     assert torch.equal(answer(model, "llama"), before)
-    with pytest.raises(ValueError, match="no adapter named 'other': loaded are default"):
+    with pytest.raises(ValueError, match="no adapter is named 'other': the loaded ones are default"):
         hotswap_adapter(get_ept_model(from_folder("llama", base), EPTConfig(**SMALL)), str(adapter), "other", "cpu")
 
 

@@ -148,14 +148,14 @@ def test_an_adapter_without_a_prompt_needs_no_cache():
 REFUSED = [
     ("llama", {"use_cache": False}, {}, "use_cache=False and use_prompt_cache=True exclude each other"),
     ("llama", {"adapter_names": ["default"] * 2}, {}, "a prompt cache holds one adapter's prompt"),
-    ("t5", {}, {}, "stands before the encoder's input, and changes with it: use_prompt_cache is for decoder-only"),
+    ("t5", {}, {}, "is part of the encoder's input and changes with it: use_prompt_cache is for decoder-only"),
     (
         "llama",
         {},
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         r"depends on the length of the whole text \(dynamic RoPE\)",
     ),
-    ("gemma3", {}, {"use_bidirectional_attention": True}, "sees the text behind each token"),
+    ("gemma3", {}, {"use_bidirectional_attention": True}, "sees the text after each token"),
 ]
 
 

@@ -60,7 +60,7 @@ def test_what_is_found(model_type, name, changes, found):
 
 REFUSED = [
     ("bart", "BartForQuestionAnswering", None, "is an encoder-decoder without a language-model head"),
-    ("bert", "BertForMaskedLM", None, "predicts tokens at their own places, which is none of the tasks"),
+    ("bert", "BertForMaskedLM", None, "predicts tokens at their own positions, which fits none of the task types"),
     ("esmc", "EsmcForSequenceClassification", None, "cannot be called with inputs_embeds"),
     ("modernbert", "ModernBertForQuestionAnswering", None, "takes no inputs_embeds"),
     ("bert", "BertForQuestionAnswering", "SEQ_CLS", "SEQ_CLS does not fit BertForQuestionAnswering, which is for QUES"),
@@ -78,7 +78,9 @@ def test_what_is_refused_at_wrapping(model_type, name, task_type, message):
 def test_a_token_that_is_read_by_its_id_alone_is_refused():
     """ESM leaves mask tokens out and scales the others up by their number, which it determines from the ids."""
     model = adapted_to("esm", "EsmForSequenceClassification")
-    with pytest.raises(ValueError, match="holds token 32, which EsmForSequenceClassification reads otherwise from ids"):
+    with pytest.raises(
+        ValueError, match="contains token 32, which EsmForSequenceClassification reads differently from ids"
+    ):
         model(input_ids=IDS.index_fill(1, torch.tensor([2]), 32))
     assert model(input_ids=IDS).logits.isfinite().all()
 

@@ -253,14 +253,18 @@ def test_compiled_layers_end_it():
 
 
 REFUSED = [
-    ("t5", {}, "changes with the text behind it, and cannot be read once for a batch: that is for decoder-only models"),
-    ("bert", {}, "changes with the text behind it"),
+    (
+        "t5",
+        {},
+        "changes with the text after it and cannot be read once for a batch: share_prompt is for decoder-only models",
+    ),
+    ("bert", {}, "changes with the text after it"),
     (
         "llama",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         r"depends on the length of the whole text \(dynamic RoPE\)",
     ),
-    ("gemma3", {"use_bidirectional_attention": True}, "does not read texts behind a prompt that it read once"),
+    ("gemma3", {"use_bidirectional_attention": True}, "reads texts differently after a prompt that they share"),
 ]
 
 

@@ -141,7 +141,7 @@ def test_outputs_about_the_next_token_are_put_together_too():
 
 
 REFUSED = [
-    ({"position_ids": torch.tensor([[0, 1, 3, 4, 5, 6, 7]])}, "position_ids must go on by 1 from token to token"),
+    ({"position_ids": torch.tensor([[0, 1, 3, 4, 5, 6, 7]])}, "position_ids must rise by 1 from token to token"),
     ({"labels": torch.full((1, 3), -100)}, r"labels must have the shape of the input, without the prompt, \[1, 7\]"),
     (
         {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]), "output_attentions": True},

@@ -66,7 +66,7 @@ def test_a_mixed_batch_takes_each_rows_modules(name, heads):
     inputs = {key: make_batch(name, (6, 6, 6))[key] for key in ("input_ids", "attention_mask")}
     names = ("b", "__base__", "default")
     if heads == ["bert"]:  # gives no tensor
-        with pytest.raises(ValueError, match=r"BertModel gives BaseModelOutput\w+, which has no rows"):
+        with pytest.raises(ValueError, match=r"BertModel returns a BaseModelOutput\w+, from which the rows"):
             model(**inputs, adapter_names=names)
         return
     expected = alone(model, lambda: model(**inputs).logits)
@@ -192,7 +192,7 @@ def test_a_prompt_becomes_words_of_a_model_that_scales_what_it_looks_up():
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_a_module_that_is_never_called_is_not_trained(name):
-    with pytest.raises(ValueError, match=r"shared of .* is never called, .*: name the embeddings"):
+    with pytest.raises(ValueError, match=r"shared of .* is never called, .*: name the encoder's"):
         adapted(name, None, modules_to_save=["shared"])
     model = adapted(name, None, modules_to_save=["embed_tokens"])
     model(**make_batch(name, (6, 4))).loss.backward()

@@ -66,5 +66,5 @@ def test_refused(configure: Configure, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     own = ("data.task=null", "data.data_dir=null", f"data.train_file={file}", "training.class_weights=true")
     for settings, kind in (((), "numbers"), (("data.target_template={stars}", "data.template={text}"), "free text")):
-        with pytest.raises(ValueError, match=f"weighs labels, and the answers here are {kind}"):
+        with pytest.raises(ValueError, match=f"weights labels, but the answers here are {kind}"):
             prepare(configure("llama", *own, *settings, name=None))

@@ -206,7 +206,7 @@ def test_refusals(runs: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="scoring='rank' is not available for SEQ_CLS"):
         predictor(runs["bert"], "bert", ("0", "1"), "training.scoring=rank")
     found = predictor(runs["bert"], "bert", ("0", "1"), "data.max_length=8", "data.on_too_long=error")
-    with pytest.raises(ValueError, match=r"texts, row 3: the text has 11 tokens, the limit is data\.max_length=8"):
+    with pytest.raises(ValueError, match=r"texts, row 3: the text has 11 tokens, but the limit is data\.max_length=8"):
         predictions(found)
 
 

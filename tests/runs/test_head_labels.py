@@ -65,7 +65,7 @@ def test_names_of_other_words_are_told(
     with caplog.at_level(logging.WARNING):
         config = with_data(configure("bert", f"model.name_or_path={model}"), None)
     assert config.model.head_labels is None
-    assert ("gives 'toxic', 'civil', in this order, which the labels 'negative', 'positive'" in caplog.text) == warns
+    assert ("gives 'toxic', 'civil'; the labels 'negative', 'positive'" in caplog.text) == warns
 
 
 def test_an_order_that_is_given_must_be_of_the_labels(configure: Configure) -> None:

@@ -55,11 +55,19 @@ def test_lora_of_rank_one_keeps_the_last_layers_when_there_is_no_more():
 @pytest.mark.parametrize(
     "name, settings, message",
     [
-        ("prompt-tuning", {"budget": 20}, "prompt-tuning with 1 virtual tokens has 32 parameters, method.budget=20"),
+        (
+            "prompt-tuning",
+            {"budget": 20},
+            "prompt-tuning with 1 virtual tokens has 32 parameters, but method.budget is 20",
+        ),
         ("prompt-tuning", {"budget": 64, "num_virtual_tokens": 3}, "with 3 virtual tokens has 96 parameters"),
-        ("p-tuning", {"budget": 100}, "p-tuning with 1 virtual tokens has at least 131 parameters, budget=100"),
+        (
+            "p-tuning",
+            {"budget": 100},
+            "p-tuning with 1 virtual tokens has at least 131 parameters, but method.budget is 100",
+        ),
         ("mpt", {"budget": 40}, "mpt with 1 virtual tokens has 65 parameters"),
-        ("lora", {"budget": 40}, "LoRA of rank 1 on .*v_proj alone has 48 parameters, method.budget=40"),
+        ("lora", {"budget": 40}, "LoRA of rank 1 on .*v_proj alone has 48 parameters, but method.budget is 40"),
     ],
 )
 def test_nothing_fits(name, settings, message):

@@ -178,7 +178,7 @@ def test_another_number_of_processes_cannot_resume(
     (torchrun / "resumed" / "results.json").rename(torchrun / "resumed" / "kept.json")
     try:
         config = run_config(models["t5"], rows, run, *settings("resumed", 2))
-        with pytest.raises(ValueError, match="checkpoint-10 is of a run in 2 processes, this one has 1: start 2"):
+        with pytest.raises(ValueError, match="checkpoint-10 is from a run in 2 processes, but this one has 1: start 2"):
             RunFolder(torchrun / "resumed").check(config, resume=True, overwrite=False)
         RunFolder(torchrun / "resumed").check(config, resume=True, overwrite=False, world_size=2)
     finally:
@@ -273,9 +273,9 @@ def test_a_share_without_rows_is_a_batch_that_does_not_count() -> None:
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "a whole model in each of its processes, FSDP shares one"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}, "a whole model in each process, but FSDP splits one"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, "leave DeepSpeed out of the launcher's"),
-        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "has started one: leave --cpu out and say"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "but started one: use --multi_gpu"),
     ],
     ids=["fsdp", "deepspeed", "accelerate-cpu"],
 )
@@ -291,7 +291,7 @@ def test_launches_that_are_refused(
 
 def test_a_comparison_is_one_process(monkeypatch: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="is one process, and a launcher has started several: start it alone"):
+    with pytest.raises(ValueError, match="is a single process, but a launcher has started several: start it without"):
         compare(ComparisonConfig())
 
 

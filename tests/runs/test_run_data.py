@@ -38,7 +38,7 @@ def test_texts_are_cut_to_what_the_model_has_positions_for(
     run = prepare(configure("bert", *own))
     assert run.max_length == max(map(len, run.run_data.data.train["text_ids"])) == room
     assert 0 < run.run_data.truncation_rate["train"] < 0.1
-    assert f"positions for {room} tokens of text, which is the limit in place of data.max_length=200" in caplog.text
+    assert f"positions for {room} tokens of text: this is the limit, not data.max_length=200" in caplog.text
     assert run.predict([row.ids for row in run.fit([long], "test")])[0] in (0, 1)
 
 
@@ -67,7 +67,7 @@ def test_a_decoder_keeps_positions_for_its_answers(
     limit = 48 - (config.method.num_virtual_tokens or 0) - answer
     assert train(config)["max_length"] == limit
     config = configure("llama", *own, *settings, f"method.num_virtual_tokens={48 - answer}")
-    with pytest.raises(ValueError, match=f"{answer} tokens behind the prompt, and answers may have {answer}: "):
+    with pytest.raises(ValueError, match=f"{answer} tokens after the prompt, but answers may have {answer}: "):
         prepare(config)
 
 
@@ -82,7 +82,7 @@ def test_texts_that_the_tokenizer_cannot_read_are_counted(
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
     run = prepare(configure("t5", f"data.data_dir={tmp_path}"))
     assert run.run_data.unread_texts == shares
-    assert "does not know a part of 75% of the train texts and reads <unk> in its place" in caplog.text
+    assert "does not know part of 75% of the train texts and reads it as <unk>" in caplog.text
     console = Console(width=120, record=True, file=io.StringIO())
     summary = run_summary(run) | {"left_out": {"no label": 1, "blank text": 2}}
     console.print(summary_table(summary, "training"))

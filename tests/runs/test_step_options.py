@@ -218,5 +218,7 @@ def test_a_prompt_is_read_once_a_batch_where_it_can_be(configure: Configure, fam
         with pytest.raises(ValueError, match=r"training\.shared_prompt is for this project's own methods"):
             prepare(peft)
     else:
-        with pytest.raises(ValueError, match="cannot be read once for a batch: that is for decoder-only models"):
+        with pytest.raises(
+            ValueError, match="cannot be read once for a batch: share_prompt is for decoder-only models"
+        ):
             prepare(configure(family, "training.shared_prompt=true"))

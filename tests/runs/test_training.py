@@ -215,7 +215,7 @@ def test_text_too_long_is_cut_and_counted_or_refused(configure: Configure, tmp_p
     assert 0.2 < rate["train"] < 0.8  # "sentence : ", 4 to 8 words and the end token
     config.data.on_too_long = "error"
     with pytest.raises(
-        ValueError, match=r"train, row \d+: the text has (9|10|11) tokens, the limit is data\.max_length=8"
+        ValueError, match=r"train, row \d+: the text has (9|10|11) tokens, but the limit is data\.max_length=8"
     ):
         train(config)
     assert not (tmp_path / "run").exists()
@@ -253,11 +253,11 @@ def test_ids_that_the_model_has_no_rows_for_are_refused_before_a_device_sees_the
     configure: Configure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU's look-up refuses them as well; a GPU's makes NaN of them, and the learning rate would be blamed."""
-    config, message = configure("bert"), "input_ids hold 9, the model's embedding has the rows 0 to 8"
+    config, message = configure("bert"), "input_ids contain 9, but the model's embedding has rows 0 to 8"
     run = prepare(config)
     largest = max(max(ids) for ids in run.run_data.data.train[TEXT_IDS])
     monkeypatch.setattr(predict, "rows_of", lambda embedding: largest)
-    with pytest.raises(ValueError, match=f"input_ids hold {largest}, the model's embedding has the rows 0 to "):
+    with pytest.raises(ValueError, match=f"input_ids contain {largest}, but the model's embedding has rows 0 to "):
         prepare(config)
     monkeypatch.setattr(predict, "rows_of", lambda embedding: 9)
     with pytest.raises(ValueError, match=message):
@@ -271,10 +271,10 @@ def test_ids_that_the_model_has_no_rows_for_are_refused_before_a_device_sees_the
     (["model.name_or_path=null"], "model.name_or_path is not set"),
     (["model.name_or_path=nowhere/at-all"], "cannot load 'nowhere/at-all' with AutoConfig"),
     (["model.name_or_path=/no/where"], "/no/where: no such model folder: check the path (model.name_or_path)"),
-    ([f"model.name_or_path={TESTS}"], "holds no model, there is no config.json"),
+    ([f"model.name_or_path={TESTS}"], "holds no model (no config.json)"),
     ([f"model.name_or_path={TESTS}/versions/adapter_0.1.0.dev0/decoder"], "holds an adapter: give its base model here"),
     (["data.max_length=128", "method.num_virtual_tokens=125"], "leaves no room for text within max_length=2"),
-    (["method.num_virtual_tokens=128"], "num_virtual_tokens=128 leaves no room for text, Bert"),
+    (["method.num_virtual_tokens=128"], "num_virtual_tokens=128 leaves no room for text in the"),
     (["model.gguf_file=a.gguf"], "there is no a.gguf in"),
     pytest.param(
         ["model.attn_implementation=flash_attention_2"],
@@ -284,7 +284,7 @@ def test_ids_that_the_model_has_no_rows_for_are_refused_before_a_device_sees_the
     (["model.task_type=SEQ_2_SEQ_LM"], "with AutoModelForSeq2SeqLM: Unrecognized configuration class"),
     pytest.param(
         ["training.compile_layers=true", "training.pad_to_multiple_of=16", "training.cuda_graphs=true"],
-        "cuda_graphs needs a CUDA device, the model is on cpu: set cuda_graphs=false",
+        "cuda_graphs needs a CUDA device, but the model is on cpu: set cuda_graphs=false",
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
     ),
 ])  # fmt: skip

@@ -23,7 +23,7 @@ def test_a_finished_run_is_trained_on_with_more_steps(
     configure: Configure, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(runs["llama"], tmp_path / "run")
-    with pytest.raises(FileExistsError, match=r"is finished: .* a larger training\.max_steps trains it on"):
+    with pytest.raises(FileExistsError, match=r"is finished: .* a larger training\.max_steps continues it"):
         train(configure("llama"), resume=True)
     results = train(configure("llama", "training.max_steps=60"), resume=True)
     assert results["steps"] == 60
@@ -63,9 +63,9 @@ def test_a_run_starts_from_another_ones_adapter(configure: Configure, runs: dict
 
 @pytest.mark.parametrize("overrides, message", [
     (("method.name=dept",), "of another method than method.name=dept"),
-    (("method.r=5",), r"method\.r=5, and the adapter in .* has \d+: leave method\.r out"),
+    (("method.r=5",), r"method\.r is 5, but the adapter in .* has \d+: leave method\.r out"),
     (("method.budget=900", "method.r=null"), r"takes the old adapter's sizes: leave method\.budget out"),
-    (("data.max_length=40",), r"for texts of up to \d+ tokens, data\.max_length is 40: lower it"),
+    (("data.max_length=40",), r"for texts of up to \d+ tokens, but data\.max_length is 40: lower it"),
 ])  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(
     configure: Configure, runs: dict[str, Path], overrides: tuple[str, ...], message: str

@@ -42,7 +42,9 @@ def load(folder, family="llama"):
 def test_links_out_of_the_folder_are_not_followed(folder, tmp_path, name):
     shutil.move(folder / name, tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
-    with pytest.raises(ValueError, match="is a link out of the adapter's folder and is not followed: if you trust it"):
+    with pytest.raises(
+        ValueError, match="is a link to a file outside the adapter's folder and is not followed: if you trust it"
+    ):
         load(folder)
     (folder / name).unlink()
     shutil.move(tmp_path / name, folder / "elsewhere")
@@ -96,8 +98,8 @@ def test_heads_of_other_shapes_are_refused_before_a_copy_is_made(tmp_path):
     get_ept_model(make_model("bert"), EPTConfig(num_virtual_tokens=3, max_length=6, r=2)).save_pretrained(tmp_path)
     for names, message in (
         (["encoder", "classifier"], r"base_model.bert.encoder.layer.0.* is missing"),
-        (["bert", "encoder"], r"modules_to_save names bert\.encoder and also bert, which holds it"),
-        ("classifier", "modules_to_save must be a list of names of modules, got 'classifier'"),
+        (["bert", "encoder"], r"modules_to_save names bert\.encoder and also bert, which contains it"),
+        ("classifier", "modules_to_save must be a list of module names, got 'classifier'"),
     ):
         edit(tmp_path, modules_to_save=names)
         with pytest.raises(ValueError, match=message):
@@ -183,7 +185,7 @@ BOMBS = {
     "deep": ("[" * 10_000, "nested more than 20 levels deep"),
     "objects": ("!!python/object/apply:os.system ['id']", "could not determine a constructor for the tag"),
     "twice": ("seed: 1\nseed: 2", "the same key is given twice"),
-    "megabytes": ("seed: " + "x" * 2_000_000, "a configuration at most 1,048,576"),
+    "megabytes": ("seed: " + "x" * 2_000_000, "a configuration has at most 1,048,576"),
     "digits": ("seed: " + "9" * 100_000, "cannot read"),
 }
 
@@ -210,7 +212,7 @@ def test_run_configurations_cannot_blow_up(tmp_path, text, message):
 
 def test_a_configuration_of_megabytes_is_refused_unread(folder):
     (folder / CONFIG_NAME).write_text(json.dumps({"peft_type": "EPT", "x": ["a" * 1000] * 2000}))
-    with refused_within(1_000_000, "a configuration at most 1,048,576: it is damaged"):
+    with refused_within(1_000_000, "a configuration has at most 1,048,576: it is damaged"):
         read_config(folder)
 
 

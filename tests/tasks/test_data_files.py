@@ -51,7 +51,7 @@ def test_read(tmp_path: Path, name: str, content: str | bytes, rows: list[dict[s
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     if rows is None:
-        with pytest.raises(ValueError, match="the header has 1 columns, this line has 2"):
+        with pytest.raises(ValueError, match="the header has 1 columns, but this line has 2"):
             read_rows(file)
     else:
         assert read_rows(file) == rows
@@ -131,13 +131,17 @@ REFUSED = [
     ("a.jsonl", '["a", 1]\n["b", 0]\n', "line 1: list, not an object"),
     ("a.json", '{\n "a": 1,\n}', f"a.json, line {2 if sys.version_info >= (3, 13) else 3}: not JSON"),
     ("a.json", json.dumps({str(i): {} for i in range(99)}), "an object with '0', .* '7', and 91 more, not rows"),
-    ("a.csv", "text,label\nso,a\nso,b\0\n", "line 3: a byte 0x00, which is no part of a text: take it out"),
+    ("a.csv", "text,label\nso,a\nso,b\0\n", "line 3: a byte 0x00, which does not belong in text: take it out"),
     ("a.csv", "text,label\nso,a\n".encode("utf-16-le"), r"set data.encoding to its own \(it may be utf-16-le\)"),
     ("a.csv", "text,label\nso,a\n".encode("utf-16-be"), r"set data.encoding to its own \(it may be utf-16-be\)"),
-    ("a.csv", "sep=,\na,b\nx,y,z\n", "line 3: the header has 2 columns, this line has 3"),
+    ("a.csv", "sep=,\na,b\nx,y,z\n", "line 3: the header has 2 columns, but this line has 3"),
     ("a.csv", ",a,\n0,x,y\n", "a.csv, line 2: column 3 has no name in the header: give it one, or clear it"),
     ("a.csv", "a,,\nx,y,z\n", "a.csv, line 2: column 2 has no name in the header: give it one, or clear it"),
-    ("a.tsv", "a\tb\nx\ty\tz\n", "line 2: the header has 2 columns, this line has 3: .* quote fields that hold tabs"),
+    (
+        "a.tsv",
+        "a\tb\nx\ty\tz\n",
+        "line 2: the header has 2 columns, but this line has 3: .* quote fields that hold tabs",
+    ),
 ]
 
 

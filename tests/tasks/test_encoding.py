@@ -68,7 +68,7 @@ def test_classifier_batch_has_class_indices(tokenizer: PreTrainedTokenizerBase) 
 
 
 def test_too_long_text_is_refused_with_row_tokens_and_limit(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match=r"train, row 1: the text has 4 tokens, the limit is data\.max_length=3"):
+    with pytest.raises(ValueError, match=r"train, row 1: the text has 4 tokens, but the limit is data\.max_length=3"):
         fit_rows(TASK, ROWS, tokenizer, "CAUSAL_LM", 3, truncate=False, source="train")
 
 

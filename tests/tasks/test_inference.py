@@ -233,18 +233,18 @@ def test_few_whole_numbers_may_be_a_regression() -> None:
 
 
 NO_LABELS = [
-    (["good"] * 5, "column 'label' holds one label alone, 'good': a task needs at least 2"),
-    (["good", " good"], "holds one label alone"),
-    ([1.5, 1.5], "holds one label alone, '1.5'"),
+    (["good"] * 5, "column 'label' holds only one label, 'good': a task needs at least 2"),
+    (["good", " good"], "holds only one label"),
+    ([1.5, 1.5], "holds only one label, '1.5'"),
     (
         [*(i / 2 for i in range(60)), "inf", "?"],
-        r"column 'label' holds numbers, but for 'inf', '\?': correct these cells or leave them empty, or list all",
+        r"column 'label' holds numbers, except for 'inf', '\?': correct these cells or leave them empty, or list all",
     ),
-    ([*map(str, range(30)), "n/a"], "holds numbers, but for 'n/a'"),
-    ([*range(30), float("inf")], "holds numbers, but for inf"),
+    ([*map(str, range(30)), "n/a"], "holds numbers, except for 'n/a'"),
+    ([*range(30), float("inf")], "holds numbers, except for inf"),
     (
         ["1,5", "2,0", "2.5"] * 9,
-        "holds numbers that are written as '1,5', '2,0': write them as 1234.5 is, with no comma",
+        "holds numbers that are written as '1,5', '2,0': write them like 1234.5, with no comma",
     ),
     ([f"{i}%" for i in range(30)], "holds numbers that are written as '0%', '1%', .* and 22 more: write them"),
     ([f"1.{i},5" for i in range(100, 130)], "holds numbers that are written as '1.100,5'"),
@@ -252,16 +252,19 @@ NO_LABELS = [
     (["", None], "column 'label' is empty"),
     (
         ["Good", "good", "bad", "good", "Bad"],
-        r"labels 'Good' \(1 rows\) and 'good' \(2 rows\) differ in case, blanks or invisible signs alone: "
+        r"labels 'Good' \(1 rows\) and 'good' \(2 rows\) differ only in case, blanks or invisible characters: "
         r"write 'good' for all.*"
         r"data.label_words=\{'Good': 'good', 'good': 'good', 'bad': 'bad', 'Bad': 'bad'\}",
     ),
-    ([["good"], ["bad"]], "a.csv: column 'label' holds a list, not one label a row"),
-    (["good", "['bad', 'good']"], "holds \"\\['bad', 'good'\\]\", a list and not one label a row"),
-    (["['good']", "['bad']"], "holds \"\\['good'\\]\", a list and not one label a row"),
-    (["❤", "❤\ufe0f", "🎉"], "differ in case, blanks or invisible signs"),
-    *((["café", other, "no"], "differ in case, blanks or invisible signs") for other in ("cafe\u0301", "café\u200b")),
-    (["very  good", "very good"], "differ in case, blanks or invisible signs alone"),
+    ([["good"], ["bad"]], "a.csv: column 'label' holds a list, not one label per row"),
+    (["good", "['bad', 'good']"], "holds \"\\['bad', 'good'\\]\", a list, not one label per row"),
+    (["['good']", "['bad']"], "holds \"\\['good'\\]\", a list, not one label per row"),
+    (["❤", "❤\ufe0f", "🎉"], "differ only in case, blanks or invisible characters"),
+    *(
+        (["café", other, "no"], "differ only in case, blanks or invisible characters")
+        for other in ("cafe\u0301", "café\u200b")
+    ),
+    (["very  good", "very good"], "differ only in case, blanks or invisible characters"),
     ([f"answer {n}" for n in range(9)], "holds 9 different values in 9 rows, too many for labels"),
 ]
 
@@ -314,7 +317,7 @@ def test_what_an_answer_is_written_to(columns: dict[str, Any], texts: list[str],
     made = rows(**columns)
     assert find_texts(made, "a.csv") == texts
     notes = unread_texts(made, texts)
-    assert [f"alone is read, not {unread}: if the answer depends" in note for note in notes] == [True] * bool(unread)
+    assert [f"is read, not {unread}: if the answer depends" in note for note in notes] == [True] * bool(unread)
 
 
 @pytest.mark.parametrize("column, values, said", [
@@ -325,7 +328,7 @@ def test_what_an_answer_is_written_to(columns: dict[str, Any], texts: list[str],
 ])  # fmt: skip
 def test_a_column_that_says_which_rows_are_held_out(column: str, values: list[str], said: bool) -> None:
     notes = split_notes(rows(text=LONG, **{column: values}))
-    assert [note.startswith(f"column '{column}' is not asked") for note in notes] == [True] * said
+    assert [note.startswith(f"column '{column}' does not decide") for note in notes] == [True] * said
 
 
 # columns beside the label, labels, what is said about those that are not read
@@ -341,12 +344,12 @@ UNREAD = [
     (
         {"goal": [*"abc"], "sol1": LONG, "sol2": LONG},
         [0, 1, 0],
-        "labels '0', '1' may be .* of 'sol1', 'sol2', and 'goal', which the model does not read, what they",
+        "labels '0', '1' may be .* of 'sol1', 'sol2' as answers to 'goal', which the model does not read",
     ),
     (
         {"sentence": ["Good food.", "The Waiters frown", "good for drinks"], "aspect": ["food", "waiter", "drinks"]},
         ["good", "bad", "good"],
-        "labels may be about 'aspect', which the model does not read: nearly every row has there a part of its text",
+        "labels may be about 'aspect', which the model does not read: nearly every row has part of its text there",
     ),
     ({"sentence1": ["A gap", "gaps", "no go"], "sentence2": LONG, "word": ["gap", "gap", "go"]}, [0, 1, 0], "'word'"),
     ({"text": ["A gap", "gaps", "no go"], "word": ["gap", "gap", "go"]}, [0.5, 1.2, 3.0], "labels may be about 'word'"),
@@ -375,14 +378,14 @@ def test_notes() -> None:
     notes = find_labels([{"label": label} for label in labels], "label", "a.csv").notes
     assert notes == [
         "labels with fewer than 5 rows, which may be missing in a split: 'nan' (3)",
-        "a label that reads like a missing one: 'nan'; where it is one, leave its cells empty",
+        "a label that reads like a missing one: 'nan'; if it means that, leave its cells empty",
     ]
 
 
 def test_labels_that_look_like_several() -> None:
     labels = ["Drama", "Drama|Comedy", "Comedy", "black and white", "yes/no"] * 5
     notes = find_labels([{"label": label} for label in labels], "label", "a.csv").notes
-    said = "labels that look like several at once: 'Drama|Comedy'; each of them is learned and scored as a label of its"
+    said = "labels that look like several at once: 'Drama|Comedy'; each is learned and scored as one label"
     assert [note[: len(said)] for note in notes] == [said]
 
 

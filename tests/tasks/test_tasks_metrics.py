@@ -74,8 +74,8 @@ def test_several_metrics_keep_their_order():
 BAD = [
     (["acuracy"], [0], [0], 2, "unknown metric 'acuracy': did you mean 'accuracy'"),
     ([], [0], [0], 2, "0 metrics given"),
-    (["f1"], [0], [0], 3, "'f1' is for 2 labels, the task has 3: use 'f1_macro'"),
-    (["pearson"], [0], [0], 2, "'pearson' is for a regression, the task has 2 labels: use 'accuracy'"),
+    (["f1"], [0], [0], 3, "'f1' is for 2 labels, but the task has 3: use 'f1_macro'"),
+    (["pearson"], [0], [0], 2, "'pearson' is for a regression, but the task has 2 labels: use 'accuracy'"),
     (["accuracy"], [0, 1], [0], 2, "2 predictions for 1 references"),
     (["accuracy"], [], [], 2, "nothing to score"),
     (["accuracy"], [0, 2], [0, 1], 2, r"prediction 1 is 2, outside -1 \.\. 1"),

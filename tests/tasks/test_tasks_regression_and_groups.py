@@ -55,9 +55,7 @@ def test_held_out_numbers_beyond_the_train_range_count_as_its_end(tmp_path, capl
         write(tmp_path, f"{split}.jsonl", [{**row, "text": f"{split} {i}"} for i, row in enumerate(rows[:4])])
     data = load_task(task, data_dir=tmp_path, labels="words")
     assert data.validation["label"][:] == data.test["label"][:] == [0, 0, 2, 2]
-    told = (
-        "test.jsonl: 3 of 4 rows have numbers beyond 0 .. 2 (1e+09, say): to a language model they are the nearer end"
-    )
+    told = "test.jsonl: 3 of 4 rows have numbers beyond 0 .. 2 (such as 1e+09): a language model reads them as"
     assert told in caplog.text
     assert load_split(task, tmp_path / "test.jsonl", labels="words")["label"][:] == [0, 0, 2, 2]
     write(tmp_path, "test.jsonl", rows)
@@ -136,7 +134,10 @@ def test_few_shot_of_a_regression_draws_from_both_halves():
 
 @pytest.mark.parametrize(
     "k, message",
-    [(2, "k_shot=2 is no row for each of 3 labels: give at least 3"), (12, "one label has 3: give at most k_shot=9")],
+    [
+        (2, "k_shot=2 is less than one row for each of 3 labels: give at least 3"),
+        (12, "one label has 3: give at most k_shot=9"),
+    ],
 )
 def test_few_shot_refused(k, message):
     with pytest.raises(ValueError, match=message):

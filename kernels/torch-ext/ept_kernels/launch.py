@@ -294,13 +294,13 @@ def load_configs(path: Path) -> dict[str, dict[Size, Config]]:
             for key, config in sizes.items():
                 size = tuple(int(number) for number in key.split("x"))
                 if min(size) < 1:
-                    raise ValueError(f"size {key!r}: its numbers have to be 1 or more")
+                    raise ValueError(f"size {key!r}: its numbers must be 1 or more")
                 if not config or any(type(value) is not int or value < 0 for _, value in config.items()):
-                    raise ValueError(f"configuration {config}: its values have to be whole numbers from 0 up")
+                    raise ValueError(f"configuration {config}: its values must be whole numbers, 0 or more")
                 found[kernel][size] = config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         detail = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is damaged ({detail}): write it again with `{TUNER}`, or delete it") from error
+        raise ValueError(f"{path} is damaged ({detail}): make it anew with `{TUNER}`, or delete it") from error
     return found
 
 

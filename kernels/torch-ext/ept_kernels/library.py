@@ -123,7 +123,9 @@ def check_shapes(expected: str, **given: Any) -> None:
             names[:1] = sizes.setdefault(names[0], [f"{names[0]}{i}" for i in range(len(shape) - len(names) + 1)])
         right = [int(x) if x.isdigit() else sizes.get(x, x) for x in names]
         if len(right) != len(shape) or any(a != b for a, b in zip(right, shape) if isinstance(a, int)):
-            raise ValueError(f"{name} has shape {[*shape]}, by the others it has to be [{', '.join(map(str, right))}]")
+            raise ValueError(
+                f"{name} has shape {[*shape]}, but the other arguments require [{', '.join(map(str, right))}]"
+            )
         sizes.update(zip(names, shape))
 
 

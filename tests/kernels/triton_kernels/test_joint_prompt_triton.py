@@ -246,7 +246,7 @@ def test_the_kernels_are_given_one_type(device):
 def test_more_numbers_than_32_bits_count_are_refused(problem, device):
     """Before anything of that size is allocated."""
     for refused in (problem, problem.backward):
-        with pytest.raises(ValueError, match=f"of {problem.s} prompt rows, .* take a shorter prompt"):
+        with pytest.raises(ValueError, match=f"of {problem.s} prompt rows, .* use a shorter prompt"):
             run(refused, device)
 
 

@@ -20,7 +20,7 @@ def test_a_shape_that_does_not_fit_is_refused_and_named(problem: Problem, index:
     launcher: Any = launcher_of(problem.operator)
     inputs = problem.inputs(device)
     launcher(*inputs)
-    with pytest.raises(ValueError, match=rf"^{name} has shape \[.*\], by the others it has to be"):
+    with pytest.raises(ValueError, match=rf"^{name} has shape \[.*\], but the other arguments require"):
         launcher(*made_wrong(inputs, index, left))
 
 

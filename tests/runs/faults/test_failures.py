@@ -56,7 +56,7 @@ def test_a_file_that_may_not_grow(forks: Forks, whole: Whole, tmp_path: Path) ->
     message = one_line(said)
     assert code == 1
     assert f"error: cannot write {run}/checkpoints/checkpoint-" in message
-    assert "MB are free): look for a full disk, a quota, or a limit of a file's size (ulimit -f)" in message
+    assert "MB are free): look for a full disk, a quota, or a file size limit (ulimit -f)" in message
     assert goes_on(checkpoint) in message
     only_whole(run, checkpoint)
     whole.finish(forks, run)
@@ -269,5 +269,5 @@ def test_a_folder_that_may_not_be_written_is_refused_at_once(tmp_path: Path, mon
         check_writable(folder.path)
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="file is a file: choose another --output, a folder"):
+    with pytest.raises(FileExistsError, match="file is a file: choose a folder as --output"):
         check_writable(tmp_path / "file" / "run")

@@ -76,7 +76,7 @@ def test_an_interrupted_comparison_goes_on(forks: Forks, whole: Whole, tmp_path:
     assert running.ended() == 143, running.said()
     *_, stopped, again = running.said().splitlines()
     assert re.match(r"stopped by SIGTERM after step \d+ of", stopped), running.said()
-    assert again == "the same command again continues the comparison"
+    assert again == "run the same command again to continue the comparison"
     assert RunFolder(run).last_checkpoint() is not None
 
     code, said = forks.run(*command)

@@ -201,9 +201,14 @@ def unpack(archive: Path) -> int:
         here = made_with(made["target"])
         if made != here:
             theirs, ours = (f"triton {x['triton']} for Python {x['python']}" for x in (made, here))
-            other = f"here is {ours}" if theirs != ours else "here is another build of it, or other TRITON_ variables"
+            other = (
+                f"this machine has {ours}"
+                if theirs != ours
+                else "this machine has another build of it, or other TRITON_ variables"
+            )
             raise ValueError(
-                f"{archive} was made with {theirs}, {other}: nothing of it would be found. Make it with the same"
+                f"{archive} was made with {theirs}, but {other}: none of its kernels would be found; make it with "
+                "the same"
             )
         kernels = [path for path in Path(folder).iterdir() if path.is_dir()]
         for kernel in kernels:
@@ -227,12 +232,18 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
     parser.add_argument("--only", default="", help="calls of operators whose name or sizes contain this")
     parser.add_argument("--candidates", action="store_true", help="also every configuration that the tuner may try")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiled at a time; all processors")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="kernels compiled at a time; default: one per processor"
+    )
     parser.add_argument("--warm", type=Path, metavar="FOLDER", help="fill a kernel cache for one target, and pack it")
     parser.add_argument(
-        "--then", metavar="COMMAND", action="append", default=[], help="run with that cache before it is packed"
+        "--then",
+        metavar="COMMAND",
+        action="append",
+        default=[],
+        help="command to run with that cache before it is packed",
     )
-    parser.add_argument("--unpack", type=Path, metavar="FILE", help="put a packed cache into this machine's")
+    parser.add_argument("--unpack", type=Path, metavar="FILE", help="unpack a packed cache into this machine's")
     arguments = parser.parse_args()
     targets = arguments.targets.split(",")
     if unknown := ", ".join(sorted({*targets} - {*TARGETS})):
@@ -249,7 +260,7 @@ def main() -> None:
         failed = [command for command in arguments.then if subprocess.run(shlex.split(command)).returncode]
         archive = pack(arguments.warm, targets[0])
         print(f"{count} compiled for {targets[0]}; {archive} has {archive.stat().st_size / 1e6:.1f} MB")
-        sys.exit("\n".join(f"failed, so that kernels may be missing: {command}" for command in failed) or 0)
+        sys.exit("\n".join(f"failed, so kernels may be missing: {command}" for command in failed) or 0)
 
     wanted = targets, arguments.only, arguments.jobs
     rows, refused = compile_all([*cases(), *shipped_cases()], *wanted)

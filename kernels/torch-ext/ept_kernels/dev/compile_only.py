@@ -145,7 +145,7 @@ class Driver:
         if facts["spilled_bytes"]:
             raise TritonError(f"{name} spills {facts['spilled_bytes']} bytes a thread on {self.target}")
         if self.limits.backend == "cuda" and any(n > most for n, most in zip((x, y, z), MAX_GRID)):
-            raise TritonError(f"{name} is launched with a grid of {(x, y, z)}, the limits are {MAX_GRID}")
+            raise TritonError(f"{name} is launched with a grid of {(x, y, z)}, but the limits are {MAX_GRID}")
 
 
 def facts_of(binary: bytes, backend: str) -> dict[str, int]:

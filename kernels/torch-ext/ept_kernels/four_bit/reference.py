@@ -108,14 +108,16 @@ def check_operands(x: Tensor, weight: FourBitWeight, bias: Tensor | None) -> Non
     if bias is None:
         return
     if tuple(bias.shape) != (weight.rows,) or not bias.is_floating_point():
-        raise ValueError(f"bias is {bias.dtype} {tuple(bias.shape)}, the 4-bit weight needs ({weight.rows},) floats")
+        raise ValueError(
+            f"bias is {bias.dtype} {tuple(bias.shape)}, but the 4-bit weight needs ({weight.rows},) floats"
+        )
     _check_device("bias", bias, weight)
 
 
 def _check(name: str, tensor: Tensor, width: int, weight: FourBitWeight) -> None:
     if tensor.dim() == 0 or tensor.shape[-1] != width:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, the 4-bit weight [{weight.rows}, {weight.columns}] needs "
+            f"{name} has shape {tuple(tensor.shape)}, but the 4-bit weight [{weight.rows}, {weight.columns}] needs "
             f"[..., {width}]"
         )
     if tensor.dtype not in DTYPES:
@@ -125,7 +127,9 @@ def _check(name: str, tensor: Tensor, width: int, weight: FourBitWeight) -> None
 
 def _check_device(name: str, tensor: Tensor, weight: FourBitWeight) -> None:
     if tensor.device != weight.packed.device:
-        raise ValueError(f"{name} is on {tensor.device}, the 4-bit weight on {weight.packed.device}: move one of them")
+        raise ValueError(
+            f"{name} is on {tensor.device}, but the 4-bit weight on {weight.packed.device}: move one of them"
+        )
 
 
 def _checked(dtype: torch.dtype) -> torch.dtype:

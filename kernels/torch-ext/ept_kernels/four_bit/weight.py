@@ -178,7 +178,7 @@ def levels(quant_type: str, device: torch.device) -> Tensor:
     table = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=device)
     if table.data_ptr() % _TABLE_BYTES:
         raise RuntimeError(
-            f"the allocator of {device} gave the address {table.data_ptr()}, the kernels need a multiple of "
+            f"the allocator of {device} gave the address {table.data_ptr()}, but the kernels need a multiple of "
             f"{_TABLE_BYTES}: use torch's own allocator, or EPT_KERNELS=reference"
         )
     return table

@@ -96,7 +96,7 @@ def _prepared(kinds: launch.Kinds, options: tuple[Any, ...], is_backward: bool) 
     w = layout.fn(0, *sizes)
     if max(w.mix, w.slopes - w.scores, w.partial - w.normed) >= 2**31:  # the kernels' `layout` counts in 32 bits
         said = f"a joint prompt of {s} prompt rows, {m} positions and rank {r} has matrices of 2**31 numbers or more"
-        raise ValueError(f"{said}, too many for the kernels: take a shorter prompt, or EPT_KERNELS=reference")
+        raise ValueError(f"{said}, too many for the kernels: use a shorter prompt, or EPT_KERNELS=reference")
     scales, activation = tuple(map(float, options[:3])), options[3] if len(options) > 3 else "gelu"
     ACTIVATIONS[activation]  # refuses an unknown one
     configs = [launch.config_for(name, (d,), device, heuristic(name, device)) for name in CONFIGS]

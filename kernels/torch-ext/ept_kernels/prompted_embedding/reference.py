@@ -77,7 +77,7 @@ def prompted_embedding_packed_reference(
     if cu_seqlens.device.type == "cpu":
         ends = cu_seqlens.tolist()
         if ends[:1] != [0] or ends[-1] != len(input_ids) or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens has to rise from 0 to the {len(input_ids)} tokens, got {ends}")
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {len(input_ids)}, got {ends}")
     starts = cu_seqlens.to(torch.int64)
     s, texts = prompt.shape[0], starts.numel() - 1
     index = torch.arange(input_ids.shape[0], device=input_ids.device)
