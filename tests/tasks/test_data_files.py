@@ -98,7 +98,7 @@ def test_quotes_in_a_file_with_tabs(
     file = tmp_path / name
     file.write_bytes("\r\n".join(["text\tlabel", *(f"{text}\tgood" for text in texts)]).encode())
     assert read_rows(file) == [{"text": text, "label": "good"} for text in rows]
-    assert ("quotes are read as text" in caplog.text) == literal
+    assert ("quotes are read as plain text" in caplog.text) == literal
 
 
 def test_quotes_between_two_columns_and_in_a_header(tmp_path: Path) -> None:

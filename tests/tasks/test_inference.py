@@ -80,7 +80,7 @@ NO_COLUMNS = [
     (
         {"question": LONG, "choices": [{"text": [*LONG], "label": [*"ABC"]}] * 3, "label": "ABC"},
         {},
-        "'choices', the longest, holds a dict and not a text: flatten it to a string, or name the columns to read",
+        "'choices', the longest, holds a dict, not text: flatten it to a string, or name the columns to read",
     ),
     ({"category": "aba", "review": LONG, "sentiment": "bab"}, {}, "'category', 'sentiment' could each be the label"),
     (
@@ -197,7 +197,7 @@ def test_numbers_make_a_regression(labels: list[Any], first: float, last: float,
 def test_a_regression_whose_numbers_nearly_all_round_to_one(numbers: list[float], warns: bool) -> None:
     notes = find_labels([{"label": number} for number in numbers], "label", "a.csv").notes
     assert bool(notes) == warns
-    assert all(note.startswith("60 of 61 rows, with 60 different numbers, are rounded to 0, as") for note in notes)
+    assert all(note.startswith("60 of 61 rows, with 60 different numbers, are rounded to 0, because") for note in notes)
 
 
 @pytest.mark.parametrize("numbers, warns", [
