@@ -166,7 +166,7 @@ def runs_folder(config: ComparisonConfig) -> Path:
 
 
 def earlier_runs(folder: Path) -> dict[str, Path]:
-    """Finds the runs in `folder`, whatever they are named: an earlier release wrote paths and keys otherwise."""
+    """Finds the runs in `folder` by their configurations: an earlier release named folders differently."""
     found = {}
     for path in sorted(folder.glob("*/config.yaml")):
         with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # a damaged one is no run

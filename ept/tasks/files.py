@@ -34,7 +34,7 @@ def read_rows(path: File, encoding: str | None = None, names_labels: bool = Fals
 
     A `.json` file may be an array of rows, JSON lines, one row, or an object with the array under any one key. The
     fields of a `.csv` file may be separated by commas, semicolons, tabs or bars. In a tab-separated file whose lines
-    are whole rows only without CSV quoting, quotes are read as plain text, with a warning. Columns with neither a name nor a
+    are whole rows only without CSV quoting, quotes are plain text, with a warning. Columns with neither a name nor a
     value are dropped.
 
     Args:

@@ -182,7 +182,7 @@ def _find_label(columns: Mapping[str, list[Any]], source: str, texts: Sequence[s
     which = f"{_quoted(candidates)} could each be" if candidates else f"none of {_quoted(columns)} looks like"
     remedy = "name its column with --label-column (data.label_column)" + ("" if candidates else FREE_TEXT)
     if nested := [name for name in others if any(isinstance(value, (list, dict)) for value in columns[name])]:
-        remedy += f"; labels inside {_quoted(nested)} need columns of their own, one row a label"
+        remedy += f"; labels inside {_quoted(nested)} need columns of their own, one row per label"
     raise ValueError(f"{source}: {which} the label: {remedy}")
 
 
