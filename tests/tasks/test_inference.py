@@ -99,7 +99,7 @@ NO_COLUMNS = [
     (
         {"idx": "123", "passage": [{"text": "a", "questions": [{"question": "b", "answers": [{"label": 1}]}]}] * 3},
         {},
-        "'passage' looks like the label: .*; labels inside 'passage' need columns of their own, one row a label",
+        "'passage' looks like the label: .*; labels inside 'passage' need columns of their own, one row per label",
     ),
     ({"n": "123", "label": "aba"}, {}, "a.csv: none of 'n' holds text: name it with --text-column"),
     ({"text": LONG, "label": "aba"}, {"label_column": "lable"}, "no column 'lable'; columns found: 'text', 'label'"),
