@@ -161,6 +161,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, limit: int, best: int 
     assert steps(tmp_path) == kept
 
 
+def test_a_run_that_goes_on_keeps_the_best(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint = write(tmp_path / "checkpoints" / f"checkpoint-{step}")
+        (checkpoint / "trainer_state.json").write_text('{"best_global_step": 1}', encoding="utf-8")
+        seal(checkpoint)
+    config = load_run_config(None, ["training.save_total_limit=1"])
+    assert RunFolder(tmp_path).begin(config, resume=True) == checkpoint
+    assert steps(tmp_path) == {1, 3}
+
+
 def test_halves_and_what_lies_ahead_are_deleted_with_the_next_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (save(tmp_path, 8) / "optimizer.pt").unlink()  # the run went on from 1
