@@ -35,8 +35,6 @@ _PATHS = {
     "method": ("init_from",),
 }
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
 PREFIX = "checkpoint-"
 SEAL = "whole.json"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
@@ -186,7 +184,7 @@ def identity(values: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
 
 def read_config(file: Path) -> dict[str, Any]:
     """Returns the values in a run's `config.yaml`."""
-    values: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), _LOADER) or {}
+    values: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     return values
 
 

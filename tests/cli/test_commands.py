@@ -239,7 +239,7 @@ def test_bad_input_to_evaluate_and_predict(runs: dict[str, Path], tmp_path: Path
     assert "unsupported suffix '.xls'" in refused("predict", run, GOOD, "--output", tmp_path / "out.xls")
     taken = tmp_path / "taken.jsonl"
     taken.write_text('{"text": "a", "prediction": 1}\n', encoding="utf-8")
-    assert "has a column 'prediction' already" in refused("predict", run, "--file", taken)
+    assert "already has a column 'prediction'" in refused("predict", run, "--file", taken)
     long = " ".join([GOOD] * 5)
     assert "text, row 1: the text has" in refused("predict", run, long, "--set", "data.on_too_long=error")
 

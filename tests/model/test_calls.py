@@ -84,7 +84,7 @@ def test_tokens_behind_padding_and_positions_by_index_are_refused():
 
 def test_labels_of_a_loss_that_shifts_none_are_refused():
     model, batch = bart(), make_batch("llama", (6, 6))
-    with pytest.raises(ValueError, match="BartForCausalLM compares each label with the prediction at its own place"):
+    with pytest.raises(ValueError, match="BartForCausalLM compares each label with the prediction at its own position"):
         model(batch["input_ids"], labels=batch["labels"])
     assert roberta()(batch["input_ids"], labels=batch["labels"]).loss > 0
 
@@ -128,7 +128,7 @@ def test_a_prompt_cache_and_a_cache_of_another_kind_are_refused(of_the_model):
     options = {} if of_the_model else {"cache_implementation": "static"}
     if of_the_model:
         model.base_model.generation_config.cache_implementation = "static"
-    with pytest.raises(ValueError, match="cache_implementation='static' makes a cache without the prompt's"):
+    with pytest.raises(ValueError, match="cache_implementation='static' makes a cache without the prompt"):
         model.generate(ids, max_new_tokens=2, use_prompt_cache=True, **options)
 
 

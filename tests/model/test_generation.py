@@ -374,7 +374,7 @@ def test_length_at_which_rope_changes_is_not_crossed():
     )  # fmt: skip
     model = get_ept_model(Phi3ForCausalLM(config), EPTConfig(**{**SMALL, "max_length": 40})).eval()
     with pytest.raises(
-        ValueError, match="beyond 16, and prompt, text and new tokens go from 13 to 18: ask for at most 4"
+        ValueError, match="beyond 16 positions, and prompt, text and new tokens go from 13 to 18: ask for at most 4"
     ):
         model.generate(**inputs_of("llama", (8,)), **GREEDY)
     for length, new in ((8, 4), (12, 6)):  # short of it, and beyond it from the start

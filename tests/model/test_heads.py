@@ -180,7 +180,7 @@ def test_labels_have_the_active_adapters_names(own, tmp_path):
         assert base.config.id2label[0] == first
     model.set_adapter("other")
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="'default' is now"):
+    with pytest.warns(UserWarning, match="'default' is active now"):
         model.delete_adapter("other")
     assert base.config.id2label[0] == "a"
     for name in ("default", "unnamed", "more"):

@@ -371,7 +371,7 @@ def test_the_cache_keeps_to_its_budget():
     torch.testing.assert_close(answer(layers[0], x), answer(swapped(layers[0]), x), rtol=1e-4, atol=1e-4)
     restore_linear4bit(model)
     assert all("_dequantized" not in layer.__dict__ for layer in layers)
-    with pytest.raises(ValueError, match="dequantized_cache_bytes=-1"):
+    with pytest.raises(ValueError, match="dequantized_cache_bytes must be at least 0, got -1"):
         swap_linear4bit(model, dequantized_cache_bytes=-1)
 
 

@@ -476,7 +476,7 @@ def test_the_frozen_model_has_the_dropout_of_the_adapter_that_is_left():
     model = adapted("t5", base_dropout=True)
     model.add_adapter("second", EPTConfig(num_virtual_tokens=2, max_length=12, r=1))
     assert model.train().base_model.training
-    with pytest.warns(UserWarning, match="'second' is now"):
+    with pytest.warns(UserWarning, match="'second' is active now"):
         model.delete_adapter("default")
     assert not model.base_model.training
     model.delete_adapter("second")

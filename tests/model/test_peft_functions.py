@@ -234,7 +234,7 @@ def test_ulpt_takes_no_place_of_another_seed(tmp_path):
     sizes = {"num_virtual_tokens": 4, "prompt_rank": 3}
     get_ept_model(make_model("llama"), EPTConfig.ulpt(**sizes, seed=1)).save_pretrained(tmp_path)
     model = get_ept_model(make_model("llama"), EPTConfig.ulpt(**sizes, seed=2))
-    with pytest.raises(ValueError, match="made with seed=1, 'default' has 2"):
+    with pytest.raises(ValueError, match="made with seed=1, but 'default' has 2"):
         model.load_adapter(tmp_path, "default")
     model.load_adapter(tmp_path, "other")
     fresh = EPTModel.from_pretrained(make_model("llama"), tmp_path)

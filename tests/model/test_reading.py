@@ -102,7 +102,7 @@ def test_a_classifier_that_looks_for_an_end_token_in_the_ids_is_refused():
 
 def test_more_than_a_look_up_of_ids_is_refused():
     model = TwiceEmbedded(make_model("llama").config)
-    with pytest.raises(ValueError, match="TwiceEmbedded needs input_ids beside embeddings"):
+    with pytest.raises(ValueError, match="TwiceEmbedded needs input_ids besides embeddings"):
         get_ept_model(model, EPTConfig())
 
 

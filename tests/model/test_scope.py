@@ -225,7 +225,7 @@ def test_reused_encoder_outputs_are_read_as_they_were_made(name, side, names):
         again = model(**reused, attention_mask=batch["attention_mask"], adapter_names=names)
         torch.testing.assert_close(again.logits, first.logits, rtol=1e-5, atol=1e-5)
     reused["encoder_outputs"] = (first.encoder_last_hidden_state[:, :8],)
-    with pytest.raises(ValueError, match=r"encoder_outputs have 8 rows, [25] prompt tokens and 8 text tokens make"):
+    with pytest.raises(ValueError, match=r"encoder_outputs have 8 rows, but [25] prompt tokens and 8 text tokens make"):
         model(**reused, attention_mask=batch["attention_mask"], adapter_names=names)
 
 

@@ -117,7 +117,7 @@ def test_the_next_adapter_takes_the_state_of_the_deleted_one():
     for is_trained in (True, False):
         model = two("llama", "lm_head")
         model.set_adapter("b", inference_mode=not is_trained)
-        with pytest.warns(UserWarning, match="'b' was active; 'default' is now"):
+        with pytest.warns(UserWarning, match="'b' was active; 'default' is active now"):
             model.delete_adapter("b")
         own = [p.requires_grad for name, p in model.named_parameters() if ".default." in f"{name}."]
         assert len(own) > 3

@@ -70,6 +70,6 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"layers=7 is out of range: t5-small has 6 layers"):
         build_shape("t5-small", dtype=torch.float32, device=CPU, layers=7)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * 2**30))
-    too_large = r"weights of llama-2-7b take 25\.1 GiB, cpu has 8\.0 GiB free: choose bfloat16"
+    too_large = r"weights of llama-2-7b take 25\.1 GiB, but cpu has 8\.0 GiB free: choose bfloat16"
     with pytest.raises(ValueError, match=too_large):
         build_shape("llama-2-7b", dtype=torch.float32, device=CPU)
