@@ -137,9 +137,9 @@ def prompted_embedding_kernel(
                 p_W = table + b_id[:, None] * stride_table_v + o_d[None, :] * stride_table_d
                 b_W = tl.load(p_W, mask=is_read[:, None] & m_d, other=float("nan")).to(tl.float32)
                 if PACKED:  # one row number, because an A100 has too few registers for two
-                    p_out = out + (i * s + s + o_n)[:, None] * d + o_d[None, :]
+                    p_out = out + (tl.cast(i, tl.int64) * s + s + o_n)[:, None] * d + o_d[None, :]
                 else:
-                    p_out = out + i * width + (s + o_n)[:, None] * d + o_d[None, :]
+                    p_out = out + tl.cast(i, tl.int64) * width + (s + o_n)[:, None] * d + o_d[None, :]
                 b_sum = b_W + b_C
                 if adapter_ids is not None:  # −0.0 + 0.0 would be 0.0
                     b_sum = tl.where(is_known & (updated == 0), b_W, b_sum)
