@@ -8,6 +8,7 @@ are, however their paths are written.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -88,7 +89,6 @@ def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[P
     Raises:
         ValueError: the output folder, the task or the data is not set, or a swept value does not fit its key.
     """
-    config = config.from_dict(with_whole_paths(config.to_dict()))  # a run is the same from whichever folder it is named
     compare = config.compare
     if config.output_dir is None:
         raise ValueError("output_dir is not set: give --output DIR")
@@ -99,7 +99,7 @@ def plan(config: ComparisonConfig, seeds: Iterable[int] | None = None) -> list[P
     points += [(name, value) for name, values in compare.sweep.items() for value in values]
     default = (config.training.learning_rate, config.training.low_rank_learning_rate)
     seeds = search_seeds(config) if seeds is None else seeds
-    runs, earlier = [], earlier_runs(runs_folder(config))
+    runs, earlier = [], functools.cache(functools.partial(earlier_runs, runs_folder(config)))
     for (sweep, value), task, seed, method in itertools.product(points, tasks, seeds, compare.methods):
         section, _, key = SWEPT[sweep].partition(".") if sweep else ("", "", "")
         if section == "method" and key not in METHODS[method].settable | {"budget"}:
@@ -122,7 +122,7 @@ def _run_config(
     value: Any,
     seed: int,
     rates: Rates,
-    earlier: dict[str, Path],
+    earlier: Callable[[], dict[str, Path]],
 ) -> RunConfig:
     values = config.to_dict()
     values.pop("compare")
@@ -156,8 +156,8 @@ def _run_config(
     digest = hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:10]
     name = f"{task.replace('/', '_')}-{method}-seed{seed}-{digest}"
     folder = runs_folder(config) / name
-    if earlier and not folder.exists():
-        folder = earlier.get(identity_of(values), folder)
+    if not folder.exists() and (found := earlier()):
+        folder = found.get(identity_of(values), folder)
     return RunConfig.from_dict({**with_whole_paths(values), "output_dir": str(folder)})
 
 

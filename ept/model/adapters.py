@@ -366,7 +366,7 @@ class ModelWithAdapters(PeftModel):
             self.eval()
         return result
 
-    @transactional
+    @exclusive
     def swap_weights(self, adapter_name: str, config: EPTConfig, state: Mapping[str, Tensor]) -> None:
         """Replaces the weights of `adapter_name` by those of another adapter, given with its configuration.
 
