@@ -287,7 +287,9 @@ class EPTConfig(PromptLearningConfig):
         s, m, r = self.num_virtual_tokens, self.max_length, self.r
         K, h, a = self.num_spaces, self.space_dim, self.fusion_dim
         shapes: dict[str, tuple[int, ...]] = {}
-        if s and self.prompt_rank and not self.folded:
+        if s and self.folded:
+            shapes["folded_prompt"] = (s, d)  # another name: it is in the embeddings' units, `prompt` is not
+        elif s and self.prompt_rank:
             shapes["Z"] = (s, self.prompt_rank)
         elif s:
             shapes["prompt"] = (s, d)

@@ -35,6 +35,7 @@ class EPTLayer(BasePromptEncoder):
     Parameters, in float32 and units of ρ, the root mean square of the embeddings: `prompt` [s, d], `A` [m, r], `B`
     [r, d], `beta` [1], `W_q` and `W_k` [d, a], `D` [d, K·h], `U` [K·h, d], `G` [d, K], and those of
     `EPTConfig.parameter_shapes` that stand in for the prompt or the update. Parts that are switched off have none.
+    A folded layer has `folded_prompt` [s, d], in the units of the embeddings, and the update.
 
     Example:
         >>> embedding = torch.nn.Embedding(100, 16)
@@ -144,7 +145,7 @@ class EPTLayer(BasePromptEncoder):
         """Computes the prompt that the model sees, `[s, d]` float32, in the units of the embedding table."""
         config = self.config
         if config.folded or not config.num_virtual_tokens:
-            return self.part("prompt")
+            return self.part("folded_prompt")
         short = reparameterization.short_prompt(self.part, self._basis_here(), self._parameters)
         return functional.joint_prompt(
             short,
@@ -163,7 +164,7 @@ class EPTLayer(BasePromptEncoder):
         if name == "beta" and config.fusion and config.fusion_weight is not None:
             return torch.full((1,), config.fusion_weight, device=device, dtype=torch.float32)
         shapes: dict[str, tuple[int, ...]] = {
-            **dict.fromkeys(("prompt", "B", "U"), (0, d)),
+            **dict.fromkeys(("prompt", "folded_prompt", "B", "U"), (0, d)),
             **dict.fromkeys(("W_q", "W_k", "D"), (d, 0)),
             "A": (config.max_length, 0),
             "beta": (0,),
@@ -184,7 +185,7 @@ class EPTLayer(BasePromptEncoder):
         if self.config.folded:
             return
         with torch.no_grad():
-            folded = {**self._parameters, "prompt": self.joint_prompt()}
+            folded = {**self._parameters, "folded_prompt": self.joint_prompt()}
         self.config.folded, self._basis = True, None
         for name in list(self._parameters):
             delattr(self, name)

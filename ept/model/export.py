@@ -53,7 +53,7 @@ class FoldedAdapter:
     def read(cls, folder: str | os.PathLike[str]) -> FoldedAdapter:
         """Reads and folds the adapter that `save_pretrained` wrote to `folder`; needs no base model."""
         config, shapes = read_config(folder), weight_shapes(folder)
-        of_width = ("prompt", "B", "W_out", "shift", "gain", "U")
+        of_width = ("prompt", "folded_prompt", "B", "W_out", "shift", "gain", "U")
         widths = {shapes[name][-1] for name in of_width if shapes.get(name)}
         if not widths and "Z" in shapes:
             raise ValueError(
@@ -78,7 +78,7 @@ class FoldedAdapter:
         table. Parts that the adapter lacks are absent.
         """
         layer, config = self.layer, self.layer.config
-        parts = {"prompt": layer.part("prompt")} if config.num_virtual_tokens else {}
+        parts = {"prompt": layer.part("folded_prompt")} if config.num_virtual_tokens else {}
         if config.updates_by_token:
             parts |= layer.token_update()
         elif config.r:

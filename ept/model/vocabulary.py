@@ -78,7 +78,7 @@ def add_prompt_tokens(model: Any, tokenizer: Any, layer: EPTLayer, task_type: st
             part = list(range(start, min(start + ROWS_AT_ONCE, rows)))
             _write(embedding, part, _embeds(layer, part, embedding)[0, len(tokens) :])
     if tokens:
-        _write(embedding, ids, layer.part("prompt"))
+        _write(embedding, ids, layer.part("folded_prompt"))
     if (generation := getattr(model, "generation_config", None)) is not None:
         generation.suppress_tokens = [*(generation.suppress_tokens or []), *ids] or None
     model.tie_weights()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -254,6 +256,21 @@ def test_weights_that_the_adapter_does_not_have_are_refused(form):
     ):
         set_peft_model_state_dict(other, state)
     assert torch.equal(other(torch.tensor([[5, 6, 7]])).logits, before)
+
+
+@pytest.mark.parametrize("update", ["position", "token"])
+@pytest.mark.parametrize("way", ["peft", "torch"])
+def test_weights_before_and_after_folding_are_not_taken_for_each_other(way, update):
+    """Without spaces and fusion they have the same shapes, but the prompt has another unit."""
+    models = [adapted("llama", num_spaces=0, fusion=False, update=update) for _ in range(2)]
+    models[1].fold()
+    ids = torch.tensor([[5, 6, 7]])
+    for source, target in (models, models[::-1]):
+        before = target(ids).logits
+        load = target.load_state_dict if way == "torch" else partial(set_peft_model_state_dict, target)
+        with pytest.raises((ValueError, RuntimeError), match="prompt"):
+            load(source.state_dict() if way == "torch" else get_peft_model_state_dict(source))
+        assert torch.equal(target(ids).logits, before)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

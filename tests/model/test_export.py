@@ -109,7 +109,7 @@ def test_a_folded_adapter_is_exported_as_it_is(tmp_path):
     adapted().fold().save_pretrained(tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     tensors = FoldedAdapter.read(tmp_path / "adapter").tensors()
-    assert torch.equal(tensors["prompt"], saved["prompt"])
+    assert torch.equal(tensors["prompt"], saved["folded_prompt"])
     scale = saved["embedding_scale"].float() * 8 / saved["A"].shape[1] ** 0.5
     torch.testing.assert_close(tensors["table"], scale * saved["A"] @ saved["B"])
 
